@@ -1,0 +1,81 @@
+"""Capture a teacher's top-k logits once, as a Dask batch job, and train students from the file.
+
+Importing this package is light: torch, Dask and the rest are loaded when a name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dask_logits.api import generate_teacher_logits
+    from dask_logits.compose import load_config
+    from dask_logits.config import Config
+    from dask_logits.errors import (
+        CacheError,
+        CapacityError,
+        ClusterError,
+        ConfigError,
+        DaskLogitsError,
+        DatasetError,
+        PartitionsFailedError,
+        RunConflictError,
+        TeacherError,
+    )
+    from dask_logits.job.run import generate
+    from dask_logits.observe.status import read_status
+    from dask_logits.train.dataset import CachedLogitsDataset, collate
+    from dask_logits.train.losses import sparse_forward_kl
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CacheError": "errors",
+    "CachedLogitsDataset": "train.dataset",
+    "CapacityError": "errors",
+    "ClusterError": "errors",
+    "Config": "config",
+    "ConfigError": "errors",
+    "DaskLogitsError": "errors",
+    "DatasetError": "errors",
+    "PartitionsFailedError": "errors",
+    "RunConflictError": "errors",
+    "TeacherError": "errors",
+    "collate": "train.dataset",
+    "generate": "job.run",
+    "generate_teacher_logits": "api",
+    "load_config": "compose",
+    "read_status": "observe.status",
+    "sparse_forward_kl": "train.losses",
+}
+
+__all__ = [
+    "CacheError",
+    "CachedLogitsDataset",
+    "CapacityError",
+    "ClusterError",
+    "Config",
+    "ConfigError",
+    "DaskLogitsError",
+    "DatasetError",
+    "PartitionsFailedError",
+    "RunConflictError",
+    "TeacherError",
+    "collate",
+    "generate",
+    "generate_teacher_logits",
+    "load_config",
+    "read_status",
+    "sparse_forward_kl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dask_logits' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dask_logits.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

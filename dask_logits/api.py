@@ -1,0 +1,84 @@
+"""The one-call entry point, with the parameter names that scripts of this kind have long used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def generate_teacher_logits(
+    teacher_model_path: str,
+    dataset: Dataset | str,
+    cache_dir: str | Path = "output/teacher_logits",
+    top_k: int = 64,
+    batch_size: int | None = None,
+    device: str = "auto",
+    force_regenerate: bool = False,
+    num_workers: int | None = None,
+    devices: str | list[int] | None = None,
+    worker_id: int | None = None,
+    total_workers: int | None = None,
+    streaming: bool = False,
+    streaming_chunk_size: int = 1000,
+) -> Path:
+    """Score a dataset with a teacher and return the path of the cache.
+
+    For every other setting use :func:`dask_logits.load_config` and :func:`dask_logits.generate`. Worker processes import
+    the calling script again: call this under ``if __name__ == "__main__":``.
+
+    Parameters
+    ----------
+    teacher_model_path
+        Folder or hub name of a causal language model.
+    dataset
+        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one.
+    cache_dir
+        The run folder.
+    top_k
+        Entries kept per position.
+    batch_size
+        Bound on documents per batch; None: only the token budget bounds it.
+    device
+        ``auto``, ``cpu`` or ``cuda``.
+    force_regenerate
+        Compute a run that is in this folder anew.
+    num_workers
+        Dask workers; None: one per GPU, or one per 2 cores on CPU.
+    devices
+        GPUs to use; None: all that are visible.
+    worker_id, total_workers, streaming, streaming_chunk_size
+        Not available yet: refused unless left at their defaults.
+
+    Returns
+    -------
+    Path
+        ``<cache_dir>/teacher_logits.h5``.
+
+    Raises
+    ------
+    DaskLogitsError
+        If something has to change first, or some partitions failed.
+    """
+    from dask_logits.config import Config
+    from dask_logits.job.run import generate
+
+    generation: dict[str, Any] = {
+        "top_k": top_k,
+        "batch_size": batch_size,
+        "device": device,
+        "force_regenerate": force_regenerate,
+        "num_workers": num_workers,
+        "devices": devices,
+        "worker_id": worker_id,
+        "total_workers": total_workers,
+    }
+    named = {"name": dataset} if isinstance(dataset, str) else {}
+    tree = {
+        "teacher": {"model_path": teacher_model_path, "cache_dir": str(cache_dir), "generation": generation},
+        "dataset": {**named, "streaming": streaming, "streaming_chunk_size": streaming_chunk_size},
+    }
+    config = Config.from_mapping(tree, dataset_given=not named)
+    return generate(config, None if isinstance(dataset, str) else dataset)

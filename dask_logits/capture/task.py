@@ -1,0 +1,124 @@
+"""The unit of work: read, score, write and commit one partition. A plain function; Dask only carries it.
+
+Its last act is one small atomic write, the receipt. A partition whose receipt exists is never computed again, and any
+number of attempts, even at the same time, leaves exactly one committed result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dask_logits.capture.corpus import FileRows, TokenizerSpec, read_documents
+from dask_logits.capture.scoring import ScoringSettings, score_documents
+from dask_logits.capture.teacher import TeacherSpec, load_teacher
+from dask_logits.job.manifest import RunFolder
+from dask_logits.job.plan import Partition
+from dask_logits.records import ContentDigest, Statistics
+from dask_logits.store.durable import Json, create_json
+from dask_logits.store.partition import remove_partition, write_partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionTask:
+    """What a worker needs to compute one partition: some hundred bytes, no rows.
+
+    Parameters
+    ----------
+    run
+        The run folder, as the worker sees it.
+    fingerprint
+        Of the run.
+    partition, files, column
+        Which rows, and where they are.
+    tokenizer, teacher, scoring
+        How they become targets.
+    """
+
+    run: str
+    fingerprint: str
+    partition: Partition
+    files: tuple[FileRows, ...]
+    column: str
+    tokenizer: TokenizerSpec
+    teacher: TeacherSpec
+    scoring: ScoringSettings
+
+
+def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = lambda tokens: None) -> Json:
+    """Compute and commit one partition, or return its receipt if it is committed already.
+
+    Parameters
+    ----------
+    task
+        The partition.
+    on_tokens
+        Called after each batch with the tokens scored since the last call.
+
+    Returns
+    -------
+    dict
+        The receipt.
+
+    Raises
+    ------
+    DatasetError
+        If a row cannot be used.
+    TeacherError
+        If the teacher cannot be loaded or its logits are not finite.
+    """
+    run = RunFolder(Path(task.run))
+    receipt = run.receipt(task.partition.index)
+    if receipt is not None:
+        return receipt
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name] = round(now - clock, 4)
+        clock = now
+
+    teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+    lap("load")
+    documents = read_documents(task.files, task.column, task.tokenizer, first_row=task.partition.first_row)
+    lap("read")
+    records = score_documents(teacher, documents, task.scoring, first_row=task.partition.first_row, on_tokens=on_tokens)
+    lap("score")
+    digest = ContentDigest()
+    digest.update_records(records)
+    attempt = run.attempt_path(task.partition.index)
+    write_partition(attempt, records)
+    lap("write")
+    receipt = {
+        "partition": task.partition.index,
+        "first_row": task.partition.first_row,
+        "n_rows": task.partition.n_rows,
+        "fingerprint": task.fingerprint,
+        "attempt": attempt.name,
+        "statistics": dataclasses.asdict(Statistics.of(records)),
+        "digests": digest.array_digests(),
+        "seconds": seconds,
+        "finished": time.time(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if not create_json(run.receipt_path(task.partition.index), receipt):
+        remove_partition(attempt)
+        winner = run.receipt(task.partition.index)
+        assert winner is not None
+        return winner
+    return receipt
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -1,0 +1,121 @@
+"""The command line: each command is a few lines around one public function.
+
+stdout is the answer, stderr the log. Exit status: 0 done, 1 ran and something failed, 2 refused, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from dask_logits.errors import ClusterError, DaskLogitsError, PartitionsFailedError
+
+USAGE = """\
+dask-logits COMMAND …
+
+  generate [OVERRIDE …]   score a dataset with a teacher into a run folder, or do what is left of it
+  plan [OVERRIDE …]       say what `generate` would take; nothing is written
+  status RUN [--json]     say what a run has done, from its files alone
+
+Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, …
+`dask-logits generate --help` lists every setting; --cfg job prints the composed configuration.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {"generate": _generate, "plan": _plan, "status": _status}
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0 if given else 2)
+    if given[0] not in commands:
+        from dask_logits.config import nearest
+
+        print(f"dask-logits: unknown command {given[0]!r}{nearest(given[0], commands)}\n\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
+    run(lambda: commands[given[0]](given[1:]))
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; turn this package's errors into a message and an exit status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+    except DaskLogitsError as error:
+        print(f"dask-logits: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, PartitionsFailedError | ClusterError) else 2)
+    except KeyboardInterrupt:
+        print("dask-logits: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def generate_command(overrides: list[str]) -> None:
+    """Run ``generate`` with Hydra overrides and print the run's figures."""
+    _generate(overrides)
+
+
+def _generate(overrides: list[str]) -> None:
+    from dask_logits.compose import load_config, run_hydra_app
+    from dask_logits.config import Config
+
+    def one(config: Config) -> None:
+        from dask_logits.job.run import generate
+        from dask_logits.observe.status import read_status
+
+        _log_to_stderr(config.job.log_level)
+        cache = generate(config)
+        print("\n".join(read_status(cache.parent).lines()), flush=True)
+
+    if any(override.startswith("-") for override in overrides):
+        # Hydra reports exceptions of its task itself, with a trace; ours are messages.
+        run_hydra_app(overrides, lambda config: run(lambda: one(config)))
+    else:
+        one(load_config(overrides))
+
+
+def _plan(overrides: list[str]) -> None:
+    from dask_logits.compose import load_config
+    from dask_logits.job.prepare import check_folder, plan_lines, prepare
+
+    config = load_config(overrides)
+    _log_to_stderr(config.job.log_level)
+    job = prepare(config)
+    check_folder(job)
+    print("\n".join(plan_lines(job)))
+
+
+def _status(arguments: list[str]) -> None:
+    from dask_logits.observe.status import read_status
+
+    parser = argparse.ArgumentParser(prog="dask-logits status", description="Say what a run has done.")
+    parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parsed = parser.parse_args(arguments)
+    status = read_status(parsed.run)
+    print(status.to_json() if parsed.json else "\n".join(status.lines()))
+
+
+def _log_to_stderr(level: str) -> None:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("dask_logits")
+    package.handlers = [handler]
+    package.setLevel(level.upper())
+    package.propagate = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,124 @@
+"""Hydra's home: the YAML tree plus the user's overrides become a validated :class:`~dask_logits.config.Config`.
+
+The composed tree is a plain mapping before it leaves this module, so nothing else knows Hydra or OmegaConf.
+Override keys are checked before Hydra sees them: Hydra stops at the first it does not know, a user wants them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dask_logits.config import Config, nearest, settings
+from dask_logits.errors import ConfigError
+
+_OLD_TREE = "teacher_logits."
+_OLD_NAMES = {
+    "teacher_model_path": "distillation.teacher.model_path",
+    "model_path": "distillation.teacher.model_path",
+    "cache_dir": "distillation.teacher.cache_dir",
+    "output_dir": "distillation.teacher.cache_dir",
+}
+
+
+def config_dir() -> Path:
+    """Return the folder with ``config.yaml``: beside the package in a checkout, inside it in a wheel."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "config"
+
+
+def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -> Config:
+    """Compose and validate the configuration.
+
+    Parameters
+    ----------
+    overrides
+        Hydra overrides such as ``distillation.dataset.name=wikitext``.
+    dataset_given
+        A dataset object comes from elsewhere, so ``dataset.name`` may be left out.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found in the overrides, or else in the values.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_overrides(overrides)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError.from_problems([str(error).replace("\n", " ")]) from error
+    assert isinstance(tree, dict)
+    return Config.from_mapping(tree["distillation"], dataset_given=dataset_given)
+
+
+def run_hydra_app(arguments: Sequence[str], task: Callable[[Config], None]) -> None:
+    """Serve Hydra's own flags (``--help``, ``--cfg job``, ``--multirun``, …) over the same tree.
+
+    Parameters
+    ----------
+    arguments
+        The command line after the command's name.
+    task
+        Called once per composed configuration. Under ``--multirun`` each has its own sub-folder of ``cache_dir``.
+
+    Raises
+    ------
+    ConfigError
+        For override keys that do not exist.
+    """
+    import sys
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+
+    def app(composed: Any) -> None:
+        tree = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(tree, dict)
+        distillation = tree["distillation"]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            folder = Path(distillation["teacher"]["cache_dir"]) / str(HydraConfig.get().job.num)
+            distillation["teacher"]["cache_dir"] = str(folder)
+        task(Config.from_mapping(distillation))
+
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(app)()
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse override keys that name no setting, all at once, each with the nearest spelling.
+
+    >>> check_overrides(["distillation.dataset.nam=c4"])
+    Traceback (most recent call last):
+    dask_logits.errors.ConfigError: 1 problem in the configuration:
+      distillation.dataset.nam: unknown setting, did you mean 'distillation.dataset.name'?
+    """
+    known = [setting.path for setting in settings()]
+    groups = {path.rsplit(".", depth)[0] for path in known for depth in range(1, path.count(".") + 1)}
+    heads = {"distillation", "cluster", *groups}
+    problems = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~").split("@")[0]
+        if key.startswith(_OLD_TREE):
+            problems.append(f"{key}: this tree has gone; use {_new_name(key, known)}={value}")
+        elif key not in known and key not in heads and not key.startswith("hydra"):
+            problems.append(f"{key}: unknown setting{nearest(key, known)}")
+    if problems:
+        raise ConfigError.from_problems(problems)
+
+
+def _new_name(key: str, known: Sequence[str]) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [path for path in known if path.endswith(f".{leaf}")]
+    return same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf, "the nearest setting in docs/SETTINGS.md")

@@ -1,0 +1,327 @@
+"""The one configuration: frozen dataclasses that say, bound by bound, what a job may be asked for.
+
+Hydra composes the YAML tree (:mod:`dask_logits.compose`); this module validates it without Hydra, so that workers
+and tests need neither. Every problem is reported at once, each with the dotted path of its setting.
+
+A setting is of one of three kinds:
+
+* ``what`` is computed: part of the run's identity, another value in the same run folder is refused;
+* ``numerics``: moves the last bits of the result; resolved once by the calibration and frozen for the run;
+* ``how`` it is run: free to change on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from dask_logits.errors import ConfigError
+
+Kind = Literal["what", "numerics", "how"]
+Auto = Literal["auto"]
+_T = TypeVar("_T")
+
+
+def _setting(default: Any, kind: Kind, doc: str, *, low: float | None = None) -> Any:
+    """Declare one setting: its default, its kind, one sentence, and its lower bound (inclusive)."""
+    return field(default=default, metadata={"kind": kind, "doc": doc, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """``distillation.teacher.generation``: how the teacher scores."""
+
+    top_k: int = _setting(64, "what", "Entries kept per position, most probable first.", low=1)
+    batch_size: int | None = _setting(
+        None, "numerics", "Bound on documents per batch; null: only `batch_tokens` bounds it.", low=1
+    )
+    batch_tokens: Auto | int = _setting(
+        "auto", "numerics", "Token budget of one forward pass, padding included.", low=1
+    )
+    head_rows: Auto | int = _setting(
+        "auto", "numerics", "Positions whose logits exist at one time (the head is applied in chunks).", low=1
+    )
+    torch_threads: Auto | int = _setting(
+        "auto", "numerics", "CPU threads of each worker; auto: cores / workers.", low=1
+    )
+    device: Literal["auto", "cpu", "cuda"] = _setting(
+        "auto", "numerics", "Where the teacher runs; auto: cuda if a GPU is visible, else cpu."
+    )
+    force_regenerate: bool = _setting(
+        False,
+        "how",
+        "Set the run in this folder aside and compute it anew; the old one goes when the new is complete.",
+    )
+    num_workers: int | None = _setting(
+        None, "how", "Dask workers; null: one per GPU, or one per 2 cores on CPU.", low=1
+    )
+    devices: str | None = _setting(None, "how", "GPUs to use, e.g. [0,1] or '0,1'; null: all that are visible.")
+    worker_id: int | None = _setting(None, "how", "Index of this static worker (not available yet).", low=0)
+    total_workers: int | None = _setting(None, "how", "Number of static workers (not available yet).", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """``distillation.teacher``: which model is run, and where its targets go."""
+
+    model_path: str | None = _setting(None, "what", "Folder or hub name of a causal language model. Required.")
+    revision: str | None = _setting(None, "what", "Branch, tag or commit on the hub; pinned to a commit in the run.")
+    tokenizer_path: str | None = _setting(None, "what", "Folder or hub name of the tokenizer; null: `model_path`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "auto",
+        "numerics",
+        "Weights' dtype; auto: the checkpoint's, or float32 where the CPU has no bfloat16 units.",
+    )
+    trust_remote_code: bool = _setting(False, "what", "Run model code that comes with the checkpoint.")
+    cache_dir: str = _setting("output/teacher_logits", "how", "The run folder: everything the job writes.")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """``distillation.dataset``: the documents."""
+
+    name: str | None = _setting(
+        None,
+        "what",
+        "Hub name, a `save_to_disk` folder, or `json`, `text`, `parquet`, … with `data_files`. Required.",
+    )
+    config_name: str | None = _setting(None, "what", "Configuration of a hub dataset, e.g. `wikitext-103-raw-v1`.")
+    split: str = _setting("train", "what", "Split, slices allowed: `train[:10%]`.")
+    revision: str | None = _setting(None, "what", "Branch, tag or commit of a hub dataset.")
+    data_files: tuple[str, ...] | None = _setting(None, "what", "Files or globs for `json`, `text`, `parquet`, ….")
+    text_column: str = _setting("text", "what", "Column to tokenise; ignored where there is an `input_ids` column.")
+    add_special_tokens: bool = _setting(True, "what", "Let the tokenizer add its special tokens.")
+    vocab_size: int | None = _setting(
+        None,
+        "what",
+        "Ids that may occur; null: what the tokenizer can produce, without one the head's width.",
+        low=1,
+    )
+    max_length: int = _setting(2048, "what", "Tokens kept of a document; the rest is cut off.", low=1)
+    max_samples: int | Literal["all"] | None = _setting(None, "what", "Rows used, from the first; null: all.", low=1)
+    streaming: bool = _setting(False, "what", "Read the dataset as a stream (not available yet).")
+    streaming_buffer_size: int = _setting(10_000, "how", "Look-ahead of a stream in documents.", low=1)
+    streaming_chunk_size: int = _setting(1_000, "what", "Documents per partition of a stream.", low=1)
+    num_proc: int = _setting(4, "how", "Processes that prepare a hub dataset's Arrow files.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """``distillation.partition``: the unit of work."""
+
+    rows: Auto | int = _setting("auto", "what", "Dataset rows per partition; auto: about 256k tokens.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """``distillation.cluster``: where the job runs."""
+
+    kind: Literal["auto", "local_cuda", "local_cpu", "scheduler"] = _setting(
+        "auto",
+        "how",
+        "auto: the scheduler if one is named, else LocalCUDACluster if a GPU is visible, else LocalCluster.",
+    )
+    scheduler: str | None = _setting(None, "how", "Address of a running scheduler, e.g. `tcp://10.0.0.1:8786`.")
+    scheduler_file: str | None = _setting(None, "how", "Scheduler file written by `dask scheduler`.")
+    dashboard_address: str | None = _setting(
+        "127.0.0.1:8787", "how", "Where the dashboard of a cluster we make listens; null: no dashboard."
+    )
+    wait_seconds: float = _setting(120.0, "how", "How long to wait for the first worker.", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """``distillation.job``: how failures are met."""
+
+    retries: int = _setting(2, "how", "Further attempts for a partition after an I/O error or a dead worker.", low=0)
+    stall_seconds: float = _setting(
+        1800.0, "how", "Without any progress for so long, the job stops with a diagnosis.", low=1
+    )
+    max_failures: int = _setting(
+        5, "how", "So many failed partitions before the first success stop the job at once.", low=1
+    )
+    keep_partitions: bool = _setting(
+        False, "how", "Keep the Zarr partitions after they have been consolidated into the cache."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Verbosity of the log.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """``distillation``: the whole tree."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    job: JobConfig = field(default_factory=JobConfig)
+
+    @classmethod
+    def from_mapping(cls, tree: Mapping[str, Any], *, dataset_given: bool = False) -> Config:
+        """Validate a ``distillation`` tree of plain values.
+
+        Parameters
+        ----------
+        tree
+            Nested mappings; what is left out takes its default.
+        dataset_given
+            A dataset object comes from elsewhere, so ``dataset.name`` may be left out.
+
+        Raises
+        ------
+        ConfigError
+            With every problem found.
+
+        Examples
+        --------
+        >>> tree = {"teacher": {"model_path": "my/teacher", "generation": {"top_k": 8}}}
+        >>> Config.from_mapping(tree, dataset_given=True).teacher.generation.top_k
+        8
+        """
+        problems: list[str] = []
+        config = _build(cls, tree, "distillation", problems)
+        if config is not None:
+            problems += _cross_check(config, dataset_given)
+        if problems or config is None:
+            raise ConfigError.from_problems(problems)
+        return config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the tree, as the documentation lists it."""
+
+    path: str
+    type: str
+    default: Any
+    kind: Kind
+    doc: str
+
+
+def settings(cls: type = Config, prefix: str = "distillation") -> Iterator[Setting]:
+    """List every setting in the order of the tree.
+
+    >>> next(iter(settings())).path
+    'distillation.teacher.model_path'
+    """
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        path = f"{prefix}.{f.name}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from settings(hints[f.name], path)
+        else:
+            meta = f.metadata
+            yield Setting(path, _describe(hints[f.name]), f.default, meta["kind"], meta["doc"])
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Return ``", did you mean 'x'?"`` for the closest known spelling, else an empty string.
+
+    >>> nearest("topk", ["top_k", "device"])
+    ", did you mean 'top_k'?"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def _build(cls: type[_T], tree: Any, path: str, problems: list[str]) -> _T | None:
+    if not isinstance(tree, Mapping):
+        problems.append(f"{path}: expected a group of settings, got {tree!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}"
+        if key not in fields:
+            problems.append(f"{where}: unknown setting{nearest(str(key), fields)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast("type[Any]", hints[key]), value, where, problems)
+        else:
+            values[key] = _leaf(hints[key], value, fields[key].metadata["low"], where, problems)
+    broken_group = any(values[key] is None for key in values if dataclasses.is_dataclass(hints[key]))
+    return None if broken_group else cls(**values)
+
+
+def _leaf(hint: Any, value: Any, low: float | None, where: str, problems: list[str]) -> Any:
+    if hint == tuple[str, ...] | None:
+        value = (value,) if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    if where.endswith(".devices") and value is not None and not isinstance(value, bool):
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        if items and all(str(item).strip() for item in items):
+            return ",".join(str(item).strip() for item in items)
+    if not _fits(hint, value):
+        problems.append(f"{where}: expected {_describe(hint)}, got {value!r}")
+    elif low is not None and isinstance(value, int | float) and value < low:
+        problems.append(f"{where}: expected {_describe(hint)} of at least {low}, got {value!r}")
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(arm, value) for arm in typing.get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    return False
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(arm) for arm in typing.get_args(hint))
+    if origin is Literal:
+        return " or ".join(repr(v) for v in typing.get_args(hint))
+    if origin is tuple:
+        return "list of str"
+    return "null" if hint is type(None) else str(hint.__name__)
+
+
+def _cross_check(config: Config, dataset_given: bool) -> list[str]:
+    problems = []
+    generation, dataset, cluster = config.teacher.generation, config.dataset, config.cluster
+    if not config.teacher.model_path:
+        problems.append("distillation.teacher.model_path: expected a folder or a hub name, got nothing; set it")
+    if not config.teacher.cache_dir:
+        problems.append("distillation.teacher.cache_dir: expected a folder, got ''; set it")
+    if not dataset.name and not dataset_given:
+        problems.append("distillation.dataset.name: expected a hub name, a folder or a reader, got nothing; set it")
+    if dataset.name in {"json", "text", "parquet", "csv", "arrow"} and dataset.data_files is None:
+        problems.append(
+            f"distillation.dataset.data_files: expected files for the {dataset.name!r} reader, got null; set it"
+        )
+    if dataset.streaming:
+        problems.append(
+            "distillation.dataset.streaming: expected false, got True; streams are not available yet, "
+            "use the dataset as a regular one (with max_samples to bound it)"
+        )
+    for name in ("worker_id", "total_workers"):
+        value = getattr(generation, name)
+        if value is not None:
+            problems.append(
+                f"distillation.teacher.generation.{name}: expected null, got {value!r}; static workers are not "
+                "available yet, use num_workers, devices or an existing scheduler"
+            )
+    if cluster.scheduler and cluster.scheduler_file:
+        problems.append("distillation.cluster.scheduler: expected one of scheduler and scheduler_file, got both")
+    if cluster.kind == "scheduler" and not (cluster.scheduler or cluster.scheduler_file):
+        problems.append("distillation.cluster.scheduler: expected an address or a scheduler_file, got neither; set one")
+    if cluster.kind == "local_cpu" and generation.device == "cuda":
+        problems.append("distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'")
+    return problems

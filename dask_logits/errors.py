@@ -1,0 +1,163 @@
+"""What can go wrong, told apart by what the user does next.
+
+The tree::
+
+    DaskLogitsError
+    ├── ConfigError (ValueError)          change a setting
+    ├── DatasetError (ValueError)         change the data, or how it is named
+    ├── TeacherError (RuntimeError)       change the teacher, its dtype or its tokenizer
+    ├── RunConflictError (ValueError)     use another run folder, or the settings it was made with
+    ├── CacheError (OSError)              make the file again, or point to the right one
+    ├── CapacityError (OSError)           free disk or memory, or ask for less
+    ├── ClusterError (RuntimeError)       start or repair the Dask cluster
+    └── PartitionsFailedError (RuntimeError)   read why, then run again: only those are taken up
+
+Every error survives pickling with its facts, because Dask replaces one that does not by a bare ``Exception``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class DaskLogitsError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Parameters
+    ----------
+    message
+        ``where: expected X, got Y; do Z``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(DaskLogitsError, ValueError):
+    """A setting is unknown, of the wrong type or out of bounds.
+
+    Parameters
+    ----------
+    message
+        All problems, one per line.
+    problems
+        The problems, each starting with the dotted path of its setting.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def from_problems(cls, problems: Sequence[str]) -> ConfigError:
+        """Make one error of every problem found.
+
+        >>> print(ConfigError.from_problems(["a.b: expected int, got 'x'"]))
+        1 problem in the configuration:
+          a.b: expected int, got 'x'
+        """
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        return cls(f"{len(problems)} {noun} in the configuration:\n{lines}", problems)
+
+
+class DatasetError(DaskLogitsError, ValueError):
+    """The dataset is missing, empty, lacks a column or holds a row that cannot be used.
+
+    Parameters
+    ----------
+    message
+        What was expected, what came, what to do.
+    row
+        Dataset row the error is about, if it is about one.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class TeacherError(DaskLogitsError, RuntimeError):
+    """The teacher is missing, does not match its tokenizer, or gave logits that are not finite.
+
+    Parameters
+    ----------
+    message
+        What was expected, what came, what to do.
+    row
+        Dataset row whose logits were refused, if the error is about one.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+class RunConflictError(DaskLogitsError, ValueError):
+    """The run folder was made with other settings, or another driver is at work in it.
+
+    Parameters
+    ----------
+    message
+        The differences, one per line.
+    differences
+        Dotted name of what differs → (value in the folder, value asked for).
+    """
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[object, object]] | None = None) -> None:
+        super().__init__(message)
+        self.differences = dict(differences or {})
+
+
+class CacheError(DaskLogitsError, OSError):
+    """A cache or partition is unreadable, truncated, incomplete, damaged or of a newer format.
+
+    Parameters
+    ----------
+    message
+        The path, what was expected, what came, what to do.
+    path
+        The file or folder.
+    """
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class CapacityError(DaskLogitsError, OSError):
+    """The job cannot fit on this disk or in this memory.
+
+    Parameters
+    ----------
+    message
+        The arithmetic and what to do.
+    needed_bytes, free_bytes
+        Both sides of the comparison.
+    """
+
+    def __init__(self, message: str, needed_bytes: int = 0, free_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class ClusterError(DaskLogitsError, RuntimeError):
+    """No Dask cluster could be made or joined, or it stopped making progress."""
+
+
+class PartitionsFailedError(DaskLogitsError, RuntimeError):
+    """Some partitions could not be scored; all others are committed.
+
+    Parameters
+    ----------
+    message
+        The count and the reasons.
+    reasons
+        Partition index → reason.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})

@@ -1,0 +1,171 @@
+"""The record on disk: what a run computes, what it has settled, what it has committed.
+
+Small JSON files that a person can read. The folder::
+
+    run.json                  the manifest: what is computed, and how it was first run
+    calibration.json          the numerics, frozen before the first partition
+    receipts/000/000042.json  commits partition 42, naming the attempt that holds its arrays
+    partitions/000042.<attempt>.zarr
+    teacher_logits.h5         the cache
+    status.json               progress of the driver, for the eye only
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.store.durable import Json, read_json
+
+CACHE_NAME = "teacher_logits.h5"
+LOCK_NAME = ".driver.lock"
+FORMAT = "dask_logits.run"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names and small files of one run.
+
+    Parameters
+    ----------
+    path
+        The folder; it need not exist.
+    """
+
+    path: Path
+
+    @property
+    def manifest_path(self) -> Path:
+        """``run.json``."""
+        return self.path / "run.json"
+
+    @property
+    def calibration_path(self) -> Path:
+        """``calibration.json``."""
+        return self.path / "calibration.json"
+
+    @property
+    def cache_path(self) -> Path:
+        """The consolidated cache."""
+        return self.path / CACHE_NAME
+
+    @property
+    def partitions_path(self) -> Path:
+        """Folder of the Zarr partitions."""
+        return self.path / "partitions"
+
+    @property
+    def dataset_path(self) -> Path:
+        """Rows of a dataset that was not plainly in files."""
+        return self.path / "dataset"
+
+    @property
+    def status_path(self) -> Path:
+        """Progress of the driver."""
+        return self.path / "status.json"
+
+    def receipt_path(self, index: int) -> Path:
+        """Receipt of one partition, fanned out by thousands."""
+        return self.path / "receipts" / f"{index // 1000:03d}" / f"{index:06d}.json"
+
+    def attempt_path(self, index: int) -> Path:
+        """Return a new, unique folder for an attempt at a partition."""
+        return self.partitions_path / f"{index:06d}.{uuid.uuid4().hex[:12]}.zarr"
+
+    def manifest(self) -> Json | None:
+        """Read the manifest; None where there is no run.
+
+        Raises
+        ------
+        CacheError
+            If it is not a manifest, or of a newer version.
+        """
+        manifest = read_json(self.manifest_path)
+        if manifest is None:
+            return None
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise CacheError(
+                f"{self.manifest_path}: expected {FORMAT} version {VERSION}, got {manifest.get('format')!r} version "
+                f"{manifest.get('version')!r}; use the release that wrote it, or another folder",
+                str(self.manifest_path),
+            )
+        return manifest
+
+    def calibration(self) -> Json | None:
+        """Read the frozen numerics; None before the calibration."""
+        return read_json(self.calibration_path)
+
+    def receipt(self, index: int) -> Json | None:
+        """Read one receipt; None where the partition is not committed."""
+        return read_json(self.receipt_path(index))
+
+    def receipts(self, n_partitions: int) -> Iterator[Json | None]:
+        """Read the receipts of all partitions in order."""
+        for index in range(n_partitions):
+            yield self.receipt(index)
+
+
+def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse a run folder that was made with other settings.
+
+    Raises
+    ------
+    RunConflictError
+        With every difference.
+    """
+    old, new = dict(_leaves(recorded)), dict(_leaves(asked))
+    differences = {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
+    if differences:
+        lines = "\n".join(f"  {name}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
+        raise RunConflictError(
+            f"{folder}: this run was made with other settings:\n{lines}\n"
+            "choose another distillation.teacher.cache_dir, restore the settings, or set "
+            "distillation.teacher.generation.force_regenerate=true",
+            differences,
+        )
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[None]:
+    """Hold the run for this driver; the lock goes with the process, however it ends.
+
+    Raises
+    ------
+    RunConflictError
+        If another driver holds it.
+    """
+    path = folder / LOCK_NAME
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunConflictError(
+                f"{folder}: expected to be this run's only driver, but {file.read().strip() or 'another process'} "
+                "is at work; wait for it, or stop it"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,219 @@
+"""The driver's loop: delayed partitions in a bounded window, drained one by one.
+
+Chosen: as many partitions in flight as there are worker threads, each submitted on its own. A list of ``delayed`` is
+quadratic (10,000 take half a minute to reach the scheduler, dask#11737), and futures that are held make Dask compute
+finished work again when a worker dies. Completions are read from a queue with a timeout: a bare ``as_completed`` waits
+for ever when the workers are gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import dask
+from distributed import Client, Future, KilledWorker, get_worker
+from distributed.client import FutureCancelledError
+
+from dask_logits.capture.task import PartitionTask, process_partition
+from dask_logits.config import JobConfig
+from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError
+from dask_logits.store.durable import Json
+
+logger = logging.getLogger(__name__)
+
+TOPIC = "dask_logits.tokens"
+_POLL_SECONDS = 0.5
+_FIRST_BACKOFF_SECONDS = 2.0
+
+Failure = Literal["transient", "data", "worker-death"]
+
+
+def run_on_worker(task: PartitionTask) -> Json:
+    """Run a partition inside a Dask worker and report its progress as events."""
+    worker = get_worker()
+    index = task.partition.index
+    return process_partition(task, lambda tokens: worker.log_event(TOPIC, {"partition": index, "tokens": tokens}))
+
+
+def classify(error: BaseException) -> Failure:
+    """Say what kind of failure an exception from a worker is.
+
+    >>> classify(ConnectionResetError("peer")), classify(ValueError("row"))
+    ('transient', 'data')
+    """
+    if isinstance(error, KilledWorker):
+        return "worker-death"
+    transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
+    return "transient" if transient else "data"
+
+
+def run_partitions(
+    client: Client,
+    tasks: Iterator[PartitionTask],
+    job: JobConfig,
+    *,
+    on_receipt: Callable[[Json], None],
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> dict[int, str]:
+    """Run tasks on the cluster until none is left.
+
+    Parameters
+    ----------
+    client
+        A connected client.
+    tasks
+        Partitions to do; drawn only as there is room.
+    job
+        Retries, bounds and patience.
+    on_receipt
+        Called in this thread with every receipt.
+    on_tokens
+        Called in this thread with tokens scored in partitions that are still running.
+
+    Returns
+    -------
+    dict
+        Partition index → reason, of those that failed for good.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or nothing moves for ``stall_seconds``.
+    PartitionsFailedError
+        If the first ``max_failures`` partitions all fail: the error is systematic.
+    """
+    window = _Window(client, tasks, job)
+    events: queue.SimpleQueue[int] = queue.SimpleQueue()
+    client.subscribe_topic(TOPIC, lambda event: events.put(event[1]["tokens"]))
+    try:
+        while window.fill():
+            done = window.next_done(_POLL_SECONDS)
+            while not events.empty():
+                on_tokens(events.get())
+                window.last_progress = time.monotonic()
+            if done is None:
+                window.check_stall()
+            elif isinstance(done, dict):
+                on_receipt(done)
+    finally:
+        window.cancel()
+        client.unsubscribe_topic(TOPIC)
+    return window.failed
+
+
+@dataclass
+class _Window:
+    client: Client
+    tasks: Iterator[PartitionTask]
+    job: JobConfig
+    failed: dict[int, str] = field(default_factory=dict)
+    last_progress: float = field(default_factory=time.monotonic)
+    _succeeded: bool = False
+    _running: dict[str, tuple[PartitionTask, Future]] = field(default_factory=dict)
+    _attempts: dict[int, int] = field(default_factory=dict)
+    _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
+    _done: queue.SimpleQueue[Future] = field(default_factory=queue.SimpleQueue)
+    _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    def fill(self) -> bool:
+        """Submit while there is room; return whether anything is left to wait for."""
+        now = time.monotonic()
+        while len(self._running) < self._room():
+            due = next((entry for entry in self._later if entry[0] <= now), None)
+            if due is not None:
+                self._later.remove(due)
+            task = due[1] if due is not None else next(self.tasks, None)
+            if task is None:
+                break
+            self._submit(task)
+        return bool(self._running or self._later)
+
+    def next_done(self, seconds: float) -> Json | bool | None:
+        """Wait for a completion: its receipt, False if it failed, None if none came in time."""
+        try:
+            future = self._done.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        self.last_progress = time.monotonic()
+        task, _ = self._running.pop(future.key)
+        try:
+            if future.status == "finished":
+                receipt: Json = future.result()
+                self._succeeded = True
+                return receipt
+            self._failed(task, _exception_of(future))
+        finally:
+            # At once: what nobody holds is not computed again when its worker dies.
+            future.release()
+        return False
+
+    def check_stall(self) -> None:
+        idle = time.monotonic() - self.last_progress
+        if self.client.status not in ("running", "connecting"):
+            raise ClusterError(
+                "distillation.cluster: expected a running scheduler, got none: its connection was lost; "
+                "everything committed is kept, run the same command again"
+            )
+        if idle > self.job.stall_seconds:
+            workers = self._workers()
+            where = ", ".join(sorted(task.partition.name for task, _ in self._running.values()))
+            raise ClusterError(
+                f"distillation.job.stall_seconds: expected progress within {self.job.stall_seconds:g} s, got none for "
+                f"{idle:.0f} s with {len(workers)} workers and partitions {where} in flight; look at the workers' logs, "
+                "then run the same command again"
+            )
+
+    def cancel(self) -> None:
+        """Take back what has not finished."""
+        self.client.cancel([future for _, future in self._running.values()])
+
+    def _submit(self, task: PartitionTask) -> None:
+        index = task.partition.index
+        self._attempts[index] = attempt = self._attempts.get(index, 0) + 1
+        name = f"score-partition-{task.partition.name}-{attempt}-{self._token}"
+        delayed = dask.delayed(run_on_worker, pure=False)(task, dask_key_name=name)
+        future = self.client.compute(delayed, optimize_graph=False)
+        self._running[future.key] = (task, future)
+        future.add_done_callback(self._done.put)
+
+    def _failed(self, task: PartitionTask, error: BaseException) -> None:
+        index = task.partition.index
+        kind = classify(error)
+        if kind == "transient" and self._attempts[index] <= self.job.retries:
+            wait = _FIRST_BACKOFF_SECONDS * 2 ** (self._attempts[index] - 1)
+            logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
+            self._later.append((time.monotonic() + wait, task))
+            return
+        reason = f"its worker died {error.allowed_failures + 1} times" if kind == "worker-death" else str(error)
+        logger.error("partition %s failed (%s): %s", task.partition.name, kind, reason)
+        self.failed[index] = reason
+        if not self._succeeded and len(self.failed) >= self.job.max_failures:
+            raise PartitionsFailedError(
+                f"the first {len(self.failed)} partitions all failed, so the job was stopped; the first because: "
+                f"{next(iter(self.failed.values()))}",
+                self.failed,
+            )
+
+    def _workers(self) -> dict[str, Any]:
+        # Without n_workers distributed lists five workers only.
+        workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        return workers
+
+    def _room(self) -> int:
+        return max(1, sum(worker["nthreads"] for worker in self._workers().values()))
+
+
+def _exception_of(future: Future) -> BaseException:
+    error = future.exception() if future.status == "error" else None
+    if error is None or isinstance(error, FutureCancelledError):
+        raise ClusterError(
+            "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection "
+            "was lost; everything committed is kept, run the same command again"
+        )
+    return error

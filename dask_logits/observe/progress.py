@@ -1,0 +1,113 @@
+"""Progress of a job on the terminal: a live line where there is one, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dask_logits.records import Statistics
+
+_PLAIN_SECONDS = 10.0
+
+
+class JobProgress:
+    """Shows partitions, documents, tokens, tokens/s, time left and kept mass.
+
+    Parameters
+    ----------
+    partitions
+        In the plan.
+    done
+        Sums over what was committed before.
+    committed
+        Partitions committed before.
+    expected_tokens
+        Estimate for the whole plan.
+    console
+        Where to; None: stderr.
+    """
+
+    def __init__(
+        self,
+        *,
+        partitions: int,
+        committed: int,
+        done: Statistics,
+        expected_tokens: int,
+        console: Console | None = None,
+    ) -> None:
+        self._partitions = partitions
+        self._committed = committed
+        self._sums = done
+        self._before = done.tokens
+        self._running = 0
+        self._expected = max(expected_tokens, done.tokens)
+        self._started = time.monotonic()
+        self._printed = self._started
+        self._console = console or Console(stderr=True)
+        self._live: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> JobProgress:
+        self._started = self._printed = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._live.add_task("scoring", total=self._expected, text="")
+            self._live.start()
+        self._show()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tokens(self, count: int) -> None:
+        """Note tokens scored in a partition that is still running."""
+        self._running += count
+        self._show()
+
+    def partition(self, statistics: Statistics) -> None:
+        """Note a committed partition."""
+        self._committed += 1
+        self._sums += statistics
+        self._running = max(0, self._running - statistics.tokens)
+        self._show(force=self._committed == self._partitions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens committed or scored since the start, by the clock."""
+        elapsed = time.monotonic() - self._started
+        return (self._sums.tokens - self._before + self._running) / elapsed if elapsed > 0 else 0.0
+
+    def line(self) -> str:
+        """Return the figures as one line."""
+        scored = self._sums.tokens + self._running
+        rate = self.tokens_per_second
+        left = "–" if rate == 0 else _duration(max(0, self._expected - scored) / rate)
+        mass = "–" if not self._sums.tokens else f"{self._sums.mean_kept_mass:.4f}"
+        return (
+            f"{self._committed}/{self._partitions} partitions · {self._sums.documents:,} documents · "
+            f"{scored:,} tokens · {rate:,.0f} tokens/s · {left} left · kept mass {mass}"
+        )
+
+    def _show(self, force: bool = False) -> None:
+        if self._live is not None:
+            self._live.update(self._task, completed=self._sums.tokens + self._running, text=self.line())
+        elif force or time.monotonic() - self._printed >= _PLAIN_SECONDS or self._printed == self._started:
+            self._printed = time.monotonic()
+            self._console.print(self.line(), highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -1,0 +1,225 @@
+"""The arrays of one partition: what every layer hands to the next, and the digest that says two are the same.
+
+Ragged: a flat token axis with one entry per real token, and a document axis that cuts it. Padding is never stored.
+Plain integers and numpy; no teacher, no file format.
+
+Dimension letters: N tokens, D documents, K kept entries per position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
+DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the dtype that stores a token id: uint16 where all ids fit, else uint32.
+
+    >>> id_dtype(65_536), id_dtype(65_537)
+    (dtype('uint16'), dtype('uint32'))
+    """
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Return name → (dtype, shape of one entry) of every logical array, in canonical order.
+
+    >>> schema(64, 50_257)["topk_ids"]
+    (dtype('uint16'), (64,))
+    """
+    ids = id_dtype(vocab_size)
+    f32 = np.dtype(np.float32)
+    return {
+        "input_ids": (ids, ()),
+        "topk_ids": (ids, (top_k,)),
+        "topk_logprobs": (np.dtype(np.float16), (top_k,)),
+        "logsumexp": (f32, ()),
+        "tail_logmass": (f32, ()),
+        "label_logprob": (f32, ()),
+        "document_row": (np.dtype(np.uint64), ()),
+        "document_offset": (np.dtype(np.uint32), ()),
+        "document_length": (np.dtype(np.uint32), ()),
+    }
+
+
+def bytes_per_token(top_k: int, vocab_size: int) -> int:
+    """Return the bytes the token arrays take per token; documents add 24 bytes each.
+
+    >>> bytes_per_token(64, 49_152)
+    270
+    """
+    entries = schema(top_k, vocab_size)
+    return sum(entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in TOKEN_ARRAYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Targets of a run of consecutive documents.
+
+    Parameters
+    ----------
+    input_ids
+        [N], the tokens.
+    topk_ids, topk_logprobs
+        [N, K], the K most probable next tokens, most probable first, ties by lower id; log-probs in nats at
+        temperature 1, normalised over the whole valid vocabulary.
+    logsumexp
+        [N] float32, of the raw logits: raw logit = log-prob + logsumexp.
+    tail_logmass
+        [N] float32, log of the probability outside the K entries; −inf where K is the whole vocabulary.
+    label_logprob
+        [N] float32, log-prob of the document's own next token; NaN where there is none.
+    document_row, document_offset, document_length
+        [D], dataset row, first token's place in it, tokens.
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree.
+    """
+
+    input_ids: Array
+    topk_ids: Array
+    topk_logprobs: Array
+    logsumexp: Array
+    tail_logmass: Array
+    label_logprob: Array
+    document_row: Array
+    document_offset: Array
+    document_length: Array
+
+    def __post_init__(self) -> None:
+        tokens, documents = len(self.input_ids), len(self.document_row)
+        for name in TOKEN_ARRAYS:
+            if len(getattr(self, name)) != tokens:
+                raise ValueError(f"{name}: expected {tokens} entries, got {len(getattr(self, name))}")
+        for name in DOCUMENT_ARRAYS:
+            if len(getattr(self, name)) != documents:
+                raise ValueError(f"{name}: expected {documents} entries, got {len(getattr(self, name))}")
+        if int(self.document_length.sum(dtype=np.uint64)) != tokens:
+            raise ValueError(f"document_length: expected a sum of {tokens}, got {self.document_length.sum()}")
+        if self.topk_ids.shape != self.topk_logprobs.shape:
+            raise ValueError(f"topk_logprobs: expected {self.topk_ids.shape}, got {self.topk_logprobs.shape}")
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, N."""
+        return len(self.input_ids)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents, D; empty ones count."""
+        return len(self.document_row)
+
+    @property
+    def top_k(self) -> int:
+        """Kept entries per position, K."""
+        return int(self.topk_ids.shape[1])
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """Yield every array under its logical name, in canonical order."""
+        for name in (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS):
+            yield name, getattr(self, name)
+
+
+class ContentDigest:
+    """SHA-256 over logical arrays in dataset order; equal digests mean the same targets for the same tokens.
+
+    Each array has its own hash, fed in pieces of any size, so the result depends neither on how documents were cut
+    into partitions nor on who computed them, when or where.
+
+    >>> a, b = ContentDigest(), ContentDigest()
+    >>> a.update("x", np.arange(4)); b.update("x", np.arange(2)); b.update("x", np.arange(2, 4))
+    >>> a.hexdigest() == b.hexdigest()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, Any] = {}
+
+    def update(self, name: str, array: Array) -> None:
+        """Feed the next entries of one array (hashed as little-endian bytes in C order)."""
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        key = f"{name} {little.dtype.str} {list(little.shape[1:])}"
+        self._hashes.setdefault(key, hashlib.sha256()).update(little.reshape(-1).view(np.uint8).data)
+
+    def update_records(self, records: Records) -> None:
+        """Feed all arrays of a partition."""
+        for name, array in records.arrays():
+            self.update(name, array)
+
+    def array_digests(self) -> dict[str, str]:
+        """Return array → hex SHA-256 of what it was fed so far."""
+        return {key.split(" ", 1)[0]: value.hexdigest() for key, value in self._hashes.items()}
+
+    def hexdigest(self) -> str:
+        """Return the digest over all arrays."""
+        lines = "".join(f"{key} {self._hashes[key].hexdigest()}\n" for key in sorted(self._hashes))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Sums that add up over partitions to the figures a user reads first.
+
+    Parameters
+    ----------
+    documents, tokens
+        Counts.
+    kept_mass
+        Sum over tokens of the probability inside the K entries.
+    label_logprob, labels
+        Sum of the log-probs of the true next tokens (nats), and their count.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    kept_mass: float = 0.0
+    label_logprob: float = 0.0
+    labels: int = 0
+
+    @classmethod
+    def of(cls, records: Records) -> Statistics:
+        """Sum up one partition in float64."""
+        labelled = records.label_logprob[~np.isnan(records.label_logprob)]
+        return cls(
+            documents=records.n_documents,
+            tokens=records.n_tokens,
+            kept_mass=float(-np.expm1(records.tail_logmass.astype(np.float64)).sum()),
+            label_logprob=float(labelled.astype(np.float64).sum()),
+            labels=len(labelled),
+        )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Statistics:
+        """Read back what ``dataclasses.asdict`` wrote."""
+        return cls(**values)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            kept_mass=self.kept_mass + other.kept_mass,
+            label_logprob=self.label_logprob + other.label_logprob,
+            labels=self.labels + other.labels,
+        )
+
+    @property
+    def mean_kept_mass(self) -> float:
+        """Mean probability inside the K entries; NaN without tokens."""
+        return self.kept_mass / self.tokens if self.tokens else float("nan")
+
+    @property
+    def perplexity(self) -> float:
+        """Teacher's perplexity on the true next tokens, exp(−mean log-prob); NaN without labels."""
+        return float(np.exp(-self.label_logprob / self.labels)) if self.labels else float("nan")

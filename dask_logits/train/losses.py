@@ -1,0 +1,173 @@
+"""Distillation losses on sparse targets.
+
+The teacher's distribution is its K kept entries plus one *ghost token* that carries the tail's mass; the student's is
+its probabilities of the same K tokens plus its own mass outside them. Their divergence is a proper one: it is never
+negative and zero only where the two agree (renormalising the K entries is neither, and biased: arXiv 2503.16870).
+
+The student's logits are read in row chunks, in the forward and again in the backward pass, so no float32 copy of
+[N, V] is ever held, only the logits and their gradient in the logits' own dtype.
+
+Dimension letters: N positions, R rows of a chunk, V vocabulary, K kept entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_ROWS = 512
+
+
+def sparse_forward_kl(
+    student_logits: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    tail_logmass: Tensor,
+    target_mask: Tensor | None = None,
+    *,
+    chunk_rows: int = _CHUNK_ROWS,
+) -> Tensor:
+    r"""Compute the forward KL divergence to the teacher, the tail being one ghost token.
+
+    .. math:: \sum_k p_k (\log p_k - \log q_k) + p_\text{tail} (\log p_\text{tail} - \log q_\text{tail})
+
+    Parameters
+    ----------
+    student_logits
+        [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
+        t, so nothing is shifted.
+    topk_ids, topk_logprobs
+        [..., K], the teacher's entries.
+    tail_logmass
+        [...], log of the teacher's mass outside them.
+    target_mask
+        [...] bool, the positions that count; None: all.
+    chunk_rows
+        Positions whose float32 logits exist at one time.
+
+    Returns
+    -------
+    Tensor
+        Scalar float32, nats per position, the mean over the positions that count; 0 if there are none.
+
+    Raises
+    ------
+    ValueError
+        If the shapes disagree, or an id lies beyond the student's logits.
+
+    Notes
+    -----
+    Stored log-probs are rounded to float16; the kept entries are scaled back to the mass that `tail_logmass` leaves,
+    so that the teacher's distribution sums to one.
+
+    Examples
+    --------
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1)
+    >>> tail = teacher[:, 2]
+    >>> loss = sparse_forward_kl(teacher, torch.tensor([[0, 1]]), teacher[:, :2], tail)
+    >>> round(abs(loss.item()), 6)
+    0.0
+    """
+    shape = student_logits.shape[:-1]
+    if topk_ids.shape[:-1] != shape or topk_logprobs.shape != topk_ids.shape or tail_logmass.shape != shape:
+        raise ValueError(
+            f"expected targets for logits of {tuple(student_logits.shape)}, got topk_ids {tuple(topk_ids.shape)}, "
+            f"topk_logprobs {tuple(topk_logprobs.shape)}, tail_logmass {tuple(tail_logmass.shape)}"
+        )
+    vocab_size = student_logits.shape[-1]
+    ids_NK = topk_ids.reshape(-1, topk_ids.shape[-1]).long()
+    if ids_NK.numel() and int(ids_NK.max()) >= vocab_size:
+        raise ValueError(f"topk_ids: expected ids below the student's {vocab_size} logits, got {int(ids_NK.max())}")
+    rows_N = torch.arange(len(ids_NK), device=ids_NK.device)
+    if target_mask is not None:
+        rows_N = rows_N[target_mask.reshape(-1)]
+    logp_NK, logtail_N = normalise_targets(
+        topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
+    )
+    loss: Tensor = _SparseForwardKL.apply(
+        student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows
+    )
+    return loss
+
+
+def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the kept entries so that they and the tail sum to one.
+
+    Parameters
+    ----------
+    logp_NK, logtail_N
+        Log-probs as stored (rounded), and the tail's log-mass.
+
+    Returns
+    -------
+    logp_NK, logtail_N
+    """
+    kept_N = torch.log(-torch.expm1(logtail_N.clamp(max=-1e-7)))
+    return logp_NK + (kept_N - logp_NK.logsumexp(-1))[:, None], logtail_N
+
+
+class _SparseForwardKL(torch.autograd.Function):
+    """Mean over rows; the gradient is in closed form.
+
+    With q the student's softmax and s its softmax outside the K ids, the derivative to logit j is q_j − p_j for a kept
+    j, and s_j (q_tail − p_tail) for the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        ids_NK: Tensor,
+        logp_NK: Tensor,
+        logtail_N: Tensor,
+        rows_N: Tensor,
+        chunk_rows: int,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
+        for rows_R in rows_N.split(chunk_rows):
+            ids_RK, logp_RK, logtail_R = ids_NK[rows_R], logp_NK[rows_R], logtail_N[rows_R]
+            logq_RK, logq_tail_R, _ = _student(logits_NV, rows_R, ids_RK)
+            loss_R = _cross(logp_RK, logq_RK).sum(-1) + _cross(logtail_R, logq_tail_R)
+            total += loss_R.sum(dtype=torch.float64)
+        ctx.save_for_backward(logits_NV, ids_NK, logp_NK, logtail_N, rows_N)
+        ctx.chunk_rows = chunk_rows
+        return (total / max(1, len(rows_N))).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, ids_NK, logp_NK, logtail_N, rows_N = ctx.saved_tensors
+        grad_NV = torch.zeros_like(logits_NV)
+        scale = grads[0].float() / max(1, len(rows_N))
+        for rows_R in rows_N.split(ctx.chunk_rows):
+            ids_RK = ids_NK[rows_R]
+            logq_RK, logq_tail_R, rest_RV = _student(logits_NV, rows_R, ids_RK)
+            share_R = logq_tail_R.exp() - logtail_N[rows_R].exp()
+            grad_RV = rest_RV.mul_((share_R * scale)[:, None])
+            grad_RV.scatter_(1, ids_RK, (logq_RK.exp() - logp_NK[rows_R].exp()) * scale)
+            grad_NV.index_copy_(0, rows_R, grad_RV.to(grad_NV.dtype))
+        return grad_NV, None, None, None, None, None
+
+
+def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's log-probs of the kept ids and of the tail, and the softmax outside the kept ids.
+
+    The tail is a sum over what is left, not 1 − Σq: that cancels, and its gradient with it, when q is sharp.
+    """
+    logits_RV = logits_NV.index_select(0, rows_R).float()
+    kept_RK = logits_RV.gather(1, ids_RK)
+    rest_RV = logits_RV.scatter_(1, ids_RK, -torch.inf)
+    maximum_R = rest_RV.amax(-1)
+    empty_R = maximum_R == -torch.inf
+    rest_RV.sub_(torch.where(empty_R, 0.0, maximum_R)[:, None]).exp_()
+    sum_R = rest_RV.sum(-1)
+    rest_R = sum_R.log() + maximum_R
+    total_R = torch.logaddexp(rest_R, kept_RK.logsumexp(-1))
+    rest_RV.div_(torch.where(empty_R, 1.0, sum_R)[:, None])
+    return kept_RK - total_R[:, None], rest_R - total_R, rest_RV
+
+
+def _cross(logp: Tensor, logq: Tensor) -> Tensor:
+    """Return p (log p − log q), 0 where p is 0."""
+    return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - logq))
