@@ -54,11 +54,6 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def generate_command(overrides: list[str]) -> None:
-    """Run ``generate`` with Hydra overrides and print the run's figures."""
-    _generate(overrides)
-
-
 def _generate(overrides: list[str]) -> None:
     from dask_logits.compose import load_config, run_hydra_app
     from dask_logits.config import Config

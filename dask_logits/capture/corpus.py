@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -227,7 +227,8 @@ def inspect_tokenizer(
     vocab_size = dataset.vocab_size or (tokenizer.vocab_size if tokenizer else head_width)
     if vocab_size > head_width:
         raise TeacherError(
-            f"distillation.dataset.vocab_size: expected at most the teacher's logit width {head_width}, got {vocab_size}"
+            f"distillation.dataset.vocab_size: expected at most the teacher's logit width {head_width}, "
+            f"got {vocab_size}"
         )
     return tokenizer, TokenizerSpec(
         path=path if corpus.is_text else None,

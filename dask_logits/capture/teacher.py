@@ -164,8 +164,8 @@ class Teacher:
         Valid vocabulary: the columns of the logits that are kept.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self.model = model
         self.vocab_size = vocab_size
         self.trunk: Any = self.model.base_model
         self.head: Any = self.model.get_output_embeddings()
@@ -195,13 +195,13 @@ class Teacher:
         """Write the logits of R positions into a buffer by the model's own code on the trunk's output."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        name = self.model.base_model_prefix
+        name: str = self.model.base_model_prefix
         tokens = torch.zeros(1, len(hidden_RD), dtype=torch.int64, device=self.device)
         output = BaseModelOutputWithPast(last_hidden_state=hidden_RD[None])
         # The attribute is swapped, not the module's forward, so that hooks on the trunk do not run again.
         setattr(self.model, name, _Stub(output))
         try:
-            logits_1RV = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+            logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
         finally:
             setattr(self.model, name, self.trunk)
         out_RV.copy_(logits_1RV[0, :, : self.vocab_size])
@@ -235,7 +235,9 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
         If the checkpoint cannot be loaded or there is no such device.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(spec.torch_threads)
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise TeacherError(
@@ -296,7 +298,8 @@ def choose_head(teacher: Teacher, candidates: tuple[Head, ...] = HEADS) -> tuple
     if not errors["padding"] <= tolerance:
         raise TeacherError(
             f"teacher: expected a causal model, which right padding cannot change, got an RMS difference of "
-            f"{errors['padding']:.2g} nats (tolerance {tolerance:.2g}); use a decoder-only teacher whose logits are finite"
+            f"{errors['padding']:.2g} nats (tolerance {tolerance:.2g}); use a decoder-only teacher "
+            "whose logits are finite"
         )
     for head in candidates:
         errors[head] = _head_error(teacher, head, tokens_BT, plain_BTV)

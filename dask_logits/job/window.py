@@ -165,8 +165,8 @@ class _Window:
             where = ", ".join(sorted(task.partition.name for task, _ in self._running.values()))
             raise ClusterError(
                 f"distillation.job.stall_seconds: expected progress within {self.job.stall_seconds:g} s, got none for "
-                f"{idle:.0f} s with {len(workers)} workers and partitions {where} in flight; look at the workers' logs, "
-                "then run the same command again"
+                f"{idle:.0f} s with {len(workers)} workers and partitions {where} in flight; look at the workers' "
+                "logs, then run the same command again"
             )
 
     def cancel(self) -> None:
@@ -190,7 +190,9 @@ class _Window:
             logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
             self._later.append((time.monotonic() + wait, task))
             return
-        reason = f"its worker died {error.allowed_failures + 1} times" if kind == "worker-death" else str(error)
+        reason = str(error)
+        if isinstance(error, KilledWorker):
+            reason = f"its worker died {error.allowed_failures + 1} times"
         logger.error("partition %s failed (%s): %s", task.partition.name, kind, reason)
         self.failed[index] = reason
         if not self._succeeded and len(self.failed) >= self.job.max_failures:
@@ -206,11 +208,12 @@ class _Window:
         return workers
 
     def _room(self) -> int:
-        return max(1, sum(worker["nthreads"] for worker in self._workers().values()))
+        threads: int = sum(worker["nthreads"] for worker in self._workers().values())
+        return max(1, threads)
 
 
 def _exception_of(future: Future) -> BaseException:
-    error = future.exception() if future.status == "error" else None
+    error: BaseException | None = future.exception() if future.status == "error" else None
     if error is None or isinstance(error, FutureCancelledError):
         raise ClusterError(
             "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection "

@@ -268,7 +268,7 @@ class _BlockCrc:
         self._room = CRC_BLOCK_BYTES
 
     def update(self, block: Array) -> None:
-        data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        data: memoryview = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         while len(data):
             piece = data[: self._room]
             self._crc = zlib.crc32(piece, self._crc)
@@ -289,7 +289,8 @@ def _open(path: Path) -> h5py.File:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
         raise CacheError(
-            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again or run the job again",
+            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again "
+            "or run the job again",
             str(path),
         ) from error
 

@@ -120,8 +120,8 @@ def collate(items: Sequence[dict[str, Tensor]], *, pad_id: int = 0) -> dict[str,
         ``input_ids``, ``attention_mask`` [B, T]; ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
         models want them (they shift inside); ``next_ids`` [B, T], the token after each position, −100 where there is
         none, for losses on logits that are not shifted; ``topk_ids`` [B, T, K] int64, ``topk_logprobs`` [B, T, K]
-        float32, ``logsumexp``, ``tail_logmass``, ``label_logprob`` [B, T]; ``target_mask`` [B, T] bool, True where there
-        are targets; ``row`` [B].
+        float32, ``logsumexp``, ``tail_logmass``, ``label_logprob`` [B, T]; ``target_mask`` [B, T] bool, True where
+        there are targets; ``row`` [B].
 
     Examples
     --------

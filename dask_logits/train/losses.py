@@ -86,7 +86,7 @@ def sparse_forward_kl(
     logp_NK, logtail_N = normalise_targets(
         topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
     )
-    loss: Tensor = _SparseForwardKL.apply(
+    loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
         student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows
     )
     return loss
@@ -126,7 +126,7 @@ class _SparseForwardKL(torch.autograd.Function):
         chunk_rows: int,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
-        for rows_R in rows_N.split(chunk_rows):
+        for rows_R in torch.split(rows_N, chunk_rows):
             ids_RK, logp_RK, logtail_R = ids_NK[rows_R], logp_NK[rows_R], logtail_N[rows_R]
             logq_RK, logq_tail_R, _ = _student(logits_NV, rows_R, ids_RK)
             loss_R = _cross(logp_RK, logq_RK).sum(-1) + _cross(logtail_R, logq_tail_R)
@@ -140,7 +140,7 @@ class _SparseForwardKL(torch.autograd.Function):
         logits_NV, ids_NK, logp_NK, logtail_N, rows_N = ctx.saved_tensors
         grad_NV = torch.zeros_like(logits_NV)
         scale = grads[0].float() / max(1, len(rows_N))
-        for rows_R in rows_N.split(ctx.chunk_rows):
+        for rows_R in torch.split(rows_N, ctx.chunk_rows):
             ids_RK = ids_NK[rows_R]
             logq_RK, logq_tail_R, rest_RV = _student(logits_NV, rows_R, ids_RK)
             share_R = logq_tail_R.exp() - logtail_N[rows_R].exp()

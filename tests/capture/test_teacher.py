@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, tiny_model
+
+from dask_logits.capture.teacher import Teacher, TeacherSpec, choose_head, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.config import TeacherConfig
+from dask_logits.errors import TeacherError
+
+
+def spec(path, **changes) -> TeacherSpec:
+    values = {
+        "path": str(path), "revision": None, "identity": "x", "dtype": "float32", "device": "cpu", "torch_threads": 1,
+        "trust_remote_code": False,
+    }  # fmt: skip
+    return TeacherSpec(**{**values, **changes})
+
+
+def test_inspection_counts_without_loading(llama) -> None:
+    facts = inspect_teacher(TeacherConfig(model_path=str(llama)))
+    model = tiny_model("llama")
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert (facts.hidden_width, facts.head_width, facts.layers) == (32, 112, 2)
+    assert (facts.max_positions, facts.checkpoint_dtype, facts.revision) == (256, "float32", None)
+
+
+def test_identity_is_the_content_of_the_files(llama, tmp_path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(llama, copy)
+    here, there = (inspect_teacher(TeacherConfig(model_path=str(path))).identity for path in (llama, copy))
+    assert here == there
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert inspect_teacher(TeacherConfig(model_path=str(copy))).identity != here
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", "no-such-model-anywhere"])
+def test_a_missing_model_is_refused(path: str) -> None:
+    with pytest.raises(TeacherError, match=r"distillation\.teacher\.model_path: expected a .*got '") as caught:
+        inspect_teacher(TeacherConfig(model_path=path))
+    assert path in str(caught.value)
+
+
+def test_a_worker_that_cannot_load_says_what_to_check(tmp_path) -> None:
+    with pytest.raises(TeacherError, match="check that this worker sees"):
+        load_teacher(spec(tmp_path / "gone"), VOCAB_SIZE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_device_names_the_setting(llama) -> None:
+    with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
+        load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+
+
+def test_a_process_loads_a_teacher_once(llama) -> None:
+    assert load_teacher(spec(llama), VOCAB_SIZE) is load_teacher(spec(llama), VOCAB_SIZE)
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(vocab_size=VOCAB_SIZE, is_decoder=False, **small)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0)
+    with pytest.raises(TeacherError, match="expected a causal model"):
+        choose_head(Teacher(model, VOCAB_SIZE))
+
+
+def test_a_teacher_of_nan_is_refused_at_once() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(TeacherError, match="whose logits are finite"):
+        choose_head(Teacher(model, VOCAB_SIZE))
+
+
+def test_a_frozen_path_that_no_longer_agrees_is_refused() -> None:
+    with pytest.raises(TeacherError, match="expected one of the head paths linear"):
+        choose_head(Teacher(tiny_model("gemma2"), VOCAB_SIZE), ("linear",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "checkpoint", "device", "expected"),
+    [
+        ("float32", "bfloat16", "cpu", "float32"),
+        ("bfloat16", "float32", "cpu", "bfloat16"),
+        ("auto", "float32", "cpu", "float32"),
+        ("auto", "bfloat16", "cuda", "bfloat16"),
+        ("auto", "float16", "cuda", "float16"),
+        ("auto", "float64", "cuda", "float32"),
+    ],
+)
+def test_dtype_resolution(setting: str, checkpoint: str, device: str, expected: str) -> None:
+    assert resolve_dtype(setting, checkpoint, device) == expected
+
+
+def test_half_precision_on_a_cpu_without_the_units_becomes_float32(monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.capture.teacher._cpu_has_bfloat16", lambda: False)
+    assert resolve_dtype("auto", "bfloat16", "cpu") == "float32"
+    monkeypatch.setattr("dask_logits.capture.teacher._cpu_has_bfloat16", lambda: True)
+    assert resolve_dtype("auto", "bfloat16", "cpu") == "bfloat16"

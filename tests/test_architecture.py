@@ -1,0 +1,147 @@
+"""Layers point down, heavy libraries have homes, and importing the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dask_logits"
+
+# A module may import only modules of a lower number.
+LAYERS = {
+    "errors": 0,
+    "config": 1,
+    "records": 1,
+    "store.durable": 2,
+    "compose": 2,
+    "job.plan": 2,
+    "capture.batching": 2,
+    "capture.topk": 2,
+    "store.partition": 3,
+    "store.cache": 3,
+    "job.manifest": 3,
+    "capture.teacher": 3,
+    "capture.corpus": 3,
+    "job.cluster": 3,
+    "capture.scoring": 4,
+    "store.consolidate": 4,
+    "train.dataset": 4,
+    "train.losses": 4,
+    "observe.status": 4,
+    "observe.progress": 4,
+    "capture.task": 5,
+    "capture.calibrate": 6,
+    "job.prepare": 7,
+    "job.window": 7,
+    "job.run": 8,
+    "api": 9,
+    "cli": 9,
+    "__main__": 10,
+}
+HOMES = {
+    "torch": {"capture.batching", "capture.topk", "capture.teacher", "capture.scoring", "capture.calibrate",
+              "job.cluster", "train.dataset", "train.losses"},
+    "transformers": {"capture.teacher", "capture.corpus"},
+    "datasets": {"capture.corpus", "job.prepare", "job.run", "api"},
+    "h5py": {"store.cache"},
+    "zarr": {"store.partition"},
+    "dask": {"job.cluster", "job.window", "job.run"},
+    "distributed": {"job.cluster", "job.window", "job.run"},
+    "dask_cuda": {"job.cluster"},
+    "pynvml": {"job.cluster"},
+    "hydra": {"compose"},
+    "omegaconf": {"compose"},
+}  # fmt: skip
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(module: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module == "dask_logits":
+                names |= {f"dask_logits.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(modules()) == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_point_down(name: str) -> None:
+    for imported in imports(modules()[name]):
+        target = imported.removeprefix("dask_logits.")
+        if imported.startswith("dask_logits.") and target in LAYERS:
+            assert LAYERS[target] < LAYERS[name], f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_heavy_libraries_stay_at_home(library: str) -> None:
+    users = {name for name, module in modules().items() if library in {i.split(".")[0] for i in imports(module)}}
+    assert users <= HOMES[library]
+
+
+def test_training_side_knows_no_job() -> None:
+    for name in ("train.dataset", "train.losses"):
+        ours = {i for i in imports(modules()[name]) if i.startswith("dask_logits.")}
+        assert all(i.split(".")[1] in ("store", "records", "errors") for i in ours)
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, dask_logits, dask_logits.cli; dask_logits.ConfigError; "
+        "print([m for m in ('torch', 'dask', 'distributed', 'transformers', 'h5py', 'zarr', 'hydra', 'numpy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_pinned_and_resolve() -> None:
+    import dask_logits
+
+    assert dask_logits.__all__ == sorted(dask_logits.__all__)
+    assert set(dask_logits.__all__) == set(dask_logits._HOMES)
+    for name in dask_logits.__all__:
+        assert getattr(dask_logits, name).__module__ == f"dask_logits.{dask_logits._HOMES[name]}"
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        _ = dask_logits.generat
+
+
+def test_readme_lists_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in LAYERS if name != "__main__" and f"{name.split('.')[-1]}.py" not in readme] == []
+
+
+def test_environment_names_what_pyproject_requires() -> None:
+    import tomllib
+
+    import yaml
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = [entry for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+             if isinstance(entry, str)]  # fmt: skip
+    wanted = project["dependencies"] + project["optional-dependencies"]["dashboard"] + ["dask-cuda>=26.4"]
+    renamed = {"torch": "pytorch-gpu"}
+    for requirement in wanted:
+        name, _, bound = requirement.partition(">=")
+        assert f"{renamed.get(name, name)}>={bound}" in conda
+    assert project["optional-dependencies"]["cuda12"] == ["dask-cuda[cu12]>=26.4"]
+    assert project["optional-dependencies"]["cuda13"] == ["dask-cuda[cu13]>=26.4"]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_logits.compose import check_overrides, config_dir, load_config
+from dask_logits.config import Config, settings
+from dask_logits.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
+PATHS = [
+    "teacher.model_path", "teacher.revision", "teacher.tokenizer_path", "teacher.dtype", "teacher.trust_remote_code",
+    "teacher.cache_dir", "teacher.generation.top_k", "teacher.generation.batch_size",
+    "teacher.generation.batch_tokens", "teacher.generation.head_rows", "teacher.generation.torch_threads",
+    "teacher.generation.device", "teacher.generation.force_regenerate", "teacher.generation.num_workers",
+    "teacher.generation.devices", "teacher.generation.worker_id", "teacher.generation.total_workers",
+    "dataset.name", "dataset.config_name", "dataset.split", "dataset.revision", "dataset.data_files",
+    "dataset.text_column", "dataset.add_special_tokens", "dataset.vocab_size", "dataset.max_length",
+    "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
+    "dataset.num_proc", "partition.rows", "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
+    "cluster.dashboard_address", "cluster.wait_seconds", "job.retries", "job.stall_seconds", "job.max_failures",
+    "job.keep_partitions", "job.log_level",
+]  # fmt: skip
+
+
+def problems_of(*overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError, match="in the configuration") as caught:
+        load_config([*NEEDED, *overrides])
+    return caught.value.problems
+
+
+def test_the_list_of_settings_is_pinned() -> None:
+    assert [setting.path for setting in settings()] == [f"distillation.{path}" for path in PATHS]
+
+
+def test_yaml_defaults_are_the_dataclasses_defaults() -> None:
+    tree = yaml.safe_load((config_dir() / "distillation" / "default.yaml").read_text())
+    for setting in settings():
+        value = tree
+        for part in setting.path.split(".")[1:]:
+            value = value[part]
+        assert value == setting.default, setting.path
+    assert load_config(NEEDED) == Config.from_mapping({"teacher": {"model_path": "teacher"}, "dataset": {"name": "data"}})
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "config" / "cluster").glob("*.yaml")))
+def test_every_cluster_preset_composes(preset: str) -> None:
+    extra = ["distillation.cluster.scheduler=tcp://127.0.0.1:8786"] if preset == "scheduler" else []
+    assert load_config([*NEEDED, f"cluster={preset}", *extra]).cluster.kind == preset
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["teacher.generation.top_k", "teacher.generation.batch_size", "teacher.generation.batch_tokens",
+     "teacher.generation.head_rows", "teacher.generation.torch_threads", "teacher.generation.num_workers",
+     "dataset.vocab_size", "dataset.max_length", "dataset.max_samples", "dataset.streaming_buffer_size",
+     "dataset.streaming_chunk_size", "dataset.num_proc", "partition.rows", "job.max_failures", "job.stall_seconds"],
+)  # fmt: skip
+def test_counts_below_one_are_refused(path: str) -> None:
+    (problem,) = problems_of(f"distillation.{path}=0")
+    assert problem.startswith(f"distillation.{path}: expected")
+    assert "at least 1" in problem
+    assert problem.endswith("got 0")
+
+
+@pytest.mark.parametrize("path", ["job.retries", "cluster.wait_seconds"])
+def test_negative_values_are_refused(path: str) -> None:
+    assert "at least 0" in problems_of(f"distillation.{path}=-1")[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distillation.teacher.generation.top_k=many", "expected int, got 'many'"),
+        ("distillation.teacher.generation.top_k=true", "expected int, got True"),
+        ("distillation.teacher.generation.batch_tokens=manual", "expected 'auto' or int, got 'manual'"),
+        ("distillation.teacher.generation.device=tpu", "'auto' or 'cpu' or 'cuda', got 'tpu'"),
+        ("distillation.teacher.dtype=int8", "got 'int8'"),
+        ("distillation.dataset.streaming=1", "expected bool, got 1"),
+        ("distillation.dataset.data_files=3", "expected list of str or null, got 3"),
+        ("distillation.dataset.max_samples=some", "expected int or 'all' or null, got 'some'"),
+        ("distillation.job.stall_seconds=soon", "expected float, got 'soon'"),
+        ("distillation.dataset=wikitext", "distillation"),
+    ],
+)
+def test_wrong_types_are_refused(override: str, expected: str) -> None:
+    assert expected in " ".join(problems_of(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distillation.dataset.streaming=true", "streams are not available yet"),
+        ("distillation.teacher.generation.worker_id=0", "static workers are not available yet"),
+        ("distillation.teacher.generation.total_workers=2", "static workers are not available yet"),
+        ("cluster=scheduler", "expected an address or a scheduler_file"),
+        ("distillation.dataset.name=json", "distillation.dataset.data_files: expected files"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(override: str, expected: str) -> None:
+    assert expected in " ".join(problems_of(override))
+
+
+def test_scheduler_and_scheduler_file_exclude_each_other() -> None:
+    both = ["distillation.cluster.scheduler=tcp://a:1", "distillation.cluster.scheduler_file=s.json"]
+    assert "got both" in problems_of(*both)[0]
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["distillation.teacher.generation.top_k=0", "distillation.dataset.max_length=x"])
+    paths = [problem.split(":")[0] for problem in caught.value.problems]
+    assert paths == [
+        "distillation.teacher.generation.top_k",
+        "distillation.dataset.max_length",
+        "distillation.teacher.model_path",
+        "distillation.dataset.name",
+    ]
+
+
+def test_unknown_settings_get_the_nearest_spelling() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(["distillation.dataset.nam=x", "distillation.teacher.generation.topk=3", "nonsense=1"])
+    assert [problem.partition("did you mean ")[2] for problem in caught.value.problems[:2]] == [
+        "'distillation.dataset.name'?",
+        "'distillation.teacher.generation.top_k'?",
+    ]
+    assert caught.value.problems[2] == "nonsense: unknown setting"
+
+
+def test_a_setting_added_with_plus_is_unknown_too() -> None:
+    with pytest.raises(ConfigError, match="unknown setting"):
+        load_config([*NEEDED, "+distillation.dataset.colour=red"])
+
+
+def test_the_old_tree_is_refused_with_the_new_name() -> None:
+    with pytest.raises(ConfigError, match=r"use distillation\.teacher\.generation\.top_k=32"):
+        load_config(["teacher_logits.top_k=32"])
+
+
+@pytest.mark.parametrize(("given", "expected"), [("[0,1]", "0,1"), ("'0,1'", "0,1"), ("2", "2")])
+def test_devices_may_be_a_list_or_a_string(given: str, expected: str) -> None:
+    assert load_config([*NEEDED, f"distillation.teacher.generation.devices={given}"]).teacher.generation.devices == expected
+
+
+@given(st.sampled_from([s for s in settings() if s.type == "int"]), st.integers(1, 10**9))
+def test_any_positive_count_is_taken(setting, value: int) -> None:
+    tree: dict = {"teacher": {"model_path": "t"}, "dataset": {"name": "d"}}
+    node = tree
+    *groups, leaf = setting.path.split(".")[1:]
+    for group in groups:
+        node = node.setdefault(group, {})
+    node[leaf] = value
+    found = Config.from_mapping(tree)
+    for part in [*groups, leaf]:
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_the_documented_settings_are_the_settings() -> None:
+    documented = (ROOT / "docs" / "SETTINGS.md").read_text()
+    rows = [
+        f"| `{s.path.removeprefix('distillation.')}` | {s.type} | `{'null' if s.default is None else str(s.default).lower() if isinstance(s.default, bool) else s.default}` | {s.kind} | {s.doc} |"  # noqa: E501
+        for s in settings()
+    ]
+    assert [line for line in documented.splitlines() if line.startswith("| `")] == rows
