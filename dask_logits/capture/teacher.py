@@ -281,7 +281,8 @@ def choose_head(teacher: Teacher, candidates: tuple[Head, ...] = HEADS) -> tuple
     Raises
     ------
     TeacherError
-        If right padding changes the teacher's output (it is not causal), or no candidate agrees.
+        If right padding changes the teacher's output (it is not causal), its logits are not finite, or no candidate
+        agrees.
     """
     tolerance = TOLERANCE[str(teacher.dtype).removeprefix("torch.")]
     generator = torch.Generator().manual_seed(20_260_101)
@@ -294,15 +295,22 @@ def choose_head(teacher: Teacher, candidates: tuple[Head, ...] = HEADS) -> tuple
     other_BT = torch.randint(teacher.vocab_size, tokens_BT.shape, generator=generator)
     repadded_BT = torch.where(padding_BT, other_BT, tokens_BT.cpu()).to(teacher.device)
     repadded_BTV = teacher.logits_forward(repadded_BT).float().log_softmax(-1)
-    errors = {"padding": _rms((repadded_BTV - plain_BTV)[~padding_BT.to(teacher.device)])}
+    # Some checkpoints hold NaN for ids that never occur; a document that has one is refused when it is scored.
+    usable_BT = plain_BTV.isfinite().all(-1)
+    if not usable_BT.any():
+        raise TeacherError(
+            "teacher: expected finite logits on random tokens, got NaN or infinity everywhere; "
+            "set distillation.teacher.dtype=float32, or use another checkpoint"
+        )
+    compared_BT = usable_BT & ~padding_BT.to(teacher.device)
+    errors = {"padding": _rms(repadded_BTV[compared_BT] - plain_BTV[compared_BT])}
     if not errors["padding"] <= tolerance:
         raise TeacherError(
             f"teacher: expected a causal model, which right padding cannot change, got an RMS difference of "
-            f"{errors['padding']:.2g} nats (tolerance {tolerance:.2g}); use a decoder-only teacher "
-            "whose logits are finite"
+            f"{errors['padding']:.2g} nats (tolerance {tolerance:.2g}); use a decoder-only teacher"
         )
     for head in candidates:
-        errors[head] = _head_error(teacher, head, tokens_BT, plain_BTV)
+        errors[head] = _head_error(teacher, head, tokens_BT, plain_BTV, usable_BT)
         if errors[head] <= tolerance / 10:
             logger.info("head path %s: RMS difference %.2g nats from the plain forward", head, errors[head])
             return head, errors
@@ -312,7 +320,7 @@ def choose_head(teacher: Teacher, candidates: tuple[Head, ...] = HEADS) -> tuple
     )
 
 
-def _head_error(teacher: Teacher, head: Head, tokens_BT: Tensor, plain_BTV: Tensor) -> float:
+def _head_error(teacher: Teacher, head: Head, tokens_BT: Tensor, plain_BTV: Tensor, usable_BT: Tensor) -> float:
     if head == "forward":
         return 0.0
     try:
@@ -322,7 +330,7 @@ def _head_error(teacher: Teacher, head: Head, tokens_BT: Tensor, plain_BTV: Tens
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.info("head path %s does not apply: %s", head, _first_line(error))
         return float("inf")
-    return _rms(logits_RV.float().log_softmax(-1) - plain_BTV.flatten(0, 1))
+    return _rms(logits_RV.float().log_softmax(-1)[usable_BT.flatten()] - plain_BTV[usable_BT])
 
 
 def _rms(difference: Tensor) -> float:

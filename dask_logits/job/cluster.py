@@ -129,13 +129,15 @@ def _local(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clus
         "distributed.scheduler.allowed-failures": 2,
         "distributed.scheduler.worker-ttl": "30 minutes",
         "distributed.scheduler.no-workers-timeout": "10 minutes",
-        # Dask sets these to 1 in workers; torch would then score on one core.
-        "distributed.nanny.pre-spawn-environ": dict.fromkeys(_THREAD_VARIABLES, str(threads)),
     }
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     with dask.config.set(settings):
         try:
             made = _start(generation, config, device, workers)
+        except ClusterError:
+            raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise ClusterError(f"distillation.cluster: expected a local cluster, got {error!r}") from error
         finally:
@@ -154,13 +156,16 @@ def _local(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clus
 
 
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
-    common = {
+    common: dict[str, Any] = {
         "n_workers": workers,
         "threads_per_worker": 1,
         "memory_limit": None,
         "dashboard_address": config.dashboard_address,
         "host": "127.0.0.1",
     }
+    if config.dashboard_address is None:
+        # distributed 2026.7.1 serves its health page on port 8787 even so; any free port will do.
+        common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
     if config.kind != "local_cuda" and device == "cpu":
         return LocalCluster(processes=True, **common)
     try:

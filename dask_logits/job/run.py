@@ -150,7 +150,7 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
             device=cluster.device,
             torch_threads=cluster.torch_threads,
         ),
-        documents=first_documents(documents),
+        documents=first_documents(documents, CALIBRATION_TOKENS),
         top_k=generation.top_k,
         vocab_size=job.tokenizer_spec.vocab_size,
         batch_size=generation.batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD_WIDTH, VOCAB_SIZE, tiny_model
+from builders import HEAD_WIDTH, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dask_logits.capture.scoring import ScoringSettings, score_documents

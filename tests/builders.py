@@ -1,0 +1,137 @@
+"""Small real things that tests are made of: models, tokenizers, texts, records, caches."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from dask_logits.records import Records, schema
+from dask_logits.store.cache import CacheWriter
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "tree",
+    "sea",
+    "hill",
+    "runs",
+    "sings",
+    "sleeps",
+    "a",
+    "the",
+]
+HEAD_WIDTH = 112
+VOCAB_SIZE = 104
+
+
+def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Save a tokenizer of words with `vocab_size` ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = WORDS + [f"w{i}" for i in range(vocab_size - len(WORDS) - 1)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(folder)
+
+
+def tiny_model(family: str, **overrides):
+    """Build a random causal model with a head wider than the tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {
+        "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
+        "gemma2": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "final_logit_softcapping": 5.0,
+        },
+        "granite": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "logits_scaling": 3.0,
+        },
+        "phi": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    }[family]
+    positions = {} if family == "gpt2" else {"max_position_embeddings": 256}
+    config = AutoConfig.for_model(family, vocab_size=HEAD_WIDTH, **{**positions, **small, **overrides})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # The default spread leaves random logits nearly flat; a sharp head makes mistakes visible.
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+    return model
+
+
+def sentences(count: int, seed: int = 1, longest: int = 30) -> list[str]:
+    """Return documents of very uneven length."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.choice([1, 2, 5, 9, longest]))) for _ in range(count)]
+
+
+def write_json_lines(path: Path, rows: list) -> Path:
+    """Write rows as JSON lines; plain strings become a ``text`` column."""
+    rows = [{"text": row} if isinstance(row, str) or row is None else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, first_row: int = 0) -> Records:
+    """Return random but well-formed records."""
+    draw = np.random.default_rng(seed)
+    n = int(sum(lengths))
+    logits = draw.normal(size=(n, vocab_size)).astype(np.float64) * 2
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    lse = np.log(np.exp(logits).sum(1))
+    logp = np.take_along_axis(logits, order, 1) - lse[:, None]
+    labels = draw.integers(vocab_size, size=n)
+    label_logprob = (logits[np.arange(n), labels] - lse).astype(np.float32)
+    ends = np.cumsum(lengths)
+    label_logprob[[end - 1 for end, length in zip(ends, lengths, strict=True) if length]] = np.nan
+    types = schema(k, vocab_size)
+    return Records(
+        input_ids=draw.integers(vocab_size, size=n).astype(types["input_ids"][0]),
+        topk_ids=order.astype(types["topk_ids"][0]),
+        topk_logprobs=logp.astype(np.float16),
+        logsumexp=lse.astype(np.float32),
+        tail_logmass=np.log1p(-np.exp(logp).sum(1)).astype(np.float32),
+        label_logprob=label_logprob,
+        document_row=np.arange(first_row, first_row + len(lengths), dtype=np.uint64),
+        document_offset=np.zeros(len(lengths), np.uint32),
+        document_length=np.array(lengths, np.uint32),
+    )
+
+
+def write_cache(path, made: Records, vocab_size: int = 50, **attributes) -> str:
+    with CacheWriter(
+        path, n_tokens=made.n_tokens, n_documents=made.n_documents, top_k=made.top_k, vocab_size=vocab_size
+    ) as writer:
+        for name, array in made.arrays():
+            writer.append(name, array)
+        lengths = made.document_length.astype(np.uint64)
+        writer.append("document_start", np.cumsum(lengths) - lengths)
+        return writer.finish(attributes)

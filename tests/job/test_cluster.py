@@ -1,0 +1,173 @@
+"""Jobs on clusters of their own: local workers, killed workers, pretended GPUs, joined schedulers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from builders import sentences, write_json_lines
+
+from dask_logits import ClusterError, generate, load_config, read_status
+from dask_logits.job.cluster import local_workers, open_cluster, visible_gpus
+from dask_logits.store.cache import CacheReader
+
+COMMAND = [sys.executable, "-m", "dask_logits", "generate"]
+
+
+def digest(cache: Path) -> str:
+    return CacheReader(cache).attributes["content_digest"]
+
+
+def test_one_and_two_workers_give_the_same_cache(overrides, joined, tmp_path) -> None:
+    two = generate(
+        load_config(
+            [*overrides, "cluster=local_cpu", "distillation.teacher.generation.num_workers=2",
+             f"distillation.teacher.cache_dir={tmp_path / 'two'}"]
+        )
+    )  # fmt: skip
+    workers = {json.loads(path.read_text())["process"] for path in (tmp_path / "two" / "receipts").rglob("*.json")}
+    assert len(workers) == 2
+    assert digest(two) == digest(generate(load_config(joined)))
+
+
+def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overrides, joined, tmp_path) -> None:
+    data = write_json_lines(tmp_path / "many.jsonl", sentences(240, seed=5))
+    many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]
+    whole = digest(generate(load_config([*joined, *many])))
+
+    run_folder = tmp_path / "killed"
+    mine = [*overrides, *many, f"distillation.teacher.cache_dir={run_folder}", "cluster=local_cpu"]
+    receipts = run_folder / "receipts"
+    driver = subprocess.Popen([*COMMAND, *mine], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    first = wait_for(lambda: sorted(receipts.rglob("*.json")), driver)
+    os.kill(json.loads(first[0].read_text())["process"], signal.SIGKILL)
+    before = len(first)
+    # The nanny starts another worker, and the job goes on.
+    wait_for(lambda: len(list(receipts.rglob("*.json"))) > before + 20, driver)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    assert read_status(run_folder).state == "unfinished"
+    untouched = {path: path.read_text() for path in receipts.rglob("*.json")}
+
+    subprocess.run([*COMMAND, *mine], check=True, capture_output=True, text=True)
+    assert digest(run_folder / "teacher_logits.h5") == whole
+    assert {path: path.read_text() for path in untouched} == untouched
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the job ended early with {process.returncode}: {process.communicate()[1]}")
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, monkeypatch) -> None:
+    # A test hook of dask-cuda, not an API; each worker logs that it found no CUDA context.
+    monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    config = load_config(
+        [*overrides, "cluster=local_cuda", "distillation.teacher.generation.device=cpu",
+         "distillation.teacher.generation.num_workers=2"]
+    )  # fmt: skip
+    with open_cluster(config.teacher.generation, config.cluster) as cluster:
+        assert type(cluster.client.cluster).__name__ == "LocalCUDACluster"
+        cluster.client.wait_for_workers(2)
+        seen = cluster.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+    cuda = digest(generate(config))
+    elsewhere = f"distillation.teacher.cache_dir={Path(config.teacher.cache_dir).with_name('cpu')}"
+    assert cuda == digest(generate(load_config([*joined, elsewhere])))
+
+
+def test_a_scheduler_file_and_the_command_line_tools(overrides, joined, tmp_path) -> None:
+    file = tmp_path / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = subprocess.Popen(
+        [*dask, "scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--no-dashboard"],
+        **quiet,
+    )
+    worker = subprocess.Popen(
+        [*dask, "worker", "--scheduler-file", str(file), "--nthreads", "1", "--memory-limit", "0", "--host",
+         "127.0.0.1", "--no-dashboard", "--local-directory", str(tmp_path)],
+        **quiet,
+    )  # fmt: skip
+    try:
+        wait_for(file.exists, scheduler)
+        one = generate(load_config([*overrides, f"distillation.cluster.scheduler_file={file}"]))
+    finally:
+        for process in (worker, scheduler):
+            process.terminate()
+            process.wait(20)
+    elsewhere = f"distillation.teacher.cache_dir={tmp_path / 'other'}"
+    assert digest(one) == digest(generate(load_config([*joined, elsewhere])))
+
+
+def test_a_scheduler_without_workers_is_refused_in_time(overrides, tmp_path) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, dashboard_address=":0", host="127.0.0.1") as empty:
+        config = load_config(
+            [*overrides, f"distillation.cluster.scheduler={empty.scheduler_address}",
+             "distillation.cluster.wait_seconds=1"]
+        )  # fmt: skip
+        with pytest.raises(ClusterError, match="expected a worker within 1 s, got none"):
+            generate(config)
+    assert not Path(config.teacher.cache_dir).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distillation.teacher.generation.device=cuda", r"device: expected a visible GPU .* set .*device=cpu"),
+        ("cluster=local_cuda", r"kind: expected an NVIDIA driver for local_cuda"),
+    ],
+)
+def test_a_gpu_that_is_not_there_names_the_cure(overrides, override, message) -> None:
+    config = load_config([*overrides, override])
+    with pytest.raises(ClusterError, match=message):
+        generate(config)
+    assert not Path(config.teacher.cache_dir).exists()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_not_counted(monkeypatch, hidden: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert visible_gpus() == 0
+
+
+def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides) -> None:
+    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    config = load_config([*overrides, "cluster=local_cpu", "distillation.teacher.generation.torch_threads=auto"])
+    with open_cluster(config.teacher.generation, config.cluster) as cluster:
+        cores = len(os.sched_getaffinity(0))
+        assert cluster.torch_threads == max(1, cores // local_workers(config.teacher.generation, "cpu"))
+        assert list(cluster.client.run(lambda: os.environ["OMP_NUM_THREADS"]).values()) == [str(cluster.torch_threads)]
+    assert {name: os.environ.get(name) for name in before} == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_whole_job_on_a_gpu_equals_the_cpu_within_tolerance(overrides, joined, tmp_path) -> None:
+    import numpy as np
+
+    exact = ["distillation.teacher.dtype=float32"]
+    gpu = generate(load_config([*overrides, *exact, f"distillation.teacher.cache_dir={tmp_path / 'gpu'}"]))
+    cpu = generate(load_config([*joined, *exact, "distillation.teacher.generation.device=cpu"]))
+    one, two = CacheReader(gpu), CacheReader(cpu)
+    np.testing.assert_allclose(one.arrays["logsumexp"], two.arrays["logsumexp"], atol=1e-3)
+    np.testing.assert_allclose(one.arrays["tail_logmass"], two.arrays["tail_logmass"], atol=1e-3)

@@ -1,0 +1,318 @@
+"""The whole job on a real worker process: what it writes, what it refuses, how it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import VOCAB_SIZE, save_tokenizer, tiny_model, tree, write_json_lines
+from datasets import Dataset, load_dataset
+from test_scoring import assert_targets_match, plain_targets
+
+import dask_logits
+from dask_logits import CachedLogitsDataset, generate, load_config, read_status
+from dask_logits.job.manifest import RunFolder
+from dask_logits.store.cache import CacheReader, documents
+
+
+def run(overrides: list[str], *more: str, dataset=None) -> Path:
+    return generate(load_config([*overrides, *more], dataset_given=dataset is not None), dataset)
+
+
+def digest(cache: Path) -> str:
+    return CacheReader(cache).attributes["content_digest"]
+
+
+def folder(overrides: list[str]) -> Path:
+    return Path(next(o for o in overrides if "cache_dir" in o).partition("=")[2])
+
+
+@pytest.fixture
+def cache(joined) -> Path:
+    return run(joined)
+
+
+def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(joined, cache, corpus, llama) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    found = list(documents(CacheReader(cache)))
+    assert [int(d["row"]) for d in found] == list(range(40))
+    for document, text in zip(found, texts, strict=True):
+        ids = tokenizer(text, truncation=True, max_length=16)["input_ids"] if text else []
+        assert document["input_ids"].tolist() == ids
+        if ids:
+            assert_targets_match(document, plain_targets(model, np.array(ids), VOCAB_SIZE, 8))
+    assert len(found[7]["input_ids"]) == 0
+
+
+def test_what_lands_on_disk(joined, cache) -> None:
+    run_folder = folder(joined)
+    names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
+    assert names == {
+        "run.json", "calibration.json", "status.json", ".driver.lock", "teacher_logits.h5",
+        *(f"receipts/000/00000{i}.json" for i in range(4)),
+    }  # fmt: skip
+    assert all(path.stat().st_size < 3_000 for path in (run_folder / "receipts" / "000").iterdir())
+    manifest = json.loads((run_folder / "run.json").read_text())
+    assert manifest["what"]["dataset.rows"] == 40
+    calibration = json.loads((run_folder / "calibration.json").read_text())
+    assert calibration["numerics"]["head"] == "linear"
+    mass = list(calibration["kept_mass_by_k"].values())
+    assert mass == sorted(mass)
+    assert list(calibration["kept_mass_by_k"]) == ["1", "2", "4", "8"]
+    assert CacheReader(cache).attributes["fingerprint"] == manifest["fingerprint"]
+    assert len(CachedLogitsDataset(run_folder)) == 40
+
+
+def test_a_finished_run_is_a_no_op(joined, cache) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder(joined).rglob("*")}
+    assert run(joined) == cache
+    assert {path: path.stat().st_mtime_ns for path in folder(joined).rglob("*")} == before
+
+
+def test_status_reads_files_only(joined, cache) -> None:
+    status = read_status(folder(joined))
+    reader = CacheReader(cache)
+    assert (status.state, status.partitions, status.committed, status.rows) == ("complete", 4, 4, 40)
+    assert status.statistics.tokens == reader.n_tokens
+    assert status.statistics.mean_kept_mass == pytest.approx(
+        1 - np.exp(reader.arrays["tail_logmass"].astype(float)).mean(), abs=1e-6
+    )
+    assert status.content_digest == digest(cache)
+    assert json.loads(status.to_json())["cache"] == str(cache)
+    assert f"cache         {cache}" in status.lines()
+    with pytest.raises(dask_logits.RunConflictError, match=r"expected a run folder with run\.json, got none"):
+        read_status(folder(joined).parent)
+
+
+def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
+    keep = "distillation.job.keep_partitions=true"
+    first = run(joined, keep)
+    whole, receipts = digest(first), folder(joined) / "receipts" / "000"
+    kept = {path.name: path.read_text() for path in receipts.iterdir()}
+    first.unlink()
+    (receipts / "000001.json").unlink()
+    (receipts / "000003.json").unlink()
+    assert read_status(folder(joined)).state == "unfinished"
+    assert digest(run(joined, keep)) == whole
+    after = {path.name: path.read_text() for path in receipts.iterdir()}
+    assert {name for name in kept if kept[name] != after[name]} == {"000001.json", "000003.json"}
+    attempts = {path.name for path in (folder(joined) / "partitions").iterdir()}
+    assert attempts == {json.loads(text)["attempt"] for text in after.values()}
+    run(joined)
+    assert not (folder(joined) / "partitions").exists()
+
+
+def test_a_lost_cache_and_lost_partitions_are_made_again(joined, cache) -> None:
+    whole = digest(cache)
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert read_status(folder(joined)).state == "scored"
+    assert digest(run(joined)) == whole
+
+
+def test_another_partition_size_or_place_gives_the_same_documents(joined, cache, tmp_path) -> None:
+    other = run(joined, f"distillation.teacher.cache_dir={tmp_path / 'other'}", "distillation.partition.rows=5")
+    for one, two in zip(documents(CacheReader(cache)), documents(CacheReader(other)), strict=True):
+        np.testing.assert_array_equal(one["input_ids"], two["input_ids"])
+        np.testing.assert_allclose(one["logsumexp"], two["logsumexp"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("distillation.teacher.generation.top_k=4", "teacher.generation.top_k"),
+        ("distillation.dataset.max_length=15", "dataset.max_length"),
+        ("distillation.dataset.max_samples=39", "dataset.rows"),
+        ("distillation.partition.rows=13", "partition.rows"),
+        ("distillation.teacher.dtype=bfloat16", "teacher.dtype"),
+        ("distillation.teacher.generation.batch_tokens=100", "teacher.generation.batch_tokens"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(joined, cache, override, name) -> None:
+    before = tree(folder(joined))
+    with pytest.raises(dask_logits.RunConflictError, match="made with other settings") as caught:
+        run(joined, override)
+    assert name in caught.value.differences
+    assert tree(folder(joined)) == before
+
+
+def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    mine = [*joined, f"distillation.teacher.model_path={model}"]
+    run(mine)
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0, 0] += 1
+    other.save_pretrained(model)
+    with pytest.raises(dask_logits.RunConflictError) as caught:
+        run(mine)
+    assert list(caught.value.differences) == ["teacher.content"]
+
+
+def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, monkeypatch) -> None:
+    old, run_folder = digest(cache), folder(joined)
+    force = ["distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.consolidate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(joined, *force)
+    assert digest(run_folder / "previous" / "teacher_logits.h5") == old
+    assert read_status(run_folder).state == "scored"
+    receipts = tree(run_folder / "receipts")
+    new = run(joined, *force)
+    assert tree(run_folder / "receipts") == receipts, "an interrupted replacement is resumed, not begun again"
+    assert CacheReader(new).top_k == 4
+    assert not (run_folder / "previous").exists()
+
+
+def test_force_refused_by_the_teacher_leaves_the_old_run(joined, cache, tmp_path) -> None:
+    before = tree(folder(joined))
+    bad = nan_teacher(tmp_path / "bad", "red")
+    with pytest.raises(dask_logits.TeacherError, match="expected finite logits"):
+        run(joined, "distillation.teacher.generation.force_regenerate=true", f"distillation.teacher.model_path={bad}")
+    assert tree(folder(joined)) == before
+
+
+def nan_teacher(path: Path, word: str) -> Path:
+    """A teacher whose logits are NaN from a certain word on."""
+    save_tokenizer(path)
+    from transformers import AutoTokenizer
+
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(path).get_vocab()[word]] = torch.nan
+    model.save_pretrained(path)
+    return path
+
+
+def test_a_bad_row_fails_its_partition_and_no_other(joined, corpus, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.run.CALIBRATION_TOKENS", 20)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    texts[30] = "red w50"
+    data = write_json_lines(tmp_path / "bad.jsonl", texts)
+    bad = nan_teacher(tmp_path / "bad-teacher", "w50")
+    mine = [*joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
+    for _ in range(2):
+        with pytest.raises(dask_logits.PartitionsFailedError, match="dataset row 30: expected finite logits") as caught:
+            run(mine)
+        assert list(caught.value.reasons) == [2]
+        assert read_status(folder(joined)).committed == 3
+    assert not (folder(joined) / "teacher_logits.h5").exists()
+
+
+def test_a_systematic_error_stops_the_job_at_once(joined, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.run.CALIBRATION_TOKENS", 1)
+    data = write_json_lines(tmp_path / "d.jsonl", ["green"] + ["red w50"] * 39)
+    bad = nan_teacher(tmp_path / "bad-teacher", "w50")
+    mine = [*joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
+    with pytest.raises(dask_logits.PartitionsFailedError, match="the first 2 partitions all failed"):
+        run(mine, "distillation.job.max_failures=2", "distillation.partition.rows=4")
+
+
+def test_an_io_error_is_tried_again(joined) -> None:
+    blocker = folder(joined) / "partitions"
+    blocker.parent.mkdir()
+    blocker.write_text("a file where the folder should be")
+
+    def unblock() -> None:
+        while not (folder(joined) / "run.json").exists():
+            time.sleep(0.05)
+        time.sleep(1.0)
+        blocker.unlink()
+
+    thread = threading.Thread(target=unblock)
+    thread.start()
+    cache = run(joined, "distillation.job.retries=3")
+    thread.join()
+    assert CacheReader(cache).n_documents == 40
+
+
+def test_dataset_objects_of_any_kind(joined, cache, corpus, tmp_path) -> None:
+    base = [o for o in joined if "dataset.name" not in o and "data_files" not in o]
+    plain = load_dataset("json", data_files=str(corpus), split="train")
+    for name, dataset in {
+        "file": plain,
+        "memory": Dataset.from_dict({"text": plain["text"][:]}),
+        "shuffled-back": plain.select(range(39, -1, -1)).select(range(39, -1, -1)),
+    }.items():
+        mine = [*base, f"distillation.teacher.cache_dir={tmp_path / name}"]
+        assert digest(run(mine, dataset=dataset)) == digest(cache), name
+        assert not (tmp_path / name / "dataset").exists()
+
+
+def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
+    reader = CacheReader(cache)
+    rows = [{"input_ids": document["input_ids"].tolist()} for document in documents(reader)]
+    data = write_json_lines(tmp_path / "ids.jsonl", rows)
+    other = run(joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.cache_dir={tmp_path / 'ids'}")
+    assert digest(other) == digest(cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (["distillation.teacher.generation.top_k=105"], "ConfigError", "expected at most the valid vocabulary 104"),
+        (["distillation.dataset.max_length=257"], "ConfigError", "max_length: expected at most the teacher's 256"),
+        (["distillation.teacher.model_path=/no/such/model"], "TeacherError", "expected a folder with a model"),
+        (["distillation.teacher.tokenizer_path=/no/such/tokenizer"], "TeacherError", "expected a tokenizer"),
+        (["distillation.dataset.name=no-such-dataset"], "DatasetError", "expected a dataset"),
+        (["distillation.dataset.text_column=body"], "DatasetError", "expected one of the columns"),
+        (["distillation.teacher.cache_dir={file}/run"], "ConfigError", "expected a folder that can be written"),
+        (["distillation.teacher.model_path={nan}"], "TeacherError", "dataset row .*expected finite logits"),
+        (["distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1"],
+         "ClusterError", "expected a scheduler at 'tcp://127.0.0.1:1'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_and_nothing_changes_on_disk(joined, tmp_path, changes, error, message) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    nan = nan_teacher(tmp_path / "nan", "red")
+    before = tree(tmp_path)
+    with pytest.raises(getattr(dask_logits, error), match=message):
+        run(joined, *(o.format(file=tmp_path / "file", nan=nan) for o in changes))
+    assert tree(tmp_path) == before
+    assert not folder(joined).exists()
+
+
+def test_a_folder_with_another_purpose_is_refused(joined) -> None:
+    (folder(joined) / "receipts").mkdir(parents=True)
+    with pytest.raises(dask_logits.RunConflictError, match=r"expected run\.json beside"):
+        run(joined)
+
+
+def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.prepare.free_disk_bytes", lambda path: 1000)
+    with pytest.raises(dask_logits.CapacityError, match=r"free for .* tokens") as caught:
+        run(joined)
+    assert caught.value.needed_bytes > caught.value.free_bytes == 1000
+    monkeypatch.undo()
+    monkeypatch.setattr("dask_logits.job.prepare.free_memory_bytes", lambda: 1 << 20)
+    with pytest.raises(dask_logits.CapacityError, match="use fewer workers"):
+        run(overrides)
+    assert not folder(joined).exists()
+
+
+def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
+    import pickle
+
+    from dask_logits.job.prepare import prepare
+    from dask_logits.job.run import _tasks
+
+    job = prepare(load_config(joined))
+    calibration = RunFolder(folder(joined)).calibration()
+    sizes = [len(pickle.dumps(task)) for task in _tasks(job, calibration, set())]
+    assert len(sizes) == 4
+    assert max(sizes) < 2_000

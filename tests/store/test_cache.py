@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from builders import records, write_cache
+
+from dask_logits.errors import CacheError
+from dask_logits.records import ContentDigest
+from dask_logits.store.cache import CacheReader, CacheWriter, documents
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_cache(tmp_path / "c.h5", records((4, 0, 2, 7)), note={"a": 1})
+    return tmp_path / "c.h5"
+
+
+@pytest.mark.parametrize("lengths", [(4, 0, 2, 7), (0, 0), (1,), (400_000, 3)])
+def test_documents_read_back_as_they_were_written(lengths, tmp_path) -> None:
+    made = records(lengths, k=1)
+    digest = write_cache(tmp_path / "c.h5", made)
+    expected = ContentDigest()
+    expected.update_records(made)
+    assert digest == expected.hexdigest()
+    reader = CacheReader(tmp_path / "c.h5")
+    reader.verify_checksums()
+    start = 0
+    for index, (document, length) in enumerate(zip(documents(reader), lengths, strict=True)):
+        assert document["row"] == index
+        for name in ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
+            np.testing.assert_array_equal(document[name], getattr(made, name)[start : start + length])
+        start += length
+
+
+def test_any_hdf5_reader_opens_it(path) -> None:
+    with h5py.File(path) as file:
+        assert file.attrs["complete"]
+        assert file.attrs["format_version"] == "1.0"
+        assert file["topk_ids"].chunks is None
+        assert file["topk_ids"].shape == (13, 2)
+    assert CacheReader(path).attributes["note"] == {"a": 1}
+
+
+def test_a_large_vocabulary_takes_wide_ids(tmp_path) -> None:
+    write_cache(tmp_path / "c.h5", records((3,), vocab_size=70_000), vocab_size=70_000)
+    assert CacheReader(tmp_path / "c.h5").arrays["topk_ids"].dtype == np.uint32
+
+
+def test_every_flipped_bit_of_every_array_is_found(path) -> None:
+    reader = CacheReader(path)
+    with h5py.File(path) as file:
+        spans = {name: (file[name].id.get_offset(), file[name].nbytes) for name in reader.arrays}
+    whole = path.read_bytes()
+    draw = np.random.default_rng(1)
+    for name, (offset, size) in spans.items():
+        for _ in range(10):
+            damaged = bytearray(whole)
+            bit = int(draw.integers(size * 8))
+            damaged[offset + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(CacheError, match=f"expected CRC-32 .* for {name}"):
+                CacheReader(path).verify_checksums()
+    path.write_bytes(whole)
+    CacheReader(path).verify_checksums()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused(path, share) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CacheError, match="truncated or foreign"):
+        CacheReader(path)
+
+
+def test_a_missing_file_is_refused(tmp_path) -> None:
+    with pytest.raises(CacheError, match="expected a cache, got nothing"):
+        CacheReader(tmp_path / "none.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("complete", None, "expected a complete cache, got one whose writing was cut off"),
+        ("format", None, "expected a dask_logits cache, got format None"),
+        ("format", "megatron", "expected a dask_logits cache, got format 'megatron'"),
+        ("format_version", "2.0", r"expected format version 1\.x, profile 'plain', got 2\.0"),
+        ("profile", "compact", "install a newer dask_logits"),
+    ],
+)
+def test_incomplete_foreign_and_newer_files_are_refused(path, name, value, message) -> None:
+    with h5py.File(path, "a") as file:
+        if value is None:
+            del file.attrs[name]
+        else:
+            file.attrs[name] = value
+    with pytest.raises(CacheError, match=message):
+        CacheReader(path)
+
+
+def test_a_newer_minor_version_is_read_unless_it_holds_something_critical(path) -> None:
+    with h5py.File(path, "a") as file:
+        file.attrs["format_version"] = "1.7"
+        file["extra"] = [1, 2]
+    assert CacheReader(path).n_documents == 4
+    with h5py.File(path, "a") as file:
+        file["extra"].attrs["critical"] = True
+    with pytest.raises(CacheError, match="critical array 'extra'"):
+        CacheReader(path)
+
+
+def test_an_array_of_another_shape_is_refused(path) -> None:
+    with h5py.File(path, "a") as file:
+        del file["logsumexp"]
+        file["logsumexp"] = np.zeros(3, np.float32)
+    with pytest.raises(CacheError, match="expected logsumexp with"):
+        CacheReader(path)
+
+
+def test_a_repacked_file_with_chunks_reads_the_same(path, tmp_path) -> None:
+    with h5py.File(path) as old, h5py.File(tmp_path / "packed.h5", "w") as new:
+        for key, value in old.attrs.items():
+            new.attrs[key] = value
+        old.copy("crc32", new)
+        for name, item in old.items():
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[:], chunks=True, compression="gzip")
+    plain, packed = CacheReader(path), CacheReader(tmp_path / "packed.h5")
+    packed.verify_checksums()
+    for one, other in zip(documents(plain), documents(packed), strict=True):
+        assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in other.items()}
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path) -> None:
+    with (
+        pytest.raises(CacheError, match="expected 5 entries of input_ids, got 0"),
+        CacheWriter(tmp_path / "c.h5", n_tokens=5, n_documents=1, top_k=2, vocab_size=9) as writer,
+    ):
+        writer.finish({})
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_read_only_files_are_read(path) -> None:
+    path.chmod(0o444)
+    assert CacheReader(path).document(0)["input_ids"].shape == (4,)
+    copy = path.with_name("copy.h5")
+    shutil.copy(path, copy)
+    assert pickle.loads(pickle.dumps(CacheReader(copy).attributes)) == CacheReader(path).attributes

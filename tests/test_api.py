@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from builders import sentences
+from datasets import Dataset
+
+from dask_logits import CachedLogitsDataset, ConfigError, generate_teacher_logits
+
+PARAMETERS = {
+    "teacher_model_path": inspect.Parameter.empty,
+    "dataset": inspect.Parameter.empty,
+    "cache_dir": "output/teacher_logits",
+    "top_k": 64,
+    "batch_size": None,
+    "device": "auto",
+    "force_regenerate": False,
+    "num_workers": None,
+    "devices": None,
+    "worker_id": None,
+    "total_workers": None,
+    "streaming": False,
+    "streaming_chunk_size": 1000,
+}
+
+
+def test_the_signature_is_the_one_scripts_know() -> None:
+    found = {name: p.default for name, p in inspect.signature(generate_teacher_logits).parameters.items()}
+    assert list(found.items()) == list(PARAMETERS.items())
+
+
+def test_one_call_from_dataset_to_cache(tmp_path, monkeypatch) -> None:
+    from builders import save_tokenizer, tiny_model
+
+    tiny_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "teacher")
+    save_tokenizer(tmp_path / "teacher")
+    texts = sentences(12)
+    path = generate_teacher_logits(
+        str(tmp_path / "teacher"), Dataset.from_dict({"text": texts}), tmp_path / "run", top_k=4, device="cpu"
+    )
+    assert path == tmp_path / "run" / "teacher_logits.h5"
+    assert isinstance(path, Path)
+    found = CachedLogitsDataset(path)
+    assert [len(item["input_ids"]) for item in found] == [len(text.split()) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"streaming": True}, "streams are not available yet"),
+        ({"worker_id": 0, "total_workers": 2}, "static workers are not available yet"),
+        ({"top_k": 0}, "expected int of at least 1, got 0"),
+        ({"device": "tpu"}, "got 'tpu'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_plainly(changes, message, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate_teacher_logits("teacher", Dataset.from_dict({"text": ["a"]}), tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()

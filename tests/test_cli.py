@@ -1,0 +1,103 @@
+"""The commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import tree
+
+from dask_logits.store.cache import CacheReader
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *module, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_generate_and_status(joined, tmp_path) -> None:
+    done = run("generate", *joined, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "documents     40 of 40" in done.stdout
+    assert re.search(r"perplexity    \d+\.\d\d", done.stdout)
+    assert f"cache         {tmp_path / 'run' / 'teacher_logits.h5'}" in done.stdout
+    assert re.search(r"4/4 partitions · 40 documents · [\d,]+ tokens · [\d,]+ tokens/s · .* left · kept mass 0\.\d+",
+                     done.stderr)  # fmt: skip
+    assert len(re.findall(r"INFO partition 00000\d: \d+ documents, \d+ tokens, \d+ tokens/s", done.stderr)) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "Hydra leaves nothing in the working directory"
+    said = json.loads(run("status", str(tmp_path / "run"), "--json").stdout)
+    assert (said["state"], said["documents"]) == ("complete", 40)
+    again = run("generate", *joined, cwd=tmp_path)
+    assert again.stdout == done.stdout
+    assert "is complete: nothing to do" in again.stderr
+
+
+def test_the_script_is_the_same_command(joined, tmp_path) -> None:
+    script = (str(ROOT / "scripts" / "generate_teacher_logits.py"),)
+    done = run(*joined, module=script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert CacheReader(tmp_path / "run" / "teacher_logits.h5").n_documents == 40
+
+
+def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None:
+    before = tree(tmp_path)
+    done = run("plan", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("rows          40", "partitions    4 of 12 rows", "peak disk", "peak memory", "free here"):
+        assert line in done.stdout
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "distillation.dataset.nam=x"), "did you mean 'distillation.dataset.name'?"),
+        (("generate", "distillation.teacher.generation.top_k=zero"), "expected int, got 'zero'"),
+        (("generate", "teacher_logits.top_k=3"), "use distillation.teacher.generation.top_k=3"),
+        (("generate", "cluster=lokal"), "Could not find 'cluster/lokal'"),
+        (("generate", "--cfg", "job", "distillation.teacher.top=1"), "unknown setting"),
+        (("status", "no/such/run"), "expected a run folder with run.json, got none"),
+        (("generat",), "did you mean 'generate'?"),
+        (("status",), "the following arguments are required: run"),
+    ],
+)
+def test_refusals_exit_2_with_a_message_and_no_trace(arguments, message, tmp_path) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_commands_and_the_settings() -> None:
+    usage = run("--help")
+    assert usage.returncode == 0
+    for command in ("generate", "plan", "status"):
+        assert f"\n  {command} " in usage.stdout
+    assert "batch_tokens: auto" in run("generate", "--help").stdout
+
+
+def test_cfg_prints_the_composed_configuration() -> None:
+    done = run("generate", "--cfg", "job", "cluster=local_cpu", "distillation.dataset.name=c4")
+    assert done.returncode == 0
+    assert "kind: local_cpu" in done.stdout
+    assert "name: c4" in done.stdout
+
+
+def test_multirun_gives_each_job_its_folder(joined, tmp_path) -> None:
+    done = run("generate", "--multirun", *joined, "distillation.teacher.generation.top_k=2,3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for number, k in enumerate((2, 3)):
+        assert CacheReader(tmp_path / "run" / str(number) / "teacher_logits.h5").top_k == k
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_multirun_refusals_exit_2_too(joined, tmp_path) -> None:
+    done = run("generate", "--multirun", *joined, "distillation.teacher.generation.top_k=2,0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "expected int of at least 1, got 0" in done.stderr
