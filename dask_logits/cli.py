@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -104,6 +105,8 @@ def _log_to_stderr(level: str) -> None:
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False)
     else:
+        # Bars of the libraries below are for terminals.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("dask_logits")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +140,39 @@ def write_cache(path, made: Records, vocab_size: int = 50, **attributes) -> str:
         lengths = made.document_length.astype(np.uint64)
         writer.append("document_start", np.cumsum(lengths) - lengths)
         return writer.finish(attributes)
+
+
+@contextlib.contextmanager
+def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
+    """Start ``dask scheduler`` and one ``dask worker``; yield the scheduler file and the scheduler."""
+    file = folder / "scheduler.json"
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = subprocess.Popen([*dask, "scheduler", *common, "--port", "0"], **quiet)
+    worker_options = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder)]
+    worker = subprocess.Popen([*dask, "worker", *common, *worker_options], **quiet)
+    try:
+        wait_for(file.exists, scheduler)
+        yield file, scheduler
+    finally:
+        for process in (worker, scheduler):
+            process.terminate()
+            process.wait(20)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
+    """Wait until a condition holds and return it; fail if the process ends or the time does."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the process ended early with {process.returncode}: {process.communicate()}")
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def cache_dir(overrides: list[str]) -> Path:
+    """Return the run folder that overrides name."""
+    return Path(next(o for o in overrides if "cache_dir" in o).partition("=")[2])

@@ -99,6 +99,7 @@ def calibrate(task: CalibrationTask) -> Json:
         head=head,
     )
     records, tokens_per_second = measure(teacher, task.documents, settings)
+    statistics = Statistics.of(records)
     cuda = task.teacher.device == "cuda"
     return {
         "numerics": {
@@ -113,7 +114,7 @@ def calibrate(task: CalibrationTask) -> Json:
         "head_errors_nats": errors,
         "kept_mass_by_k": kept_mass_by_k(records),
         "tokens": records.n_tokens,
-        "perplexity": Statistics.of(records).perplexity,
+        "perplexity": statistics.perplexity if statistics.labels else None,
         "tokens_per_second": round(tokens_per_second, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else None,

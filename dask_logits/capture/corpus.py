@@ -54,6 +54,8 @@ class TokenizerSpec:
     ----------
     path, revision, trust_remote_code
         What to load; path None: the rows hold ids already.
+    identity
+        Digest the loaded tokenizer must have.
     add_special_tokens, max_length
         How documents are made.
     vocab_size
@@ -63,6 +65,7 @@ class TokenizerSpec:
     path: str | None
     revision: str | None
     trust_remote_code: bool
+    identity: str | None
     add_special_tokens: bool
     max_length: int
     vocab_size: int
@@ -211,10 +214,13 @@ def inspect_tokenizer(
         If text has no tokenizer, or the tokenizer does not match the teacher's vocabulary.
     """
     path = config.tokenizer_path or str(config.model_path)
+    if Path(path).expanduser().is_dir():
+        # Workers may have another working directory.
+        path = str(Path(path).expanduser().absolute())
     revision = config.revision if config.tokenizer_path is None else None
     tokenizer: Tokenizer | None = None
     try:
-        tokenizer = _identify(_load_tokenizer(path, revision, config.trust_remote_code))
+        tokenizer = _identify(_read_tokenizer(path, revision, config.trust_remote_code))
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         if corpus.is_text or config.tokenizer_path is not None:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -234,6 +240,7 @@ def inspect_tokenizer(
         path=path if corpus.is_text else None,
         revision=revision,
         trust_remote_code=config.trust_remote_code,
+        identity=tokenizer.digest if tokenizer else None,
         add_special_tokens=dataset.add_special_tokens,
         max_length=dataset.max_length,
         vocab_size=vocab_size,
@@ -260,6 +267,8 @@ def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) ->
     ------
     DatasetError
         If a row is not text (not ids), or holds an id outside the valid vocabulary; names the row.
+    TeacherError
+        If this process finds another tokenizer than the driver.
     """
     expected = list if spec.path is None else str
     for i, row in enumerate(rows):
@@ -272,7 +281,7 @@ def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) ->
     if spec.path is None:
         ids = [row or [] for row in rows]
     else:
-        tokenizer = _load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
+        tokenizer = _load_tokenizer(spec.path, spec.revision, spec.trust_remote_code, spec.identity)
         filled = [i for i, row in enumerate(rows) if row]
         ids = [[] for _ in rows]
         if filled:
@@ -386,15 +395,33 @@ def _load(config: DatasetConfig) -> Dataset:
     return loaded
 
 
-@functools.lru_cache(maxsize=8)
 def _open_arrow(path: str) -> Any:
+    state = Path(path).stat()
+    return _map_arrow(path, state.st_ino, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _map_arrow(path: str, inode: int, changed: int) -> Any:
+    """Map an Arrow file; the state is part of the key, because a worker may outlive the file of an earlier run."""
     from datasets import Dataset
 
     return Dataset.from_file(path)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool, identity: str | None) -> Any:
+    """Load the tokenizer the driver saw, or the one this process already holds."""
+    loaded = _read_tokenizer(path, revision, trust_remote_code)
+    found = _identify(loaded).digest
+    if found != identity:
+        raise TeacherError(
+            f"distillation.teacher.tokenizer_path: expected the tokenizer {str(identity)[:16]}… that the driver saw, "
+            f"got {found[:16]}… at {path!r}; give every machine the same files"
+        )
+    return loaded
+
+
+def _read_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

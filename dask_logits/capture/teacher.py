@@ -232,7 +232,7 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
     Raises
     ------
     TeacherError
-        If the checkpoint cannot be loaded or there is no such device.
+        If the checkpoint cannot be loaded, is not the one the driver saw, or there is no such device.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -243,6 +243,12 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
         raise TeacherError(
             "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
             "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
+        )
+    folder = Path(spec.path)
+    if folder.is_dir() and (found := _fingerprint_folder(folder)) != spec.identity:
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
+            f"{found[:23]}… in {spec.path!r}; give every machine the same files"
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(

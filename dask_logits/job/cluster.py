@@ -24,6 +24,7 @@ from dask_logits.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_SECONDS = 30
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -63,7 +64,8 @@ def visible_gpus() -> int:
     except pynvml.NVMLError:
         return 0
     count = int(pynvml.nvmlDeviceGetCount())
-    return count if named is None else min(count, len(named.split(",")))
+    # Named devices may be slices of a GPU, which NVML does not count.
+    return count if named is None or count == 0 else len(named.split(","))
 
 
 def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
@@ -151,7 +153,11 @@ def _local(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clus
                     dashboard=client.dashboard_link if config.dashboard_address else None,
                 )
         finally:
-            made.close()
+            # Closing can hang when a worker has died (seen with distributed 2026.7.1); its processes go with this one.
+            try:
+                made.close(timeout=_CLOSE_SECONDS)
+            except TimeoutError:
+                logger.warning("the cluster did not close within %d s; left to the end of this process", _CLOSE_SECONDS)
             _restore(kept)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from builders import HEAD_WIDTH, VOCAB_SIZE, save_tokenizer, sentences, write_json_lines
@@ -22,9 +24,14 @@ from dask_logits.errors import DatasetError, TeacherError
 
 def ids_spec(**changes) -> TokenizerSpec:
     values = {
-        "path": None, "revision": None, "trust_remote_code": False, "add_special_tokens": True, "max_length": 10,
+        "path": None,
+        "revision": None,
+        "trust_remote_code": False,
+        "identity": None,
+        "add_special_tokens": True,
+        "max_length": 10,
         "vocab_size": VOCAB_SIZE,
-    }  # fmt: skip
+    }
     return TokenizerSpec(**{**values, **changes})
 
 
@@ -133,7 +140,9 @@ def test_ids_are_taken_as_they_are_and_cut() -> None:
 
 
 def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
-    spec = ids_spec(path=str(llama), max_length=2)
+    corpus = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["red"]}))
+    config = DatasetConfig(max_length=2)
+    _, spec = inspect_tokenizer(TeacherConfig(model_path=str(llama)), config, corpus, HEAD_WIDTH)
     found = tokenize(["red green blue", "", None, "red"], spec)
     assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
 
@@ -217,6 +226,20 @@ class TestTokenizerMatch:
         assert self.settle(llama)[0] == first == self.settle(tmp_path)[0]
         save_tokenizer(tmp_path / "other", VOCAB_SIZE - 1)
         assert self.settle(tmp_path / "other")[0].map_digest != first.map_digest
+
+
+def test_another_tokenizer_at_the_same_path_is_refused(llama) -> None:
+    with pytest.raises(TeacherError, match="expected the tokenizer abc… that the driver saw"):
+        tokenize(["red"], ids_spec(path=str(llama), identity="abc"))
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
+    for texts in (["red", "green"], ["blue", "cat"]):
+        opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[len(text)] for text in texts]}))
+        files = opened.materialise(tmp_path / "dataset")
+        found = read_documents(files, "input_ids", ids_spec(), first_row=0)
+        assert [d.tolist() for d in found] == [[len(text)] for text in texts]
+        shutil.rmtree(tmp_path / "dataset")
 
 
 def test_rows_written_as_json_with_null_text(tmp_path) -> None:

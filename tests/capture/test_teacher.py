@@ -12,10 +12,16 @@ from dask_logits.errors import TeacherError
 
 
 def spec(path, **changes) -> TeacherSpec:
+    identity = inspect_teacher(TeacherConfig(model_path=str(path))).identity if path.exists() else "x"
     values = {
-        "path": str(path), "revision": None, "identity": "x", "dtype": "float32", "device": "cpu", "torch_threads": 1,
+        "path": str(path),
+        "revision": None,
+        "identity": identity,
+        "dtype": "float32",
+        "device": "cpu",
+        "torch_threads": 1,
         "trust_remote_code": False,
-    }  # fmt: skip
+    }
     return TeacherSpec(**{**values, **changes})
 
 
@@ -55,6 +61,11 @@ def test_a_worker_that_cannot_load_says_what_to_check(tmp_path) -> None:
 def test_a_missing_device_names_the_setting(llama) -> None:
     with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
         load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+
+
+def test_a_teacher_the_driver_did_not_see_is_refused(llama) -> None:
+    with pytest.raises(TeacherError, match="expected the teacher sha256:0… that the driver saw, got sha256:"):
+        load_teacher(spec(llama, identity="sha256:0"), VOCAB_SIZE)
 
 
 def test_a_process_loads_a_teacher_once(llama) -> None:

@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from builders import sentences, write_json_lines
+from builders import dask_processes, sentences, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.job.cluster import local_workers, open_cluster, visible_gpus
@@ -63,17 +62,6 @@ def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overri
     assert {path: path.read_text() for path in untouched} == untouched
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(f"the job ended early with {process.returncode}: {process.communicate()[1]}")
-        if found := condition():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("waited in vain")
-
-
 def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, monkeypatch) -> None:
     # A test hook of dask-cuda, not an API; each worker logs that it found no CUDA context.
     monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
@@ -93,25 +81,8 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
 
 
 def test_a_scheduler_file_and_the_command_line_tools(overrides, joined, tmp_path) -> None:
-    file = tmp_path / "scheduler.json"
-    dask = [sys.executable, "-m", "dask"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = subprocess.Popen(
-        [*dask, "scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--no-dashboard"],
-        **quiet,
-    )
-    worker = subprocess.Popen(
-        [*dask, "worker", "--scheduler-file", str(file), "--nthreads", "1", "--memory-limit", "0", "--host",
-         "127.0.0.1", "--no-dashboard", "--local-directory", str(tmp_path)],
-        **quiet,
-    )  # fmt: skip
-    try:
-        wait_for(file.exists, scheduler)
+    with dask_processes(tmp_path) as (file, _):
         one = generate(load_config([*overrides, f"distillation.cluster.scheduler_file={file}"]))
-    finally:
-        for process in (worker, scheduler):
-            process.terminate()
-            process.wait(20)
     elsewhere = f"distillation.teacher.cache_dir={tmp_path / 'other'}"
     assert digest(one) == digest(generate(load_config([*joined, elsewhere])))
 

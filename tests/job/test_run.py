@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB_SIZE, save_tokenizer, tiny_model, tree, write_json_lines
+from builders import VOCAB_SIZE, cache_dir, save_tokenizer, tiny_model, tree, write_json_lines
 from datasets import Dataset, load_dataset
 from test_scoring import assert_targets_match, plain_targets
 
@@ -27,10 +27,6 @@ def run(overrides: list[str], *more: str, dataset=None) -> Path:
 
 def digest(cache: Path) -> str:
     return CacheReader(cache).attributes["content_digest"]
-
-
-def folder(overrides: list[str]) -> Path:
-    return Path(next(o for o in overrides if "cache_dir" in o).partition("=")[2])
 
 
 @pytest.fixture
@@ -55,7 +51,7 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
 
 
 def test_what_lands_on_disk(joined, cache) -> None:
-    run_folder = folder(joined)
+    run_folder = cache_dir(joined)
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
     assert names == {
         "run.json", "calibration.json", "status.json", ".driver.lock", "teacher_logits.h5",
@@ -74,13 +70,13 @@ def test_what_lands_on_disk(joined, cache) -> None:
 
 
 def test_a_finished_run_is_a_no_op(joined, cache) -> None:
-    before = {path: path.stat().st_mtime_ns for path in folder(joined).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in cache_dir(joined).rglob("*")}
     assert run(joined) == cache
-    assert {path: path.stat().st_mtime_ns for path in folder(joined).rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in cache_dir(joined).rglob("*")} == before
 
 
 def test_status_reads_files_only(joined, cache) -> None:
-    status = read_status(folder(joined))
+    status = read_status(cache_dir(joined))
     reader = CacheReader(cache)
     assert (status.state, status.partitions, status.committed, status.rows) == ("complete", 4, 4, 40)
     assert status.statistics.tokens == reader.n_tokens
@@ -91,31 +87,31 @@ def test_status_reads_files_only(joined, cache) -> None:
     assert json.loads(status.to_json())["cache"] == str(cache)
     assert f"cache         {cache}" in status.lines()
     with pytest.raises(dask_logits.RunConflictError, match=r"expected a run folder with run\.json, got none"):
-        read_status(folder(joined).parent)
+        read_status(cache_dir(joined).parent)
 
 
 def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
     keep = "distillation.job.keep_partitions=true"
     first = run(joined, keep)
-    whole, receipts = digest(first), folder(joined) / "receipts" / "000"
+    whole, receipts = digest(first), cache_dir(joined) / "receipts" / "000"
     kept = {path.name: path.read_text() for path in receipts.iterdir()}
     first.unlink()
     (receipts / "000001.json").unlink()
     (receipts / "000003.json").unlink()
-    assert read_status(folder(joined)).state == "unfinished"
+    assert read_status(cache_dir(joined)).state == "unfinished"
     assert digest(run(joined, keep)) == whole
     after = {path.name: path.read_text() for path in receipts.iterdir()}
     assert {name for name in kept if kept[name] != after[name]} == {"000001.json", "000003.json"}
-    attempts = {path.name for path in (folder(joined) / "partitions").iterdir()}
+    attempts = {path.name for path in (cache_dir(joined) / "partitions").iterdir()}
     assert attempts == {json.loads(text)["attempt"] for text in after.values()}
     run(joined)
-    assert not (folder(joined) / "partitions").exists()
+    assert not (cache_dir(joined) / "partitions").exists()
 
 
 def test_a_lost_cache_and_lost_partitions_are_made_again(joined, cache) -> None:
     whole = digest(cache)
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert read_status(folder(joined)).state == "scored"
+    assert read_status(cache_dir(joined)).state == "scored"
     assert digest(run(joined)) == whole
 
 
@@ -138,11 +134,11 @@ def test_another_partition_size_or_place_gives_the_same_documents(joined, cache,
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(joined, cache, override, name) -> None:
-    before = tree(folder(joined))
+    before = tree(cache_dir(joined))
     with pytest.raises(dask_logits.RunConflictError, match="made with other settings") as caught:
         run(joined, override)
     assert name in caught.value.differences
-    assert tree(folder(joined)) == before
+    assert tree(cache_dir(joined)) == before
 
 
 def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) -> None:
@@ -160,7 +156,7 @@ def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) 
 
 
 def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, monkeypatch) -> None:
-    old, run_folder = digest(cache), folder(joined)
+    old, run_folder = digest(cache), cache_dir(joined)
     force = ["distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"]
 
     def stop(*_: object, **__: object) -> None:
@@ -180,11 +176,11 @@ def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, mo
 
 
 def test_force_refused_by_the_teacher_leaves_the_old_run(joined, cache, tmp_path) -> None:
-    before = tree(folder(joined))
+    before = tree(cache_dir(joined))
     bad = nan_teacher(tmp_path / "bad", "red")
     with pytest.raises(dask_logits.TeacherError, match="expected finite logits"):
         run(joined, "distillation.teacher.generation.force_regenerate=true", f"distillation.teacher.model_path={bad}")
-    assert tree(folder(joined)) == before
+    assert tree(cache_dir(joined)) == before
 
 
 def nan_teacher(path: Path, word: str) -> Path:
@@ -210,8 +206,8 @@ def test_a_bad_row_fails_its_partition_and_no_other(joined, corpus, tmp_path, mo
         with pytest.raises(dask_logits.PartitionsFailedError, match="dataset row 30: expected finite logits") as caught:
             run(mine)
         assert list(caught.value.reasons) == [2]
-        assert read_status(folder(joined)).committed == 3
-    assert not (folder(joined) / "teacher_logits.h5").exists()
+        assert read_status(cache_dir(joined)).committed == 3
+    assert not (cache_dir(joined) / "teacher_logits.h5").exists()
 
 
 def test_a_systematic_error_stops_the_job_at_once(joined, tmp_path, monkeypatch) -> None:
@@ -224,12 +220,12 @@ def test_a_systematic_error_stops_the_job_at_once(joined, tmp_path, monkeypatch)
 
 
 def test_an_io_error_is_tried_again(joined) -> None:
-    blocker = folder(joined) / "partitions"
+    blocker = cache_dir(joined) / "partitions"
     blocker.parent.mkdir()
     blocker.write_text("a file where the folder should be")
 
     def unblock() -> None:
-        while not (folder(joined) / "run.json").exists():
+        while not (cache_dir(joined) / "run.json").exists():
             time.sleep(0.05)
         time.sleep(1.0)
         blocker.unlink()
@@ -284,11 +280,11 @@ def test_bad_input_is_refused_and_nothing_changes_on_disk(joined, tmp_path, chan
     with pytest.raises(getattr(dask_logits, error), match=message):
         run(joined, *(o.format(file=tmp_path / "file", nan=nan) for o in changes))
     assert tree(tmp_path) == before
-    assert not folder(joined).exists()
+    assert not cache_dir(joined).exists()
 
 
 def test_a_folder_with_another_purpose_is_refused(joined) -> None:
-    (folder(joined) / "receipts").mkdir(parents=True)
+    (cache_dir(joined) / "receipts").mkdir(parents=True)
     with pytest.raises(dask_logits.RunConflictError, match=r"expected run\.json beside"):
         run(joined)
 
@@ -302,7 +298,7 @@ def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> Non
     monkeypatch.setattr("dask_logits.job.prepare.free_memory_bytes", lambda: 1 << 20)
     with pytest.raises(dask_logits.CapacityError, match="use fewer workers"):
         run(overrides)
-    assert not folder(joined).exists()
+    assert not cache_dir(joined).exists()
 
 
 def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
@@ -312,7 +308,7 @@ def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
     from dask_logits.job.run import _tasks
 
     job = prepare(load_config(joined))
-    calibration = RunFolder(folder(joined)).calibration()
+    calibration = RunFolder(cache_dir(joined)).calibration()
     sizes = [len(pickle.dumps(task)) for task in _tasks(job, calibration, set())]
     assert len(sizes) == 4
     assert max(sizes) < 2_000

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -149,3 +150,18 @@ def test_read_only_files_are_read(path) -> None:
     copy = path.with_name("copy.h5")
     shutil.copy(path, copy)
     assert pickle.loads(pickle.dumps(CacheReader(copy).attributes)) == CacheReader(path).attributes
+
+
+def test_every_format_version_stays_readable() -> None:
+    golden = {"v1.0-plain.h5": "2ab4923fa7105fee3dcdfcb7389f4d087ed433ebf45ac381e8b0b38a1fadd2fe"}
+    folder = Path(__file__).parent / "golden"
+    assert {path.name for path in folder.iterdir()} == set(golden)
+    for name, digest in golden.items():
+        reader = CacheReader(folder / name)
+        reader.verify_checksums()
+        found = ContentDigest()
+        for array in reader.arrays:
+            if array != "document_start":
+                found.update(array, np.asarray(reader.arrays[array]))
+        assert found.hexdigest() == digest == reader.attributes["content_digest"]
+        assert [len(document["input_ids"]) for document in documents(reader)] == [4, 0, 2, 7]

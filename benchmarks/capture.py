@@ -1,0 +1,246 @@
+"""The job against the loop people write today, on the same text and teacher, alternating in one run.
+
+The loop: documents in dataset order, four at a time, padded to the longest of the four, an attention mask, the model's
+``.logits``, ``log_softmax`` in float32, ``torch.topk``, appended to a resizable HDF5 file with padding stripped.
+Ours: ``dask-logits generate`` from the first partition's start to the renamed HDF5. Import, cluster start and model
+load are left out of both. The meter's limit is a GEMM of the same dtype measured in the same run.
+
+    python benchmarks/capture.py --documents 45 --rounds 3 --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MODEL = "output/models/SmolLM2-135M-Instruct"
+CORPUS = "output/corpus/python-reference.jsonl"
+
+
+def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
+    """Run the padded batch-4 loop in this process."""
+    import h5py
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, arguments.dtype)).eval()
+    texts = read_texts(arguments)
+    tokens = 0
+    started = time.perf_counter()
+    with h5py.File(path, "w") as file, torch.inference_mode():
+        ids = file.create_dataset("ids", (0, arguments.k), np.int32, maxshape=(None, arguments.k), chunks=True)
+        logprobs = file.create_dataset(
+            "logprobs", (0, arguments.k), np.float16, maxshape=(None, arguments.k), chunks=True
+        )
+        for first in range(0, len(texts), 4):
+            batch = tokenizer(
+                texts[first : first + 4], padding=True, truncation=True, max_length=arguments.max_length,
+                return_tensors="pt",
+            )  # fmt: skip
+            logits = model(**batch).logits
+            top = logits.float().log_softmax(-1).topk(arguments.k)
+            keep = batch["attention_mask"].bool()
+            count = int(keep.sum())
+            for dataset, values in ((ids, top.indices), (logprobs, top.values)):
+                dataset.resize(tokens + count, 0)
+                dataset[tokens:] = values[keep].numpy()
+            tokens += count
+    seconds = time.perf_counter() - started
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+    }
+
+
+def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Run the job in this process, with its worker in another."""
+    from dask_logits import generate, load_config
+    from dask_logits.job import run as job_run
+
+    spans: dict[str, float] = {}
+    score, consolidate = job_run._score, job_run._consolidate
+
+    def timed_score(*given: Any) -> Any:
+        spans["first"] = time.perf_counter()
+        return score(*given)
+
+    def timed_consolidate(*given: Any) -> Any:
+        spans["consolidate"] = time.perf_counter()
+        done = consolidate(*given)
+        spans["renamed"] = time.perf_counter()
+        return done
+
+    job_run._score, job_run._consolidate = timed_score, timed_consolidate
+    cache = generate(
+        load_config(
+            [
+                f"distillation.teacher.model_path={MODEL}",
+                f"distillation.teacher.dtype={arguments.dtype}",
+                f"distillation.teacher.cache_dir={folder}",
+                f"distillation.teacher.generation.top_k={arguments.k}",
+                f"distillation.teacher.generation.torch_threads={arguments.threads}",
+                "distillation.teacher.generation.num_workers=1",
+                "distillation.dataset.name=json",
+                f"distillation.dataset.data_files={CORPUS}",
+                f"distillation.dataset.max_samples={arguments.documents}",
+                f"distillation.dataset.max_length={arguments.max_length}",
+                "distillation.cluster.dashboard_address=null",
+                "cluster=local_cpu",
+            ]
+        )
+    )
+    receipts = [json.loads(path.read_text()) for path in sorted((folder / "receipts").rglob("*.json"))]
+    parts = {name: sum(receipt["seconds"][name] for receipt in receipts) for name in ("load", "read", "score", "write")}
+    return {
+        "tokens": sum(receipt["statistics"]["tokens"] for receipt in receipts),
+        # The cluster is closed between the last partition and the consolidation; that is not work on tokens.
+        "seconds": receipts_span(receipts, spans) + spans["renamed"] - spans["consolidate"],
+        "peak_rss_bytes": max(receipt["peak_rss_bytes"] for receipt in receipts),
+        "cache_bytes": cache.stat().st_size,
+        "consolidate_seconds": spans["renamed"] - spans["consolidate"],
+        **{f"{name}_seconds": value for name, value in parts.items()},
+    }
+
+
+def receipts_span(receipts: list[dict[str, Any]], spans: dict[str, float]) -> float:
+    """Seconds from the first partition's submission to the last receipt."""
+    last = max(receipt["finished"] for receipt in receipts)
+    return last - (time.time() - (time.perf_counter() - spans["first"]))
+
+
+def gemm(arguments: argparse.Namespace) -> dict[str, float]:
+    """Measure the rate of a large matrix product, the limit of everything here."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    best = 0.0
+    for _ in range(12):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
+    return {"gflops": best / 1e9}
+
+
+def read_texts(arguments: argparse.Namespace) -> list[str]:
+    """Return the documents both sides score."""
+    lines = Path(CORPUS).read_text().splitlines()[: arguments.documents]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def flops_per_token(arguments: argparse.Namespace) -> float:
+    """Two per weight of every matrix product, and attention over half the document on average."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    c = AutoConfig.from_pretrained(MODEL)
+    ids = AutoTokenizer.from_pretrained(MODEL)(read_texts(arguments), truncation=True, max_length=arguments.max_length)
+    lengths = [len(document) for document in ids["input_ids"]]
+    head_dim = c.hidden_size // c.num_attention_heads
+    layer = c.hidden_size * head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    layer += 3 * c.hidden_size * c.intermediate_size
+    weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+    attention = sum(n * n for n in lengths) / sum(lengths) / 2 * 4 * c.hidden_size * c.num_hidden_layers
+    return 2 * weights + attention
+
+
+def measured(arguments: argparse.Namespace, side: str) -> dict[str, float]:
+    """Run one side in a fresh process."""
+    command = [sys.executable, __file__, "--side", side, "--documents", str(arguments.documents)]
+    for name in ("k", "threads", "dtype", "max_length"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Alternate the sides and sum up by medians."""
+    rounds: dict[str, list[dict[str, float]]] = {"gemm": [], "loop": [], "ours": []}
+    for number in range(arguments.rounds):
+        for side, found in rounds.items():
+            found.append(measured(arguments, side))
+            print(f"round {number + 1} {side}: {found[-1]}", file=sys.stderr)
+    flops = flops_per_token(arguments)
+    limit = statistics.median(found["gflops"] for found in rounds["gemm"]) * 1e9 / flops
+    rates = {side: [r["tokens"] / r["seconds"] for r in rounds[side]] for side in ("loop", "ours")}
+    ratios = [a / b for a, b in zip(rates["ours"], rates["loop"], strict=True)]
+    return {
+        "tokens": rounds["ours"][0]["tokens"],
+        "gflop_per_token": flops / 1e9,
+        "gemm_gflops": limit * flops / 1e9,
+        "limit_tokens_per_second": limit,
+        "loop_tokens_per_second": statistics.median(rates["loop"]),
+        "ours_tokens_per_second": statistics.median(rates["ours"]),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "mfu_loop": statistics.median(rates["loop"]) / limit,
+        "mfu_ours": statistics.median(rates["ours"]) / limit,
+        "peak_rss_loop_bytes": max(r["peak_rss_bytes"] for r in rounds["loop"]),
+        "peak_rss_worker_bytes": max(r["peak_rss_bytes"] for r in rounds["ours"]),
+        "rounds": rounds,
+        "settings": {name: getattr(arguments, name) for name in ("documents", "k", "threads", "dtype", "max_length")},
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("dask-logits", "torch", "transformers", "distributed")},
+    }
+
+
+def main() -> None:
+    """Parse the command line; without ``--side`` compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=45)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    parser.add_argument("--side", choices=["loop", "ours", "gemm"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        match arguments.side:
+            case "loop":
+                print(json.dumps(loop(arguments, Path(folder) / "loop.h5")))
+            case "ours":
+                print(json.dumps(ours(arguments, Path(folder) / "run")))
+            case "gemm":
+                print(json.dumps(gemm(arguments)))
+            case None:
+                report(compare(arguments), arguments.out)
+
+
+def report(found: dict[str, Any], out: Path | None) -> None:
+    """Print the table and keep the figures."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['tokens']:,} tokens, {found['gflop_per_token']:.3f} GFLOP/token")
+    print(f"GEMM {found['gemm_gflops']:.0f} GFLOP/s: at most {found['limit_tokens_per_second']:.0f} tokens/s")
+    print("                     tokens/s    MFU   peak RSS")
+    for name, side in (("padded batch-4 loop", "loop"), ("dask_logits", "ours")):
+        rss = found["peak_rss_loop_bytes" if side == "loop" else "peak_rss_worker_bytes"]
+        rate, mfu = found[f"{side}_tokens_per_second"], found[f"mfu_{side}"]
+        print(f"{name:20s} {rate:8.0f}  {mfu:5.2f}  {rss / 2**30:5.2f} GiB")
+    print(f"ratio {found['ratio']:.2f} (each round: {', '.join(f'{r:.2f}' for r in found['ratios'])})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the documents say is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from builders import records, save_tokenizer, sentences, tiny_model, write_cache, write_json_lines
+
+from dask_logits.compose import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("dask-logits")]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c[1] in ("generate", "plan")], ids=lambda c: c[1])
+def test_commands_of_the_readme_are_valid(command: list[str]) -> None:
+    assert load_config(command[2:]).dataset.name == "Salesforce/wikitext"
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {command[1] for command in commands()} == {"generate", "plan", "status"}
+
+
+def test_settings_named_in_the_documents_exist() -> None:
+    from dask_logits.config import settings
+
+    known = {setting.path for setting in settings()}
+    groups = {path.rsplit(".", n)[0] for path in known for n in (1, 2, 3)}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").iterdir()):
+        for name in re.findall(r"distillation(?:\.[a-z_]+)+", path.read_text()):
+            assert name in known | groups, f"{path.name}: {name}"
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for name in re.findall(r"(?:scripts|docs|benchmarks)/[\w./-]+\.(?:sh|py|md)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_training_example_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    write_cache(tmp_path / "output" / "quickstart" / "teacher_logits.h5", records((5, 3, 8), k=4))
+    (example,) = [block for block in blocks("python") if "sparse_forward_kl" in block]
+    found: dict = {}
+    exec(example, found)
+    assert found["student"][0].weight.grad.abs().sum() > 0
+
+
+def test_the_one_call_example_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", max_position_embeddings=2048).save_pretrained("teacher")
+    save_tokenizer(Path("teacher"))
+    write_json_lines(Path("corpus.jsonl"), sentences(5))
+    (example,) = [block for block in blocks("python") if "generate_teacher_logits(" in block]
+    found: dict = {"__name__": "__main__"}
+    exec(example, found)
+    assert found["cache"] == tmp_path / "output" / "logits" / "teacher_logits.h5"
+
+
+def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = records((5, 3), k=4)
+    write_cache(tmp_path / "teacher_logits.h5", made)
+    (example,) = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
+    found: dict = {}
+    exec(example, found)
+    assert found["tokens"].tolist() == made.input_ids[:5].tolist()
+    assert found["next_token_logprobs"].shape == (5, 4)
+
+
+def test_the_format_document_names_every_array() -> None:
+    from dask_logits.store.cache import ARRAYS
+
+    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(dict.fromkeys([*ARRAYS[:8], "document_start", ARRAYS[8]]))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+def test_the_quickstart_student_learns(tmp_path, monkeypatch, capsys) -> None:
+    import runpy
+
+    write_cache(tmp_path / "teacher_logits.h5", records((40, 30, 50, 20), k=8))
+    script = str(ROOT / "scripts" / "train_tiny_student.py")
+    monkeypatch.setattr("sys.argv", [script, str(tmp_path), "--steps", "12", "--batch-size", "4"])
+    runpy.run_path(script, run_name="__main__")
+    assert "step  12" in capsys.readouterr().out
