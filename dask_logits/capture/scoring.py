@@ -127,7 +127,7 @@ class _HeadRunner:
         rows = settings.head_rows
         self.logits = torch.full((rows, width), -torch.inf, dtype=teacher.dtype, device=teacher.device)
         self.scratch = torch.empty(
-            scratch_rows(rows, teacher.device), width, dtype=torch.float32, device=teacher.device
+            scratch_rows(rows, teacher.device.type), width, dtype=torch.float32, device=teacher.device
         )
 
     def run(self, tokens_BT: Tensor, valid_M: Tensor, labels_M: Tensor) -> dict[str, Array]:

@@ -107,7 +107,7 @@ def topk_with_tail(logits_RV: Tensor, k: int, scratch: Tensor | None = None) -> 
     ids_RK, kept_RK = select_topk(logits_RV, k)
     maximum_R = kept_RK[:, :1]
     rest_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
-    tile = scratch_rows(rows, logits_RV.device)
+    tile = scratch_rows(rows, logits_RV.device.type)
     if scratch is None:
         scratch = torch.empty(tile, width, dtype=torch.float32, device=logits_RV.device)
     for first in range(0, rows, tile):
@@ -124,9 +124,13 @@ def topk_with_tail(logits_RV: Tensor, k: int, scratch: Tensor | None = None) -> 
     )
 
 
-def scratch_rows(rows: int, device: torch.device) -> int:
-    """Return how many rows' exponentials are held at one time."""
-    return min(rows, _CPU_TILE) if device.type == "cpu" else rows
+def scratch_rows(rows: int, device: str) -> int:
+    """Return how many rows' exponentials are held at one time.
+
+    >>> scratch_rows(256, "cpu"), scratch_rows(256, "cuda")
+    (16, 256)
+    """
+    return min(rows, _CPU_TILE) if device == "cpu" else rows
 
 
 def _order_preserving(values: Tensor) -> Tensor:

@@ -153,6 +153,7 @@ def estimate(
     teacher: TeacherShape,
     batch_tokens: int,
     head_rows: int,
+    scratch_rows: int,
 ) -> Estimate:
     """Estimate what a plan takes.
 
@@ -164,13 +165,15 @@ def estimate(
         Mean of a sample.
     top_k, vocab_size, batch_tokens, head_rows
         Resolved settings.
+    scratch_rows
+        Positions whose float32 exponentials exist at one time.
     """
     per_token = records.bytes_per_token(top_k, vocab_size)
     tokens = round(plan.n_rows * tokens_per_row)
     cache_bytes = tokens * per_token + plan.n_rows * 24
     value = teacher.bytes_per_value
     batch = batch_tokens * teacher.hidden_width * _WIDTHS_PER_TOKEN * value
-    head = head_rows * vocab_size * value + min(head_rows, 64) * vocab_size * 4
+    head = head_rows * vocab_size * value + scratch_rows * vocab_size * 4
     partition = min(plan.partition_rows, plan.n_rows) * tokens_per_row * per_token
     return Estimate(
         tokens=tokens,

@@ -16,6 +16,7 @@ import psutil
 from dask_logits.capture.calibrate import auto_budgets
 from dask_logits.capture.corpus import Corpus, Tokenizer, TokenizerSpec, inspect_tokenizer, open_corpus, tokenize
 from dask_logits.capture.teacher import TeacherFacts, inspect_teacher, resolve_dtype
+from dask_logits.capture.topk import scratch_rows
 from dask_logits.config import Config
 from dask_logits.errors import CapacityError, ConfigError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
@@ -115,6 +116,7 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
         ),
         batch_tokens=max(batch_tokens, max((len(document) for document in sample), default=1)),
         head_rows=head_rows,
+        scratch_rows=scratch_rows(head_rows, device),
     )
     return Job(
         config=config,

@@ -1,6 +1,6 @@
 """The driver's loop: delayed partitions in a bounded window, drained one by one.
 
-Chosen: as many partitions in flight as there are worker threads, each submitted on its own. A list of ``delayed`` is
+Chosen: as many partitions in flight as there are workers, each submitted on its own. A list of ``delayed`` is
 quadratic (10,000 take half a minute to reach the scheduler, dask#11737), and futures that are held make Dask compute
 finished work again when a worker dies. Completions are read from a queue with a timeout: a bare ``as_completed`` waits
 for ever when the workers are gone.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from dask_logits.store.durable import Json
 logger = logging.getLogger(__name__)
 
 TOPIC = "dask_logits.tokens"
+# A worker that was started with several threads still scores one partition at a time: there is one teacher.
+_TEACHER_IN_USE = threading.Lock()
 _POLL_SECONDS = 0.5
 _FIRST_BACKOFF_SECONDS = 2.0
 
@@ -38,7 +41,8 @@ def run_on_worker(task: PartitionTask) -> Json:
     """Run a partition inside a Dask worker and report its progress as events."""
     worker = get_worker()
     index = task.partition.index
-    return process_partition(task, lambda tokens: worker.log_event(TOPIC, {"partition": index, "tokens": tokens}))
+    with _TEACHER_IN_USE:
+        return process_partition(task, lambda tokens: worker.log_event(TOPIC, {"partition": index, "tokens": tokens}))
 
 
 def classify(error: BaseException) -> Failure:
@@ -208,8 +212,7 @@ class _Window:
         return workers
 
     def _room(self) -> int:
-        threads: int = sum(worker["nthreads"] for worker in self._workers().values())
-        return max(1, threads)
+        return max(1, len(self._workers()))
 
 
 def _exception_of(future: Future) -> BaseException:

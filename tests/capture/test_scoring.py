@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dask_logits.capture.scoring import ScoringSettings, score_documents
 from dask_logits.capture.teacher import HEADS, Teacher, choose_head
+from dask_logits.capture.topk import padded_width, topk_with_tail
 from dask_logits.errors import TeacherError
 
 K = 8
@@ -84,6 +85,25 @@ def test_targets_equal_the_plain_forward(family: str) -> None:
         start = stop
     assert start == records.n_tokens
     assert compared > 0.9 * start
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@torch.inference_mode()
+def test_logprobs_before_rounding_are_within_a_ten_thousandth_nat(family: str) -> None:
+    model = tiny_model(family)
+    teacher = Teacher(model, VOCAB_SIZE)
+    head, _ = choose_head(teacher)
+    tokens_BT = torch.from_numpy(np.stack([np.pad(d, (0, 40 - len(d))) for d in documents()]).astype(np.int64))
+    hidden_BTD = teacher.hidden_states(tokens_BT)
+    for document, hidden_TD in zip(documents(), hidden_BTD, strict=True):
+        if len(document):
+            buffer = torch.full((len(document), padded_width(VOCAB_SIZE)), -torch.inf)
+            write = teacher.logits_linear if head == "linear" else teacher.logits_replay
+            write(hidden_TD[: len(document)], buffer[:, :VOCAB_SIZE])
+            top = topk_with_tail(buffer, K)
+            plain = plain_targets(model, document, VOCAB_SIZE, K)
+            found = (top.logits_RK - top.logsumexp_R[:, None]).numpy()
+            np.testing.assert_allclose(found, plain["logp"][:, :K], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -36,7 +36,7 @@ def test_the_estimate_adds_up() -> None:
     teacher = TeacherShape(parameters=10**8, hidden_width=512, head_width=50_000, layers=8, bytes_per_value=2)
     cost = estimate(
         Plan(n_rows=1000, partition_rows=100), tokens_per_row=200.0, top_k=64, vocab_size=50_000, teacher=teacher,
-        batch_tokens=4096, head_rows=256,
+        batch_tokens=4096, head_rows=256, scratch_rows=16,
     )  # fmt: skip
     assert cost.tokens == 200_000
     assert cost.cache_bytes == 200_000 * 270 + 1000 * 24

@@ -265,6 +265,8 @@ def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
         (["distillation.dataset.max_length=257"], "ConfigError", "max_length: expected at most the teacher's 256"),
         (["distillation.teacher.model_path=/no/such/model"], "TeacherError", "expected a folder with a model"),
         (["distillation.teacher.tokenizer_path=/no/such/tokenizer"], "TeacherError", "expected a tokenizer"),
+        (["distillation.teacher.tokenizer_path={narrow}"], "TeacherError", "112 logits, got .* 50 ids"),
+        (["distillation.dataset.data_files={empty}"], "DatasetError", "expected a dataset, got 'json'"),
         (["distillation.dataset.name=no-such-dataset"], "DatasetError", "expected a dataset"),
         (["distillation.dataset.text_column=body"], "DatasetError", "expected one of the columns"),
         (["distillation.teacher.cache_dir={file}/run"], "ConfigError", "expected a folder that can be written"),
@@ -275,10 +277,12 @@ def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
 )  # fmt: skip
 def test_bad_input_is_refused_and_nothing_changes_on_disk(joined, tmp_path, changes, error, message) -> None:
     (tmp_path / "file").write_text("not a folder")
-    nan = nan_teacher(tmp_path / "nan", "red")
+    made = {"file": tmp_path / "file", "nan": nan_teacher(tmp_path / "nan", "red")}
+    made["narrow"], made["empty"] = tmp_path / "narrow", write_json_lines(tmp_path / "empty.jsonl", [])
+    save_tokenizer(made["narrow"], 50)
     before = tree(tmp_path)
     with pytest.raises(getattr(dask_logits, error), match=message):
-        run(joined, *(o.format(file=tmp_path / "file", nan=nan) for o in changes))
+        run(joined, *(change.format(**made) for change in changes))
     assert tree(tmp_path) == before
     assert not cache_dir(joined).exists()
 
