@@ -34,8 +34,8 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int |
 
     Examples
     --------
-    >>> plan_batches([3, 9, 0, 4], batch_tokens=10)
-    [(1,), (3, 0)]
+    >>> plan_batches([4, 9, 0, 4], batch_tokens=10)
+    [(1,), (0, 3)]
     """
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
     batches: list[tuple[int, ...]] = []

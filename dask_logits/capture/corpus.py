@@ -379,6 +379,9 @@ def _load(config: DatasetConfig) -> Dataset:
                 revision=config.revision,
                 num_proc=config.num_proc if config.data_files is None and not folder.is_dir() else None,
             )
+    except StopIteration as error:
+        # datasets 5.2 says so of JSON files without a row.
+        raise DatasetError(f"{where} without a single row; check data_files") from error
     except (DatasetNotFoundError, FileNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
