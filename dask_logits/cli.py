@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from dask_logits.errors import ClusterError, DaskLogitsError, PartitionsFailedError
+from dask_logits.errors import DaskLogitsError
 
 USAGE = """\
 dask-logits COMMAND …
@@ -49,7 +49,7 @@ def run(command: Callable[[], None]) -> None:
         command()
     except DaskLogitsError as error:
         print(f"dask-logits: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, PartitionsFailedError | ClusterError) else 2)
+        sys.exit(1 if error.ran else 2)
     except KeyboardInterrupt:
         print("dask-logits: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

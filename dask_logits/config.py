@@ -139,7 +139,9 @@ class ClusterConfig:
 class JobConfig:
     """``distillation.job``: how failures are met."""
 
-    retries: int = _setting(2, "how", "Further attempts for a partition after an I/O error or a dead worker.", low=0)
+    retries: int = _setting(
+        2, "how", "Further attempts for a partition after an I/O error, or after its worker died.", low=0
+    )
     stall_seconds: float = _setting(
         1800.0, "how", "Without any progress for so long, the job stops with a diagnosis.", low=1
     )

@@ -29,6 +29,9 @@ class DaskLogitsError(Exception):
         ``where: expected X, got Y; do Z``.
     """
 
+    # Whether the job had begun to score when it was raised: then it failed, before it was refused.
+    ran: bool = False
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message

@@ -26,7 +26,8 @@ LAYERS = {
     "store.cache": 3,
     "job.manifest": 3,
     "capture.teacher": 3,
-    "capture.corpus": 3,
+    "capture.tokens": 3,
+    "capture.corpus": 4,
     "job.cluster": 3,
     "capture.scoring": 4,
     "store.consolidate": 4,
@@ -46,7 +47,7 @@ LAYERS = {
 HOMES = {
     "torch": {"capture.batching", "capture.topk", "capture.teacher", "capture.scoring", "capture.calibrate",
               "job.cluster", "train.dataset", "train.losses"},
-    "transformers": {"capture.teacher", "capture.corpus"},
+    "transformers": {"capture.teacher", "capture.tokens"},
     "datasets": {"capture.corpus", "job.prepare", "job.run", "api"},
     "h5py": {"store.cache"},
     "zarr": {"store.partition"},

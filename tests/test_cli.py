@@ -74,6 +74,13 @@ def test_refusals_exit_2_with_a_message_and_no_trace(arguments, message, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_scheduler_that_is_not_there_is_refused_with_2(overrides, tmp_path) -> None:
+    nowhere = ["distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1"]
+    done = run("generate", *overrides, *nowhere, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "expected a scheduler at" in done.stderr
+
+
 def test_help_lists_the_commands_and_the_settings() -> None:
     usage = run("--help")
     assert usage.returncode == 0

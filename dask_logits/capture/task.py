@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dask_logits.capture.corpus import FileRows, TokenizerSpec, read_documents
+from dask_logits.capture.corpus import FileRows, read_documents
 from dask_logits.capture.scoring import ScoringSettings, score_documents
 from dask_logits.capture.teacher import TeacherSpec, load_teacher
+from dask_logits.capture.tokens import TokenizerSpec
+from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition
 from dask_logits.records import ContentDigest, Statistics
@@ -33,8 +35,8 @@ class PartitionTask:
     ----------
     run
         The run folder, as the worker sees it.
-    fingerprint
-        Of the run.
+    run_id
+        Of the run; a folder whose run was replaced meanwhile takes no more of the old one.
     partition, files, column
         Which rows, and where they are.
     tokenizer, teacher, scoring
@@ -42,7 +44,7 @@ class PartitionTask:
     """
 
     run: str
-    fingerprint: str
+    run_id: str
     partition: Partition
     files: tuple[FileRows, ...]
     column: str
@@ -72,10 +74,12 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
         If a row cannot be used.
     TeacherError
         If the teacher cannot be loaded or its logits are not finite.
+    RunConflictError
+        If the run was replaced while this partition was computed.
     """
     run = RunFolder(Path(task.run))
     receipt = run.receipt(task.partition.index)
-    if receipt is not None:
+    if receipt is not None and receipt["run_id"] == task.run_id:
         return receipt
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -95,13 +99,17 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
     digest = ContentDigest()
     digest.update_records(records)
     attempt = run.attempt_path(task.partition.index)
-    write_partition(attempt, records)
+    try:
+        write_partition(attempt, records)
+    except BaseException:
+        remove_partition(attempt)
+        raise
     lap("write")
     receipt = {
         "partition": task.partition.index,
         "first_row": task.partition.first_row,
         "n_rows": task.partition.n_rows,
-        "fingerprint": task.fingerprint,
+        "run_id": task.run_id,
         "attempt": attempt.name,
         "statistics": dataclasses.asdict(Statistics.of(records)),
         "digests": digest.array_digests(),
@@ -111,12 +119,15 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
         "process": os.getpid(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    if not create_json(run.receipt_path(task.partition.index), receipt):
-        remove_partition(attempt)
-        winner = run.receipt(task.partition.index)
-        assert winner is not None
-        return winner
-    return receipt
+    manifest = run.manifest()
+    ours = manifest is not None and manifest["run_id"] == task.run_id
+    if ours and create_json(run.receipt_path(task.partition.index), receipt):
+        return receipt
+    remove_partition(attempt)
+    winner = run.receipt(task.partition.index)
+    if winner is None or winner["run_id"] != task.run_id:
+        raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
+    return winner
 
 
 def peak_rss_bytes() -> int:

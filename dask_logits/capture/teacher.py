@@ -15,7 +15,7 @@ Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden widt
 
 from __future__ import annotations
 
-import functools
+import gc
 import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_logits.config import TeacherConfig
-from dask_logits.errors import TeacherError
+from dask_logits.errors import CapacityError, TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class TeacherFacts:
     checkpoint_dtype
         Dtype the checkpoint names, e.g. ``bfloat16``.
     max_positions
-        Longest input the architecture takes, None where it sets no bound.
+        Longest input the architecture takes and whose targets do not depend on its batch; None where unbounded.
     """
 
     identity: str
@@ -137,8 +137,24 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
         head_width=head.weight.shape[0],
         layers=int(getattr(text_config, "num_hidden_layers", 1)),
         checkpoint_dtype=str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch."),
-        max_positions=getattr(text_config, "max_position_embeddings", None),
+        max_positions=_max_positions(text_config),
     )
+
+
+def _max_positions(text_config: Any) -> int | None:
+    """Return the longest input whose targets do not depend on what it is batched with.
+
+    Rotary embeddings of type ``longrope`` and ``dynamic`` change with the width of the batch beyond the length they
+    were first trained for (Phi-3 long-context models), so a padded document would get other targets there.
+    """
+    longest: int | None = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text_config, "original_max_position_embeddings", None
+        )
+        return original or longest
+    return longest
 
 
 def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
@@ -223,17 +239,32 @@ class _Stub(nn.Module):
         return self.output
 
 
-@functools.lru_cache(maxsize=1)
-def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
-    """Load the teacher, or return the one this process already holds.
+# The teacher this process holds, at most one: a worker serves one run at a time, and two may not fit its device.
+_LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
 
-    The slot holds one teacher: a worker serves one run, and two would not fit on most devices.
+
+def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
+    """Load the teacher, or return the one this process already holds; another one is let go first.
 
     Raises
     ------
     TeacherError
-        If the checkpoint cannot be loaded, is not the one the driver saw, or there is no such device.
+        If the checkpoint cannot be loaded, lacks weights, is not the one the driver saw, or there is no such device.
+    CapacityError
+        If it does not fit the device.
     """
+    key = (spec, vocab_size)
+    if key not in _LOADED:
+        _LOADED.clear()
+        gc.collect()
+        if spec.device == "cuda":
+            torch.cuda.empty_cache()
+        _LOADED[key] = _load(spec, vocab_size)
+    return _LOADED[key]
+
+
+def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -251,19 +282,35 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
             f"{found[:23]}… in {spec.path!r}; give every machine the same files"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             spec.path,
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
             trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"teacher: expected to fit in memory, got {_first_line(error)}") from error
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected to load {spec.path!r}, got {_first_line(error)}; "
             "check that this worker sees the model's folder or the hub's cache"
         ) from error
+    absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+    if absent:
+        # transformers would fill them at random.
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected all weights of a causal language model in {spec.path!r}, got "
+            f"none for {', '.join(absent[:3])} ({len(absent)} in all); give a complete checkpoint"
+        )
     model.requires_grad_(False)
-    return Teacher(model.eval().to("cuda:0" if spec.device == "cuda" else "cpu"), vocab_size)
+    try:
+        model = model.eval().to("cuda:0" if spec.device == "cuda" else "cpu")
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"teacher: expected to fit on the GPU, got {_first_line(error)}; use a smaller teacher or dtype"
+        ) from error
+    return Teacher(model, vocab_size)
 
 
 @torch.inference_mode()

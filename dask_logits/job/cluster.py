@@ -107,28 +107,34 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def open_cluster(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Cluster]:
+def open_cluster(generation: GenerationConfig, config: ClusterConfig, *, retries: int = 2) -> Iterator[Cluster]:
     """Make or join a cluster; close what was made.
+
+    Parameters
+    ----------
+    generation, config
+        Settings.
+    retries
+        How many more workers a partition may lose before it fails; a scheduler that is joined has its own bound.
 
     Raises
     ------
     ClusterError
         If it cannot be made or reached, or no worker comes.
     """
-    with _joined(generation, config) if joins_scheduler(config) else _local(generation, config) as cluster:
-        _wait_for_worker(cluster.client, config.wait_seconds)
+    with _joined(generation, config) if joins_scheduler(config) else _local(generation, config, retries) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _local(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Cluster]:
+def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) -> Iterator[Cluster]:
     device = local_device(generation, config)
     workers = local_workers(generation, device)
     threads = _threads(generation, workers)
     settings = {
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.work-stealing": False,
-        "distributed.scheduler.allowed-failures": 2,
+        "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
         "distributed.scheduler.no-workers-timeout": "10 minutes",
     }
@@ -146,6 +152,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clus
             _restore(kept)
         try:
             with Client(made) as client:
+                _wait_for_worker(client, config.wait_seconds)
                 yield Cluster(
                     client=client,
                     device=device,

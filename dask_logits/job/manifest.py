@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import uuid
@@ -25,8 +26,14 @@ from typing import Any
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.store.durable import Json, read_json
 
+logger = logging.getLogger(__name__)
+
 CACHE_NAME = "teacher_logits.h5"
 LOCK_NAME = ".driver.lock"
+PREVIOUS = "previous"
+SETTING_ASIDE = ".setting-aside"
+# In the order in which a run is set aside: the cache first, so that what is left never looks complete.
+RUN_NAMES = (CACHE_NAME, "receipts", "partitions", "dataset", "calibration.json", "status.json", "run.json")
 FORMAT = "dask_logits.run"
 VERSION = 1
 
@@ -157,6 +164,9 @@ def lease(folder: Path) -> Iterator[None]:
                 f"{folder}: expected to be this run's only driver, but {file.read().strip() or 'another process'} "
                 "is at work; wait for it, or stop it"
             ) from error
+        except OSError as error:
+            # Some network file systems have no locks.
+            logger.warning("%s cannot be locked (%s): make sure that no other driver works on this run", path, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from dask_logits.capture.calibrate import auto_budgets
-from dask_logits.capture.corpus import Corpus, Tokenizer, TokenizerSpec, inspect_tokenizer, open_corpus, tokenize
+from dask_logits.capture.corpus import Corpus, open_corpus
 from dask_logits.capture.teacher import TeacherFacts, inspect_teacher, resolve_dtype
+from dask_logits.capture.tokens import Tokenizer, TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.capture.topk import scratch_rows
 from dask_logits.config import Config
 from dask_logits.errors import CapacityError, ConfigError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
-from dask_logits.job.manifest import RunFolder, compare
+from dask_logits.job.manifest import RUN_NAMES, RunFolder, compare
 from dask_logits.job.plan import Estimate, Plan, TeacherShape, auto_partition_rows, estimate, fingerprint
 
 if TYPE_CHECKING:
@@ -90,10 +91,12 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
     device = ("cuda" if generation.device == "cuda" else "cpu") if joins else local_device(generation, config.cluster)
     teacher = inspect_teacher(config.teacher)
     corpus = open_corpus(config.dataset, dataset)
-    tokenizer, spec = inspect_tokenizer(config.teacher, config.dataset, corpus, teacher.head_width)
+    tokenizer, spec = inspect_tokenizer(
+        config.teacher, config.dataset, is_text=corpus.is_text, head_width=teacher.head_width
+    )
     _check_bounds(config, teacher, spec.vocab_size)
 
-    sample = tokenize(corpus.sample(), spec)
+    sample = [tokenize([value], spec, first_row=row)[0] for row, value in corpus.sample()]
     tokens_per_row = sum(len(document) for document in sample) / len(sample)
     rows = config.partition.rows
     plan = Plan(
@@ -171,10 +174,11 @@ def check_folder(job: Job) -> None:
         )
     manifest = job.run.manifest()
     if manifest is None:
-        foreign = [path.name for path in job.run.path.glob("receipts")] if job.run.path.exists() else []
+        foreign = [name for name in RUN_NAMES if (job.run.path / name).exists()]
         if foreign:
             raise RunConflictError(
-                f"{job.run.path}: expected run.json beside {foreign}, got none; choose another folder"
+                f"{job.run.path}: expected run.json beside {foreign}, which a run would take for its own, got none; "
+                "choose another distillation.teacher.cache_dir"
             )
     elif not job.config.teacher.generation.force_regenerate:
         compare(job.run.path, manifest["what"] | manifest["numerics"], job.what | job.numerics)

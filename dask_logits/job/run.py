@@ -17,21 +17,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import dask
-from distributed import Client, KilledWorker
+from distributed import Client
 
 from dask_logits.capture.calibrate import TOKENS as CALIBRATION_TOKENS
 from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
-from dask_logits.capture.corpus import slice_files, tokenize
+from dask_logits.capture.corpus import slice_files
 from dask_logits.capture.scoring import ScoringSettings
 from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.teacher import TeacherSpec, resolve_dtype
+from dask_logits.capture.tokens import tokenize
 from dask_logits.config import Config
-from dask_logits.errors import ClusterError, PartitionsFailedError, RunConflictError
+from dask_logits.errors import DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.cluster import Cluster, open_cluster
-from dask_logits.job.manifest import CACHE_NAME, FORMAT, LOCK_NAME, VERSION, RunFolder, lease
+from dask_logits.job.manifest import (
+    FORMAT,
+    LOCK_NAME,
+    PREVIOUS,
+    RUN_NAMES,
+    SETTING_ASIDE,
+    VERSION,
+    RunFolder,
+    lease,
+)
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare
-from dask_logits.job.window import run_partitions
+from dask_logits.job.window import run_one, run_partitions
 from dask_logits.observe.progress import JobProgress
 from dask_logits.observe.status import open_run_cache
 from dask_logits.records import Array, Statistics
@@ -45,7 +54,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READ_ROWS = 256
-_PREVIOUS = "previous"
 
 
 def generate(config: Config, dataset: Dataset | None = None) -> Path:
@@ -72,65 +80,85 @@ def generate(config: Config, dataset: Dataset | None = None) -> Path:
     """
     job = prepare(config, dataset)
     check_folder(job)
-    start = _start(job)
-    if start == "complete":
-        logger.info("%s is complete: nothing to do", job.run.path)
-        _tidy(job)
-        return job.run.cache_path
-    check_capacity(job, 0.0 if start == "replace" else _committed_share(job))
     with _held(job.run):
-        with open_cluster(config.teacher.generation, config.cluster) as cluster:
-            if cluster.dashboard:
-                logger.info("dashboard: %s", cluster.dashboard)
-            calibration = job.run.calibration() if start == "resume" else None
-            if calibration is None:
-                calibration = _calibrate(job, cluster)
-            _check_device(job, calibration, cluster)
-            if start == "replace":
-                _set_aside(job.run)
-            _record(job, calibration)
-            _drop_lost_receipts(job)
-            failed = _score(job, cluster.client, calibration)
-        if failed:
-            reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in sorted(failed.items()))
-            raise PartitionsFailedError(
-                f"{len(failed)} of {len(job.plan)} partitions failed; the others are committed:\n{reasons}\n"
-                "mend the cause and run the same command again: only these are taken up",
-                failed,
-            )
-        return _consolidate(job, calibration)
+        # Again, now that nobody else can change the folder.
+        _undo_setting_aside(job.run)
+        check_folder(job)
+        start = _start(job)
+        if start == "complete":
+            logger.info("%s is complete: nothing to do", job.run.path)
+            _tidy(job)
+            return job.run.cache_path
+        committed = 0 if start == "replace" else len(_committed(job))
+        check_capacity(job, committed / len(job.plan))
+        calibration = job.run.calibration() if start == "resume" else None
+        failed: dict[int, str] = {}
+        if calibration is None or committed < len(job.plan):
+            with open_cluster(config.teacher.generation, config.cluster, retries=config.job.retries) as cluster:
+                if cluster.dashboard:
+                    logger.info("dashboard: %s", cluster.dashboard)
+                calibration = calibration or _calibrate(job, cluster)
+                _check_device(job, calibration, cluster)
+                if start == "replace":
+                    _set_aside(job.run)
+                with _ran():
+                    _record(job, calibration)
+                    failed = _score(job, cluster.client, calibration)
+        with _ran():
+            if failed:
+                reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in sorted(failed.items()))
+                raise PartitionsFailedError(
+                    f"{len(failed)} of {len(job.plan)} partitions failed; the others are committed:\n{reasons}\n"
+                    "mend the cause and run the same command again: only these are taken up",
+                    failed,
+                )
+            return _consolidate(job, calibration)
 
 
 Start = Literal["fresh", "resume", "replace", "complete"]
 
 
 def _start(job: Job) -> Start:
-    """Say how this start relates to what the folder holds."""
+    """Say how this start relates to what the folder holds.
+
+    An old run in ``previous/`` beside one without a cache means that its replacement is under way: a forced start with
+    the same settings goes on with it.
+    """
     manifest = job.run.manifest()
     if manifest is None:
         return "fresh"
-    # An old run set aside means that its replacement is under way: a forced start then goes on with it.
+    forced = job.config.teacher.generation.force_regenerate
     same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
-    replacing = (job.run.path / _PREVIOUS).exists()
-    if job.config.teacher.generation.force_regenerate and not (replacing and same):
+    replacing = (job.run.path / PREVIOUS).exists()
+    if forced and not (replacing and same):
         return "replace"
-    return "complete" if open_run_cache(job.run, job.fingerprint, job.plan.n_rows) else "resume"
+    return "complete" if open_run_cache(job.run, job.fingerprint) else "resume"
+
+
+@contextlib.contextmanager
+def _ran() -> Iterator[None]:
+    """Mark errors from here on as failures of a job that ran, not as refusals."""
+    try:
+        yield
+    except DaskLogitsError as error:
+        error.ran = True
+        raise
 
 
 @contextlib.contextmanager
 def _held(run: RunFolder) -> Iterator[None]:
-    """Hold the run for this driver; a start that was refused before its manifest leaves no folder behind."""
+    """Hold the run for this driver; a start that was refused before its manifest leaves no trace."""
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with lease(run.path):
+    with lease(run.path):
+        try:
             yield
-    finally:
-        if not run.manifest_path.exists():
-            for folder in missing:
-                with contextlib.suppress(OSError):
-                    (folder / LOCK_NAME).unlink(missing_ok=True)
-                    folder.rmdir()
+        finally:
+            if not run.manifest_path.exists():
+                (run.path / LOCK_NAME).unlink(missing_ok=True)
+                for folder in missing:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 def _calibrate(job: Job, cluster: Cluster) -> Json:
@@ -158,16 +186,7 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
         head_rows=head_rows,
     )
     logger.info("calibrating on %d documents", len(task.documents))
-    name = f"calibrate-{uuid.uuid4().hex[:8]}"
-    future = cluster.client.compute(dask.delayed(calibrate, pure=False)(task, dask_key_name=name))
-    try:
-        calibration: Json = future.result()
-    except KilledWorker as error:
-        raise ClusterError(
-            f"calibration: expected a result, got a worker that died {error.allowed_failures + 1} times; "
-            "it may be out of memory: lower batch_tokens, or use fewer workers"
-        ) from error
-    return calibration
+    return run_one(cluster.client, calibrate, task, job.config.job)
 
 
 def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
@@ -209,19 +228,28 @@ def _record(job: Job, calibration: Json) -> None:
     logger.info("%s run in %s: %d partitions", "new" if created else "resumed", job.run.path, len(job.plan))
 
 
-def _drop_lost_receipts(job: Job) -> None:
-    """Forget receipts whose arrays were deleted from outside: there is no cache, so they must be computed again."""
+def _committed(job: Job) -> list[Json]:
+    """Return the receipts whose arrays are there, in order; forget the others, to be computed again.
+
+    Arrays may have been deleted from outside, and a worker of a run that was replaced may have committed late.
+    """
+    manifest = job.run.manifest()
+    kept = []
     for receipt in job.run.receipts(len(job.plan)):
-        if receipt is not None and not (job.run.partitions_path / receipt["attempt"]).exists():
+        if receipt is None or manifest is None:
+            continue
+        ours = receipt["run_id"] == manifest["run_id"]
+        if ours and (job.run.partitions_path / receipt["attempt"]).exists():
+            kept.append(receipt)
+        else:
             logger.warning("partition %06d: its arrays are gone, computing it again", receipt["partition"])
             job.run.receipt_path(receipt["partition"]).unlink()
+    return kept
 
 
 def _score(job: Job, client: Client, calibration: Json) -> dict[int, str]:
     """Score what is missing; return the partitions that failed, with reasons."""
-    committed = [receipt for receipt in job.run.receipts(len(job.plan)) if receipt is not None]
-    if len(committed) == len(job.plan):
-        return {}
+    committed = _committed(job)
     done = sum((Statistics.from_json(receipt["statistics"]) for receipt in committed), Statistics())
     with JobProgress(
         partitions=len(job.plan), committed=len(committed), done=done, expected_tokens=job.estimate.tokens
@@ -243,6 +271,7 @@ def _score(job: Job, client: Client, calibration: Json) -> dict[int, str]:
             client,
             _tasks(job, calibration, {receipt["partition"] for receipt in committed}),
             job.config.job,
+            run_id=_run_id(job),
             on_receipt=on_receipt,
             on_tokens=progress.tokens,
         )
@@ -251,7 +280,8 @@ def _score(job: Job, client: Client, calibration: Json) -> dict[int, str]:
 def _tasks(job: Job, calibration: Json, committed: set[int]) -> Iterator[PartitionTask]:
     """Yield the tasks of all partitions that are not committed, in order."""
     numerics = calibration["numerics"]
-    files = job.corpus.files() or job.corpus.materialise(job.run.dataset_path)
+    files = job.corpus.files or job.corpus.materialise(job.run.dataset_path)
+    run_id = _run_id(job)
     teacher = _teacher_spec(
         job, dtype=numerics["dtype"], device=numerics["device"], torch_threads=numerics["torch_threads"]
     )
@@ -268,7 +298,7 @@ def _tasks(job: Job, calibration: Json, committed: set[int]) -> Iterator[Partiti
             partition = job.plan.partition(index)
             yield PartitionTask(
                 run=str(job.run.path),
-                fingerprint=job.fingerprint,
+                run_id=run_id,
                 partition=partition,
                 files=slice_files(files, partition.first_row, partition.n_rows),
                 column=job.corpus.column,
@@ -280,20 +310,20 @@ def _tasks(job: Job, calibration: Json, committed: set[int]) -> Iterator[Partiti
 
 def _consolidate(job: Job, calibration: Json) -> Path:
     """Write the cache from the committed partitions and tidy up."""
-    receipts = [receipt for receipt in job.run.receipts(len(job.plan)) if receipt is not None]
-    manifest = job.run.manifest()
-    assert manifest is not None
+    receipts = _committed(job)
+    run_id = _run_id(job)
     started = time.perf_counter()
     statistics = sum((Statistics.from_json(receipt["statistics"]) for receipt in receipts), Statistics())
     digest = consolidate(
         job.run.cache_path,
         job.run.partitions_path,
         receipts,
+        n_rows=job.plan.n_rows,
         top_k=job.what["teacher.generation.top_k"],
         vocab_size=job.what["dataset.vocab_size"],
         attributes={
             "fingerprint": job.fingerprint,
-            "run_id": manifest["run_id"],
+            "run_id": run_id,
             "what": job.what,
             "calibration": calibration,
             "teacher": dataclasses.asdict(job.teacher),
@@ -317,29 +347,49 @@ def _tidy(job: Job) -> None:
                 remove_partition(attempt)
     else:
         shutil.rmtree(run.partitions_path, ignore_errors=True)
-    shutil.rmtree(run.dataset_path, ignore_errors=True)
-    shutil.rmtree(run.path / _PREVIOUS, ignore_errors=True)
+    if job.corpus.files is None:
+        shutil.rmtree(run.dataset_path, ignore_errors=True)
+    shutil.rmtree(run.path / PREVIOUS, ignore_errors=True)
 
 
 def _set_aside(run: RunFolder) -> None:
-    """Move a run into ``previous/``; where one lies there already, this is its unfinished replacement: delete it.
+    """Move a run into ``previous/``, by way of a folder that says the move is not finished.
 
-    The cache goes first, so that a move that is cut off leaves nothing that looks complete; the manifest goes last.
+    Where an old run lies in ``previous/`` and this one has no cache, this one is its unfinished replacement: it goes.
     """
-    previous = run.path / _PREVIOUS
-    replacing = previous.exists()
-    previous.mkdir(exist_ok=True)
-    for name in (CACHE_NAME, "receipts", "partitions", "dataset", "calibration.json", "status.json", "run.json"):
-        path = run.path / name
-        if not path.exists():
-            continue
-        if not replacing:
-            path.replace(previous / name)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    previous = run.path / PREVIOUS
+    names = [name for name in RUN_NAMES if (run.path / name).exists()]
+    if previous.exists() and not run.cache_path.exists():
+        for name in names:
+            path = run.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return
+    shutil.rmtree(previous, ignore_errors=True)
+    moving = run.path / SETTING_ASIDE
+    moving.mkdir()
+    for name in names:
+        (run.path / name).replace(moving / name)
+    moving.replace(previous)
     logger.info("the old run was set aside in %s until the new one is complete", previous)
+
+
+def _undo_setting_aside(run: RunFolder) -> None:
+    """Put back what a start moved that was cut off in the middle of it."""
+    moving = run.path / SETTING_ASIDE
+    if moving.exists():
+        for path in moving.iterdir():
+            path.replace(run.path / path.name)
+        moving.rmdir()
+
+
+def _run_id(job: Job) -> str:
+    manifest = job.run.manifest()
+    if manifest is None:
+        raise RunConflictError(f"{job.run.path}: expected run.json, got none: it was deleted while the job ran")
+    return str(manifest["run_id"])
 
 
 def _teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:
@@ -353,8 +403,3 @@ def _teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> T
         torch_threads=torch_threads,
         trust_remote_code=job.config.teacher.trust_remote_code,
     )
-
-
-def _committed_share(job: Job) -> float:
-    """Return the share of partitions that are committed."""
-    return sum(receipt is not None for receipt in job.run.receipts(len(job.plan))) / len(job.plan)

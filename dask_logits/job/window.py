@@ -28,7 +28,8 @@ from dask_logits.store.durable import Json
 
 logger = logging.getLogger(__name__)
 
-TOPIC = "dask_logits.tokens"
+_TOPIC = "dask_logits.tokens."
+_CALL_SECONDS = 20
 # A worker that was started with several threads still scores one partition at a time: there is one teacher.
 _TEACHER_IN_USE = threading.Lock()
 _POLL_SECONDS = 0.5
@@ -40,9 +41,8 @@ Failure = Literal["transient", "data", "worker-death"]
 def run_on_worker(task: PartitionTask) -> Json:
     """Run a partition inside a Dask worker and report its progress as events."""
     worker = get_worker()
-    index = task.partition.index
     with _TEACHER_IN_USE:
-        return process_partition(task, lambda tokens: worker.log_event(TOPIC, {"partition": index, "tokens": tokens}))
+        return process_partition(task, lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens}))
 
 
 def classify(error: BaseException) -> Failure:
@@ -62,6 +62,7 @@ def run_partitions(
     tasks: Iterator[PartitionTask],
     job: JobConfig,
     *,
+    run_id: str,
     on_receipt: Callable[[Json], None],
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> dict[int, str]:
@@ -75,6 +76,8 @@ def run_partitions(
         Partitions to do; drawn only as there is room.
     job
         Retries, bounds and patience.
+    run_id
+        Of the run, whose workers' events are listened to.
     on_receipt
         Called in this thread with every receipt.
     on_tokens
@@ -94,7 +97,8 @@ def run_partitions(
     """
     window = _Window(client, tasks, job)
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
-    client.subscribe_topic(TOPIC, lambda event: events.put(event[1]["tokens"]))
+    topic = _TOPIC + run_id
+    client.subscribe_topic(topic, lambda event: events.put(event[1]["tokens"]))
     try:
         while window.fill():
             done = window.next_done(_POLL_SECONDS)
@@ -106,8 +110,9 @@ def run_partitions(
             elif isinstance(done, dict):
                 on_receipt(done)
     finally:
-        window.cancel()
-        client.unsubscribe_topic(TOPIC)
+        window.release()
+        if client.status == "running":
+            client.unsubscribe_topic(topic)
     return window.failed
 
 
@@ -147,6 +152,10 @@ class _Window:
         self.last_progress = time.monotonic()
         task, _ = self._running.pop(future.key)
         try:
+            if future.status == "lost":
+                # Its worker died between finishing and telling; if it committed, the next attempt finds the receipt.
+                self._later.append((self.last_progress, task))
+                return False
             if future.status == "finished":
                 receipt: Json = future.result()
                 self._succeeded = True
@@ -160,10 +169,7 @@ class _Window:
     def check_stall(self) -> None:
         idle = time.monotonic() - self.last_progress
         if self.client.status not in ("running", "connecting"):
-            raise ClusterError(
-                "distillation.cluster: expected a running scheduler, got none: its connection was lost; "
-                "everything committed is kept, run the same command again"
-            )
+            raise _scheduler_lost()
         if idle > self.job.stall_seconds:
             workers = self._workers()
             where = ", ".join(sorted(task.partition.name for task, _ in self._running.values()))
@@ -173,9 +179,10 @@ class _Window:
                 "logs, then run the same command again"
             )
 
-    def cancel(self) -> None:
-        """Take back what has not finished."""
-        self.client.cancel([future for _, future in self._running.values()])
+    def release(self) -> None:
+        """Take back what has not finished: what nobody wants, the scheduler forgets."""
+        for _, future in self._running.values():
+            future.release()
 
     def _submit(self, task: PartitionTask) -> None:
         index = task.partition.index
@@ -207,8 +214,13 @@ class _Window:
             )
 
     def _workers(self) -> dict[str, Any]:
-        # Without n_workers distributed lists five workers only.
-        workers: dict[str, Any] = self.client.scheduler_info(n_workers=-1)["workers"]
+        # Client.scheduler_info() lists five workers only, or waits for ever when the scheduler is gone.
+        identity = self.client.scheduler.identity
+        try:
+            found = self.client.sync(identity, n_workers=-1, callback_timeout=_CALL_SECONDS)
+        except (OSError, TimeoutError) as error:
+            raise _scheduler_lost() from error
+        workers: dict[str, Any] = found["workers"]
         return workers
 
     def _room(self) -> int:
@@ -218,8 +230,44 @@ class _Window:
 def _exception_of(future: Future) -> BaseException:
     error: BaseException | None = future.exception() if future.status == "error" else None
     if error is None or isinstance(error, FutureCancelledError):
-        raise ClusterError(
-            "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection "
-            "was lost; everything committed is kept, run the same command again"
-        )
+        raise _scheduler_lost()
     return error
+
+
+def _scheduler_lost() -> ClusterError:
+    return ClusterError(
+        "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection was "
+        "lost; everything committed is kept, run the same command again"
+    )
+
+
+def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig) -> Json:
+    """Run one function on one worker and wait for it, but not for ever.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, the worker dies again and again, or nothing came in ``stall_seconds``.
+    """
+    name = f"{function.__name__}-{uuid.uuid4().hex[:8]}"
+    future = client.compute(dask.delayed(function, pure=False)(argument, dask_key_name=name))
+    started = time.monotonic()
+    while not future.done():
+        time.sleep(_POLL_SECONDS / 5)
+        if client.status not in ("running", "connecting"):
+            raise _scheduler_lost()
+        if time.monotonic() - started > job.stall_seconds:
+            raise ClusterError(
+                f"distillation.job.stall_seconds: expected the {function.__name__} task to end within "
+                f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again"
+            )
+    if future.status == "finished":
+        result: Json = future.result()
+        return result
+    error = _exception_of(future)
+    if isinstance(error, KilledWorker):
+        raise ClusterError(
+            f"distillation.cluster: expected a result of the {function.__name__} task, got a worker that died "
+            f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer workers"
+        ) from error
+    raise error

@@ -22,7 +22,8 @@ class Status:
     run
         Its folder.
     state
-        ``complete``, ``scored`` (all partitions committed, no cache yet) or ``unfinished``.
+        ``complete``, ``scored`` (all partitions committed, no cache yet), ``unfinished``, or ``damaged`` (there is a
+        cache that cannot be read).
     partitions, committed
         Planned and done.
     rows
@@ -111,8 +112,12 @@ def read_status(path: Path | str) -> Status:
     receipts = [receipt for receipt in run.receipts(len(plan)) if receipt is not None]
     sums = sum((Statistics.from_json(receipt["statistics"]) for receipt in receipts), Statistics())
     seconds = sum(receipt["seconds"]["score"] for receipt in receipts)
-    cache = open_run_cache(run, manifest["fingerprint"], plan.n_rows)
-    state = "complete" if cache else "scored" if len(receipts) == len(plan) else "unfinished"
+    state = "scored" if len(receipts) == len(plan) else "unfinished"
+    try:
+        cache = open_run_cache(run, manifest["fingerprint"])
+        state = "complete" if cache else state
+    except CacheError:
+        cache, state = None, "damaged"
     return Status(
         run=str(run.path),
         state=state,
@@ -128,13 +133,15 @@ def read_status(path: Path | str) -> Status:
     )
 
 
-def open_run_cache(run: RunFolder, fingerprint: str, n_rows: int) -> CacheReader | None:
-    """Open a run's cache if it is complete and this run's; a damaged one counts as none."""
+def open_run_cache(run: RunFolder, fingerprint: str) -> CacheReader | None:
+    """Open a run's cache; None if there is none, or it is another run's.
+
+    Raises
+    ------
+    CacheError
+        If it is there and cannot be read: nobody but the user may decide to compute it again.
+    """
     if not run.cache_path.exists():
         return None
-    try:
-        cache = CacheReader(run.cache_path)
-    except CacheError:
-        return None
-    ours = cache.attributes.get("fingerprint") == fingerprint and cache.n_documents == n_rows
-    return cache if ours else None
+    cache = CacheReader(run.cache_path)
+    return cache if cache.attributes.get("fingerprint") == fingerprint else None

@@ -229,6 +229,15 @@ class CacheReader:
                 f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
                 str(self.path),
             )
+        sizes = ("n_tokens", "n_documents", "top_k", "vocab_size")
+        lacking = [name for name in sizes if name not in self.attributes]
+        lacking += [f"crc32/{name}" for name in ARRAYS if f"crc32/{name}" not in file]
+        if lacking:
+            raise CacheError(
+                f"{self.path}: expected {', '.join(lacking)}, got none; the file is damaged: restore it or run the job "
+                "again",
+                str(self.path),
+            )
         for name, item in file.items():
             if name not in ARRAYS and item.attrs.get("critical", False):
                 raise CacheError(

@@ -25,6 +25,7 @@ def consolidate(
     partitions_path: Path,
     receipts: Sequence[Mapping[str, Any]],
     *,
+    n_rows: int,
     top_k: int,
     vocab_size: int,
     attributes: Mapping[str, Any],
@@ -40,7 +41,7 @@ def consolidate(
         Folder of the attempts the receipts name.
     receipts
         Of every partition, in order.
-    top_k, vocab_size
+    n_rows, top_k, vocab_size
         Of the run.
     attributes
         Further attributes of the file.
@@ -57,7 +58,7 @@ def consolidate(
     CacheError
         If a partition is missing or damaged, or rows are not consecutive. An older cache stays as it was.
     """
-    _check_rows(cache_path, receipts)
+    _check_rows(cache_path, receipts, n_rows)
     for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
         stale.unlink()
     aside = cache_path.with_name(f".{cache_path.name}.{os.getpid()}.tmp")
@@ -96,7 +97,7 @@ def _copy(writer: CacheWriter, partition: PartitionReader, receipt: Mapping[str,
     return start
 
 
-def _check_rows(cache_path: Path, receipts: Sequence[Mapping[str, Any]]) -> None:
+def _check_rows(cache_path: Path, receipts: Sequence[Mapping[str, Any]], n_rows: int) -> None:
     row = 0
     for receipt in receipts:
         if receipt["first_row"] != row:
@@ -105,3 +106,5 @@ def _check_rows(cache_path: Path, receipts: Sequence[Mapping[str, Any]]) -> None
                 str(cache_path),
             )
         row += receipt["n_rows"]
+    if row != n_rows:
+        raise CacheError(f"{cache_path}: expected {n_rows} rows of partitions, got {row}", str(cache_path))

@@ -82,7 +82,9 @@ def sparse_forward_kl(
         raise ValueError(f"topk_ids: expected ids below the student's {vocab_size} logits, got {int(ids_NK.max())}")
     rows_N = torch.arange(len(ids_NK), device=ids_NK.device)
     if target_mask is not None:
-        rows_N = rows_N[target_mask.reshape(-1)]
+        if target_mask.shape != shape:
+            raise ValueError(f"target_mask: expected {tuple(shape)}, got {tuple(target_mask.shape)}")
+        rows_N = rows_N[target_mask.reshape(-1).bool()]
     logp_NK, logtail_N = normalise_targets(
         topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
     )

@@ -5,19 +5,12 @@ import shutil
 import numpy as np
 import pytest
 from builders import HEAD_WIDTH, VOCAB_SIZE, save_tokenizer, sentences, write_json_lines
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenate_datasets, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.capture.corpus import (
-    FileRows,
-    TokenizerSpec,
-    inspect_tokenizer,
-    open_corpus,
-    read_documents,
-    slice_files,
-    tokenize,
-)
+from dask_logits.capture.corpus import FileRows, open_corpus, read_documents, slice_files
+from dask_logits.capture.tokens import TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.errors import DatasetError, TeacherError
 
@@ -49,7 +42,7 @@ def test_slices_of_files_cover_a_range_exactly(sizes: list[int], data) -> None:
 def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),)))
     assert (opened.n_rows, opened.column, opened.is_text) == (40, "text", True)
-    files = opened.files()
+    files = opened.files
     assert files is not None
     assert sum(file.n_rows for file in files) == 40
 
@@ -87,23 +80,57 @@ def test_saved_folders_and_their_splits(tmp_path) -> None:
         lambda ds: ds.rename_column("text", "body").rename_column("body", "text"),
         lambda ds: ds.map(lambda row: {"text": row["text"] + " red"}),
         lambda ds: concatenate_datasets([ds, ds]),
+        lambda ds: concatenate_datasets([Dataset.from_dict({"text": ["sea"] * 5}), ds.select(range(35))]),
+        lambda ds: ds.add_column("body", ["moon"] * 40).remove_columns("text").rename_column("body", "text"),
+        lambda ds: ds.with_format("torch"),
     ],
-    ids=["select", "shuffle", "slice", "in-memory", "renamed", "mapped", "concatenated"],
+    ids=["select", "shuffle", "slice", "in-memory", "renamed", "mapped", "concatenated", "mixed", "swapped", "torch"],
 )
 def test_any_dataset_object_is_read_back_row_by_row(change, llama, corpus, tmp_path) -> None:
     dataset = change(load_dataset("json", data_files=str(corpus), split="train"))
     opened = open_corpus(DatasetConfig(), dataset)
-    _, spec = inspect_tokenizer(TeacherConfig(model_path=str(llama)), DatasetConfig(), opened, HEAD_WIDTH)
-    files = opened.files() or opened.materialise(tmp_path / "dataset")
+    _, spec = inspect_tokenizer(
+        TeacherConfig(model_path=str(llama)), DatasetConfig(), is_text=opened.is_text, head_width=HEAD_WIDTH
+    )
+    files = opened.files or opened.materialise(tmp_path / "dataset")
     found = read_documents(slice_files(files, 0, opened.n_rows), opened.column, spec, first_row=0)
     expected = tokenize(list(dataset["text"]), spec)
     assert [d.tolist() for d in found] == [d.tolist() for d in expected]
 
 
+def test_ids_of_fixed_length_are_read(tmp_path) -> None:
+    features = Features({"input_ids": Sequence(Value("int32"), length=3)})
+    opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features))
+    files = opened.materialise(tmp_path / "dataset")
+    found = read_documents(files, "input_ids", ids_spec(), first_row=0)
+    assert [d.tolist() for d in found] == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ds: ds.to_iterable_dataset(), r"expected a datasets\.Dataset, got IterableDataset"),
+        (lambda ds: DatasetDict({"train": ds}), r"expected a datasets\.Dataset, got DatasetDict"),
+        (lambda ds: ["red"], r"expected a datasets\.Dataset, got list"),
+        (lambda ds: ds.with_transform(lambda rows: rows), "got a dataset with a transform"),
+    ],
+    ids=["stream", "dict", "list", "transform"],
+)
+def test_objects_that_are_no_regular_dataset_are_refused(make, message) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_corpus(DatasetConfig(), make(Dataset.from_dict({"text": ["red"]})))
+
+
+def test_a_saved_dataset_without_splits_takes_no_other_split(tmp_path) -> None:
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
+    with pytest.raises(DatasetError, match=r"split: expected 'train' for the saved dataset .*, got\s'train\[:1\]'"):
+        open_corpus(DatasetConfig(name=str(tmp_path / "one"), split="train[:1]"))
+
+
 def test_a_slice_of_a_split_is_not_mistaken_for_its_files(corpus) -> None:
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),), split="train[10:30]"))
     assert opened.n_rows == 20
-    assert opened.files() is None
+    assert opened.files is None
 
 
 def test_a_materialised_dataset_is_checked_when_it_is_used_again(tmp_path) -> None:
@@ -140,9 +167,8 @@ def test_ids_are_taken_as_they_are_and_cut() -> None:
 
 
 def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
-    corpus = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["red"]}))
     config = DatasetConfig(max_length=2)
-    _, spec = inspect_tokenizer(TeacherConfig(model_path=str(llama)), config, corpus, HEAD_WIDTH)
+    _, spec = inspect_tokenizer(TeacherConfig(model_path=str(llama)), config, is_text=True, head_width=HEAD_WIDTH)
     found = tokenize(["red green blue", "", None, "red"], spec)
     assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
 
@@ -153,6 +179,7 @@ def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
         (["a", 5], {"path": "t"}, r"dataset row 101: expected str, got int 5"),
         ([[1], "x"], {}, r"dataset row 101: expected list, got str 'x'"),
         ([[1], [2, 104]], {}, r"dataset row 101: expected token ids in \[0, 104\), got 104"),
+        ([[1], [2, None]], {}, r"dataset row 101: expected a flat list of token ids"),
         ([[1], [-3]], {}, r"dataset row 101: expected token ids in \[0, 104\), got -3"),
     ],
 )
@@ -194,7 +221,9 @@ class TestTokenizerMatch:
 
     def settle(self, path, head_width=HEAD_WIDTH, dataset=None, **config):
         opened = open_corpus(DatasetConfig(), dataset or self.corpus)
-        return inspect_tokenizer(TeacherConfig(model_path=str(path)), DatasetConfig(**config), opened, head_width)
+        return inspect_tokenizer(
+            TeacherConfig(model_path=str(path)), DatasetConfig(**config), is_text=opened.is_text, head_width=head_width
+        )
 
     def test_a_padded_head_is_fine(self, llama) -> None:
         tokenizer, spec = self.settle(llama)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -68,8 +69,42 @@ def test_a_teacher_the_driver_did_not_see_is_refused(llama) -> None:
         load_teacher(spec(llama, identity="sha256:0"), VOCAB_SIZE)
 
 
-def test_a_process_loads_a_teacher_once(llama) -> None:
-    assert load_teacher(spec(llama), VOCAB_SIZE) is load_teacher(spec(llama), VOCAB_SIZE)
+def test_a_process_holds_one_teacher(llama, teacher_folder) -> None:
+    first = load_teacher(spec(llama), VOCAB_SIZE)
+    assert load_teacher(spec(llama), VOCAB_SIZE) is first
+    gone = weakref.ref(first)
+    del first
+    load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE)
+    assert gone() is None
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(llama).save_pretrained(tmp_path / "trunk")
+    with pytest.raises(TeacherError, match=r"expected all weights .* got none for lm_head\.weight \(1 in all\)"):
+        load_teacher(spec(tmp_path / "trunk"), VOCAB_SIZE)
+
+
+def test_a_truncated_checkpoint_is_refused(llama, tmp_path) -> None:
+    shutil.copytree(llama, tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TeacherError, match="expected to load"):
+        load_teacher(spec(tmp_path / "cut"), VOCAB_SIZE)
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_bound_the_length(tmp_path) -> None:
+    from transformers import AutoConfig
+
+    factors = [1.0] * 4
+    AutoConfig.for_model(
+        "phi3", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=128, original_max_position_embeddings=32, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 1e4,
+                         "original_max_position_embeddings": 32},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert inspect_teacher(TeacherConfig(model_path=str(tmp_path))).max_positions == 32
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:

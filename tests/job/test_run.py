@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from test_scoring import assert_targets_match, plain_targets
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, generate, load_config, read_status
-from dask_logits.job.manifest import RunFolder
+from dask_logits.job.manifest import RUN_NAMES, RunFolder
 from dask_logits.store.cache import CacheReader, documents
 
 
@@ -70,9 +69,13 @@ def test_what_lands_on_disk(joined, cache) -> None:
 
 
 def test_a_finished_run_is_a_no_op(joined, cache) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cache_dir(joined).rglob("*")}
+    def written() -> dict[str, int]:
+        files = (path for path in cache_dir(joined).rglob("*") if path.is_file() and path.name != ".driver.lock")
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    before = written()
     assert run(joined) == cache
-    assert {path: path.stat().st_mtime_ns for path in cache_dir(joined).rglob("*")} == before
+    assert written() == before
 
 
 def test_status_reads_files_only(joined, cache) -> None:
@@ -108,11 +111,63 @@ def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
     assert not (cache_dir(joined) / "partitions").exists()
 
 
-def test_a_lost_cache_and_lost_partitions_are_made_again(joined, cache) -> None:
+def test_a_damaged_cache_is_the_users_to_delete(joined, cache) -> None:
     whole = digest(cache)
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert read_status(cache_dir(joined)).state == "scored"
+    before = tree(cache_dir(joined))
+    assert read_status(cache_dir(joined)).state == "damaged"
+    with pytest.raises(dask_logits.CacheError, match="truncated"):
+        run(joined)
+    assert {**tree(cache_dir(joined)), ".driver.lock": b""} == {**before, ".driver.lock": b""}
+    cache.unlink()
     assert digest(run(joined)) == whole
+
+
+def test_a_late_receipt_of_a_run_that_was_replaced_is_not_taken(joined, cache) -> None:
+    whole, receipt = digest(cache), cache_dir(joined) / "receipts" / "000" / "000002.json"
+    cache.unlink()
+    stale = json.loads(receipt.read_text()) | {"run_id": "another"}
+    receipt.write_text(json.dumps(stale))
+    assert digest(run(joined)) == whole
+    assert json.loads(receipt.read_text())["run_id"] != "another"
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3, 5])
+def test_a_replacement_cut_off_while_the_old_run_is_moved_leaves_the_old_run(joined, cache, moved) -> None:
+    whole, run_folder = digest(cache), cache_dir(joined)
+    aside = run_folder / ".setting-aside"
+    aside.mkdir()
+    for name in [name for name in RUN_NAMES if (run_folder / name).exists()][:moved]:
+        (run_folder / name).replace(aside / name)
+    assert digest(run(joined)) == whole
+    assert not aside.exists()
+    assert not (run_folder / "previous").exists()
+
+
+def test_a_replacement_that_was_not_tidied_up_is_not_taken_for_an_unfinished_one(joined, cache) -> None:
+    run_folder = cache_dir(joined)
+    (run_folder / "previous").mkdir()
+    (run_folder / "previous" / "run.json").write_text("{}")
+    new = run(
+        joined, "distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"
+    )
+    assert CacheReader(new).top_k == 4
+    assert not (run_folder / "previous").exists()
+
+
+def test_a_refused_start_leaves_an_empty_folder_empty(joined) -> None:
+    cache_dir(joined).mkdir()
+    with pytest.raises(dask_logits.ClusterError):
+        run(joined, "distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1")
+    assert not list(cache_dir(joined).iterdir())
+
+
+def test_a_dataset_folder_beside_the_run_is_not_deleted(joined, corpus) -> None:
+    mine = cache_dir(joined) / "dataset"
+    Dataset.from_dict({"text": ["red"]}).save_to_disk(mine)
+    with pytest.raises(dask_logits.RunConflictError, match=r"expected run\.json beside \['dataset'\]"):
+        run(joined, f"distillation.dataset.name={mine}", "distillation.dataset.data_files=null")
+    assert mine.exists()
 
 
 def test_another_partition_size_or_place_gives_the_same_documents(joined, cache, tmp_path) -> None:
@@ -219,20 +274,19 @@ def test_a_systematic_error_stops_the_job_at_once(joined, tmp_path, monkeypatch)
         run(mine, "distillation.job.max_failures=2", "distillation.partition.rows=4")
 
 
-def test_an_io_error_is_tried_again(joined) -> None:
+def test_an_io_error_is_tried_again(joined, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.run_partitions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(joined)
     blocker = cache_dir(joined) / "partitions"
-    blocker.parent.mkdir()
     blocker.write_text("a file where the folder should be")
-
-    def unblock() -> None:
-        while not (cache_dir(joined) / "run.json").exists():
-            time.sleep(0.05)
-        time.sleep(1.0)
-        blocker.unlink()
-
-    thread = threading.Thread(target=unblock)
+    thread = threading.Timer(4.0, blocker.unlink)
     thread.start()
-    cache = run(joined, "distillation.job.retries=3")
+    cache = run(joined, "distillation.job.retries=4")
     thread.join()
     assert CacheReader(cache).n_documents == 40
 

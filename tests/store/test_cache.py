@@ -90,6 +90,7 @@ def test_a_missing_file_is_refused(tmp_path) -> None:
         ("format", "megatron", "expected a dask_logits cache, got format 'megatron'"),
         ("format_version", "2.0", r"expected format version 1\.x, profile 'plain', got 2\.0"),
         ("profile", "compact", "install a newer dask_logits"),
+        ("top_k", None, "expected top_k, got none; the file is damaged"),
     ],
 )
 def test_incomplete_foreign_and_newer_files_are_refused(path, name, value, message) -> None:

@@ -40,7 +40,13 @@ def parts(tmp_path):
 
 def run(tmp_path, receipts) -> str:
     return consolidate(
-        tmp_path / "c.h5", tmp_path / "partitions", receipts, top_k=2, vocab_size=50, attributes={"run_id": "r"}
+        tmp_path / "c.h5",
+        tmp_path / "partitions",
+        receipts,
+        n_rows=6,
+        top_k=2,
+        vocab_size=50,
+        attributes={"run_id": "r"},
     )
 
 
@@ -65,7 +71,7 @@ def test_doing_it_again_gives_the_same_bytes(tmp_path, parts) -> None:
     assert not (tmp_path / ".c.h5.99.tmp").exists()
 
 
-@pytest.mark.parametrize("damage", ["digest", "missing", "gap"])
+@pytest.mark.parametrize("damage", ["digest", "missing", "gap", "short"])
 def test_a_damaged_partition_leaves_the_older_cache_as_it_was(tmp_path, parts, damage) -> None:
     (tmp_path / "c.h5").write_bytes(b"older")
     receipts = parts[1]
@@ -74,7 +80,7 @@ def test_a_damaged_partition_leaves_the_older_cache_as_it_was(tmp_path, parts, d
     elif damage == "missing":
         receipts[1]["attempt"] = "000001.gone.zarr"
     else:
-        del receipts[1]
+        del receipts[1 if damage == "gap" else 2]
     with pytest.raises(CacheError, match="expected"):
         run(tmp_path, receipts)
     assert (tmp_path / "c.h5").read_bytes() == b"older"

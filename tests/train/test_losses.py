@@ -95,6 +95,8 @@ def test_masked_positions_do_not_count() -> None:
     torch.testing.assert_close(loss, expected)
     assert (whole.grad.reshape(6, 50)[~mask] == 0).all()
     assert torch.isfinite(whole.grad).all()
+    as_numbers = sparse_forward_kl(student.float(), ids, logp, tail, mask.long())
+    torch.testing.assert_close(as_numbers, expected)
 
 
 def test_no_counted_position_gives_zero() -> None:
@@ -142,5 +144,7 @@ def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
     ids, logp, tail = targets(teacher, 8)
     with pytest.raises(ValueError, match="expected targets for logits of"):
         sparse_forward_kl(student[:3], ids, logp, tail)
+    with pytest.raises(ValueError, match=r"target_mask: expected \(7,\), got \(3,\)"):
+        sparse_forward_kl(student, ids, logp, tail, torch.ones(3))
     with pytest.raises(ValueError, match="expected ids below the student's 10 logits"):
         sparse_forward_kl(student[:, :10], ids, logp, tail)
