@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -171,6 +172,39 @@ def lease(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def set_aside(run: RunFolder) -> None:
+    """Move a run into ``previous/``, by way of a folder that says the move is not finished.
+
+    Where an old run lies in ``previous/`` and this one has no cache, this one is its unfinished replacement: it goes.
+    """
+    previous = run.path / PREVIOUS
+    names = [name for name in RUN_NAMES if (run.path / name).exists()]
+    if previous.exists() and not run.cache_path.exists():
+        for name in names:
+            path = run.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return
+    shutil.rmtree(previous, ignore_errors=True)
+    moving = run.path / SETTING_ASIDE
+    moving.mkdir()
+    for name in names:
+        (run.path / name).replace(moving / name)
+    moving.replace(previous)
+    logger.info("the old run was set aside in %s until the new one is complete", previous)
+
+
+def undo_setting_aside(run: RunFolder) -> None:
+    """Put back what a start moved that was cut off in the middle of it."""
+    moving = run.path / SETTING_ASIDE
+    if moving.exists():
+        for path in moving.iterdir():
+            path.replace(run.path / path.name)
+        moving.rmdir()
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,11 +33,11 @@ from dask_logits.job.manifest import (
     FORMAT,
     LOCK_NAME,
     PREVIOUS,
-    RUN_NAMES,
-    SETTING_ASIDE,
     VERSION,
     RunFolder,
     lease,
+    set_aside,
+    undo_setting_aside,
 )
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare
 from dask_logits.job.window import run_one, run_partitions
@@ -82,7 +82,7 @@ def generate(config: Config, dataset: Dataset | None = None) -> Path:
     check_folder(job)
     with _held(job.run):
         # Again, now that nobody else can change the folder.
-        _undo_setting_aside(job.run)
+        undo_setting_aside(job.run)
         check_folder(job)
         start = _start(job)
         if start == "complete":
@@ -100,7 +100,7 @@ def generate(config: Config, dataset: Dataset | None = None) -> Path:
                 calibration = calibration or _calibrate(job, cluster)
                 _check_device(job, calibration, cluster)
                 if start == "replace":
-                    _set_aside(job.run)
+                    set_aside(job.run)
                 with _ran():
                     _record(job, calibration)
                     failed = _score(job, cluster.client, calibration)
@@ -242,7 +242,7 @@ def _committed(job: Job) -> list[Json]:
         if ours and (job.run.partitions_path / receipt["attempt"]).exists():
             kept.append(receipt)
         else:
-            logger.warning("partition %06d: its arrays are gone, computing it again", receipt["partition"])
+            logger.warning("partition %06d: arrays gone, or another run's; computing it again", receipt["partition"])
             job.run.receipt_path(receipt["partition"]).unlink()
     return kept
 
@@ -350,39 +350,6 @@ def _tidy(job: Job) -> None:
     if job.corpus.files is None:
         shutil.rmtree(run.dataset_path, ignore_errors=True)
     shutil.rmtree(run.path / PREVIOUS, ignore_errors=True)
-
-
-def _set_aside(run: RunFolder) -> None:
-    """Move a run into ``previous/``, by way of a folder that says the move is not finished.
-
-    Where an old run lies in ``previous/`` and this one has no cache, this one is its unfinished replacement: it goes.
-    """
-    previous = run.path / PREVIOUS
-    names = [name for name in RUN_NAMES if (run.path / name).exists()]
-    if previous.exists() and not run.cache_path.exists():
-        for name in names:
-            path = run.path / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        return
-    shutil.rmtree(previous, ignore_errors=True)
-    moving = run.path / SETTING_ASIDE
-    moving.mkdir()
-    for name in names:
-        (run.path / name).replace(moving / name)
-    moving.replace(previous)
-    logger.info("the old run was set aside in %s until the new one is complete", previous)
-
-
-def _undo_setting_aside(run: RunFolder) -> None:
-    """Put back what a start moved that was cut off in the middle of it."""
-    moving = run.path / SETTING_ASIDE
-    if moving.exists():
-        for path in moving.iterdir():
-            path.replace(run.path / path.name)
-        moving.rmdir()
 
 
 def _run_id(job: Job) -> str:
