@@ -67,9 +67,9 @@ def test_a_partition_that_kills_its_worker_fails_alone(overrides) -> None:
 def test_a_partition_that_hangs_ends_in_a_diagnosis(overrides) -> None:
     with sabotaged(2, "hang") as address:
         config = load_config(
-            [*overrides, f"distillation.cluster.scheduler={address}", "distillation.job.stall_seconds=2"]
+            [*overrides, f"distillation.cluster.scheduler={address}", "distillation.job.stall_seconds=15"]
         )
-        with pytest.raises(ClusterError, match=r"expected progress within 2 s, .* 1 workers and partitions 000002 in"):
+        with pytest.raises(ClusterError, match=r"expected progress within 15 s, .* 1 workers and partitions 000002 in"):
             generate(config)
     assert read_status(config.teacher.cache_dir).committed == 2
 
