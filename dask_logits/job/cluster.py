@@ -137,6 +137,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
         "distributed.scheduler.no-workers-timeout": "10 minutes",
+        # Dask's own sets a MALLOC_TRIM_THRESHOLD_ that gives activations back to the system after every layer.
+        "distributed.nanny.pre-spawn-environ": {},
     }
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
