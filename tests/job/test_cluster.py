@@ -121,13 +121,17 @@ def test_hidden_gpus_are_not_counted(monkeypatch, hidden: str) -> None:
     assert visible_gpus() == 0
 
 
-def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides) -> None:
+def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides, monkeypatch) -> None:
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     config = load_config([*overrides, "cluster=local_cpu", "distillation.teacher.generation.torch_threads=auto"])
     with open_cluster(config.teacher.generation, config.cluster) as cluster:
         cores = len(os.sched_getaffinity(0))
         assert cluster.torch_threads == max(1, cores // local_workers(config.teacher.generation, "cpu"))
         assert list(cluster.client.run(lambda: os.environ["OMP_NUM_THREADS"]).values()) == [str(cluster.torch_threads)]
+        # It would cost a third of the speed: docs/measurements.md.
+        trim = cluster.client.run(lambda: os.environ.get("MALLOC_TRIM_THRESHOLD_"))
+        assert list(trim.values()) == [None]
     assert {name: os.environ.get(name) for name in before} == before
 
 
