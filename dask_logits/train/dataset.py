@@ -48,11 +48,6 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         If the file is missing, truncated, incomplete, not a cache, or of a newer format.
     ConfigError
         If `top_k` is not between 1 and the cache's.
-
-    Examples
-    --------
-    >>> dataset = CachedLogitsDataset("output/quickstart")  # doctest: +SKIP
-    >>> loader = DataLoader(dataset, batch_size=8, collate_fn=collate, num_workers=2)  # doctest: +SKIP
     """
 
     def __init__(self, path: str | Path, *, top_k: int | None = None) -> None:
