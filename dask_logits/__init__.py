@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dask_logits.api import generate_teacher_logits
+    from dask_logits.capture.load import prepare_dataset
     from dask_logits.compose import load_config
     from dask_logits.config import Config
     from dask_logits.errors import (
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
         RunConflictError,
         TeacherError,
     )
+    from dask_logits.job.merge import merge
     from dask_logits.job.run import generate
+    from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
     from dask_logits.train.dataset import CachedLogitsDataset, collate
     from dask_logits.train.losses import sparse_forward_kl
@@ -39,6 +42,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
+    "Monitor": "observe.monitor",
     "PartitionsFailedError": "errors",
     "RunConflictError": "errors",
     "TeacherError": "errors",
@@ -46,6 +50,8 @@ _HOMES = {
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "compose",
+    "merge": "job.merge",
+    "prepare_dataset": "capture.load",
     "read_status": "observe.status",
     "sparse_forward_kl": "train.losses",
 }
@@ -59,6 +65,7 @@ __all__ = [
     "ConfigError",
     "DaskLogitsError",
     "DatasetError",
+    "Monitor",
     "PartitionsFailedError",
     "RunConflictError",
     "TeacherError",
@@ -66,6 +73,8 @@ __all__ = [
     "generate",
     "generate_teacher_logits",
     "load_config",
+    "merge",
+    "prepare_dataset",
     "read_status",
     "sparse_forward_kl",
 ]

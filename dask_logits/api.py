@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 
 def generate_teacher_logits(
     teacher_model_path: str,
-    dataset: Dataset | str,
+    dataset: Dataset | IterableDataset | Iterator[Any] | str,
     cache_dir: str | Path = "output/teacher_logits",
     top_k: int = 64,
     batch_size: int | None = None,
@@ -23,6 +24,7 @@ def generate_teacher_logits(
     total_workers: int | None = None,
     streaming: bool = False,
     streaming_chunk_size: int = 1000,
+    max_samples: int | str | None = None,
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
@@ -34,7 +36,8 @@ def generate_teacher_logits(
     teacher_model_path
         Folder or hub name of a causal language model.
     dataset
-        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one.
+        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one; or a stream of rows: an
+        ``IterableDataset``, an iterator or a generator.
     cache_dir
         The run folder.
     top_k
@@ -49,13 +52,19 @@ def generate_teacher_logits(
         Dask workers; None: one per GPU, or one per 2 cores on CPU.
     devices
         GPUs to use; None: all that are visible.
-    worker_id, total_workers, streaming, streaming_chunk_size
-        Not available yet: refused unless left at their defaults.
+    worker_id, total_workers
+        This process is one of so many static workers that share the job, each started on its own; once all are done,
+        :func:`dask_logits.merge` makes their cache.
+    streaming, streaming_chunk_size
+        Read the dataset as a stream, in partitions of so many documents. A stream that is given as an object is always
+        read as one.
+    max_samples
+        Rows used, from the first; None: all. A stream needs a number, or ``"all"``.
 
     Returns
     -------
     Path
-        ``<cache_dir>/teacher_logits.h5``.
+        ``<cache_dir>/teacher_logits.h5``; of a static worker the run folder.
 
     Raises
     ------
@@ -78,7 +87,12 @@ def generate_teacher_logits(
     named = {"name": dataset} if isinstance(dataset, str) else {}
     tree = {
         "teacher": {"model_path": teacher_model_path, "cache_dir": str(cache_dir), "generation": generation},
-        "dataset": {**named, "streaming": streaming, "streaming_chunk_size": streaming_chunk_size},
+        "dataset": {
+            **named,
+            "streaming": streaming,
+            "streaming_chunk_size": streaming_chunk_size,
+            "max_samples": max_samples,
+        },
     }
     config = Config.from_mapping(tree, dataset_given=not named)
     return generate(config, None if isinstance(dataset, str) else dataset)

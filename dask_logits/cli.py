@@ -21,6 +21,8 @@ dask-logits COMMAND …
   generate [OVERRIDE …]   score a dataset with a teacher into a run folder, or do what is left of it
   plan [OVERRIDE …]       say what `generate` would take; nothing is written
   status RUN [--json]     say what a run has done, from its files alone
+  merge [PART …] [--input-dir DIR] [--num-workers N] [--output FILE] [--index]
+                          make one cache of what static workers made
 
 Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, …
 `dask-logits generate --help` lists every setting; --cfg job prints the composed configuration.
@@ -30,7 +32,12 @@ Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, �
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"generate": _generate, "plan": _plan, "status": _status}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "generate": _generate,
+        "plan": _plan,
+        "status": _status,
+        "merge": _merge,
+    }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if given else 2)
@@ -64,8 +71,8 @@ def _generate(overrides: list[str]) -> None:
         from dask_logits.observe.status import read_status
 
         _log_to_stderr(config.job.log_level)
-        cache = generate(config)
-        print("\n".join(read_status(cache.parent).lines()), flush=True)
+        generate(config)
+        print("\n".join(read_status(config.teacher.cache_dir).lines()), flush=True)
 
     if any(override.startswith("-") for override in overrides):
         # Hydra reports exceptions of its task itself, with a trace; ours are messages.
@@ -94,6 +101,23 @@ def _status(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     status = read_status(parsed.run)
     print(status.to_json() if parsed.json else "\n".join(status.lines()))
+
+
+def _merge(arguments: list[str]) -> None:
+    from dask_logits.job.merge import merge
+
+    parser = argparse.ArgumentParser(prog="dask-logits merge", description="Make one cache of the parts of a job.")
+    parser.add_argument("parts", nargs="*", help="run folders or caches")
+    parser.add_argument("--input-dir", help="the run folder that workers shared, or a folder of their run folders")
+    parser.add_argument("--num-workers", type=int, help="static workers there were; refuse any other number")
+    parser.add_argument("--output", help="the file to write; default: teacher_logits.h5 in the input folder")
+    parser.add_argument("--index", action="store_true", help="write an index over a cache of each part instead")
+    parsed = parser.parse_args(arguments)
+    parts = [*([parsed.input_dir] if parsed.input_dir else []), *parsed.parts]
+    if not parts:
+        parser.error("expected --input-dir or parts, got neither")
+    _log_to_stderr("info")
+    print(merge(parts, output=parsed.output, num_workers=parsed.num_workers, index=parsed.index))
 
 
 def _log_to_stderr(level: str) -> None:

@@ -114,7 +114,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if key.startswith(_OLD_TREE):
             problems.append(f"{key}: this tree has gone; use {_new_name(key, known)}={value}")
         elif key not in known and key not in heads and not key.startswith("hydra"):
-            problems.append(f"{key}: unknown setting{nearest(key, known)}")
+            whole = next((path for path in known if path.endswith(f".{key}")), None)
+            problems.append(f"{key}: unknown setting{f', did you mean {whole!r}?' if whole else nearest(key, known)}")
     if problems:
         raise ConfigError.from_problems(problems)
 

@@ -22,6 +22,11 @@ from typing import Any, Literal, TypeVar
 
 from dask_logits.errors import ConfigError
 
+UNBOUNDED_STREAM = (
+    "distillation.dataset.max_samples: expected a number of rows for a stream, got null; a stream may have no end, and "
+    "nobody would know what the job takes: set a number, or distillation.dataset.max_samples=all to read it to its end"
+)
+
 Kind = Literal["what", "numerics", "how"]
 Auto = Literal["auto"]
 _T = TypeVar("_T")
@@ -61,8 +66,10 @@ class GenerationConfig:
         None, "how", "Dask workers; null: one per GPU, or one per 2 cores on CPU.", low=1
     )
     devices: str | None = _setting(None, "how", "GPUs to use, e.g. [0,1] or '0,1'; null: all that are visible.")
-    worker_id: int | None = _setting(None, "how", "Index of this static worker (not available yet).", low=0)
-    total_workers: int | None = _setting(None, "how", "Number of static workers (not available yet).", low=1)
+    worker_id: int | None = _setting(
+        None, "how", "Index of this static worker: it takes every `total_workers`-th partition, and no cluster.", low=0
+    )
+    total_workers: int | None = _setting(None, "how", "Number of static workers that share the job.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +110,26 @@ class DatasetConfig:
         "Ids that may occur; null: what the tokenizer can produce, without one the head's width.",
         low=1,
     )
-    max_length: int = _setting(2048, "what", "Tokens kept of a document; the rest is cut off.", low=1)
-    max_samples: int | Literal["all"] | None = _setting(None, "what", "Rows used, from the first; null: all.", low=1)
-    streaming: bool = _setting(False, "what", "Read the dataset as a stream (not available yet).")
-    streaming_buffer_size: int = _setting(10_000, "how", "Look-ahead of a stream in documents.", low=1)
+    max_length: int = _setting(2048, "what", "Most tokens of a document, a window or a block.", low=1)
+    long_documents: Literal["truncate", "window"] = _setting(
+        "truncate", "what", "Longer documents are cut off, or scored in windows that keep every token once."
+    )
+    window_stride: int | None = _setting(
+        None, "what", "Tokens a further window keeps, the rest being context; null: `max_length`, no context.", low=1
+    )
+    packing: Literal["none", "concat"] = _setting(
+        "none", "what", "concat: documents are joined with a separator and cut into blocks of `max_length`."
+    )
+    separator_id: int | None = _setting(
+        None, "what", "Token id between packed documents; null: the one that ends a text.", low=0
+    )
+    max_samples: int | Literal["all"] | None = _setting(
+        None, "how", "Rows used, from the first; null: all. May grow later. A stream needs a number, or `all`.", low=1
+    )
+    streaming: bool = _setting(False, "what", "Read the dataset as a stream: constant memory, no download first.")
+    streaming_buffer_size: int = _setting(
+        10_000, "how", "Documents of a stream that are read ahead of their scoring.", low=1
+    )
     streaming_chunk_size: int = _setting(1_000, "what", "Documents per partition of a stream.", low=1)
     num_proc: int = _setting(4, "how", "Processes that prepare a hub dataset's Arrow files.", low=1)
 
@@ -308,22 +331,58 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
         problems.append(
             f"distillation.dataset.data_files: expected files for the {dataset.name!r} reader, got null; set it"
         )
-    if dataset.streaming:
+    if dataset.streaming and dataset.max_samples is None:
+        problems.append(UNBOUNDED_STREAM)
+    problems += _check_share(generation, cluster)
+    if dataset.window_stride is not None and dataset.long_documents != "window":
         problems.append(
-            "distillation.dataset.streaming: expected false, got True; streams are not available yet, "
-            "use the dataset as a regular one (with max_samples to bound it)"
+            f"distillation.dataset.window_stride: expected null unless long_documents is 'window', got "
+            f"{dataset.window_stride}; set distillation.dataset.long_documents=window"
         )
-    for name in ("worker_id", "total_workers"):
-        value = getattr(generation, name)
-        if value is not None:
-            problems.append(
-                f"distillation.teacher.generation.{name}: expected null, got {value!r}; static workers are not "
-                "available yet, use num_workers, devices or an existing scheduler"
-            )
+    elif dataset.window_stride is not None and dataset.window_stride > dataset.max_length:
+        problems.append(
+            f"distillation.dataset.window_stride: expected at most max_length {dataset.max_length}, got "
+            f"{dataset.window_stride}; tokens between windows would be lost"
+        )
+    if dataset.packing == "concat" and dataset.long_documents == "window":
+        problems.append(
+            "distillation.dataset.long_documents: expected 'truncate' with packing=concat, got 'window'; blocks "
+            "already hold every token of a long document"
+        )
+    if dataset.separator_id is not None and dataset.packing == "none":
+        problems.append(
+            f"distillation.dataset.separator_id: expected null with packing=none, got {dataset.separator_id}; set "
+            "distillation.dataset.packing=concat"
+        )
     if cluster.scheduler and cluster.scheduler_file:
         problems.append("distillation.cluster.scheduler: expected one of scheduler and scheduler_file, got both")
     if cluster.kind == "scheduler" and not (cluster.scheduler or cluster.scheduler_file):
         problems.append("distillation.cluster.scheduler: expected an address or a scheduler_file, got neither; set one")
     if cluster.kind == "local_cpu" and generation.device == "cuda":
         problems.append("distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'")
+    return problems
+
+
+def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> list[str]:
+    worker, total = generation.worker_id, generation.total_workers
+    where = "distillation.teacher.generation"
+    if worker is None and total is None:
+        return []
+    if worker is None or total is None:
+        missing = "worker_id" if worker is None else "total_workers"
+        return [f"{where}.{missing}: expected a number beside the other of worker_id and total_workers, got null"]
+    problems = []
+    if worker >= total:
+        problems.append(
+            f"{where}.worker_id: expected less than total_workers {total}, got {worker}; workers count from 0"
+        )
+    if cluster.kind == "scheduler" or cluster.scheduler or cluster.scheduler_file:
+        problems.append(
+            f"{where}.worker_id: expected null with an existing scheduler, got {worker}; it shares out the work itself"
+        )
+    if generation.force_regenerate and total > 1:
+        problems.append(
+            f"{where}.force_regenerate: expected false with total_workers={total}, got True; workers would take each "
+            "other's results away: delete the run folder, or choose another"
+        )
     return problems

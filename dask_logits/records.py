@@ -3,7 +3,7 @@
 Ragged: a flat token axis with one entry per real token, and a document axis that cuts it. Padding is never stored.
 Plain integers and numpy; no teacher, no file format.
 
-Dimension letters: N tokens, D documents, K kept entries per position.
+Dimension letters: N tokens, D documents, B blocks, K kept entries per position.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 
 TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
+# Only where documents were packed into blocks.
+BLOCK_ARRAYS = ("block_length",)
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -49,6 +51,7 @@ def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[
         "document_row": (np.dtype(np.uint64), ()),
         "document_offset": (np.dtype(np.uint32), ()),
         "document_length": (np.dtype(np.uint32), ()),
+        "block_length": (np.dtype(np.uint32), ()),
     }
 
 
@@ -64,7 +67,7 @@ def bytes_per_token(top_k: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """Targets of a run of consecutive documents.
+    """Targets of a run of consecutive documents, or of windows or block segments of them.
 
     Parameters
     ----------
@@ -78,9 +81,12 @@ class Records:
     tail_logmass
         [N] float32, log of the probability outside the K entries; −inf where K is the whole vocabulary.
     label_logprob
-        [N] float32, log-prob of the document's own next token; NaN where there is none.
+        [N] float32, log-prob of the true next token, a following window's or block's first included; NaN where there
+        is none.
     document_row, document_offset, document_length
         [D], dataset row, first token's place in it, tokens.
+    block_length
+        [B], tokens of each packed block; None where documents were not packed.
 
     Raises
     ------
@@ -97,6 +103,7 @@ class Records:
     document_row: Array
     document_offset: Array
     document_length: Array
+    block_length: Array | None = None
 
     def __post_init__(self) -> None:
         tokens, documents = len(self.input_ids), len(self.document_row)
@@ -108,6 +115,8 @@ class Records:
                 raise ValueError(f"{name}: expected {documents} entries, got {len(getattr(self, name))}")
         if int(self.document_length.sum(dtype=np.uint64)) != tokens:
             raise ValueError(f"document_length: expected a sum of {tokens}, got {self.document_length.sum()}")
+        if self.block_length is not None and int(self.block_length.sum(dtype=np.uint64)) != tokens:
+            raise ValueError(f"block_length: expected a sum of {tokens}, got {self.block_length.sum()}")
         if self.topk_ids.shape != self.topk_logprobs.shape:
             raise ValueError(f"topk_logprobs: expected {self.topk_ids.shape}, got {self.topk_logprobs.shape}")
 
@@ -128,8 +137,9 @@ class Records:
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Yield every array under its logical name, in canonical order."""
-        for name in (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS):
-            yield name, getattr(self, name)
+        for name in (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
 
 
 class ContentDigest:
@@ -175,7 +185,9 @@ class Statistics:
     Parameters
     ----------
     documents, tokens
-        Counts.
+        Counts; windows and segments of blocks count as documents.
+    blocks
+        Packed blocks; 0 where documents were not packed.
     kept_mass
         Sum over tokens of the probability inside the K entries.
     label_logprob, labels
@@ -184,6 +196,7 @@ class Statistics:
 
     documents: int = 0
     tokens: int = 0
+    blocks: int = 0
     kept_mass: float = 0.0
     label_logprob: float = 0.0
     labels: int = 0
@@ -195,6 +208,7 @@ class Statistics:
         return cls(
             documents=records.n_documents,
             tokens=records.n_tokens,
+            blocks=0 if records.block_length is None else len(records.block_length),
             kept_mass=float(-np.expm1(records.tail_logmass.astype(np.float64)).sum()),
             label_logprob=float(labelled.astype(np.float64).sum()),
             labels=len(labelled),
@@ -209,6 +223,7 @@ class Statistics:
         return Statistics(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
+            blocks=self.blocks + other.blocks,
             kept_mass=self.kept_mass + other.kept_mass,
             label_logprob=self.label_logprob + other.label_logprob,
             labels=self.labels + other.labels,

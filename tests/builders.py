@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -131,9 +133,26 @@ def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, 
     )
 
 
+def packed_records() -> Records:
+    """Return four documents of 4, 0, 2 and 7 tokens, packed into blocks of 6."""
+    made = records((4, 0, 2, 7), k=3, seed=5)
+    return dataclasses.replace(
+        made,
+        document_row=np.array([0, 1, 2, 3, 3], np.uint64),
+        document_offset=np.array([0, 0, 0, 0, 6], np.uint32),
+        document_length=np.array([4, 0, 2, 6, 1], np.uint32),
+        block_length=np.array([6, 6, 1], np.uint32),
+    )
+
+
 def write_cache(path, made: Records, vocab_size: int = 50, **attributes) -> str:
     with CacheWriter(
-        path, n_tokens=made.n_tokens, n_documents=made.n_documents, top_k=made.top_k, vocab_size=vocab_size
+        path,
+        n_tokens=made.n_tokens,
+        n_documents=made.n_documents,
+        n_blocks=None if made.block_length is None else len(made.block_length),
+        top_k=made.top_k,
+        vocab_size=vocab_size,
     ) as writer:
         for name, array in made.arrays():
             writer.append(name, array)
@@ -142,16 +161,17 @@ def write_cache(path, made: Records, vocab_size: int = 50, **attributes) -> str:
         return writer.finish(attributes)
 
 
+_DASK = [sys.executable, "-m", "dask"]
+_QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+_LOCAL = ["--host", "127.0.0.1", "--no-dashboard"]
+
+
 @contextlib.contextmanager
 def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
     """Start ``dask scheduler`` and one ``dask worker``; yield the scheduler file and the scheduler."""
     file = folder / "scheduler.json"
-    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    dask = [sys.executable, "-m", "dask"]
-    scheduler = subprocess.Popen([*dask, "scheduler", *common, "--port", "0"], **quiet)
-    worker_options = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder)]
-    worker = subprocess.Popen([*dask, "worker", *common, *worker_options], **quiet)
+    scheduler = subprocess.Popen([*_DASK, "scheduler", "--scheduler-file", str(file), *_LOCAL, "--port", "0"], **_QUIET)
+    worker = start_worker(file)
     try:
         wait_for(file.exists, scheduler)
         yield file, scheduler
@@ -159,6 +179,17 @@ def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
         for process in (worker, scheduler):
             process.terminate()
             process.wait(20)
+
+
+def start_worker(scheduler_file: Path, *, cuda: bool = False) -> subprocess.Popen:
+    """Start a ``dask worker``, or a ``dask cuda worker`` that pretends to have a GPU."""
+    common = ["--scheduler-file", str(scheduler_file), "--nthreads", "1", "--memory-limit", "0", "--local-directory",
+              str(scheduler_file.parent)]  # fmt: skip
+    if not cuda:
+        return subprocess.Popen([*_DASK, "worker", *common, *_LOCAL], **_QUIET)
+    pretended = {**os.environ, "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC": "1", "CUDA_VISIBLE_DEVICES": "0"}
+    command = [*_DASK, "cuda", "worker", *common, "--host", "127.0.0.1", "--device-memory-limit", "0"]
+    return subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], env=pretended, **_QUIET)
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60):

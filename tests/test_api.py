@@ -23,6 +23,7 @@ PARAMETERS = {
     "total_workers": None,
     "streaming": False,
     "streaming_chunk_size": 1000,
+    "max_samples": None,
 }
 
 
@@ -49,8 +50,8 @@ def test_one_call_from_dataset_to_cache(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"streaming": True}, "streams are not available yet"),
-        ({"worker_id": 0, "total_workers": 2}, "static workers are not available yet"),
+        ({"streaming": True}, "expected a number of rows for a stream, got null"),
+        ({"worker_id": 2, "total_workers": 2}, "worker_id: expected less than total_workers 2, got 2"),
         ({"top_k": 0}, "expected int of at least 1, got 0"),
         ({"device": "tpu"}, "got 'tpu'"),
     ],

@@ -23,7 +23,7 @@ def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=No
 def test_generate_and_status(joined, tmp_path) -> None:
     done = run("generate", *joined, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "documents     40 of 40" in done.stdout
+    assert "rows          40 of 40" in done.stdout
     assert re.search(r"perplexity    \d+\.\d\d", done.stdout)
     assert f"cache         {tmp_path / 'run' / 'teacher_logits.h5'}" in done.stdout
     assert re.search(r"4/4 partitions · 40 documents · [\d,]+ tokens · [\d,]+ tokens/s · .* left · kept mass 0\.\d+",

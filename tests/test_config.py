@@ -21,6 +21,7 @@ PATHS = [
     "teacher.generation.devices", "teacher.generation.worker_id", "teacher.generation.total_workers",
     "dataset.name", "dataset.config_name", "dataset.split", "dataset.revision", "dataset.data_files",
     "dataset.text_column", "dataset.add_special_tokens", "dataset.vocab_size", "dataset.max_length",
+    "dataset.long_documents", "dataset.window_stride", "dataset.packing", "dataset.separator_id",
     "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
     "dataset.num_proc", "partition.rows", "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
     "cluster.dashboard_address", "cluster.wait_seconds", "job.retries", "job.stall_seconds", "job.max_failures",
@@ -52,8 +53,9 @@ def test_yaml_defaults_are_the_dataclasses_defaults() -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "config" / "cluster").glob("*.yaml")))
 def test_every_cluster_preset_composes(preset: str) -> None:
-    extra = ["distillation.cluster.scheduler=tcp://127.0.0.1:8786"] if preset == "scheduler" else []
-    assert load_config([*NEEDED, f"cluster={preset}", *extra]).cluster.kind == preset
+    joins = preset in ("scheduler", "slurm")
+    extra = ["distillation.cluster.scheduler=tcp://127.0.0.1:8786"] if joins else []
+    assert load_config([*NEEDED, f"cluster={preset}", *extra]).cluster.kind == ("scheduler" if joins else preset)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,50 @@ def test_wrong_types_are_refused(override: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("distillation.dataset.streaming=true", "streams are not available yet"),
-        ("distillation.teacher.generation.worker_id=0", "static workers are not available yet"),
-        ("distillation.teacher.generation.total_workers=2", "static workers are not available yet"),
+        (
+            "distillation.dataset.streaming=true",
+            "max_samples: expected a number of rows for a stream, got null; a stream",
+        ),
+        ("distillation.teacher.generation.worker_id=0", "total_workers: expected a number beside the other"),
+        ("distillation.teacher.generation.total_workers=2", "worker_id: expected a number beside the other"),
+        ("distillation.dataset.window_stride=8", "window_stride: expected null unless long_documents is 'window'"),
+        ("distillation.dataset.separator_id=0", "separator_id: expected null with packing=none, got 0"),
         ("cluster=scheduler", "expected an address or a scheduler_file"),
         ("distillation.dataset.name=json", "distillation.dataset.data_files: expected files"),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, expected: str) -> None:
     assert expected in " ".join(problems_of(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["worker_id=4", "total_workers=4"], "worker_id: expected less than total_workers 4, got 4"),
+        (["worker_id=0", "total_workers=2", "force_regenerate=true"], "force_regenerate: expected false with total_wo"),
+    ],
+)
+def test_static_workers_must_be_possible(overrides: list[str], expected: str) -> None:
+    problems = problems_of(*(f"distillation.teacher.generation.{override}" for override in overrides))
+    assert expected in " ".join(problems)
+
+
+def test_a_static_worker_joins_no_scheduler() -> None:
+    share = ["distillation.teacher.generation.worker_id=0", "distillation.teacher.generation.total_workers=2"]
+    assert (
+        "expected null with an existing scheduler" in problems_of(*share, "distillation.cluster.scheduler=tcp://a:1")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["long_documents=window", "window_stride=3000"], "window_stride: expected at most max_length 2048, got 3000"),
+        (["long_documents=window", "packing=concat"], "long_documents: expected 'truncate' with packing=concat"),
+    ],
+)
+def test_ways_of_cutting_must_fit_together(overrides: list[str], expected: str) -> None:
+    assert expected in " ".join(problems_of(*(f"distillation.dataset.{override}" for override in overrides)))
 
 
 def test_scheduler_and_scheduler_file_exclude_each_other() -> None:
@@ -127,7 +164,10 @@ def test_all_problems_are_reported_at_once() -> None:
 
 def test_unknown_settings_get_the_nearest_spelling() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_overrides(["distillation.dataset.nam=x", "distillation.teacher.generation.topk=3", "nonsense=1"])
+        check_overrides(
+            ["distillation.dataset.nam=x", "distillation.teacher.generation.topk=3", "nonsense=1", "worker_id=0"]
+        )
+    assert caught.value.problems[3].endswith("did you mean 'distillation.teacher.generation.worker_id'?")
     assert [problem.partition("did you mean ")[2] for problem in caught.value.problems[:2]] == [
         "'distillation.dataset.name'?",
         "'distillation.teacher.generation.top_k'?",

@@ -21,16 +21,18 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("dask-logits")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("dask-logits", "scripts/generate"))]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c[1] in ("generate", "plan")], ids=lambda c: c[1])
+# Their datasets are on the hub: tests/test_hub.py runs them by name, tests/job/test_static.py the launcher.
+@pytest.mark.parametrize("command", [c for c in commands() if "distillation" in c[-1]], ids=lambda c: c[1])
 def test_commands_of_the_readme_are_valid(command: list[str]) -> None:
-    assert load_config(command[2:]).dataset.name == "Salesforce/wikitext"
+    overrides = [word for word in command if word.startswith("distillation.")]
+    assert load_config(overrides).dataset.name in ("Salesforce/wikitext", "HuggingFaceFW/fineweb")
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {command[1] for command in commands()} == {"generate", "plan", "status"}
+    assert set(re.findall(r"dask-logits (\w+)", README)) >= {"generate", "plan", "status", "merge"}
 
 
 def test_settings_named_in_the_documents_exist() -> None:
@@ -84,7 +86,8 @@ def test_the_format_document_names_every_array() -> None:
     from dask_logits.store.cache import ARRAYS
 
     text = (ROOT / "docs" / "FORMAT.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(dict.fromkeys([*ARRAYS[:8], "document_start", ARRAYS[8]]))
+    expected = [*ARRAYS[:8], "document_start", ARRAYS[8], "block_length"]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == expected
 
 
 def test_the_readme_is_short() -> None:

@@ -10,7 +10,7 @@ from conftest import ROOT, SMOLLM2
 from test_scoring import assert_targets_match, plain_targets
 
 from dask_logits import generate, load_config
-from dask_logits.store.cache import CacheReader, documents
+from dask_logits.store.cache import CacheReader, items
 
 CORPUS = ROOT / "output" / "corpus" / "python-reference.jsonl"
 
@@ -47,7 +47,7 @@ def test_cached_targets_equal_the_plain_forward_in_float32(scheduler, tmp_path) 
     reader = CacheReader(cache)
     assert reader.n_documents == 6
     compared = 0
-    for document, text in zip(documents(reader), texts, strict=True):
+    for document, text in zip(items(reader), texts, strict=True):
         ids = tokenizer(text, truncation=True, max_length=160)["input_ids"]
         np.testing.assert_array_equal(document["input_ids"], ids)
         compared += assert_targets_match(document, plain_targets(model, np.array(ids), 49_152, 64))

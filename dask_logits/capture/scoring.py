@@ -1,4 +1,4 @@
-"""Documents → targets: batches through the trunk, valid positions through the head in row chunks, top-k of each.
+"""Items → targets: batches through the trunk, valid positions through the head in row chunks, top-k of each.
 
 The logits of a whole batch never exist: beside the weights, memory holds one budgeted batch and one chunk of
 ``head_rows`` × V logits, whose buffer is reused. Results leave the device in their stored dtypes.
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from dask_logits.capture.batching import plan_batches
+from dask_logits.capture.items import Item, plain_items
 from dask_logits.capture.teacher import Head, Teacher
 from dask_logits.capture.topk import TopK, padded_width, scratch_rows, topk_with_tail
 from dask_logits.errors import TeacherError
-from dask_logits.records import Array, Records, schema
+from dask_logits.records import TOKEN_ARRAYS, Array, Records, schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,70 +52,78 @@ class ScoringSettings:
 
 
 @torch.inference_mode()
-def score_documents(
+def score_items(
     teacher: Teacher,
-    documents: Sequence[Array],
+    items: Sequence[Item],
     settings: ScoringSettings,
     *,
-    first_row: int = 0,
+    packed: bool = False,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Records:
-    """Score consecutive documents.
+    """Score the items of a partition.
 
     Parameters
     ----------
     teacher
         A loaded teacher.
-    documents
-        Token ids of each; empty ones are kept as documents of no tokens.
+    items
+        What it reads, in dataset order; empty ones are kept as documents of no tokens.
     settings
         The run's numerics.
-    first_row
-        Dataset row of the first document.
+    packed
+        Whether items are blocks, whose lengths are recorded.
     on_tokens
-        Called after each batch with the tokens scored since the last call.
+        Called after each batch with the tokens kept since the last call.
 
     Raises
     ------
     TeacherError
-        If a document's logits hold NaN or +inf; names its row.
+        If an item's logits hold NaN or +inf; names its row.
     """
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    lengths = np.array([len(item.tokens) for item in items], dtype=np.int64)
+    contexts = np.array([item.context for item in items], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths - contexts)])
     n_tokens = int(starts[-1])
-    out = {
-        name: np.empty((n_tokens, *shape), dtype)
-        for name, (dtype, shape) in schema(settings.top_k, settings.vocab_size).items()
-        if not name.startswith("document")
-    }
+    entries = schema(settings.top_k, settings.vocab_size)
+    out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in TOKEN_ARRAYS}
     head = _HeadRunner(teacher, settings)
     for batch in plan_batches(lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size):
-        tokens_BT, labels_BT = _padded(documents, batch)
+        tokens_BT, labels_BT = _padded([items[i] for i in batch])
         where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch])
-        real_BT = np.arange(tokens_BT.shape[1]) < lengths[list(batch)][:, None]
+        place_T, chosen = np.arange(tokens_BT.shape[1]), list(batch)
+        kept_BT = (place_T < lengths[chosen][:, None]) & (place_T >= contexts[chosen][:, None])
         targets = head.run(
             torch.from_numpy(tokens_BT).to(teacher.device),
-            torch.from_numpy(np.flatnonzero(real_BT)).to(teacher.device),
-            torch.from_numpy(labels_BT[real_BT]).to(teacher.device),
+            torch.from_numpy(np.flatnonzero(kept_BT)).to(teacher.device),
+            torch.from_numpy(labels_BT[kept_BT]).to(teacher.device),
         )
-        out["input_ids"][where] = tokens_BT[real_BT]
+        out["input_ids"][where] = tokens_BT[kept_BT]
         for name, values in targets.items():
             out[name][where] = values
         bad = ~np.isfinite(targets["logsumexp"])
         if bad.any():
-            row = first_row + int(np.searchsorted(starts, where[np.flatnonzero(bad)[0]], side="right")) - 1
+            row = _row_of(items, starts, int(where[np.flatnonzero(bad)[0]]))
             raise TeacherError(
                 f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
                 "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
                 row=row,
             )
         on_tokens(len(where))
+    spans = [span for item in items for span in item.spans]
     return Records(
         **out,
-        document_row=np.arange(first_row, first_row + len(documents), dtype=np.uint64),
-        document_offset=np.zeros(len(documents), np.uint32),
-        document_length=lengths.astype(np.uint32),
+        document_row=np.array([span.row for span in spans], np.uint64),
+        document_offset=np.array([span.offset for span in spans], np.uint32),
+        document_length=np.array([span.length for span in spans], np.uint32),
+        block_length=lengths[lengths > 0].astype(np.uint32) if packed else None,
     )
+
+
+def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
+    """Return the dataset row of a kept token."""
+    i = int(np.searchsorted(starts, place, side="right")) - 1
+    ends = starts[i] + np.cumsum([span.length for span in items[i].spans])
+    return items[i].spans[int(np.searchsorted(ends, place, side="right"))].row
 
 
 class _HeadRunner:
@@ -173,15 +182,16 @@ class _HeadRunner:
         }
 
 
-def _padded(documents: Sequence[Array], batch: Sequence[int]) -> tuple[Array, Array]:
+def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
     """Return the batch's tokens, right-padded with id 0, and each position's next token (−1 where there is none)."""
-    width = len(documents[batch[0]])
+    width = len(batch[0].tokens)
     tokens_BT = np.zeros((len(batch), width), np.int64)
     labels_BT = np.full((len(batch), width), -1, np.int64)
-    for b, i in enumerate(batch):
-        document = documents[i]
-        tokens_BT[b, : len(document)] = document
-        labels_BT[b, : len(document) - 1] = document[1:]
+    for b, item in enumerate(batch):
+        length = len(item.tokens)
+        tokens_BT[b, :length] = item.tokens
+        labels_BT[b, : length - 1] = item.tokens[1:]
+        labels_BT[b, length - 1] = item.next_token
     return tokens_BT, labels_BT
 
 
@@ -193,5 +203,5 @@ def measure(teacher: Teacher, documents: Sequence[Array], settings: ScoringSetti
     records, tokens_per_second
     """
     started = time.perf_counter()
-    records = score_documents(teacher, documents, settings)
+    records = score_items(teacher, plain_items(documents), settings)
     return records, records.n_tokens / max(time.perf_counter() - started, 1e-9)

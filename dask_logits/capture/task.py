@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dask_logits.capture.corpus import FileRows, read_documents
-from dask_logits.capture.scoring import ScoringSettings, score_documents
+from dask_logits.capture.items import ItemSettings, make_items
+from dask_logits.capture.rows import FileRows, read_rows
+from dask_logits.capture.scoring import ScoringSettings, score_items
 from dask_logits.capture.teacher import TeacherSpec, load_teacher
-from dask_logits.capture.tokens import TokenizerSpec
+from dask_logits.capture.tokens import TokenizerSpec, tokenize
 from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition
@@ -39,7 +40,7 @@ class PartitionTask:
         Of the run; a folder whose run was replaced meanwhile takes no more of the old one.
     partition, files, column
         Which rows, and where they are.
-    tokenizer, teacher, scoring
+    tokenizer, items, teacher, scoring
         How they become targets.
     """
 
@@ -49,6 +50,7 @@ class PartitionTask:
     files: tuple[FileRows, ...]
     column: str
     tokenizer: TokenizerSpec
+    items: ItemSettings
     teacher: TeacherSpec
     scoring: ScoringSettings
 
@@ -80,7 +82,10 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
     run = RunFolder(Path(task.run))
     receipt = run.receipt(task.partition.index)
     if receipt is not None and receipt["run_id"] == task.run_id:
-        return receipt
+        if (receipt["first_row"], receipt["n_rows"]) == (task.partition.first_row, task.partition.n_rows):
+            return receipt
+        # Left by a worker that was still busy when the plan was made anew from here on.
+        run.receipt_path(task.partition.index).unlink(missing_ok=True)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -92,9 +97,13 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
 
     teacher = load_teacher(task.teacher, task.scoring.vocab_size)
     lap("load")
-    documents = read_documents(task.files, task.column, task.tokenizer, first_row=task.partition.first_row)
+    rows = read_rows(task.files, task.column)
     lap("read")
-    records = score_documents(teacher, documents, task.scoring, first_row=task.partition.first_row, on_tokens=on_tokens)
+    documents = tokenize(rows, task.tokenizer, first_row=task.partition.first_row)
+    items = make_items(documents, task.items, first_row=task.partition.first_row)
+    lap("tokenize")
+    packed = task.items.packing == "concat"
+    records = score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
     lap("score")
     digest = ContentDigest()
     digest.update_records(records)

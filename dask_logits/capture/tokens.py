@@ -34,7 +34,7 @@ class TokenizerSpec:
     identity
         Digest the loaded tokenizer must have.
     add_special_tokens, max_length
-        How documents are made.
+        How documents are made; max_length None: nothing is cut off.
     vocab_size
         Valid vocabulary.
     """
@@ -44,7 +44,7 @@ class TokenizerSpec:
     trust_remote_code: bool
     identity: str | None
     add_special_tokens: bool
-    max_length: int
+    max_length: int | None
     vocab_size: int
 
 
@@ -60,15 +60,18 @@ class Tokenizer:
         SHA-256 of its id → token map: equal where ids mean the same tokens.
     digest
         SHA-256 of the map and of its rules: equal where the same text gives the same ids.
+    end_id
+        The id that ends a text; None if it has none.
     """
 
     vocab_size: int
     map_digest: str
     digest: str
+    end_id: int | None
 
 
 def inspect_tokenizer(
-    config: TeacherConfig, dataset: DatasetConfig, *, is_text: bool, head_width: int
+    config: TeacherConfig, dataset: DatasetConfig, *, is_text: bool, head_width: int, max_length: int | None
 ) -> tuple[Tokenizer | None, TokenizerSpec]:
     """Load the tokenizer in the driver and settle the valid vocabulary.
 
@@ -80,6 +83,8 @@ def inspect_tokenizer(
         Whether rows are text, which needs a tokenizer; ids do not.
     head_width
         Logit width of the teacher.
+    max_length
+        Tokens kept of a document; None: all.
 
     Raises
     ------
@@ -115,13 +120,13 @@ def inspect_tokenizer(
         trust_remote_code=config.trust_remote_code,
         identity=tokenizer.digest if tokenizer else None,
         add_special_tokens=dataset.add_special_tokens,
-        max_length=dataset.max_length,
+        max_length=max_length,
         vocab_size=vocab_size,
     )
 
 
 def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> list[Array]:
-    """Turn rows into documents of token ids, cut at ``max_length``.
+    """Turn rows into documents of token ids, cut at ``max_length`` if there is one.
 
     Parameters
     ----------
@@ -158,17 +163,27 @@ def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) ->
         filled = [i for i, row in enumerate(rows) if row]
         ids = [[] for _ in rows]
         if filled:
-            encoded = tokenizer(
-                [rows[i] for i in filled],
-                add_special_tokens=spec.add_special_tokens,
-                truncation=True,
-                max_length=spec.max_length,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
+            encoded = encode(tokenizer, [rows[i] for i in filled], spec.add_special_tokens, spec.max_length)
             for i, row_ids in zip(filled, encoded, strict=True):
                 ids[i] = row_ids
     return [_checked(row_ids[: spec.max_length], spec.vocab_size, first_row + i) for i, row_ids in enumerate(ids)]
+
+
+def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
+    """Return the ids of texts, cut at `max_length` if it is given."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        # Longer than the model's positions is no accident here: such documents are cut into items.
+        verbose=False,
+    )["input_ids"]
+    return ids
 
 
 @functools.lru_cache(maxsize=2)
@@ -205,6 +220,7 @@ def _identify(loaded: Any) -> Tokenizer:
         vocab_size=max(ids.values(), default=-1) + 1,
         map_digest=hashlib.sha256(map_lines.encode()).hexdigest(),
         digest=hashlib.sha256((map_lines + rule_lines).encode()).hexdigest(),
+        end_id=loaded.eos_token_id,
     )
 
 

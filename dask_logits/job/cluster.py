@@ -9,22 +9,27 @@ Home of ``dask_cuda`` and of cluster objects.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security, rpc
 
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
+from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30
+_FILE_POLL_SECONDS = 0.2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -96,6 +101,8 @@ def local_workers(generation: GenerationConfig, device: str) -> int:
     """Return the number of workers of a cluster made on this machine."""
     if generation.num_workers is not None:
         return generation.num_workers
+    if generation.worker_id is not None:
+        return 1
     if device == "cuda":
         return len(generation.devices.split(",")) if generation.devices else max(1, visible_gpus())
     return max(1, cores() // 2)
@@ -193,7 +200,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     import pynvml
 
     try:
-        return LocalCUDACluster(CUDA_VISIBLE_DEVICES=generation.devices, device_memory_limit=None, **common)
+        return LocalCUDACluster(CUDA_VISIBLE_DEVICES=_devices(generation), device_memory_limit=None, **common)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "
@@ -201,16 +208,25 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         ) from error
 
 
+def _devices(generation: GenerationConfig) -> str | None:
+    """Return the GPUs of a cluster: those named, or for a static worker one of those visible; None: all."""
+    if generation.worker_id is None:
+        return generation.devices
+    named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
+    return visible[generation.worker_id % len(visible)]
+
+
 @contextlib.contextmanager
 def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Cluster]:
-    target: dict[str, Any] = (
-        {"scheduler_file": config.scheduler_file} if config.scheduler_file else {"address": config.scheduler}
-    )
+    address = _address(config)
     try:
-        client = Client(**target, timeout=config.wait_seconds)
-    except (OSError, TimeoutError, ValueError) as error:
+        # distributed 2026.7.1 would wait without end for a peer that takes the connection and says nothing.
+        asyncio.run(_answers(address, config.wait_seconds))
+        client = Client(address, timeout=config.wait_seconds)
+    except (OSError, ValueError) as error:
         raise ClusterError(
-            f"distillation.cluster.scheduler: expected a scheduler at {next(iter(target.values()))!r}, got {error}; "
+            f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {error!r}; "
             "start `dask scheduler` and give its address"
         ) from error
     with client:
@@ -229,6 +245,28 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
         cores_each = min(fact[0] // sum(1 for other in facts if other[2] == fact[2]) for fact in facts)
         threads = max(1, cores_each) if generation.torch_threads == "auto" else int(generation.torch_threads)
         yield Cluster(client=client, device=device, torch_threads=threads, dashboard=client.dashboard_link)
+
+
+def _address(config: ClusterConfig) -> str:
+    """Return the scheduler's address, from its file as soon as that is there."""
+    if config.scheduler_file is None:
+        return str(config.scheduler)
+    file = Path(config.scheduler_file).expanduser()
+    deadline = time.monotonic() + config.wait_seconds
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"distillation.cluster.scheduler_file: expected {str(file)!r} within {config.wait_seconds:g} s, got "
+                "none; start `dask scheduler --scheduler-file` with it, on a file system that all machines see"
+            )
+        time.sleep(_FILE_POLL_SECONDS)
+    return str((read_json(file) or {}).get("address"))
+
+
+async def _answers(address: str, seconds: float) -> None:
+    connection = Security().get_connection_args("client")
+    async with asyncio.timeout(seconds), rpc(address, timeout=seconds, connection_args=connection) as scheduler:
+        await scheduler.identity(n_workers=0)
 
 
 def _wait_for_worker(client: Client, seconds: float) -> None:

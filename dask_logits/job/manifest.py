@@ -3,11 +3,13 @@
 Small JSON files that a person can read. The folder::
 
     run.json                  the manifest: what is computed, and how it was first run
+    plan/000/000000.json      segments of the plan, in order, and its end
     calibration.json          the numerics, frozen before the first partition
     receipts/000/000042.json  commits partition 42, naming the attempt that holds its arrays
     partitions/000042.<attempt>.zarr
+    spool/000042.arrow        rows of a stream until their partition is committed
     teacher_logits.h5         the cache
-    status.json               progress of the driver, for the eye only
+    status.json               progress of a driver, for the eye only (status-1-of-4.json of a static worker)
 """
 
 from __future__ import annotations
@@ -25,18 +27,52 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.store.cache import CACHE_NAME
 from dask_logits.store.durable import Json, read_json
 
 logger = logging.getLogger(__name__)
 
-CACHE_NAME = "teacher_logits.h5"
-LOCK_NAME = ".driver.lock"
 PREVIOUS = "previous"
 SETTING_ASIDE = ".setting-aside"
 # In the order in which a run is set aside: the cache first, so that what is left never looks complete.
-RUN_NAMES = (CACHE_NAME, "receipts", "partitions", "dataset", "calibration.json", "status.json", "run.json")
+RUN_NAMES = (
+    CACHE_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "status.json", "plan", "run.json",
+)  # fmt: skip
 FORMAT = "dask_logits.run"
-VERSION = 1
+VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The partitions one driver of a run takes: all, or every `total`-th.
+
+    Parameters
+    ----------
+    worker
+        Index of the static worker; 0 for a cluster.
+    total
+        Static workers that share the run; 1 for a cluster.
+    """
+
+    worker: int = 0
+    total: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """What its files are told apart by."""
+        return "" if self.total == 1 else f"-{self.worker}-of-{self.total}"
+
+    def owns(self, index: int) -> bool:
+        """Whether a partition is its own."""
+        return index % self.total == self.worker
+
+    def count(self, n_partitions: int) -> int:
+        """Return how many of the first partitions are its own.
+
+        >>> [Share(worker=worker, total=3).count(7) for worker in range(3)]
+        [3, 2, 2]
+        """
+        return len(range(self.worker, n_partitions, self.total))
 
 
 @dataclass(frozen=True)
@@ -77,9 +113,17 @@ class RunFolder:
         return self.path / "dataset"
 
     @property
-    def status_path(self) -> Path:
-        """Progress of the driver."""
-        return self.path / "status.json"
+    def spool_path(self) -> Path:
+        """Rows of a stream on their way to the workers."""
+        return self.path / "spool"
+
+    def status_path(self, share: Share) -> Path:
+        """Progress of a driver."""
+        return self.path / f"status{share.suffix}.json"
+
+    def plan_path(self, ordinal: int) -> Path:
+        """One entry of the plan, fanned out by thousands."""
+        return self.path / "plan" / f"{ordinal // 1000:03d}" / f"{ordinal:06d}.json"
 
     def receipt_path(self, index: int) -> Path:
         """Receipt of one partition, fanned out by thousands."""
@@ -116,10 +160,12 @@ class RunFolder:
         """Read one receipt; None where the partition is not committed."""
         return read_json(self.receipt_path(index))
 
-    def receipts(self, n_partitions: int) -> Iterator[Json | None]:
-        """Read the receipts of all partitions in order."""
+    def receipts(self, n_partitions: int) -> Iterator[Json]:
+        """Read the receipts of all committed partitions in order."""
         for index in range(n_partitions):
-            yield self.receipt(index)
+            receipt = self.receipt(index)
+            if receipt is not None:
+                yield receipt
 
 
 def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -137,33 +183,50 @@ def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any])
         if old.get(name) != new.get(name)
     }
     if differences:
-        lines = "\n".join(f"  {name}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
-        raise RunConflictError(
-            f"{folder}: this run was made with other settings:\n{lines}\n"
-            "choose another distillation.teacher.cache_dir, restore the settings, or set "
-            "distillation.teacher.generation.force_regenerate=true",
-            differences,
-        )
+        raise conflict(folder, differences)
+
+
+def conflict(folder: Path, differences: Mapping[str, tuple[object, object]]) -> RunConflictError:
+    """Make the error that refuses a run folder: dotted name → (value in the run, value asked for)."""
+    lines = "\n".join(f"  {name}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
+    return RunConflictError(
+        f"{folder}: this run was made with other settings:\n{lines}\n"
+        "choose another distillation.teacher.cache_dir, restore the settings, or set "
+        "distillation.teacher.generation.force_regenerate=true",
+        differences,
+    )
+
+
+def lock_name(share: Share) -> str:
+    """Return the name of a driver's lock."""
+    return f".driver{share.suffix}.lock"
 
 
 @contextlib.contextmanager
-def lease(folder: Path) -> Iterator[None]:
-    """Hold the run for this driver; the lock goes with the process, however it ends.
+def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock; it goes with the process, however it ends.
+
+    Parameters
+    ----------
+    path
+        The lock file; it stays.
+    wait
+        Wait for another process that holds it, instead of refusing.
 
     Raises
     ------
     RunConflictError
-        If another driver holds it.
+        If another process holds it.
     """
-    path = folder / LOCK_NAME
+    folder = path.parent
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
             raise RunConflictError(
-                f"{folder}: expected to be this run's only driver, but {file.read().strip() or 'another process'} "
-                "is at work; wait for it, or stop it"
+                f"{folder}: expected to be the only driver of {path.name.strip('.').removesuffix('.lock')}, but "
+                f"{file.read().strip() or 'another process'} is at work; wait for it, or stop it"
             ) from error
         except OSError as error:
             # Some network file systems have no locks.

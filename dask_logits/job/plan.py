@@ -1,19 +1,22 @@
 """The plan: rows → partitions, and what they will cost. Pure integers.
 
 A partition is a contiguous range of dataset rows; its size depends on the data and the settings, never on the number
-of workers, so any number of them computes the same partitions.
+of workers, so any number of them computes the same partitions. A plan is a list of segments that only grows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dask_logits import records
 
+# Of a segment's source: what it is, which part of the dataset, and what its rows are known by.
+_KNOWN_BY = ("kind", "ordinal", "first", "footer", "content")
 # Tokens that a partition aims at: seconds to minutes of teacher time, tens of MB on disk.
 TARGET_TOKENS = 262_144
 # A small corpus is still cut into so many partitions, to be shared by workers and resumed in small steps …
@@ -33,20 +36,11 @@ class Partition:
     first_row, n_rows
         Its rows.
 
-    Examples
-    --------
-    >>> Partition(index=0, first_row=0, n_rows=0)
-    Traceback (most recent call last):
-    ValueError: partition 0: expected at least 1 row, got 0
     """
 
     index: int
     first_row: int
     n_rows: int
-
-    def __post_init__(self) -> None:
-        if self.n_rows < 1:
-            raise ValueError(f"partition {self.index}: expected at least 1 row, got {self.n_rows}")
 
     @property
     def name(self) -> str:
@@ -55,32 +49,117 @@ class Partition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How rows are cut: `n_rows` rows into partitions of `partition_rows`, the last one shorter.
+class Segment:
+    """Consecutive partitions that were planned together, and what they are cut from.
+
+    A regular dataset is one segment (and one more each time ``max_samples`` is raised); a stream is a segment for each
+    file or chunk, appended as it is read.
+
+    Parameters
+    ----------
+    first_partition, first_row
+        Where it begins.
+    cuts
+        Run lengths: (partitions, rows of each). A partition of 0 rows stands for what could not be read.
+    source
+        What the rows come from, as JSON; a worker's reader understands it.
 
     Examples
     --------
-    >>> plan = Plan(n_rows=10, partition_rows=4)
-    >>> [(p.first_row, p.n_rows) for p in map(plan.partition, range(len(plan)))]
-    [(0, 4), (4, 4), (8, 2)]
+    >>> segment = Segment(first_partition=7, first_row=70, cuts=((2, 4), (1, 2)), source={})
+    >>> [(p.index, p.first_row, p.n_rows) for p in segment.partitions()]
+    [(7, 70, 4), (8, 74, 4), (9, 78, 2)]
     """
 
-    n_rows: int
-    partition_rows: int
+    first_partition: int
+    first_row: int
+    cuts: tuple[tuple[int, int], ...]
+    source: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        if self.n_rows < 1 or self.partition_rows < 1:
-            raise ValueError(f"expected positive row counts, got {self}")
+    @property
+    def n_partitions(self) -> int:
+        """Its partitions."""
+        return sum(count for count, _ in self.cuts)
 
-    def __len__(self) -> int:
-        return -(-self.n_rows // self.partition_rows)
+    @property
+    def n_rows(self) -> int:
+        """Its rows."""
+        return sum(count * rows for count, rows in self.cuts)
 
-    def partition(self, index: int) -> Partition:
-        """Return partition `index`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected a partition in [0, {len(self)}), got {index}")
-        first = index * self.partition_rows
-        return Partition(index=index, first_row=first, n_rows=min(self.partition_rows, self.n_rows - first))
+    def partitions(self) -> Iterator[Partition]:
+        """Yield its partitions in order."""
+        index, row = self.first_partition, self.first_row
+        for count, rows in self.cuts:
+            for _ in range(count):
+                yield Partition(index=index, first_row=row, n_rows=rows)
+                index, row = index + 1, row + rows
+
+    def known_by(self) -> dict[str, Any]:
+        """Return what must be equal where two processes plan the same rows: not where they lie, or since when."""
+        source = {name: self.source[name] for name in _KNOWN_BY if name in self.source}
+        return {**self.to_json(), "source": source}
+
+    def to_json(self) -> dict[str, Any]:
+        """Write it as JSON values."""
+        return {
+            "first_partition": self.first_partition,
+            "first_row": self.first_row,
+            "cuts": [list(cut) for cut in self.cuts],
+            "source": dict(self.source),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Segment:
+        """Read back what :meth:`to_json` wrote."""
+        return cls(**{**values, "cuts": tuple((count, rows) for count, rows in values["cuts"])})
+
+
+def uniform_cuts(n_rows: int, partition_rows: int) -> tuple[tuple[int, int], ...]:
+    """Cut rows into partitions of one size, the last one shorter.
+
+    >>> uniform_cuts(10, 4), uniform_cuts(8, 4)
+    (((2, 4), (1, 2)), ((2, 4),))
+    """
+    if n_rows < 1 or partition_rows < 1:
+        raise ValueError(f"expected positive row counts, got {n_rows} and {partition_rows}")
+    whole, rest = divmod(n_rows, partition_rows)
+    return (((whole, partition_rows),) if whole else ()) + (((1, rest),) if rest else ())
+
+
+def group_cuts(row_groups: Sequence[int], first: int, n_rows: int, chunk_rows: int) -> tuple[tuple[int, int], ...]:
+    """Cut a range of a file into partitions of whole row groups.
+
+    Consecutive row groups are joined while they stay within a chunk; one of more than two chunks is split by rows.
+
+    Parameters
+    ----------
+    row_groups
+        Rows of each row group of the file.
+    first, n_rows
+        The range; a row group that reaches over its ends is cut there.
+    chunk_rows
+        Rows a partition aims at.
+
+    Examples
+    --------
+    >>> group_cuts([3, 3, 5, 30, 4], 0, 45, 10)
+    ((1, 6), (1, 5), (3, 10), (1, 4))
+    >>> group_cuts([3, 3, 5, 30, 4], 2, 20, 10)
+    ((1, 9), (1, 11))
+    """
+    rows: list[int] = []
+    joined = start = 0
+    for size in row_groups:
+        size, start = max(0, min(start + size, first + n_rows) - max(start, first)), start + size
+        if joined and joined + size > chunk_rows:
+            rows.append(joined)
+            joined = 0
+        if size > 2 * chunk_rows:
+            rows += [count for repeat, count in uniform_cuts(size, chunk_rows) for _ in range(repeat)]
+        else:
+            joined += size
+    rows += [joined] if joined else []
+    return tuple((len(list(same)), size) for size, same in itertools.groupby(rows))
 
 
 def auto_partition_rows(n_rows: int, tokens_per_row: float) -> int:
@@ -104,14 +183,15 @@ class Estimate:
     Parameters
     ----------
     tokens
-        Expected tokens in all, from a sample.
+        Expected tokens in all, from a sample; None for a stream of unknown length, whose sizes are then for one
+        partition.
     cache_bytes, peak_disk_bytes
         Size of the cache; the most the run folder holds at one time (partitions and cache side by side).
     worker_bytes
         Peak memory of one worker: weights, one batch, one chunk of logits, one partition's results.
     """
 
-    tokens: int
+    tokens: int | None
     cache_bytes: int
     peak_disk_bytes: int
     worker_bytes: int
@@ -145,7 +225,8 @@ _WIDTHS_PER_TOKEN = 24
 
 
 def estimate(
-    plan: Plan,
+    n_rows: int | None,
+    partition_rows: int,
     *,
     tokens_per_row: float,
     top_k: int,
@@ -159,7 +240,9 @@ def estimate(
 
     Parameters
     ----------
-    plan, teacher
+    n_rows
+        Rows in all; None: unknown.
+    partition_rows, teacher
         The job.
     tokens_per_row
         Mean of a sample.
@@ -169,14 +252,15 @@ def estimate(
         Positions whose float32 exponentials exist at one time.
     """
     per_token = records.bytes_per_token(top_k, vocab_size)
-    tokens = round(plan.n_rows * tokens_per_row)
-    cache_bytes = tokens * per_token + plan.n_rows * 24
+    rows = partition_rows if n_rows is None else n_rows
+    tokens = round(rows * tokens_per_row)
+    cache_bytes = tokens * per_token + rows * 24
     value = teacher.bytes_per_value
     batch = batch_tokens * teacher.hidden_width * _WIDTHS_PER_TOKEN * value
     head = head_rows * vocab_size * value + scratch_rows * vocab_size * 4
-    partition = min(plan.partition_rows, plan.n_rows) * tokens_per_row * per_token
+    partition = min(partition_rows, rows) * tokens_per_row * per_token
     return Estimate(
-        tokens=tokens,
+        tokens=None if n_rows is None else tokens,
         cache_bytes=cache_bytes,
         peak_disk_bytes=2 * cache_bytes,
         worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + _PROCESS_BYTES),

@@ -5,27 +5,30 @@ Nothing on disk changes here, so ``plan`` is this and a printout.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from dask_logits.capture.calibrate import auto_budgets
-from dask_logits.capture.corpus import Corpus, open_corpus
+from dask_logits.capture.corpus import open_corpus
+from dask_logits.capture.items import ItemSettings
+from dask_logits.capture.rows import Source
+from dask_logits.capture.stream import is_stream, open_stream
 from dask_logits.capture.teacher import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.capture.tokens import Tokenizer, TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.capture.topk import scratch_rows
-from dask_logits.config import Config
+from dask_logits.config import Config, DatasetConfig
 from dask_logits.errors import CapacityError, ConfigError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
-from dask_logits.job.manifest import RUN_NAMES, RunFolder, compare
-from dask_logits.job.plan import Estimate, Plan, TeacherShape, auto_partition_rows, estimate, fingerprint
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, compare
+from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
+from dask_logits.job.planlog import PlanLog
+from dask_logits.store.durable import Json
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Left to the machine when memory is compared.
@@ -40,11 +43,11 @@ class Job:
     ----------
     config
         Its settings.
-    run
-        Its folder.
-    corpus, tokenizer, tokenizer_spec, teacher
-        What was found.
-    plan, estimate
+    run, share
+        Its folder, and the partitions in it that this driver takes.
+    source, tokenizer, tokenizer_spec, items, teacher
+        What was found, and how rows become items.
+    partition_rows, estimate
         How rows are cut, and what that takes.
     what, numerics
         What is computed, and the numerics asked for: both recorded, compared on resume.
@@ -54,11 +57,13 @@ class Job:
 
     config: Config
     run: RunFolder
-    corpus: Corpus
+    share: Share
+    source: Source
     tokenizer: Tokenizer | None
     tokenizer_spec: TokenizerSpec
+    items: ItemSettings
     teacher: TeacherFacts
-    plan: Plan
+    partition_rows: int
     estimate: Estimate
     what: dict[str, Any]
     numerics: dict[str, Any]
@@ -67,19 +72,19 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what is computed."""
+        """Digest of what is computed, but for the rows: those are the plan's."""
         return fingerprint(self.what)
 
 
-def prepare(config: Config, dataset: Dataset | None = None) -> Job:
-    """Look at teacher, tokenizer and data and draw up the plan.
+def prepare(config: Config, dataset: Any = None) -> Job:
+    """Look at teacher, tokenizer and data and draw up the job.
 
     Parameters
     ----------
     config
         Validated settings.
     dataset
-        An opened dataset, instead of ``dataset.name``.
+        An opened dataset or a stream of rows, instead of ``dataset.name``.
 
     Raises
     ------
@@ -87,26 +92,36 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
         Whatever the user has to change: a setting, the teacher, the data, the device.
     """
     generation = config.teacher.generation
+    run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
+    manifest = None if generation.force_regenerate else run.manifest()
     joins = joins_scheduler(config.cluster)
     device = ("cuda" if generation.device == "cuda" else "cpu") if joins else local_device(generation, config.cluster)
     teacher = inspect_teacher(config.teacher)
-    corpus = open_corpus(config.dataset, dataset)
+    source: Source
+    if config.dataset.streaming or is_stream(dataset):
+        source = open_stream(config.dataset, dataset, (manifest or {}).get("commit"))
+    else:
+        source = open_corpus(config.dataset, dataset)
+    items = _item_settings(config.dataset)
     tokenizer, spec = inspect_tokenizer(
-        config.teacher, config.dataset, is_text=corpus.is_text, head_width=teacher.head_width
+        config.teacher,
+        config.dataset,
+        is_text=source.is_text,
+        head_width=teacher.head_width,
+        max_length=items.kept_tokens,
     )
+    items = _with_separator(items, tokenizer, spec.vocab_size)
     _check_bounds(config, teacher, spec.vocab_size)
 
-    sample = [tokenize([value], spec, first_row=row)[0] for row, value in corpus.sample()]
-    tokens_per_row = sum(len(document) for document in sample) / len(sample)
-    rows = config.partition.rows
-    plan = Plan(
-        n_rows=corpus.n_rows,
-        partition_rows=auto_partition_rows(corpus.n_rows, tokens_per_row) if rows == "auto" else int(rows),
-    )
+    sample = [tokenize([value], spec, first_row=row)[0] for row, value in source.sample()]
+    tokens_per_row = sum(len(document) for document in sample) / max(1, len(sample))
+    partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
+    longest = max((len(document) for document in sample), default=1)
     cost = estimate(
-        plan,
+        source.n_rows,
+        partition_rows,
         tokens_per_row=tokens_per_row,
         top_k=generation.top_k,
         vocab_size=spec.vocab_size,
@@ -117,30 +132,31 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
             layers=teacher.layers,
             bytes_per_value=_BYTES[dtype],
         ),
-        batch_tokens=max(batch_tokens, max((len(document) for document in sample), default=1)),
+        batch_tokens=max(batch_tokens, min(longest, items.max_length)),
         head_rows=head_rows,
         scratch_rows=scratch_rows(head_rows, device),
     )
     return Job(
         config=config,
-        run=RunFolder(Path(config.teacher.cache_dir).expanduser().absolute()),
-        corpus=corpus,
+        run=run,
+        share=Share(worker=generation.worker_id or 0, total=generation.total_workers or 1),
+        source=source,
         tokenizer=tokenizer,
         tokenizer_spec=spec,
+        items=items,
         teacher=teacher,
-        plan=plan,
+        partition_rows=partition_rows,
         estimate=cost,
         what={
             "teacher.content": teacher.identity,
-            "teacher.tokenizer": tokenizer.digest if tokenizer and corpus.is_text else None,
+            "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
             "teacher.generation.top_k": generation.top_k,
-            "dataset.content": corpus.content_digest,
-            "dataset.rows": corpus.n_rows,
-            "dataset.column": "text" if corpus.is_text else "input_ids",
-            "dataset.max_length": config.dataset.max_length,
-            "dataset.add_special_tokens": config.dataset.add_special_tokens if corpus.is_text else None,
+            **source.identity(),
+            "dataset.column": "text" if source.is_text else "input_ids",
+            "dataset.add_special_tokens": config.dataset.add_special_tokens if source.is_text else None,
             "dataset.vocab_size": spec.vocab_size,
-            "partition.rows": plan.partition_rows,
+            **{f"dataset.{name}": value for name, value in dataclasses.asdict(items).items()},
+            "partition.rows": partition_rows,
         },
         numerics={
             "teacher.dtype": config.teacher.dtype,
@@ -154,8 +170,46 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
     )
 
 
+def _item_settings(dataset: DatasetConfig) -> ItemSettings:
+    return ItemSettings(
+        max_length=dataset.max_length,
+        long_documents=dataset.long_documents,
+        window_stride=dataset.window_stride,
+        packing=dataset.packing,
+        separator_id=dataset.separator_id,
+    )
+
+
+def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size: int) -> ItemSettings:
+    """Settle the token between packed documents."""
+    if items.packing == "none":
+        return items
+    separator = items.separator_id
+    if separator is None and tokenizer is not None:
+        separator = tokenizer.end_id
+    if separator is None or separator >= vocab_size:
+        raise ConfigError.from_problems(
+            [
+                f"distillation.dataset.separator_id: expected a token id below {vocab_size} for packing=concat, got "
+                f"{separator}, and the tokenizer names none that ends a text; set it"
+            ]
+        )
+    return dataclasses.replace(items, separator_id=separator)
+
+
+def _partition_rows(config: Config, source: Source, tokens_per_row: float, manifest: Json | None) -> int:
+    """Return the rows of a partition; what was settled by ``auto`` stays, however many rows there are now."""
+    if source.streams:
+        return config.dataset.streaming_chunk_size
+    if config.partition.rows != "auto":
+        return int(config.partition.rows)
+    if manifest is not None and "partition.rows" in manifest["what"]:
+        return int(manifest["what"]["partition.rows"])
+    return auto_partition_rows(source.n_rows or 1, tokens_per_row)
+
+
 def check_folder(job: Job) -> None:
-    """Refuse a run folder that cannot be written, or that was made with other settings.
+    """Refuse a run folder that cannot be written, or that was made with other settings or rows.
 
     Raises
     ------
@@ -181,7 +235,13 @@ def check_folder(job: Job) -> None:
                 "choose another distillation.teacher.cache_dir"
             )
     elif not job.config.teacher.generation.force_regenerate:
-        compare(job.run.path, manifest["what"] | manifest["numerics"], job.what | job.numerics)
+        shares = "teacher.generation.total_workers"
+        compare(
+            job.run.path,
+            manifest["what"] | manifest["numerics"] | {shares: manifest["total_workers"]},
+            job.what | job.numerics | {shares: job.share.total},
+        )
+        job.source.check(PlanLog(job.run))
 
 
 def check_capacity(job: Job, done: float = 0.0) -> None:
@@ -199,11 +259,12 @@ def check_capacity(job: Job, done: float = 0.0) -> None:
     CapacityError
         With the arithmetic.
     """
-    need = round(job.estimate.peak_disk_bytes - job.estimate.cache_bytes * done)
+    whole = job.estimate.peak_disk_bytes if job.share.total == 1 else job.estimate.cache_bytes / job.share.total
+    need = round(whole - job.estimate.cache_bytes * done)
     free = free_disk_bytes(job.run.path)
     if need > free:
         raise CapacityError(
-            f"distillation.teacher.cache_dir: expected {gib(need)} free for {job.estimate.tokens:,} tokens (partitions "
+            f"distillation.teacher.cache_dir: expected {gib(need)} free for {_amount(job)} (partitions "
             f"and cache side by side), got {gib(free)}; free space, or lower top_k or dataset.max_samples",
             need,
             free,
@@ -271,14 +332,28 @@ def plan_lines(job: Job) -> list[str]:
         if job.device == "cpu" and job.n_workers
         else f"{gib(cost.worker_bytes)} for each worker's device"
     )
+    rows = job.source.n_rows
     return [
         f"run           {job.run.path}",
         f"teacher       {job.config.teacher.model_path}: {job.teacher.parameters / 1e6:,.0f} M parameters, "
         f"{job.teacher.head_width:,} logits, {job.tokenizer_spec.vocab_size:,} valid",
-        f"rows          {job.plan.n_rows:,}",
-        f"tokens        {cost.tokens:,} (from a sample)",
-        f"partitions    {len(job.plan):,} of {job.plan.partition_rows:,} rows",
-        f"cache         {gib(cost.cache_bytes)}",
-        f"peak disk     {gib(cost.peak_disk_bytes)}, {gib(free_disk_bytes(job.run.path))} free",
+        f"rows          {'all of a stream' if rows is None else f'{rows:,}{_at_most(job)}'}",
+        f"tokens        {'unknown' if cost.tokens is None else f'{cost.tokens:,} (from a sample)'}",
+        f"partitions    {'' if rows is None else f'{-(-rows // job.partition_rows):,} '}of {job.partition_rows:,} rows",
+        f"cache         {gib(cost.cache_bytes)}{_each(job)}",
+        f"peak disk     {gib(cost.peak_disk_bytes)}{_each(job)}, {gib(free_disk_bytes(job.run.path))} free",
         f"peak memory   {memory}",
     ]
+
+
+def _amount(job: Job) -> str:
+    tokens = job.estimate.tokens
+    return "a partition" if tokens is None else f"{tokens:,} tokens"
+
+
+def _at_most(job: Job) -> str:
+    return " at most" if job.source.streams else ""
+
+
+def _each(job: Job) -> str:
+    return " for each partition" if job.estimate.tokens is None else ""

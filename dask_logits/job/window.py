@@ -33,6 +33,7 @@ _CALL_SECONDS = 20
 # A worker that was started with several threads still scores one partition at a time: there is one teacher.
 _TEACHER_IN_USE = threading.Lock()
 _POLL_SECONDS = 0.5
+_STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
 
 Failure = Literal["transient", "data", "worker-death"]
@@ -59,12 +60,14 @@ def classify(error: BaseException) -> Failure:
 
 def run_partitions(
     client: Client,
-    tasks: Iterator[PartitionTask],
+    tasks: Iterator[PartitionTask | None],
     job: JobConfig,
     *,
     run_id: str,
     on_receipt: Callable[[Json], None],
+    on_failure: Callable[[int, str], None] = lambda index, reason: None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_turn: Callable[[], bool] = lambda: False,
 ) -> dict[int, str]:
     """Run tasks on the cluster until none is left.
 
@@ -73,15 +76,19 @@ def run_partitions(
     client
         A connected client.
     tasks
-        Partitions to do; drawn only as there is room.
+        Partitions to do, drawn only as there is room; None where none is ready yet.
     job
         Retries, bounds and patience.
     run_id
         Of the run, whose workers' events are listened to.
     on_receipt
         Called in this thread with every receipt.
+    on_failure
+        Called in this thread with the index of every partition that failed for good, and the reason.
     on_tokens
         Called in this thread with tokens scored in partitions that are still running.
+    on_turn
+        Called in this thread several times a second; returns whether there was progress that is not seen here.
 
     Returns
     -------
@@ -95,7 +102,7 @@ def run_partitions(
     PartitionsFailedError
         If the first ``max_failures`` partitions all fail: the error is systematic.
     """
-    window = _Window(client, tasks, job)
+    window = _Window(client, tasks, job, on_failure)
     events: queue.SimpleQueue[int] = queue.SimpleQueue()
     topic = _TOPIC + run_id
     client.subscribe_topic(topic, lambda event: events.put(event[1]["tokens"]))
@@ -104,6 +111,8 @@ def run_partitions(
             done = window.next_done(_POLL_SECONDS)
             while not events.empty():
                 on_tokens(events.get())
+                window.last_progress = time.monotonic()
+            if on_turn():
                 window.last_progress = time.monotonic()
             if done is None:
                 window.check_stall()
@@ -119,11 +128,14 @@ def run_partitions(
 @dataclass
 class _Window:
     client: Client
-    tasks: Iterator[PartitionTask]
+    tasks: Iterator[PartitionTask | None]
     job: JobConfig
+    on_failure: Callable[[int, str], None]
     failed: dict[int, str] = field(default_factory=dict)
     last_progress: float = field(default_factory=time.monotonic)
     _succeeded: bool = False
+    _exhausted: bool = False
+    _starved: bool = False
     _running: dict[str, tuple[PartitionTask, Future]] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
@@ -133,20 +145,22 @@ class _Window:
     def fill(self) -> bool:
         """Submit while there is room; return whether anything is left to wait for."""
         now = time.monotonic()
+        self._starved = False
         while len(self._running) < self._room():
             due = next((entry for entry in self._later if entry[0] <= now), None)
             if due is not None:
                 self._later.remove(due)
-            task = due[1] if due is not None else next(self.tasks, None)
+            task = due[1] if due is not None else self._draw()
             if task is None:
                 break
             self._submit(task)
-        return bool(self._running or self._later)
+        return bool(self._running or self._later or not self._exhausted)
 
     def next_done(self, seconds: float) -> Json | bool | None:
         """Wait for a completion: its receipt, False if it failed, None if none came in time."""
         try:
-            future = self._done.get(timeout=seconds)
+            # A worker that waits for a stream is given its rows soon after they come.
+            future = self._done.get(timeout=_STREAM_POLL_SECONDS if self._starved else seconds)
         except queue.Empty:
             return None
         self.last_progress = time.monotonic()
@@ -159,6 +173,7 @@ class _Window:
             if future.status == "finished":
                 receipt: Json = future.result()
                 self._succeeded = True
+                self._attempts.pop(task.partition.index)
                 return receipt
             self._failed(task, _exception_of(future))
         finally:
@@ -175,14 +190,26 @@ class _Window:
             where = ", ".join(sorted(task.partition.name for task, _ in self._running.values()))
             raise ClusterError(
                 f"distillation.job.stall_seconds: expected progress within {self.job.stall_seconds:g} s, got none for "
-                f"{idle:.0f} s with {len(workers)} workers and partitions {where} in flight; look at the workers' "
-                "logs, then run the same command again"
+                f"{idle:.0f} s with {len(workers)} workers and partitions {where or 'none'} in flight; look at the "
+                "workers' logs and at what the dataset is read from, then run the same command again"
             )
 
     def release(self) -> None:
         """Take back what has not finished: what nobody wants, the scheduler forgets."""
         for _, future in self._running.values():
             future.release()
+
+    def _draw(self) -> PartitionTask | None:
+        """Return the next partition; None if there is none, or a stream has not come so far."""
+        if self._exhausted:
+            return None
+        try:
+            task = next(self.tasks)
+        except StopIteration:
+            self._exhausted = True
+            return None
+        self._starved = task is None
+        return task
 
     def _submit(self, task: PartitionTask) -> None:
         index = task.partition.index
@@ -201,11 +228,12 @@ class _Window:
             logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
             self._later.append((time.monotonic() + wait, task))
             return
-        reason = str(error)
+        reason = str(error) or repr(error)
         if isinstance(error, KilledWorker):
             reason = f"its worker died {error.allowed_failures + 1} times"
         logger.error("partition %s failed (%s): %s", task.partition.name, kind, reason)
         self.failed[index] = reason
+        self.on_failure(index, reason)
         if not self._succeeded and len(self.failed) >= self.job.max_failures:
             raise PartitionsFailedError(
                 f"the first {len(self.failed)} partitions all failed, so the job was stopped; the first because: "

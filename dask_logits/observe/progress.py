@@ -20,13 +20,13 @@ class JobProgress:
     Parameters
     ----------
     partitions
-        In the plan.
+        In the plan; None while nobody knows, as the attribute may be set later.
     done
         Sums over what was committed before.
     committed
         Partitions committed before.
     expected_tokens
-        Estimate for the whole plan.
+        Estimate for the whole job; None: nobody knows.
     console
         Where to; None: stderr.
     """
@@ -34,18 +34,18 @@ class JobProgress:
     def __init__(
         self,
         *,
-        partitions: int,
+        partitions: int | None,
         committed: int,
         done: Statistics,
-        expected_tokens: int,
+        expected_tokens: int | None,
         console: Console | None = None,
     ) -> None:
-        self._partitions = partitions
+        self.partitions = partitions
         self._committed = committed
         self._sums = done
         self._before = done.tokens
         self._running = 0
-        self._expected = max(expected_tokens, done.tokens)
+        self._expected = None if expected_tokens is None else max(expected_tokens, done.tokens)
         self._started = time.monotonic()
         self._printed = self._started
         self._console = console or Console(stderr=True)
@@ -80,7 +80,7 @@ class JobProgress:
         self._committed += 1
         self._sums += statistics
         self._running = max(0, self._running - statistics.tokens)
-        self._show(force=self._committed == self._partitions)
+        self._show(force=self._committed == self.partitions)
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,15 +88,28 @@ class JobProgress:
         elapsed = time.monotonic() - self._started
         return (self._sums.tokens - self._before + self._running) / elapsed if elapsed > 0 else 0.0
 
-    def line(self) -> str:
-        """Return the figures as one line."""
+    def facts(self) -> dict[str, Any]:
+        """Return the figures for a file: counts, tokens/s by the clock, seconds left (None: nobody knows)."""
         scored = self._sums.tokens + self._running
         rate = self.tokens_per_second
-        left = "–" if rate == 0 else _duration(max(0, self._expected - scored) / rate)
+        known = self._expected is not None and rate > 0
+        return {
+            "partitions": self.partitions,
+            "committed": self._committed,
+            "tokens": scored,
+            "tokens_per_second": round(rate, 1),
+            "seconds_left": round(max(0, (self._expected or 0) - scored) / rate, 1) if known else None,
+        }
+
+    def line(self) -> str:
+        """Return the figures as one line."""
+        facts = self.facts()
+        left = "–" if facts["seconds_left"] is None else _duration(facts["seconds_left"])
         mass = "–" if not self._sums.tokens else f"{self._sums.mean_kept_mass:.4f}"
+        partitions = "–" if self.partitions is None else self.partitions
         return (
-            f"{self._committed}/{self._partitions} partitions · {self._sums.documents:,} documents · "
-            f"{scored:,} tokens · {rate:,.0f} tokens/s · {left} left · kept mass {mass}"
+            f"{self._committed}/{partitions} partitions · {self._sums.documents:,} documents · "
+            f"{facts['tokens']:,} tokens · {facts['tokens_per_second']:,.0f} tokens/s · {left} left · kept mass {mass}"
         )
 
     def _show(self, force: bool = False) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.manifest import RunFolder
-from dask_logits.job.plan import Plan
+from dask_logits.job.committed import is_complete, open_run_cache
+from dask_logits.job.manifest import RunFolder, Share
+from dask_logits.job.planlog import PlanLog
 from dask_logits.records import Statistics
-from dask_logits.store.cache import CacheReader
+from dask_logits.store.durable import Json, read_json
+
+# Dask event topic on which drivers say where their run folder is, with the figures of its status file.
+RUNS_TOPIC = "dask_logits.runs"
+# A driver that has written nothing for so long is not counted as running.
+_ALIVE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +32,23 @@ class Status:
         ``complete``, ``scored`` (all partitions committed, no cache yet), ``unfinished``, or ``damaged`` (there is a
         cache that cannot be read).
     partitions, committed
-        Planned and done.
-    rows
-        Dataset rows in the plan.
+        Planned so far and done.
+    planned_all
+        Whether the plan has ended; that of a stream grows while it is read.
+    rows, committed_rows
+        Dataset rows planned so far and done.
     statistics
         Sums over committed partitions.
     tokens_per_second
         Of one worker, scoring only; NaN before the first partition.
+    running
+        Drivers that are at work, by the sign of life they left in the folder.
+    running_tokens_per_second, seconds_left
+        Of all drivers at work, by the clock; 0 and None without one, or where the amount of work is unknown.
+    failed
+        Partition → reason, as the drivers last saw it.
+    dashboard
+        Address of the Dask dashboard of a driver at work; None without one.
     cache
         Path of the cache; None before it is complete.
     bytes_per_token
@@ -46,9 +63,16 @@ class Status:
     state: str
     partitions: int
     committed: int
+    planned_all: bool
     rows: int
+    committed_rows: int
     statistics: Statistics
     tokens_per_second: float
+    running: int
+    running_tokens_per_second: float
+    seconds_left: float | None
+    failed: dict[int, str]
+    dashboard: str | None
     cache: str | None
     bytes_per_token: float | None
     content_digest: str | None
@@ -73,8 +97,10 @@ class Status:
         out = [
             f"run           {self.run}",
             f"state         {self.state}",
-            f"partitions    {self.committed} of {self.partitions} committed",
-            f"documents     {sums.documents:,} of {self.rows:,}",
+            f"partitions    {self.committed} of {self.partitions} committed"
+            f"{'' if self.planned_all else ', the plan is still growing'}",
+            f"rows          {self.committed_rows:,} of {self.rows:,}",
+            f"documents     {sums.documents:,}",
             f"tokens        {sums.tokens:,}",
         ]
         if sums.tokens:
@@ -82,6 +108,13 @@ class Status:
             out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")
+        if self.running:
+            left = "unknown" if self.seconds_left is None else f"{self.seconds_left:,.0f} s"
+            out.append(
+                f"running       {self.running} drivers, {self.running_tokens_per_second:,.0f} tokens/s, {left} left"
+            )
+        for index, reason in sorted(self.failed.items()):
+            out.append(f"failed        partition {index:06d}: {reason.splitlines()[0]}")
         if self.cache is not None:
             out.append(f"bytes/token   {self.bytes_per_token:.1f}")
             out.append(f"content       {self.content_digest}")
@@ -108,24 +141,39 @@ def read_status(path: Path | str) -> Status:
     manifest = run.manifest()
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
-    plan = Plan(n_rows=manifest["what"]["dataset.rows"], partition_rows=manifest["what"]["partition.rows"])
-    receipts = [receipt for receipt in run.receipts(len(plan)) if receipt is not None]
-    sums = sum((Statistics.from_json(receipt["statistics"]) for receipt in receipts), Statistics())
-    seconds = sum(receipt["seconds"]["score"] for receipt in receipts)
-    state = "scored" if len(receipts) == len(plan) else "unfinished"
+    log = PlanLog(run)
+    sums, seconds, count, rows = Statistics(), 0.0, 0, 0
+    for receipt in run.receipts(log.n_partitions):
+        sums += Statistics.from_json(receipt["statistics"])
+        seconds += receipt["seconds"]["score"]
+        count += 1
+        rows += receipt["n_rows"]
+    state = "scored" if log.end is not None and count == log.n_partitions else "unfinished"
     try:
-        cache = open_run_cache(run, manifest["fingerprint"])
+        cache = open_run_cache(run) if is_complete(run, log) else None
         state = "complete" if cache else state
     except CacheError:
         cache, state = None, "damaged"
+    drivers = _drivers(run, int(manifest["total_workers"]))
+    alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
+    left = [driver["seconds_left"] for driver in alive]
     return Status(
         run=str(run.path),
         state=state,
-        partitions=len(plan),
-        committed=len(receipts),
-        rows=plan.n_rows,
+        partitions=log.n_partitions,
+        committed=count,
+        planned_all=log.end is not None,
+        rows=log.n_rows,
+        committed_rows=rows,
         statistics=sums,
         tokens_per_second=sums.tokens / seconds if seconds else float("nan"),
+        running=len(alive),
+        running_tokens_per_second=sum(driver["tokens_per_second"] for driver in alive),
+        seconds_left=max(left) if left and None not in left else None,
+        failed={}
+        if state == "complete"
+        else {int(i): why for driver in drivers for i, why in driver["failed"].items()},
+        dashboard=next((driver["dashboard"] for driver in alive if driver.get("dashboard")), None),
         cache=str(run.cache_path) if cache else None,
         bytes_per_token=run.cache_path.stat().st_size / max(1, cache.n_tokens) if cache else None,
         content_digest=str(cache.attributes["content_digest"]) if cache else None,
@@ -133,15 +181,10 @@ def read_status(path: Path | str) -> Status:
     )
 
 
-def open_run_cache(run: RunFolder, fingerprint: str) -> CacheReader | None:
-    """Open a run's cache; None if there is none, or it is another run's.
+def _drivers(run: RunFolder, total: int) -> list[Json]:
+    paths = (run.status_path(Share(worker=worker, total=total)) for worker in range(total))
+    return [facts for path in paths if (facts := read_json(path)) is not None]
 
-    Raises
-    ------
-    CacheError
-        If it is there and cannot be read: nobody but the user may decide to compute it again.
-    """
-    if not run.cache_path.exists():
-        return None
-    cache = CacheReader(run.cache_path)
-    return cache if cache.attributes.get("fingerprint") == fingerprint else None
+
+def _is_alive(driver: Json) -> bool:
+    return bool(driver["state"] in ("running", "consolidating") and time.time() - driver["at"] < _ALIVE_SECONDS)

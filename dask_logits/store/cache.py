@@ -6,7 +6,7 @@ A CRC-32 per MiB of every array is stored beside it.
 
 This is the home of ``h5py``.
 
-Dimension letters: N tokens, D documents, K kept entries.
+Dimension letters: N tokens, D documents, B blocks, K kept entries.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ import h5py
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, schema
-from dask_logits.store.durable import sync
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, schema
+from dask_logits.store.durable import read_json, sync
 
 FORMAT = "dask_logits"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 CRC_BLOCK_BYTES = 1 << 20
+CACHE_NAME = "teacher_logits.h5"
+INDEX_NAME = "teacher_logits.index.json"
+INDEX_FORMAT = "dask_logits.index"
+INDEX_VERSION = 1
 ARRAYS = (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, "document_start")
 
 
@@ -41,9 +45,13 @@ class CacheWriter:
         Temporary name; the caller renames it once :meth:`finish` has returned.
     n_tokens, n_documents, top_k, vocab_size
         Final sizes.
+    n_blocks
+        Packed blocks; None where documents were not packed.
     """
 
-    def __init__(self, path: Path, *, n_tokens: int, n_documents: int, top_k: int, vocab_size: int) -> None:
+    def __init__(
+        self, path: Path, *, n_tokens: int, n_documents: int, top_k: int, vocab_size: int, n_blocks: int | None = None
+    ) -> None:
         self.path = path
         self.digest = ContentDigest()
         self._filled: dict[str, int] = {}
@@ -55,12 +63,16 @@ class CacheWriter:
             "n_documents": n_documents,
             "top_k": top_k,
             "vocab_size": vocab_size,
+            **({} if n_blocks is None else {"n_blocks": n_blocks}),
         }
         entries = {**schema(top_k, vocab_size), "document_start": (np.dtype(np.uint64), ())}
-        for name in ARRAYS:
+        for name in (*ARRAYS, *(BLOCK_ARRAYS if n_blocks is not None else ())):
             dtype, shape = entries[name]
-            length = n_tokens if name in TOKEN_ARRAYS else n_documents
-            self._file.create_dataset(name, shape=(length, *shape), dtype=dtype.newbyteorder("<"))
+            length = {**dict.fromkeys(TOKEN_ARRAYS, n_tokens), "block_length": n_blocks}.get(name, n_documents)
+            array = self._file.create_dataset(name, shape=(length, *shape), dtype=dtype.newbyteorder("<"))
+            if name in BLOCK_ARRAYS:
+                # Who does not know it would take segments of blocks for documents that were scored alone.
+                array.attrs["critical"] = True
             self._filled[name] = 0
             self._crcs[name] = _BlockCrc()
 
@@ -160,32 +172,70 @@ class CacheReader:
         self.n_documents = int(self.attributes["n_documents"])
         self.top_k = int(self.attributes["top_k"])
         self.vocab_size = int(self.attributes["vocab_size"])
+        self.names = (*ARRAYS, *(name for name in BLOCK_ARRAYS if name in file))
         self._check_arrays(file)
-        self.crcs: dict[str, Array] = {name: file[f"crc32/{name}"][:] for name in ARRAYS}
-        datasets = {name: file[name] for name in ARRAYS}
+        self.crcs: dict[str, Array] = {name: file[f"crc32/{name}"][:] for name in self.names}
+        datasets = {name: file[name] for name in self.names}
         self.arrays: dict[str, Any] = {name: self._mapped(dataset) for name, dataset in datasets.items()}
         if not any(isinstance(array, h5py.Dataset) for array in self.arrays.values()):
             file.close()
+        self._block_start: Array | None = None
+        if self.is_packed:
+            lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
+            self._block_start = np.cumsum(lengths) - lengths
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether documents were packed into blocks."""
+        return "block_length" in self.names
+
+    @property
+    def n_items(self) -> int:
+        """Items: blocks of a packed cache, else documents (windows count each)."""
+        return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
+
+    def item(self, index: int) -> dict[str, Array]:
+        """Return the token arrays of one item, and its segments.
+
+        Parameters
+        ----------
+        index
+            Item in dataset order, from 0.
+
+        Returns
+        -------
+        dict
+            The token arrays; ``segments`` [S, 3] int64, (row, offset, length) of each run of one row's tokens; ``row``,
+            the first segment's.
+        """
+        if self._block_start is None:
+            start = int(self.arrays["document_start"][index])
+            stop = start + int(self.arrays["document_length"][index])
+            documents = slice(index, index + 1)
+        else:
+            start = int(self._block_start[index])
+            stop = start + int(self.arrays["block_length"][index])
+            starts = self.arrays["document_start"]
+            documents = slice(*(int(i) for i in np.searchsorted(starts, np.array([start, stop], starts.dtype))))
+        found = {name: np.asarray(self.arrays[name][start:stop]) for name in TOKEN_ARRAYS}
+        found["segments"] = np.stack([self.arrays[name][documents].astype(np.int64) for name in DOCUMENT_ARRAYS], 1)
+        found["row"] = found["segments"][0, 0]
+        return found
+
+    def item_places(self) -> tuple[Array, Array]:
+        """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
+        rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])
+        if self._block_start is None:
+            return rows, offsets
+        starts = np.asarray(self.arrays["document_start"])
+        first = np.searchsorted(starts, self._block_start.astype(starts.dtype), side="right") - 1
+        return rows[first], offsets[first]
 
     @property
     def document_start(self) -> Array:
         """[D] uint64, first token of each document."""
         start: Array = self.arrays["document_start"]
         return start
-
-    def document(self, index: int) -> dict[str, Array]:
-        """Return the token arrays of one document, and its row.
-
-        Parameters
-        ----------
-        index
-            Document in dataset order, from 0.
-        """
-        start = int(self.arrays["document_start"][index])
-        stop = start + int(self.arrays["document_length"][index])
-        found = {name: np.asarray(self.arrays[name][start:stop]) for name in TOKEN_ARRAYS}
-        found["row"] = np.asarray(self.arrays["document_row"][index])
-        return found
 
     def verify_checksums(self) -> None:
         """Compare every array with its stored CRC-32s.
@@ -195,7 +245,7 @@ class CacheReader:
         CacheError
             Naming the first damaged array and the entries.
         """
-        for name in ARRAYS:
+        for name in self.names:
             array = self.arrays[name]
             crc = _BlockCrc()
             rows = max(1, (8 << 20) // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
@@ -239,7 +289,7 @@ class CacheReader:
                 str(self.path),
             )
         for name, item in file.items():
-            if name not in ARRAYS and item.attrs.get("critical", False):
+            if name not in (*ARRAYS, *BLOCK_ARRAYS) and item.attrs.get("critical", False):
                 raise CacheError(
                     f"{self.path}: expected only known arrays, got the critical array {name!r}; "
                     "install a newer dask_logits",
@@ -248,9 +298,10 @@ class CacheReader:
 
     def _check_arrays(self, file: h5py.File) -> None:
         entries = {**schema(self.top_k, self.vocab_size), "document_start": (np.dtype(np.uint64), ())}
-        for name in ARRAYS:
+        for name in self.names:
             dtype, entry = entries[name]
-            shape = (self.n_tokens if name in TOKEN_ARRAYS else self.n_documents, *entry)
+            lengths = {**dict.fromkeys(TOKEN_ARRAYS, self.n_tokens), "block_length": self.attributes.get("n_blocks")}
+            shape = (lengths.get(name, self.n_documents), *entry)
             found = (file[name].shape, file[name].dtype) if name in file else None
             if found != (shape, dtype):
                 raise CacheError(
@@ -311,7 +362,54 @@ def _decoded(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def documents(reader: CacheReader) -> Iterator[dict[str, Array]]:
-    """Yield every document in order."""
-    for index in range(reader.n_documents):
-        yield reader.document(index)
+def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
+    """Yield every item in order."""
+    for index in range(reader.n_items):
+        yield reader.item(index)
+
+
+def find_caches(path: Path) -> list[Path]:
+    """Return the cache files that a path stands for.
+
+    Parameters
+    ----------
+    path
+        A cache; an index over several; or a folder with one of these, or with several caches in it or in its folders.
+
+    Raises
+    ------
+    CacheError
+        If there is none, or an index names one that is missing or has changed.
+    """
+    if path.suffix == ".json":
+        return _indexed(path)
+    if not path.is_dir():
+        return [path]
+    if (path / CACHE_NAME).exists():
+        return [path / CACHE_NAME]
+    if (path / INDEX_NAME).exists():
+        return _indexed(path / INDEX_NAME)
+    found = sorted([*path.glob("*.h5"), *path.glob(f"[!.]*/{CACHE_NAME}")])
+    # A run folder without a cache may hold an older one, set aside.
+    if not found or (path / "run.json").exists():
+        raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none", str(path))
+    return found
+
+
+def _indexed(path: Path) -> list[Path]:
+    index = read_json(path)
+    if index is None or index.get("format") != INDEX_FORMAT or index.get("version") != INDEX_VERSION:
+        found = "nothing" if index is None else f"{index.get('format')!r} version {index.get('version')!r}"
+        raise CacheError(f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}", str(path))
+    caches = []
+    for entry in index["caches"]:
+        cache = path.parent / str(entry["path"])
+        digest = CacheReader(cache).attributes["content_digest"]
+        if digest != entry["content_digest"]:
+            raise CacheError(
+                f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, got {digest[:16]}…; "
+                "merge again",
+                str(cache),
+            )
+        caches.append(cache)
+    return caches

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, Records
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, Records
 from dask_logits.store.durable import sync_tree
 
 FORMAT = "dask_logits.partition"
@@ -84,6 +84,8 @@ class PartitionReader:
         found = (self._group.attrs.get("format"), self._group.attrs.get("version"))
         if found != (FORMAT, VERSION):
             raise CacheError(f"{path}: expected {FORMAT} version {VERSION}, got {found}", str(path))
+        packed = [name for name in BLOCK_ARRAYS if name in self._group]
+        self.names = (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *packed)
 
     def blocks(self, name: str) -> Iterator[Array]:
         """Yield one array in blocks of at most 16,384 entries."""
@@ -100,7 +102,7 @@ class PartitionReader:
     def records(self) -> Records:
         """Read the whole partition."""
         columns = {}
-        for name in (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS):
+        for name in self.names:
             blocks = list(self.blocks(name))
             columns[name] = np.concatenate(blocks) if blocks else np.asarray(self._group[name][:])
         return Records(**columns)

@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.capture.corpus import FileRows, open_corpus, read_documents, slice_files
+from dask_logits.capture.corpus import open_corpus, slice_files
+from dask_logits.capture.rows import FileRows, read_rows
 from dask_logits.capture.tokens import TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.errors import DatasetError, TeacherError
@@ -56,14 +57,14 @@ def test_other_local_readers(reader: str, tmp_path) -> None:
     else:
         Dataset.from_dict({"text": texts}).to_parquet(path)
     opened = open_corpus(DatasetConfig(name=reader, data_files=(str(tmp_path / "*"),)))
-    assert opened.rows(0, 9) == texts
+    assert list(opened.head()) == texts
 
 
 def test_saved_folders_and_their_splits(tmp_path) -> None:
     Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
     DatasetDict({"left": Dataset.from_dict({"text": ["c"]})}).save_to_disk(tmp_path / "many")
-    assert open_corpus(DatasetConfig(name=str(tmp_path / "one"))).rows(0, 5) == ["a", "b"]
-    assert open_corpus(DatasetConfig(name=str(tmp_path / "many"), split="left")).rows(0, 5) == ["c"]
+    assert list(open_corpus(DatasetConfig(name=str(tmp_path / "one"))).head()) == ["a", "b"]
+    assert list(open_corpus(DatasetConfig(name=str(tmp_path / "many"), split="left")).head()) == ["c"]
     with pytest.raises(
         DatasetError, match=r"dataset\.split: expected one of \['left'\], got 'lefd', did you mean 'left'"
     ):
@@ -90,10 +91,14 @@ def test_any_dataset_object_is_read_back_row_by_row(change, llama, corpus, tmp_p
     dataset = change(load_dataset("json", data_files=str(corpus), split="train"))
     opened = open_corpus(DatasetConfig(), dataset)
     _, spec = inspect_tokenizer(
-        TeacherConfig(model_path=str(llama)), DatasetConfig(), is_text=opened.is_text, head_width=HEAD_WIDTH
+        TeacherConfig(model_path=str(llama)),
+        DatasetConfig(),
+        is_text=opened.is_text,
+        head_width=HEAD_WIDTH,
+        max_length=2048,
     )
     files = opened.files or opened.materialise(tmp_path / "dataset")
-    found = read_documents(slice_files(files, 0, opened.n_rows), opened.column, spec, first_row=0)
+    found = tokenize(read_rows(slice_files(files, 0, opened.n_rows), opened.column), spec)
     expected = tokenize(list(dataset["text"]), spec)
     assert [d.tolist() for d in found] == [d.tolist() for d in expected]
 
@@ -102,19 +107,18 @@ def test_ids_of_fixed_length_are_read(tmp_path) -> None:
     features = Features({"input_ids": Sequence(Value("int32"), length=3)})
     opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features))
     files = opened.materialise(tmp_path / "dataset")
-    found = read_documents(files, "input_ids", ids_spec(), first_row=0)
+    found = tokenize(read_rows(files, "input_ids"), ids_spec())
     assert [d.tolist() for d in found] == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda ds: ds.to_iterable_dataset(), r"expected a datasets\.Dataset, got IterableDataset"),
-        (lambda ds: DatasetDict({"train": ds}), r"expected a datasets\.Dataset, got DatasetDict"),
-        (lambda ds: ["red"], r"expected a datasets\.Dataset, got list"),
+        (lambda ds: DatasetDict({"train": ds}), r"expected a datasets\.Dataset or a stream of rows, got DatasetDict"),
+        (lambda ds: ["red"], r"expected a datasets\.Dataset or a stream of rows, got list"),
         (lambda ds: ds.with_transform(lambda rows: rows), "got a dataset with a transform"),
     ],
-    ids=["stream", "dict", "list", "transform"],
+    ids=["dict", "list", "transform"],
 )
 def test_objects_that_are_no_regular_dataset_are_refused(make, message) -> None:
     with pytest.raises(DatasetError, match=message):
@@ -167,8 +171,9 @@ def test_ids_are_taken_as_they_are_and_cut() -> None:
 
 
 def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
-    config = DatasetConfig(max_length=2)
-    _, spec = inspect_tokenizer(TeacherConfig(model_path=str(llama)), config, is_text=True, head_width=HEAD_WIDTH)
+    _, spec = inspect_tokenizer(
+        TeacherConfig(model_path=str(llama)), DatasetConfig(), is_text=True, head_width=HEAD_WIDTH, max_length=2
+    )
     found = tokenize(["red green blue", "", None, "red"], spec)
     assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
 
@@ -211,7 +216,7 @@ def test_an_empty_dataset_is_refused(tmp_path) -> None:
 
 def test_max_samples_takes_the_first_rows() -> None:
     dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
-    assert open_corpus(DatasetConfig(max_samples=2), dataset).rows(0, 9) == ["a", "b"]
+    assert list(open_corpus(DatasetConfig(max_samples=2), dataset).head()) == ["a", "b"]
     assert open_corpus(DatasetConfig(max_samples=9), dataset).n_rows == 3
     assert open_corpus(DatasetConfig(max_samples="all"), dataset).n_rows == 3
 
@@ -222,7 +227,11 @@ class TestTokenizerMatch:
     def settle(self, path, head_width=HEAD_WIDTH, dataset=None, **config):
         opened = open_corpus(DatasetConfig(), dataset or self.corpus)
         return inspect_tokenizer(
-            TeacherConfig(model_path=str(path)), DatasetConfig(**config), is_text=opened.is_text, head_width=head_width
+            TeacherConfig(model_path=str(path)),
+            DatasetConfig(**config),
+            is_text=opened.is_text,
+            head_width=head_width,
+            max_length=2048,
         )
 
     def test_a_padded_head_is_fine(self, llama) -> None:
@@ -266,7 +275,7 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
     for texts in (["red", "green"], ["blue", "cat"]):
         opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[len(text)] for text in texts]}))
         files = opened.materialise(tmp_path / "dataset")
-        found = read_documents(files, "input_ids", ids_spec(), first_row=0)
+        found = tokenize(read_rows(files, "input_ids"), ids_spec())
         assert [d.tolist() for d in found] == [[len(text)] for text in texts]
         shutil.rmtree(tmp_path / "dataset")
 
@@ -274,4 +283,4 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
 def test_rows_written_as_json_with_null_text(tmp_path) -> None:
     path = write_json_lines(tmp_path / "x.jsonl", ["red", None, "blue"])
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(path),)))
-    assert opened.rows(0, 3) == ["red", None, "blue"]
+    assert list(opened.head()) == ["red", None, "blue"]

@@ -8,7 +8,8 @@ import torch
 from builders import HEAD_WIDTH, VOCAB_SIZE, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dask_logits.capture.scoring import ScoringSettings, score_documents
+from dask_logits.capture.items import plain_items
+from dask_logits.capture.scoring import ScoringSettings, score_items
 from dask_logits.capture.teacher import HEADS, Teacher, choose_head
 from dask_logits.capture.topk import padded_width, topk_with_tail
 from dask_logits.errors import TeacherError
@@ -74,7 +75,7 @@ def test_targets_equal_the_plain_forward(family: str) -> None:
     teacher = Teacher(model, VOCAB_SIZE)
     with torch.inference_mode():
         head, _ = choose_head(teacher)
-    records = score_documents(teacher, documents(), settings(head=head))
+    records = score_items(teacher, plain_items(documents()), settings(head=head))
     start = compared = 0
     for document in documents():
         stop = start + len(document)
@@ -110,8 +111,8 @@ def test_logprobs_before_rounding_are_within_a_ten_thousandth_nat(family: str) -
 @pytest.mark.parametrize("changes", [{"batch_tokens": 1}, {"batch_size": 1}, {"head_rows": 1000}, {"head_rows": 1}])
 def test_neither_head_path_nor_batches_change_the_targets(head: str, changes: dict) -> None:
     teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
-    base = score_documents(teacher, documents(), settings())
-    other = score_documents(teacher, documents(), settings(head=head, **changes))
+    base = score_items(teacher, plain_items(documents()), settings())
+    other = score_items(teacher, plain_items(documents()), settings(head=head, **changes))
     for name, array in base.arrays():
         np.testing.assert_allclose(
             array.astype(float), getattr(other, name).astype(float), atol=2e-2 if name == "topk_logprobs" else 2e-4
@@ -134,7 +135,7 @@ def test_padded_columns_take_no_part() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_output_embeddings().weight[VOCAB_SIZE:] = model.get_output_embeddings().weight[:1] * 50
-    records = score_documents(Teacher(model, VOCAB_SIZE), documents(), settings())
+    records = score_items(Teacher(model, VOCAB_SIZE), plain_items(documents()), settings())
     assert records.topk_ids.max() < VOCAB_SIZE < HEAD_WIDTH
     assert_targets_match(
         {name: array[:1] for name, array in records.arrays() if len(array) == records.n_tokens},
@@ -159,7 +160,7 @@ def successor_teacher(vocab_size: int = 32):
 
 def test_the_shift_is_right() -> None:
     document = np.array([4, 5, 6, 9, 31, 0], np.int32)
-    records = score_documents(Teacher(successor_teacher(), 32), [document], settings(vocab_size=32, top_k=2))
+    records = score_items(Teacher(successor_teacher(), 32), plain_items([document]), settings(vocab_size=32, top_k=2))
     np.testing.assert_array_equal(records.topk_ids[:, 0], (document + 1) % 32)
     followed = np.array([True, True, False, False, True])
     assert (records.label_logprob[:-1][followed] > -0.01).all()
@@ -173,7 +174,7 @@ def test_logits_that_are_not_finite_name_the_row() -> None:
         model.get_input_embeddings().weight[100] = torch.nan
     texts = [np.array([1, 2, 3]), np.array([], int), np.array([4, 100]), np.array([5])]
     with pytest.raises(TeacherError, match="dataset row 12: expected finite logits") as caught:
-        score_documents(Teacher(model, VOCAB_SIZE), texts, settings(), first_row=10)
+        score_items(Teacher(model, VOCAB_SIZE), plain_items(texts, 10), settings())
     assert caught.value.row == 12
 
 
@@ -193,12 +194,12 @@ class _Largest(TorchDispatchMode):
 def test_no_more_than_a_chunk_of_logits_exists(head: str) -> None:
     teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
     with _Largest() as largest:
-        score_documents(teacher, documents(), settings(head=head, batch_tokens=1000, head_rows=32))
+        score_items(teacher, plain_items(documents()), settings(head=head, batch_tokens=1000, head_rows=32))
     assert largest.rows == 32 < sum(LENGTHS)
 
 
 def test_same_documents_give_same_bytes_whatever_stands_beside_them_in_the_dataset() -> None:
     teacher = Teacher(tiny_model("gpt2"), VOCAB_SIZE)
-    once, again = (score_documents(teacher, documents(), settings()) for _ in range(2))
+    once, again = (score_items(teacher, plain_items(documents()), settings()) for _ in range(2))
     for name, array in once.arrays():
         assert array.tobytes() == getattr(again, name).tobytes(), name

@@ -32,8 +32,8 @@ def test_missing_is_none_and_broken_is_refused(tmp_path) -> None:
 
 
 def test_a_newer_manifest_is_refused(tmp_path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"format": "dask_logits.run", "version": 2}))
-    with pytest.raises(CacheError, match=r"expected dask_logits\.run version 1, got 'dask_logits\.run' version 2"):
+    (tmp_path / "run.json").write_text(json.dumps({"format": "dask_logits.run", "version": 3}))
+    with pytest.raises(CacheError, match=r"expected dask_logits\.run version 2, got 'dask_logits\.run' version 3"):
         RunFolder(tmp_path).manifest()
 
 
@@ -50,14 +50,20 @@ def test_a_second_driver_is_refused_until_the_first_is_gone(tmp_path) -> None:
         "with lease(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path / ".driver.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(RunConflictError, match=rf"process {other.pid} on .* is at work"), lease(tmp_path):
+    with (
+        pytest.raises(RunConflictError, match=rf"process {other.pid} on .* is at work"),
+        lease(tmp_path / ".driver.lock"),
+    ):
         pass
     other.kill()
     other.communicate()
-    with lease(tmp_path):
+    with lease(tmp_path / ".driver.lock"):
         pass
 
 

@@ -17,7 +17,7 @@ from test_scoring import assert_targets_match, plain_targets
 import dask_logits
 from dask_logits import CachedLogitsDataset, generate, load_config, read_status
 from dask_logits.job.manifest import RUN_NAMES, RunFolder
-from dask_logits.store.cache import CacheReader, documents
+from dask_logits.store.cache import CacheReader, items
 
 
 def run(overrides: list[str], *more: str, dataset=None) -> Path:
@@ -39,7 +39,7 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(llama)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    found = list(documents(CacheReader(cache)))
+    found = list(items(CacheReader(cache)))
     assert [int(d["row"]) for d in found] == list(range(40))
     for document, text in zip(found, texts, strict=True):
         ids = tokenizer(text, truncation=True, max_length=16)["input_ids"] if text else []
@@ -53,12 +53,16 @@ def test_what_lands_on_disk(joined, cache) -> None:
     run_folder = cache_dir(joined)
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
     assert names == {
-        "run.json", "calibration.json", "status.json", ".driver.lock", "teacher_logits.h5",
+        "run.json", "calibration.json", "status.json", ".driver.lock", ".consolidate.lock", "teacher_logits.h5",
+        "plan/000/000000.json", "plan/000/000001.json",
         *(f"receipts/000/00000{i}.json" for i in range(4)),
     }  # fmt: skip
     assert all(path.stat().st_size < 3_000 for path in (run_folder / "receipts" / "000").iterdir())
     manifest = json.loads((run_folder / "run.json").read_text())
-    assert manifest["what"]["dataset.rows"] == 40
+    assert manifest["total_workers"] == 1
+    plan = [json.loads((run_folder / "plan" / "000" / f"00000{i}.json").read_text()) for i in range(2)]
+    assert plan[0]["cuts"] == [[3, 12], [1, 4]]
+    assert plan[1] == {"end": "exhausted", "partitions": 4, "rows": 40}
     calibration = json.loads((run_folder / "calibration.json").read_text())
     assert calibration["numerics"]["head"] == "linear"
     mass = list(calibration["kept_mass_by_k"].values())
@@ -172,7 +176,7 @@ def test_a_dataset_folder_beside_the_run_is_not_deleted(joined, corpus) -> None:
 
 def test_another_partition_size_or_place_gives_the_same_documents(joined, cache, tmp_path) -> None:
     other = run(joined, f"distillation.teacher.cache_dir={tmp_path / 'other'}", "distillation.partition.rows=5")
-    for one, two in zip(documents(CacheReader(cache)), documents(CacheReader(other)), strict=True):
+    for one, two in zip(items(CacheReader(cache)), items(CacheReader(other)), strict=True):
         np.testing.assert_array_equal(one["input_ids"], two["input_ids"])
         np.testing.assert_allclose(one["logsumexp"], two["logsumexp"], atol=1e-4)
 
@@ -182,7 +186,7 @@ def test_another_partition_size_or_place_gives_the_same_documents(joined, cache,
     [
         ("distillation.teacher.generation.top_k=4", "teacher.generation.top_k"),
         ("distillation.dataset.max_length=15", "dataset.max_length"),
-        ("distillation.dataset.max_samples=39", "dataset.rows"),
+        ("distillation.dataset.max_samples=39", "dataset.max_samples"),
         ("distillation.partition.rows=13", "partition.rows"),
         ("distillation.teacher.dtype=bfloat16", "teacher.dtype"),
         ("distillation.teacher.generation.batch_tokens=100", "teacher.generation.batch_tokens"),
@@ -218,7 +222,7 @@ def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.consolidate", stop)
+        patched.setattr("dask_logits.job.run.consolidate_run", stop)
         with pytest.raises(KeyboardInterrupt):
             run(joined, *force)
     assert digest(run_folder / "previous" / "teacher_logits.h5") == old
@@ -228,6 +232,47 @@ def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, mo
     assert tree(run_folder / "receipts") == receipts, "an interrupted replacement is resumed, not begun again"
     assert CacheReader(new).top_k == 4
     assert not (run_folder / "previous").exists()
+
+
+def test_a_replacement_that_goes_on_with_other_data_begins_again(joined, cache, corpus, tmp_path, monkeypatch) -> None:
+    from dask_logits.job import run as home
+
+    data = tmp_path / "d.jsonl"
+    force = ["distillation.teacher.generation.force_regenerate=true", f"distillation.dataset.data_files={data}"]
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    write_json_lines(data, [f"{text} red" for text in texts])
+    with monkeypatch.context() as patched:
+        patched.setattr(home, "consolidate_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(joined, *force)
+    with pytest.raises(dask_logits.CacheError, match=r"expected teacher_logits\.h5 in it"):
+        CachedLogitsDataset(cache_dir(joined))
+    write_json_lines(data, [f"{text} blue" for text in texts])
+    found = items(CacheReader(run(joined, *force)))
+    assert {int(item["input_ids"][-1]) for item in found if len(item["input_ids"]) < 16} == {3}
+
+
+def test_an_unfinished_run_of_rows_in_memory_grows(joined, monkeypatch) -> None:
+    from dask_logits.job import run as home
+
+    rows = Dataset.from_dict({"text": [f"w{i} red" for i in range(40)]})
+    base = [o for o in joined if "dataset.name" not in o and "data_files" not in o]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(home, "consolidate_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, "distillation.dataset.max_samples=20", dataset=rows)
+    cache = run(base, dataset=rows)
+    assert CacheReader(cache).n_documents == 40
+    # Nothing is left to do, not even to start a cluster for.
+    assert run([*base, "distillation.cluster.wait_seconds=0"], dataset=rows) == cache
 
 
 def test_force_refused_by_the_teacher_leaves_the_old_run(joined, cache, tmp_path) -> None:
@@ -279,7 +324,7 @@ def test_an_io_error_is_tried_again(joined, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.run_partitions", stop)
+        patched.setattr("dask_logits.job.score.run_partitions", stop)
         with pytest.raises(KeyboardInterrupt):
             run(joined)
     blocker = cache_dir(joined) / "partitions"
@@ -306,7 +351,7 @@ def test_dataset_objects_of_any_kind(joined, cache, corpus, tmp_path) -> None:
 
 def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
     reader = CacheReader(cache)
-    rows = [{"input_ids": document["input_ids"].tolist()} for document in documents(reader)]
+    rows = [{"input_ids": document["input_ids"].tolist()} for document in items(reader)]
     data = write_json_lines(tmp_path / "ids.jsonl", rows)
     other = run(joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.cache_dir={tmp_path / 'ids'}")
     assert digest(other) == digest(cache)
@@ -362,11 +407,93 @@ def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> Non
 def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
     import pickle
 
+    from dask_logits.job.planlog import PlanLog
     from dask_logits.job.prepare import prepare
-    from dask_logits.job.run import _tasks
+    from dask_logits.job.score import tasks
 
     job = prepare(load_config(joined))
     calibration = RunFolder(cache_dir(joined)).calibration()
-    sizes = [len(pickle.dumps(task)) for task in _tasks(job, calibration, set())]
+    planned = job.source.plan(PlanLog(job.run), job.partition_rows, lambda index: True)
+    sizes = [len(pickle.dumps(task)) for task in tasks(job, calibration, planned, pytest.fail)]
     assert len(sizes) == 4
     assert max(sizes) < 2_000
+
+
+def texts_of(corpus: Path) -> list[list[int]]:
+    """The whole token ids of each document of the corpus."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = corpus.parent / "tokenizer"
+    save_tokenizer(made)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(made)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    return [tokenizer(text)["input_ids"] if text else [] for text in texts]
+
+
+@pytest.mark.parametrize("stride", [None, 3])
+def test_windows_store_every_token_of_a_long_document_once(stride, joined, corpus, llama) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    way = ["distillation.dataset.long_documents=window", "distillation.dataset.max_length=7"]
+    cache = run(joined, *way, *([] if stride is None else [f"distillation.dataset.window_stride={stride}"]))
+    expected = texts_of(corpus)
+    dataset = CachedLogitsDataset(cache)
+    found: dict[int, list[int]] = {row: [] for row in range(40)}
+    for item in dataset:
+        ((row, offset, length),) = item["segments"].tolist()
+        assert (row, offset, length) == (int(item["row"]), len(found[row]), len(item["input_ids"]))
+        found[row] += item["input_ids"].tolist()
+        if offset:
+            context = 0 if stride is None else 7 - stride
+            window = np.array(expected[row][offset - context : offset + length])
+            plain = plain_targets(model, window, VOCAB_SIZE, 8)
+            np.testing.assert_allclose(item["logsumexp"], plain["logsumexp"][context:], atol=1e-4)
+            is_last = offset + length == len(expected[row])
+            assert torch.isnan(item["label_logprob"]).tolist() == [False] * (length - 1) + [is_last]
+    assert list(found.values()) == expected
+    assert len(dataset) > 40
+    assert json.loads((cache.parent / "run.json").read_text())["what"]["dataset.long_documents"] == "window"
+
+
+def test_packed_blocks_are_full_and_list_their_segments(joined, corpus, llama) -> None:
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    way = ["distillation.dataset.packing=concat", "distillation.dataset.separator_id=103"]
+    with pytest.raises(dask_logits.ConfigError, match=r"separator_id: expected a token id below 104 .* names none"):
+        run(joined, way[0])
+    cache = run(joined, *way)
+    what = json.loads((cache.parent / "run.json").read_text())["what"]
+    assert (what["dataset.packing"], what["dataset.separator_id"]) == ("concat", 103)
+    dataset = CachedLogitsDataset(cache)
+    expected = texts_of(corpus)
+    streams = [
+        [token for ids in expected[first : first + 12] if ids for token in [*ids, 103]] for first in range(0, 40, 12)
+    ]
+    blocks = [stream[i : i + 16] for stream in streams for i in range(0, len(stream), 16)]
+    assert [item["input_ids"].tolist() for item in dataset] == blocks
+    for item in dataset:
+        place = 0
+        for row, offset, length in item["segments"].tolist():
+            part = item["input_ids"][place : place + length].tolist()
+            assert part == [*expected[row], 103][offset : offset + length]
+            place += length
+        assert place == len(item["input_ids"])
+        plain = plain_targets(model, item["input_ids"].numpy(), VOCAB_SIZE, 8)
+        np.testing.assert_allclose(item["tail_logmass"], plain["tail"], atol=1e-4)
+    reader = CacheReader(cache)
+    assert sorted(set(reader.arrays["document_row"].tolist())) == list(range(40))
+    assert reader.attributes["statistics"]["blocks"] == len(dataset)
+    (batch,) = DataLoader(dataset, batch_size=len(dataset), collate_fn=dask_logits.collate)
+    assert batch["segments"].shape[:1] == (len(dataset),)
+    assert batch["segments"][..., 2].sum() == reader.n_tokens
+
+
+def test_a_packed_run_grows_too(joined, corpus) -> None:
+    way = ["distillation.dataset.packing=concat", "distillation.dataset.separator_id=103"]
+    run(joined, *way, "distillation.dataset.max_samples=24")
+    grown = CachedLogitsDataset(run(joined, *way))
+    stream = [token for ids in texts_of(corpus) if ids for token in [*ids, 103]]
+    assert [token for item in grown for token in item["input_ids"].tolist()] == stream

@@ -15,7 +15,9 @@ def part(tokens: int) -> Statistics:
 def shown(terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=200)
-    with JobProgress(partitions=3, committed=1, done=part(100), expected_tokens=300, console=console) as progress:
+    with JobProgress(partitions=None, committed=1, done=part(100), expected_tokens=300, console=console) as progress:
+        assert progress.line().startswith("1/– partitions")
+        progress.partitions = 3
         progress.tokens(60)
         assert progress.line().startswith("1/3 partitions · 2 documents · 160 tokens")
         progress.partition(part(100))
@@ -25,7 +27,7 @@ def shown(terminal: bool) -> str:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     lines = shown(terminal=False).splitlines()
-    assert lines[0].startswith("1/3 partitions · 2 documents · 100 tokens · 0 tokens/s")
+    assert lines[0].startswith("1/– partitions · 2 documents · 100 tokens · 0 tokens/s")
     assert lines[-1].startswith("3/3 partitions · 6 documents · 290 tokens")
     assert lines[-1].endswith("kept mass 0.9000")
     assert len(lines) == 2

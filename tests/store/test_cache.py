@@ -7,11 +7,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from builders import records, write_cache
+from builders import packed_records, records, write_cache
 
 from dask_logits.errors import CacheError
 from dask_logits.records import ContentDigest
-from dask_logits.store.cache import CacheReader, CacheWriter, documents
+from dask_logits.store.cache import CacheReader, CacheWriter, items
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_documents_read_back_as_they_were_written(lengths, tmp_path) -> None:
     reader = CacheReader(tmp_path / "c.h5")
     reader.verify_checksums()
     start = 0
-    for index, (document, length) in enumerate(zip(documents(reader), lengths, strict=True)):
+    for index, (document, length) in enumerate(zip(items(reader), lengths, strict=True)):
         assert document["row"] == index
         for name in ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
             np.testing.assert_array_equal(document[name], getattr(made, name)[start : start + length])
@@ -40,7 +40,7 @@ def test_documents_read_back_as_they_were_written(lengths, tmp_path) -> None:
 def test_any_hdf5_reader_opens_it(path) -> None:
     with h5py.File(path) as file:
         assert file.attrs["complete"]
-        assert file.attrs["format_version"] == "1.0"
+        assert file.attrs["format_version"] == "1.1"
         assert file["topk_ids"].chunks is None
         assert file["topk_ids"].shape == (13, 2)
     assert CacheReader(path).attributes["note"] == {"a": 1}
@@ -132,7 +132,7 @@ def test_a_repacked_file_with_chunks_reads_the_same(path, tmp_path) -> None:
                 new.create_dataset(name, data=item[:], chunks=True, compression="gzip")
     plain, packed = CacheReader(path), CacheReader(tmp_path / "packed.h5")
     packed.verify_checksums()
-    for one, other in zip(documents(plain), documents(packed), strict=True):
+    for one, other in zip(items(plain), items(packed), strict=True):
         assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in other.items()}
 
 
@@ -147,14 +147,18 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path) -> None:
 
 def test_read_only_files_are_read(path) -> None:
     path.chmod(0o444)
-    assert CacheReader(path).document(0)["input_ids"].shape == (4,)
+    assert CacheReader(path).item(0)["input_ids"].shape == (4,)
     copy = path.with_name("copy.h5")
     shutil.copy(path, copy)
     assert pickle.loads(pickle.dumps(CacheReader(copy).attributes)) == CacheReader(path).attributes
 
 
 def test_every_format_version_stays_readable() -> None:
-    golden = {"v1.0-plain.h5": "2ab4923fa7105fee3dcdfcb7389f4d087ed433ebf45ac381e8b0b38a1fadd2fe"}
+    golden = {
+        "v1.0-plain.h5": "2ab4923fa7105fee3dcdfcb7389f4d087ed433ebf45ac381e8b0b38a1fadd2fe",
+        "v1.1-packed.h5": "e391d52a9155286199b885c6ed48b5dc43c5e134fe1133431635930f70ae2dd1",
+    }
+    lengths = {"v1.0-plain.h5": [4, 0, 2, 7], "v1.1-packed.h5": [6, 6, 1]}
     folder = Path(__file__).parent / "golden"
     assert {path.name for path in folder.iterdir()} == set(golden)
     for name, digest in golden.items():
@@ -165,4 +169,20 @@ def test_every_format_version_stays_readable() -> None:
             if array != "document_start":
                 found.update(array, np.asarray(reader.arrays[array]))
         assert found.hexdigest() == digest == reader.attributes["content_digest"]
-        assert [len(document["input_ids"]) for document in documents(reader)] == [4, 0, 2, 7]
+        assert [len(item["input_ids"]) for item in items(reader)] == lengths[name]
+
+
+def test_blocks_list_their_segments(tmp_path) -> None:
+    made = packed_records()
+    write_cache(tmp_path / "c.h5", made)
+    reader = CacheReader(tmp_path / "c.h5")
+    found = list(items(reader))
+    assert (reader.n_items, reader.n_documents, reader.is_packed) == (3, 5, True)
+    assert np.concatenate([item["input_ids"] for item in found]).tolist() == made.input_ids.tolist()
+    assert [item["segments"].tolist() for item in found] == [
+        [[0, 0, 4], [1, 0, 0], [2, 0, 2]],
+        [[3, 0, 6]],
+        [[3, 6, 1]],
+    ]
+    rows, offsets = reader.item_places()
+    assert (rows.tolist(), offsets.tolist()) == ([0, 3, 3], [0, 0, 6])

@@ -9,7 +9,7 @@ from builders import records
 from dask_logits.errors import CacheError
 from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.store.cache import CacheReader
-from dask_logits.store.consolidate import consolidate
+from dask_logits.store.consolidate import PartitionPiece, consolidate
 from dask_logits.store.partition import write_partition
 
 PARTS = [(3, 0, 2), (0,), (5, 1)]
@@ -41,11 +41,11 @@ def parts(tmp_path):
 def run(tmp_path, receipts) -> str:
     return consolidate(
         tmp_path / "c.h5",
-        tmp_path / "partitions",
-        receipts,
+        lambda: [PartitionPiece(path=tmp_path / "partitions" / r["attempt"], receipt=r) for r in receipts],
         n_rows=6,
         top_k=2,
         vocab_size=50,
+        packed=False,
         attributes={"run_id": "r"},
     )
 

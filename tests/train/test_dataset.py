@@ -41,7 +41,7 @@ def test_items_are_the_documents(path) -> None:
         np.testing.assert_array_equal(item["topk_logprobs"].numpy(), made.topk_logprobs[part])
         np.testing.assert_array_equal(item["label_logprob"].numpy(), made.label_logprob[part])
     assert dataset[-1]["row"] == 5
-    with pytest.raises(IndexError, match="document 6"):
+    with pytest.raises(IndexError, match="item 6"):
         dataset[6]
 
 

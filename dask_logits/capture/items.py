@@ -1,0 +1,186 @@
+"""Documents → items: the token sequences the teacher reads, and which of their positions are kept. Pure integers.
+
+A document is one item, or it is cut into windows, or documents are joined into blocks of fixed length. Whatever the
+way, every kept token belongs to exactly one item.
+
+Dimension letters: C context tokens, L kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dask_logits.records import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSettings:
+    """How documents become items.
+
+    Parameters
+    ----------
+    max_length
+        Most tokens of an item.
+    long_documents
+        ``truncate`` keeps the first `max_length` tokens of a document, ``window`` all of them.
+    window_stride
+        Kept tokens of every window but the first; the rest of its `max_length` is context.
+    packing
+        ``none``, or ``concat``: documents are joined, a separator after each, and cut into blocks of `max_length`.
+    separator_id
+        The separator; only for ``concat``.
+    """
+
+    max_length: int
+    long_documents: Literal["truncate", "window"] = "truncate"
+    window_stride: int | None = None
+    packing: Literal["none", "concat"] = "none"
+    separator_id: int | None = None
+
+    @property
+    def kept_tokens(self) -> int | None:
+        """Tokens kept of a document; None: all."""
+        return self.max_length if self.packing == "none" and self.long_documents == "truncate" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Consecutive tokens of one dataset row inside an item.
+
+    Parameters
+    ----------
+    row
+        Dataset row.
+    offset
+        Place of the first token in the row's tokens.
+    length
+        Tokens, a separator after the document included.
+    """
+
+    row: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One sequence the teacher reads.
+
+    Parameters
+    ----------
+    tokens
+        [C + L] token ids.
+    context
+        C, the leading tokens whose targets are not kept, because another item keeps them.
+    next_token
+        The token after the last one; −1 where there is none.
+    spans
+        Where the L kept tokens come from.
+    """
+
+    tokens: Array
+    context: int
+    next_token: int
+    spans: tuple[Span, ...]
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens whose targets are kept, L."""
+        return len(self.tokens) - self.context
+
+
+def plain_items(documents: Sequence[Array], first_row: int = 0) -> list[Item]:
+    """Make one item of each document.
+
+    Parameters
+    ----------
+    documents
+        Token ids of consecutive rows.
+    first_row
+        Dataset row of the first.
+    """
+    return [_whole(document, first_row + i) for i, document in enumerate(documents)]
+
+
+def make_items(documents: Sequence[Array], settings: ItemSettings, *, first_row: int = 0) -> list[Item]:
+    """Make the items of a partition.
+
+    Parameters
+    ----------
+    documents
+        Token ids of consecutive rows, none cut off that is to be kept.
+    settings
+        The way.
+    first_row
+        Dataset row of the first document.
+
+    Examples
+    --------
+    >>> settings = ItemSettings(max_length=4, long_documents="window", window_stride=2)
+    >>> [(i.tokens.tolist(), i.context, i.next_token) for i in make_items([np.arange(7)], settings)]
+    [([0, 1, 2, 3], 0, 4), ([2, 3, 4, 5], 2, 6), ([4, 5, 6], 2, -1)]
+    """
+    if settings.packing == "concat":
+        return _blocks(documents, settings, first_row)
+    if settings.long_documents == "truncate":
+        return plain_items([document[: settings.max_length] for document in documents], first_row)
+    return [item for i, document in enumerate(documents) for item in _windows(document, settings, first_row + i)]
+
+
+def _whole(document: Array, row: int) -> Item:
+    span = Span(row=row, offset=0, length=len(document))
+    return Item(tokens=document, context=0, next_token=-1, spans=(span,))
+
+
+def _windows(document: Array, settings: ItemSettings, row: int) -> list[Item]:
+    width, stride = settings.max_length, settings.window_stride or settings.max_length
+    if len(document) <= width:
+        return [_whole(document, row)]
+    items = []
+    kept = 0
+    while kept < len(document):
+        stop = min(len(document), kept + (stride if kept else width))
+        context = width - stride if kept else 0
+        items.append(
+            Item(
+                tokens=document[kept - context : stop],
+                context=context,
+                next_token=int(document[stop]) if stop < len(document) else -1,
+                spans=(Span(row=row, offset=kept, length=stop - kept),),
+            )
+        )
+        kept = stop
+    return items
+
+
+def _blocks(documents: Sequence[Array], settings: ItemSettings, first_row: int) -> list[Item]:
+    width, separator = settings.max_length, settings.separator_id
+    pieces = []
+    for document in documents:
+        ended = len(document) == 0 or document[-1] == separator
+        pieces.append(document if ended else np.append(document, np.int32(separator or 0)))
+    joined = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    spans: list[list[Span]] = [[] for _ in range(max(1, -(-len(joined) // width)))]
+    place = 0
+    for i, piece in enumerate(pieces):
+        offset = 0
+        while True:
+            block = min(place // width, len(spans) - 1)
+            length = min(len(piece) - offset, (block + 1) * width - place)
+            spans[block].append(Span(row=first_row + i, offset=offset, length=length))
+            offset, place = offset + length, place + length
+            if offset == len(piece):
+                break
+    return [
+        Item(
+            tokens=joined[b * width : (b + 1) * width],
+            context=0,
+            next_token=int(joined[(b + 1) * width]) if (b + 1) * width < len(joined) else -1,
+            spans=tuple(found),
+        )
+        for b, found in enumerate(spans)
+    ]

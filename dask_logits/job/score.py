@@ -1,0 +1,252 @@
+"""Score what is missing: planned partitions through the cluster, receipts and failures into the figures of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dask_logits.capture.rows import Planned
+from dask_logits.capture.scoring import ScoringSettings
+from dask_logits.capture.task import PartitionTask
+from dask_logits.capture.teacher import TeacherSpec
+from dask_logits.errors import RunConflictError
+from dask_logits.job.ahead import ReadAhead
+from dask_logits.job.cluster import Cluster
+from dask_logits.job.planlog import PlanLog
+from dask_logits.job.prepare import Job
+from dask_logits.job.window import run_partitions
+from dask_logits.observe.progress import JobProgress
+from dask_logits.observe.status import RUNS_TOPIC
+from dask_logits.records import Statistics
+from dask_logits.store.durable import Json, read_json, replace_json
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 10.0
+
+
+@dataclasses.dataclass
+class Done:
+    """What this driver's share holds already: partitions, their rows and sums."""
+
+    indices: set[int] = dataclasses.field(default_factory=set)
+    rows: int = 0
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
+
+
+def score(job: Job, cluster: Cluster, calibration: Json, done: Done) -> dict[int, str]:
+    """Score what is missing of this driver's share.
+
+    Parameters
+    ----------
+    job, cluster, calibration
+        What to do, where, and with which numerics.
+    done
+        What is committed.
+
+    Returns
+    -------
+    dict
+        Partition index → reason, of those that failed or could not be read.
+    """
+    with _progress(job, done) as progress:
+        driver = _Driver(job, cluster, done, progress)
+        try:
+            run_partitions(
+                cluster.client,
+                tasks(job, calibration, driver.planned(), driver.on_failure),
+                job.config.job,
+                run_id=run_id(job),
+                on_receipt=driver.on_receipt,
+                on_failure=driver.on_failure,
+                on_tokens=progress.tokens,
+                on_turn=driver.on_turn,
+            )
+        finally:
+            driver.close()
+    return driver.failed
+
+
+def _progress(job: Job, done: Done) -> JobProgress:
+    log, share, expected = PlanLog(job.run), job.share, job.estimate.tokens
+    rows_left = (job.source.n_rows or 0) - log.n_rows
+    known = None if job.source.streams else log.n_partitions - (-rows_left // job.partition_rows)
+    return JobProgress(
+        partitions=None if known is None else share.count(known),
+        committed=len(done.indices),
+        done=done.statistics,
+        expected_tokens=None if expected is None else expected // share.total,
+    )
+
+
+class _Driver:
+    """What is kept while partitions run: the plan as it grows, the stream read ahead, failures, figures."""
+
+    def __init__(self, job: Job, cluster: Cluster, done: Done, progress: JobProgress) -> None:
+        self.failed: dict[int, str] = {}
+        self._job = job
+        self._done = done
+        self._progress = progress
+        self._log = PlanLog(job.run)
+        self._ahead: ReadAhead | None = None
+        self._passed = 0
+        self._reporter = Reporter(job, "running", cluster, progress, self.failed)
+        self._reporter.report()
+
+    def planned(self) -> Iterator[Planned | None]:
+        """Yield the partitions that are due; None where a stream has not come so far."""
+        job = self._job
+        due = job.source.plan(self._log, job.partition_rows, self._is_wanted)
+        if not job.source.streams:
+            return due
+        spooled = max(0, job.config.dataset.streaming_buffer_size - job.partition_rows)
+        self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
+        return iter(self._ahead)
+
+    def on_receipt(self, receipt: Json) -> None:
+        """Note a committed partition."""
+        statistics = Statistics.from_json(receipt["statistics"])
+        self._progress.partition(statistics)
+        logger.info(
+            "partition %06d: %d documents, %d tokens, %.0f tokens/s",
+            receipt["partition"],
+            statistics.documents,
+            statistics.tokens,
+            statistics.tokens / max(receipt["seconds"]["score"], 1e-9),
+        )
+        self._settle(receipt["partition"])
+
+    def on_failure(self, index: int, reason: str) -> None:
+        """Note a partition that failed for good."""
+        self.failed[index] = reason
+        self._settle(index)
+
+    def on_turn(self) -> bool:
+        """Give a sign of life; return whether the source was read on."""
+        self._reporter.tick()
+        before, self._passed = self._passed, self._job.source.passed
+        return self._passed != before
+
+    def close(self) -> None:
+        """End the reading, and say that nobody is at work."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        self._reporter.report("stopped")
+
+    def _is_wanted(self, index: int) -> bool:
+        anew = self._log.replanned_from is not None and index >= self._log.replanned_from
+        return self._job.share.owns(index) and (anew or index not in self._done.indices)
+
+    def _settle(self, index: int) -> None:
+        # A partition that failed is spooled anew when it is taken up.
+        (self._job.run.spool_path / f"{index:06d}.arrow").unlink(missing_ok=True)
+        if self._ahead is not None:
+            self._ahead.settle(index)
+        if self._log.end is not None:
+            self._progress.partitions = self._job.share.count(self._log.n_partitions)
+        self._reporter.report()
+
+
+class Reporter:
+    """Leaves a sign of life and the figures in the run folder and, while there is a cluster, as Dask events."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: str,
+        cluster: Cluster | None = None,
+        progress: JobProgress | None = None,
+        failed: dict[int, str] | None = None,
+    ) -> None:
+        self.job = job
+        self.state = state
+        self.cluster = cluster
+        self.progress = progress
+        self.failed = {} if failed is None else failed
+        self._path = job.run.status_path(job.share)
+        self._at = 0.0
+
+    def tick(self) -> None:
+        """Report, unless that was done a moment ago."""
+        if time.monotonic() - self._at >= _REPORT_SECONDS:
+            self.report()
+
+    def report(self, state: str | None = None) -> None:
+        """Write the figures."""
+        self._at = time.monotonic()
+        facts = {
+            **(read_json(self._path) or {}),
+            **({"dashboard": self.cluster.dashboard} if self.cluster else {}),
+            **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
+            "at": time.time(),
+            "state": state or self.state,
+            "failed": {str(index): reason for index, reason in self.failed.items()},
+        }
+        replace_json(self._path, facts)
+        if self.cluster is not None and self.cluster.client.status == "running":
+            # For those who know the scheduler and not the folder. Whether it is lost is the window's to say.
+            with contextlib.suppress(OSError):
+                self.cluster.client.log_event(RUNS_TOPIC, {"run": str(self.job.run.path), **facts})
+
+
+def tasks(
+    job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[int, str], None]
+) -> Iterator[PartitionTask | None]:
+    """Yield the tasks of all partitions that are due, in order; None where a stream has not come so far."""
+    numerics = calibration["numerics"]
+    of_run = run_id(job)
+    teacher = teacher_spec(
+        job, dtype=numerics["dtype"], device=numerics["device"], torch_threads=numerics["torch_threads"]
+    )
+    scoring = ScoringSettings(
+        top_k=job.config.teacher.generation.top_k,
+        vocab_size=job.tokenizer_spec.vocab_size,
+        batch_tokens=numerics["batch_tokens"],
+        batch_size=numerics["batch_size"],
+        head_rows=numerics["head_rows"],
+        head=numerics["head"],
+    )
+    for due in planned:
+        if due is None:
+            yield None
+        elif due.error is not None:
+            logger.error("partition %s cannot be read: %s", due.partition.name, due.error)
+            on_failure(due.partition.index, due.error)
+        else:
+            yield PartitionTask(
+                run=str(job.run.path),
+                run_id=of_run,
+                partition=due.partition,
+                files=due.files,
+                column=due.column,
+                tokenizer=job.tokenizer_spec,
+                items=job.items,
+                teacher=teacher,
+                scoring=scoring,
+            )
+
+
+def run_id(job: Job) -> str:
+    """Return the id of the run in the folder."""
+    manifest = job.run.manifest()
+    if manifest is None:
+        raise RunConflictError(f"{job.run.path}: expected run.json, got none: it was deleted while the job ran")
+    return str(manifest["run_id"])
+
+
+def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:
+    """Say which teacher a worker loads, and how."""
+    folder = Path(str(job.config.teacher.model_path)).expanduser()
+    return TeacherSpec(
+        path=str(folder.absolute()) if folder.is_dir() else str(job.config.teacher.model_path),
+        revision=job.teacher.revision,
+        identity=job.teacher.identity,
+        dtype=dtype,
+        device=device,
+        torch_threads=torch_threads,
+        trust_remote_code=job.config.teacher.trust_remote_code,
+    )

@@ -1,0 +1,323 @@
+"""Static workers that share a run folder or have their own, the launcher that starts them, and the merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from builders import cache_dir, tree, wait_for
+from datasets import Dataset
+from test_run import digest, run
+
+import dask_logits
+from dask_logits import CachedLogitsDataset, load_config, merge, read_status
+from dask_logits.capture.corpus import open_corpus
+from dask_logits.cli import main
+from dask_logits.config import DatasetConfig
+from dask_logits.job.manifest import RunFolder, lease
+from dask_logits.store.cache import CacheReader
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "scripts" / "generate_teacher_logits_parallel.sh"
+GENERATION = "distillation.teacher.generation"
+
+
+def share(worker: int, total: int) -> list[str]:
+    return [f"{GENERATION}.worker_id={worker}", f"{GENERATION}.total_workers={total}"]
+
+
+@pytest.fixture
+def small(overrides: list[str]) -> list[str]:
+    """Partitions of 5 rows: 8 of them."""
+    return [o for o in overrides if "partition.rows" not in o] + ["distillation.partition.rows=5"]
+
+
+@pytest.fixture
+def whole(small: list[str], scheduler: str, tmp_path: Path) -> str:
+    """Content of the same job done by a cluster."""
+    mine = [*small, f"distillation.cluster.scheduler={scheduler}", f"distillation.teacher.cache_dir={tmp_path / 'w'}"]
+    return digest(run(mine))
+
+
+@pytest.fixture(scope="module")
+def made(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three workers' shares in folders of their own."""
+    folder = tmp_path_factory.mktemp("parts")
+    for worker in range(3):
+        run(
+            [
+                f"distillation.teacher.model_path={llama}",
+                f"distillation.teacher.cache_dir={folder / f'worker-{worker}'}",
+                "distillation.teacher.generation.top_k=8",
+                "distillation.teacher.generation.torch_threads=1",
+                "distillation.dataset.name=json",
+                f"distillation.dataset.data_files={corpus}",
+                "distillation.dataset.max_length=16",
+                "distillation.partition.rows=5",
+                "distillation.cluster.dashboard_address=null",
+                *share(worker, 3),
+            ]
+        )
+    return folder
+
+
+@pytest.fixture
+def parts(made: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    shutil.copytree(made, tmp_path / "parts")
+    return tmp_path / "parts"
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_the_launcher_runs_workers_side_by_side_and_merges(small, whole) -> None:
+    done = launch("2", "--", *small)
+    assert done.returncode == 0, done.stderr
+    assert "worker 0: done\n" in done.stderr
+    assert "worker 1: done\n" in done.stderr
+    folder = cache_dir(small)
+    assert done.stdout.strip() == str(folder / "teacher_logits.h5")
+    assert digest(folder / "teacher_logits.h5") == whole
+    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
+    owners = {json.loads(p.read_text())["partition"]: json.loads(p.read_text())["process"]
+              for p in (folder / "receipts").rglob("*.json")}  # fmt: skip
+    assert len({owners[i] for i in (0, 2, 4, 6)}) == len({owners[i] for i in (1, 3, 5, 7)}) == 1
+    assert owners[0] != owners[1]
+    before = tree(folder / "receipts")
+    assert launch("2", "--", *small).returncode == 0
+    assert tree(folder / "receipts") == before
+
+
+def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_again(small, whole) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    started = subprocess.Popen(
+        ["bash", str(LAUNCHER), "2", "--", *small], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    folder = cache_dir(small)
+    log = folder / "logs" / "worker-1.log"
+    wait_for(lambda: log.exists() and "calibrating" in log.read_text(), started)
+    (lock,) = wait_for(lambda: list(folder.glob(".driver-1-of-2.lock")), started)
+    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode == 1
+    assert "worker 0: done" in errors
+    assert "worker 1: failed with exit status 137" in errors
+    assert not (folder / "teacher_logits.h5").exists()
+    done = launch("--no-merge", "2", "--", *small)
+    assert done.returncode == 0, done.stderr
+    assert read_status(folder).state == "scored"
+    assert digest(merge([folder])) == whole
+
+
+@pytest.mark.parametrize("arguments", [[], ["0"], ["two"], ["2", "0,1", "distillation.dataset.name=x"]])
+def test_the_launcher_explains_itself(arguments) -> None:
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert "generate_teacher_logits_parallel.sh [--no-merge] N [DEVICES] [-- OVERRIDE…]" in done.stderr
+
+
+def test_a_second_driver_of_a_share_is_refused_and_another_share_is_not(small) -> None:
+    folder = cache_dir(small)
+    folder.mkdir()
+    with (
+        lease(folder / ".driver-0-of-2.lock"),
+        pytest.raises(dask_logits.RunConflictError, match="only driver of driver-0-of-2"),
+    ):
+        run(small, *share(0, 2))
+    with lease(folder / ".driver-0-of-2.lock"):
+        assert run(small, *share(1, 2)) == folder
+    assert read_status(folder).committed == 4
+    before = tree(folder)
+    for other in (share(0, 3), []):
+        with pytest.raises(dask_logits.RunConflictError) as caught:
+            run(small, *other)
+        assert list(caught.value.differences) == ["teacher.generation.total_workers"]
+    with pytest.raises(
+        dask_logits.RunConflictError, match=r"got gaps: partition 000000 \(worker 0 of 2\), partition 000002"
+    ) as caught:
+        merge([folder])
+    assert {**tree(folder), ".consolidate.lock": b""} == {**before, ".consolidate.lock": b""}
+
+
+def test_parts_in_folders_of_their_own_become_one_cache(parts, whole, small, capsys) -> None:
+    cache = merge([parts], num_workers=3)
+    assert cache == parts / "teacher_logits.h5"
+    assert digest(cache) == whole
+    first = cache.stat().st_mtime_ns
+    main_arguments = ["merge", "--input-dir", str(parts), "--num-workers", "3"]
+    main(main_arguments)
+    assert capsys.readouterr().out.strip() == str(cache)
+    assert cache.stat().st_mtime_ns == first
+    script = [sys.executable, str(ROOT / "scripts" / "merge_teacher_logits.py"), *main_arguments[1:]]
+    assert subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip() == str(cache)
+    assert CacheReader(cache).attributes["statistics"]["documents"] == 40
+
+
+def test_an_index_over_parts_copies_nothing_twice(parts, whole, small) -> None:
+    index = merge([parts], index=True)
+    assert index == parts / "teacher_logits.index.json"
+    caches = sorted(parts.glob("*/teacher_logits.h5"))
+    assert len(caches) == 3
+    before = {path: path.stat().st_mtime_ns for path in [*caches, index]}
+    assert merge([parts], index=True) == index
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    one = merge([parts], output=parts.parent / "one.h5")
+    assert digest(one) == whole
+    plain = CachedLogitsDataset(one)
+    for path in (index, parts, caches, caches[::-1]):
+        joined = CachedLogitsDataset(path)
+        assert len(joined) == len(plain) == 40
+        for item, expected in zip(joined, plain, strict=True):
+            assert all((item[name].numpy().tobytes() == expected[name].numpy().tobytes()) for name in expected)
+    shutil.copyfile(one, caches[1])
+    with pytest.raises(dask_logits.CacheError, match="merge again"):
+        CachedLogitsDataset(index)
+    with pytest.raises(dask_logits.CacheError, match="expected every row in one cache only, got row 0 in two"):
+        CachedLogitsDataset(caches)
+    caches_alone = parts.parent / "alone"
+    caches_alone.mkdir()
+    shutil.rmtree(parts / "worker-1")
+    for i, path in enumerate(sorted(parts.glob("*/teacher_logits.h5"))):
+        shutil.copyfile(path, caches_alone / f"{i}.h5")
+    with pytest.raises(dask_logits.RunConflictError, match="got gaps: rows 5 to 9, rows 20 to 24, rows 35 to 39"):
+        merge([caches_alone])
+
+
+def test_an_index_first_and_a_merge_after_it_leave_the_run_whole(small, scheduler, whole) -> None:
+    run(small, *share(0, 2))
+    run(small, *share(1, 2))
+    folder = cache_dir(small)
+    merge([folder], index=True)
+    assert len(CachedLogitsDataset(folder / "teacher_logits.index.json")) == 40
+    for _ in range(2):
+        assert digest(merge([folder], num_workers=2)) == whole
+    assert read_status(folder).state == "complete"
+
+
+def test_parts_that_are_named_are_left_alone(parts, whole, small) -> None:
+    named = [parts / f"worker-{worker}" for worker in range(3)]
+    before = [tree(part) for part in named]
+    for _ in range(2):
+        assert merge(named) == parts / "teacher_logits.h5"
+    assert digest(parts / "teacher_logits.h5") == whole
+    assert [tree(part) for part in named] == before
+
+
+def test_a_part_that_was_interrupted_is_told_as_gaps(parts) -> None:
+    run_folder = RunFolder(parts / "worker-2")
+    (run_folder.plan_path(1)).unlink()
+    for receipt in run_folder.receipts(8):
+        if receipt["partition"] > 2:
+            run_folder.receipt_path(receipt["partition"]).unlink()
+    with pytest.raises(
+        dask_logits.RunConflictError, match=r"got gaps: partition 000005 \(worker 2 of 3\); run the job"
+    ):
+        merge([parts])
+
+
+def test_parts_that_leave_rows_out_or_are_of_other_rows_are_not_served_as_one(parts, small, tmp_path, corpus) -> None:
+    merge([parts], index=True)
+    caches = sorted(parts.glob("*/teacher_logits.h5"))
+    with pytest.raises(dask_logits.CacheError, match="expected the parts of all 40 rows of the job, got 30 rows in 2"):
+        CachedLogitsDataset(caches[:2])
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("red", "blue"))
+    elsewhere = [f"distillation.dataset.data_files={other}", f"distillation.teacher.cache_dir={tmp_path / 'e'}"]
+    run([*small, *share(1, 3), *elsewhere])
+    with pytest.raises(dask_logits.RunConflictError, match=r"got another one:\n  plan: "):
+        merge([caches[0].parent, tmp_path / "e", caches[2].parent])
+
+
+def test_several_workers_write_a_dataset_in_memory_once(tmp_path, corpus) -> None:
+    rows = Dataset.from_dict({"text": corpus.read_text().splitlines()})
+
+    def write(_: int) -> list:
+        return open_corpus(DatasetConfig(), rows)._materialise(RunFolder(tmp_path))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(write, range(8)))
+    assert all(files == found[0] for files in found)
+
+
+def test_caches_alone_are_merged_too(parts, whole, tmp_path) -> None:
+    merge([parts], index=True)
+    (tmp_path / "caches").mkdir()
+    for worker in range(3):
+        shutil.copyfile(parts / f"worker-{worker}" / "teacher_logits.h5", tmp_path / "caches" / f"{worker}.h5")
+    assert digest(merge([tmp_path / "caches"])) == whole
+    assert digest(merge([tmp_path / "caches"])) == whole
+
+
+def test_what_does_not_belong_together_is_not_merged(parts, small, tmp_path) -> None:
+    run([*small, *share(1, 3), f"{GENERATION}.top_k=4", f"distillation.teacher.cache_dir={tmp_path / 'other'}"])
+    before = tree(parts)
+    with pytest.raises(dask_logits.RunConflictError, match=r"another one:\n  teacher\.generation\.top_k: 8 and 4\n"):
+        merge([parts / "worker-0", tmp_path / "other", parts / "worker-2"], output=tmp_path / "x.h5")
+    with pytest.raises(
+        dask_logits.RunConflictError, match=r"gaps: partition 000001 \(worker 1 of 3\), partition 000004 "
+    ):
+        merge([parts / "worker-0", parts / "worker-2"], output=tmp_path / "x.h5")
+    with pytest.raises(dask_logits.RunConflictError, match=r"--num-workers: expected the 3 workers .* got 4"):
+        merge([parts], num_workers=4)
+    with pytest.raises(dask_logits.CacheError, match="nothing-here: expected a cache, got nothing"):
+        merge([tmp_path / "nothing-here"])
+    assert tree(parts) == before
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_overlaps_are_taken_once_if_they_are_equal(parts, whole, tmp_path, caplog) -> None:
+    shutil.copytree(parts / "worker-1", parts / "worker-1-again")
+    assert digest(merge([parts])) == whole
+    assert "taken once, being there more than once with equal targets: rows 5 to 9" in caplog.text
+    receipt = RunFolder(parts / "worker-1-again").receipt_path(4)
+    facts = json.loads(receipt.read_text())
+    receipt.write_text(json.dumps({**facts, "digests": {**facts["digests"], "topk_ids": "0" * 64}}))
+    (parts / "teacher_logits.h5").unlink()
+    with pytest.raises(dask_logits.RunConflictError, match="expected rows 20 to 24 once, or with equal targets"):
+        merge([parts])
+    assert not (parts / "teacher_logits.h5").exists()
+
+
+def test_static_workers_share_a_stream(small, scheduler, tmp_path, corpus) -> None:
+    stream = [
+        *(o for o in small if "partition.rows" not in o),
+        "distillation.dataset.streaming=true",
+        "distillation.dataset.max_samples=33",
+        "distillation.dataset.streaming_chunk_size=5",
+    ]
+    one = [*stream, f"distillation.cluster.scheduler={scheduler}", f"distillation.teacher.cache_dir={tmp_path / 'one'}"]
+    expected = digest(run(one))
+    run(stream, *share(1, 2))
+    run(stream, *share(0, 2))
+    with pytest.raises(dask_logits.RunConflictError, match="max_samples: the run has 33, now 32"):
+        run(stream, *share(0, 2), "distillation.dataset.max_samples=32")
+    assert digest(merge([cache_dir(small)], num_workers=2)) == expected
+    assert not (cache_dir(small) / "spool").exists()
+
+
+@pytest.mark.parametrize(
+    ("worker", "visible", "gpus", "expected"),
+    [(0, None, 4, "0"), (3, None, 4, "3"), (5, None, 4, "1"), (1, "6,7", 2, "7"), (2, "6,7", 2, "6"), (0, "3", 1, "3")],
+)
+def test_a_static_worker_takes_one_gpu_in_turn(worker, visible, gpus, expected, monkeypatch) -> None:
+    from dask_logits.job import cluster
+
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
+    needed = ["distillation.teacher.model_path=t", "distillation.dataset.name=d", *share(worker, 8)]
+    generation = load_config(needed).teacher.generation
+    assert cluster._devices(generation) == expected
+    assert cluster.local_workers(generation, "cuda") == 1

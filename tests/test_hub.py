@@ -1,0 +1,118 @@
+"""Datasets by their hub names, through the real libraries, from a stand-in hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import sentences
+from fake_hub import FakeHub, fake_hub, make_hub_repos
+
+from dask_logits.store.cache import CacheReader
+
+TEXTS = sentences(60, seed=11, longest=12)
+RUNNER = """
+import json, sys
+from distributed import LocalCluster
+from dask_logits import DaskLogitsError, generate, load_config, prepare_dataset
+
+if __name__ == "__main__":
+    jobs = json.loads(sys.argv[1])
+    options = dict(n_workers=1, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0")
+    with LocalCluster(host="127.0.0.1", **options) as cluster:
+        for overrides in jobs:
+            try:
+                generate(load_config([*overrides, f"distillation.cluster.scheduler={cluster.scheduler_address}"]))
+            except DaskLogitsError as error:
+                print(json.dumps(str(error)))
+"""
+
+
+def run_jobs(hub: FakeHub, home: Path, jobs: list[list[str]]) -> list[str]:
+    """Run jobs in a process that knows only the stand-in hub; return their errors."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HTTP_PROXY": hub.endpoint,
+        "HTTPS_PROXY": hub.endpoint,
+        "NO_PROXY": "127.0.0.1",
+    }
+    script = home.parent / "runner.py"
+    script.write_text(RUNNER)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def base(llama: Path) -> list[str]:
+    return [
+        f"distillation.teacher.model_path={llama}",
+        "distillation.teacher.generation.top_k=4",
+        "distillation.teacher.generation.torch_threads=1",
+        "distillation.dataset.max_length=16",
+        "distillation.dataset.num_proc=1",
+        "distillation.dataset.streaming_chunk_size=7",
+    ]
+
+
+def named(base: list[str], folder: Path, name: str, config: str, *more: str) -> list[str]:
+    return [
+        *base,
+        f"distillation.teacher.cache_dir={folder}",
+        f"distillation.dataset.name={name}",
+        f"distillation.dataset.config_name={config}",
+        *more,
+    ]
+
+
+def lengths(folder: Path) -> list[int]:
+    return CacheReader(folder / "teacher_logits.h5").arrays["document_length"].tolist()
+
+
+def test_wikitext_c4_and_fineweb_by_their_names(base, tmp_path) -> None:
+    make_hub_repos(tmp_path / "hub", TEXTS)
+    stream = ["distillation.dataset.streaming=true"]
+    every, some = [*stream, "distillation.dataset.max_samples=all"], [*stream, "distillation.dataset.max_samples=9"]
+    jobs = {
+        "wikitext": named(base, tmp_path / "wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "c4": named(base, tmp_path / "c4", "allenai/c4", "en", *every),
+        "fineweb": named(base, tmp_path / "fineweb", "HuggingFaceFW/fineweb", "sample-10BT", *every),
+        "first": named(base, tmp_path / "first", "HuggingFaceFW/fineweb", "sample-10BT", *some),
+        "typo": named(base, tmp_path / "typo", "HuggingFaceFW/finewebb", "sample-10BT", *some),
+    }
+    with fake_hub(tmp_path / "hub") as hub:
+        errors = run_jobs(hub, tmp_path / "home", list(jobs.values()))
+        commit = hub.commit("HuggingFaceFW/fineweb").sha
+    (error,) = errors
+    assert error.startswith("distillation.dataset.name: expected a dataset, got 'HuggingFaceFW/finewebb'")
+    expected = [len(text.split()) for text in TEXTS]
+    for name in ("wikitext", "c4", "fineweb"):
+        assert lengths(tmp_path / name) == expected, name
+    assert lengths(tmp_path / "first") == expected[:9]
+    assert json.loads((tmp_path / "first" / "run.json").read_text())["commit"] == commit
+    plan = json.loads((tmp_path / "fineweb" / "plan" / "000" / "000000.json").read_text())
+    assert plan["source"]["file"] == f"hf://datasets/HuggingFaceFW/fineweb@{commit}/sample/10BT/000_00000.parquet"
+    assert plan["source"]["etag"]
+
+
+def test_only_the_files_that_are_needed_are_fetched(base, tmp_path) -> None:
+    make_hub_repos(tmp_path / "hub", TEXTS)
+    job = named(base, tmp_path / "run", "HuggingFaceFW/fineweb", "sample-10BT", "distillation.dataset.streaming=true")
+    with fake_hub(tmp_path / "hub") as hub:
+        assert run_jobs(hub, tmp_path / "home", [[*job, "distillation.dataset.max_samples=9"]]) == []
+        assert hub.files_read() == {"sample/10BT/000_00000.parquet"}
+        # The branch moves on; the run stays at the commit it was planned with.
+        commit = hub.commit("HuggingFaceFW/fineweb").sha
+        make_hub_repos(tmp_path / "hub", sentences(60, seed=12, longest=12))
+        assert hub.commit("HuggingFaceFW/fineweb").sha != commit
+        assert run_jobs(hub, tmp_path / "home", [[*job, "distillation.dataset.max_samples=all"]]) == []
+    assert lengths(tmp_path / "run") == [len(text.split()) for text in TEXTS]
