@@ -1,0 +1,237 @@
+"""Watch a run from a notebook: figures that refresh in place beside the link to the Dask dashboard.
+
+Chosen: the files of the run folder are the source, so watching needs no cluster and cannot disturb one. A scheduler is
+asked for what drivers announced there, over a connection that is closed at once: nothing is submitted, held or kept
+alive. Where the announced folder is not visible on this machine, the announcements themselves are shown.
+
+Home of IPython. A look costs what ``read_status`` costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dask_logits.errors import ClusterError, ConfigError, RunConflictError
+from dask_logits.observe.status import RUNS_TOPIC, Status, read_status
+from dask_logits.store.durable import Json, read_json
+
+# A driver that has announced nothing for so long is not counted as working.
+_SILENT_SECONDS = 120.0
+# A cluster starts and small caches are consolidated within it, while no driver says that it scores.
+_GRACE_SECONDS = 30.0
+
+
+class Monitor:
+    """A window on a run that others own: closing it, or the notebook it is in, leaves the run alone.
+
+    Parameters
+    ----------
+    run
+        The run folder. Give exactly one of `run`, `scheduler` and `scheduler_file`.
+    scheduler
+        Address of the Dask scheduler that the run's driver uses.
+    scheduler_file
+        A file that names this scheduler.
+    wait_seconds
+        How long the scheduler has to answer.
+
+    Raises
+    ------
+    ConfigError
+        If not exactly one of the three is given.
+    RunConflictError
+        If the folder holds no run, or several runs are at work at the scheduler.
+    ClusterError
+        If the scheduler does not answer, or no driver has announced a run there.
+    CacheError
+        If a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        run: Path | str | None = None,
+        *,
+        scheduler: str | None = None,
+        scheduler_file: Path | str | None = None,
+        wait_seconds: float = 10.0,
+    ) -> None:
+        given = {"run": run, "scheduler": scheduler, "scheduler_file": scheduler_file}
+        names = [name for name, value in given.items() if value]
+        if len(names) != 1:
+            expected = "expected exactly one of run, scheduler and scheduler_file"
+            raise ConfigError(f"Monitor: {expected}, got {' and '.join(names) or 'none'}")
+        self._wait_seconds = wait_seconds
+        # Only where the files cannot be read.
+        self._scheduler: str | None = None
+        if run:
+            self.run = str(Path(run).expanduser().absolute())
+            self.status()
+            return
+        address = scheduler or _address(Path(str(scheduler_file)))
+        self.run = _choose(_announced(address, wait_seconds), address)
+        if not (Path(self.run) / "run.json").exists():
+            self._scheduler = address
+
+    def __repr__(self) -> str:
+        return f"Monitor({self.run!r})"
+
+    def _repr_html_(self) -> str:
+        return _table(self._look()[1])
+
+    def status(self) -> Status:
+        """Read the state of the run from its files.
+
+        Raises
+        ------
+        RunConflictError
+            If there is no run folder, or none that is visible on this machine.
+        CacheError
+            If its files cannot be read.
+        """
+        return read_status(self.run)
+
+    def watch(self, seconds: float = 2.0, until: float | None = None) -> Status | None:
+        """Show the run again and again until it is over; an interrupt ends the watching, not the run.
+
+        Parameters
+        ----------
+        seconds
+            Between two looks.
+        until
+            Stop after so many seconds, even if the run is not complete and a driver is at work.
+
+        Returns
+        -------
+        Status
+            What was shown last; None where the run folder is not visible on this machine.
+        """
+        status: Status | None = None
+        started = worked = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt):
+            show = _screen()
+            while True:
+                status, lines, at_work = self._look()
+                show(lines)
+                now = time.monotonic()
+                worked = now if at_work else worked
+                left = float("inf") if until is None else started + until - now
+                if (status and status.state == "complete") or now - worked >= _GRACE_SECONDS or left <= 0:
+                    break
+                time.sleep(min(seconds, left))
+        return status
+
+    def _look(self) -> tuple[Status | None, list[str], bool]:
+        """Return the status if there are files, the lines to show, and whether a driver is at work."""
+        if self._scheduler is None:
+            status = self.status()
+            dashboard = [f"dashboard     {status.dashboard}"] if status.dashboard else []
+            return status, status.lines() + dashboard, status.running > 0
+        event = _announced(self._scheduler, self._wait_seconds).get(self.run)
+        if event is None:
+            raise ClusterError(f"{self._scheduler}: expected news of {self.run}, got none: the scheduler was replaced")
+        return None, _lines(event), _at_work(event)
+
+
+def _address(file: Path) -> str:
+    # Client(scheduler_file=…) of distributed 2026.7.1 waits without end for a file that is not there.
+    address = (read_json(file) or {}).get("address")
+    if not isinstance(address, str):
+        raise ClusterError(
+            f"{file}: expected the file of a running scheduler, got none; start `dask scheduler` with it"
+        )
+    return address
+
+
+def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
+    """Return the latest announcement of every run that the scheduler knows; nothing stays connected."""
+    # A notebook's thread runs an event loop already.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            events = thread.submit(lambda: asyncio.run(_ask(address, wait_seconds))).result()
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"Monitor: expected a scheduler at {address!r}, got {error!r} within {wait_seconds:g} s; give the "
+                "address of the one the job uses, or the run folder"
+            ) from error
+    return {event["run"]: event for _, event in events}
+
+
+async def _ask(address: str, wait_seconds: float) -> list[tuple[float, Json]]:
+    from distributed import Security, rpc
+
+    # Not a Client: the scheduler would count it, and that of distributed 2026.7.1 waits without end for a handshake.
+    security = Security().get_connection_args("client")
+    async with asyncio.timeout(wait_seconds), rpc(address, timeout=wait_seconds, connection_args=security) as scheduler:
+        return list(await scheduler.events(topic=RUNS_TOPIC))
+
+
+def _choose(runs: dict[str, Json], address: str) -> str:
+    """Return the one run that is at work, else the one whose driver spoke last."""
+    if not runs:
+        raise ClusterError(
+            f"{address}: expected a run to be announced at this scheduler, got none; a driver announces its run after "
+            "the calibration: wait for it, or give the run folder"
+        )
+    working = sorted(run for run, event in runs.items() if _at_work(event))
+    if len(working) > 1:
+        raise RunConflictError(
+            f"{address}: expected one run at work, got {len(working)}; give the folder of one: {', '.join(working)}"
+        )
+    return working[0] if working else max(runs, key=lambda run: float(runs[run]["at"]))
+
+
+def _at_work(event: Json) -> bool:
+    return bool(event["state"] == "running" and time.time() - event["at"] < _SILENT_SECONDS)
+
+
+def _lines(event: Json) -> list[str]:
+    """Write an announcement for people: the figures of one driver, as it gave them."""
+    facts = {name.replace("_", " "): value for name, value in event.items() if name not in ("run", "at", "failed")}
+    facts = {"run": f"{event['run']} (not visible on this machine)", **facts}
+    facts |= {f"failed {int(index):06d}": reason for index, reason in event["failed"].items()}
+    return [f"{label:<17}  {text}" for label, text in facts.items() if text is not None]
+
+
+def _table(lines: list[str]) -> str:
+    """Write lines of a label, two spaces or more and a text as a table.
+
+    >>> _table(["state         <b>"]).count("&lt;b&gt;")
+    1
+    """
+    left = 'style="text-align:left"'
+    rows = ""
+    for line in lines:
+        label, text = (html.escape(part) for part in re.split(r"\s{2,}", line, maxsplit=1))
+        # Nothing else is made a link: an address can hold a script.
+        if label == "dashboard" and text.startswith(("http://", "https://")):
+            text = f'<a href="{text}" target="_blank">{text}</a>'
+        rows += f"<tr><th {left}>{label}</th><td {left}>{text}</td></tr>"
+    return f"<table>{rows}</table>"
+
+
+def _screen() -> Callable[[list[str]], object]:
+    """Return what shows lines: in place in a notebook, elsewhere on stdout, block after block."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import DisplayHandle
+    except ImportError:
+        return _print
+    if get_ipython() is None:
+        return _print
+    handle: Any = DisplayHandle()  # type: ignore[no-untyped-call]
+    handle.display({"text/plain": ""}, raw=True)
+    return lambda lines: handle.update({"text/html": _table(lines), "text/plain": "\n".join(lines)}, raw=True)
+
+
+def _print(lines: list[str]) -> None:
+    Console().print(*lines, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
