@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Score a dataset inside one Slurm allocation: a Dask scheduler and the job's driver on the first node, workers on all.
+#   sbatch [SBATCH OPTION…] scripts/slurm_teacher_logits.sh OVERRIDE…
+#   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_teacher_logits.sh distillation.dataset.name=Salesforce/wikitext …
+# Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each; without, so
+# many on each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
+# is done. Logs: output/slurm-JOB/. Exit status: that of `dask-logits generate`; 1 if scheduler or workers are lost.
+#SBATCH --job-name=teacher-logits
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=teacher-logits-%j.log
+set -uo pipefail
+
+job=${SLURM_JOB_ID:?submit this with sbatch}
+# Slurm runs a copy of this file; the checkout is where it was submitted.
+root=${SLURM_SUBMIT_DIR:-$PWD}
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=python3
+logs=$root/output/slurm-$job
+mkdir -p "$logs" || exit 1
+# config/cluster/slurm.yaml reads it.
+export DASK_LOGITS_SCHEDULER_FILE=$logs/scheduler.json
+rm -f "$DASK_LOGITS_SCHEDULER_FILE"
+
+# As on clusters that the job makes itself: partitions wait at the scheduler, a dead worker costs one attempt, a long
+# partition does not count as a dead worker.
+export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0
+export DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING=False
+export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=2
+export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="30 minutes"
+# Dask's own value costs CPU workers a third of their speed: docs/measurements.md.
+export DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON='{"MALLOC_TRIM_THRESHOLD_": None}'
+
+say() { echo "slurm_teacher_logits: $*" >&2; }
+alive() { kill -0 "$1" 2>/dev/null; }
+end() {  # PID: ask it to end, insist after 30 s
+  [ -n "$1" ] && alive "$1" || return 0
+  kill "$1"
+  for ((i = 0; i < 300; i++)); do alive "$1" || return 0; sleep 0.1; done
+  kill -KILL "$1"
+}
+
+scheduler='' workers='' driver='' stopping=''
+# The workers first: without a scheduler they would wait for another.
+trap 'end "$workers"; end "$scheduler"; rm -f "$DASK_LOGITS_SCHEDULER_FILE"' EXIT
+trap 'stopping=yes; [ -z "$driver" ] || kill "$driver" 2>/dev/null' TERM INT
+
+network=(${DASK_INTERFACE:+--interface "$DASK_INTERFACE"})
+"$python" -m dask scheduler --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --port 0 \
+  --dashboard-address 127.0.0.1:8787 "${network[@]}" >"$logs/scheduler.log" 2>&1 &
+scheduler=$!
+until [ -s "$DASK_LOGITS_SCHEDULER_FILE" ]; do
+  [ -z "$stopping" ] || exit 130
+  alive "$scheduler" || { say "the scheduler ended early; see $logs/scheduler.log"; exit 1; }
+  sleep 0.2
+done
+
+worker=(worker --nworkers "${WORKERS_PER_NODE:-1}")
+if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then worker=(cuda worker --device-memory-limit 0); fi
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --nthreads 1 --memory-limit 0 \
+  --death-timeout 300 "${network[@]}" >"$logs/workers.log" 2>&1 &
+workers=$!
+
+"$python" -m dask_logits generate cluster=slurm "$@" &
+driver=$!
+while alive "$driver"; do
+  if ! alive "$workers" && [ -z "$stopping" ]; then
+    say "all workers have ended; see $logs/workers.log"
+    kill "$driver"
+    wait "$driver"
+    exit 1
+  fi
+  sleep 1
+done
+wait "$driver"
