@@ -74,19 +74,19 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     from dask_logits.job import run as job_run
 
     spans: dict[str, float] = {}
-    score, consolidate = job_run._score, job_run._consolidate
+    score, consolidate = job_run.score, job_run.consolidate_run
 
     def timed_score(*given: Any) -> Any:
         spans["first"] = time.perf_counter()
         return score(*given)
 
-    def timed_consolidate(*given: Any) -> Any:
+    def timed_consolidate(*given: Any, **named: Any) -> Any:
         spans["consolidate"] = time.perf_counter()
-        done = consolidate(*given)
+        done = consolidate(*given, **named)
         spans["renamed"] = time.perf_counter()
         return done
 
-    job_run._score, job_run._consolidate = timed_score, timed_consolidate
+    job_run.score, job_run.consolidate_run = timed_score, timed_consolidate
     cache = generate(
         load_config(
             [

@@ -112,7 +112,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         key, _, value = override.partition("=")
         key = key.lstrip("+~").split("@")[0]
         if key.startswith(_OLD_TREE):
-            problems.append(f"{key}: this tree has gone; use {_new_name(key, known)}={value}")
+            problems.append(f"{key}: this tree has gone; use {_new_name(key, value, known)}")
         elif key not in known and key not in heads and not key.startswith("hydra"):
             whole = next((path for path in known if path.endswith(f".{key}")), None)
             problems.append(f"{key}: unknown setting{f', did you mean {whole!r}?' if whole else nearest(key, known)}")
@@ -120,7 +120,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         raise ConfigError.from_problems(problems)
 
 
-def _new_name(key: str, known: Sequence[str]) -> str:
+def _new_name(key: str, value: str, known: Sequence[str]) -> str:
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [path for path in known if path.endswith(f".{leaf}")]
-    return same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf, "the nearest setting in docs/SETTINGS.md")
+    name = same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf)
+    return f"{name}={value}" if name else "the nearest setting in docs/SETTINGS.md"
