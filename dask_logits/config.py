@@ -142,6 +142,20 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """``distillation.scoring``: how tokens become targets."""
+
+    logits: Literal["exact", "model"] = _setting(
+        "exact",
+        "numerics",
+        "exact: float32 logits, whatever the weights' dtype; model: rounded as the model rounds them.",
+    )
+    compile: Literal["auto", "always", "never"] = _setting(
+        "auto", "numerics", "Compile the teacher's layers; auto: where that pays for itself on this plan."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """``distillation.cluster``: where the job runs."""
 
@@ -184,6 +198,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     job: JobConfig = field(default_factory=JobConfig)
 

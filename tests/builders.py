@@ -50,35 +50,64 @@ def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(folder)
 
 
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+_BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 256}  # fmt: skip
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+# Family → what its configuration needs beside the base, to be small and to show what is special about it.
+FAMILIES = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "cohere": {**_BASE, "logit_scale": 0.25},
+    "cohere2": {**_BASE, "sliding_window": 8, "num_key_value_heads": 2},
+    "deepseek_v3": {**_BASE, **_MOE, **_MLA, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                    "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
+    "falcon": _BASE,
+    "falcon_h1": {**_BASE, **_GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8,
+                  "mamba_n_groups": 1, "mamba_expand": 2, "lm_head_multiplier": 0.5},
+    "gemma": {**_BASE, "head_dim": 8, "num_key_value_heads": 1},
+    "gemma2": {**_BASE, **_GROUPED, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**_BASE, **_GROUPED, "sliding_window": 8},
+    "glm4": {**_BASE, **_GROUPED},
+    "gpt2": _GPT,
+    "gpt_neox": _BASE,
+    "gpt_oss": {**_BASE, **_GROUPED, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "granite": {**_BASE, "logits_scaling": 3.0},
+    "lfm2": {**_BASE, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "llama": _BASE,
+    "mamba": {**_BASE, "state_size": 4},
+    "mamba2": {**_BASE, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2},
+    "minicpm3": {**_BASE, **_MLA, "num_key_value_heads": 4},
+    "mistral": {**_BASE, "num_key_value_heads": 2, "sliding_window": 8},
+    "mixtral": {**_BASE, "num_key_value_heads": 2, "num_local_experts": 4},
+    "nanochat": {**_BASE, "num_key_value_heads": 2},
+    "olmo2": _BASE,
+    "opt": {**_BASE, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": _BASE,
+    "phi3": _BASE,
+    "qwen2": {**_BASE, "num_key_value_heads": 2},
+    "qwen3": {**_BASE, **_GROUPED},
+    "qwen3_moe": {**_BASE, **_GROUPED, **_MOE, "num_experts": 4},
+    "qwen3_next": {**_BASE, **_GROUPED, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 32,
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {**_BASE, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8, "head_dim": 8},
+    "smollm3": {**_BASE, "num_key_value_heads": 2},
+    "starcoder2": {**_BASE, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
 def tiny_model(family: str, **overrides):
     """Build a random causal model with a head wider than the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    small = {
-        "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
-        "gemma2": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "sliding_window": 8,
-            "final_logit_softcapping": 5.0,
-        },
-        "granite": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "logits_scaling": 3.0,
-        },
-        "phi": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    }[family]
-    positions = {} if family == "gpt2" else {"max_position_embeddings": 256}
-    config = AutoConfig.for_model(family, vocab_size=HEAD_WIDTH, **{**positions, **small, **overrides})
+    values = {"vocab_size": HEAD_WIDTH, **_TOKENS, **FAMILIES[family], **overrides}
+    config = AutoConfig.for_model(family, **values)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():

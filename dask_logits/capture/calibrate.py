@@ -1,30 +1,55 @@
-"""Calibration: one small task on a worker, before partition 0, that settles what the run then keeps.
+"""Calibration: one task on a worker, before partition 0, that settles what the run then keeps.
 
-It takes the first tokens of the plan, finds the head path that reproduces the teacher's forward, scores them, and
-reports how much probability each k keeps, how fast it went and how much memory it took. The driver writes the result
-to ``calibration.json`` once; every later start of the run reads it.
+It takes the first tokens of the plan, finds the path that reproduces the teacher's forward, scores them, and reports
+how much probability each k keeps, how fast it went, how far that is from the limit and how much memory it took. Where
+the plan is long enough to pay for it, it tries a larger token budget and compiled layers, and keeps what is faster. The
+driver writes the result to ``calibration.json`` once; every later start of the run reads it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import platform
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Literal
 
 import numpy as np
 import torch
 
-from dask_logits.capture.scoring import ScoringSettings, measure
+from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
+from dask_logits.capture.items import Item, plain_items
+from dask_logits.capture.meter import Cost, measure_cost
+from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
+from dask_logits.capture.selfcheck import choose_path, try_compiled
 from dask_logits.capture.task import peak_rss_bytes
-from dask_logits.capture.teacher import TeacherSpec, choose_head, load_teacher
+from dask_logits.capture.teacher import Teacher
+from dask_logits.errors import TeacherError
 from dask_logits.records import Array, Records, Statistics
 from dask_logits.store.durable import Json
 
+logger = logging.getLogger(__name__)
+
 # Of the whole plan, or all of it if it has fewer.
 TOKENS = 10_000
+# Of these, what a trial of a variant scores, at least.
+_TRIAL_TOKENS = 3_000
+_TRIAL_ROUNDS = 3
+_WARM_TOKENS = 200
 _AUTO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
+_MOST_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 _AUTO_HEAD_ROWS = {"cpu": 256, "cuda": 4_096}
+# A variant must be so much faster to be taken: less is noise.
+_FASTER = 1.03
+# Share of a device's memory that a larger budget may fill.
+_MEMORY_SHARE = 0.85
+# Seconds of scoring left per worker from which trying is worth its time: a trial takes a few, compiling half a minute.
+_WORTH_TRYING_SECONDS = 120.0
+_WORTH_COMPILING_SECONDS = 300.0
 _VERSIONS = ("dask-logits", "torch", "transformers", "datasets", "numpy", "zarr", "h5py")
 
 
@@ -38,19 +63,29 @@ class CalibrationTask:
         The teacher, its dtype and device resolved.
     documents
         Token ids of the first documents of the plan.
+    plan_tokens
+        Tokens each worker will score; None: nobody knows, taken for very many.
     top_k, vocab_size, batch_size
         Settings.
     batch_tokens, head_rows
         Settings; ``auto`` resolved by :func:`auto_budgets`.
+    batch_tokens_fixed
+        Whether the token budget was set by the user.
+    logits, compile
+        Settings of ``distillation.scoring``.
     """
 
     teacher: TeacherSpec
     documents: tuple[Array, ...]
+    plan_tokens: int | None
     top_k: int
     vocab_size: int
     batch_size: int | None
     batch_tokens: int
+    batch_tokens_fixed: bool
     head_rows: int
+    logits: Literal["exact", "model"]
+    compile: Literal["auto", "always", "never"]
 
 
 def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> tuple[int, int]:
@@ -86,41 +121,153 @@ def calibrate(task: CalibrationTask) -> Json:
     Raises
     ------
     TeacherError
-        If the teacher cannot be loaded, is not causal, or its logits are not finite.
+        If the teacher cannot be loaded, is not causal, its logits are not finite, or it has to be compiled and cannot.
     """
     teacher = load_teacher(task.teacher, task.vocab_size)
-    head, errors = choose_head(teacher)
+    cost = measure_cost(teacher)
+    path, errors = choose_path(teacher, exact=task.logits == "exact")
+    if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
+        logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
     settings = ScoringSettings(
         top_k=task.top_k,
         vocab_size=task.vocab_size,
         batch_tokens=task.batch_tokens,
         batch_size=task.batch_size,
         head_rows=task.head_rows,
-        head=head,
+        path=path,
     )
-    records, tokens_per_second = measure(teacher, task.documents, settings)
-    statistics = Statistics.of(records)
+    score_items(teacher, plain_items(first_documents(task.documents, _WARM_TOKENS)), settings)
+    items = plain_items(task.documents)
+    scored = score_items(teacher, items, settings)
+    trials = _Trials(teacher, items, _seconds_left(task, scored))
+    if not task.batch_tokens_fixed:
+        settings = trials.larger_batches(settings)
+    if task.compile != "never":
+        settings = trials.compiled(settings, task, errors)
+    if settings != trials.first:
+        scored = score_items(teacher, items, settings)
+    return _report(task, settings, scored, cost, errors, trials)
+
+
+def _report(
+    task: CalibrationTask,
+    settings: ScoringSettings,
+    scored: Scored,
+    cost: Cost,
+    errors: dict[str, float],
+    trials: _Trials,
+) -> Json:
+    statistics_of = Statistics.of(scored.records)
     cuda = task.teacher.device == "cuda"
+    seconds = max(scored.seconds["score"], 1e-9)
     return {
         "numerics": {
             "dtype": task.teacher.dtype,
             "device": task.teacher.device,
             "torch_threads": task.teacher.torch_threads,
-            "head": head,
-            "batch_tokens": task.batch_tokens,
+            "path": dataclasses.asdict(settings.path),
+            "batch_tokens": settings.batch_tokens,
             "batch_size": task.batch_size,
             "head_rows": task.head_rows,
         },
-        "head_errors_nats": errors,
-        "kept_mass_by_k": kept_mass_by_k(records),
-        "tokens": records.n_tokens,
-        "perplexity": statistics.perplexity if statistics.labels else None,
-        "tokens_per_second": round(tokens_per_second, 1),
+        "errors_nats": errors,
+        "cost": dataclasses.asdict(cost),
+        "trials_tokens_per_second": trials.rates,
+        "compile_seconds": trials.compile_seconds,
+        "kept_mass_by_k": kept_mass_by_k(scored.records),
+        "tokens": scored.records.n_tokens,
+        "perplexity": statistics_of.perplexity if statistics_of.labels else None,
+        "tokens_per_second": round(scored.records.n_tokens / seconds, 1),
+        "mfu": round(cost.flops(len(document) for document in task.documents) / seconds / cost.peak_flops, 3),
+        "seconds": scored.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in _VERSIONS},
     }
+
+
+def _seconds_left(task: CalibrationTask, scored: Scored) -> float:
+    if task.plan_tokens is None:
+        return float("inf")
+    return task.plan_tokens * scored.seconds["score"] / max(1, scored.records.n_tokens)
+
+
+class _Trials:
+    """Variants timed against each other on the same documents, alternating; medians count."""
+
+    def __init__(self, teacher: Teacher, items: Sequence[Item], seconds_left: float) -> None:
+        self.teacher = teacher
+        self.items = items
+        self.seconds_left = seconds_left
+        self.rates: dict[str, float] = {}
+        self.compile_seconds: float | None = None
+        self.first: ScoringSettings | None = None
+
+    def larger_batches(self, settings: ScoringSettings) -> ScoringSettings:
+        """Double the token budget as long as that is faster and fits."""
+        self.first = settings
+        device = self.teacher.device.type
+        while self.seconds_left >= _WORTH_TRYING_SECONDS and settings.batch_tokens < _MOST_BATCH_TOKENS[device]:
+            double = dataclasses.replace(settings, batch_tokens=2 * settings.batch_tokens)
+            single_rate, double_rate = self._race(settings, double, 2 * double.batch_tokens)
+            self.rates[f"batch_tokens={settings.batch_tokens}"] = single_rate
+            self.rates[f"batch_tokens={double.batch_tokens}"] = double_rate
+            if double_rate < _FASTER * single_rate or _is_nearly_full(self.teacher.device):
+                break
+            settings = double
+        return settings
+
+    def compiled(self, settings: ScoringSettings, task: CalibrationTask, errors: dict[str, float]) -> ScoringSettings:
+        """Compile, if the plan is long enough, and keep it if it pays for itself on what is left."""
+        self.first = self.first or settings
+        if task.compile == "auto" and self.seconds_left < _WORTH_COMPILING_SECONDS:
+            return settings
+        started = time.perf_counter()
+        try:
+            errors["compiled"] = try_compiled(self.teacher)
+            fast = dataclasses.replace(settings, path=self.teacher.path)
+            score_items(self.teacher, self.items[:2], fast)
+        except RuntimeError as error:
+            self.teacher.take(settings.path)
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if task.compile == "always":
+                raise TeacherError(
+                    f"distillation.scoring.compile: expected to compile the teacher's layers, got {first_line}; "
+                    "install a C++ compiler on the workers, or set distillation.scoring.compile=auto"
+                ) from error
+            logger.warning("not compiled: %s", first_line)
+            return settings
+        self.compile_seconds = round(time.perf_counter() - started, 1)
+        self.rates["eager"], self.rates["compiled"] = self._race(settings, fast, _TRIAL_TOKENS)
+        saved = self.seconds_left * (1 - self.rates["eager"] / self.rates["compiled"])
+        if task.compile == "always" or saved > self.compile_seconds:
+            return fast
+        return settings
+
+    def _race(self, a: ScoringSettings, b: ScoringSettings, tokens: int) -> tuple[float, float]:
+        """Return the tokens/s of two variants on the same items, repeated until there are enough tokens."""
+        per_pass = sum(len(item.tokens) for item in self.items)
+        if per_pass >= tokens:
+            lengths = np.cumsum([len(item.tokens) for item in self.items])
+            items = list(self.items[: int(np.searchsorted(lengths, tokens)) + 1])
+        else:
+            items = list(self.items) * -(-tokens // max(1, per_pass))
+        total = sum(len(item.tokens) for item in items)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_TRIAL_ROUNDS):
+            for settings, found in zip((a, b), seconds, strict=True):
+                found.append(score_items(self.teacher, items, settings).seconds["score"])
+        rates = [round(total / max(1e-9, statistics.median(found)), 1) for found in seconds]
+        return rates[0], rates[1]
+
+
+def _is_nearly_full(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return (
+        torch.cuda.max_memory_allocated(device) > _MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
+    )
 
 
 def kept_mass_by_k(records: Records) -> dict[str, float]:

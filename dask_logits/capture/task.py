@@ -6,19 +6,22 @@ number of attempts, even at the same time, leaves exactly one committed result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import resource
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
 from dask_logits.capture.items import ItemSettings, make_items
+from dask_logits.capture.meter import Cost
 from dask_logits.capture.rows import FileRows, read_rows
 from dask_logits.capture.scoring import ScoringSettings, score_items
-from dask_logits.capture.teacher import TeacherSpec, load_teacher
 from dask_logits.capture.tokens import TokenizerSpec, tokenize
 from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
@@ -26,6 +29,25 @@ from dask_logits.job.plan import Partition
 from dask_logits.records import ContentDigest, Statistics
 from dask_logits.store.durable import Json, create_json
 from dask_logits.store.partition import remove_partition, write_partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a worker's threads take turns at, so that one partition is read or written while another is scored.
+
+    Parameters
+    ----------
+    text
+        Held while rows are read and tokenised; a tokenizer serves one thread at a time.
+    teacher
+        Held while the teacher is loaded and at work.
+    """
+
+    text: AbstractContextManager[object]
+    teacher: AbstractContextManager[object]
+
+
+ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +64,8 @@ class PartitionTask:
         Which rows, and where they are.
     tokenizer, items, teacher, scoring
         How they become targets.
+    cost
+        What the teacher computes, for the meter.
     """
 
     run: str
@@ -53,9 +77,14 @@ class PartitionTask:
     items: ItemSettings
     teacher: TeacherSpec
     scoring: ScoringSettings
+    cost: Cost
 
 
-def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = lambda tokens: None) -> Json:
+def process_partition(
+    task: PartitionTask,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+    stages: Stages = ALONE,
+) -> Json:
     """Compute and commit one partition, or return its receipt if it is committed already.
 
     Parameters
@@ -64,6 +93,8 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
         The partition.
     on_tokens
         Called after each batch with the tokens scored since the last call.
+    stages
+        What other threads of this process take turns at.
 
     Returns
     -------
@@ -92,19 +123,25 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
     def lap(name: str) -> None:
         nonlocal clock
         now = time.perf_counter()
-        seconds[name] = round(now - clock, 4)
+        seconds[name] = round(seconds.get(name, 0.0) + now - clock, 4)
         clock = now
 
-    teacher = load_teacher(task.teacher, task.scoring.vocab_size)
-    lap("load")
-    rows = read_rows(task.files, task.column)
-    lap("read")
-    documents = tokenize(rows, task.tokenizer, first_row=task.partition.first_row)
-    items = make_items(documents, task.items, first_row=task.partition.first_row)
-    lap("tokenize")
+    with stages.text:
+        lap("wait")
+        rows = read_rows(task.files, task.column)
+        lap("read")
+        documents = tokenize(rows, task.tokenizer, first_row=task.partition.first_row)
+        items = make_items(documents, task.items, first_row=task.partition.first_row)
+        lap("tokenize")
     packed = task.items.packing == "concat"
-    records = score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
-    lap("score")
+    with stages.teacher:
+        lap("wait")
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        lap("load")
+        scored = score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+        lap("score")
+    records = scored.records
+    flops = task.cost.flops(len(item.tokens) for item in items)
     digest = ContentDigest()
     digest.update_records(records)
     attempt = run.attempt_path(task.partition.index)
@@ -122,7 +159,11 @@ def process_partition(task: PartitionTask, on_tokens: Callable[[int], None] = la
         "attempt": attempt.name,
         "statistics": dataclasses.asdict(Statistics.of(records)),
         "digests": digest.array_digests(),
-        "seconds": seconds,
+        "seconds": scored.seconds | seconds,
+        "flops": flops,
+        "mfu": round(flops / max(seconds["score"], 1e-9) / task.cost.peak_flops, 4) if task.cost.peak_flops else None,
+        "padded_tokens": scored.padded_tokens,
+        "splits": {str(batch): sizes for batch, sizes in scored.splits.items()},
         "finished": time.time(),
         "host": socket.gethostname(),
         "process": os.getpid(),

@@ -180,7 +180,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
     common: dict[str, Any] = {
         "n_workers": workers,
-        "threads_per_worker": 1,
+        # One scores while the other reads, tokenises or writes.
+        "threads_per_worker": 2,
         "memory_limit": None,
         "dashboard_address": config.dashboard_address,
         "host": "127.0.0.1",

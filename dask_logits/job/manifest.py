@@ -39,7 +39,7 @@ RUN_NAMES = (
     CACHE_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "status.json", "plan", "run.json",
 )  # fmt: skip
 FORMAT = "dask_logits.run"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 
 from dask_logits.capture.calibrate import auto_budgets
+from dask_logits.capture.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.capture.corpus import open_corpus
 from dask_logits.capture.items import ItemSettings
 from dask_logits.capture.rows import Source
 from dask_logits.capture.stream import is_stream, open_stream
-from dask_logits.capture.teacher import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.capture.tokens import Tokenizer, TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.capture.topk import scratch_rows
 from dask_logits.config import Config, DatasetConfig
@@ -164,6 +164,8 @@ def prepare(config: Config, dataset: Any = None) -> Job:
             "teacher.generation.batch_tokens": generation.batch_tokens,
             "teacher.generation.head_rows": generation.head_rows,
             "teacher.generation.torch_threads": generation.torch_threads,
+            "scoring.logits": config.scoring.logits,
+            "scoring.compile": config.scoring.compile,
         },
         device=device,
         n_workers=0 if joins else local_workers(generation, device),

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from dask_logits.capture.calibrate import TOKENS as CALIBRATION_TOKENS
 from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
+from dask_logits.capture.checkpoint import resolve_dtype
 from dask_logits.capture.items import make_items
-from dask_logits.capture.teacher import resolve_dtype
 from dask_logits.capture.tokens import tokenize
 from dask_logits.config import Config
 from dask_logits.errors import DaskLogitsError, PartitionsFailedError, RunConflictError
@@ -222,14 +222,25 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
             torch_threads=cluster.torch_threads,
         ),
         documents=first_documents(sequences, CALIBRATION_TOKENS),
+        plan_tokens=_tokens_each(job, cluster),
         top_k=generation.top_k,
         vocab_size=job.tokenizer_spec.vocab_size,
         batch_size=generation.batch_size,
         batch_tokens=batch_tokens,
+        batch_tokens_fixed=generation.batch_tokens != "auto",
         head_rows=head_rows,
+        logits=job.config.scoring.logits,
+        compile=job.config.scoring.compile,
     )
     logger.info("calibrating on %d sequences", len(task.documents))
     return run_one(cluster.client, calibrate, task, job.config.job)
+
+
+def _tokens_each(job: Job, cluster: Cluster) -> int | None:
+    """Return the tokens one worker will score, None if nobody knows."""
+    if job.estimate.tokens is None:
+        return None
+    return job.estimate.tokens // (job.share.total * max(1, len(cluster.client.ncores())))
 
 
 def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
@@ -267,11 +278,13 @@ def _record(job: Job, calibration: Json) -> Json:
         check_folder(job)
     if create_json(job.run.calibration_path, calibration):
         logger.info(
-            "calibrated: %s on %s, head path %s, %.0f tokens/s, kept mass by k %s",
+            "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %.2f, kept mass by k %s",
             calibration["numerics"]["dtype"],
             calibration["numerics"]["device"],
-            calibration["numerics"]["head"],
+            calibration["numerics"]["path"],
+            calibration["numerics"]["batch_tokens"],
             calibration["tokens_per_second"],
+            calibration["mfu"],
             calibration["kept_mass_by_k"],
         )
     logger.info("%s run in %s", "new" if created else "resumed", job.run.path)

@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dask_logits.capture.checkpoint import TeacherSpec
+from dask_logits.capture.meter import Cost
 from dask_logits.capture.rows import Planned
 from dask_logits.capture.scoring import ScoringSettings
 from dask_logits.capture.task import PartitionTask
-from dask_logits.capture.teacher import TeacherSpec
+from dask_logits.capture.teacher import ScoringPath
 from dask_logits.errors import RunConflictError
 from dask_logits.job.ahead import ReadAhead
 from dask_logits.job.cluster import Cluster
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job
 from dask_logits.job.window import run_partitions
-from dask_logits.observe.progress import JobProgress
+from dask_logits.observe.progress import JobProgress, add_seconds, shares
 from dask_logits.observe.status import RUNS_TOPIC
 from dask_logits.records import Statistics
 from dask_logits.store.durable import Json, read_json, replace_json
@@ -94,6 +96,7 @@ class _Driver:
         self._log = PlanLog(job.run)
         self._ahead: ReadAhead | None = None
         self._passed = 0
+        self._seconds: dict[str, float] = {}
         self._reporter = Reporter(job, "running", cluster, progress, self.failed)
         self._reporter.report()
 
@@ -112,12 +115,15 @@ class _Driver:
         statistics = Statistics.from_json(receipt["statistics"])
         self._progress.partition(statistics)
         logger.info(
-            "partition %06d: %d documents, %d tokens, %.0f tokens/s",
+            "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %.2f%s",
             receipt["partition"],
             statistics.documents,
             statistics.tokens,
             statistics.tokens / max(receipt["seconds"]["score"], 1e-9),
+            receipt["mfu"] or float("nan"),
+            f", {len(receipt['splits'])} batches split for lack of memory" if receipt["splits"] else "",
         )
+        self._seconds = add_seconds(self._seconds, receipt["seconds"])
         self._settle(receipt["partition"])
 
     def on_failure(self, index: int, reason: str) -> None:
@@ -132,7 +138,9 @@ class _Driver:
         return self._passed != before
 
     def close(self) -> None:
-        """End the reading, and say that nobody is at work."""
+        """End the reading, say where the time went, and that nobody is at work."""
+        if self._seconds:
+            logger.info("time of the workers: %s", shares(self._seconds))
         if self._ahead is not None:
             self._ahead.stop()
         self._reporter.report("stopped")
@@ -208,8 +216,9 @@ def tasks(
         batch_tokens=numerics["batch_tokens"],
         batch_size=numerics["batch_size"],
         head_rows=numerics["head_rows"],
-        head=numerics["head"],
+        path=ScoringPath(**numerics["path"]),
     )
+    cost = Cost(**calibration["cost"])
     for due in planned:
         if due is None:
             yield None
@@ -227,6 +236,7 @@ def tasks(
                 items=job.items,
                 teacher=teacher,
                 scoring=scoring,
+                cost=cost,
             )
 
 

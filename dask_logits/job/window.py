@@ -21,7 +21,7 @@ import dask
 from distributed import Client, Future, KilledWorker, get_worker
 from distributed.client import FutureCancelledError
 
-from dask_logits.capture.task import PartitionTask, process_partition
+from dask_logits.capture.task import PartitionTask, Stages, process_partition
 from dask_logits.config import JobConfig
 from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError
 from dask_logits.store.durable import Json
@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 _TOPIC = "dask_logits.tokens."
 _CALL_SECONDS = 20
-# A worker that was started with several threads still scores one partition at a time: there is one teacher.
-_TEACHER_IN_USE = threading.Lock()
+# A worker with two threads scores one partition at a time, there is one teacher, and reads or writes another meanwhile.
+_PARTITIONS_EACH = 2
+_STAGES = Stages(text=threading.Lock(), teacher=threading.Lock())
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
@@ -42,8 +43,11 @@ Failure = Literal["transient", "data", "worker-death"]
 def run_on_worker(task: PartitionTask) -> Json:
     """Run a partition inside a Dask worker and report its progress as events."""
     worker = get_worker()
-    with _TEACHER_IN_USE:
-        return process_partition(task, lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens}))
+    return process_partition(
+        task,
+        lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens}),
+        _STAGES,
+    )
 
 
 def classify(error: BaseException) -> Failure:
@@ -139,6 +143,10 @@ class _Window:
     _running: dict[str, tuple[PartitionTask, Future]] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
+    # Partitions whose workers died while they had company there: each is tried once more, last and on its own.
+    _suspects: list[PartitionTask] = field(default_factory=list)
+    _alone: set[int] = field(default_factory=set)
+    _shared: bool = False
     _done: queue.SimpleQueue[Future] = field(default_factory=queue.SimpleQueue)
     _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
@@ -154,7 +162,9 @@ class _Window:
             if task is None:
                 break
             self._submit(task)
-        return bool(self._running or self._later or not self._exhausted)
+        if self._suspects and self._exhausted and not self._running and not self._later:
+            self._submit(self._suspects.pop(0))
+        return bool(self._running or self._later or self._suspects or not self._exhausted)
 
     def next_done(self, seconds: float) -> Json | bool | None:
         """Wait for a completion: its receipt, False if it failed, None if none came in time."""
@@ -171,7 +181,7 @@ class _Window:
                 self._later.append((self.last_progress, task))
                 return False
             if future.status == "finished":
-                receipt: Json = future.result()
+                receipt = _result_of(future)
                 self._succeeded = True
                 self._attempts.pop(task.partition.index)
                 return receipt
@@ -228,6 +238,13 @@ class _Window:
             logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
             self._later.append((time.monotonic() + wait, task))
             return
+        if kind == "worker-death" and self._shared and index not in self._alone:
+            logger.warning(
+                "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
+            )
+            self._alone.add(index)
+            self._suspects.append(task)
+            return
         reason = str(error) or repr(error)
         if isinstance(error, KilledWorker):
             reason = f"its worker died {error.allowed_failures + 1} times"
@@ -252,7 +269,18 @@ class _Window:
         return workers
 
     def _room(self) -> int:
-        return max(1, len(self._workers()))
+        threads = [min(_PARTITIONS_EACH, int(worker["nthreads"])) for worker in self._workers().values()]
+        self._shared = self._shared or max(threads, default=1) > 1
+        return max(1, sum(threads))
+
+
+def _result_of(future: Future) -> Json:
+    try:
+        result: Json = future.result()
+    except OSError as error:
+        # Fetched through the scheduler, which has just gone.
+        raise _scheduler_lost() from error
+    return result
 
 
 def _exception_of(future: Future) -> BaseException:
@@ -290,8 +318,7 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
                 f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again"
             )
     if future.status == "finished":
-        result: Json = future.result()
-        return result
+        return _result_of(future)
     error = _exception_of(future)
     if isinstance(error, KilledWorker):
         raise ClusterError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,29 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dask_logits.records import Statistics
 
 _PLAIN_SECONDS = 10.0
+# Stages inside of `score`.
+_SCORING = ("trunk", "head", "tail", "transfer")
+
+
+def add_seconds(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """Add the seconds of a partition's stages to those of others."""
+    return {stage: so_far.get(stage, 0.0) + more.get(stage, 0.0) for stage in {**so_far, **more}}
+
+
+def shares(seconds: Mapping[str, float]) -> str:
+    """Write where a worker's time goes, largest share first; waiting for the teacher is not work.
+
+    >>> shares({"score": 9.0, "trunk": 7.0, "head": 1.5, "tail": 0.4, "write": 1.0, "wait": 3.0})
+    'trunk 70 %, head 15 %, write 10 %, tail 4 %, rest 1 %'
+    """
+    inner = {stage: seconds.get(stage, 0.0) for stage in _SCORING}
+    outer = {stage: value for stage, value in seconds.items() if stage not in (*_SCORING, "score", "wait")}
+    parts = {**inner, **outer}
+    rest = seconds.get("score", 0.0) - sum(inner.values())
+    total = sum(outer.values()) + seconds.get("score", 0.0)
+    ranked = sorted(parts.items(), key=lambda part: -part[1])
+    shown = [(stage, value) for stage, value in ranked if value >= 0.005 * total] + [("rest", rest)]
+    return ", ".join(f"{stage} {100 * value / max(total, 1e-9):.0f} %" for stage, value in shown)
 
 
 class JobProgress:

@@ -11,6 +11,7 @@ from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import is_complete, open_run_cache
 from dask_logits.job.manifest import RunFolder, Share
 from dask_logits.job.planlog import PlanLog
+from dask_logits.observe.progress import add_seconds, shares
 from dask_logits.records import Statistics
 from dask_logits.store.durable import Json, read_json
 
@@ -41,6 +42,14 @@ class Status:
         Sums over committed partitions.
     tokens_per_second
         Of one worker, scoring only; NaN before the first partition.
+    seconds
+        Stage → seconds of all workers: ``read``, ``tokenize``, ``wait`` (for the teacher, while it scores another
+        partition), ``load``, ``trunk``, ``head``, ``tail``, ``transfer``, ``write``; ``score`` for scoring in all.
+    mfu
+        FLOPs of the tokens' own sequences over those a large matrix product would have done in the scoring's time; NaN
+        before the first partition.
+    splits
+        Batches that did not fit into memory and were split.
     running
         Drivers that are at work, by the sign of life they left in the folder.
     running_tokens_per_second, seconds_left
@@ -68,6 +77,9 @@ class Status:
     committed_rows: int
     statistics: Statistics
     tokens_per_second: float
+    seconds: dict[str, float]
+    mfu: float
+    splits: int
     running: int
     running_tokens_per_second: float
     seconds_left: float | None
@@ -88,6 +100,7 @@ class Status:
             "kept_mass": sums.mean_kept_mass if sums.tokens else None,
             "perplexity": sums.perplexity if sums.labels else None,
             "tokens_per_second": self.tokens_per_second if sums.tokens else None,
+            "mfu": self.mfu if self.mfu == self.mfu else None,
         }
         return json.dumps(values, indent=1)
 
@@ -105,6 +118,11 @@ class Status:
         ]
         if sums.tokens:
             out.append(f"tokens/s      {self.tokens_per_second:,.0f} per worker, while scoring")
+            out.append(f"time          {shares(self.seconds)}")
+            if self.mfu == self.mfu:
+                out.append(f"MFU           {self.mfu:.2f} of the rate of a large matrix product")
+            if self.splits:
+                out.append(f"splits        {self.splits} batches did not fit into memory; lower batch_tokens")
             out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")
@@ -142,10 +160,13 @@ def read_status(path: Path | str) -> Status:
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
     log = PlanLog(run)
-    sums, seconds, count, rows = Statistics(), 0.0, 0, 0
+    sums, count, rows, splits, flops = Statistics(), 0, 0, 0, 0.0
+    seconds: dict[str, float] = {}
     for receipt in run.receipts(log.n_partitions):
         sums += Statistics.from_json(receipt["statistics"])
-        seconds += receipt["seconds"]["score"]
+        seconds = add_seconds(seconds, receipt["seconds"])
+        flops += receipt["flops"]
+        splits += len(receipt["splits"])
         count += 1
         rows += receipt["n_rows"]
     state = "scored" if log.end is not None and count == log.n_partitions else "unfinished"
@@ -154,6 +175,7 @@ def read_status(path: Path | str) -> Status:
         state = "complete" if cache else state
     except CacheError:
         cache, state = None, "damaged"
+    scoring, peak = seconds.get("score", 0.0), (run.calibration() or {}).get("cost", {}).get("peak_flops", 0.0)
     drivers = _drivers(run, int(manifest["total_workers"]))
     alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
     left = [driver["seconds_left"] for driver in alive]
@@ -166,7 +188,10 @@ def read_status(path: Path | str) -> Status:
         rows=log.n_rows,
         committed_rows=rows,
         statistics=sums,
-        tokens_per_second=sums.tokens / seconds if seconds else float("nan"),
+        tokens_per_second=sums.tokens / scoring if scoring else float("nan"),
+        seconds=seconds,
+        mfu=flops / scoring / peak if scoring and peak else float("nan"),
+        splits=splits,
         running=len(alive),
         running_tokens_per_second=sum(driver["tokens_per_second"] for driver in alive),
         seconds_left=max(left) if left and None not in left else None,

@@ -90,7 +90,7 @@ def test_targets_are_the_plain_forwards_on_each_item(way) -> None:
     model = tiny_model("llama")
     items = make_items(documents([3, 0, 30, 11, 1]), ItemSettings(max_length=10, **way), first_row=2)
     with torch.inference_mode():
-        records = score_items(Teacher(model, VOCAB_SIZE), items, settings(), packed="packing" in way)
+        records = score_items(Teacher(model, VOCAB_SIZE), items, settings(), packed="packing" in way).records
     start = 0
     for item in items:
         if not len(item.tokens):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from builders import VOCAB_SIZE, tiny_model
 
-from dask_logits.capture.teacher import Teacher, TeacherSpec, choose_head, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.capture.selfcheck import choose_path
+from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import TeacherError
 
@@ -117,7 +119,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         for parameter in model.parameters():
             parameter.mul_(6.0)
     with pytest.raises(TeacherError, match="expected a causal model"):
-        choose_head(Teacher(model, VOCAB_SIZE))
+        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
 
 
 def test_a_teacher_of_nan_is_refused_at_once() -> None:
@@ -125,12 +127,12 @@ def test_a_teacher_of_nan_is_refused_at_once() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(TeacherError, match="got NaN or infinity everywhere"):
-        choose_head(Teacher(model, VOCAB_SIZE))
+        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
 
 
 def test_a_frozen_path_that_no_longer_agrees_is_refused() -> None:
     with pytest.raises(TeacherError, match="expected one of the head paths linear"):
-        choose_head(Teacher(tiny_model("gemma2"), VOCAB_SIZE), ("linear",))
+        choose_path(Teacher(tiny_model("minicpm3"), VOCAB_SIZE), exact=True, heads=("linear",))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_dtype_resolution(setting: str, checkpoint: str, device: str, expected: 
 
 
 def test_half_precision_on_a_cpu_without_the_units_becomes_float32(monkeypatch) -> None:
-    monkeypatch.setattr("dask_logits.capture.teacher._cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("dask_logits.capture.checkpoint._cpu_has_bfloat16", lambda: False)
     assert resolve_dtype("auto", "bfloat16", "cpu") == "float32"
-    monkeypatch.setattr("dask_logits.capture.teacher._cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("dask_logits.capture.checkpoint._cpu_has_bfloat16", lambda: True)
     assert resolve_dtype("auto", "bfloat16", "cpu") == "bfloat16"

@@ -1,10 +1,15 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_logits.capture.topk import padded_width, select_topk, topk_with_tail
+from dask_logits.capture.teacher import ScoringPath
+from dask_logits.capture.topk import block_statistics, padded_width, topk_with_tail
 
 values = st.sampled_from([-np.inf, -3.0, -0.0, 0.0, 0.5, 0.5, 2.0, 7.25, -1e30, 1e30])
 
@@ -26,9 +31,9 @@ def test_selection_equals_a_stable_sort(data, vocab_size: int, rows: int) -> Non
     k = data.draw(st.integers(1, vocab_size))
     flat = data.draw(st.lists(values, min_size=rows * vocab_size, max_size=rows * vocab_size))
     logits = np.array(flat, np.float32).reshape(rows, vocab_size)
-    ids, kept = select_topk(padded(logits), k)
-    np.testing.assert_array_equal(ids.numpy(), oracle(logits, k))
-    np.testing.assert_array_equal(kept.numpy(), np.take_along_axis(logits, ids.numpy(), 1))
+    top = topk_with_tail(padded(logits), k)
+    np.testing.assert_array_equal(top.ids_RK.numpy(), oracle(logits, k))
+    np.testing.assert_array_equal(top.logits_RK.numpy(), np.take_along_axis(logits, top.ids_RK.numpy(), 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,8 +42,8 @@ def test_selection_of_random_logits(dtype: torch.dtype, vocab_size: int, k: int)
     torch.manual_seed(vocab_size)
     # Half precision ties often at this size.
     logits = (torch.randn(17, vocab_size) * 3).to(dtype).float().numpy()
-    ids, _ = select_topk(padded(logits, dtype), k)
-    np.testing.assert_array_equal(ids.numpy(), oracle(logits, k))
+    top = topk_with_tail(padded(logits, dtype), k)
+    np.testing.assert_array_equal(top.ids_RK.numpy(), oracle(logits, k))
 
 
 def test_sums_equal_float64() -> None:
@@ -71,3 +76,75 @@ def test_rows_that_are_not_finite_show_in_logsumexp(bad: float) -> None:
     logits[1, 77] = bad
     top = topk_with_tail(padded(logits), 4)
     assert torch.isfinite(top.logsumexp_R).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("vocab_size", "k"), [(100, 7), (5000, 64), (300, 290), (50_257, 64), (70_000, 20)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refined_targets_are_those_of_the_float32_logits(dtype, vocab_size: int, k: int, compiled: bool) -> None:
+    torch.manual_seed(vocab_size)
+    exact = torch.randn(13, vocab_size) * 3
+    labels = torch.randint(vocab_size, (13,))
+    labels[4] = -1
+    top = topk_with_tail(
+        padded(exact.numpy(), dtype), k, labels_R=labels, vocab_size=vocab_size, path=ScoringPath(compiled=compiled),
+        refine=lambda ids: exact.gather(1, ids),
+    )  # fmt: skip
+    np.testing.assert_array_equal(top.ids_RK.numpy(), oracle(exact.numpy(), k))
+    torch.testing.assert_close(top.logits_RK, exact.gather(1, top.ids_RK), atol=0, rtol=0)
+    torch.testing.assert_close(top.logsumexp_R, exact.logsumexp(-1), atol=2e-3, rtol=0)
+    rest = exact.log_softmax(-1).scatter(1, top.ids_RK, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(top.tail_logmass_R, rest, atol=5e-3, rtol=0)
+    known = labels >= 0
+    torch.testing.assert_close(top.label_logits_R[known], exact.gather(1, labels.clamp(min=0)[:, None])[known, 0])
+
+
+@pytest.mark.parametrize(
+    "path", [ScoringPath(scale=0.5), ScoringPath(softcap=3.0), ScoringPath(scale=2.0, softcap=5.0)]
+)
+def test_factor_and_soft_cap_are_applied_to_all_but_the_padding(path: ScoringPath) -> None:
+    torch.manual_seed(0)
+    raw = torch.randn(9, 150) * 4
+    finished = path.finish(raw)
+    top = topk_with_tail(padded(raw.numpy()), 10, path=path)
+    np.testing.assert_array_equal(top.ids_RK.numpy(), oracle(finished.numpy(), 10))
+    torch.testing.assert_close(top.logsumexp_R, finished.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_block_statistics_of_blocks_that_hold_nothing(compiled: bool) -> None:
+    logits = torch.full((2, 192), -torch.inf)
+    logits[0, 70] = 3.0
+    logits[1, 5] = torch.nan
+    maxima, sums = block_statistics(logits, ScoringPath(compiled=compiled))
+    assert maxima[0].tolist() == [-torch.inf, 3.0, -torch.inf]
+    assert sums[0].tolist() == [0.0, 1.0, 0.0]
+    assert torch.isnan(maxima[1, 0] + sums[1, 0])
+
+
+def test_the_triton_kernel_equals_the_torch_version() -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
+    code = """
+import torch
+from dask_logits.capture import kernels
+from dask_logits.capture.teacher import ScoringPath
+from dask_logits.capture.topk import block_statistics
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    for width in (64, 640, 4096 + 128):
+        for path in (ScoringPath(), ScoringPath(scale=0.5, softcap=4.0)):
+            logits = (torch.randn(3, width) * 6).to(dtype)
+            logits[1, -30:] = -torch.inf
+            logits[2, :64] = -torch.inf
+            found = kernels.block_statistics(logits, path.scale, path.softcap)
+            for a, b in zip(found, block_statistics(logits, path), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    logits[0, 7] = torch.nan
+    maxima, sums = kernels.block_statistics(logits)
+    assert torch.isnan(maxima[0, 0] + sums[0, 0]) and torch.isfinite(sums[0, 1:]).all()
+print("equal")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr

@@ -64,7 +64,7 @@ def test_what_lands_on_disk(joined, cache) -> None:
     assert plan[0]["cuts"] == [[3, 12], [1, 4]]
     assert plan[1] == {"end": "exhausted", "partitions": 4, "rows": 40}
     calibration = json.loads((run_folder / "calibration.json").read_text())
-    assert calibration["numerics"]["head"] == "linear"
+    assert calibration["numerics"]["path"]["head"] == "linear"
     mass = list(calibration["kept_mass_by_k"].values())
     assert mass == sorted(mass)
     assert list(calibration["kept_mass_by_k"]) == ["1", "2", "4", "8"]

@@ -26,7 +26,7 @@ class Saboteur(WorkerPlugin):
 
         original, index, act = window.process_partition, self.index, self.act
 
-        def sabotaged(task, on_tokens):
+        def sabotaged(task, on_tokens, stages):
             if task.partition.index == index:
                 import os
                 import time
@@ -34,7 +34,7 @@ class Saboteur(WorkerPlugin):
                 if act == "die":
                     os._exit(1)
                 time.sleep(60)
-            return original(task, on_tokens)
+            return original(task, on_tokens, stages)
 
         window.process_partition = sabotaged
 
