@@ -72,6 +72,7 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Run the job in this process, with its worker in another."""
     from dask_logits import generate, load_config
     from dask_logits.job import run as job_run
+    from dask_logits.observe.progress import add_seconds
 
     spans: dict[str, float] = {}
     score, consolidate = job_run.score, job_run.consolidate_run
@@ -95,6 +96,7 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
                 f"distillation.teacher.cache_dir={folder}",
                 f"distillation.teacher.generation.top_k={arguments.k}",
                 f"distillation.teacher.generation.torch_threads={arguments.threads}",
+                f"distillation.scoring.compile={arguments.compile}",
                 "distillation.teacher.generation.num_workers=1",
                 "distillation.dataset.name=json",
                 f"distillation.dataset.data_files={CORPUS}",
@@ -106,15 +108,20 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         )
     )
     receipts = [json.loads(path.read_text()) for path in sorted((folder / "receipts").rglob("*.json"))]
-    parts = {name: sum(receipt["seconds"][name] for receipt in receipts) for name in ("load", "read", "score", "write")}
+    parts: dict[str, float] = {}
+    for receipt in receipts:
+        parts = add_seconds(parts, receipt["seconds"])
+    calibration = json.loads((folder / "calibration.json").read_text())
     return {
         "tokens": sum(receipt["statistics"]["tokens"] for receipt in receipts),
         # The cluster is closed between the last partition and the consolidation; that is not work on tokens.
         "seconds": receipts_span(receipts, spans) + spans["renamed"] - spans["consolidate"],
         "peak_rss_bytes": max(receipt["peak_rss_bytes"] for receipt in receipts),
         "cache_bytes": cache.stat().st_size,
+        "compile_seconds": calibration["compile_seconds"] or 0.0,
+        "trials": calibration["trials_tokens_per_second"],
         "consolidate_seconds": spans["renamed"] - spans["consolidate"],
-        **{f"{name}_seconds": value for name, value in parts.items()},
+        "parts": parts,
     }
 
 
@@ -131,12 +138,25 @@ def gemm(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    best = 0.0
-    for _ in range(12):
+    rates = []
+    for _ in range(30):
         started = time.perf_counter()
         torch.mm(a, b)
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - started))
-    return {"gflops": best / 1e9}
+        rates.append(2 * 2048**3 / (time.perf_counter() - started))
+    # Medians everywhere: the others are not at their best all the time either.
+    return {"gflops": statistics.median(rates[5:]) / 1e9, "best_gflops": max(rates) / 1e9}
+
+
+def vllm(arguments: argparse.Namespace) -> dict[str, float]:
+    """Run vLLM's CPU build in its own environment."""
+    command = [arguments.vllm, "benchmarks/peers/vllm_cpu.py", "--model", str(Path(MODEL).absolute())]
+    for name in ("documents", "k", "threads", "max_length"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run([*command, "--corpus", str(Path(CORPUS).absolute())], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"vllm failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:
@@ -163,7 +183,7 @@ def flops_per_token(arguments: argparse.Namespace) -> float:
 def measured(arguments: argparse.Namespace, side: str) -> dict[str, float]:
     """Run one side in a fresh process."""
     command = [sys.executable, __file__, "--side", side, "--documents", str(arguments.documents)]
-    for name in ("k", "threads", "dtype", "max_length"):
+    for name in ("k", "threads", "dtype", "max_length", "compile"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -174,30 +194,36 @@ def measured(arguments: argparse.Namespace, side: str) -> dict[str, float]:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternate the sides and sum up by medians."""
-    rounds: dict[str, list[dict[str, float]]] = {"gemm": [], "loop": [], "ours": []}
+    sides = ["gemm", "loop", "ours", *(["vllm"] if arguments.vllm else [])]
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
         for side, found in rounds.items():
-            found.append(measured(arguments, side))
+            found.append(vllm(arguments) if side == "vllm" else measured(arguments, side))
             print(f"round {number + 1} {side}: {found[-1]}", file=sys.stderr)
     flops = flops_per_token(arguments)
     limit = statistics.median(found["gflops"] for found in rounds["gemm"]) * 1e9 / flops
-    rates = {side: [r["tokens"] / r["seconds"] for r in rounds[side]] for side in ("loop", "ours")}
-    ratios = [a / b for a, b in zip(rates["ours"], rates["loop"], strict=True)]
+    rates = {side: [r["tokens"] / r["seconds"] for r in rounds[side]] for side in sides if side != "gemm"}
+    ratios = {
+        side: [a / b for a, b in zip(rates["ours"], rates[side], strict=True)] for side in rates if side != "ours"
+    }
+    middle = sorted(rounds["ours"], key=lambda r: r["seconds"])[len(rounds["ours"]) // 2]
     return {
         "tokens": rounds["ours"][0]["tokens"],
         "gflop_per_token": flops / 1e9,
         "gemm_gflops": limit * flops / 1e9,
         "limit_tokens_per_second": limit,
-        "loop_tokens_per_second": statistics.median(rates["loop"]),
-        "ours_tokens_per_second": statistics.median(rates["ours"]),
-        "ratio": statistics.median(ratios),
+        "tokens_per_second": {side: statistics.median(found) for side, found in rates.items()},
+        "ratio": {side: statistics.median(found) for side, found in ratios.items()},
         "ratios": ratios,
-        "mfu_loop": statistics.median(rates["loop"]) / limit,
-        "mfu_ours": statistics.median(rates["ours"]) / limit,
-        "peak_rss_loop_bytes": max(r["peak_rss_bytes"] for r in rounds["loop"]),
-        "peak_rss_worker_bytes": max(r["peak_rss_bytes"] for r in rounds["ours"]),
+        "mfu": {side: statistics.median(found) / limit for side, found in rates.items()},
+        "peak_rss_bytes": {side: max(r["peak_rss_bytes"] for r in rounds[side]) for side in rates if side != "vllm"},
+        "compile_seconds": statistics.median(r["compile_seconds"] for r in rounds["ours"]),
+        "parts_seconds": middle["parts"],
+        "parts_of_seconds": middle["seconds"],
         "rounds": rounds,
-        "settings": {name: getattr(arguments, name) for name in ("documents", "k", "threads", "dtype", "max_length")},
+        "settings": {
+            name: getattr(arguments, name) for name in ("documents", "k", "threads", "dtype", "max_length", "compile")
+        },
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("dask-logits", "torch", "transformers", "distributed")},
     }
@@ -212,6 +238,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--compile", default="always", choices=["always", "never"])
+    parser.add_argument("--vllm", help="python of an environment with benchmarks/peers/requirements-vllm.txt")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--side", choices=["loop", "ours", "gemm"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -229,17 +257,21 @@ def main() -> None:
 
 def report(found: dict[str, Any], out: Path | None) -> None:
     """Print the table and keep the figures."""
+    from dask_logits.observe.progress import shares
+
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{found['tokens']:,} tokens, {found['gflop_per_token']:.3f} GFLOP/token")
     print(f"GEMM {found['gemm_gflops']:.0f} GFLOP/s: at most {found['limit_tokens_per_second']:.0f} tokens/s")
-    print("                     tokens/s    MFU   peak RSS")
-    for name, side in (("padded batch-4 loop", "loop"), ("dask_logits", "ours")):
-        rss = found["peak_rss_loop_bytes" if side == "loop" else "peak_rss_worker_bytes"]
-        rate, mfu = found[f"{side}_tokens_per_second"], found[f"mfu_{side}"]
-        print(f"{name:20s} {rate:8.0f}  {mfu:5.2f}  {rss / 2**30:5.2f} GiB")
-    print(f"ratio {found['ratio']:.2f} (each round: {', '.join(f'{r:.2f}' for r in found['ratios'])})")
+    names = {"loop": "padded batch-4 loop", "vllm": "vLLM, CPU build", "ours": "dask_logits"}
+    print("                     tokens/s    MFU   peak RSS   ours / it")
+    for side, name in names.items():
+        if side in found["mfu"]:
+            rss = f"{found['peak_rss_bytes'][side] / 2**30:5.2f} GiB" if side != "vllm" else "        –"
+            ratio = f"{found['ratio'][side]:9.2f}" if side != "ours" else ""
+            print(f"{name:20s} {found['tokens_per_second'][side]:8.0f}  {found['mfu'][side]:5.2f}  {rss} {ratio}")
+    print(f"worker: {shares(found['parts_seconds'])}; compiled in {found['compile_seconds']:.0f} s, not counted")
 
 
 if __name__ == "__main__":
