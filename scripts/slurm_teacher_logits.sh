@@ -28,8 +28,6 @@ export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0
 export DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING=False
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=2
 export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="30 minutes"
-# Dask's own value costs CPU workers a third of their speed: docs/measurements.md.
-export DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON='{"MALLOC_TRIM_THRESHOLD_": None}'
 
 say() { echo "slurm_teacher_logits: $*" >&2; }
 alive() { kill -0 "$1" 2>/dev/null; }
@@ -59,7 +57,7 @@ worker=(worker --nworkers "${WORKERS_PER_NODE:-1}")
 if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then worker=(cuda worker --device-memory-limit 0); fi
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --nthreads 1 --memory-limit 0 \
+  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --nthreads 2 --memory-limit 0 \
   --death-timeout 300 "${network[@]}" >"$logs/workers.log" 2>&1 &
 workers=$!
 

@@ -12,6 +12,7 @@ V vocabulary, K kept entries, N tokens of the partition.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
@@ -120,9 +121,10 @@ def score_items(
     teacher.take(settings.path)
     run = _Run(teacher, items, settings)
     batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
-    for number, batch in enumerate(batches):
-        for part in run.parts(number, batch):
-            on_tokens(run.score(part))
+    with teacher.strict() if settings.path.compiled else contextlib.nullcontext():
+        for number, batch in enumerate(batches):
+            for part in run.parts(number, batch):
+                on_tokens(run.score(part))
     run.ring.drain()
     spans = [span for item in items for span in item.spans]
     records = Records(

@@ -17,6 +17,7 @@ Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden widt
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,24 +173,26 @@ class Teacher:
         for layer in layers:
             layer.compile(dynamic=True)
         try:
-            # A fallback in the middle of a run would change the bits: better an error.
-            with _strict(), torch.inference_mode():
+            with self.strict(), torch.inference_mode():
                 for shape in _WARM_SHAPES:
                     self.hidden_states(torch.ones(shape, dtype=torch.int64, device=self.device))
         except Exception:
             self._uncompile()
             raise
 
+    @staticmethod
+    def strict() -> AbstractContextManager[object]:
+        """Let the compiler raise where it would give up and run uncompiled: that would change a run's bits midway."""
+        import torch._dynamo
+
+        patched: AbstractContextManager[object] = torch._dynamo.config.patch(
+            recompile_limit=_RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True
+        )
+        return patched
+
     def _uncompile(self) -> None:
         for layer in self.layers():
             layer._compiled_call_impl = None
-
-
-def _strict() -> Any:
-    """Let the compiler raise where it would give up and run uncompiled."""
-    import torch._dynamo
-
-    return torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True)
 
 
 class _Stub(nn.Module):

@@ -1,8 +1,8 @@
 """A Dask client for the job: a LocalCUDACluster, a LocalCluster, or an existing scheduler that is joined.
 
-Chosen for clusters we make: one thread per worker (one teacher scores at a time), no memory limit (Dask's counts
-memory-mapped checkpoints), no spilling (tasks return a few hundred bytes), queueing without prefetch and without
-stealing (a task waits at the scheduler, not at a worker that may die), dashboard on loopback.
+Chosen for clusters we make: two threads per worker (one scores while the other reads or writes), no memory limit
+(Dask's counts memory-mapped checkpoints), no spilling (tasks return a few hundred bytes), queueing without prefetch and
+without stealing (a task waits at the scheduler, not at a worker that may die), dashboard on loopback.
 
 Home of ``dask_cuda`` and of cluster objects.
 """

@@ -1,9 +1,9 @@
 """The driver's loop: delayed partitions in a bounded window, drained one by one.
 
-Chosen: as many partitions in flight as there are workers, each submitted on its own. A list of ``delayed`` is
-quadratic (10,000 take half a minute to reach the scheduler, dask#11737), and futures that are held make Dask compute
-finished work again when a worker dies. Completions are read from a queue with a timeout: a bare ``as_completed`` waits
-for ever when the workers are gone.
+Chosen: two partitions in flight for each worker (one for a worker with one thread), each submitted on its own: while
+one is scored, the other is read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
+scheduler, dask#11737), and futures that are held make Dask compute finished work again when a worker dies. Completions
+are read from a queue with a timeout: a bare ``as_completed`` waits for ever when the workers are gone.
 """
 
 from __future__ import annotations

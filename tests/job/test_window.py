@@ -40,10 +40,14 @@ class Saboteur(WorkerPlugin):
 
 
 @contextlib.contextmanager
-def sabotaged(index: int, act: str) -> Iterator[str]:
+def sabotaged(index: int, act: str, threads: int = 1) -> Iterator[str]:
     with dask.config.set({"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-saturation": 1.0}):
         cluster = LocalCluster(
-            n_workers=1, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+            n_workers=1,
+            threads_per_worker=threads,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
         )
     try:
         with Client(cluster) as client:
@@ -55,8 +59,10 @@ def sabotaged(index: int, act: str) -> Iterator[str]:
             cluster.close(timeout=10)
 
 
-def test_a_partition_that_kills_its_worker_fails_alone(overrides) -> None:
-    with sabotaged(1, "die") as address:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_partition_that_kills_its_worker_fails_alone(overrides, threads: int) -> None:
+    # With two threads every death takes a neighbour along, which must not fail for it.
+    with sabotaged(1, "die", threads) as address:
         config = load_config([*overrides, f"distillation.cluster.scheduler={address}"])
         with pytest.raises(PartitionsFailedError, match=r"partition 000001: its worker died 2 times") as caught:
             generate(config)

@@ -1,0 +1,76 @@
+"""The calibration: what it settles, when it tries what, and what it does when that fails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import VOCAB_SIZE
+
+from dask_logits.capture import calibrate as calibration
+from dask_logits.capture.calibrate import CalibrationTask, calibrate
+from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher
+from dask_logits.capture.teacher import ScoringPath
+from dask_logits.config import TeacherConfig
+from dask_logits.errors import TeacherError
+
+
+@pytest.fixture
+def task(llama):
+    draw = np.random.default_rng(0)
+    documents = tuple(draw.integers(VOCAB_SIZE, size=n).astype(np.int32) for n in (30, 4, 17, 60, 9) * 4)
+    spec = TeacherSpec(
+        path=str(llama), revision=None, identity=inspect_teacher(TeacherConfig(model_path=str(llama))).identity,
+        dtype="bfloat16", device="cpu", torch_threads=1, trust_remote_code=False,
+    )  # fmt: skip
+
+    def make(**changes) -> CalibrationTask:
+        values = {
+            "teacher": spec, "documents": documents, "plan_tokens": 1_000, "top_k": 8, "vocab_size": VOCAB_SIZE,
+            "batch_size": None, "batch_tokens": 128, "batch_tokens_fixed": True, "head_rows": 16, "logits": "exact",
+            "compile": "auto",
+        }  # fmt: skip
+        return CalibrationTask(**{**values, **changes})
+
+    return make
+
+
+def test_a_short_plan_is_scored_as_it_is(task) -> None:
+    found = calibrate(task(batch_tokens_fixed=False))
+    assert ScoringPath(**found["numerics"]["path"]) == ScoringPath(attention="blocks", head="linear", exact=True)
+    assert found["numerics"]["batch_tokens"] == 128
+    assert found["trials_tokens_per_second"] == {}
+    assert found["compile_seconds"] is None
+    assert 0 < found["mfu"] < 1
+
+
+def test_model_logits_are_asked_for(task) -> None:
+    assert not calibrate(task(logits="model"))["numerics"]["path"]["exact"]
+
+
+def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeypatch) -> None:
+    monkeypatch.setitem(calibration._MOST_BATCH_TOKENS, "cpu", 256)
+    found = calibrate(task(batch_tokens_fixed=False, plan_tokens=None, compile="never"))
+    rates = found["trials_tokens_per_second"]
+    assert set(rates) == {"batch_tokens=128", "batch_tokens=256"}
+    faster = rates["batch_tokens=256"] >= 1.03 * rates["batch_tokens=128"]
+    assert found["numerics"]["batch_tokens"] == (256 if faster else 128)
+
+
+def test_compiled_layers_are_kept_if_they_pay(task) -> None:
+    found = calibrate(task(compile="always"))
+    assert found["numerics"]["path"]["compiled"]
+    assert found["compile_seconds"] > 0
+    assert found["errors_nats"]["compiled"] < 0.15
+    assert set(found["trials_tokens_per_second"]) == {"eager", "compiled"}
+
+
+def _broken(*_: object, **__: object) -> None:
+    raise RuntimeError("no C++ compiler\nand more")
+
+
+def test_where_nothing_can_be_compiled_auto_goes_on_and_always_is_refused(task, monkeypatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", _broken)
+    assert not calibrate(task(plan_tokens=None))["numerics"]["path"]["compiled"]
+    with pytest.raises(TeacherError, match=r"scoring\.compile: expected to compile .* got no C\+\+ compiler; install"):
+        calibrate(task(compile="always"))
