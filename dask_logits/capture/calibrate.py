@@ -128,7 +128,7 @@ def calibrate(task: CalibrationTask) -> Json:
     path, errors = choose_path(teacher, exact=task.logits == "exact")
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
         logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
-    settings = ScoringSettings(
+    first = settings = ScoringSettings(
         top_k=task.top_k,
         vocab_size=task.vocab_size,
         batch_tokens=task.batch_tokens,
@@ -144,7 +144,7 @@ def calibrate(task: CalibrationTask) -> Json:
         settings = trials.larger_batches(settings)
     if task.compile != "never":
         settings = trials.compiled(settings, task, errors)
-    if settings != trials.first:
+    if settings != first:
         scored = score_items(teacher, items, settings)
     return _report(task, settings, scored, cost, errors, trials)
 
@@ -170,7 +170,8 @@ def _report(
             "batch_size": task.batch_size,
             "head_rows": task.head_rows,
         },
-        "errors_nats": errors,
+        # JSON has no infinity, which stands for a way that does not apply.
+        "errors_nats": {way: error if error < float("inf") else None for way, error in errors.items()},
         "cost": dataclasses.asdict(cost),
         "trials_tokens_per_second": trials.rates,
         "compile_seconds": trials.compile_seconds,
@@ -202,11 +203,9 @@ class _Trials:
         self.seconds_left = seconds_left
         self.rates: dict[str, float] = {}
         self.compile_seconds: float | None = None
-        self.first: ScoringSettings | None = None
 
     def larger_batches(self, settings: ScoringSettings) -> ScoringSettings:
         """Double the token budget as long as that is faster and fits."""
-        self.first = settings
         device = self.teacher.device.type
         while self.seconds_left >= _WORTH_TRYING_SECONDS and settings.batch_tokens < _MOST_BATCH_TOKENS[device]:
             double = dataclasses.replace(settings, batch_tokens=2 * settings.batch_tokens)
@@ -220,7 +219,6 @@ class _Trials:
 
     def compiled(self, settings: ScoringSettings, task: CalibrationTask, errors: dict[str, float]) -> ScoringSettings:
         """Compile, if the plan is long enough, and keep it if it pays for itself on what is left."""
-        self.first = self.first or settings
         if task.compile == "auto" and self.seconds_left < _WORTH_COMPILING_SECONDS:
             return settings
         started = time.perf_counter()
