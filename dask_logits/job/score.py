@@ -15,12 +15,12 @@ from dask_logits.capture.rows import Planned
 from dask_logits.capture.scoring import ScoringSettings
 from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.teacher import ScoringPath
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.job.ahead import ReadAhead
 from dask_logits.job.cluster import Cluster
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job
-from dask_logits.job.window import run_partitions
+from dask_logits.job.window import call_scheduler, run_partitions
 from dask_logits.observe.progress import JobProgress, add_seconds, shares
 from dask_logits.observe.status import RUNS_TOPIC
 from dask_logits.records import Statistics
@@ -29,6 +29,7 @@ from dask_logits.store.durable import Json, read_json, replace_json
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 10.0
+_EVENT_SECONDS = 5
 
 
 @dataclasses.dataclass
@@ -197,8 +198,11 @@ class Reporter:
         replace_json(self._path, facts)
         if self.cluster is not None and self.cluster.client.status == "running":
             # For those who know the scheduler and not the folder. Whether it is lost is the window's to say.
-            with contextlib.suppress(OSError):
-                self.cluster.client.log_event(RUNS_TOPIC, {"run": str(self.job.run.path), **facts})
+            client, message = self.cluster.client, {"run": str(self.job.run.path), **facts}
+            with contextlib.suppress(ClusterError):
+                call_scheduler(
+                    client, lambda: client.scheduler.log_event(topic=RUNS_TOPIC, msg=message), _EVENT_SECONDS
+                )
 
 
 def tasks(

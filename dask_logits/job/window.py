@@ -8,12 +8,13 @@ are read from a queue with a timeout: a bare ``as_completed`` waits for ever whe
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -181,7 +182,7 @@ class _Window:
                 self._later.append((self.last_progress, task))
                 return False
             if future.status == "finished":
-                receipt = _result_of(future)
+                receipt = _result_of(self.client, future, self.job.stall_seconds)
                 self._succeeded = True
                 self._attempts.pop(task.partition.index)
                 return receipt
@@ -193,7 +194,7 @@ class _Window:
 
     def check_stall(self) -> None:
         idle = time.monotonic() - self.last_progress
-        if self.client.status not in ("running", "connecting"):
+        if self.client.status != "running":
             raise _scheduler_lost()
         if idle > self.job.stall_seconds:
             workers = self._workers()
@@ -260,11 +261,8 @@ class _Window:
 
     def _workers(self) -> dict[str, Any]:
         # Client.scheduler_info() lists five workers only, or waits for ever when the scheduler is gone.
-        identity = self.client.scheduler.identity
-        try:
-            found = self.client.sync(identity, n_workers=-1, callback_timeout=_CALL_SECONDS)
-        except (OSError, TimeoutError) as error:
-            raise _scheduler_lost() from error
+        scheduler = self.client.scheduler
+        found = call_scheduler(self.client, lambda: scheduler.identity(n_workers=-1), _CALL_SECONDS)
         workers: dict[str, Any] = found["workers"]
         return workers
 
@@ -274,13 +272,37 @@ class _Window:
         return max(1, sum(threads))
 
 
-def _result_of(future: Future) -> Json:
+def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+    """Call the scheduler, and stop waiting when the client has lost it: distributed goes on connecting for minutes.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or does not answer in ``seconds``.
+    """
+
+    async def call() -> Any:
+        async with asyncio.timeout(seconds):
+            task = asyncio.ensure_future(function())
+            try:
+                while not task.done():
+                    await asyncio.wait([task], timeout=_POLL_SECONDS)
+                    if client.status != "running" and not task.done():
+                        raise _scheduler_lost()
+                return task.result()
+            finally:
+                task.cancel()
+
     try:
-        result: Json = future.result()
-    except OSError as error:
-        # Fetched through the scheduler, which has just gone.
+        return client.sync(call)
+    except (OSError, FutureCancelledError) as error:
         raise _scheduler_lost() from error
-    return result
+
+
+def _result_of(client: Client, future: Future, seconds: float) -> Json:
+    """Fetch a result; where its worker has just died, another computes it first."""
+    receipt: Json = call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
+    return receipt
 
 
 def _exception_of(future: Future) -> BaseException:
@@ -310,7 +332,7 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
     started = time.monotonic()
     while not future.done():
         time.sleep(_POLL_SECONDS / 5)
-        if client.status not in ("running", "connecting"):
+        if client.status != "running":
             raise _scheduler_lost()
         if time.monotonic() - started > job.stall_seconds:
             raise ClusterError(
@@ -318,7 +340,7 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
                 f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again"
             )
     if future.status == "finished":
-        return _result_of(future)
+        return _result_of(client, future, job.stall_seconds)
     error = _exception_of(future)
     if isinstance(error, KilledWorker):
         raise ClusterError(
