@@ -224,6 +224,8 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             f"none for {', '.join(absent[:3])} ({len(absent)} in all); give a complete checkpoint"
         )
     model.requires_grad_(False)
+    if spec.device == "cuda":
+        _require_room(model, *torch.cuda.mem_get_info())
     try:
         model = model.eval().to("cuda:0" if spec.device == "cuda" else "cpu")
     except torch.OutOfMemoryError as error:
@@ -231,6 +233,21 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             f"teacher: expected to fit on the GPU, got {_first_line(error)}; use a smaller teacher or dtype"
         ) from error
     return Teacher(model, vocab_size)
+
+
+def _require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> None:
+    """Refuse weights that do not fit the device, before they are sent there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if need > free_bytes:
+        values, width = sum(tensor.numel() for tensor in tensors), tensors[0].element_size()
+        raise CapacityError(
+            f"distillation.teacher.model_path: expected {need / 2**30:.2f} GiB of free GPU memory for the weights "
+            f"({values:,} values, most of {width} bytes), got {free_bytes / 2**30:.2f} of {total_bytes / 2**30:.2f} "
+            "GiB; use a smaller teacher, distillation.teacher.dtype=bfloat16, or a GPU with more free memory",
+            need,
+            free_bytes,
+        )
 
 
 def _keep_memory() -> None:

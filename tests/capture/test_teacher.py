@@ -11,7 +11,7 @@ from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_te
 from dask_logits.capture.selfcheck import choose_path
 from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
-from dask_logits.errors import TeacherError
+from dask_logits.errors import CapacityError, TeacherError
 
 
 def spec(path, **changes) -> TeacherSpec:
@@ -64,6 +64,18 @@ def test_a_worker_that_cannot_load_says_what_to_check(tmp_path) -> None:
 def test_a_missing_device_names_the_setting(llama) -> None:
     with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
         load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+
+
+def test_weights_that_do_not_fit_the_gpu_are_refused_with_the_arithmetic(llama, monkeypatch) -> None:
+    free, total = 1 << 10, 80 << 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    with pytest.raises(
+        CapacityError, match=r"values, most of 4 bytes\), got 0\.00 of 80\.00 GiB; use a smaller"
+    ) as caught:
+        load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+    assert caught.value.free_bytes == free
+    assert caught.value.needed_bytes >= 4 * inspect_teacher(TeacherConfig(model_path=str(llama))).parameters
 
 
 def test_a_teacher_the_driver_did_not_see_is_refused(llama) -> None:
