@@ -12,7 +12,6 @@ V vocabulary, K kept entries, N tokens of the partition.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import time
@@ -121,7 +120,7 @@ def score_items(
     teacher.take(settings.path)
     run = _Run(teacher, items, settings)
     batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
-    with teacher.strict() if settings.path.compiled else contextlib.nullcontext():
+    with teacher.strict():
         for number, batch in enumerate(batches):
             for part in run.parts(number, batch):
                 on_tokens(run.score(part))

@@ -17,7 +17,7 @@ Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden widt
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +119,8 @@ class Teacher:
         Tensor
             [B, T, D].
         """
-        output = self.trunk(input_ids=input_ids_BT, use_cache=False, return_dict=True)
+        with self.strict():
+            output = self.trunk(input_ids=input_ids_BT, use_cache=False, return_dict=True)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
 
@@ -163,7 +164,8 @@ class Teacher:
 
     def logits_forward(self, input_ids_BT: Tensor) -> Tensor:
         """Return the whole model's logits, [B, T, valid V]."""
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, return_dict=True).logits
+        with self.strict():
+            logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, return_dict=True).logits
         return logits_BTV[:, :, : self.vocab_size]
 
     def _compile(self) -> None:
@@ -173,16 +175,17 @@ class Teacher:
         for layer in layers:
             layer.compile(dynamic=True)
         try:
-            with self.strict(), torch.inference_mode():
+            with self.strict(compiled=True), torch.inference_mode():
                 for shape in _WARM_SHAPES:
                     self.hidden_states(torch.ones(shape, dtype=torch.int64, device=self.device))
         except Exception:
             self._uncompile()
             raise
 
-    @staticmethod
-    def strict() -> AbstractContextManager[object]:
+    def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
         """Let the compiler raise where it would give up and run uncompiled: that would change a run's bits midway."""
+        if not (compiled or self.path.compiled):
+            return nullcontext()
         import torch._dynamo
 
         patched: AbstractContextManager[object] = torch._dynamo.config.patch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from builders import VOCAB_SIZE
 
 from dask_logits.capture import calibrate as calibration
 from dask_logits.capture.calibrate import CalibrationTask, calibrate
-from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher
+from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.capture.items import plain_items
+from dask_logits.capture.scoring import ScoringSettings, score_items
 from dask_logits.capture.teacher import ScoringPath
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import TeacherError
@@ -63,6 +67,26 @@ def test_compiled_layers_are_kept_if_they_pay(task) -> None:
     assert found["compile_seconds"] > 0
     assert found["errors_nats"]["compiled"] < 0.15
     assert set(found["trials_tokens_per_second"]) == {"eager", "compiled"}
+
+
+def test_a_worker_that_calibrates_again_still_runs_what_it_compiled(task) -> None:
+    # A worker of a standing cluster, which holds the teacher of the run before.
+    chosen = ScoringPath(**calibrate(task(compile="always"))["numerics"]["path"])
+    asked = task()
+    teacher = load_teacher(asked.teacher, VOCAB_SIZE)
+    settings = ScoringSettings(
+        top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=128, batch_size=None, head_rows=16, path=chosen
+    )  # fmt: skip
+
+    def logsumexp(path: ScoringPath) -> np.ndarray:
+        given = dataclasses.replace(settings, path=path)
+        return score_items(teacher, plain_items(asked.documents), given).records.logsumexp
+
+    before = logsumexp(chosen)
+    calibrate(task(compile="always"))
+    assert load_teacher(asked.teacher, VOCAB_SIZE) is teacher
+    np.testing.assert_array_equal(logsumexp(chosen), before)
+    assert (logsumexp(dataclasses.replace(chosen, compiled=False)) != before).any()
 
 
 def _broken(*_: object, **__: object) -> None:
