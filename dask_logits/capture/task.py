@@ -13,6 +13,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
 from dask_logits.capture.items import ItemSettings, make_items
 from dask_logits.capture.meter import Cost
 from dask_logits.capture.rows import FileRows, read_rows
-from dask_logits.capture.scoring import ScoringSettings, score_items
+from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
 from dask_logits.capture.tokens import TokenizerSpec, tokenize
 from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
@@ -41,10 +42,14 @@ class Stages:
         Held while rows are read and tokenised; a tokenizer serves one thread at a time.
     teacher
         Held while the teacher is loaded and at work.
+    scorer
+        One thread in which it works: each thread has an OpenMP team of its own, and with two teams neither runs at full
+        speed. None: the calling thread.
     """
 
     text: AbstractContextManager[object]
     teacher: AbstractContextManager[object]
+    scorer: Executor | None = None
 
 
 ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
@@ -134,11 +139,15 @@ def process_partition(
         items = make_items(documents, task.items, first_row=task.partition.first_row)
         lap("tokenize")
     packed = task.items.packing == "concat"
-    with stages.teacher:
-        lap("wait")
+
+    def score() -> Scored:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size)
         lap("load")
-        scored = score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+        return score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+
+    with stages.teacher:
+        lap("wait")
+        scored = stages.scorer.submit(score).result() if stages.scorer is not None else score()
         lap("score")
     records = scored.records
     flops = task.cost.flops(len(item.tokens) for item in items)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import dask
 from distributed import Client, Future, KilledWorker, get_worker
 from distributed.client import FutureCancelledError
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.capture.task import PartitionTask, Stages, process_partition
 from dask_logits.config import JobConfig
@@ -33,7 +34,9 @@ _TOPIC = "dask_logits.tokens."
 _CALL_SECONDS = 20
 # A worker with two threads scores one partition at a time, there is one teacher, and reads or writes another meanwhile.
 _PARTITIONS_EACH = 2
-_STAGES = Stages(text=threading.Lock(), teacher=threading.Lock())
+# Dask's, whose threads do not keep a process from ending.
+_SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
+_STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=_SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
@@ -319,6 +322,11 @@ def _scheduler_lost() -> ClusterError:
     )
 
 
+def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
+    found: Json = _SCORER.submit(function, argument).result()
+    return found
+
+
 def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig) -> Json:
     """Run one function on one worker and wait for it, but not for ever.
 
@@ -328,7 +336,7 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
         If the scheduler is lost, the worker dies again and again, or nothing came in ``stall_seconds``.
     """
     name = f"{function.__name__}-{uuid.uuid4().hex[:8]}"
-    future = client.compute(dask.delayed(function, pure=False)(argument, dask_key_name=name))
+    future = client.compute(dask.delayed(_in_scorer, pure=False)(function, argument, dask_key_name=name))
     started = time.monotonic()
     while not future.done():
         time.sleep(_POLL_SECONDS / 5)
