@@ -59,8 +59,8 @@ def stream(joined: list[str]) -> list[str]:
         "distillation.dataset.streaming=true",
         "distillation.dataset.max_samples=all",
         "distillation.job.retries=0",
-        # Two runs are compared byte by byte: the calibration of an endless plan settles these by the clock.
-        "distillation.teacher.generation.batch_tokens=256",
+        # Two runs are compared byte by byte: an endless plan would settle these by the clock.
+        "distillation.teacher.generation.batch_tokens=4096",
         "distillation.scoring.compile=never",
         CHUNK,
     ]
