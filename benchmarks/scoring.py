@@ -1,7 +1,8 @@
 """Scoring alone, in this process: speed by document length, vocabulary and k; accuracy of what is kept.
 
 Documents are pieces of one length cut from real text; other vocabularies are the same architecture with random weights.
-Every case of a table is timed in turn, round by round; medians count. MFU is of a matrix product measured in this run.
+Cases of a table are timed in turn, round by round (vocabularies one by one); medians count. MFU is of a matrix product
+measured in this run.
 
     python benchmarks/scoring.py --out benchmarks/results/NAME.json --plot docs/figures/NAME.svg
 
