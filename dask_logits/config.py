@@ -66,6 +66,9 @@ class GenerationConfig:
         None, "how", "Dask workers; null: one per GPU, or one per 2 cores on CPU.", low=1
     )
     devices: str | None = _setting(None, "how", "GPUs to use, e.g. [0,1] or '0,1'; null: all that are visible.")
+    gpus_per_worker: int = _setting(
+        1, "numerics", "GPUs over which each worker spreads the teacher's layers, where one is too small.", low=1
+    )
     worker_id: int | None = _setting(
         None, "how", "Index of this static worker: it takes every `total_workers`-th partition, and no cluster.", low=0
     )
@@ -375,6 +378,11 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
         problems.append("distillation.cluster.scheduler: expected an address or a scheduler_file, got neither; set one")
     if cluster.kind == "local_cpu" and generation.device == "cuda":
         problems.append("distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'")
+    if generation.gpus_per_worker > 1 and (cluster.kind == "local_cpu" or generation.device == "cpu"):
+        problems.append(
+            "distillation.teacher.generation.gpus_per_worker: expected 1 where the teacher runs on CPUs, got "
+            f"{generation.gpus_per_worker}; leave it out, or set distillation.teacher.generation.device=cuda"
+        )
     return problems
 
 

@@ -35,6 +35,7 @@ LAYERS = {
     "job.merge": 7,
     "job.ahead": 7,
     "capture.teacher": 3,
+    "capture.placement": 3,
     "capture.checkpoint": 4,
     "capture.selfcheck": 4,
     "capture.meter": 4,
@@ -65,9 +66,10 @@ LAYERS = {
 }
 HOMES = {
     "torch": {"capture.attention", "capture.kernels", "capture.transfer", "capture.topk", "capture.teacher",
-              "capture.checkpoint", "capture.selfcheck", "capture.meter", "capture.scoring", "capture.calibrate",
-              "job.cluster", "train.dataset", "train.losses"},
+              "capture.checkpoint", "capture.placement", "capture.selfcheck", "capture.meter", "capture.scoring",
+              "capture.calibrate", "job.cluster", "train.dataset", "train.losses"},
     "transformers": {"capture.attention", "capture.checkpoint", "capture.teacher", "capture.tokens"},
+    "accelerate": {"capture.placement"},
     "triton": {"capture.kernels"},
     "datasets": {"capture.load", "capture.rows", "capture.corpus", "capture.stream", "api"},
     "pyarrow": {"capture.parquet", "capture.rows", "capture.row_stream"},
@@ -163,10 +165,12 @@ def test_environment_names_what_pyproject_requires() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = [entry for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
              if isinstance(entry, str)]  # fmt: skip
-    wanted = project["dependencies"] + project["optional-dependencies"]["dashboard"] + ["dask-cuda>=26.4"]
+    extras = project["optional-dependencies"]
+    gpu = ["accelerate>=1.10", "dask-cuda>=26.4"]
+    wanted = project["dependencies"] + extras["dashboard"] + gpu
     renamed = {"torch": "pytorch-gpu"}
     for requirement in wanted:
         name, _, bound = requirement.partition(">=")
         assert f"{renamed.get(name, name)}>={bound}" in conda
-    assert project["optional-dependencies"]["cuda12"] == ["dask-cuda[cu12]>=26.4"]
-    assert project["optional-dependencies"]["cuda13"] == ["dask-cuda[cu13]>=26.4"]
+    for cuda in ("cu12", "cu13"):
+        assert extras[cuda.replace("cu", "cuda")] == [entry.replace("dask-cuda", f"dask-cuda[{cuda}]") for entry in gpu]

@@ -18,8 +18,9 @@ PATHS = [
     "teacher.cache_dir", "teacher.generation.top_k", "teacher.generation.batch_size",
     "teacher.generation.batch_tokens", "teacher.generation.head_rows", "teacher.generation.torch_threads",
     "teacher.generation.device", "teacher.generation.force_regenerate", "teacher.generation.num_workers",
-    "teacher.generation.devices", "teacher.generation.worker_id", "teacher.generation.total_workers",
-    "dataset.name", "dataset.config_name", "dataset.split", "dataset.revision", "dataset.data_files",
+    "teacher.generation.devices", "teacher.generation.gpus_per_worker", "teacher.generation.worker_id",
+    "teacher.generation.total_workers", "dataset.name",
+    "dataset.config_name", "dataset.split", "dataset.revision", "dataset.data_files",
     "dataset.text_column", "dataset.add_special_tokens", "dataset.vocab_size", "dataset.max_length",
     "dataset.long_documents", "dataset.window_stride", "dataset.packing", "dataset.separator_id",
     "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
@@ -63,7 +64,8 @@ def test_every_cluster_preset_composes(preset: str) -> None:
     "path",
     ["teacher.generation.top_k", "teacher.generation.batch_size", "teacher.generation.batch_tokens",
      "teacher.generation.head_rows", "teacher.generation.torch_threads", "teacher.generation.num_workers",
-     "dataset.vocab_size", "dataset.max_length", "dataset.max_samples", "dataset.streaming_buffer_size",
+     "teacher.generation.gpus_per_worker", "dataset.vocab_size",
+     "dataset.max_length", "dataset.max_samples", "dataset.streaming_buffer_size",
      "dataset.streaming_chunk_size", "dataset.num_proc", "partition.rows", "job.max_failures", "job.stall_seconds"],
 )  # fmt: skip
 def test_counts_below_one_are_refused(path: str) -> None:

@@ -182,7 +182,7 @@ def _report(
         "mfu": round(cost.flops(len(document) for document in task.documents) / seconds / cost.peak_flops, 3),
         "seconds": scored.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_device_bytes": max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in _VERSIONS},
     }
@@ -212,7 +212,7 @@ class _Trials:
             single_rate, double_rate = self._race(settings, double, 2 * double.batch_tokens)
             self.rates[f"batch_tokens={settings.batch_tokens}"] = single_rate
             self.rates[f"batch_tokens={double.batch_tokens}"] = double_rate
-            if double_rate < _FASTER * single_rate or _is_nearly_full(self.teacher.device):
+            if double_rate < _FASTER * single_rate or any(map(_is_nearly_full, self.teacher.devices)):
                 break
             settings = double
         return settings

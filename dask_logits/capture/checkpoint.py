@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
+from dask_logits.capture.placement import DeviceMap, free_gpu_bytes, require_room, spread_layers
 from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
 _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
+# Compiled products that oneDNN keeps, one for each shape that occurs, of 250 KB: its own 1,024 grow to 256 MB.
+_KEPT_PRODUCTS = 256
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,6 +43,8 @@ class TeacherSpec:
         Resolved: ``float32``, ``bfloat16`` or ``float16``; ``cpu`` or ``cuda``.
     torch_threads
         CPU threads of the worker.
+    n_gpus
+        Over how many of the worker's GPUs the layers are spread.
     trust_remote_code
         Run model code that comes with the checkpoint.
     """
@@ -50,6 +55,7 @@ class TeacherSpec:
     dtype: str
     device: str
     torch_threads: int
+    n_gpus: int = 1
     trust_remote_code: bool
 
 
@@ -189,7 +195,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _keep_memory()
+    _set_memory()
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise TeacherError(
             "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
@@ -208,6 +214,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             dtype=getattr(torch, spec.dtype),
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            device_map=_device_map(spec) if spec.n_gpus > 1 else None,
         )
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"teacher: expected to fit in memory, got {_first_line(error)}") from error
@@ -224,10 +231,13 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             f"none for {', '.join(absent[:3])} ({len(absent)} in all); give a complete checkpoint"
         )
     model.requires_grad_(False)
+    model.eval()
+    if spec.n_gpus > 1:
+        return Teacher(model, vocab_size)
     if spec.device == "cuda":
-        _require_room(model, *torch.cuda.mem_get_info())
+        require_room(model, *torch.cuda.mem_get_info())
     try:
-        model = model.eval().to("cuda:0" if spec.device == "cuda" else "cpu")
+        model.to("cuda:0" if spec.device == "cuda" else "cpu")
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"teacher: expected to fit on the GPU, got {_first_line(error)}; use a smaller teacher or dtype"
@@ -235,27 +245,22 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     return Teacher(model, vocab_size)
 
 
-def _require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> None:
-    """Refuse weights that do not fit the device, before they are sent there."""
-    tensors = [*model.parameters(), *model.buffers()]
-    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if need > free_bytes:
-        values, width = sum(tensor.numel() for tensor in tensors), tensors[0].element_size()
-        raise CapacityError(
-            f"distillation.teacher.model_path: expected {need / 2**30:.2f} GiB of free GPU memory for the weights "
-            f"({values:,} values, most of {width} bytes), got {free_bytes / 2**30:.2f} of {total_bytes / 2**30:.2f} "
-            "GiB; use a smaller teacher, distillation.teacher.dtype=bfloat16, or a GPU with more free memory",
-            need,
-            free_bytes,
-        )
+def _device_map(spec: TeacherSpec) -> DeviceMap:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    return spread_layers(model, free_gpu_bytes(spec.n_gpus), getattr(torch, spec.dtype))
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory for the next layer, and CUDA's allocator grow what it has.
+def _set_memory() -> None:
+    """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and oneDNN forget.
 
     Activations of some MiB are mapped and unmapped at every operation otherwise; page faults were a fifth of the time.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_PRODUCTS))
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in _MALLOC:

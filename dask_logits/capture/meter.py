@@ -92,7 +92,7 @@ def measure_cost(teacher: Teacher) -> Cost:
     return Cost(
         linear_flops=counter.get_total_flops() / tokens_BT.numel(),
         attention_flops=4.0 * heads * width * len(teacher.layers()),
-        peak_flops=peak_flops(teacher.device, teacher.dtype),
+        peak_flops=sum(peak_flops(device, teacher.dtype) for device in teacher.devices),
     )
 
 

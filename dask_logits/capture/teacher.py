@@ -84,7 +84,10 @@ class Teacher:
         self.vocab_size = vocab_size
         self.trunk: Any = self.model.base_model
         self.head: Any = self.model.get_output_embeddings()
+        # Of inputs and results; accelerate's hooks bring activations to the layers of a teacher that is spread.
         self.device: torch.device = self.head.weight.device
+        placed = getattr(self.model, "hf_device_map", {}).values()
+        self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
         self.dtype: torch.dtype = self.head.weight.dtype
         self.path = ScoringPath()
         self._own_attention = getattr(self.model.config, "_attn_implementation", None)
@@ -122,7 +125,7 @@ class Teacher:
         with self.strict():
             output = self.trunk(input_ids=input_ids_BT, use_cache=False, return_dict=True)
         hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD
+        return hidden_BTD.to(self.device, non_blocking=True)
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -166,10 +169,12 @@ class Teacher:
         """Return the whole model's logits, [B, T, valid V]."""
         with self.strict():
             logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, return_dict=True).logits
-        return logits_BTV[:, :, : self.vocab_size]
+        return logits_BTV[:, :, : self.vocab_size].to(self.device, non_blocking=True)
 
     def _compile(self) -> None:
         layers = self.layers()
+        if len(self.devices) > 1:
+            raise RuntimeError("expected a teacher on one device to compile its layers, got several GPUs")
         if not layers:
             raise RuntimeError(f"{type(self.model).__name__}: expected a list of layers to compile, got none")
         for layer in layers:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 from distributed import Client, LocalCluster, Security, rpc
@@ -84,6 +84,11 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
     if generation.device == "cpu" or cluster.kind == "local_cpu":
         return "cpu"
     gpus = visible_gpus()
+    if generation.gpus_per_worker > max(gpus, 1):
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected {generation.gpus_per_worker} visible GPUs, got "
+            f"{gpus}; lower it, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
     if generation.device == "cuda" and gpus == 0:
         raise ClusterError(
             "distillation.teacher.generation.device: expected a visible GPU for 'cuda', got none; "
@@ -104,7 +109,7 @@ def local_workers(generation: GenerationConfig, device: str) -> int:
     if generation.worker_id is not None:
         return 1
     if device == "cuda":
-        return len(generation.devices.split(",")) if generation.devices else max(1, visible_gpus())
+        return max(1, len(_visible(generation)) // generation.gpus_per_worker)
     return max(1, cores() // 2)
 
 
@@ -144,8 +149,10 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
         "distributed.scheduler.no-workers-timeout": "10 minutes",
-        # Dask's own sets a MALLOC_TRIM_THRESHOLD_ that gives activations back to the system after every layer.
-        "distributed.nanny.pre-spawn-environ": {},
+        # By default every event loop wakes 50 times a second and every worker's stack is sampled 100 times: on a CPU
+        # that keeps 7 % of a core from a teacher whose threads wait for each other.
+        "distributed.admin.tick.interval": "1s",
+        "distributed.worker.profile.interval": "1s",
     }
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
@@ -201,7 +208,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     import pynvml
 
     try:
-        return LocalCUDACluster(CUDA_VISIBLE_DEVICES=_devices(generation), device_memory_limit=None, **common)
+        return _grouped(LocalCUDACluster)(gpu_groups(generation), device_memory_limit=None, **common)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "
@@ -209,13 +216,48 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         ) from error
 
 
-def _devices(generation: GenerationConfig) -> str | None:
-    """Return the GPUs of a cluster: those named, or for a static worker one of those visible; None: all."""
-    if generation.worker_id is None:
-        return generation.devices
+def _visible(generation: GenerationConfig) -> list[str]:
+    """Return the GPUs of this machine that may be used: those named, or all that are visible."""
     named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
-    return visible[generation.worker_id % len(visible)]
+    return named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
+
+
+def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
+    """Return each worker's GPUs; a static worker takes one group.
+
+    Raises
+    ------
+    ClusterError
+        If there are fewer than one worker needs.
+    """
+    visible, size = _visible(generation), generation.gpus_per_worker
+    groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
+    if not groups:
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
+            f"{len(visible)} ({','.join(visible)}); lower it, or name more in distillation.teacher.generation.devices"
+        )
+    if len(visible) % size:
+        logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
+    return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
+
+
+def _grouped(base: type) -> Any:
+    """Make a cluster whose workers see their own GPUs and no others; dask-cuda lets each see all, its own first."""
+
+    class GroupedCUDACluster(base):  # type: ignore[misc]
+        def __init__(self, groups: list[list[str]], **settings: Any) -> None:
+            self._groups = [",".join(group) for group in groups]
+            super().__init__(CUDA_VISIBLE_DEVICES=[group[0] for group in groups], **settings)
+
+        def new_worker_spec(self) -> dict[Any, Any]:
+            spec: dict[Any, Any] = super().new_worker_spec()
+            for name, worker in spec.items():
+                group = self._groups[self.cuda_visible_devices.index(name)]
+                worker["options"]["env"]["CUDA_VISIBLE_DEVICES"] = group
+            return spec
+
+    return GroupedCUDACluster
 
 
 @contextlib.contextmanager
@@ -242,8 +284,9 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
         facts = list(client.run(_worker_facts).values())
         device = generation.device
         if device == "auto":
-            device = "cuda" if all(fact[1] for fact in facts) else "cpu"
-        cores_each = min(fact[0] // sum(1 for other in facts if other[2] == fact[2]) for fact in facts)
+            device = "cuda" if all(fact.gpus for fact in facts) else "cpu"
+        check_groups(facts, generation.gpus_per_worker)
+        cores_each = min(fact.cores // sum(1 for other in facts if other.host == fact.host) for fact in facts)
         threads = max(1, cores_each) if generation.torch_threads == "auto" else int(generation.torch_threads)
         yield Cluster(client=client, device=device, torch_threads=threads, dashboard=client.dashboard_link)
 
@@ -280,13 +323,52 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
         ) from error
 
 
-def _worker_facts() -> tuple[int, bool, str]:
-    """Return a worker's cores, whether it has a GPU, and its host."""
+class WorkerFacts(NamedTuple):
+    """What a joined worker has.
+
+    Parameters
+    ----------
+    host
+        Its machine.
+    cores
+        CPU cores it may use; other workers of the machine may use them too.
+    gpus
+        GPUs it sees, the one it uses first.
+    """
+
+    host: str
+    cores: int
+    gpus: tuple[str, ...]
+
+
+def _worker_facts() -> WorkerFacts:
     import socket
 
     import torch
 
-    return len(os.sched_getaffinity(0)), torch.cuda.is_available(), socket.gethostname()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
+    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus))
+
+
+def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
+    """Refuse workers that would need each other's GPUs, or have too few."""
+    if gpus_per_worker == 1:
+        return
+    cure = (
+        "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
+        "--nthreads 2` (`dask cuda worker` starts one for each GPU)"
+    )
+    used: set[tuple[str, str]] = set()
+    for worker in workers:
+        group = {(worker.host, gpu) for gpu in worker.gpus[:gpus_per_worker]}
+        if len(group) < gpus_per_worker or group & used:
+            raise ClusterError(
+                f"distillation.teacher.generation.gpus_per_worker: expected {gpus_per_worker} GPUs for each worker and "
+                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {cure}"
+            )
+        used |= group
 
 
 def _threads(generation: GenerationConfig, workers: int) -> int:

@@ -164,6 +164,7 @@ def prepare(config: Config, dataset: Any = None) -> Job:
             "teacher.generation.batch_tokens": generation.batch_tokens,
             "teacher.generation.head_rows": generation.head_rows,
             "teacher.generation.torch_threads": generation.torch_threads,
+            "teacher.generation.gpus_per_worker": generation.gpus_per_worker,
             "scoring.logits": config.scoring.logits,
             "scoring.compile": config.scoring.compile,
         },

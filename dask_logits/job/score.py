@@ -262,5 +262,6 @@ def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> Te
         dtype=dtype,
         device=device,
         torch_threads=torch_threads,
+        n_gpus=job.config.teacher.generation.gpus_per_worker if device == "cuda" else 1,
         trust_remote_code=job.config.teacher.trust_remote_code,
     )

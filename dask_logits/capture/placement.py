@@ -1,0 +1,120 @@
+"""Where the weights go: one device, or layer by layer several GPUs of one worker; refused where they cannot fit.
+
+Chosen for a teacher that is larger than a GPU: whole layers on each, run in sequence by one process. Batches are
+independent and nothing waits for a result before the next batch is sent, so each GPU can work on a batch of its own,
+and no process group has to be kept alive inside a Dask worker. ``accelerate`` makes the map and moves the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dask_logits.errors import CapacityError, TeacherError
+
+DeviceMap = dict[str, int | str]
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return what a model's parameters and buffers take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> None:
+    """Refuse weights that do not fit the device, before they are sent there.
+
+    Parameters
+    ----------
+    model
+        In main memory.
+    free_bytes, total_bytes
+        Of the device.
+
+    Raises
+    ------
+    CapacityError
+        With the arithmetic.
+    """
+    need = weight_bytes(model)
+    if need > free_bytes:
+        tensors = [*model.parameters(), *model.buffers()]
+        values, width = sum(tensor.numel() for tensor in tensors), tensors[0].element_size()
+        raise CapacityError(
+            f"distillation.teacher.model_path: expected {need / 2**30:.2f} GiB of free GPU memory for the weights "
+            f"({values:,} values, most of {width} bytes), got {free_bytes / 2**30:.2f} of {total_bytes / 2**30:.2f} "
+            "GiB; use a smaller teacher, distillation.teacher.dtype=bfloat16, a GPU with more free memory, or several "
+            "for each worker (distillation.teacher.generation.gpus_per_worker)",
+            need,
+            free_bytes,
+        )
+
+
+def free_gpu_bytes(n_gpus: int) -> dict[int, int]:
+    """Return what is free on the first GPUs this process sees.
+
+    Raises
+    ------
+    TeacherError
+        If it sees fewer.
+    """
+    seen = torch.cuda.device_count()
+    if seen < n_gpus:
+        raise TeacherError(
+            f"distillation.teacher.generation.gpus_per_worker: expected {n_gpus} GPUs in this worker, got {seen}; "
+            "start every worker with its own group of GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    return {index: torch.cuda.mem_get_info(index)[0] for index in range(n_gpus)}
+
+
+def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:
+    """Assign whole layers to GPUs, about as many bytes to each.
+
+    Parameters
+    ----------
+    model
+        A transformers model, without its weights (on the ``meta`` device).
+    free_bytes
+        GPU → free bytes.
+    dtype
+        Of the weights when they are loaded.
+
+    Returns
+    -------
+    dict
+        Module name → GPU, as transformers takes it.
+
+    Raises
+    ------
+    CapacityError
+        If a part is left over; with the arithmetic.
+    TeacherError
+        If ``accelerate`` is not installed.
+    """
+    try:
+        from accelerate import infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as error:
+        raise TeacherError(
+            f"distillation.teacher.generation.gpus_per_worker: expected the package accelerate, got {error}; install "
+            "it with pip install 'dask-logits[cuda13]' (or [cuda12]), or set gpus_per_worker=1"
+        ) from error
+
+    whole = list(getattr(model, "_no_split_modules", None) or ())
+    model.tie_weights()
+    room = get_balanced_memory(model, dict(free_bytes), no_split_module_classes=whole, dtype=dtype)
+    found: DeviceMap = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
+    left = sorted(name for name, device in found.items() if device in ("cpu", "disk"))
+    if left:
+        values = sum(tensor.numel() for tensor in model.parameters())
+        need, free = values * dtype.itemsize, sum(free_bytes.values())
+        raise CapacityError(
+            f"distillation.teacher.generation.gpus_per_worker: expected {need / 2**30:.2f} GiB for the weights "
+            f"({values:,} values of {dtype.itemsize} bytes) and room for a layer on each GPU, got {free / 2**30:.2f} "
+            f"GiB free on {len(free_bytes)} GPUs ({', '.join(left[:3])} left over); use more GPUs for each worker, a "
+            "smaller teacher, or distillation.teacher.dtype=bfloat16",
+            need,
+            free,
+        )
+    return found
