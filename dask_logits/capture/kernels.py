@@ -25,7 +25,9 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def block_statistics(logits_RV: Tensor, scale: float = 1.0, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def block_statistics(
+    logits_RV: Tensor, scale: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Read the logits once; as :func:`dask_logits.capture.topk.block_statistics`.
 
     Parameters
@@ -37,16 +39,17 @@ def block_statistics(logits_RV: Tensor, scale: float = 1.0, softcap: float | Non
 
     Returns
     -------
-    maxima_RN, sums_RN
-        float32.
+    maxima_RN, sums_RN, bases_RN
+        float32; each block has a base of its own.
     """
     rows, width = logits_RV.shape
     blocks = width // _BLOCK
     maxima_RN = torch.empty(rows, blocks, dtype=torch.float32, device=logits_RV.device)
-    sums_RN = torch.empty_like(maxima_RN)
+    sums_RN, bases_RN = torch.empty_like(maxima_RN), torch.empty_like(maxima_RN)
     grid = (rows, -(-blocks // _BLOCKS_EACH))
-    _kernel()[grid](logits_RV, maxima_RN, sums_RN, blocks, scale, softcap or 0.0, EACH=_BLOCKS_EACH, WIDTH=_BLOCK)
-    return maxima_RN, sums_RN
+    arrays = (logits_RV, maxima_RN, sums_RN, bases_RN)
+    _kernel()[grid](*arrays, blocks, scale, softcap or 0.0, EACH=_BLOCKS_EACH, WIDTH=_BLOCK)
+    return maxima_RN, sums_RN, bases_RN
 
 
 @functools.cache
@@ -59,6 +62,7 @@ def _kernel() -> Any:
         logits: Any,
         maxima: Any,
         sums: Any,
+        bases: Any,
         blocks: Any,
         scale: Any,
         softcap: Any,
@@ -81,5 +85,6 @@ def _kernel() -> Any:
         total = tl.sum(tl.exp(values - base[:, None]), axis=1)
         tl.store(maxima + row * blocks + block, highest, mask=inside)
         tl.store(sums + row * blocks + block, total, mask=inside)
+        tl.store(bases + row * blocks + block, base, mask=inside)
 
     return statistics

@@ -116,10 +116,24 @@ def test_block_statistics_of_blocks_that_hold_nothing(compiled: bool) -> None:
     logits = torch.full((2, 192), -torch.inf)
     logits[0, 70] = 3.0
     logits[1, 5] = torch.nan
-    maxima, sums = block_statistics(logits, ScoringPath(compiled=compiled))
+    maxima, sums, bases = block_statistics(logits, ScoringPath(compiled=compiled))
     assert maxima[0].tolist() == [-torch.inf, 3.0, -torch.inf]
-    assert sums[0].tolist() == [0.0, 1.0, 0.0]
+    assert (sums[0].tolist(), bases[0].tolist()) == ([0.0, 1.0, 0.0], [3.0])
     assert torch.isnan(maxima[1, 0] + sums[1, 0])
+    nothing = block_statistics(torch.full((1, 192), -torch.inf), ScoringPath(compiled=compiled))
+    assert [part[0].tolist() for part in nothing] == [[-torch.inf] * 3, [0.0] * 3, [0.0]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("blocks", [1, 7, 16, 17, 48, 34])
+def test_block_statistics_for_any_number_of_blocks(blocks: int, compiled: bool) -> None:
+    logits = torch.randn(3, blocks * 64, generator=torch.Generator().manual_seed(blocks)) * 6
+    maxima, sums, bases = block_statistics(logits, ScoringPath(compiled=compiled))
+    assert torch.equal(maxima, logits.view(3, -1, 64).amax(-1))
+    whole = (sums.view(*bases.shape, -1).sum(-1).log() + bases).logsumexp(-1)
+    torch.testing.assert_close(whole, logits.logsumexp(-1))
+    each = sums.view(*bases.shape, -1).log() + bases[..., None]
+    torch.testing.assert_close(each.view(3, -1), logits.view(3, -1, 64).logsumexp(-1))
 
 
 def test_the_triton_kernel_equals_the_torch_version() -> None:
@@ -137,10 +151,14 @@ for dtype in (torch.float32, torch.bfloat16):
             logits[1, -30:] = -torch.inf
             logits[2, :64] = -torch.inf
             found = kernels.block_statistics(logits, path.scale, path.softcap)
-            for a, b in zip(found, block_statistics(logits, path), strict=True):
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            wanted = block_statistics(logits, path)
+            torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+            exact = path.finish(logits.float()).view(3, -1, 64).logsumexp(-1)
+            for maxima, sums, bases in (found, wanted):
+                totals = sums.view(*bases.shape, -1).log() + bases[..., None]
+                torch.testing.assert_close(totals.view(3, -1), exact, atol=1e-5, rtol=1e-5)
     logits[0, 7] = torch.nan
-    maxima, sums = kernels.block_statistics(logits)
+    maxima, sums, _ = kernels.block_statistics(logits)
     assert torch.isnan(maxima[0, 0] + sums[0, 0]) and torch.isfinite(sums[0, 1:]).all()
 print("equal")
 """
