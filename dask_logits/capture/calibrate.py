@@ -21,13 +21,15 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dask_logits.capture import kernels
 from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
 from dask_logits.capture.items import Item, plain_items
 from dask_logits.capture.meter import Cost, measure_cost
 from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
 from dask_logits.capture.selfcheck import choose_path, try_compiled
 from dask_logits.capture.task import peak_rss_bytes
-from dask_logits.capture.teacher import Teacher
+from dask_logits.capture.teacher import ScoringPath, Teacher
+from dask_logits.capture.topk import kernels_agree, padded_width
 from dask_logits.errors import TeacherError
 from dask_logits.records import Array, Records, Statistics
 from dask_logits.store.durable import Json
@@ -39,6 +41,7 @@ TOKENS = 10_000
 # Of these, what a trial of a variant scores, at least.
 _TRIAL_TOKENS = 3_000
 _TRIAL_ROUNDS = 3
+_KERNEL_ROWS = 64
 _WARM_TOKENS = 200
 _AUTO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 _MOST_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
@@ -126,6 +129,7 @@ def calibrate(task: CalibrationTask) -> Json:
     teacher = load_teacher(task.teacher, task.vocab_size)
     cost = measure_cost(teacher)
     path, errors = choose_path(teacher, exact=task.logits == "exact")
+    path = _with_kernels(teacher, path, task)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
         logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
     first = settings = ScoringSettings(
@@ -147,6 +151,24 @@ def calibrate(task: CalibrationTask) -> Json:
     if settings != first:
         scored = score_items(teacher, items, settings)
     return _report(task, settings, scored, cost, errors, trials)
+
+
+def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) -> ScoringPath:
+    """Take the Triton kernels where there is a GPU and they find what torch finds."""
+    if teacher.device.type != "cuda" or not kernels.available():
+        return path
+    generator = torch.Generator(teacher.device).manual_seed(20_260_103)
+    shape = (_KERNEL_ROWS, padded_width(task.vocab_size))
+    logits_RV = 4 * torch.randn(shape, generator=generator, device=teacher.device)
+    logits_RV[:, task.vocab_size :] = -torch.inf
+    try:
+        # Rounded, so that values tie.
+        if kernels_agree(logits_RV.bfloat16().to(teacher.logits_dtype), task.top_k, path):
+            return dataclasses.replace(path, kernels=True)
+        logger.warning("Triton's kernels differ from torch here; torch is used")
+    except Exception as error:  # noqa: BLE001 - Triton and its compilers raise whatever they like
+        logger.warning("Triton's kernels do not run here (%s); torch is used", error)
+    return path
 
 
 def _report(

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dask_logits.capture import attention
+from dask_logits.capture import attention, kernels
+from dask_logits.errors import TeacherError
 
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
@@ -51,6 +52,8 @@ class ScoringPath:
         Logits in float32 (with ``linear``), or rounded as the model rounds them.
     compiled
         Layers and targets run as compiled code.
+    kernels
+        Targets come from :mod:`dask_logits.capture.kernels`.
     """
 
     attention: Literal["blocks", "model"] = "model"
@@ -59,6 +62,7 @@ class ScoringPath:
     softcap: float | None = None
     exact: bool = False
     compiled: bool = False
+    kernels: bool = False
 
     def finish(self, raw: Tensor) -> Tensor:
         """Apply factor and soft cap to products with the head's weight; −inf marks what takes no part, and stays."""
@@ -99,7 +103,14 @@ class Teacher:
         ------
         ValueError, RuntimeError
             If the family has no replaceable attention, or its layers cannot be compiled here.
+        TeacherError
+            If the run was calibrated with Triton's kernels and there is no Triton here.
         """
+        if path.kernels and not kernels.available():
+            raise TeacherError(
+                "teacher: expected Triton in this worker, as in the one where the run was calibrated, got none; "
+                "install the same packages for every worker (pip install triton)"
+            )
         if path.attention != self.path.attention:
             name = attention.offer() if path.attention == "blocks" else self._own_attention
             self.model.set_attn_implementation(name)

@@ -20,6 +20,7 @@ K kept entries.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,13 +117,13 @@ def topk_with_tail(
     count = k if refine is None else min(k + SPARE, vocab_size or width)
     maxima_RN, sums_RN, bases_RG = block_statistics(logits_RV, path)
     blocks = width // BLOCK
-    chosen_RC = _largest_blocks(maxima_RN, min(count, blocks))
+    chosen_RC = _largest_blocks(maxima_RN, min(count, blocks), path)
     rows_R1 = torch.arange(rows, device=logits_RV.device)[:, None]
     candidates = logits_RV.view(-1, BLOCK).index_select(0, (chosen_RC + rows_R1 * blocks).view(-1)).view(rows, -1)
     if refine is None:
         values = path.finish(candidates.float())
         ids = (chosen_RC[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits_RV.device)).view(rows, -1)
-        place_RK = _ordered(values, ids, width, k)
+        place_RK = _ordered(values, ids, width, k, path)
         ids_RK, kept_RK = ids.gather(1, place_RK), values.gather(1, place_RK)
         label_logits_R = path.finish(logits_RV.gather(1, labels_R1).float())[:, 0]
         highest_R1 = maxima_RN.amax(-1, keepdim=True)
@@ -132,7 +133,7 @@ def topk_with_tail(
         ids_RC = chosen_RC.gather(1, place_RK // BLOCK) * BLOCK + place_RK % BLOCK
         refined = refine(torch.cat([ids_RC, labels_R1], 1))
         values_RC, label_logits_R = refined[:, :-1].contiguous(), refined[:, -1]
-        order_RC = _ordered(values_RC, ids_RC, width, count)
+        order_RC = _ordered(values_RC, ids_RC, width, count, PLAIN)
         values_RC = values_RC.gather(1, order_RC)
         ids_RK, kept_RK = ids_RC.gather(1, order_RC[:, :k]), values_RC[:, :k].contiguous()
         highest_R1 = torch.maximum(maxima_RN.amax(-1, keepdim=True), kept_RK[:, :1])
@@ -149,6 +150,22 @@ def topk_with_tail(
         tail_logmass_R=left_R.log() - total_R.log(),
         label_logits_R=label_logits_R,
     )
+
+
+def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:
+    """Tell whether the Triton kernels find here what torch finds: the same ids, sums within rounding.
+
+    Parameters
+    ----------
+    logits_RV, k
+        As for :func:`topk_with_tail`.
+    path
+        One without kernels.
+    """
+    wanted = topk_with_tail(logits_RV, k, path=path)
+    found = topk_with_tail(logits_RV, k, path=dataclasses.replace(path, kernels=True))
+    close = torch.allclose(found.logsumexp_R, wanted.logsumexp_R, atol=1e-4, rtol=1e-6)
+    return close and torch.equal(found.ids_RK, wanted.ids_RK)
 
 
 def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +186,7 @@ def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tens
     rows, width = logits_RV.shape
     blocks = width // BLOCK
     groups = blocks // max(count for count in range(1, _MOST_BLOCKS + 1) if blocks % count == 0)
-    if logits_RV.is_cuda and kernels.available():
+    if path.kernels:
         return kernels.block_statistics(logits_RV, path.scale, path.softcap)
     if path.compiled or logits_RV.is_cuda:
         found: tuple[Tensor, Tensor, Tensor] = _statistics_function(path.compiled)(logits_RV, path, groups)
@@ -210,11 +227,14 @@ def _finite(maxima: Tensor) -> Tensor:
     return maxima.masked_fill(maxima == -torch.inf, 0.0)
 
 
-def _largest_blocks(maxima_RN: Tensor, count: int) -> Tensor:
-    """Return the ids of the blocks with the largest maxima, equal ones by lower id, in no order."""
+def _largest_blocks(maxima_RN: Tensor, count: int, path: ScoringPath) -> Tensor:
+    """Return the ids of the blocks with the largest maxima, equal ones by lower id; with kernels ascending."""
     blocks = maxima_RN.shape[1]
+    if path.kernels and blocks <= kernels.MOST_VALUES:
+        return kernels.largest(maxima_RN, count)
     keys = _order_preserving(maxima_RN) | torch.arange(blocks - 1, -1, -1, device=maxima_RN.device)
-    return (blocks - 1) - (_largest_keys(keys, count) & 0xFFFFFFFF)
+    chosen_RC = (blocks - 1) - (_largest_keys(keys, count) & 0xFFFFFFFF)
+    return chosen_RC.sort(1).values if path.kernels else chosen_RC
 
 
 def _largest_halves(candidates: Tensor, count: int, path: ScoringPath) -> Tensor:
@@ -251,8 +271,12 @@ def _largest_keys(keys: Tensor, count: int) -> Tensor:
     return keys[:, least:]
 
 
-def _ordered(values: Tensor, ids: Tensor, width: int, count: int) -> Tensor:
+def _ordered(values: Tensor, ids: Tensor, width: int, count: int, path: ScoringPath) -> Tensor:
     """Return the places of the largest values, equal ones by lower id, in order."""
+    if path.kernels and ids.shape[1] <= kernels.MOST_VALUES:
+        # Blocks are chosen in ascending order, so the first place is the lowest id.
+        places = kernels.largest(values, count)
+        return places.gather(1, values.gather(1, places).sort(stable=True, dim=1, descending=True).indices)
     keys = _order_preserving(values) | (width - 1 - ids)
     return torch.topk(keys, count).indices
 

@@ -162,7 +162,52 @@ for dtype in (torch.float32, torch.bfloat16):
     assert torch.isnan(maxima[0, 0] + sums[0, 0]) and torch.isfinite(sums[0, 1:]).all()
 print("equal")
 """
+    assert interpreted(code) == "equal"
+
+
+def test_the_selection_kernel_equals_a_stable_sort() -> None:
+    code = """
+import torch
+from dask_logits.capture import kernels
+generator = torch.Generator().manual_seed(1)
+for width in (1, 2, 63, 768, 1000):
+    values = torch.randint(-3, 4, (6, width), generator=generator).float() / 2
+    values[1] = torch.randn(width, generator=generator) * 1e3
+    values[2, ::2] = -torch.inf
+    values[3] = -torch.inf
+    values[4] = torch.where(torch.arange(width) % 2 == 0, 0.0, -0.0)
+    values[5, width // 2] = torch.inf
+    for count in {1, min(2, width), width // 2 + 1, width}:
+        wanted = values.sort(stable=True, dim=1, descending=True).indices[:, :count].sort(1).values
+        assert torch.equal(kernels.largest(values, count), wanted), (width, count)
+print("equal")
+"""
+    assert interpreted(code) == "equal"
+
+
+def test_targets_by_kernels_equal_those_by_torch() -> None:
+    code = """
+import torch
+from dask_logits.capture import kernels, topk
+from dask_logits.capture.teacher import ScoringPath
+generator = torch.Generator().manual_seed(2)
+for width, valid, k in ((640, 640, 8), (1024, 1000, 64), (128, 100, 100), (4096, 4096, 1)):
+    for path in (ScoringPath(), ScoringPath(scale=0.5, softcap=4.0)):
+        logits = (torch.randn(5, width, generator=generator) * 4).bfloat16().float()
+        logits[1] = logits[1].round()
+        logits[:, valid:] = -torch.inf
+        assert topk.kernels_agree(logits, k, path), (width, k)
+by_torch = kernels.block_statistics
+kernels.block_statistics = lambda *given: (by_torch(*given)[0], by_torch(*given)[1] * 1.01, by_torch(*given)[2])
+assert not topk.kernels_agree(logits, 1, ScoringPath())
+print("equal")
+"""
+    assert interpreted(code) == "equal"
+
+
+def interpreted(code: str) -> str:
+    """Run code under Triton's interpreter; return what it prints, or its errors."""
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "equal", done.stderr
+    return done.stdout.strip() or done.stderr
