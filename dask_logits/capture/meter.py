@@ -46,34 +46,48 @@ class Cost:
 
 @dataclass
 class Stopwatch:
-    """Adds up the seconds of named stages; on CUDA between events, so that nothing waits for the device."""
+    """Adds up the seconds of named stages; on CUDA between events, so that nothing waits for the device.
+
+    Of a stage inside another each second counts once, for the inner one.
+    """
 
     device: torch.device
     _seconds: dict[str, float] = field(default_factory=dict)
-    _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _events: list[tuple[str, str | None, Any, Any]] = field(default_factory=list)
+    _open: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def span(self, stage: str) -> Iterator[None]:
         """Time a stage."""
-        if self.device.type == "cuda":
-            begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((stage, begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - started
+        outer = self._open[-1] if self._open else None
+        self._open.append(stage)
+        try:
+            if self.device.type == "cuda":
+                begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                yield
+                end.record()
+                self._events.append((stage, outer, begin, end))
+            else:
+                started = time.perf_counter()
+                yield
+                self._add(stage, outer, time.perf_counter() - started)
+        finally:
+            self._open.pop()
 
     def seconds(self) -> dict[str, float]:
         """Return stage → seconds; on CUDA waits for the device once."""
         if self._events:
             cuda.synchronize(self.device)
-        for stage, begin, end in self._events:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + begin.elapsed_time(end) / 1e3
+        for stage, outer, begin, end in self._events:
+            self._add(stage, outer, begin.elapsed_time(end) / 1e3)
         self._events.clear()
         return {stage: round(seconds, 4) for stage, seconds in self._seconds.items()}
+
+    def _add(self, stage: str, outer: str | None, seconds: float) -> None:
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+        if outer is not None:
+            self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
 
 
 @torch.inference_mode()

@@ -72,7 +72,8 @@ class Scored:
     records
         The targets.
     seconds
-        Stage → seconds: ``trunk``, ``head``, ``tail`` (logsumexp, top-k, refinement), ``transfer``; ``score``: all.
+        Stage → seconds: ``trunk``, ``head``, ``tail`` (logsumexp, top-k), ``refine`` (kept logits in float32),
+        ``transfer``; ``score``: all.
     splits
         Batch → numbers of items in the parts it was split into because it did not fit into memory.
     padded_tokens
@@ -260,7 +261,7 @@ class _Run:
                 labels_R=labels_R,
                 vocab_size=self.settings.vocab_size,
                 path=path,
-                refine=functools.partial(refined_logits, teacher, rows_R) if teacher.refines else None,
+                refine=functools.partial(self._refined, rows_R) if teacher.refines else None,
             )
             label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
             return {
@@ -270,6 +271,10 @@ class _Run:
                 "tail_logmass": top.tail_logmass_R,
                 "label_logprob": label_logprobs_R,
             }
+
+    def _refined(self, rows_R: Tensor, ids_RC: Tensor) -> Tensor:
+        with self.watch.span("refine"):
+            return refined_logits(self.teacher, rows_R, ids_RC)
 
     def _deliver(self, where_M: Array, results: dict[str, Array]) -> None:
         for name, values in results.items():

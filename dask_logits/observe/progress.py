@@ -14,7 +14,7 @@ from dask_logits.records import Statistics
 
 _PLAIN_SECONDS = 10.0
 # Stages inside of `score`.
-_SCORING = ("trunk", "head", "tail", "transfer")
+_SCORING = ("trunk", "head", "tail", "refine", "transfer")
 
 
 def add_seconds(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

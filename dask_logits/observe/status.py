@@ -44,7 +44,8 @@ class Status:
         Of one worker, scoring only; NaN before the first partition.
     seconds
         Stage → seconds of all workers: ``read``, ``tokenize``, ``wait`` (for the teacher, while it scores another
-        partition), ``load``, ``trunk``, ``head``, ``tail``, ``transfer``, ``write``; ``score`` for scoring in all.
+        partition), ``load``, ``trunk``, ``head``, ``tail``, ``refine``, ``transfer``, ``write``; ``score`` for scoring
+        in all.
     mfu
         FLOPs of the tokens' own sequences over those a large matrix product would have done in the scoring's time; NaN
         before the first partition.

@@ -33,6 +33,15 @@ def test_a_stopwatch_adds_up_by_stage() -> None:
     assert set(watch.seconds()) == {"trunk", "head"}
 
 
+def test_a_stage_inside_another_counts_once(monkeypatch) -> None:
+    ticks = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    watch = Stopwatch(CPU)
+    with watch.span("tail"), watch.span("refine"):
+        pass
+    assert watch.seconds() == {"tail": 5.0, "refine": 2.0}
+
+
 def test_a_ring_delivers_in_order_and_holds_no_more_than_its_slots() -> None:
     delivered: list[float] = []
     ring = OutputRing(CPU, slots=2)
