@@ -22,6 +22,8 @@ from torch import Tensor, nn
 NAME = "dask_logits_blocks"
 # Queries per block: more waste the masked half, fewer make small products. 32, 128 and 256 were slower.
 _BLOCK = 64
+# Blocks of a sequence, beyond which they are larger: each is two more shapes that PyTorch keeps code for.
+_MOST_BLOCKS = 128
 
 
 def offer() -> str:
@@ -114,7 +116,7 @@ def block_attention(
     keys_NDT = key.reshape(N, T, D).transpose(1, 2)
     values_NTD = value.reshape(N, T, value.shape[-1])
     out_BTHD = torch.empty(B, T, H, value.shape[-1], dtype=dtype, device=device)
-    width = min(_BLOCK, T)
+    width = min(T, _BLOCK * -(-T // (_BLOCK * _MOST_BLOCKS)))
     ahead_CC = torch.full((width, width), -torch.inf, dtype=dtype, device=device).triu_(1)
     for first in range(0, T, width):
         stop = min(first + width, T)

@@ -24,8 +24,10 @@ from dask_logits.errors import CapacityError, TeacherError
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
 _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
-# Compiled products that oneDNN keeps, one for each shape that occurs, of 250 KB: its own 1,024 grow to 256 MB.
-_KEPT_PRODUCTS = 256
+# PyTorch and oneDNN keep 0.3 MB of code for every shape of a matrix product that occurs, up to 1,024 of them each. One
+# batch uses at most some 260: attention has two for each of its blocks.
+_KEPT_SHAPES = 384
+_SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -255,12 +257,13 @@ def _device_map(spec: TeacherSpec) -> DeviceMap:
 
 
 def _set_memory() -> None:
-    """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and oneDNN forget.
+    """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and bound code kept by shape.
 
     Activations of some MiB are mapped and unmapped at every operation otherwise; page faults were a fifth of the time.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_PRODUCTS))
+    for name in _SHAPE_CACHES:
+        os.environ.setdefault(name, str(_KEPT_SHAPES))
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in _MALLOC:

@@ -220,6 +220,8 @@ class TeacherShape:
 
 # Interpreter, torch, transformers, tokenizer and allocator slack of a worker process.
 _PROCESS_BYTES = 700 << 20
+# On a CPU in half precision: code kept for shapes of matrix products, compiled layers, gaps between activations.
+_CODE_BYTES = 240 << 20
 # Live activations of one layer, in hidden widths per token: residual, norms, q/k/v, attention, gate and up.
 _WIDTHS_PER_TOKEN = 24
 
@@ -235,6 +237,7 @@ def estimate(
     batch_tokens: int,
     head_rows: int,
     scratch_rows: int,
+    device: str = "cpu",
 ) -> Estimate:
     """Estimate what a plan takes.
 
@@ -250,6 +253,8 @@ def estimate(
         Resolved settings.
     scratch_rows
         Positions whose float32 exponentials exist at one time.
+    device
+        ``cpu`` or ``cuda``.
     """
     per_token = records.bytes_per_token(top_k, vocab_size)
     rows = partition_rows if n_rows is None else n_rows
@@ -259,11 +264,12 @@ def estimate(
     batch = batch_tokens * teacher.hidden_width * _WIDTHS_PER_TOKEN * value
     head = head_rows * vocab_size * value + scratch_rows * vocab_size * 4
     partition = min(partition_rows, rows) * tokens_per_row * per_token
+    process = _PROCESS_BYTES + (_CODE_BYTES if device == "cpu" and value < 4 else 0)
     return Estimate(
         tokens=None if n_rows is None else tokens,
         cache_bytes=cache_bytes,
         peak_disk_bytes=2 * cache_bytes,
-        worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + _PROCESS_BYTES),
+        worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + process),
     )
 
 

@@ -135,6 +135,7 @@ def prepare(config: Config, dataset: Any = None) -> Job:
         batch_tokens=max(batch_tokens, min(longest, items.max_length)),
         head_rows=head_rows,
         scratch_rows=scratch_rows(head_rows, device),
+        device=device,
     )
     return Job(
         config=config,
