@@ -188,7 +188,11 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
         if spec.device == "cuda":
             torch.cuda.empty_cache()
         _LOADED[key] = _load(spec, vocab_size)
-    return _LOADED[key]
+    teacher = _LOADED[key]
+    if teacher.device.type == "cuda":
+        # Of the calling thread too: where events and kernels go. A head may lie on another GPU than the first.
+        torch.cuda.set_device(teacher.device)
+    return teacher
 
 
 def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
@@ -197,7 +201,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _set_memory()
+    set_memory()
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise TeacherError(
             "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
@@ -256,7 +260,7 @@ def _device_map(spec: TeacherSpec) -> DeviceMap:
     return spread_layers(model, free_gpu_bytes(spec.n_gpus), getattr(torch, spec.dtype))
 
 
-def _set_memory() -> None:
+def set_memory() -> None:
     """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and bound code kept by shape.
 
     Activations of some MiB are mapped and unmapped at every operation otherwise; page faults were a fifth of the time.

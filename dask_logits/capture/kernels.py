@@ -1,7 +1,7 @@
 """The tail as Triton kernels for CUDA: one read of the logits, and the selection of the largest.
 
-:mod:`dask_logits.capture.topk` has the same in torch, their oracle and fallback; the self-check decides whether a run
-uses them. With ``TRITON_INTERPRET=1`` they run on a CPU, which is how they are tested where there is no GPU.
+:mod:`dask_logits.capture.topk` has the same in torch, their oracle and fallback; the calibration decides whether a
+run uses them. With ``TRITON_INTERPRET=1`` they run on a CPU, which is how they are tested where there is no GPU.
 
 Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, W values to choose from, C chosen.
 """
