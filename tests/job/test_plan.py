@@ -88,6 +88,8 @@ def test_the_estimate_adds_up() -> None:
     assert cost.tokens == 200_000
     assert cost.cache_bytes == 200_000 * 270 + 1000 * 24
     assert cost.peak_disk_bytes == 2 * cost.cache_bytes
-    assert 2 * 10**8 < cost.worker_bytes < 2 * 10**8 + (1 << 30)
+    assert 2 * 10**8 + (700 << 20) < cost.worker_bytes < 2 * 10**8 + (1200 << 20)
+    # No code is kept for shapes on a GPU.
+    assert cost.worker_bytes - estimate(1000, 100, **fixed, device="cuda").worker_bytes == 240 << 20
     stream = estimate(None, 100, **fixed)
     assert (stream.tokens, stream.cache_bytes) == (None, 20_000 * 270 + 100 * 24)

@@ -319,5 +319,5 @@ def test_a_static_worker_takes_one_gpu_in_turn(worker, visible, gpus, expected, 
     monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
     needed = ["distillation.teacher.model_path=t", "distillation.dataset.name=d", *share(worker, 8)]
     generation = load_config(needed).teacher.generation
-    assert cluster._devices(generation) == expected
+    assert cluster.gpu_groups(generation) == [[expected]]
     assert cluster.local_workers(generation, "cuda") == 1
