@@ -100,8 +100,6 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     TeacherError
         If there is no such model, or it is not a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     path = str(config.model_path)
     folder = Path(path).expanduser()
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -111,11 +109,7 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
         )
     source = str(folder) if folder.is_dir() else path
     try:
-        model_config = AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        model_config, model = _empty_model(source, config.revision, config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
@@ -252,12 +246,17 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
 
 
 def _device_map(spec: TeacherSpec) -> DeviceMap:
+    _, model = _empty_model(spec.path, spec.revision, spec.trust_remote_code)
+    return spread_layers(model, free_gpu_bytes(spec.n_gpus), getattr(torch, spec.dtype))
+
+
+def _empty_model(source: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return a checkpoint's configuration and its model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-    return spread_layers(model, free_gpu_bytes(spec.n_gpus), getattr(torch, spec.dtype))
+        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def set_memory() -> None:
