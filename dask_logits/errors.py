@@ -20,6 +20,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """Return what another library's error says first, or what it is.
+
+    >>> first_line(ValueError("too large\\nsee the manual")), first_line(KeyError())
+    ('too large', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class DaskLogitsError(Exception):
     """Base of every error this package raises on purpose.
 

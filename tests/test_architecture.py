@@ -24,6 +24,7 @@ LAYERS = {
     "capture.items": 2,
     "capture.parquet": 2,
     "capture.attention": 2,
+    "capture.fused": 2,
     "capture.kernels": 2,
     "capture.transfer": 3,
     "capture.topk": 4,
@@ -65,9 +66,9 @@ LAYERS = {
     "__main__": 13,
 }
 HOMES = {
-    "torch": {"capture.attention", "capture.kernels", "capture.transfer", "capture.topk", "capture.teacher",
-              "capture.checkpoint", "capture.placement", "capture.selfcheck", "capture.meter", "capture.scoring",
-              "capture.calibrate", "job.cluster", "train.dataset", "train.losses"},
+    "torch": {"capture.attention", "capture.fused", "capture.kernels", "capture.transfer", "capture.topk",
+              "capture.teacher", "capture.checkpoint", "capture.placement", "capture.selfcheck", "capture.meter",
+              "capture.scoring", "capture.calibrate", "job.cluster", "train.dataset", "train.losses"},
     "transformers": {"capture.attention", "capture.checkpoint", "capture.teacher", "capture.tokens"},
     "accelerate": {"capture.placement"},
     "triton": {"capture.kernels"},

@@ -6,7 +6,8 @@ the heads that share keys are one product, and everything runs as large batched 
 have the teacher's dtype, the softmax is computed in float32: what transformers' eager attention does.
 
 It is offered to transformers as one more attention implementation, so every family that asks its registry can use it;
-the self-check decides whether a teacher does.
+the self-check decides whether a teacher does. As ``fused`` it leaves what :mod:`dask_logits.capture.fused` can do to
+that: bfloat16 without a mask, a soft cap or sinks.
 
 Dimension letters: B sequences, T tokens, H query heads, G query heads per key head, N = B·H/G, C queries of a block,
 D width of a head.
@@ -14,30 +15,37 @@ D width of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-NAME = "dask_logits_blocks"
+from dask_logits.capture import fused
+
+Kind = Literal["blocks", "fused"]
+
 # Queries per block: more waste the masked half, fewer make small products. 32, 128 and 256 were slower.
 _BLOCK = 64
 # Blocks of a sequence, beyond which they are larger: each is two more shapes that PyTorch keeps code for.
 _MOST_BLOCKS = 128
 
 
-def offer() -> str:
-    """Register the implementation with transformers; return its name for ``set_attn_implementation``."""
+def offer(kind: Kind) -> str:
+    """Register an implementation with transformers; return its name for ``set_attn_implementation``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attention_layer)
+    name = f"dask_logits_{kind}"
+    AttentionInterface.register(name, partial(attention_layer, _ATTEND[kind]))
     # No mask where causality alone says it all, else the mask of True where a query may look.
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    return NAME
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return name
 
 
 def attention_layer(
+    attend: Callable[..., Tensor],
     module: nn.Module,
     query_BHTD: Tensor,
     key: Tensor,
@@ -53,6 +61,8 @@ def attention_layer(
 
     Parameters
     ----------
+    attend
+        What computes it: an operator that is opaque to the compiler, which would unroll a loop for every length.
     module
         The attention layer; one that is not causal is left to transformers' SDPA.
     query_BHTD, key, value, attention_mask, scaling, softcap, s_aux
@@ -74,8 +84,6 @@ def attention_layer(
         )
         return out
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    # One opaque operator to the compiler: it would unroll the loop over blocks for every length.
-    attend = _operator if torch.compiler.is_compiling() else block_attention
     return attend(query_BHTD, key, value, attention_mask, scale, softcap, s_aux), None
 
 
@@ -146,10 +154,33 @@ def block_attention(
     return out_BTHD
 
 
-_operator: Any = torch.library.custom_op("dask_logits::block_attention", block_attention, mutates_args=())
+def _blocks_or_fused(
+    query_BHTD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float = 1.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attend by native code where it is made for the tensors, else in blocks."""
+    if attention_mask is None and softcap is None and s_aux is None and fused.fits(query_BHTD, key, value):
+        return fused.fused_attention(query_BHTD, key, value, scaling)
+    return block_attention(query_BHTD, key, value, attention_mask, scaling, softcap, s_aux)
 
 
-@_operator.register_fake  # type: ignore[untyped-decorator]
 def _shape_of(query_BHTD: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     B, H, T, _D = query_BHTD.shape
     return query_BHTD.new_empty(B, T, H, value.shape[-1])
+
+
+def _operator(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    operator = torch.library.custom_op(f"dask_logits::{name}", function, mutates_args=())
+    operator.register_fake(_shape_of)
+    return operator
+
+
+_ATTEND: dict[Kind, Callable[..., Tensor]] = {
+    "blocks": _operator("block_attention", block_attention),
+    "fused": _operator("fused_attention", _blocks_or_fused),
+}

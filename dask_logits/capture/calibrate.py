@@ -30,7 +30,7 @@ from dask_logits.capture.selfcheck import choose_path, try_compiled
 from dask_logits.capture.task import peak_rss_bytes
 from dask_logits.capture.teacher import ScoringPath, Teacher
 from dask_logits.capture.topk import kernels_agree, padded_width
-from dask_logits.errors import TeacherError
+from dask_logits.errors import TeacherError, first_line
 from dask_logits.records import Array, Records, Statistics
 from dask_logits.store.durable import Json
 
@@ -250,13 +250,12 @@ class _Trials:
             score_items(self.teacher, self.items[:2], fast)
         except RuntimeError as error:
             self.teacher.take(settings.path)
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if task.compile == "always":
                 raise TeacherError(
-                    f"distillation.scoring.compile: expected to compile the teacher's layers, got {first_line}; "
+                    f"distillation.scoring.compile: expected to compile the teacher's layers, got {first_line(error)}; "
                     "install a C++ compiler on the workers, or set distillation.scoring.compile=auto"
                 ) from error
-            logger.warning("not compiled: %s", first_line)
+            logger.warning("not compiled: %s", first_line(error))
             return settings
         self.compile_seconds = round(time.perf_counter() - started, 1)
         self.rates["eager"], self.rates["compiled"] = self._race(settings, fast, _TRIAL_TOKENS)

@@ -20,7 +20,7 @@ import torch
 from dask_logits.capture.placement import DeviceMap, free_gpu_bytes, require_room, spread_layers
 from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
-from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.errors import CapacityError, TeacherError, first_line
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
 _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
@@ -113,7 +113,7 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
-            f"{_first_line(error)}; correct the name, or download it and give its folder"
+            f"{first_line(error)}; correct the name, or download it and give its folder"
         ) from error
     head = model.get_output_embeddings()
     text_config = model_config.get_text_config()
@@ -217,10 +217,10 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             device_map=_device_map(spec) if spec.n_gpus > 1 else None,
         )
     except torch.OutOfMemoryError as error:
-        raise CapacityError(f"teacher: expected to fit in memory, got {_first_line(error)}") from error
+        raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise TeacherError(
-            f"distillation.teacher.model_path: expected to load {spec.path!r}, got {_first_line(error)}; "
+            f"distillation.teacher.model_path: expected to load {spec.path!r}, got {first_line(error)}; "
             "check that this worker sees the model's folder or the hub's cache"
         ) from error
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
@@ -240,7 +240,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         model.to("cuda:0" if spec.device == "cuda" else "cpu")
     except torch.OutOfMemoryError as error:
         raise CapacityError(
-            f"teacher: expected to fit on the GPU, got {_first_line(error)}; use a smaller teacher or dtype"
+            f"teacher: expected to fit on the GPU, got {first_line(error)}; use a smaller teacher or dtype"
         ) from error
     return Teacher(model, vocab_size)
 
@@ -303,7 +303,3 @@ def _cpu_has_bfloat16() -> bool:
     flags = Path("/proc/cpuinfo")
     text = flags.read_text() if flags.exists() else ""
     return "AVX512" in capabilities and ("avx512_bf16" in text or "amx_bf16" in text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

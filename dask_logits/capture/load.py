@@ -14,7 +14,7 @@ from typing import Any
 
 from dask_logits.capture.tokens import encode
 from dask_logits.config import nearest
-from dask_logits.errors import DatasetError
+from dask_logits.errors import DatasetError, first_line
 
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
@@ -209,8 +209,9 @@ def _translated(name: str, call: Any) -> Any:
         raise DatasetError(f"{where} without a single row; check data_files") from error
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise DatasetError(f"{where}: {reason}; correct the name, config_name, split or data_files") from error
+        raise DatasetError(
+            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files"
+        ) from error
 
 
 def _listed(data_files: Sequence[str] | None) -> list[str] | None:

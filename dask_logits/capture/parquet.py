@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dask_logits.errors import DatasetError
+from dask_logits.errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -255,11 +255,11 @@ def _readable(where: str) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DatasetError(f"{where}: expected readable Parquet, got {reason}; restore the file") from error
+        raise DatasetError(f"{where}: expected readable Parquet, got {first_line(error)}; restore the file") from error
     except OSError as error:
         # Arrow says so of broken pages and thrift, without a system's error number.
         if type(error) is OSError and error.errno is None:
-            reason = str(error).splitlines()[0]
-            raise DatasetError(f"{where}: expected readable Parquet, got {reason}; restore the file") from error
+            raise DatasetError(
+                f"{where}: expected readable Parquet, got {first_line(error)}; restore the file"
+            ) from error
         raise

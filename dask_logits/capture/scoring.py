@@ -28,7 +28,7 @@ from dask_logits.capture.meter import Stopwatch
 from dask_logits.capture.teacher import ScoringPath, Teacher
 from dask_logits.capture.topk import padded_width, topk_with_tail
 from dask_logits.capture.transfer import OutputRing, to_device
-from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.records import TOKEN_ARRAYS, Array, Records, schema
 
 # Compiled code is made for sequences of at least two tokens.
@@ -113,12 +113,20 @@ def score_items(
     Raises
     ------
     TeacherError
-        If an item's logits hold NaN or +inf; names its row.
+        If an item's logits hold NaN or +inf (names its row), or the path cannot be compiled on this machine.
     CapacityError
         If a single item does not fit into memory.
     """
     started = time.perf_counter()
-    teacher.take(settings.path)
+    try:
+        teacher.take(settings.path)
+    except TeacherError:
+        raise
+    except RuntimeError as error:
+        raise TeacherError(
+            "teacher: expected a C++ compiler on this worker, as on the one where the run was calibrated, got "
+            f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"
+        ) from error
     run = _Run(teacher, items, settings)
     batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
     with teacher.strict():

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dask_logits.capture import fused
 from dask_logits.capture.teacher import HEADS, Head, ScoringPath, Teacher
 from dask_logits.errors import TeacherError
 
@@ -86,7 +87,7 @@ def choose_path(
 
 @torch.inference_mode()
 def try_compiled(teacher: Teacher) -> float:
-    """Compile the path a teacher is on, and compare it with what it was.
+    """Compile the path a teacher is on, with fused attention if that agrees, and compare it with what it was.
 
     Returns
     -------
@@ -102,7 +103,18 @@ def try_compiled(teacher: Teacher) -> float:
     tokens_BT = _long_tokens(teacher, generator)
     eager = teacher.path
     plain_RV = _logprobs(teacher, tokens_BT)
-    teacher.take(dataclasses.replace(eager, compiled=True))
+    compiled = dataclasses.replace(eager, compiled=True)
+    if eager.attention == "blocks" and teacher.dtype == torch.bfloat16 and fused.available():
+        try:
+            return _take_compiled(teacher, dataclasses.replace(compiled, attention="fused"), tokens_BT, plain_RV)
+        except RuntimeError as error:
+            logger.info("fused attention does not apply: %s", error)
+    return _take_compiled(teacher, compiled, tokens_BT, plain_RV)
+
+
+def _take_compiled(teacher: Teacher, path: ScoringPath, tokens_BT: Tensor, plain_RV: Tensor) -> float:
+    eager = teacher.path
+    teacher.take(path)
     error = _rms(_logprobs(teacher, tokens_BT) - plain_RV)
     if not error <= TOLERANCE[_dtype_name(teacher)]:
         teacher.take(eager)

@@ -9,8 +9,9 @@ Three ways lead from hidden states to logits:
 * ``forward``: the whole model per batch. Its logits exist for one whole batch; the last resort.
 
 On CPU the trunk may use the attention of :mod:`dask_logits.capture.attention`; on any device its layers may be
-compiled, each on its own and for all shapes at once: 10 s for a family instead of minutes for a model. Which path a run
-takes is found by :mod:`dask_logits.capture.selfcheck` and frozen with the run.
+compiled, each on its own and for all shapes at once: 10 s for a family instead of minutes for a model, and with them
+the attention of :mod:`dask_logits.capture.fused`. Which path a run takes is found by
+:mod:`dask_logits.capture.selfcheck` and frozen with the run.
 
 Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden width, V vocabulary (logit width), C ids.
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dask_logits.capture import attention, kernels
+from dask_logits.capture import attention, fused, kernels
 from dask_logits.errors import TeacherError
 
 Head = Literal["linear", "replay", "forward"]
@@ -43,7 +44,8 @@ class ScoringPath:
     Parameters
     ----------
     attention
-        ``blocks`` (:mod:`dask_logits.capture.attention`) or ``model``: whatever the family uses.
+        ``blocks`` (:mod:`dask_logits.capture.attention`), ``fused``: that with native code where it applies, or
+        ``model``: whatever the family uses.
     head
         One of :data:`HEADS`.
     scale, softcap
@@ -56,7 +58,7 @@ class ScoringPath:
         Targets come from :mod:`dask_logits.capture.kernels`.
     """
 
-    attention: Literal["blocks", "model"] = "model"
+    attention: Literal["fused", "blocks", "model"] = "model"
     head: Head = "forward"
     scale: float = 1.0
     softcap: float | None = None
@@ -104,21 +106,33 @@ class Teacher:
         ValueError, RuntimeError
             If the family has no replaceable attention, or its layers cannot be compiled here.
         TeacherError
-            If the run was calibrated with Triton's kernels and there is no Triton here.
+            If the run was calibrated with Triton's kernels or the fused attention, which cannot run here.
         """
         if path.kernels and not kernels.available():
             raise TeacherError(
                 "teacher: expected Triton in this worker, as in the one where the run was calibrated, got none; "
                 "install the same packages for every worker (pip install triton)"
             )
-        if path.attention != self.path.attention:
-            name = attention.offer() if path.attention == "blocks" else self._own_attention
-            self.model.set_attn_implementation(name)
-            if self.model.config.get_text_config()._attn_implementation != name:
-                raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
-        if path.compiled != self.path.compiled:
-            self._compile() if path.compiled else self._uncompile()
+        if path.attention == "fused" and not fused.available():
+            raise TeacherError(
+                "teacher: expected a CPU with AVX512-BF16, as that of the worker where the run was calibrated, got one "
+                "without; use machines of one kind, or set distillation.scoring.compile=never"
+            )
+        try:
+            if path.attention != self.path.attention:
+                self._attend_by(path.attention)
+            if path.compiled != self.path.compiled:
+                self._compile() if path.compiled else self._uncompile()
+        except Exception:
+            self._attend_by(self.path.attention)
+            raise
         self.path = path
+
+    def _attend_by(self, kind: Literal["fused", "blocks", "model"]) -> None:
+        name = self._own_attention if kind == "model" else attention.offer(kind)
+        self.model.set_attn_implementation(name)
+        if self.model.config.get_text_config()._attn_implementation != name:
+            raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
 
     def layers(self) -> list[nn.Module]:
         """Return the trunk's repeated layers: its longest list of modules."""

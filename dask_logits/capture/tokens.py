@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dask_logits.config import DatasetConfig, TeacherConfig
-from dask_logits.errors import DatasetError, TeacherError
+from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
 
 # A tokenizer that covers less of the head than this is taken for another model's (Qwen, Phi and DeepSeek pad < 3 %).
@@ -101,9 +101,8 @@ def inspect_tokenizer(
         tokenizer = _identify(_read_tokenizer(path, revision, config.trust_remote_code))
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         if is_text or config.tokenizer_path is not None:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TeacherError(
-                f"distillation.teacher.tokenizer_path: expected a tokenizer, got {path!r}: {reason}; "
+                f"distillation.teacher.tokenizer_path: expected a tokenizer, got {path!r}: {first_line(error)}; "
                 "set it to the teacher's tokenizer, or give rows with input_ids"
             ) from error
     if tokenizer is not None and dataset.vocab_size is None:
