@@ -56,7 +56,7 @@ def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[
 
 
 def bytes_per_token(top_k: int, vocab_size: int) -> int:
-    """Return the bytes the token arrays take per token; documents add 24 bytes each.
+    """Return the bytes the token arrays take per token in memory and in plain files; documents add 24 bytes each.
 
     >>> bytes_per_token(64, 49_152)
     270
@@ -143,39 +143,53 @@ class Records:
 
 
 class ContentDigest:
-    """SHA-256 over logical arrays in dataset order; equal digests mean the same targets for the same tokens.
+    """Sum over documents of their SHA-256; equal sums mean the same targets for the same tokens.
 
-    Each array has its own hash, fed in pieces of any size, so the result depends neither on how documents were cut
-    into partitions nor on who computed them, when or where.
+    A document's hash covers its row, offset and length and the bytes of all its token arrays; a packed block's, its
+    length and the place of its first token. So the sum depends neither on how documents were cut into partitions nor on
+    who computed them, when or in which order, and that of a whole is the sum of its parts'. It detects damage and
+    mistakes; it is no defence against someone who may choose the targets (sums of hashes can be steered).
 
-    >>> a, b = ContentDigest(), ContentDigest()
-    >>> a.update("x", np.arange(4)); b.update("x", np.arange(2)); b.update("x", np.arange(2, 4))
-    >>> a.hexdigest() == b.hexdigest()
-    True
+    >>> digest = ContentDigest()
+    >>> digest.add(f"{1:064x}"); digest.add(f"{2:064x}"); int(digest.hexdigest(), 16)
+    3
     """
 
     def __init__(self) -> None:
-        self._hashes: dict[str, Any] = {}
+        self._sum = 0
 
-    def update(self, name: str, array: Array) -> None:
-        """Feed the next entries of one array (hashed as little-endian bytes in C order)."""
-        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        key = f"{name} {little.dtype.str} {list(little.shape[1:])}"
-        self._hashes.setdefault(key, hashlib.sha256()).update(little.reshape(-1).view(np.uint8).data)
+    def add(self, hexdigest: str) -> None:
+        """Add what another digest has summed up."""
+        self._sum = (self._sum + int(hexdigest, 16)) % (1 << 256)
 
-    def update_records(self, records: Records) -> None:
-        """Feed all arrays of a partition."""
-        for name, array in records.arrays():
-            self.update(name, array)
-
-    def array_digests(self) -> dict[str, str]:
-        """Return array → hex SHA-256 of what it was fed so far."""
-        return {key.split(" ", 1)[0]: value.hexdigest() for key, value in self._hashes.items()}
+    def update(self, records: Records) -> None:
+        """Add documents and blocks."""
+        tokens = [
+            (name, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+            for name, array in records.arrays()
+            if name in TOKEN_ARRAYS
+        ]
+        head = ";".join(f"{name} {array.dtype.str} {list(array.shape[1:])}" for name, array in tokens).encode()
+        ends = np.cumsum(records.document_length, dtype=np.int64)
+        starts = ends - records.document_length
+        places = list(zip(records.document_row.tolist(), records.document_offset.tolist(), strict=True))
+        for place, start, stop in zip(places, starts.tolist(), ends.tolist(), strict=True):
+            found = hashlib.sha256(head)
+            found.update(f"document {place} {stop - start}".encode())
+            for _, array in tokens:
+                found.update(array[start:stop].reshape(-1).view(np.uint8).data)
+            self.add(found.hexdigest())
+        if records.block_length is not None:
+            block_starts = np.cumsum(records.block_length, dtype=np.int64) - records.block_length
+            firsts = np.searchsorted(starts, block_starts, side="right") - 1
+            for first, start, length in zip(firsts, block_starts, records.block_length, strict=True):
+                row, offset = places[first]
+                place = (row, offset + int(start - starts[first]))
+                self.add(hashlib.sha256(f"block {place} {length}".encode()).hexdigest())
 
     def hexdigest(self) -> str:
-        """Return the digest over all arrays."""
-        lines = "".join(f"{key} {self._hashes[key].hexdigest()}\n" for key in sorted(self._hashes))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        """Return the sum, 64 hexadecimal digits."""
+        return f"{self._sum:064x}"
 
 
 @dataclass(frozen=True, kw_only=True)

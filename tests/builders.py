@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dask_logits.records import Records, schema
+from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
 from dask_logits.store.cache import CacheWriter
+from dask_logits.store.profile import Compact, Plain, Profile, as_kept
 
 WORDS = [
     "red",
@@ -174,20 +175,44 @@ def packed_records() -> Records:
     )
 
 
-def write_cache(path, made: Records, vocab_size: int = 50, **attributes) -> str:
+def plain(top_k: int = 2, vocab_size: int = 50) -> Plain:
+    return Plain(top_k=top_k, vocab_size=vocab_size)
+
+
+def compact(top_k: int = 2, vocab_size: int = 50, precision: int = 8, seed: int = 0, chunk_tokens: int = 4) -> Compact:
+    """Return a compact profile with a shuffled id table and small chunks."""
+    table = np.random.default_rng(seed).permutation(vocab_size).astype(np.uint32)
+    return Compact(top_k=top_k, vocab_size=vocab_size, precision=precision, id_table=table, chunk_tokens=chunk_tokens)
+
+
+def content(*made: Records) -> str:
+    digest = ContentDigest()
+    for records in made:
+        digest.update(records)
+    return digest.hexdigest()
+
+
+def write_cache(path, made: Records, vocab_size: int = 50, profile: Profile | None = None, **attributes) -> str:
+    """Write a cache of one piece; return its content digest."""
+    profile = profile or Plain(top_k=made.top_k, vocab_size=vocab_size)
+    arrays = dict(made.arrays())
+    digest = content(as_kept(made, profile))
     with CacheWriter(
         path,
+        profile=profile,
         n_tokens=made.n_tokens,
         n_documents=made.n_documents,
         n_blocks=None if made.block_length is None else len(made.block_length),
-        top_k=made.top_k,
-        vocab_size=vocab_size,
     ) as writer:
-        for name, array in made.arrays():
+        writer.append_tokens({name: arrays.pop(name) for name in TOKEN_ARRAYS})
+        writer.align()
+        for name, array in arrays.items():
             writer.append(name, array)
-        lengths = made.document_length.astype(np.uint64)
-        writer.append("document_start", np.cumsum(lengths) - lengths)
-        return writer.finish(attributes)
+            if name.endswith("_length"):
+                lengths = array.astype(np.uint64)
+                writer.append(name.replace("_length", "_start"), np.cumsum(lengths) - lengths)
+        writer.finish({**attributes, "content_digest": digest})
+    return digest
 
 
 _DASK = [sys.executable, "-m", "dask"]

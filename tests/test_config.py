@@ -25,7 +25,8 @@ PATHS = [
     "dataset.long_documents", "dataset.window_stride", "dataset.packing", "dataset.separator_id",
     "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
     "dataset.num_proc", "partition.rows", "scoring.logits",
-    "scoring.compile", "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
+    "scoring.compile", "cache.profile", "cache.precision",
+    "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
     "cluster.dashboard_address", "cluster.wait_seconds", "job.retries", "job.stall_seconds", "job.max_failures",
     "job.keep_partitions", "job.log_level",
 ]  # fmt: skip

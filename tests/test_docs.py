@@ -6,10 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
-from builders import records, save_tokenizer, sentences, tiny_model, write_cache, write_json_lines
+from builders import compact, plain, records, save_tokenizer, sentences, tiny_model, write_cache, write_json_lines
 
 from dask_logits.compose import load_config
+from dask_logits.records import TOKEN_ARRAYS
+from dask_logits.store.profile import as_kept
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,21 +76,26 @@ def test_the_one_call_example_runs(tmp_path, monkeypatch) -> None:
 
 def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = records((5, 3), k=4)
-    write_cache(tmp_path / "teacher_logits.h5", made)
-    (example,) = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
-    found: dict = {}
-    exec(example, found)
-    assert found["tokens"].tolist() == made.input_ids[:5].tolist()
-    assert found["next_token_logprobs"].shape == (5, 4)
+    examples = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
+    for example, profile in zip(examples, (plain(4, 300), compact(4, 300)), strict=True):
+        made = records((5, 3), k=4, vocab_size=300)
+        write_cache(tmp_path / "teacher_logits.h5", made, vocab_size=300, profile=profile)
+        found: dict = {}
+        exec(example, found)
+        kept = as_kept(made, profile)
+        assert found["next_token_ids"].tolist() == kept.topk_ids[:5].tolist()
+        assert found["next_token_logprobs"].astype(np.float16).tolist() == kept.topk_logprobs[:5].tolist()
 
 
 def test_the_format_document_names_every_array() -> None:
-    from dask_logits.store.cache import ARRAYS
-
     text = (ROOT / "docs" / "FORMAT.md").read_text()
-    expected = [*ARRAYS[:8], "document_start", ARRAYS[8], "block_length"]
-    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == expected
+    logical, _, stored = text.partition("## Profile `compact`")
+    arrays = [*TOKEN_ARRAYS, "document_row", "document_offset", "document_start", "document_length"]
+    assert re.findall(r"^\| `(\w+)` \|", logical, re.M) == [*arrays, "block_length", "block_start"]
+    wide = compact(4, 70_000, precision=12)
+    for name in (*wide.arrays, *wide.tables, "chunks/<name>/offset", "crc32/<name>"):
+        short = re.sub(r"_b\d$", "_b", name)
+        assert f"`{name}`" in stored or (f"`{short}1`" in stored and f"`_{name[-2:]}`" in stored), name
 
 
 def test_the_readme_is_short() -> None:

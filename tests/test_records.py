@@ -1,10 +1,13 @@
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
-from builders import records
+from builders import packed_records, records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.records import ContentDigest, Records, Statistics
+from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, Statistics
 
 
 def test_shapes_that_disagree_are_refused() -> None:
@@ -17,33 +20,54 @@ def test_shapes_that_disagree_are_refused() -> None:
         Records(**{**good, "topk_logprobs": good["topk_logprobs"][:, :1]})
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=5))
-def test_content_digest_does_not_depend_on_how_arrays_are_cut(cuts: list[int]) -> None:
-    array = np.arange(40, dtype=np.uint32).reshape(20, 2)
-    whole, pieces = ContentDigest(), ContentDigest()
-    whole.update("a", array)
-    at = 0
-    for cut in [*cuts, 20]:
-        pieces.update("a", array[at : at + cut])
-        at = min(20, at + cut)
-    assert pieces.hexdigest() == whole.hexdigest()
+def content(*parts: Records) -> str:
+    digest = ContentDigest()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
-def test_content_digest_sees_values_dtype_shape_and_name() -> None:
-    def digest(name: str, array: np.ndarray) -> str:
-        found = ContentDigest()
-        found.update(name, array)
-        return found.hexdigest()
+def documents(made: Records, first: int, stop: int) -> Records:
+    """Return a run of the documents of records."""
+    ends = np.append(0, np.cumsum(made.document_length, dtype=np.int64))
+    return Records(
+        **{
+            name: array[slice(*ends[[first, stop]])] if name in TOKEN_ARRAYS else array[first:stop]
+            for name, array in made.arrays()
+        }
+    )
 
-    base = np.arange(6, dtype=np.uint16)
-    variants = [
-        digest("a", base),
-        digest("b", base),
-        digest("a", base.astype(np.uint32)),
-        digest("a", base.reshape(3, 2)),
-        digest("a", base[::-1]),
-    ]
-    assert len(set(variants)) == 5
+
+@given(st.lists(st.integers(0, 7), max_size=4), st.permutations(range(5)))
+def test_content_digest_does_not_depend_on_how_documents_are_cut_or_ordered(cuts: list[int], order: list[int]) -> None:
+    made = records((3, 0, 2, 5, 1, 0, 4))
+    bounds = sorted({0, 7, *cuts})
+    parts = [documents(made, first, stop) for first, stop in itertools.pairwise(bounds)]
+    assert content(*(parts[i] for i in order if i < len(parts))) == content(made)
+
+
+def test_content_digest_sees_every_bit_of_every_array_and_its_place() -> None:
+    made = records((3, 0, 2), k=3)
+    found = {content(made)}
+    for name, array in made.arrays():
+        for index in range(len(array)):
+            if name == "document_length":
+                continue
+            changed = array.copy()
+            changed[index : index + 1].reshape(-1).view(np.uint8)[0] ^= 1
+            found.add(content(dataclasses.replace(made, **{name: changed})))
+    for lengths in ((2, 1, 2), (3, 2, 0), (0, 3, 2)):
+        found.add(content(dataclasses.replace(made, document_length=np.array(lengths, np.uint32))))
+    found.add(content(dataclasses.replace(made, logsumexp=made.logsumexp.astype(np.float64))))
+    found.add(content(documents(made, 0, 1)))
+    assert len(found) == 1 + 6 * 5 + 2 * 3 + 3 + 1 + 1
+
+
+def test_content_digest_sees_packing() -> None:
+    made = packed_records()
+    other = dataclasses.replace(made, block_length=np.array([6, 7], np.uint32))
+    none = dataclasses.replace(made, block_length=None)
+    assert len({content(made), content(other), content(none)}) == 3
 
 
 def test_statistics_add_up() -> None:

@@ -33,6 +33,7 @@ from dask_logits.capture.topk import kernels_agree, padded_width
 from dask_logits.errors import TeacherError, first_line
 from dask_logits.records import Array, Records, Statistics
 from dask_logits.store.durable import Json
+from dask_logits.store.profile import id_table
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class CalibrationTask:
         Whether the token budget was set by the user.
     logits, compile
         Settings of ``distillation.scoring``.
+    compact
+        Whether the compact profile will be stored, which needs an id table.
     """
 
     teacher: TeacherSpec
@@ -89,6 +92,7 @@ class CalibrationTask:
     head_rows: int
     logits: Literal["exact", "model"]
     compile: Literal["auto", "always", "never"]
+    compact: bool = False
 
 
 def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> tuple[int, int]:
@@ -119,7 +123,7 @@ def calibrate(task: CalibrationTask) -> Json:
     Returns
     -------
     dict
-        What ``calibration.json`` will hold.
+        What ``calibration.json`` will hold, and the id table where one is needed.
 
     Raises
     ------
@@ -195,6 +199,7 @@ def _report(
         # JSON has no infinity, which stands for a way that does not apply.
         "errors_nats": {way: error if error < float("inf") else None for way, error in errors.items()},
         "cost": dataclasses.asdict(cost),
+        **({"id_table": id_table(scored.records.topk_ids, task.vocab_size).tolist()} if task.compact else {}),
         "trials_tokens_per_second": trials.rates,
         "compile_seconds": trials.compile_seconds,
         "kept_mass_by_k": kept_mass_by_k(scored.records),

@@ -30,6 +30,7 @@ from dask_logits.job.plan import Partition
 from dask_logits.records import ContentDigest, Statistics
 from dask_logits.store.durable import Json, create_json
 from dask_logits.store.partition import remove_partition, write_partition
+from dask_logits.store.profile import ProfileSpec, as_kept, load_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class PartitionTask:
         Which rows, and where they are.
     tokenizer, items, teacher, scoring
         How they become targets.
+    profile
+        How they are stored.
     cost
         What the teacher computes, for the meter.
     """
@@ -82,6 +85,7 @@ class PartitionTask:
     items: ItemSettings
     teacher: TeacherSpec
     scoring: ScoringSettings
+    profile: ProfileSpec
     cost: Cost
 
 
@@ -149,13 +153,14 @@ def process_partition(
         lap("wait")
         scored = stages.scorer.submit(score).result() if stages.scorer is not None else score()
         lap("score")
-    records = scored.records
+    profile = load_profile(task.profile)
+    kept = as_kept(scored.records, profile)
     flops = task.cost.flops(len(item.tokens) for item in items)
     digest = ContentDigest()
-    digest.update_records(records)
+    digest.update(kept)
     attempt = run.attempt_path(task.partition.index)
     try:
-        write_partition(attempt, records)
+        files = write_partition(attempt, scored.records, profile)
     except BaseException:
         remove_partition(attempt)
         raise
@@ -166,8 +171,9 @@ def process_partition(
         "n_rows": task.partition.n_rows,
         "run_id": task.run_id,
         "attempt": attempt.name,
-        "statistics": dataclasses.asdict(Statistics.of(records)),
-        "digests": digest.array_digests(),
+        "statistics": dataclasses.asdict(Statistics.of(kept)),
+        "content_digest": digest.hexdigest(),
+        "files": files,
         "seconds": scored.seconds | seconds,
         "flops": flops,
         "mfu": round(flops / max(seconds["score"], 1e-9) / task.cost.peak_flops, 4) if task.cost.peak_flops else None,

@@ -29,6 +29,7 @@ from typing import Any
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.store.cache import CACHE_NAME
 from dask_logits.store.durable import Json, read_json
+from dask_logits.store.profile import ProfileSpec
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,11 @@ PREVIOUS = "previous"
 SETTING_ASIDE = ".setting-aside"
 # In the order in which a run is set aside: the cache first, so that what is left never looks complete.
 RUN_NAMES = (
-    CACHE_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "status.json", "plan", "run.json",
+    CACHE_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables", "status.json", "plan",
+    "run.json",
 )  # fmt: skip
 FORMAT = "dask_logits.run"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,25 @@ class RunFolder:
     def partitions_path(self) -> Path:
         """Folder of the Zarr partitions."""
         return self.path / "partitions"
+
+    @property
+    def tables_path(self) -> Path:
+        """Folder of the compact profile's id table."""
+        return self.path / "tables"
+
+    def profile(self) -> ProfileSpec:
+        """Return how the run stores targets, which its calibration settled."""
+        manifest, calibration = self.manifest(), self.calibration()
+        if manifest is None or calibration is None:
+            raise RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
+        storage = calibration["storage"]
+        return ProfileSpec(
+            name=storage["profile"],
+            top_k=manifest["what"]["teacher.generation.top_k"],
+            vocab_size=manifest["what"]["dataset.vocab_size"],
+            precision=storage["precision"],
+            id_table=str(self.tables_path / f"{storage['id_table']}.npy") if storage["id_table"] else None,
+        )
 
     @property
     def dataset_path(self) -> Path:

@@ -26,6 +26,7 @@ from dask_logits.store.cache import CACHE_NAME, INDEX_FORMAT, INDEX_NAME, INDEX_
 from dask_logits.store.consolidate import CachePiece, PartitionPiece, Piece, cache_pieces, consolidate
 from dask_logits.store.durable import Json, read_json, replace_json
 from dask_logits.store.partition import remove_partition
+from dask_logits.store.profile import Profile, load_profile
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def consolidate_run(
     with lease(run.path / _LOCK):
         part = _RunPart.open(run)
         _check_cover(part, part.pieces())
-        _write(run.cache_path, part.pieces, part.attributes(), on_piece)
+        _write(run.cache_path, part.pieces, part.profile(), part.attributes(), on_piece)
         tidy(run, keep_partitions=keep_partitions)
     return run.cache_path
 
@@ -143,7 +144,7 @@ def merge(
         if index:
             _write_index(target, opened)
         elif [part.path for part in opened] != [target]:
-            _write(target, pieces, whole.attributes())
+            _write(target, pieces, whole.profile(), whole.attributes())
     return target
 
 
@@ -191,7 +192,11 @@ class _RunPart:
 
     def job(self) -> dict[str, Any]:
         """Return what must be equal in all parts of a job."""
-        return {**self.manifest["what"], **self.calibration["numerics"]}
+        return _job(self.manifest["what"], self.calibration)
+
+    def profile(self) -> Profile:
+        """Return how it stores targets."""
+        return load_profile(self.run.profile())
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its plan as far as some row."""
@@ -204,7 +209,8 @@ class _RunPart:
         yield from self._cached or ()
         for receipt in committed(self.run, self.log):
             if receipt["first_row"] >= self.n_cached and receipt["n_rows"]:
-                yield PartitionPiece(path=self.run.partitions_path / receipt["attempt"], receipt=receipt)
+                path = self.run.partitions_path / receipt["attempt"]
+                yield PartitionPiece(path=path, receipt=receipt, profile=self.profile())
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a cache of this job."""
@@ -262,7 +268,10 @@ class _CachePart:
         return int(self.cache.attributes["total_workers"])
 
     def job(self) -> dict[str, Any]:
-        return {**self.cache.attributes["what"], **self.cache.attributes["calibration"]["numerics"]}
+        return _job(self.cache.attributes["what"], self.cache.attributes["calibration"])
+
+    def profile(self) -> Profile:
+        return self.cache.profile
 
     def plan_digest(self, n_rows: int) -> str:
         return str(self.cache.attributes["plan_digest"])
@@ -280,6 +289,13 @@ class _CachePart:
 
 
 _Part = _RunPart | _CachePart
+
+
+def _job(what: Json, calibration: Json) -> dict[str, Any]:
+    """Return what is equal in all parts of a job; the id table is not: targets are recoded where it differs."""
+    storage = calibration.get("storage", {"profile": "plain"})
+    kept = storage["precision"] if storage["profile"] == "compact" else None
+    return {**what, **calibration["numerics"], "cache.precision": kept}
 
 
 def _open_parts(paths: Sequence[Path], target: Path) -> list[_Part]:
@@ -367,7 +383,7 @@ def _equal(one: Piece, other: Piece) -> bool:
     if (one.first_row, one.n_rows) != (other.first_row, other.n_rows):
         return False
     if isinstance(one, PartitionPiece) and isinstance(other, PartitionPiece):
-        return bool(one.receipt["digests"] == other.receipt["digests"])
+        return one.content_digest() == other.content_digest()
     both = [piece.reader for piece in (one, other) if isinstance(piece, CachePiece)]
     # Whole caches are told apart by their digests; runs of rows inside them have none.
     whole = len(both) == 2 and all(reader.n_documents == one.counts()[1] for reader in both)
@@ -399,6 +415,7 @@ def _some(names: Sequence[str]) -> str:
 def _write(
     target: Path,
     pieces: Callable[[], Iterable[Piece]],
+    profile: Profile,
     attributes: dict[str, Any],
     on_piece: Callable[[], None] = lambda: None,
 ) -> None:
@@ -421,8 +438,7 @@ def _write(
     digest = consolidate(
         target,
         pieces,
-        top_k=what["teacher.generation.top_k"],
-        vocab_size=what["dataset.vocab_size"],
+        profile=profile,
         packed=what["dataset.packing"] == "concat",
         attributes={**attributes, "made_of": made_of, "statistics": statistics},
         n_rows=attributes["n_rows"] if not attributes.get("partial") else None,
@@ -436,7 +452,7 @@ def _digest(pieces: Iterable[Piece]) -> str:
     lines = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, PartitionPiece):
-            known: Any = piece.receipt["digests"]
+            known: Any = piece.content_digest()
         else:
             assert isinstance(piece, CachePiece)
             known = [piece.reader.attributes["content_digest"], *piece.documents]
@@ -465,7 +481,7 @@ def _write_index(target: Path, parts: Sequence[_Part]) -> None:
         if isinstance(part, _RunPart):
             whole = part.cache is not None and part.n_cached == part.n_rows
             if not whole:
-                _write(part.run.cache_path, part.pieces, {**part.attributes(), "partial": True})
+                _write(part.run.cache_path, part.pieces, part.profile(), {**part.attributes(), "partial": True})
             caches.append(part.run.cache_path)
         else:
             caches.append(part.path)

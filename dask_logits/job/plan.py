@@ -189,12 +189,15 @@ class Estimate:
         Size of the cache; the most the run folder holds at one time (partitions and cache side by side).
     worker_bytes
         Peak memory of one worker: weights, one batch, one chunk of logits, one partition's results.
+    partition_tokens
+        Expected tokens of a partition.
     """
 
     tokens: int | None
     cache_bytes: int
     peak_disk_bytes: int
     worker_bytes: int
+    partition_tokens: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +273,7 @@ def estimate(
         cache_bytes=cache_bytes,
         peak_disk_bytes=2 * cache_bytes,
         worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + process),
+        partition_tokens=min(partition_rows, rows) * tokens_per_row,
     )
 
 

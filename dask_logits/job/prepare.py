@@ -168,6 +168,8 @@ def prepare(config: Config, dataset: Any = None) -> Job:
             "teacher.generation.gpus_per_worker": generation.gpus_per_worker,
             "scoring.logits": config.scoring.logits,
             "scoring.compile": config.scoring.compile,
+            "cache.profile": config.cache.profile,
+            "cache.precision": config.cache.precision,
         },
         device=device,
         n_workers=0 if joins else local_workers(generation, device),

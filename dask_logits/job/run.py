@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from dask_logits.capture.calibrate import TOKENS as CALIBRATION_TOKENS
 from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
 from dask_logits.capture.checkpoint import resolve_dtype
@@ -41,6 +43,7 @@ from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, read_json
+from dask_logits.store.profile import earns, save_id_table
 
 logger = logging.getLogger(__name__)
 
@@ -231,9 +234,18 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
         head_rows=head_rows,
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
+        compact=_is_compact(job),
     )
     logger.info("calibrating on %d sequences", len(task.documents))
     return run_one(cluster.client, calibrate, task, job.config.job)
+
+
+def _is_compact(job: Job) -> bool:
+    wanted = job.config.cache.profile
+    if wanted != "auto":
+        return wanted == "compact"
+    top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
+    return earns(top_k, vocab_size, job.estimate.tokens, job.estimate.partition_tokens)
 
 
 def _tokens_each(job: Job, cluster: Cluster) -> int | None:
@@ -254,7 +266,7 @@ def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
 
 
 def _record(job: Job, calibration: Json) -> Json:
-    """Write the manifest and the frozen numerics, unless they are there; return the numerics that hold."""
+    """Write the manifest, the id table and the numerics, unless they are there; return the numerics that hold."""
     created = create_json(
         job.run.manifest_path,
         {
@@ -276,6 +288,12 @@ def _record(job: Job, calibration: Json) -> Json:
     if not created:
         # Another static worker may have been first since the folder was looked at.
         check_folder(job)
+    table = calibration.pop("id_table", None)
+    calibration["storage"] = {
+        "profile": "plain" if table is None else "compact",
+        "precision": job.config.cache.precision,
+        "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
+    }
     if create_json(job.run.calibration_path, calibration):
         logger.info(
             "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %.2f, kept mass by k %s",

@@ -223,6 +223,7 @@ def tasks(
         path=ScoringPath(**numerics["path"]),
     )
     cost = Cost(**calibration["cost"])
+    profile = job.run.profile()
     for due in planned:
         if due is None:
             yield None
@@ -240,6 +241,7 @@ def tasks(
                 items=job.items,
                 teacher=teacher,
                 scoring=scoring,
+                profile=profile,
                 cost=cost,
             )
 

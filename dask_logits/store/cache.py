@@ -1,8 +1,9 @@
 """The cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
 
-Chosen: the *plain* profile, contiguous and uncompressed, so that any HDF5 reader opens it and ours maps it into
-memory: after the attributes are read, h5py is closed and nothing is shared between processes, threads or forks.
-A CRC-32 per MiB of every array is stored beside it.
+Two profiles (:mod:`dask_logits.store.profile`): *plain*, contiguous and uncompressed, which any HDF5 reader opens and
+ours maps into memory; and *compact*, in which all but the lowest byte planes are chunked and compressed by zstd behind
+a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
+processes, threads or forks. A CRC-32 per MiB of every contiguous array, and per chunk, is stored beside it.
 
 This is the home of ``h5py``.
 
@@ -12,72 +13,129 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, schema
+from dask_logits.records import (
+    BLOCK_ARRAYS,
+    DOCUMENT_ARRAYS,
+    Array,
+    Records,
+    schema,
+)
 from dask_logits.store.durable import read_json, sync
+from dask_logits.store.planes import ChunkIndex, PlaneReader, compress, fletcher32
+from dask_logits.store.profile import Compact, Plain, Profile
 
 FORMAT = "dask_logits"
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 CRC_BLOCK_BYTES = 1 << 20
 CACHE_NAME = "teacher_logits.h5"
 INDEX_NAME = "teacher_logits.index.json"
 INDEX_FORMAT = "dask_logits.index"
 INDEX_VERSION = 1
-ARRAYS = (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, "document_start")
+Engine = Literal["fast", "h5py"]
+ENGINES: tuple[Engine, ...] = ("fast", "h5py")
+
+_DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
+_BLOCKS = (*BLOCK_ARRAYS, "block_start")
+_INDEX = ("offset", "size", "crc32")
+# HDF5's number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
+_ZSTD_FILTER = 32_015
+_LEVEL = 1
+# Tokens whose documents are hashed together.
+_DIGEST_TOKENS = 1 << 16
 
 
 class CacheWriter:
-    """Writes a cache aside, array by array, and finishes it.
+    """Writes a cache aside, piece by piece, and finishes it.
 
     Parameters
     ----------
     path
         Temporary name; the caller renames it once :meth:`finish` has returned.
-    n_tokens, n_documents, top_k, vocab_size
+    profile
+        How token arrays are stored.
+    n_tokens, n_documents
         Final sizes.
+    n_entries
+        Final length of the token axis: the tokens of every piece, rounded up to the profile's alignment.
     n_blocks
         Packed blocks; None where documents were not packed.
     """
 
     def __init__(
-        self, path: Path, *, n_tokens: int, n_documents: int, top_k: int, vocab_size: int, n_blocks: int | None = None
+        self,
+        path: Path,
+        *,
+        profile: Profile,
+        n_tokens: int,
+        n_documents: int,
+        n_entries: int | None = None,
+        n_blocks: int | None = None,
     ) -> None:
         self.path = path
-        self.digest = ContentDigest()
+        self.profile = profile
         self._filled: dict[str, int] = {}
         self._crcs: dict[str, _BlockCrc] = {}
         # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
         self._file = h5py.File(path, "w", libver=("v110", "v110"))
+        length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
         self._sizes = {
             "n_tokens": n_tokens,
+            "n_entries": length,
             "n_documents": n_documents,
-            "top_k": top_k,
-            "vocab_size": vocab_size,
+            "top_k": profile.top_k,
+            "vocab_size": profile.vocab_size,
             **({} if n_blocks is None else {"n_blocks": n_blocks}),
         }
-        entries = {**schema(top_k, vocab_size), "document_start": (np.dtype(np.uint64), ())}
-        for name in (*ARRAYS, *(BLOCK_ARRAYS if n_blocks is not None else ())):
-            dtype, shape = entries[name]
-            length = {**dict.fromkeys(TOKEN_ARRAYS, n_tokens), "block_length": n_blocks}.get(name, n_documents)
-            array = self._file.create_dataset(name, shape=(length, *shape), dtype=dtype.newbyteorder("<"))
-            if name in BLOCK_ARRAYS:
-                # Who does not know it would take segments of blocks for documents that were scored alone.
-                array.attrs["critical"] = True
-            self._filled[name] = 0
-            self._crcs[name] = _BlockCrc()
+        self._chunk_sizes: dict[str, list[int]] = {}
+        self._chunk_crcs: dict[str, list[int]] = {}
+        for name, stored in profile.arrays.items():
+            if stored.chunked:
+                self._create_chunked(name, (length, *stored.shape))
+            else:
+                self._create(name, (length, *stored.shape), stored.dtype)
+        entries = schema(profile.top_k, profile.vocab_size)
+        for name in _DOCUMENTS:
+            self._create(name, (n_documents,), entries[name][0] if name in entries else np.dtype(np.uint64))
+        if n_blocks is not None:
+            self._create("block_length", (n_blocks,), entries["block_length"][0])
+            self._create("block_start", (n_blocks,), np.dtype(np.uint64))
+            # Who does not know it would take segments of blocks for documents that were scored alone.
+            self._file["block_length"].attrs["critical"] = True
+        for name, table in profile.tables.items():
+            self._create(name, table.shape, table.dtype)
+            self.append(name, table)
+
+    def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
+        self._filled[name] = 0
+        self._crcs[name] = _BlockCrc()
+
+    def _create_chunked(self, name: str, shape: tuple[int, ...]) -> None:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((self.profile.alignment, *shape[1:]))
+        # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
+        properties.set_filter(_ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
+        properties.set_fletcher32()
+        space = h5py.h5s.create_simple(shape)
+        h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
+        self._filled[name] = 0
+        self._chunk_sizes[name] = []
+        self._chunk_crcs[name] = []
 
     def append(self, name: str, block: Array) -> None:
-        """Write the next entries of one array."""
+        """Write the next entries of one contiguous array."""
         first = self._filled[name]
         dataset = self._file[name]
         if block.dtype != dataset.dtype:
@@ -86,16 +144,41 @@ class CacheWriter:
             dataset[first : first + len(block)] = block
         self._filled[name] = first + len(block)
         self._crcs[name].update(block)
-        if name != "document_start":
-            self.digest.update(name, block)
 
-    def finish(self, attributes: Mapping[str, Any]) -> str:
-        """Write checksums and attributes, the completeness flag last, and flush to the disk.
+    def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+        """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
+        for parts in zip(*frames.values(), strict=True):
+            for name, frame in zip(frames, parts, strict=True):
+                data = bytes(frame)
+                first = self._filled[name]
+                self._file[name].id.write_direct_chunk((first, 0), data + fletcher32(data))
+                self._filled[name] = first + self.profile.alignment
+                self._chunk_sizes[name].append(len(data))
+                self._chunk_crcs[name].append(zlib.crc32(data))
 
-        Returns
-        -------
-        str
-            The content digest.
+    def append_tokens(self, tokens: Mapping[str, Array]) -> None:
+        """Encode and write the next tokens; all but the last block of a piece fill whole chunks."""
+        step = self.profile.alignment
+        stored = self.profile.encode(tokens)
+        frames: dict[str, list[bytes]] = {}
+        for name, kind in self.profile.arrays.items():
+            if not kind.chunked:
+                self.append(name, stored[name])
+                continue
+            short = -len(stored[name]) % step
+            rows = np.concatenate([stored[name], np.zeros((short, *kind.shape), kind.dtype)]) if short else stored[name]
+            frames[name] = [compress(rows[first : first + step]) for first in range(0, len(rows), step)]
+        self.append_chunks(frames)
+
+    def align(self) -> None:
+        """Fill contiguous token arrays with zeros up to the next chunk, where the next piece begins."""
+        for name, kind in self.profile.arrays.items():
+            short = -self._filled[name] % self.profile.alignment
+            if short:
+                self.append(name, np.zeros((short, *kind.shape), kind.dtype))
+
+    def finish(self, attributes: Mapping[str, Any]) -> None:
+        """Write the index, checksums and attributes, the completeness flag last, and flush to the disk.
 
         Raises
         ------
@@ -108,26 +191,35 @@ class CacheWriter:
                     f"{self.path}: expected {len(self._file[name])} entries of {name}, got {filled}",
                     str(self.path),
                 )
-            self._file.create_dataset(f"crc32/{name}", data=np.array(self._crcs[name].values(), np.uint32))
-        content_digest = self.digest.hexdigest()
+        for name in self._chunk_sizes:
+            places: list[tuple[int, int]] = []
+            self._file[name].id.chunk_iter(functools.partial(_note_place, places))
+            offsets = np.array([offset for _, offset in sorted(places)], np.uint64)
+            columns = (offsets, np.array(self._chunk_sizes[name], np.uint32), self._chunk_crcs[name])
+            for part, column in zip(_INDEX, columns, strict=True):
+                values = np.asarray(column, np.uint64 if part == "offset" else np.uint32)
+                self._create(f"chunks/{name}/{part}", values.shape, values.dtype)
+                self.append(f"chunks/{name}/{part}", values)
+        for name, crc in self._crcs.items():
+            self._file.create_dataset(f"crc32/{name}", data=np.array(crc.values(), np.uint32))
         header = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "profile": "plain",
+            "profile": self.profile.name,
             **self._sizes,
             "crc32_block_bytes": CRC_BLOCK_BYTES,
             "temperature": 1.0,
             "target_shift": 1,
             "order": "logprob descending, ties by lower id",
-            "content_digest": content_digest,
         }
+        if isinstance(self.profile, Compact):
+            header |= {"precision": self.profile.precision, "chunk_tokens": self.profile.alignment}
         for key, value in {**header, **attributes}.items():
             self._file.attrs[key] = json.dumps(value) if isinstance(value, dict | list) else value
         self._file.flush()
         self._file.attrs["complete"] = True
         self._file.close()
         sync(self.path)
-        return content_digest
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -140,47 +232,79 @@ class CacheWriter:
             self.path.unlink(missing_ok=True)
 
 
+def _note_place(places: list[tuple[int, int]], chunk: Any) -> None:
+    places.append((chunk.chunk_offset[0], chunk.byte_offset))
+
+
+def round_up(n: int, to: int) -> int:
+    """Return the next multiple.
+
+    >>> round_up(5, 4), round_up(8, 4)
+    (8, 8)
+    """
+    return -(-n // to) * to
+
+
 class CacheReader:
-    """Reads documents of a cache; safe to use from several threads and after a fork.
+    """Reads documents of a cache; with the fast engine safe to use from several threads and after a fork.
 
     Parameters
     ----------
     path
         The HDF5 file.
+    engine
+        ``fast``: memory maps and our own chunk index; ``h5py``: everything through HDF5 (a compact cache then needs
+        the package ``hdf5plugin``), which also reads files that were repacked.
 
     Raises
     ------
     CacheError
-        If it is missing, truncated, incomplete, not a cache, or of a newer format.
+        If it is missing, truncated, incomplete, not a cache, of a newer format, or its chunk index does not match.
 
     Attributes
     ----------
     attributes : dict
         The file's attributes; JSON ones decoded.
-    n_tokens, n_documents, top_k, vocab_size : int
-        Sizes.
+    profile : Plain or Compact
+        How token arrays are stored.
+    n_tokens, n_entries, n_documents, top_k, vocab_size : int
+        Sizes; the token axis has ``n_entries``, some of which may belong to no document.
     arrays : dict
-        Logical name → array: a memory map, or an open HDF5 dataset where the file was repacked with chunks.
+        Stored name → array: a memory map, or an open HDF5 dataset. Chunked arrays are absent with the fast engine.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, engine: Engine = "fast") -> None:
         self.path = path
+        self.engine = engine
         file = _open(path)
         self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
         self._check_header(file)
         self.n_tokens = int(self.attributes["n_tokens"])
+        self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
         self.n_documents = int(self.attributes["n_documents"])
         self.top_k = int(self.attributes["top_k"])
         self.vocab_size = int(self.attributes["vocab_size"])
-        self.names = (*ARRAYS, *(name for name in BLOCK_ARRAYS if name in file))
-        self._check_arrays(file)
+        self.profile = self._profile(file)
+        self.names = self._check_arrays(file)
         self.crcs: dict[str, Array] = {name: file[f"crc32/{name}"][:] for name in self.names}
-        datasets = {name: file[name] for name in self.names}
-        self.arrays: dict[str, Any] = {name: self._mapped(dataset) for name, dataset in datasets.items()}
+        chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
+        self.arrays: dict[str, Any] = {
+            name: file[name] if engine == "h5py" else self._mapped(file[name]) for name in self.names
+        }
+        self._planes: PlaneReader | None = None
+        if chunked and engine == "fast":
+            self._planes = self._opened_planes(file, chunked)
+        elif chunked:
+            with contextlib.suppress(ImportError):
+                # Importing it is what makes its filters known to HDF5.
+                import hdf5plugin  # noqa: F401
+            self.arrays |= {name: file[name] for name in chunked}
         if not any(isinstance(array, h5py.Dataset) for array in self.arrays.values()):
             file.close()
         self._block_start: Array | None = None
-        if self.is_packed:
+        if "block_start" in self.arrays:
+            self._block_start = np.asarray(self.arrays["block_start"]).astype(np.int64)
+        elif self.is_packed:
             lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
             self._block_start = np.cumsum(lengths) - lengths
 
@@ -194,8 +318,50 @@ class CacheReader:
         """Items: blocks of a packed cache, else documents (windows count each)."""
         return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
 
+    def stored(self, start: int, stop: int) -> dict[str, Array]:
+        """Return the stored token arrays of entries [start, stop), still encoded.
+
+        Raises
+        ------
+        CacheError
+            If a chunk is damaged.
+        """
+        found = {name: self._read(name, start, stop) for name in self.profile.arrays if name in self.arrays}
+        return found if self._planes is None else {**found, **self._planes.rows(start, stop)}
+
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        try:
+            return np.asarray(self.arrays[name][start:stop])
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: expected to read {name}, got {error}; the file is damaged, or the package hdf5plugin "
+                "is missing",
+                str(self.path),
+            ) from error
+
+    def tokens(self, start: int, stop: int) -> dict[str, Array]:
+        """Return the logical token arrays of entries [start, stop)."""
+        return self.profile.decode(self.stored(start, stop))
+
+    def frames(self, start: int, stop: int) -> dict[str, list[memoryview]]:
+        """Return the verified compressed chunks of all chunked arrays that hold entries [start, stop)."""
+        if self._planes is None:
+            return {}
+        return self._planes.frames(start // self.profile.alignment, -(-stop // self.profile.alignment))
+
+    def place(self, index: int) -> tuple[int, int, slice]:
+        """Return an item's first entry, its end, and which documents (or segments of a block) it holds."""
+        if self._block_start is None:
+            start = int(self.arrays["document_start"][index])
+            return start, start + int(self.arrays["document_length"][index]), slice(index, index + 1)
+        start = int(self._block_start[index])
+        stop = start + int(self.arrays["block_length"][index])
+        starts = self.arrays["document_start"]
+        first, last = np.searchsorted(starts, np.array([start, stop], np.uint64))
+        return start, stop, slice(int(first), int(last))
+
     def item(self, index: int) -> dict[str, Array]:
-        """Return the token arrays of one item, and its segments.
+        """Return the logical token arrays of one item, and its segments.
 
         Parameters
         ----------
@@ -208,19 +374,13 @@ class CacheReader:
             The token arrays; ``segments`` [S, 3] int64, (row, offset, length) of each run of one row's tokens; ``row``,
             the first segment's.
         """
-        if self._block_start is None:
-            start = int(self.arrays["document_start"][index])
-            stop = start + int(self.arrays["document_length"][index])
-            documents = slice(index, index + 1)
-        else:
-            start = int(self._block_start[index])
-            stop = start + int(self.arrays["block_length"][index])
-            starts = self.arrays["document_start"]
-            documents = slice(*(int(i) for i in np.searchsorted(starts, np.array([start, stop], starts.dtype))))
-        found = {name: np.asarray(self.arrays[name][start:stop]) for name in TOKEN_ARRAYS}
-        found["segments"] = np.stack([self.arrays[name][documents].astype(np.int64) for name in DOCUMENT_ARRAYS], 1)
-        found["row"] = found["segments"][0, 0]
-        return found
+        start, stop, documents = self.place(index)
+        return {**self.tokens(start, stop), **self.segments(documents)}
+
+    def segments(self, documents: slice) -> dict[str, Array]:
+        """Return ``segments`` [S, 3] int64 and ``row`` of some documents."""
+        segments = np.stack([self.arrays[name][documents].astype(np.int64) for name in DOCUMENT_ARRAYS], 1)
+        return {"segments": segments, "row": segments[0, 0]}
 
     def item_places(self) -> tuple[Array, Array]:
         """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
@@ -233,12 +393,42 @@ class CacheReader:
 
     @property
     def document_start(self) -> Array:
-        """[D] uint64, first token of each document."""
+        """[D] uint64, first entry of each document."""
         start: Array = self.arrays["document_start"]
         return start
 
+    def blocks_between(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the packed blocks [first, stop) that begin in a range of entries; (0, 0) without packing."""
+        if self._block_start is None:
+            return 0, 0
+        first, last = np.searchsorted(self._block_start, [start, stop])
+        return int(first), int(last)
+
+    def runs(self, documents: tuple[int, int], blocks: tuple[int, int]) -> Iterator[Records]:
+        """Yield documents [first, stop), between which there is no gap, and the blocks they make up, some at a time."""
+        columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in _DOCUMENTS}
+        starts = columns.pop("document_start").astype(np.int64)
+        ends = starts + columns["document_length"]
+        lengths = np.asarray(self.arrays["block_length"][slice(*blocks)]) if self.is_packed else None
+        # Where a run may end: after a document, or a block.
+        stops = ends if lengths is None else starts[:1] + np.cumsum(lengths, dtype=np.int64)
+        first = first_stop = 0
+        while first < len(starts):
+            begin = int(starts[first])
+            n_stops = int(np.searchsorted(stops[first_stop:], begin + _DIGEST_TOKENS, side="right"))
+            last_stop = min(len(stops), first_stop + max(1, n_stops))
+            end = int(stops[last_stop - 1]) if len(stops) else begin
+            whole = last_stop == len(stops)
+            last = len(starts) if whole else last_stop if lengths is None else int(np.searchsorted(starts, end))
+            yield Records(
+                **self.tokens(begin, end),
+                **{name: column[first:last] for name, column in columns.items()},
+                block_length=None if lengths is None else lengths[first_stop:last_stop],
+            )
+            first, first_stop = last, last_stop
+
     def verify_checksums(self) -> None:
-        """Compare every array with its stored CRC-32s.
+        """Compare every array and every chunk with its stored CRC-32.
 
         Raises
         ------
@@ -250,7 +440,7 @@ class CacheReader:
             crc = _BlockCrc()
             rows = max(1, (8 << 20) // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
             for first in range(0, len(array), rows):
-                crc.update(np.asarray(array[first : first + rows]))
+                crc.update(self._read(name, first, first + rows))
             found, expected = crc.values(), self.crcs[name].tolist()
             if found != expected:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
@@ -259,6 +449,15 @@ class CacheReader:
                     f"{found[block : block + 1]}: the file is damaged; restore it or run the job again",
                     str(self.path),
                 )
+        step = 256 * self.profile.alignment
+        for first in range(0, self.n_entries, step):
+            stop = min(first + step, self.n_entries)
+            if self._planes is not None:
+                self.frames(first, stop)
+            else:
+                # HDF5 compares the Fletcher-32 of what it reads.
+                for name in self.profile.arrays.keys() - set(self.names):
+                    self._read(name, first, stop)
 
     def _check_header(self, file: h5py.File) -> None:
         found = self.attributes.get("format")
@@ -267,11 +466,11 @@ class CacheReader:
                 f"{self.path}: expected a dask_logits cache, got format {found!r}; give the teacher_logits.h5 of a run",
                 str(self.path),
             )
-        version = str(self.attributes.get("format_version"))
-        if version.split(".")[0] != FORMAT_VERSION.split(".")[0] or self.attributes.get("profile") != "plain":
+        version, profile = str(self.attributes.get("format_version")), self.attributes.get("profile")
+        if version.split(".")[0] != FORMAT_VERSION.split(".")[0] or profile not in ("plain", "compact"):
             raise CacheError(
-                f"{self.path}: expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain', got "
-                f"{version}, {self.attributes.get('profile')!r}; install a newer dask_logits",
+                f"{self.path}: expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain' or 'compact', "
+                f"got {version}, {profile!r}; install a newer dask_logits",
                 str(self.path),
             )
         if not self.attributes.get("complete"):
@@ -279,33 +478,89 @@ class CacheReader:
                 f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
                 str(self.path),
             )
-        sizes = ("n_tokens", "n_documents", "top_k", "vocab_size")
-        lacking = [name for name in sizes if name not in self.attributes]
-        lacking += [f"crc32/{name}" for name in ARRAYS if f"crc32/{name}" not in file]
+        needed: tuple[str, ...] = ("n_tokens", "n_documents", "top_k", "vocab_size")
+        if profile == "compact":
+            needed += ("n_entries", "precision", "chunk_tokens")
+        lacking = [name for name in needed if name not in self.attributes]
         if lacking:
-            raise CacheError(
-                f"{self.path}: expected {', '.join(lacking)}, got none; the file is damaged: restore it or run the job "
-                "again",
-                str(self.path),
+            raise _damaged(self.path, ", ".join(lacking), "none")
+
+    def _profile(self, file: h5py.File) -> Profile:
+        if self.attributes["profile"] == "plain":
+            return Plain(top_k=self.top_k, vocab_size=self.vocab_size)
+        try:
+            profile = Compact(
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                precision=self.attributes["precision"],
+                id_table=file["id_table"][:],
+                gap_table=file["gap_table"][:],
+                chunk_tokens=self.attributes["chunk_tokens"],
             )
+        except (KeyError, ValueError, OSError) as error:
+            raise _damaged(self.path, "the tables of a compact cache", str(error)) from error
+        return profile
+
+    def _check_arrays(self, file: h5py.File) -> tuple[str, ...]:
+        """Compare names, shapes and dtypes with the profile's; return the contiguous arrays."""
+        entries = schema(self.top_k, self.vocab_size)
+        u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        contiguous = []
+        for name, stored in self.profile.arrays.items():
+            expected[name] = ((self.n_entries, *stored.shape), stored.dtype)
+            if not stored.chunked:
+                contiguous.append(name)
+                continue
+            n_chunks = self.n_entries // self.profile.alignment
+            for part in _INDEX:
+                contiguous.append(f"chunks/{name}/{part}")
+                expected[contiguous[-1]] = ((n_chunks,), u64 if part == "offset" else u32)
+        for name in _DOCUMENTS:
+            expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
+        contiguous += _DOCUMENTS
+        for name in (name for name in _BLOCKS if name in file):
+            expected[name] = ((int(self.attributes.get("n_blocks", -1)),), u64 if name == "block_start" else u32)
+            contiguous.append(name)
+        for name, table in self.profile.tables.items():
+            expected[name] = (table.shape, table.dtype)
+            contiguous.append(name)
+        lacking = [f"crc32/{name}" for name in contiguous if f"crc32/{name}" not in file]
+        lacking += [name for name in expected if name not in file]
+        if lacking:
+            raise _damaged(self.path, ", ".join(lacking), "none")
+        for name, shape in expected.items():
+            found = (file[name].shape, file[name].dtype)
+            if found != shape:
+                raise _damaged(self.path, f"{name} with {shape[0]} of {shape[1]}", str(found))
         for name, item in file.items():
-            if name not in (*ARRAYS, *BLOCK_ARRAYS) and item.attrs.get("critical", False):
+            if name not in expected and item.attrs.get("critical", False):
                 raise CacheError(
                     f"{self.path}: expected only known arrays, got the critical array {name!r}; "
                     "install a newer dask_logits",
                     str(self.path),
                 )
+        return tuple(contiguous)
 
-    def _check_arrays(self, file: h5py.File) -> None:
-        entries = {**schema(self.top_k, self.vocab_size), "document_start": (np.dtype(np.uint64), ())}
-        for name in self.names:
-            dtype, entry = entries[name]
-            lengths = {**dict.fromkeys(TOKEN_ARRAYS, self.n_tokens), "block_length": self.attributes.get("n_blocks")}
-            shape = (lengths.get(name, self.n_documents), *entry)
-            found = (file[name].shape, file[name].dtype) if name in file else None
-            if found != (shape, dtype):
+    def _opened_planes(self, file: h5py.File, chunked: Sequence[str]) -> PlaneReader:
+        indices = {}
+        for name in chunked:
+            columns = (np.asarray(self._mapped(file[f"chunks/{name}/{part}"])) for part in _INDEX)
+            indices[name] = ChunkIndex(*columns)
+            if len(indices[name]):
+                self._check_index(file[name], name, indices[name])
+        return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k))
+
+    def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
+        """Refuse an index whose ends are not where HDF5 has the chunks."""
+        for chunk in {0, len(index) - 1}:
+            found = dataset.id.get_chunk_info_by_coord((chunk * self.profile.alignment, 0))
+            expected = (int(index.offset[chunk]), int(index.size[chunk]) + len(fletcher32(b"")))
+            if (found.byte_offset, found.size) != expected:
                 raise CacheError(
-                    f"{self.path}: expected {name} with {shape} of {dtype}, got {found}; the file is damaged",
+                    f"{self.path}: expected chunk {chunk} of {name} at (offset, bytes) {expected}, as the index says, "
+                    f"got {(found.byte_offset, found.size)}: the file was repacked; read it with engine='h5py', or "
+                    "restore it",
                     str(self.path),
                 )
 
@@ -317,6 +572,12 @@ class CacheReader:
             return dataset
         # An ndarray over the map: np.memmap itself costs microseconds a slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
+
+
+def _damaged(path: Path, expected: str, found: str) -> CacheError:
+    return CacheError(
+        f"{path}: expected {expected}, got {found}; the file is damaged: restore it or run the job again", str(path)
+    )
 
 
 class _BlockCrc:
@@ -346,7 +607,11 @@ def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
     try:
-        return h5py.File(path, "r", locking=False)
+        try:
+            return h5py.File(path, "r", locking=False)
+        except OSError:
+            # A handle that someone in this process opened with locks does not allow one without.
+            return h5py.File(path, "r")
     except OSError as error:
         raise CacheError(
             f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again "

@@ -47,8 +47,17 @@ def create_json(path: Path, value: Mapping[str, Any]) -> bool:
     bool
         False if it existed: the first writer won.
     """
+    return create_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def create_bytes(path: Path, data: bytes) -> bool:
+    """Create a file if it is absent, whole and durable; return False if it existed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _write_aside(path, value)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     try:
         os.link(aside, path)
     except FileExistsError:
@@ -82,13 +91,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_aside(path: Path, value: Mapping[str, Any]) -> Path:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with aside.open("w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return aside

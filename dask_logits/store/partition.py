@@ -3,30 +3,36 @@
 Chosen: a group per *attempt*, so that two writers never share an array and nothing is ever resized (parallel appends
 and writes smaller than a shard lose data without an error); one shard per array, so that a partition is a dozen
 files; core codecs only (zstd with its own checksum), so that any Zarr reader opens it. A missing chunk reads as zeros
-in Zarr, so readers compare digests with the receipt's.
+in Zarr and so may a damaged one, so the CRC-32 of every file goes into the receipt and is compared before anything is
+read.
 
-This is one of the two homes of ``zarr``-written data; the other, :mod:`dask_logits.store.consolidate`, only reads.
+This is the home of ``zarr``.
+
+Dimension letters: N tokens, K kept entries.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, ContentDigest, Records
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records
 from dask_logits.store.durable import sync_tree
+from dask_logits.store.profile import Profile
 
 FORMAT = "dask_logits.partition"
-VERSION = 1
+VERSION = 2
 BLOCK_TOKENS = 16_384
+_LEVEL = 1
 
 
-def write_partition(path: Path, records: Records) -> None:
+def write_partition(path: Path, records: Records, profile: Profile) -> dict[str, list[int]]:
     """Write a partition into a new group and make it durable.
 
     Parameters
@@ -35,60 +41,108 @@ def write_partition(path: Path, records: Records) -> None:
         Folder of this attempt; must not exist.
     records
         The partition.
+    profile
+        How its token arrays are stored.
+
+    Returns
+    -------
+    dict
+        File → its bytes and their CRC-32, for the receipt.
     """
     import zarr
-    from zarr.codecs import ZstdCodec
 
     group = zarr.create_group(str(path), zarr_format=3)
-    group.attrs.update({"format": FORMAT, "version": VERSION})
-    for name, array in records.arrays():
-        rows = max(1, min(len(array), BLOCK_TOKENS))
-        chunk = (rows, *array.shape[1:])
-        shard = (-(-len(array) // rows) * rows, *array.shape[1:]) if len(array) > rows else None
-        stored = group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=chunk,
-            shards=shard,
-            compressors=[ZstdCodec(level=1, checksum=True)],
-        )
-        if len(array):
-            stored[:] = array
+    group.attrs.update({"format": FORMAT, "version": VERSION, "profile": profile.name})
+    arrays = dict(records.arrays())
+    for name, array in profile.encode({name: arrays[name] for name in TOKEN_ARRAYS}).items():
+        chunked = profile.arrays[name].chunked
+        # Bytes of ranks do not compress; whatever is not chunked in the cache is copied from here decoded.
+        level = None if name == "topk_ids_b0" else _LEVEL
+        _write_array(group, name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
+    for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+        if name in arrays:
+            _write_array(group, name, arrays[name], BLOCK_TOKENS, _LEVEL)
     sync_tree(path)
+    return {
+        str(file.relative_to(path)): [file.stat().st_size, _crc32(file)]
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _write_array(group: Any, name: str, array: Array, rows: int, level: int | None) -> None:
+    from zarr.codecs import ZstdCodec
+
+    stored = group.create_array(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(rows, *array.shape[1:]),
+        shards=(max(1, -(-len(array) // rows)) * rows, *array.shape[1:]),
+        compressors=None if level is None else [ZstdCodec(level=level, checksum=True)],
+        # Else chunks of zeros are left out, and nobody could tell them from lost ones.
+        config={"write_empty_chunks": True},
+    )
+    if len(array):
+        stored[:] = array
 
 
 class PartitionReader:
-    """Reads one committed partition block by block, in constant memory.
+    """Reads one committed partition, in constant memory.
 
     Parameters
     ----------
     path
         Folder of the committed attempt.
+    profile
+        How it was stored.
 
     Raises
     ------
     CacheError
-        If it is missing or not a partition of this version.
+        If it is missing, not a partition of this version, or of another profile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, profile: Profile) -> None:
         import zarr
         from zarr.errors import GroupNotFoundError
 
         self.path = path
+        self.profile = profile
         try:
             self._group: Any = zarr.open_group(str(path), mode="r")
         except (GroupNotFoundError, FileNotFoundError, ValueError) as error:
             raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path)) from error
-        found = (self._group.attrs.get("format"), self._group.attrs.get("version"))
-        if found != (FORMAT, VERSION):
-            raise CacheError(f"{path}: expected {FORMAT} version {VERSION}, got {found}", str(path))
-        packed = [name for name in BLOCK_ARRAYS if name in self._group]
-        self.names = (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *packed)
+        found = tuple(self._group.attrs.get(key) for key in ("format", "version", "profile"))
+        if found != (FORMAT, VERSION, profile.name):
+            raise CacheError(f"{path}: expected {FORMAT} version {VERSION}, {profile.name}, got {found}", str(path))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, N."""
+        return int(self._group["input_ids"].shape[0])
+
+    def check(self, files: Mapping[str, Sequence[int]]) -> None:
+        """Compare every file with the receipt.
+
+        Raises
+        ------
+        CacheError
+            At the first that is missing or differs.
+        """
+        for name, (size, crc) in files.items():
+            file = self.path / name
+            found = [file.stat().st_size, _crc32(file)] if file.is_file() else None
+            if found != [size, crc]:
+                raise CacheError(
+                    f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "
+                    f"{'nothing' if found is None else f'{found[0]} with {found[1]:08x}'}: the data are damaged; "
+                    "delete the partition's receipt and run the job again",
+                    str(self.path),
+                )
 
     def blocks(self, name: str) -> Iterator[Array]:
-        """Yield one array in blocks of at most 16,384 entries."""
+        """Yield one stored array in blocks of at most 16,384 entries."""
         try:
             array = self._group[name]
             for first in range(0, array.shape[0], BLOCK_TOKENS):
@@ -99,38 +153,42 @@ class PartitionReader:
                 str(self.path),
             ) from error
 
+    def tokens(self) -> Iterator[dict[str, Array]]:
+        """Yield the logical token arrays in blocks of at most 16,384 tokens."""
+        names = list(self.profile.arrays)
+        for parts in zip(*(self.blocks(name) for name in names), strict=True):
+            yield self.profile.decode(dict(zip(names, parts, strict=True)))
+
+    def chunks(self, name: str) -> list[bytes]:
+        """Return the compressed chunks of a chunked array as they are.
+
+        A shard ends with the (offset, bytes) of each chunk and a checksum of 4 bytes (Zarr v3, ``sharding_indexed``).
+        """
+        count = -(-self.n_tokens // self.profile.alignment)
+        if not count:
+            return []
+        shard = (self.path / name / "c" / "0" / "0").read_bytes()
+        index = np.frombuffer(shard, "<u8", 2 * count, len(shard) - 4 - 16 * count).reshape(count, 2).tolist()
+        return [shard[offset : offset + size] for offset, size in index]
+
     def records(self) -> Records:
         """Read the whole partition."""
-        columns = {}
-        for name in self.names:
-            blocks = list(self.blocks(name))
-            columns[name] = np.concatenate(blocks) if blocks else np.asarray(self._group[name][:])
+        blocks = list(self.tokens())
+        if not blocks:
+            blocks = [self.profile.decode({name: np.asarray(self._group[name][:]) for name in self.profile.arrays})]
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in TOKEN_ARRAYS}
+        for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+            if name in self._group:
+                columns[name] = np.asarray(self._group[name][:])
         return Records(**columns)
 
-    def check(self, digests: Mapping[str, str]) -> None:
-        """Compare every array with the digests of its receipt.
 
-        Raises
-        ------
-        CacheError
-            At the first array that differs.
-        """
-        for name, expected in digests.items():
-            digest = ContentDigest()
-            digest.update(name, np.asarray(self._group[name][:0]))
-            for block in self.blocks(name):
-                digest.update(name, block)
-            compare_digest(self.path, name, digest.array_digests()[name], expected)
-
-
-def compare_digest(path: Path, name: str, found: str, expected: str) -> None:
-    """Refuse an array whose bytes are not the ones that were committed."""
-    if found != expected:
-        raise CacheError(
-            f"{path}: expected {name} with SHA-256 {expected[:16]}…, got {found[:16]}…: the data are damaged; "
-            "delete the partition's receipt and run the job again",
-            str(path),
-        )
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def remove_partition(path: Path) -> None:

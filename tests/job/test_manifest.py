@@ -32,8 +32,8 @@ def test_missing_is_none_and_broken_is_refused(tmp_path) -> None:
 
 
 def test_a_newer_manifest_is_refused(tmp_path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"format": "dask_logits.run", "version": 4}))
-    with pytest.raises(CacheError, match=r"expected dask_logits\.run version 3, got 'dask_logits\.run' version 4"):
+    (tmp_path / "run.json").write_text(json.dumps({"format": "dask_logits.run", "version": 5}))
+    with pytest.raises(CacheError, match=r"expected dask_logits\.run version 4, got 'dask_logits\.run' version 5"):
         RunFolder(tmp_path).manifest()
 
 

@@ -281,7 +281,7 @@ def test_overlaps_are_taken_once_if_they_are_equal(parts, whole, tmp_path, caplo
     assert "taken once, being there more than once with equal targets: rows 5 to 9" in caplog.text
     receipt = RunFolder(parts / "worker-1-again").receipt_path(4)
     facts = json.loads(receipt.read_text())
-    receipt.write_text(json.dumps({**facts, "digests": {**facts["digests"], "topk_ids": "0" * 64}}))
+    receipt.write_text(json.dumps({**facts, "content_digest": "0" * 64}))
     (parts / "teacher_logits.h5").unlink()
     with pytest.raises(dask_logits.RunConflictError, match="expected rows 20 to 24 once, or with equal targets"):
         merge([parts])

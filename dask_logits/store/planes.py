@@ -1,0 +1,142 @@
+"""Compressed chunks in an HDF5 file, read past HDF5: by their index, with ``pread``, without a lock.
+
+h5py serialises all reads of a process, a handle must not cross a fork, and HDF5 looks a chunk up in a tree. Here the
+index of (offset, bytes, CRC-32) is memory-mapped, a file descriptor is all that is shared, and threads, forks and
+workers read at will. Every chunk is compared with its CRC-32 before it is decompressed, because HDF5's zstd plugin
+returns garbage for a damaged one without an error.
+
+Dimension letters: C chunks.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dask_logits.errors import CacheError
+from dask_logits.records import Array
+
+# Bytes between two chunks that are read rather than asked for anew.
+_GAP_BYTES = 1 << 16
+_LEVEL = 1
+
+
+def compress(chunk: Array) -> bytes:
+    """Return a chunk as a zstd frame with a checksum, as Zarr's zstd codec writes it."""
+    from numcodecs.zstd import Zstd
+
+    return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
+
+
+def fletcher32(data: bytes) -> bytes:
+    """Return the trailer that HDF5's Fletcher-32 filter appends to a chunk: [4] bytes.
+
+    Sums of big-endian 16-bit words modulo 65,535, where a sum that is a multiple of it is written 65,535 unless all
+    words are 0 (HDF5 1.14, ``H5checksum.c``).
+
+    >>> fletcher32(bytes([0, 1, 0, 2])).hex()
+    '03000400'
+    """
+    words = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2").astype(np.uint64)
+    sums = int(words.sum()), int((words * np.arange(len(words), 0, -1, dtype=np.uint64)).sum())
+    low, high = ((total - 1) % 65_535 + 1 if total else 0 for total in sums)
+    return (high << 16 | low).to_bytes(4, "little")
+
+
+class ChunkIndex:
+    """Where the chunks of one array lie.
+
+    Parameters
+    ----------
+    offset, size, crc32
+        [C] uint64, uint32, uint32: of each chunk's zstd frame, without the filter's trailer.
+    """
+
+    def __init__(self, offset: Array, size: Array, crc32: Array) -> None:
+        self.offset, self.size, self.crc32 = offset, size, crc32
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+
+class PlaneReader:
+    """Reads rows of byte planes that share their chunks' bounds.
+
+    Parameters
+    ----------
+    path
+        The file.
+    indices
+        Plane → where its chunks lie.
+    chunk_shape
+        (tokens, entries) of every chunk.
+    """
+
+    def __init__(self, path: Path, indices: Mapping[str, ChunkIndex], chunk_shape: tuple[int, int]) -> None:
+        self.path = path
+        self.indices = indices
+        self.chunk_shape = chunk_shape
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def frames(self, first: int, stop: int) -> dict[str, list[memoryview]]:
+        """Return the verified zstd frames of chunks [first, stop) of every plane.
+
+        Raises
+        ------
+        CacheError
+            If one is damaged, or not where the index says.
+        """
+        places = [
+            (int(index.offset[chunk]), int(index.size[chunk]), name, chunk)
+            for name, index in self.indices.items()
+            for chunk in range(first, stop)
+        ]
+        places.sort()
+        found: dict[str, list[memoryview]] = {name: [memoryview(b"")] * (stop - first) for name in self.indices}
+        at = 0
+        while at < len(places):
+            # A writer puts the planes of a chunk, and the next chunk, side by side: mostly one read.
+            begin = end = places[at][0]
+            stop_at = at
+            while stop_at < len(places) and places[stop_at][0] <= end + _GAP_BYTES:
+                end = max(end, places[stop_at][0] + places[stop_at][1])
+                stop_at += 1
+            data = memoryview(os.pread(self._descriptor, end - begin, begin))
+            for offset, size, name, chunk in places[at:stop_at]:
+                frame = data[offset - begin : offset - begin + size]
+                if zlib.crc32(frame) != int(self.indices[name].crc32[chunk]):
+                    raise CacheError(
+                        f"{self.path}: expected CRC-32 {int(self.indices[name].crc32[chunk])} for {name}, chunk "
+                        f"{chunk}, got {zlib.crc32(frame)}: the file is damaged; restore it or run the job again",
+                        str(self.path),
+                    )
+                found[name][chunk - first] = frame
+            at = stop_at
+        return found
+
+    def rows(self, start: int, stop: int) -> dict[str, Array]:
+        """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
+        from numcodecs.zstd import decompress
+
+        tokens, entries = self.chunk_shape
+        first, last = start // tokens, -(-stop // tokens)
+        out = {}
+        for name, frames in self.frames(first, last).items():
+            rows = np.zeros((len(frames) * tokens, entries), np.uint8)
+            for i, frame in enumerate(frames):
+                try:
+                    decompress(frame, rows[i * tokens : (i + 1) * tokens])
+                except (ValueError, RuntimeError) as error:
+                    raise CacheError(
+                        f"{self.path}: expected chunk {first + i} of {name} with {tokens} tokens, got {error}; the "
+                        "file is damaged: restore it or run the job again",
+                        str(self.path),
+                    ) from error
+            out[name] = rows[start - first * tokens : stop - first * tokens]
+        return out
