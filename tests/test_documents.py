@@ -399,7 +399,7 @@ def test_sizes_in_the_advanced_document_are_those_of_the_format() -> None:
 
 def test_figures_of_the_before_and_after_document_were_measured() -> None:
     section = IMPROVEMENTS.read_text().partition("## Speed and memory")[2].partition("\n## ")[0]
-    found = json.loads((ROOT / "benchmarks/results/2026-11-23-cpu-capture-three-rounds.json").read_text())
+    found = json.loads((ROOT / "benchmarks/results/2026-11-23-cpu-capture-fused.json").read_text())
     rows = [line.strip("| ").split(" | ")[1:] for line in section.splitlines() if line.startswith("| ")][1:4]
     sides = ("loop", "ours")
     assert rows == [
