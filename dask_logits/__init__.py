@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from dask_logits.job.run import generate
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
-    from dask_logits.train.dataset import CachedLogitsDataset, collate
+    from dask_logits.train.dataset import CachedLogitsDataset, collate, collate_flat
     from dask_logits.train.losses import sparse_forward_kl
+    from dask_logits.train.order import ItemOrder, ResumableSampler
 
 __version__ = "0.1.0"
 
@@ -42,11 +43,14 @@ _HOMES = {
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
+    "ItemOrder": "train.order",
     "Monitor": "observe.monitor",
     "PartitionsFailedError": "errors",
+    "ResumableSampler": "train.order",
     "RunConflictError": "errors",
     "TeacherError": "errors",
     "collate": "train.dataset",
+    "collate_flat": "train.dataset",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "compose",
@@ -65,11 +69,14 @@ __all__ = [
     "ConfigError",
     "DaskLogitsError",
     "DatasetError",
+    "ItemOrder",
     "Monitor",
     "PartitionsFailedError",
+    "ResumableSampler",
     "RunConflictError",
     "TeacherError",
     "collate",
+    "collate_flat",
     "generate",
     "generate_teacher_logits",
     "load_config",

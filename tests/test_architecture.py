@@ -17,6 +17,7 @@ LAYERS = {
     "errors": 0,
     "config": 1,
     "records": 1,
+    "tokenmap": 1,
     "store.durable": 2,
     "compose": 2,
     "job.plan": 2,
@@ -52,8 +53,10 @@ LAYERS = {
     "job.cluster": 3,
     "capture.scoring": 5,
     "store.consolidate": 5,
-    "train.dataset": 5,
+    "train.dataset": 6,
     "train.losses": 4,
+    "train.order": 4,
+    "train.decode": 5,
     "observe.status": 8,
     "observe.progress": 4,
     "observe.monitor": 9,
@@ -70,7 +73,8 @@ LAYERS = {
 HOMES = {
     "torch": {"capture.attention", "capture.fused", "capture.kernels", "capture.transfer", "capture.topk",
               "capture.teacher", "capture.checkpoint", "capture.placement", "capture.selfcheck", "capture.meter",
-              "capture.scoring", "capture.calibrate", "job.cluster", "train.dataset", "train.losses", "train.order"},
+              "capture.scoring", "capture.calibrate", "job.cluster", "train.dataset",
+              "train.decode", "train.losses", "train.order"},
     "transformers": {"capture.attention", "capture.checkpoint", "capture.teacher", "capture.tokens"},
     "accelerate": {"capture.placement"},
     "triton": {"capture.kernels"},
@@ -131,9 +135,9 @@ def test_heavy_libraries_stay_at_home(library: str) -> None:
 
 
 def test_training_side_knows_no_job() -> None:
-    for name in ("train.dataset", "train.losses"):
+    for name in (name for name in LAYERS if name.startswith("train.")):
         ours = {i for i in imports(modules()[name]) if i.startswith("dask_logits.")}
-        assert all(i.split(".")[1] in ("store", "records", "errors") for i in ours)
+        assert all(i.split(".")[1] in ("store", "records", "errors", "tokenmap", "train") for i in ours)
 
 
 def test_importing_the_package_is_light() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
+from dask_logits.tokenmap import map_digest, map_ranges
 
 # A tokenizer that covers less of the head than this is taken for another model's (Qwen, Phi and DeepSeek pad < 3 %).
 _LEAST_COVERED = 0.9
@@ -56,8 +57,8 @@ class Tokenizer:
     ----------
     vocab_size
         Highest id it can produce, plus one.
-    map_digest
-        SHA-256 of its id → token map: equal where ids mean the same tokens.
+    map_digest, map_ranges
+        SHA-256 of its id → token map, and of ranges of it: equal where ids mean the same tokens.
     digest
         SHA-256 of the map and of its rules: equal where the same text gives the same ids.
     end_id
@@ -66,6 +67,7 @@ class Tokenizer:
 
     vocab_size: int
     map_digest: str
+    map_ranges: tuple[str, ...]
     digest: str
     end_id: int | None
 
@@ -209,7 +211,7 @@ def _read_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
 
 def _identify(loaded: Any) -> Tokenizer:
     ids = loaded.get_vocab()
-    map_lines = json.dumps(sorted((i, token) for token, i in ids.items()), ensure_ascii=False)
+    digest = map_digest(ids)
     backend = getattr(loaded, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
     # Left there by the last call, not part of the tokenizer.
@@ -217,8 +219,9 @@ def _identify(loaded: Any) -> Tokenizer:
     rule_lines = json.dumps([type(loaded).__name__, rules], sort_keys=True, ensure_ascii=False)
     return Tokenizer(
         vocab_size=max(ids.values(), default=-1) + 1,
-        map_digest=hashlib.sha256(map_lines.encode()).hexdigest(),
-        digest=hashlib.sha256((map_lines + rule_lines).encode()).hexdigest(),
+        map_digest=digest,
+        map_ranges=tuple(map_ranges(ids)),
+        digest=hashlib.sha256((digest + rule_lines).encode()).hexdigest(),
         end_id=loaded.eos_token_id,
     )
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".consolidate.lock"
 _NAMED = 8
+_KEPT_SINCE_1_2 = ("tokenizer_map_ranges", "tokenizer_ids")
 # What a cache says of its job.
 _KEPT = (
     "fingerprint", "run_id", "what", "plan_digest", "plan_end", "n_rows", "total_workers", "calibration", "teacher",
@@ -227,6 +228,8 @@ class _RunPart:
             "teacher": manifest["teacher"],
             "teacher_path": str(manifest["how"]["teacher"]["model_path"]),
             "tokenizer_map_digest": manifest["tokenizer_map_digest"] or "",
+            "tokenizer_map_ranges": manifest["tokenizer_map_ranges"],
+            "tokenizer_ids": manifest["tokenizer_ids"],
         }
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
@@ -280,7 +283,8 @@ class _CachePart:
         yield from cache_pieces(self.cache)
 
     def attributes(self) -> dict[str, Any]:
-        return {name: self.cache.attributes[name] for name in _KEPT}
+        names = (*_KEPT, *(name for name in _KEPT_SINCE_1_2 if name in self.cache.attributes))
+        return {name: self.cache.attributes[name] for name in names}
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
         """Name the rows that are not in ranges of rows."""

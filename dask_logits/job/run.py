@@ -283,6 +283,8 @@ def _record(job: Job, calibration: Json) -> Json:
             "how": dataclasses.asdict(job.config),
             "teacher": dataclasses.asdict(job.teacher),
             "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
+            "tokenizer_map_ranges": list(job.tokenizer.map_ranges) if job.tokenizer else [],
+            "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
         },
     )
     if not created:

@@ -382,6 +382,11 @@ class CacheReader:
         segments = np.stack([self.arrays[name][documents].astype(np.int64) for name in DOCUMENT_ARRAYS], 1)
         return {"segments": segments, "row": segments[0, 0]}
 
+    def item_lengths(self) -> Array:
+        """Return the tokens of each item: [items] int64."""
+        name = "block_length" if self.is_packed else "document_length"
+        return np.asarray(self.arrays[name]).astype(np.int64)
+
     def item_places(self) -> tuple[Array, Array]:
         """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
         rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])

@@ -1,17 +1,18 @@
-"""``CachedLogitsDataset``: the cache as a map-style dataset, and the collate function that makes batches of it.
+"""``CachedLogitsDataset``: the cache as a map-style dataset, and the functions that make batches of its items.
 
 Ragged in, sparse out: an item of T tokens comes as arrays of T rows, a batch as padded [B, T] and [B, T, K]; nothing
 of width V is ever made. The file is opened on first use in each process, so the dataset may be forked, pickled and
 spawned freely.
 
-Dimension letters: B items in a batch, T tokens, S segments of an item, K kept entries.
+Dimension letters: B items in a batch, T tokens, S segments of an item, K kept entries, N tokens of a flat batch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dask_logits.errors import CacheError, ConfigError
-from dask_logits.store.cache import CacheReader, find_caches
+from dask_logits.errors import CacheError, ConfigError, DatasetError
+from dask_logits.store.cache import ENGINES, CacheReader, Engine, find_caches
+from dask_logits.store.profile import Compact
+from dask_logits.tokenmap import HasVocabulary, check_tokenizer
+from dask_logits.train.decode import Decoder
 
 IGNORED_LABEL = -100
 
 # In the file's dtype, except that torch has no arithmetic on unsigned 16 and 32 bit integers.
 _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}
-_ITEM = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob", "segments")
+_CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
+_FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob")
 
 
 class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
@@ -45,58 +50,203 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         caches, or a list of such.
     top_k
         Keep only so many entries per position; the rest of their mass goes to the tail. None: all.
+    window
+        Items are windows of so many tokens over the stream of all documents in order, the last one shorter; None:
+        documents (windows, blocks) as the job made them.
+    decode
+        ``worker``: items hold ids and log-probs. ``device``: items hold a compact cache's codes, a third of the bytes,
+        and :meth:`decoder` decodes a batch of them on the student's device.
+    engine
+        ``fast``: memory maps and positional reads without a lock; ``h5py``: everything through HDF5.
+    student_tokenizer
+        Refuse one that maps ids to other tokens than the teacher's.
+    student_vocab_size
+        Logits of the student. Kept ids beyond them lose their place: log-prob −∞, their mass to the tail, and
+        ``n_beyond`` counts them. None: not compared.
 
     Raises
     ------
     CacheError
-        If a file is missing, truncated, incomplete, not a cache, or of a newer format; or if several are not parts of
-        one job, or hold the same row twice.
+        If a file is missing, truncated, incomplete, not a cache, or of a newer format; if several are not parts of one
+        job, or hold the same row twice; or if the tokenizer is not the teacher's.
     ConfigError
-        If `top_k` is not between 1 and the cache's.
+        If `top_k` is not between 1 and the cache's, or another setting is not one that is listed.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path], *, top_k: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | Sequence[str | Path],
+        *,
+        top_k: int | None = None,
+        window: int | None = None,
+        decode: Literal["worker", "device"] = "worker",
+        engine: Engine = "fast",
+        student_tokenizer: HasVocabulary | None = None,
+        student_vocab_size: int | None = None,
+    ) -> None:
         given = [path] if isinstance(path, str | Path) else list(path)
+        _check_choice("engine", engine, ENGINES)
+        _check_choice("decode", decode, ("worker", "device"))
         self.paths = tuple(file for one in given for file in find_caches(Path(one).expanduser().absolute()))
-        self._readers: list[CacheReader] | None = [CacheReader(file) for file in self.paths]
-        first = self._readers[0]
-        _check_one_job(self._readers)
-        _check_whole(self._readers)
-        self._starts = np.append(0, np.cumsum([reader.n_items for reader in self._readers]))
-        self._order = _order(self._readers)
+        self.engine: Engine = engine
+        self.decode = decode
+        self.window = window
+        self.student_vocab_size = student_vocab_size
+        self._readers: list[CacheReader] | None = None
+        self._process = 0
+        readers = self._opened()
+        first = readers[0]
+        _check_one_job(readers)
+        _check_whole(readers)
+        self._starts = np.append(0, np.cumsum([reader.n_items for reader in readers]))
+        self._order = _order(readers)
         self.top_k = first.top_k if top_k is None else top_k
         self.vocab_size = first.vocab_size
         if not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
+        for name, value in (("window", window), ("student_vocab_size", student_vocab_size)):
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise ConfigError(f"{name}: expected a positive integer or None, got {value!r}")
+        if decode == "device" and not all(isinstance(reader.profile, Compact) for reader in readers):
+            raise ConfigError("decode: expected 'worker' for a plain cache, which has no codes, got 'device'")
+        if decode == "device" and student_vocab_size is not None:
+            raise ConfigError("student_vocab_size: expected None with decode='device', which reads no ids, got both")
+        if decode == "device" and not all(first.profile.equals(reader.profile) for reader in readers[1:]):
+            raise ConfigError("decode: expected 'worker' for parts with different id tables, got 'device'; merge them")
+        if student_tokenizer is not None:
+            check_tokenizer(first.attributes, student_tokenizer, str(first.path))
+        self._ends = self._token_ends() if window is not None else np.zeros(0, np.int64)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What the (first) cache says of itself: teacher, settings, statistics, content digest."""
         return self._opened()[0].attributes
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all items."""
+        return sum(reader.n_tokens for reader in self._opened())
+
+    def decoder(self) -> Decoder:
+        """Return the module that decodes a batch of codes (``decode="device"``).
+
+        Raises
+        ------
+        ConfigError
+            For a plain cache.
+        """
+        profile = self._opened()[0].profile
+        if not isinstance(profile, Compact):
+            raise ConfigError("decode: expected a compact cache, got a plain one, which has nothing to decode")
+        return Decoder(profile, self.top_k)
+
     def __len__(self) -> int:
+        if self.window is not None:
+            return -(-int(self._ends[-1] if len(self._ends) else 0) // self.window)
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index}: expected an index below {len(self)}")
-        place = index % len(self) if self._order is None else int(self._order[index])
-        part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        reader = self._opened()[part]
-        found = reader.item(place - int(self._starts[part]))
-        item = {
-            name: torch.from_numpy(np.array(found[name], dtype=_DTYPES.get(name, found[name].dtype))) for name in _ITEM
-        }
-        item["row"] = torch.tensor(int(found["row"]))
-        return item if self.top_k == reader.top_k else _cut(item, self.top_k)
+        if self.window is not None:
+            return self._tensors(self._window(index % len(self), self.window))
+        reader, at = self._place(index % len(self))
+        start, stop, documents = reader.place(at)
+        return self._tensors({**self._tokens(reader, start, stop), **reader.segments(documents)})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
 
     def _opened(self) -> list[CacheReader]:
-        if self._readers is None:
-            self._readers = [CacheReader(file) for file in self.paths]
+        # Handles of HDF5 must not cross a fork.
+        forked = self.engine == "h5py" and self._process != os.getpid()
+        if self._readers is None or forked:
+            self._readers = [CacheReader(file, self.engine) for file in self.paths]
+            self._process = os.getpid()
         return self._readers
+
+    def _place(self, index: int) -> tuple[CacheReader, int]:
+        place = index if self._order is None else int(self._order[index])
+        part = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._opened()[part], place - int(self._starts[part])
+
+    def _tokens(self, reader: CacheReader, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
+        return reader.stored(start, stop) if self.decode == "device" else reader.tokens(start, stop)
+
+    def _token_ends(self) -> npt.NDArray[np.int64]:
+        """Return where each item ends in the stream of all tokens: [items]."""
+        lengths = np.concatenate([reader.item_lengths() for reader in self._opened()])
+        return np.cumsum(lengths if self._order is None else lengths[self._order], dtype=np.int64)
+
+    def _window(self, index: int, width: int) -> dict[str, npt.NDArray[Any]]:
+        """Return one window of the stream: the tail of an item, whole ones, and the head of another."""
+        first, stop = index * width, min((index + 1) * width, int(self._ends[-1]))
+        parts: list[dict[str, npt.NDArray[Any]]] = []
+        segments: list[npt.NDArray[np.int64]] = []
+        item = int(np.searchsorted(self._ends, first, side="right"))
+        at = first
+        while at < stop:
+            reader, place = self._place(item)
+            begin, end, documents = reader.place(place)
+            skip = at - (int(self._ends[item]) - (end - begin))
+            take = min(end - begin - skip, stop - at)
+            parts.append(self._tokens(reader, begin + skip, begin + skip + take))
+            segments.append(_cut_segments(reader.segments(documents)["segments"], skip, take))
+            at += take
+            item += 1
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found["segments"] = np.concatenate(segments)
+        return {**found, "row": found["segments"][0, 0]}
+
+    def _tensors(self, found: dict[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+        row = found.pop("row")
+        item = {name: _tensor(name, array) for name, array in found.items()}
+        item["row"] = torch.tensor(int(row))
+        if self.decode == "worker" and self.student_vocab_size is not None:
+            item = self._within(item, self.student_vocab_size)
+        if self.decode == "worker" and self.top_k < item["topk_ids"].shape[1]:
+            item = _cut(item, self.top_k)
+        return item
+
+    def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+        """Move entries that the student has no logit for into the tail, behind the others."""
+        if len(item["input_ids"]) and int(item["input_ids"].max()) >= vocab_size:
+            raise DatasetError(
+                f"student_vocab_size: expected input ids below {vocab_size}, got {int(item['input_ids'].max())} in "
+                f"dataset row {int(item['row'])}; leave that row out, or resize the student's embeddings",
+                row=int(item["row"]),
+            )
+        beyond_TK = item["topk_ids"] >= vocab_size
+        item["n_beyond"] = beyond_TK.sum()
+        if item["n_beyond"]:
+            order_TK = beyond_TK.to(torch.uint8).argsort(dim=-1, stable=True)
+            lost_T = torch.where(beyond_TK, item["topk_logprobs"].float(), -torch.inf).logsumexp(-1)
+            item["tail_logmass"] = torch.logaddexp(item["tail_logmass"], lost_T)
+            item["topk_ids"] = item["topk_ids"].masked_fill(beyond_TK, 0).gather(-1, order_TK)
+            item["topk_logprobs"] = item["topk_logprobs"].masked_fill(beyond_TK, -torch.inf).gather(-1, order_TK)
+        return item
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def _tensor(name: str, array: npt.NDArray[Any]) -> Tensor:
+    """Copy an array, because torch writes to what it is given; log-masses of a code become float32."""
+    dtype = np.float32 if name in _FLOAT32 else _DTYPES.get(name, array.dtype)
+    return torch.from_numpy(np.array(array, dtype=dtype))
+
+
+def _cut_segments(segments_S3: npt.NDArray[np.int64], skip: int, take: int) -> npt.NDArray[np.int64]:
+    """Return the segments of some tokens of an item: [S, 3]."""
+    ends_S = segments_S3[:, 2].cumsum()
+    starts_S = ends_S - segments_S3[:, 2]
+    first_S, last_S = np.maximum(starts_S, skip), np.minimum(ends_S, skip + take)
+    kept_S = last_S > first_S
+    rows_S, offsets_S = segments_S3[:, 0], segments_S3[:, 1] + first_S - starts_S
+    cut_S3: npt.NDArray[np.int64] = np.stack([rows_S, offsets_S, last_S - first_S], 1)[kept_S]
+    return cut_S3
 
 
 def _check_one_job(readers: Sequence[CacheReader]) -> None:
@@ -169,7 +319,9 @@ def collate(items: Sequence[dict[str, Tensor]], *, pad_id: int = 0) -> dict[str,
         models want them (they shift inside); ``next_ids`` [B, T], the token after each position, −100 where there is
         none, for losses on logits that are not shifted; ``topk_ids`` [B, T, K] int64, ``topk_logprobs`` [B, T, K]
         float32, ``logsumexp``, ``tail_logmass``, ``label_logprob`` [B, T]; ``target_mask`` [B, T] bool, True where
-        there are targets; ``row`` [B]; ``segments`` [B, S, 3], with rows −1 and lengths 0 where an item has fewer.
+        there are targets; ``row`` [B]; ``segments`` [B, S, 3], with rows −1 and lengths 0 where an item has fewer;
+        ``n_beyond`` [B] with a `student_vocab_size`. Codes instead of ``topk_ids`` and ``topk_logprobs`` with
+        ``decode="device"``.
 
     Examples
     --------
@@ -194,13 +346,22 @@ def collate(items: Sequence[dict[str, Tensor]], *, pad_id: int = 0) -> dict[str,
     input_ids_BT = padded("input_ids", pad_id, torch.int64)
     next_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
     next_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
+    if "topk_ids" in items[0]:
+        entries = {
+            "topk_ids": padded("topk_ids", 0, torch.int64),
+            "topk_logprobs": padded("topk_logprobs", 0.0, torch.float32),
+        }
+    else:
+        codes = [name for name in items[0] if name.startswith(_CODES)]
+        entries = {name: padded(name, 0, items[0][name].dtype) for name in codes}
+    if "n_beyond" in items[0]:
+        entries["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
     return {
         "input_ids": input_ids_BT,
         "attention_mask": mask_BT.long(),
         "labels": torch.where(mask_BT, input_ids_BT, IGNORED_LABEL),
         "next_ids": next_BT,
-        "topk_ids": padded("topk_ids", 0, torch.int64),
-        "topk_logprobs": padded("topk_logprobs", 0.0, torch.float32),
+        **entries,
         "logsumexp": padded("logsumexp", 0.0, torch.float32),
         "tail_logmass": padded("tail_logmass", 0.0, torch.float32),
         "label_logprob": padded("label_logprob", float("nan"), torch.float32),
@@ -216,3 +377,51 @@ def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
     for b, found in enumerate(segments):
         segments_BS3[b, : len(found)] = found
     return segments_BS3
+
+
+def collate_flat(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join items to one row without padding, for attention that takes sequences of varying length.
+
+    Parameters
+    ----------
+    items
+        From :class:`CachedLogitsDataset`.
+
+    Returns
+    -------
+    dict of Tensor
+        As :func:`collate` gives, with B = 1 and T = N, the sum of the lengths, without ``attention_mask``; besides
+        ``position_ids`` [1, N], which start anew with every item, and ``cu_seqlens`` [items + 1] int32, where each
+        begins and the last ends. ``labels`` is −100 at the first token of an item, which the one before must not
+        predict. ``row`` and ``segments`` are those of the items.
+
+    Examples
+    --------
+    >>> def item(ids):
+    ...     tokens = torch.tensor(ids)
+    ...     zeros = torch.zeros(len(ids))
+    ...     return {"input_ids": tokens, "topk_ids": tokens[:, None].int(), "topk_logprobs": zeros[:, None],
+    ...             "logsumexp": zeros, "tail_logmass": zeros, "label_logprob": zeros, "row": torch.tensor(0),
+    ...             "segments": torch.tensor([[0, 0, len(ids)]])}
+    >>> batch = collate_flat([item([5, 6, 7]), item([8, 9])])
+    >>> batch["position_ids"].tolist(), batch["cu_seqlens"].tolist(), batch["labels"].tolist()
+    ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
+    """
+    rows = [collate([item]) for item in items]
+    joined = {
+        name: torch.cat([row[name] for row in rows], 1)
+        for name in rows[0]
+        if name not in ("attention_mask", "row", "segments", "n_beyond")
+    }
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    ends = lengths.cumsum(0)
+    firsts = (ends - lengths)[lengths > 0]
+    joined["labels"][0, firsts] = IGNORED_LABEL
+    starts_N = torch.repeat_interleave(ends - lengths, lengths)
+    joined["position_ids"] = (torch.arange(len(starts_N)) - starts_N)[None]
+    joined["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+    joined["row"] = torch.stack([item["row"] for item in items])
+    joined["segments"] = _padded_segments([item["segments"] for item in items])
+    if "n_beyond" in rows[0]:
+        joined["n_beyond"] = torch.cat([row["n_beyond"] for row in rows])
+    return joined

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from builders import records, write_cache
+from builders import compact, packed_records, plain, records, write_cache
 from torch.utils.data import DataLoader
 
-from dask_logits import CachedLogitsDataset, CacheError, ConfigError, collate
+from dask_logits import CachedLogitsDataset, CacheError, ConfigError, DatasetError, collate, collate_flat
+from dask_logits.tokenmap import map_digest, map_ranges
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
 
@@ -116,3 +118,176 @@ def test_collate_pads_and_shifts(path) -> None:
 def test_next_ids_are_what_label_logprob_is_of(path) -> None:
     batch = collate(list(CachedLogitsDataset(path)))
     assert torch.equal(batch["next_ids"] >= 0, ~torch.isnan(batch["label_logprob"]))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    write_cache(tmp_path / "d.h5", records(LENGTHS, k=3), profile=compact(3))
+    return tmp_path / "d.h5"
+
+
+def equal(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7)) for name in one
+    )
+
+
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+def test_both_engines_read_the_same_in_every_process(dense, workers: int, context: str | None) -> None:
+    fast, slow = CachedLogitsDataset(dense), CachedLogitsDataset(dense, engine="h5py")
+    assert all(equal(fast[i], slow[i]) for i in range(6))
+    batches = [
+        list(DataLoader(d, batch_size=2, collate_fn=collate, num_workers=workers, multiprocessing_context=context))
+        for d in (fast, slow)
+    ]
+    assert len(batches[0]) == 3
+    assert all(equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("vocab_size", "precision"), [(50, 8), (300, 12), (70_000, 10)])
+def test_codes_decode_to_what_workers_decode(tmp_path, top_k: int | None, vocab_size: int, precision: int) -> None:
+    made = records(LENGTHS, k=3, vocab_size=vocab_size)
+    write_cache(tmp_path / "c.h5", made, vocab_size=vocab_size, profile=compact(3, vocab_size, precision))
+    here = CachedLogitsDataset(tmp_path / "c.h5", top_k=top_k)
+    there = CachedLogitsDataset(tmp_path / "c.h5", top_k=top_k, decode="device")
+    expected = collate([here[i] for i in range(6)])
+    batch = collate([there[i] for i in range(6)])
+    assert batch["topk_ids_b0"].dtype == torch.uint8
+    assert "topk_ids" not in batch
+    found = there.decoder()(batch)
+    assert found.keys() == expected.keys()
+    mask = expected["target_mask"]
+    for name, values in expected.items():
+        one, other = (values[mask], found[name][mask]) if values.shape[:2] == mask.shape else (values, found[name])
+        assert torch.allclose(one.nan_to_num(7), other.nan_to_num(7), atol=1e-6), name
+
+
+def test_what_cannot_be_decoded_there_is_refused(path, dense) -> None:
+    with pytest.raises(ConfigError, match="decode: expected 'worker' for a plain cache"):
+        CachedLogitsDataset(path, decode="device")
+    with pytest.raises(ConfigError, match="decode: expected a compact cache, got a plain one"):
+        CachedLogitsDataset(path).decoder()
+    with pytest.raises(ConfigError, match="student_vocab_size: expected None with decode='device'"):
+        CachedLogitsDataset(dense, decode="device", student_vocab_size=9)
+    with pytest.raises(ConfigError, match="decode: expected 'worker' or 'device', got 'gpu'"):
+        CachedLogitsDataset(dense, decode="gpu")
+    with pytest.raises(ConfigError, match="engine: expected 'fast' or 'h5py', got 'zarr'"):
+        CachedLogitsDataset(dense, engine="zarr")
+
+
+@pytest.mark.parametrize("profile", [plain(3), compact(3)])
+@pytest.mark.parametrize("made", [records(LENGTHS, k=3), packed_records(), records((0, 0), k=3)])
+@pytest.mark.parametrize("window", [1, 3, 5, 100])
+def test_windows_cut_the_stream_of_all_tokens(tmp_path, profile, made, window: int) -> None:
+    write_cache(tmp_path / "c.h5", made, profile=profile)
+    whole = CachedLogitsDataset(tmp_path / "c.h5")
+    windows = CachedLogitsDataset(tmp_path / "c.h5", window=window)
+    items, cut = [whole[i] for i in range(len(whole))], [windows[i] for i in range(len(windows))]
+    assert [len(item["input_ids"]) for item in cut] == [
+        min(window, made.n_tokens - first) for first in range(0, made.n_tokens, window)
+    ]
+    for name in ("input_ids", "topk_ids", "topk_logprobs", "label_logprob") if cut else ():
+        one, other = (torch.cat([item[name] for item in found]) for found in (items, cut))
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+    def places(found) -> list[tuple[int, int]]:
+        return [
+            (row, offset + i)
+            for item in found
+            for row, offset, length in item["segments"].tolist()
+            for i in range(length)
+        ]
+
+    assert places(cut) == places(items)
+    assert all(item["row"] == item["segments"][0, 0] for item in cut)
+
+
+def test_windows_go_over_several_caches_in_dataset_order(tmp_path) -> None:
+    same = {"fingerprint": "f", "plan_digest": "p", "n_rows": 6, "partial": True}
+    write_cache(tmp_path / "a.h5", records(LENGTHS[3:], k=3, first_row=3), **same)
+    write_cache(tmp_path / "b.h5", records(LENGTHS[:3], k=3), **same)
+    windows = CachedLogitsDataset([tmp_path / "a.h5", tmp_path / "b.h5"], window=4)
+    assert [item["segments"].tolist() for item in (windows[i] for i in range(len(windows)))] == [
+        [[0, 0, 4]], [[2, 0, 2], [3, 0, 2]], [[3, 2, 4]], [[3, 6, 1], [4, 0, 1], [5, 0, 2]], [[5, 2, 1]],
+    ]  # fmt: skip
+
+
+def test_ids_the_student_lacks_go_to_the_tail_and_are_counted(tmp_path) -> None:
+    made, path, highest = records(LENGTHS, k=3), tmp_path / "c.h5", 19
+    write_cache(path, dataclasses.replace(made, input_ids=made.input_ids % (highest + 1)))
+    dataset = CachedLogitsDataset(path)
+    student = CachedLogitsDataset(path, student_vocab_size=highest + 1)
+    seen = 0
+    for i in range(6):
+        item, cut = dataset[i], student[i]
+        lost = item["topk_ids"] > highest
+        assert int(cut["n_beyond"]) == int(lost.sum())
+        seen += int(lost.sum())
+        assert (cut["topk_ids"] <= highest).all()
+        p = cut["topk_logprobs"].double().exp().sum(-1) + cut["tail_logmass"].double().exp()
+        torch.testing.assert_close(p, torch.ones_like(p), atol=3e-3, rtol=0)
+        for t in range(len(lost)):
+            kept = item["topk_ids"][t][~lost[t]].tolist()
+            assert cut["topk_ids"][t][: len(kept)].tolist() == kept
+            assert (cut["topk_logprobs"][t][len(kept) :] == -torch.inf).all()
+    assert seen
+    assert collate([student[i] for i in range(6)])["n_beyond"].sum() == seen
+    assert CachedLogitsDataset(path, student_vocab_size=1_000)[0]["n_beyond"] == 0
+    with pytest.raises(DatasetError, match=r"student_vocab_size: expected input ids below 1, got \d+ in dataset row 0"):
+        CachedLogitsDataset(path, student_vocab_size=1)[0]
+    with pytest.raises(ConfigError, match="student_vocab_size: expected a positive integer"):
+        CachedLogitsDataset(path, student_vocab_size=0)
+
+
+class Words:
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+
+def test_a_students_tokenizer_has_to_be_the_teachers(tmp_path) -> None:
+    words = [f"w{i}" for i in range(1_000)]
+    vocabulary = Words(words).get_vocab()
+    known = {"tokenizer_map_digest": map_digest(vocabulary), "tokenizer_ids": 1_000}
+    write_cache(tmp_path / "c.h5", records((3,)), **known, tokenizer_map_ranges=map_ranges(vocabulary))
+    CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(words))
+    CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words([*words, "<pad>"]))
+    other = [*words[:402], "x", *words[403:]]
+    with pytest.raises(CacheError, match=r"first differs among ids 400 to 403 \(there 400 is 'w400'\)"):
+        CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(other))
+    with pytest.raises(CacheError, match=r"expected the map of the 1000 ids of .*, got one of 700 ids"):
+        CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(words[:700]))
+    write_cache(tmp_path / "old.h5", records((3,)), tokenizer_map_digest=map_digest(vocabulary))
+    with pytest.raises(CacheError, match="got one of 1000 ids; give the student"):
+        CachedLogitsDataset(tmp_path / "old.h5", student_tokenizer=Words(other))
+    write_cache(tmp_path / "none.h5", records((3,)), tokenizer_map_digest="")
+    with pytest.raises(CacheError, match="made from token ids without"):
+        CachedLogitsDataset(tmp_path / "none.h5", student_tokenizer=Words(words))
+
+
+def test_a_flat_batch_is_the_padded_one_without_padding(path) -> None:
+    dataset = CachedLogitsDataset(path)
+    items = [dataset[i] for i in range(6)]
+    flat_batch, padded = collate_flat(items), collate(items)
+    mask = padded["target_mask"]
+    for name in ("input_ids", "next_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
+        assert torch.equal(flat_batch[name][0].nan_to_num(7), padded[name][mask].nan_to_num(7))
+    assert flat_batch["cu_seqlens"].tolist() == [0, 4, 4, 6, 13, 14, 17]
+    assert flat_batch["cu_seqlens"].dtype == torch.int32
+    assert flat_batch["position_ids"][0].tolist() == [i for length in LENGTHS for i in range(length)]
+    assert torch.equal(flat_batch["segments"], padded["segments"])
+    labels = padded["labels"].clone()
+    labels[:, 0] = -100
+    assert torch.equal(flat_batch["labels"][0], labels[mask])
+
+
+def test_packing_needs_no_decoding(dense) -> None:
+    there = CachedLogitsDataset(dense, decode="device")
+    here = CachedLogitsDataset(dense)
+    found = there.decoder()(collate_flat([there[0], there[3]]))
+    expected = collate_flat([here[0], here[3]])
+    assert torch.equal(found["topk_ids"], expected["topk_ids"])
+    assert torch.equal(found["topk_logprobs"], expected["topk_logprobs"])
