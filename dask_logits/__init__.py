@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dask_logits.job.run import generate
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
+    from dask_logits.store.convert import convert
     from dask_logits.train.dataset import CachedLogitsDataset, collate, collate_flat
     from dask_logits.train.losses import sparse_forward_kl
     from dask_logits.train.order import ItemOrder, ResumableSampler
@@ -51,6 +52,7 @@ _HOMES = {
     "TeacherError": "errors",
     "collate": "train.dataset",
     "collate_flat": "train.dataset",
+    "convert": "store.convert",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "compose",
@@ -77,6 +79,7 @@ __all__ = [
     "TeacherError",
     "collate",
     "collate_flat",
+    "convert",
     "generate",
     "generate_teacher_logits",
     "load_config",

@@ -23,6 +23,9 @@ dask-logits COMMAND …
   status RUN [--json]     say what a run has done, from its files alone
   merge [PART …] [--input-dir DIR] [--num-workers N] [--output FILE] [--index]
                           make one cache of what static workers made
+  show CACHE [--json]     say what a cache is: teacher, data, sizes, kept mass by k
+  convert CACHE TARGET --profile plain|compact [--precision 8|10|12]
+                          write a cache again in another profile
 
 Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, …
 `dask-logits generate --help` lists every setting; --cfg job prints the composed configuration.
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "plan": _plan,
         "status": _status,
         "merge": _merge,
+        "show": _show,
+        "convert": _convert,
     }
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -101,6 +106,32 @@ def _status(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     status = read_status(parsed.run)
     print(status.to_json() if parsed.json else "\n".join(status.lines()))
+
+
+def _show(arguments: list[str]) -> None:
+    import json
+
+    from dask_logits.observe.card import card, card_lines
+
+    parser = argparse.ArgumentParser(prog="dask-logits show", description="Say what a cache is.")
+    parser.add_argument("cache", help="the cache, or the run folder it lies in")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parsed = parser.parse_args(arguments)
+    found = card(parsed.cache)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if parsed.json else "\n".join(card_lines(found)))
+
+
+def _convert(arguments: list[str]) -> None:
+    from dask_logits.store.convert import convert
+
+    parser = argparse.ArgumentParser(prog="dask-logits convert", description="Write a cache in another profile.")
+    parser.add_argument("cache", help="the cache file")
+    parser.add_argument("target", help="the file to write")
+    parser.add_argument("--profile", choices=["plain", "compact"], required=True)
+    parser.add_argument("--precision", type=int, choices=[8, 10, 12], default=8, help="bits of a log-prob; default: 8")
+    parsed = parser.parse_args(arguments)
+    _log_to_stderr("info")
+    print(convert(parsed.cache, parsed.target, profile=parsed.profile, precision=parsed.precision))
 
 
 def _merge(arguments: list[str]) -> None:

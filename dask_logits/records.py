@@ -65,6 +65,20 @@ def bytes_per_token(top_k: int, vocab_size: int) -> int:
     return sum(entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in TOKEN_ARRAYS)
 
 
+def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
+    """Return k → mean probability that the k most probable entries keep, for powers of two and K.
+
+    >>> kept_mass_by_k(np.log(np.array([[0.5, 0.25, 0.125]])))
+    {'1': 0.5, '2': 0.75, '3': 0.875}
+    """
+    if not len(topk_logprobs):
+        return {}
+    cumulative_K = np.exp(topk_logprobs.astype(np.float32)).mean(0, dtype=np.float64).cumsum()
+    top_k = topk_logprobs.shape[1]
+    ks = sorted({2**i for i in range(top_k.bit_length()) if 2**i <= top_k} | {top_k})
+    return {str(k): round(float(cumulative_K[k - 1]), 5) for k in ks}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """Targets of a run of consecutive documents, or of windows or block segments of them.

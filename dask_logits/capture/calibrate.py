@@ -31,7 +31,7 @@ from dask_logits.capture.task import peak_rss_bytes
 from dask_logits.capture.teacher import ScoringPath, Teacher
 from dask_logits.capture.topk import kernels_agree, padded_width
 from dask_logits.errors import TeacherError, first_line
-from dask_logits.records import Array, Records, Statistics
+from dask_logits.records import Array, Statistics, kept_mass_by_k
 from dask_logits.store.durable import Json
 from dask_logits.store.profile import id_table
 
@@ -202,7 +202,7 @@ def _report(
         **({"id_table": id_table(scored.records.topk_ids, task.vocab_size).tolist()} if task.compact else {}),
         "trials_tokens_per_second": trials.rates,
         "compile_seconds": trials.compile_seconds,
-        "kept_mass_by_k": kept_mass_by_k(scored.records),
+        "kept_mass_by_k": kept_mass_by_k(scored.records.topk_logprobs),
         "tokens": scored.records.n_tokens,
         "perplexity": statistics_of.perplexity if statistics_of.labels else None,
         "tokens_per_second": round(scored.records.n_tokens / seconds, 1),
@@ -292,12 +292,3 @@ def _is_nearly_full(device: torch.device) -> bool:
     return (
         torch.cuda.max_memory_allocated(device) > _MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
     )
-
-
-def kept_mass_by_k(records: Records) -> dict[str, float]:
-    """Return k → mean probability that the k most probable entries keep, for powers of two and K."""
-    if not records.n_tokens:
-        return {}
-    cumulative_K = np.exp(records.topk_logprobs.astype(np.float32)).mean(0, dtype=np.float64).cumsum()
-    ks = sorted({2**i for i in range(records.top_k.bit_length()) if 2**i <= records.top_k} | {records.top_k})
-    return {str(k): round(float(cumulative_K[k - 1]), 5) for k in ks}

@@ -18,6 +18,7 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, generate, load_config, read_status
 from dask_logits.job.manifest import RUN_NAMES, RunFolder
 from dask_logits.store.cache import CacheReader, items
+from dask_logits.store.profile import load_profile
 
 
 def run(overrides: list[str], *more: str, dataset=None) -> Path:
@@ -497,3 +498,44 @@ def test_a_packed_run_grows_too(joined, corpus) -> None:
     grown = CachedLogitsDataset(run(joined, *way))
     stream = [token for ids in texts_of(corpus) if ids for token in [*ids, 103]]
     assert [token for item in grown for token in item["input_ids"].tolist()] == stream
+
+
+def test_a_compact_cache_holds_what_a_plain_one_holds(joined, overrides, tmp_path) -> None:
+    """On one and on two workers, resumed in the middle, and the same after it was made plain."""
+
+    def job(name: str, *more: str, base=joined) -> Path:
+        return run(base, f"distillation.teacher.cache_dir={tmp_path / name}", *more)
+
+    exact = CacheReader(job("plain"))
+    assert exact.attributes["profile"] == "plain"
+    compact = "distillation.cache.profile=compact"
+    path = job("compact", compact, "distillation.cache.precision=12")
+    reader = CacheReader(path)
+    assert (reader.attributes["profile"], reader.attributes["precision"]) == ("compact", 12)
+    for one, other in zip(items(exact), items(reader), strict=True):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+        assert one["topk_ids"].tolist() == other["topk_ids"].tolist()
+        np.testing.assert_allclose(one["topk_logprobs"], other["topk_logprobs"], atol=0.02)
+    dask_logits.convert(path, tmp_path / "again.h5", profile="plain")
+    assert digest(tmp_path / "again.h5") == digest(path)
+    two = job("two", compact, "distillation.cache.precision=12", "distillation.teacher.generation.num_workers=2",
+              base=overrides)  # fmt: skip
+    assert digest(two) == digest(path)
+    with pytest.raises(dask_logits.RunConflictError, match=r"cache\.precision: the run has 12, now 8"):
+        job("compact", compact)
+
+
+def test_a_resumed_compact_run_ends_like_an_undisturbed_one(joined, tmp_path) -> None:
+    compact = "distillation.cache.profile=compact"
+    keep = [compact, "distillation.job.keep_partitions=true"]
+    expected = digest(run(joined, *keep))
+    folder = cache_dir(joined)
+    (folder / "teacher_logits.h5").unlink()
+    RunFolder(folder).receipt_path(2).unlink()
+    assert digest(run(joined, *keep)) == expected
+    (folder / "teacher_logits.h5").unlink()
+    (table,) = (folder / "tables").iterdir()
+    table.write_bytes(b"lost")
+    load_profile.cache_clear()
+    with pytest.raises(dask_logits.CacheError, match="expected the id table with this SHA-256, got another"):
+        run(joined, *keep)

@@ -1,0 +1,107 @@
+"""What a cache is, on one screen: from its header alone, but for the curve of kept mass when it has none.
+
+Dimension letters: N tokens, K kept entries.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.records import Array, Statistics, kept_mass_by_k
+from dask_logits.store.cache import CacheReader, find_caches
+from dask_logits.store.profile import Compact
+
+# Tokens from which the curve is taken where the calibration left none.
+_SAMPLE_TOKENS = 100_000
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """Return what a cache says of itself.
+
+    Parameters
+    ----------
+    path
+        A cache file, or the run folder it lies in.
+
+    Returns
+    -------
+    dict
+        JSON values: sizes, profile, teacher, tokenizer, data, content digest, statistics, kept mass by k.
+
+    Raises
+    ------
+    CacheError
+        If it is not a complete cache.
+    """
+    (file, *_) = find_caches(Path(path).expanduser().absolute())
+    reader = CacheReader(file)
+    said = reader.attributes
+    what, calibration = said.get("what") or {}, said.get("calibration") or {}
+    numerics = calibration.get("numerics") or {}
+    statistics = Statistics.from_json(said["statistics"]) if "statistics" in said else None
+    teacher = said.get("teacher") or {}
+    data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "format_version": str(said["format_version"]),
+        "profile": said["profile"],
+        "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
+        "documents": reader.n_documents,
+        "items": reader.n_items,
+        "tokens": reader.n_tokens,
+        "top_k": reader.top_k,
+        "vocab_size": reader.vocab_size,
+        "bytes_per_token": round(file.stat().st_size / max(1, reader.n_tokens), 1),
+        "rows": said.get("n_rows"),
+        "partial": bool(said.get("partial")),
+        "teacher": said.get("teacher_path"),
+        "teacher_identity": teacher.get("identity"),
+        "teacher_revision": teacher.get("revision"),
+        "dtype": numerics.get("dtype"),
+        "device": numerics.get("device"),
+        "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
+        "dataset": {name: value for name, value in data.items() if value is not None},
+        "plan_digest": said.get("plan_digest"),
+        "content_digest": said["content_digest"],
+        "kept_mass": _number(statistics.mean_kept_mass) if statistics else None,
+        "perplexity": _number(statistics.perplexity) if statistics else None,
+        "kept_mass_by_k": calibration.get("kept_mass_by_k") or kept_mass_by_k(_sample(reader)),
+    }
+
+
+def card_lines(found: dict[str, Any]) -> list[str]:
+    """Return a card for people.
+
+    >>> card_lines({"tokens": 1200, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
+    ['tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
+    """
+    lines = []
+    for name, value in found.items():
+        if value is None or value == {}:
+            continue
+        if name == "kept_mass_by_k":
+            text = "  ".join(f"{k}: {mass:.3f}" for k, mass in value.items())
+        elif isinstance(value, dict):
+            text = json.dumps(value, ensure_ascii=False)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            text = f"{value:,}"
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        lines.append(f"{name.replace('_', ' '):17} {text}")
+    return lines
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _sample(reader: CacheReader) -> Array:
+    """Return the log-probs of the first items."""
+    count = int(np.searchsorted(np.cumsum(reader.item_lengths()), _SAMPLE_TOKENS)) + 1
+    rows = [reader.item(index)["topk_logprobs"] for index in range(min(reader.n_items, count))]
+    return np.concatenate(rows) if rows else np.empty((0, reader.top_k))

@@ -1,0 +1,80 @@
+"""One cache → another profile: everything verified, everything it says of itself kept.
+
+Compact to plain keeps the content and its digest. Plain to compact rounds log-probs, as a job with the compact profile
+would have; its id table is made of the cache's own first tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dask_logits.errors import CacheError
+from dask_logits.store.cache import CacheReader
+from dask_logits.store.consolidate import cache_pieces, consolidate
+from dask_logits.store.profile import Compact, Plain, Precision, Profile, id_table
+
+# Tokens whose kept ids decide the table; more gain less than a byte a token.
+_TABLE_TOKENS = 50_000
+# What the new file says for itself.
+_OWN = {
+    "format", "format_version", "profile", "n_tokens", "n_entries", "n_documents", "n_blocks", "top_k", "vocab_size",
+    "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift", "order", "content_digest",
+    "complete",
+}  # fmt: skip
+
+
+def convert(
+    source: str | Path, target: str | Path, *, profile: Literal["plain", "compact"], precision: Precision = 8
+) -> Path:
+    """Write a cache again in another profile.
+
+    Parameters
+    ----------
+    source
+        A cache file.
+    target
+        File to write; an older one there is replaced when the new one is complete.
+    profile
+        ``plain`` or ``compact``.
+    precision
+        Bits of a log-prob in the compact profile: 8, 10 or 12.
+
+    Returns
+    -------
+    Path
+        The new file.
+
+    Raises
+    ------
+    CacheError
+        If the source is damaged, or is the target.
+    """
+    source, target = (Path(path).expanduser().absolute() for path in (source, target))
+    if target.exists() and target.samefile(source):
+        raise CacheError(f"{target}: expected another file than the source, got the same; name a new one", str(target))
+    reader = CacheReader(source)
+    made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size)
+    if profile == "compact":
+        made = _compact(reader, precision)
+    pieces = list(cache_pieces(reader))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    consolidate(
+        target,
+        lambda: pieces,
+        profile=made,
+        packed=reader.is_packed,
+        attributes={name: value for name, value in reader.attributes.items() if name not in _OWN},
+    )
+    return target
+
+
+def _compact(reader: CacheReader, precision: Precision) -> Compact:
+    if isinstance(reader.profile, Compact):
+        table = reader.profile.id_table
+    else:
+        ids = np.asarray(reader.arrays["topk_ids"][:_TABLE_TOKENS])
+        table = id_table(ids, reader.vocab_size)
+    return Compact(top_k=reader.top_k, vocab_size=reader.vocab_size, precision=precision, id_table=table)

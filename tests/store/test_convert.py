@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import compact, content, packed_records, plain, records, write_cache
+
+from dask_logits import CacheError, convert
+from dask_logits.store.cache import CacheReader, items
+from dask_logits.store.consolidate import cache_pieces
+from dask_logits.store.profile import as_kept
+
+
+def whole(path) -> str:
+    """Return the content digest, computed from what is read."""
+    found = [records for piece in cache_pieces(CacheReader(path)) for records in piece.runs()]
+    return content(*found)
+
+
+@pytest.mark.parametrize("made", [records((4, 0, 2, 7), k=3), packed_records(), records((0,), k=3)])
+@pytest.mark.parametrize("precision", [8, 10, 12])
+def test_compact_becomes_plain_without_a_loss(tmp_path, made, precision) -> None:
+    digest = write_cache(tmp_path / "a.h5", made, profile=compact(3, precision=precision), run_id="r", n_rows=4)
+    found = CacheReader(convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain"))
+    assert found.attributes["content_digest"] == digest == whole(tmp_path / "b.h5")
+    assert (found.attributes["profile"], found.attributes["run_id"], found.attributes["n_rows"]) == ("plain", "r", 4)
+    assert "precision" not in found.attributes
+    before = list(items(CacheReader(tmp_path / "a.h5")))
+    for one, other in zip(before, items(found), strict=True):
+        assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in ("topk_logprobs", "segments"))
+
+
+def test_plain_becomes_compact_as_a_job_would_have_stored_it(tmp_path) -> None:
+    made = records((4, 0, 2, 7), k=3)
+    write_cache(tmp_path / "a.h5", made)
+    path = convert(tmp_path / "a.h5", tmp_path / "new" / "b.h5", profile="compact", precision=10)
+    reader = CacheReader(path)
+    kept = as_kept(made, reader.profile)
+    assert reader.attributes["precision"] == 10
+    assert reader.attributes["content_digest"] == content(kept) == whole(path)
+    first, *_ = items(reader)
+    np.testing.assert_array_equal(first["topk_logprobs"], kept.topk_logprobs[:4])
+    # The most frequent of the kept ids come first.
+    counts = np.bincount(made.topk_ids.reshape(-1).astype(int), minlength=50)
+    assert (np.diff(counts[reader.profile.id_table]) <= 0).all()
+
+
+def test_a_precision_may_change(tmp_path) -> None:
+    write_cache(tmp_path / "a.h5", records((9,), k=3), profile=compact(3, precision=12))
+    path = convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="compact", precision=8)
+    assert CacheReader(path).profile.precision == 8
+    np.testing.assert_array_equal(CacheReader(path).profile.id_table, compact(3).id_table)
+
+
+def test_a_cache_is_not_converted_onto_itself_nor_if_it_is_damaged(tmp_path) -> None:
+    path = tmp_path / "a.h5"
+    write_cache(path, records((9,), k=3), profile=compact(3))
+    before = path.read_bytes()
+    with pytest.raises(CacheError, match="expected another file than the source"):
+        convert(path, path, profile="plain")
+    assert path.read_bytes() == before
+    reader = CacheReader(path)
+    at = int(reader._planes.indices["topk_gaps_b0"].offset[0]) + 5
+    path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+    with pytest.raises(CacheError, match="the file is damaged"):
+        convert(path, tmp_path / "b.h5", profile="plain")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_plain_profiles_are_all_alike(tmp_path) -> None:
+    digest = write_cache(tmp_path / "a.h5", records((4, 2), k=3), profile=plain(3))
+    convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
+    assert CacheReader(tmp_path / "b.h5").attributes["content_digest"] == digest
