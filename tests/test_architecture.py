@@ -85,7 +85,7 @@ HOMES = {
     "fsspec": {"capture.parquet"},
     "h5py": {"store.cache"},
     "hdf5plugin": {"store.cache"},
-    "numcodecs": {"store.planes"},
+    "numcodecs": {"store.partition", "store.planes"},
     "zarr": {"store.partition"},
     "dask": {"job.cluster", "job.window"},
     "distributed": {"job.cluster", "job.window", "observe.monitor"},

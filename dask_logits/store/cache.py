@@ -147,11 +147,13 @@ class CacheWriter:
 
     def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
         """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
+        # Looking a dataset up costs more than writing a chunk.
+        datasets = {name: self._file[name].id for name in frames}
         for parts in zip(*frames.values(), strict=True):
             for name, frame in zip(frames, parts, strict=True):
                 data = bytes(frame)
                 first = self._filled[name]
-                self._file[name].id.write_direct_chunk((first, 0), data + fletcher32(data))
+                datasets[name].write_direct_chunk((first, 0), data + fletcher32(data))
                 self._filled[name] = first + self.profile.alignment
                 self._chunk_sizes[name].append(len(data))
                 self._chunk_crcs[name].append(zlib.crc32(data))

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,34 +108,33 @@ class PartitionPiece:
 
     def runs(self) -> Iterator[Records]:
         """Yield the whole partition."""
-        yield self._reader().records()
+        yield self._reader.records()
 
+    @cached_property
     def _reader(self) -> PartitionReader:
         return PartitionReader(self.path, self.profile)
 
     def check(self) -> None:
         """Compare every file with the receipt."""
-        reader = self._reader()
-        reader.check(self.receipt["files"])
-        if reader.n_tokens != self.counts()[0]:
+        self._reader.check(self.receipt["files"])
+        if self._reader.n_tokens != self.counts()[0]:
             raise CacheError(
-                f"{self.path}: expected {self.counts()[0]} tokens, got {reader.n_tokens}; delete the partition's "
+                f"{self.path}: expected {self.counts()[0]} tokens, got {self._reader.n_tokens}; delete the partition's "
                 "receipt and run the job again",
                 str(self.path),
             )
 
     def blocks(self, name: str) -> Iterator[Array]:
         """Yield a stored array piece by piece."""
-        yield from self._reader().blocks(name)
+        yield from self._reader.blocks(name)
 
-    def frames(self) -> Iterator[Mapping[str, Sequence[bytes]]]:
+    def frames(self) -> Iterator[Mapping[str, Sequence[memoryview]]]:
         """Yield all chunks of the chunked arrays."""
-        reader = self._reader()
-        yield {name: reader.chunks(name) for name, stored in self.profile.arrays.items() if stored.chunked}
+        yield {name: self._reader.chunks(name) for name, stored in self.profile.arrays.items() if stored.chunked}
 
     def tokens(self) -> Iterator[dict[str, Array]]:
         """Yield the logical token arrays piece by piece."""
-        yield from self._reader().tokens()
+        yield from self._reader.tokens()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,7 +255,8 @@ class Compact:
         step_NK = stored["topk_gaps_b0"]
         if self.n_gap_planes == 2:
             step_NK = step_NK | stored["topk_gaps_b1"].astype(np.uint16) << 8
-        code_NK = np.add.accumulate(step_NK, axis=1, dtype=step_NK.dtype)
+        # Codes fit into a byte with 8 bits too, but numpy adds bytes at a third of the speed.
+        code_NK = np.add.accumulate(step_NK, axis=1, dtype=np.uint16)
         gap_NK = np.take(self.gaps, code_NK, mode="clip")
         top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
         logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK).astype(np.float16)

@@ -93,3 +93,28 @@ def test_what_is_not_such_a_partition_is_refused(tmp_path) -> None:
     write_partition(tmp_path / "p.zarr", records(), plain())
     with pytest.raises(CacheError, match=r"version 2, compact, got .*plain"):
         PartitionReader(tmp_path / "p.zarr", compact())
+
+
+@pytest.mark.parametrize("profile", [plain(5), compact(5, precision=10)])
+def test_zarr_reads_the_same(profile, tmp_path) -> None:
+    write_partition(tmp_path / "p.zarr", records((9, BLOCK_TOKENS), k=5), profile)
+    reader, group = PartitionReader(tmp_path / "p.zarr", profile), zarr.open_group(str(tmp_path / "p.zarr"), mode="r")
+    assert set(group.array_keys()) == {*profile.arrays, "document_row", "document_offset", "document_length"}
+    for name, array in group.arrays():
+        np.testing.assert_array_equal(np.concatenate(list(reader.blocks(name))), array[:])
+
+
+@pytest.mark.parametrize("damage", ["metadata", "shard", "short", "chunk"])
+def test_what_cannot_be_read_is_named(damage, tmp_path) -> None:
+    write_partition(tmp_path / "p.zarr", records(), plain())
+    shard = tmp_path / "p.zarr" / "logsumexp" / "c" / "0"
+    if damage == "metadata":
+        (tmp_path / "p.zarr" / "logsumexp" / "zarr.json").write_text("{}")
+    elif damage == "shard":
+        shard.unlink()
+    elif damage == "short":
+        shard.write_bytes(b"x")
+    else:
+        shard.write_bytes(b"xx" + shard.read_bytes()[2:])
+    with pytest.raises(CacheError, match="expected to read logsumexp, got"):
+        list(PartitionReader(tmp_path / "p.zarr", plain()).blocks("logsumexp"))
