@@ -222,7 +222,7 @@ def main() -> None:
             script = str(Path(__file__).parent / "peers" / "loader_peers.py")
             command = [arguments.peers, script, str(folder), str(source.top_k), str(arguments.tokens)]
             peers = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
             )
         result = {
             "tokens": source.n_tokens * arguments.copies,

@@ -64,7 +64,6 @@ def main() -> None:
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(folder / "lit"), chunk_bytes="64MB")
-    (folder / "lit").mkdir()
     for index, rows in enumerate(documents(folder, k)):
         writer[index] = rows.tobytes()
     writer.done()

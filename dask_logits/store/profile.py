@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -56,6 +56,10 @@ class Stored:
     chunked: bool = False
 
 
+def _half(array: Array) -> Array:
+    return array.astype(np.float16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plain:
     """Logical arrays as they are.
@@ -90,7 +94,7 @@ class Plain:
         """Return the stored arrays of logical ones."""
         return dict(tokens)
 
-    def decode(self, stored: Mapping[str, Array]) -> dict[str, Array]:
+    def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] | None = None) -> dict[str, Array]:
         """Return the logical arrays of stored ones."""
         return dict(stored)
 
@@ -229,12 +233,20 @@ class Compact:
             **{name: tokens[name].astype(np.float16) for name in _HALVED},
         }
 
-    def decode(self, stored: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the logical arrays of stored ones."""
+    def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] = _half) -> dict[str, Array]:
+        """Return the logical arrays of stored ones.
+
+        Parameters
+        ----------
+        stored
+            Stored arrays.
+        half
+            What rounds float32 to float16; numpy's takes a quarter of the time that all of this does.
+        """
         return {
             "input_ids": stored["input_ids"],
             "topk_ids": self._ids(stored),
-            "topk_logprobs": self._logprobs(stored),
+            "topk_logprobs": half(self._logprobs(stored)),
             **{name: stored[name].astype(np.float32) for name in _HALVED},
         }
 
@@ -259,7 +271,7 @@ class Compact:
         code_NK = np.add.accumulate(step_NK, axis=1, dtype=np.uint16)
         gap_NK = np.take(self.gaps, code_NK, mode="clip")
         top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
-        logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK).astype(np.float16)
+        logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK)
         return logprobs_NK
 
 
