@@ -32,8 +32,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dask_logits import CachedLogitsDataset, ItemOrder, collate
-from dask_logits.store.cache import CacheReader, CacheWriter
+from dask_logits.store.cache import CacheReader
 from dask_logits.store.profile import Compact, Plain, Profile, id_table
+from dask_logits.store.writer import CacheWriter
 
 WINDOW = 4_096
 Reader = Callable[[int], int]

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
         RunConflictError,
         TeacherError,
     )
+    from dask_logits.job.convert import convert
     from dask_logits.job.merge import merge
     from dask_logits.job.run import generate
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
-    from dask_logits.store.convert import convert
     from dask_logits.train.dataset import CachedLogitsDataset, collate, collate_flat
     from dask_logits.train.losses import sparse_forward_kl
-    from dask_logits.train.order import ItemOrder, ResumableSampler
+    from dask_logits.train.order import ItemOrder
+    from dask_logits.train.sampler import ResumableSampler
 
 __version__ = "0.1.0"
 
@@ -47,12 +48,12 @@ _HOMES = {
     "ItemOrder": "train.order",
     "Monitor": "observe.monitor",
     "PartitionsFailedError": "errors",
-    "ResumableSampler": "train.order",
+    "ResumableSampler": "train.sampler",
     "RunConflictError": "errors",
     "TeacherError": "errors",
     "collate": "train.dataset",
     "collate_flat": "train.dataset",
-    "convert": "store.convert",
+    "convert": "job.convert",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "compose",

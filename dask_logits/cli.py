@@ -122,7 +122,7 @@ def _show(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
-    from dask_logits.store.convert import convert
+    from dask_logits.job.convert import convert
 
     parser = argparse.ArgumentParser(prog="dask-logits convert", description="Write a cache in another profile.")
     parser.add_argument("cache", help="the cache file")

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
-from dask_logits.store.cache import CacheWriter
 from dask_logits.store.profile import Compact, Plain, Profile, as_kept
+from dask_logits.store.writer import CacheWriter
 
 WORDS = [
     "red",

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.store.cache import CACHE_NAME
 from dask_logits.store.durable import Json, read_json
+from dask_logits.store.find import CACHE_NAME
 from dask_logits.store.profile import ProfileSpec
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"
+CONSOLIDATION_LOCK = ".consolidate.lock"
 SETTING_ASIDE = ".setting-aside"
 # In the order in which a run is set aside: the cache first, so that what is left never looks complete.
 RUN_NAMES = (

@@ -19,18 +19,18 @@ from typing import Any
 
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import committed, is_complete, open_run_cache
-from dask_logits.job.manifest import PREVIOUS, RunFolder, lease
+from dask_logits.job.manifest import CONSOLIDATION_LOCK, PREVIOUS, RunFolder, lease
 from dask_logits.job.planlog import PlanLog
 from dask_logits.records import Statistics
-from dask_logits.store.cache import CACHE_NAME, INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, CacheReader, find_caches
+from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import CachePiece, PartitionPiece, Piece, cache_pieces, consolidate
 from dask_logits.store.durable import Json, read_json, replace_json
+from dask_logits.store.find import CACHE_NAME, INDEX_FORMAT, INDEX_NAME, INDEX_VERSION, find_caches
 from dask_logits.store.partition import remove_partition
 from dask_logits.store.profile import Profile, load_profile
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".consolidate.lock"
 _NAMED = 8
 _KEPT_SINCE_1_2 = ("tokenizer_map_ranges", "tokenizer_ids")
 # What a cache says of its job.
@@ -66,7 +66,7 @@ def consolidate_run(
     CacheError
         If one is damaged.
     """
-    with lease(run.path / _LOCK):
+    with lease(run.path / CONSOLIDATION_LOCK):
         part = _RunPart.open(run)
         _check_cover(part, part.pieces())
         _write(run.cache_path, part.pieces, part.profile(), part.attributes(), on_piece)
@@ -141,7 +141,7 @@ def merge(
         pieces = _ordered(opened)
         _check_cover(whole, pieces())
     target.parent.mkdir(parents=True, exist_ok=True)
-    with lease(target.parent / _LOCK):
+    with lease(target.parent / CONSOLIDATION_LOCK):
         if index:
             _write_index(target, opened)
         elif [part.path for part in opened] != [target]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dask_logits.records import Array, Statistics, kept_mass_by_k
-from dask_logits.store.cache import CacheReader, find_caches
+from dask_logits.store.cache import CacheReader
+from dask_logits.store.find import find_caches
 from dask_logits.store.profile import Compact
 
 # Tokens from which the curve is taken where the calibration left none.

@@ -1,11 +1,11 @@
-"""The cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
+"""Reads a cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
 
 Two profiles (:mod:`dask_logits.store.profile`): *plain*, contiguous and uncompressed, which any HDF5 reader opens and
 ours maps into memory; and *compact*, in which all but the lowest byte planes are chunked and compressed by zstd behind
 a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
-processes, threads or forks. A CRC-32 per MiB of every contiguous array, and per chunk, is stored beside it.
+processes, threads or forks.
 
-This is the home of ``h5py``.
+One of the two homes of ``h5py``.
 
 Dimension letters: N tokens, D documents, B blocks, K kept entries.
 """
@@ -13,238 +13,24 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import (
-    BLOCK_ARRAYS,
-    DOCUMENT_ARRAYS,
-    Array,
-    Records,
-    schema,
-)
-from dask_logits.store.durable import read_json, sync
-from dask_logits.store.planes import ChunkIndex, PlaneReader, compress, fletcher32
+from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
+from dask_logits.store.layout import BLOCKS, DOCUMENTS, FORMAT, FORMAT_VERSION, INDEX, BlockCrc
+from dask_logits.store.planes import ChunkIndex, PlaneReader, fletcher32
 from dask_logits.store.profile import Compact, Plain, Profile
 
-FORMAT = "dask_logits"
-FORMAT_VERSION = "1.2"
-CRC_BLOCK_BYTES = 1 << 20
-CACHE_NAME = "teacher_logits.h5"
-INDEX_NAME = "teacher_logits.index.json"
-INDEX_FORMAT = "dask_logits.index"
-INDEX_VERSION = 1
 Engine = Literal["fast", "h5py"]
 ENGINES: tuple[Engine, ...] = ("fast", "h5py")
-
-_DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
-_BLOCKS = (*BLOCK_ARRAYS, "block_start")
-_INDEX = ("offset", "size", "crc32")
-# HDF5's number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
-_ZSTD_FILTER = 32_015
-_LEVEL = 1
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
-
-
-class CacheWriter:
-    """Writes a cache aside, piece by piece, and finishes it.
-
-    Parameters
-    ----------
-    path
-        Temporary name; the caller renames it once :meth:`finish` has returned.
-    profile
-        How token arrays are stored.
-    n_tokens, n_documents
-        Final sizes.
-    n_entries
-        Final length of the token axis: the tokens of every piece, rounded up to the profile's alignment.
-    n_blocks
-        Packed blocks; None where documents were not packed.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        profile: Profile,
-        n_tokens: int,
-        n_documents: int,
-        n_entries: int | None = None,
-        n_blocks: int | None = None,
-    ) -> None:
-        self.path = path
-        self.profile = profile
-        self._filled: dict[str, int] = {}
-        self._crcs: dict[str, _BlockCrc] = {}
-        # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
-        self._file = h5py.File(path, "w", libver=("v110", "v110"))
-        length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
-        self._sizes = {
-            "n_tokens": n_tokens,
-            "n_entries": length,
-            "n_documents": n_documents,
-            "top_k": profile.top_k,
-            "vocab_size": profile.vocab_size,
-            **({} if n_blocks is None else {"n_blocks": n_blocks}),
-        }
-        self._chunk_sizes: dict[str, list[int]] = {}
-        self._chunk_crcs: dict[str, list[int]] = {}
-        for name, stored in profile.arrays.items():
-            if stored.chunked:
-                self._create_chunked(name, (length, *stored.shape))
-            else:
-                self._create(name, (length, *stored.shape), stored.dtype)
-        entries = schema(profile.top_k, profile.vocab_size)
-        for name in _DOCUMENTS:
-            self._create(name, (n_documents,), entries[name][0] if name in entries else np.dtype(np.uint64))
-        if n_blocks is not None:
-            self._create("block_length", (n_blocks,), entries["block_length"][0])
-            self._create("block_start", (n_blocks,), np.dtype(np.uint64))
-            # Who does not know it would take segments of blocks for documents that were scored alone.
-            self._file["block_length"].attrs["critical"] = True
-        for name, table in profile.tables.items():
-            self._create(name, table.shape, table.dtype)
-            self.append(name, table)
-
-    def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
-        self._filled[name] = 0
-        self._crcs[name] = _BlockCrc()
-
-    def _create_chunked(self, name: str, shape: tuple[int, ...]) -> None:
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_chunk((self.profile.alignment, *shape[1:]))
-        # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
-        properties.set_filter(_ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
-        properties.set_fletcher32()
-        space = h5py.h5s.create_simple(shape)
-        h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
-        self._filled[name] = 0
-        self._chunk_sizes[name] = []
-        self._chunk_crcs[name] = []
-
-    def append(self, name: str, block: Array) -> None:
-        """Write the next entries of one contiguous array."""
-        first = self._filled[name]
-        dataset = self._file[name]
-        if block.dtype != dataset.dtype:
-            raise CacheError(f"{self.path}: expected {name} as {dataset.dtype}, got {block.dtype}", str(self.path))
-        if len(block):
-            dataset[first : first + len(block)] = block
-        self._filled[name] = first + len(block)
-        self._crcs[name].update(block)
-
-    def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-        """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
-        # Looking a dataset up costs more than writing a chunk.
-        datasets = {name: self._file[name].id for name in frames}
-        for parts in zip(*frames.values(), strict=True):
-            for name, frame in zip(frames, parts, strict=True):
-                data = bytes(frame)
-                first = self._filled[name]
-                datasets[name].write_direct_chunk((first, 0), data + fletcher32(data))
-                self._filled[name] = first + self.profile.alignment
-                self._chunk_sizes[name].append(len(data))
-                self._chunk_crcs[name].append(zlib.crc32(data))
-
-    def append_tokens(self, tokens: Mapping[str, Array]) -> None:
-        """Encode and write the next tokens; all but the last block of a piece fill whole chunks."""
-        step = self.profile.alignment
-        stored = self.profile.encode(tokens)
-        frames: dict[str, list[bytes]] = {}
-        for name, kind in self.profile.arrays.items():
-            if not kind.chunked:
-                self.append(name, stored[name])
-                continue
-            short = -len(stored[name]) % step
-            rows = np.concatenate([stored[name], np.zeros((short, *kind.shape), kind.dtype)]) if short else stored[name]
-            frames[name] = [compress(rows[first : first + step]) for first in range(0, len(rows), step)]
-        self.append_chunks(frames)
-
-    def align(self) -> None:
-        """Fill contiguous token arrays with zeros up to the next chunk, where the next piece begins."""
-        for name, kind in self.profile.arrays.items():
-            short = -self._filled[name] % self.profile.alignment
-            if short:
-                self.append(name, np.zeros((short, *kind.shape), kind.dtype))
-
-    def finish(self, attributes: Mapping[str, Any]) -> None:
-        """Write the index, checksums and attributes, the completeness flag last, and flush to the disk.
-
-        Raises
-        ------
-        CacheError
-            If an array was not filled.
-        """
-        for name, filled in self._filled.items():
-            if filled != len(self._file[name]):
-                raise CacheError(
-                    f"{self.path}: expected {len(self._file[name])} entries of {name}, got {filled}",
-                    str(self.path),
-                )
-        for name in self._chunk_sizes:
-            places: list[tuple[int, int]] = []
-            self._file[name].id.chunk_iter(functools.partial(_note_place, places))
-            offsets = np.array([offset for _, offset in sorted(places)], np.uint64)
-            columns = (offsets, np.array(self._chunk_sizes[name], np.uint32), self._chunk_crcs[name])
-            for part, column in zip(_INDEX, columns, strict=True):
-                values = np.asarray(column, np.uint64 if part == "offset" else np.uint32)
-                self._create(f"chunks/{name}/{part}", values.shape, values.dtype)
-                self.append(f"chunks/{name}/{part}", values)
-        for name, crc in self._crcs.items():
-            self._file.create_dataset(f"crc32/{name}", data=np.array(crc.values(), np.uint32))
-        header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "profile": self.profile.name,
-            **self._sizes,
-            "crc32_block_bytes": CRC_BLOCK_BYTES,
-            "temperature": 1.0,
-            "target_shift": 1,
-            "order": "logprob descending, ties by lower id",
-        }
-        if isinstance(self.profile, Compact):
-            header |= {"precision": self.profile.precision, "chunk_tokens": self.profile.alignment}
-        for key, value in {**header, **attributes}.items():
-            self._file.attrs[key] = json.dumps(value) if isinstance(value, dict | list) else value
-        self._file.flush()
-        self._file.attrs["complete"] = True
-        self._file.close()
-        sync(self.path)
-
-    def __enter__(self) -> CacheWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _note_place(places: list[tuple[int, int]], chunk: Any) -> None:
-    places.append((chunk.chunk_offset[0], chunk.byte_offset))
-
-
-def round_up(n: int, to: int) -> int:
-    """Return the next multiple.
-
-    >>> round_up(5, 4), round_up(8, 4)
-    (8, 8)
-    """
-    return -(-n // to) * to
 
 
 class CacheReader:
@@ -413,7 +199,7 @@ class CacheReader:
 
     def runs(self, documents: tuple[int, int], blocks: tuple[int, int]) -> Iterator[Records]:
         """Yield documents [first, stop), between which there is no gap, and the blocks they make up, some at a time."""
-        columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in _DOCUMENTS}
+        columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in DOCUMENTS}
         starts = columns.pop("document_start").astype(np.int64)
         ends = starts + columns["document_length"]
         lengths = np.asarray(self.arrays["block_length"][slice(*blocks)]) if self.is_packed else None
@@ -444,7 +230,7 @@ class CacheReader:
         """
         for name in self.names:
             array = self.arrays[name]
-            crc = _BlockCrc()
+            crc = BlockCrc()
             rows = max(1, (8 << 20) // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
             for first in range(0, len(array), rows):
                 crc.update(self._read(name, first, first + rows))
@@ -520,13 +306,13 @@ class CacheReader:
                 contiguous.append(name)
                 continue
             n_chunks = self.n_entries // self.profile.alignment
-            for part in _INDEX:
+            for part in INDEX:
                 contiguous.append(f"chunks/{name}/{part}")
                 expected[contiguous[-1]] = ((n_chunks,), u64 if part == "offset" else u32)
-        for name in _DOCUMENTS:
+        for name in DOCUMENTS:
             expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
-        contiguous += _DOCUMENTS
-        for name in (name for name in _BLOCKS if name in file):
+        contiguous += DOCUMENTS
+        for name in (name for name in BLOCKS if name in file):
             expected[name] = ((int(self.attributes.get("n_blocks", -1)),), u64 if name == "block_start" else u32)
             contiguous.append(name)
         for name, table in self.profile.tables.items():
@@ -552,7 +338,7 @@ class CacheReader:
     def _opened_planes(self, file: h5py.File, chunked: Sequence[str]) -> PlaneReader:
         indices = {}
         for name in chunked:
-            columns = (np.asarray(self._mapped(file[f"chunks/{name}/{part}"])) for part in _INDEX)
+            columns = (np.asarray(self._mapped(file[f"chunks/{name}/{part}"])) for part in INDEX)
             indices[name] = ChunkIndex(*columns)
             if len(indices[name]):
                 self._check_index(file[name], name, indices[name])
@@ -587,29 +373,6 @@ def _damaged(path: Path, expected: str, found: str) -> CacheError:
     )
 
 
-class _BlockCrc:
-    """CRC-32 of every MiB of a stream of arrays."""
-
-    def __init__(self) -> None:
-        self._done: list[int] = []
-        self._crc = 0
-        self._room = CRC_BLOCK_BYTES
-
-    def update(self, block: Array) -> None:
-        data: memoryview = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-        while len(data):
-            piece = data[: self._room]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._room -= len(piece)
-            data = data[len(piece) :]
-            if self._room == 0:
-                self._done.append(self._crc)
-                self._crc, self._room = 0, CRC_BLOCK_BYTES
-
-    def values(self) -> list[int]:
-        return self._done if self._room == CRC_BLOCK_BYTES else [*self._done, self._crc]
-
-
 def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
@@ -638,50 +401,3 @@ def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
     """Yield every item in order."""
     for index in range(reader.n_items):
         yield reader.item(index)
-
-
-def find_caches(path: Path) -> list[Path]:
-    """Return the cache files that a path stands for.
-
-    Parameters
-    ----------
-    path
-        A cache; an index over several; or a folder with one of these, or with several caches in it or in its folders.
-
-    Raises
-    ------
-    CacheError
-        If there is none, or an index names one that is missing or has changed.
-    """
-    if path.suffix == ".json":
-        return _indexed(path)
-    if not path.is_dir():
-        return [path]
-    if (path / CACHE_NAME).exists():
-        return [path / CACHE_NAME]
-    if (path / INDEX_NAME).exists():
-        return _indexed(path / INDEX_NAME)
-    found = sorted([*path.glob("*.h5"), *path.glob(f"[!.]*/{CACHE_NAME}")])
-    # A run folder without a cache may hold an older one, set aside.
-    if not found or (path / "run.json").exists():
-        raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none", str(path))
-    return found
-
-
-def _indexed(path: Path) -> list[Path]:
-    index = read_json(path)
-    if index is None or index.get("format") != INDEX_FORMAT or index.get("version") != INDEX_VERSION:
-        found = "nothing" if index is None else f"{index.get('format')!r} version {index.get('version')!r}"
-        raise CacheError(f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}", str(path))
-    caches = []
-    for entry in index["caches"]:
-        cache = path.parent / str(entry["path"])
-        digest = CacheReader(cache).attributes["content_digest"]
-        if digest != entry["content_digest"]:
-            raise CacheError(
-                f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, got {digest[:16]}…; "
-                "merge again",
-                str(cache),
-            )
-        caches.append(cache)
-    return caches

@@ -19,10 +19,12 @@ import numpy as np
 
 from dask_logits.errors import CacheError
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records
-from dask_logits.store.cache import CacheReader, CacheWriter, round_up
+from dask_logits.store.cache import CacheReader
 from dask_logits.store.durable import sync
+from dask_logits.store.layout import round_up
 from dask_logits.store.partition import BLOCK_TOKENS, PartitionReader
 from dask_logits.store.profile import Profile, as_kept
+from dask_logits.store.writer import CacheWriter
 
 # Chunks of a cache that are copied at a time.
 _CHUNKS = 256

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dask_logits.errors import CacheError, ConfigError, DatasetError
-from dask_logits.store.cache import ENGINES, CacheReader, Engine, find_caches
+from dask_logits.store.cache import ENGINES, CacheReader, Engine
+from dask_logits.store.find import find_caches
 from dask_logits.store.profile import Compact
 from dask_logits.tokenmap import HasVocabulary, check_tokenizer
 from dask_logits.train.decode import Decoder

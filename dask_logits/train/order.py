@@ -1,29 +1,10 @@
-"""``ItemOrder`` and ``ResumableSampler``: in which order a student sees the items, and how its training resumes.
+"""``ItemOrder``: in which order a student sees the items.
 
 The order is a function of (settings, epoch, position) and of nothing else: no permutation is stored, so a billion items
-start at once, any rank reads any stretch, and a few hundred bytes of state resume a run exactly, also on another number
-of ranks. Items that lie near each other share compressed chunks, so by default blocks of 64 items are shuffled over the
-dataset and items over a window of 32 blocks: a reader is at work in 32 regions, a batch is of many. It costs about
-0.1 µs per position on one core; a full shuffle a third of that, but it opens a chunk for nearly every item.
-
-Keep one sampler per loader. What it yields follows the positions; what was trained on is known to who trains:
-
-- ``torch.utils.data.DataLoader`` reads ahead with workers, so save ``sampler.state_dict(consumed=...)``, with the items
-  this rank has trained on since the loop over the loader began.
-- ``torchdata``'s ``StatefulDataLoader``: save and load the loader's own state, which holds the sampler's as it was at
-  the batch last delivered. The sampler sees a loaded state when the loop begins, not before.
-- ``accelerate`` shards the batches itself: give the sampler ``num_replicas=1, rank=0``, count `consumed` over all
-  processes (steps × batch × processes), and call ``loader.set_epoch(epoch)`` on the prepared loader before each loop,
-  first with ``sampler.epoch``: it counts epochs from 0 and would set the sampler back.
-- ``transformers.Trainer`` is accelerate inside; it skips to where it was by itself, without reading an item, if its
-  sampler is the same. Override, in a subclass::
-
-      def _get_train_sampler(self, train_dataset=None):
-          order = ItemOrder(len(self.train_dataset), seed=self.args.seed)
-          return ResumableSampler(order, num_replicas=1, rank=0)
-
-  On several processes it does not tell the sampler in which epoch it resumes (transformers 5.23, accelerate 1.15): call
-  ``sampler.set_epoch(int(state.epoch or 0))`` in a callback's ``on_train_begin``.
+start at once, and any rank reads any stretch. Items that lie near each other share compressed chunks, so by default
+blocks of 64 items are shuffled over the dataset and items over a window of 32 blocks: a reader is at work in 32
+regions, a batch is of many. It costs about 0.1 µs per position on one core; a full shuffle a third, but it opens
+a chunk for nearly every item.
 
 Dimension letters: C positions asked for.
 """
@@ -32,18 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed
-from torch.utils.data import Sampler
 
 from dask_logits.errors import ConfigError
 
-STATE_VERSION = 1
 SHUFFLES = ("block", "full", "none")
 
 # A side of the Feistel network's square, 2³⁰ at most, times a 32-bit draw then fits into 64 bits.
@@ -51,7 +28,6 @@ _MAX_ITEMS = 2**60
 # Four are a pseudo-random permutation of a large domain (Luby & Rackoff). Of fewer than 20 items, 20,000 permutations
 # with four are measurably not uniform (chi-square of places and of pairs); with six, those of 10 items are.
 _ROUNDS = 6
-_READ_AHEAD = 4096
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -110,9 +86,9 @@ class ItemOrder:
                 ("block_items", 1, self.block_items),
                 ("window_blocks", 1, self.window_blocks),
             )
-            if not (_is_integer(value) and least <= value <= _MAX_ITEMS)
+            if not (is_integer(value) and least <= value <= _MAX_ITEMS)
         ]
-        if not _is_integer(self.seed):
+        if not is_integer(self.seed):
             problems.append(f"seed: expected an integer, got {self.seed!r}")
         if self.shuffle not in SHUFFLES:
             problems.append(f"shuffle: expected one of {', '.join(SHUFFLES)}, got {self.shuffle!r}")
@@ -208,7 +184,8 @@ class ItemOrder:
         return _round_keys(self.seed, epoch, purpose)
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -243,229 +220,3 @@ def _mixed(value_C: _U64) -> _U64:
     value_C = (value_C ^ (value_C >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value_C = (value_C ^ (value_C >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value_C ^ (value_C >> np.uint64(31))
-
-
-class ResumableSampler(Sampler[int]):
-    """This rank's items of an order, from the position where training stands.
-
-    Rank r of R takes every R-th position from the r-th unread one on. A state counts positions over all ranks, so it
-    is the same on each, and any number of ranks goes on from it.
-
-    Parameters
-    ----------
-    order
-        Order of the items of the dataset.
-    num_replicas, rank
-        Number of ranks, and which this is. None: torch.distributed's if that is initialised, else 1 and 0. Where
-        another library shards the batches (accelerate, Trainer): 1 and 0.
-    drop_last
-        What happens to the positions at the end of an epoch that do not go round all ranks. False: the epoch's first
-        positions are read again to fill up, as torch's DistributedSampler does. True: they are left out.
-    digest
-        What tells this dataset from others, such as the cache's content digest; stored in the state and compared.
-
-    Raises
-    ------
-    ConfigError
-        If `rank` is not one of `num_replicas`.
-
-    Notes
-    -----
-    A loop over the sampler that went to its end makes the next one read the next epoch, as does :meth:`set_epoch`. One
-    that was left early is begun again where it began, unless :meth:`load_state_dict` says where to go on.
-
-    A loader with its own ``drop_last`` leaves out up to a batch less one item per rank. A state saved then is short of
-    the epoch's end, and the loop that resumes it may have no batch.
-
-    Examples
-    --------
-    >>> sampler = ResumableSampler(ItemOrder(5, shuffle="none"), num_replicas=2, rank=1)
-    >>> list(sampler)
-    [1, 3, 0]
-    >>> resumed = ResumableSampler(ItemOrder(5, shuffle="none"), num_replicas=1, rank=0)
-    >>> resumed.load_state_dict({**sampler.state_dict(), "epoch": 0, "position": 2})
-    >>> list(resumed)
-    [2, 3, 4]
-    """
-
-    def __init__(
-        self,
-        order: ItemOrder,
-        *,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-        drop_last: bool = False,
-        digest: str | None = None,
-    ) -> None:
-        ranks, this = _process_group()
-        self.order = order
-        self.num_replicas = ranks if num_replicas is None else num_replicas
-        self.rank = this if rank is None else rank
-        self.drop_last = drop_last
-        self.digest = digest
-        if not 0 <= self.rank < self.num_replicas:
-            raise ConfigError(
-                f"rank: expected one of {self.num_replicas} from 0, got {self.rank!r}; give both or neither"
-            )
-        self._epoch = 0
-        self._position = 0
-        self._iteration: _Iteration | None = None
-
-    @property
-    def epoch(self) -> int:
-        """Epoch under way; the next one as soon as the loop was told that there are no more items."""
-        return self._epoch + (self._iteration is not None and self._iteration.ended)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin `epoch` at its start, unless it is the one under way: then go on where that began or was resumed."""
-        if epoch != self._epoch or self.epoch != self._epoch:
-            self._go_to(epoch, 0)
-
-    def __len__(self) -> int:
-        """Items this rank yields in a whole epoch, also where one is resumed in its middle."""
-        return self._share(0)
-
-    def _share(self, position: int) -> int:
-        """Count the items that every rank yields from `position` to the end of the epoch."""
-        left = max(self.order.n_items - position, 0)
-        return left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        if self.epoch != self._epoch:
-            self._go_to(self.epoch, 0)
-        self._go_to(self._epoch, self._position)
-        self._iteration = _Iteration(self, self._epoch, self._position)
-        return self._iteration
-
-    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """Return where training stands.
-
-        Parameters
-        ----------
-        consumed
-            Items each rank has trained on since the loop over the sampler or loader began; the last batch may count as
-            a full one. None: as many as the sampler handed out, which is exact unless a loader reads ahead: with a
-            plain DataLoader with workers, or inside accelerate, it is ahead of training, and items would be lost.
-
-        Returns
-        -------
-        dict
-            JSON types: ``version``, the settings of the order, ``digest``, ``epoch`` and ``position``, the items all
-            ranks have consumed of it. Of an epoch that is done: the next one at position 0.
-
-        Raises
-        ------
-        ConfigError
-            If more was consumed than handed out.
-        """
-        now = self._iteration
-        handed_out, ended = (0, False) if now is None else (now.yielded, now.ended)
-        if consumed is None:
-            consumed = handed_out
-        if consumed < 0 or (consumed > handed_out and not ended):
-            raise ConfigError(
-                f"consumed: expected 0 to {handed_out}, the items handed out since the loop began, got {consumed!r}; "
-                "count the items of this rank, from 0 in every loop"
-            )
-        if ended and consumed >= handed_out:
-            return self._state(self._epoch + 1, 0)
-        return self._state(*self._normal(self._epoch, self._position, consumed))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, on any number of ranks; the next loop begins there.
-
-        Parameters
-        ----------
-        state
-            From :meth:`state_dict`, of any rank.
-
-        Raises
-        ------
-        ConfigError
-            If it is of another dataset or order, or no such state; all differences are named, and nothing changes.
-        """
-        self._check(state)
-        self._go_to(int(state["epoch"]), int(state["position"]))
-
-    def _go_to(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = self._normal(epoch, position, 0)
-        self._iteration = None
-
-    def _normal(self, epoch: int, start: int, consumed: int) -> tuple[int, int]:
-        """Return the epoch and position after `consumed` items per rank; an epoch without any left is done."""
-        done = consumed >= self._share(start) and (start > 0 or consumed > 0)
-        return (epoch + 1, 0) if done else (epoch, start + consumed * self.num_replicas)
-
-    def _state(self, epoch: int, position: int) -> dict[str, Any]:
-        return {"version": STATE_VERSION, "epoch": epoch, "position": position, **self._facts()}
-
-    def _facts(self) -> dict[str, Any]:
-        return {**asdict(self.order), "digest": self.digest}
-
-    def _check(self, state: Mapping[str, Any]) -> None:
-        expected = {"version": STATE_VERSION, **self._facts()}
-        problems = [
-            f"sampler state, {name}: expected {value!r}, got {state.get(name)!r}; "
-            "resume with the dataset and the order it was saved with, or start anew without it"
-            for name, value in expected.items()
-            if state.get(name) != value
-        ]
-        problems += [
-            f"sampler state, {name}: expected 0 to {most}, got {state.get(name)!r}; use another checkpoint"
-            for name, most in (("epoch", 2**60), ("position", self.order.n_items))
-            if not (_is_integer(state.get(name)) and 0 <= state[name] <= most)
-        ]
-        if problems:
-            raise ConfigError("\n".join(problems), problems)
-
-
-def _process_group() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
-
-
-class _Iteration(Iterator[int]):
-    """One loop over a sampler, with a state that torchdata takes at every batch."""
-
-    def __init__(self, sampler: ResumableSampler, epoch: int, start: int) -> None:
-        self._sampler = sampler
-        self._begin(epoch, start)
-
-    def _begin(self, epoch: int, start: int) -> None:
-        self.epoch, self.start = epoch, start
-        self.yielded = 0
-        self.ended = False
-        self._ahead: Iterator[int] = iter(())
-        self._read = 0
-
-    def __next__(self) -> int:
-        item = next(self._ahead, None)
-        if item is None:
-            self._ahead = iter(self._next_items())
-            item = next(self._ahead, None)
-        if item is None:
-            self.ended = True
-            raise StopIteration
-        self.yielded += 1
-        return item
-
-    def _next_items(self) -> list[int]:
-        sampler = self._sampler
-        stop = min(self._read + _READ_AHEAD, sampler._share(self.start))
-        turns = np.arange(self._read, stop)
-        self._read = stop
-        positions = self.start + sampler.rank + turns * sampler.num_replicas
-        # Past the end, the epoch's first positions fill up.
-        items: list[int] = sampler.order.at(positions % max(sampler.order.n_items, 1), epoch=self.epoch).tolist()
-        return items
-
-    def state_dict(self) -> dict[str, Any]:
-        position = self.start + self.yielded * self._sampler.num_replicas
-        return self._sampler._state(self.epoch, min(position, self._sampler.order.n_items))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # An epoch that is done stays so here, so that the loop under way ends; the sampler goes on with the next.
-        self._sampler._check(state)
-        self._begin(int(state["epoch"]), int(state["position"]))
-        self._sampler._epoch, self._sampler._position = self.epoch, self.start

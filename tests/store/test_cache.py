@@ -14,9 +14,10 @@ import pytest
 from builders import compact, content, packed_records, plain, records, write_cache
 
 from dask_logits.errors import CacheError
-from dask_logits.store.cache import CacheReader, CacheWriter, items
+from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.consolidate import cache_pieces
 from dask_logits.store.profile import as_kept
+from dask_logits.store.writer import CacheWriter
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_chunks_of_equal_profiles_are_copied_as_they_are(tmp_path, monkeypatch: 
     def never(*_: object) -> bytes:
         raise AssertionError("a chunk was compressed anew")
 
-    monkeypatch.setattr("dask_logits.store.cache.compress", never)
+    monkeypatch.setattr("dask_logits.store.writer.compress", never)
     run(tmp_path / "c.h5", pieces, PROFILES["compact"])
     with pytest.raises(AssertionError):
         run(tmp_path / "d.h5", pieces, PROFILES["recoded"])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from dask_logits.errors import ConfigError
-from dask_logits.train.order import ItemOrder, ResumableSampler
+from dask_logits.train.order import ItemOrder
+from dask_logits.train.sampler import ResumableSampler
 
 SHUFFLES = ("block", "full", "none")
 # (shuffle, n_items, seed, epoch, first position): the items at six positions.

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dask_logits.errors import CacheError
+from dask_logits.job.manifest import CONSOLIDATION_LOCK, lease
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces, consolidate
 from dask_logits.store.profile import Compact, Plain, Precision, Profile, id_table
@@ -51,6 +52,8 @@ def convert(
     ------
     CacheError
         If the source is damaged, or is the target.
+    RunConflictError
+        If another process writes a cache in that folder.
     """
     source, target = (Path(path).expanduser().absolute() for path in (source, target))
     if target.exists() and target.samefile(source):
@@ -61,13 +64,14 @@ def convert(
         made = _compact(reader, precision)
     pieces = list(cache_pieces(reader))
     target.parent.mkdir(parents=True, exist_ok=True)
-    consolidate(
-        target,
-        lambda: pieces,
-        profile=made,
-        packed=reader.is_packed,
-        attributes={name: value for name, value in reader.attributes.items() if name not in _OWN},
-    )
+    with lease(target.parent / CONSOLIDATION_LOCK):
+        consolidate(
+            target,
+            lambda: pieces,
+            profile=made,
+            packed=reader.is_packed,
+            attributes={name: value for name, value in reader.attributes.items() if name not in _OWN},
+        )
     return target
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from builders import compact, content, packed_records, plain, records, write_cache
 
-from dask_logits import CacheError, convert
+from dask_logits import CacheError, RunConflictError, convert
+from dask_logits.job.manifest import CONSOLIDATION_LOCK, lease
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.consolidate import cache_pieces
 from dask_logits.store.profile import as_kept
@@ -63,10 +64,21 @@ def test_a_cache_is_not_converted_onto_itself_nor_if_it_is_damaged(tmp_path) -> 
     path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
     with pytest.raises(CacheError, match="the file is damaged"):
         convert(path, tmp_path / "b.h5", profile="plain")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+    assert [file.name for file in tmp_path.glob("*.h5")] == ["a.h5"]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_plain_profiles_are_all_alike(tmp_path) -> None:
     digest = write_cache(tmp_path / "a.h5", records((4, 2), k=3), profile=plain(3))
     convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
     assert CacheReader(tmp_path / "b.h5").attributes["content_digest"] == digest
+
+
+def test_two_processes_do_not_write_in_one_folder(tmp_path) -> None:
+    write_cache(tmp_path / "a.h5", records((4, 2), k=3), profile=compact(3))
+    with (
+        lease(tmp_path / CONSOLIDATION_LOCK),
+        pytest.raises(RunConflictError, match="expected to be the only driver of consolidate"),
+    ):
+        convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
+    assert not (tmp_path / "b.h5").exists()
