@@ -27,7 +27,7 @@ from dask_logits.capture.tokens import TokenizerSpec, tokenize
 from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition
-from dask_logits.records import ContentDigest, Statistics
+from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.store.durable import Json, create_json
 from dask_logits.store.partition import remove_partition, write_partition
 from dask_logits.store.profile import ProfileSpec, as_kept, load_profile
@@ -154,10 +154,8 @@ def process_partition(
         scored = stages.scorer.submit(score).result() if stages.scorer is not None else score()
         lap("score")
     profile = load_profile(task.profile)
-    kept = as_kept(scored.records, profile)
+    statistics, content_digest = _said_of(as_kept(scored.records, profile))
     flops = task.cost.flops(len(item.tokens) for item in items)
-    digest = ContentDigest()
-    digest.update(kept)
     attempt = run.attempt_path(task.partition.index)
     try:
         files = write_partition(attempt, scored.records, profile)
@@ -171,8 +169,8 @@ def process_partition(
         "n_rows": task.partition.n_rows,
         "run_id": task.run_id,
         "attempt": attempt.name,
-        "statistics": dataclasses.asdict(Statistics.of(kept)),
-        "content_digest": digest.hexdigest(),
+        "statistics": dataclasses.asdict(statistics),
+        "content_digest": content_digest,
         "files": files,
         "seconds": scored.seconds | seconds,
         "flops": flops,
@@ -193,6 +191,13 @@ def process_partition(
     if winner is None or winner["run_id"] != task.run_id:
         raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
     return winner
+
+
+def _said_of(kept: Records) -> tuple[Statistics, str]:
+    """Return the statistics and the content digest of targets, which are not needed after."""
+    digest = ContentDigest()
+    digest.update(kept)
+    return Statistics.of(kept), digest.hexdigest()
 
 
 def peak_rss_bytes() -> int:

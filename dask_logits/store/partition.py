@@ -26,7 +26,7 @@ import numpy as np
 from dask_logits.errors import CacheError
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records
 from dask_logits.store.durable import sync_tree
-from dask_logits.store.profile import Profile
+from dask_logits.store.profile import Profile, encode_all
 
 FORMAT = "dask_logits.partition"
 VERSION = 2
@@ -57,7 +57,7 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
     group = zarr.create_group(str(path), zarr_format=3)
     group.attrs.update({"format": FORMAT, "version": VERSION, "profile": profile.name})
     arrays = dict(records.arrays())
-    for name, array in profile.encode({name: arrays[name] for name in TOKEN_ARRAYS}).items():
+    for name, array in encode_all({name: arrays[name] for name in TOKEN_ARRAYS}, profile).items():
         chunked = profile.arrays[name].chunked
         # Bytes of ranks do not compress; whatever is not chunked in the cache is copied from here decoded.
         level = None if name == "topk_ids_b0" else _LEVEL

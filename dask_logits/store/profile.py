@@ -36,6 +36,8 @@ _CHUNK_BYTES = 32 << 10
 _MOST_CHUNK_BYTES = 1 << 20
 # Gaps beyond are stored as this; a kept entry e^-32 as probable as the first matters to nobody.
 _RANGE_NATS = 32.0
+# Tokens that are encoded at a time: what is between is eight times the codes.
+_BLOCK_TOKENS = 16_384
 _HALVED = ("logsumexp", "tail_logmass", "label_logprob")
 
 
@@ -278,11 +280,31 @@ class Compact:
 Profile = Plain | Compact
 
 
+def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array]:
+    """Return the stored arrays of a whole partition's tokens, encoded some at a time."""
+    if isinstance(profile, Plain):
+        return profile.encode(tokens)
+    n = len(tokens["input_ids"])
+    out = {name: np.empty((n, *kind.shape), kind.dtype) for name, kind in profile.arrays.items()}
+    for first in range(0, n, _BLOCK_TOKENS):
+        part = profile.encode({name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()})
+        for name, array in part.items():
+            out[name][first : first + _BLOCK_TOKENS] = array
+    return out
+
+
 def as_kept(records: Records, profile: Profile) -> Records:
     """Return records as they will be read back."""
+    if isinstance(profile, Plain):
+        return records
     arrays = dict(records.arrays())
-    tokens = profile.decode(profile.encode({name: arrays.pop(name) for name in TOKEN_ARRAYS}))
-    return Records(**tokens, **arrays)
+    tokens = {name: arrays.pop(name) for name in TOKEN_ARRAYS}
+    out = {name: np.empty_like(array) for name, array in tokens.items()}
+    for first in range(0, records.n_tokens, _BLOCK_TOKENS):
+        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()}
+        for name, array in profile.decode(profile.encode(part)).items():
+            out[name][first : first + _BLOCK_TOKENS] = array
+    return Records(**out, **arrays)
 
 
 def id_table(topk_ids: Array, vocab_size: int) -> Array:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from builders import compact, plain, records
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_logits.errors import CacheError
-from dask_logits.store.profile import Compact, ProfileSpec, as_kept, id_table, load_profile, save_id_table
+from dask_logits.records import TOKEN_ARRAYS
+from dask_logits.store.profile import Compact, ProfileSpec, as_kept, encode_all, id_table, load_profile, save_id_table
 
 # KL that a precision may add, nats: docs/FORMAT.md.
 KL = {8: 5e-5, 10: 3e-6, 12: 3e-7}
@@ -137,3 +140,22 @@ def test_an_id_table_travels_by_its_digest(tmp_path) -> None:
 
 def test_chunks_hold_about_as_many_bytes_whatever_k() -> None:
     assert [Compact.alignment_for(k) for k in (1, 8, 32, 64, 100, 256)] == [4096, 4096, 1024, 512, 256, 128]
+
+
+def test_a_partition_is_encoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory: what is between is as large as a block, not as the partition; and the result is the same."""
+    profile, made = compact(64, 1_000), realistic(64)
+    arrays = dict(made.arrays())
+    whole = profile.encode(arrays)
+    kept = as_kept(made, profile)
+    monkeypatch.setattr("dask_logits.store.profile._BLOCK_TOKENS", 300)
+    tokens = {name: arrays[name] for name in TOKEN_ARRAYS}
+    for name, array in encode_all(tokens, profile).items():
+        np.testing.assert_array_equal(array, whole[name])
+    for name, array in as_kept(made, profile).arrays():
+        np.testing.assert_array_equal(array, getattr(kept, name))
+    tracemalloc.start()
+    encode_all(tokens, profile)
+    codes = sum(array.nbytes for array in whole.values())
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * codes
+    tracemalloc.stop()
