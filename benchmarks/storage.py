@@ -8,6 +8,11 @@ kept entries and the tail as one bucket, both renormalised, against the plain fl
 
 Megatron-LM's layout is that of its offline logits (pull request 5019): float16 values, uint16 ids and a byte for the
 17th bit, zstd level 3; it has no tail and no labels.
+
+DistillKit's is that of its captures (its README, "Logit Compression"), made anew here: the first values as bfloat16,
+the others as the float32 coefficients of a least-squares fit over their rank, ids in as many bits as the vocabulary
+needs, not compressed; no tail and no labels, so that KL is given the exact tail. "Recommended" and "budget" are the two
+configurations it advises, with this k.
 """
 
 from __future__ import annotations
@@ -107,6 +112,24 @@ def compact(tokens: dict[str, Array], profile: Compact) -> dict[str, Any]:
     }
 
 
+def distillkit(tokens: dict[str, Array], vocab_size: int, n_exact: int, powers: list[float]) -> dict[str, Any]:
+    """Measure DistillKit's layout: exact values, and powers of the rank fitted to the others."""
+    values = tokens["topk_logprobs"].astype(np.float32)
+    k = values.shape[1]
+    # To bfloat16, to the nearest.
+    exact = ((values[:, :n_exact].copy().view(np.uint32) + 0x8000) & 0xFFFF0000).view(np.float32)
+    terms = np.stack([np.arange(k - n_exact) ** power for power in powers], 1)
+    coefficients = (values[:, n_exact:] @ np.linalg.pinv(terms).T).astype(np.float32)
+    fitted = np.concatenate([exact, coefficients @ terms.T.astype(np.float32)], 1)
+    found = kl(tokens, {**tokens, "topk_logprobs": fitted})
+    id_bytes = -(-k * (vocab_size - 1).bit_length() // 8)
+    return {
+        "bytes_per_token": 4 + 2 * n_exact + 4 * len(powers) + id_bytes,
+        "kl_mean": float(found.mean()),
+        "kl_p99": float(np.quantile(found, 0.99)),
+    }
+
+
 def measure(tokens: dict[str, Array], vocab_size: int) -> dict[str, Any]:
     """Measure every layout on the same tokens."""
     n, k = tokens["topk_ids"].shape
@@ -128,6 +151,8 @@ def measure(tokens: dict[str, Array], vocab_size: int) -> dict[str, Any]:
             "bytes_per_token": 4 + sum(map(len, megatron)) / n,
             "kl_mean": 0.0,
         },
+        "DistillKit, recommended (no tail, no labels)": distillkit(tokens, vocab_size, 16, [0, 1, 2, 3, 4, 0.5]),
+        "DistillKit, budget (no tail, no labels)": distillkit(tokens, vocab_size, 1, [0, 1, 0.5]),
         "plain": {
             "bytes_per_token": sum(tokens[name].nbytes for name in TOKEN_ARRAYS) / n,
             "kl_mean": 0.0,
@@ -187,7 +212,7 @@ def main() -> None:
         print(f"k = {k}, {reader.n_tokens:,} tokens")
         for name, values in found["layouts"][str(k)].items():
             speed = f"{values['encode'] / 1e6:6.2f}  {values['decode'] / 1e6:6.2f}" if "decode" in values else ""
-            print(f"  {name:42} {values['bytes_per_token']:7.1f} B  KL {values['kl_mean']:.1e}  {speed}")
+            print(f"  {name:44} {values['bytes_per_token']:7.1f} B  KL {values['kl_mean']:.1e}  {speed}")
     found["consolidation"] = consolidation(whole, reader.vocab_size, arguments.copies)
     print(f"consolidation: {found['consolidation']['bytes_per_second'] / 1e6:.0f} MB/s")
     if arguments.out:

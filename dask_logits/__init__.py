@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     )
     from dask_logits.job.convert import convert
     from dask_logits.job.merge import merge
-    from dask_logits.job.run import generate
+    from dask_logits.job.run import generate, retry
+    from dask_logits.job.verify import verify
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
     from dask_logits.train.dataset import CachedLogitsDataset, collate, collate_flat
@@ -60,7 +61,9 @@ _HOMES = {
     "merge": "job.merge",
     "prepare_dataset": "capture.load",
     "read_status": "observe.status",
+    "retry": "job.run",
     "sparse_forward_kl": "train.losses",
+    "verify": "job.verify",
 }
 
 __all__ = [
@@ -87,7 +90,9 @@ __all__ = [
     "merge",
     "prepare_dataset",
     "read_status",
+    "retry",
     "sparse_forward_kl",
+    "verify",
 ]
 
 

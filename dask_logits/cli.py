@@ -21,8 +21,12 @@ dask-logits COMMAND …
   generate [OVERRIDE …]   score a dataset with a teacher into a run folder, or do what is left of it
   plan [OVERRIDE …]       say what `generate` would take; nothing is written
   status RUN [--json]     say what a run has done, from its files alone
-  merge [PART …] [--input-dir DIR] [--num-workers N] [--output FILE] [--index]
+  retry RUN [--bisect] [OVERRIDE …]
+                          take up just the partitions that failed; --bisect names the rows that make them fail
+  merge [PART …] [--input-dir DIR] [--num-workers N] [--output FILE] [--index] [--max-file-size SIZE]
                           make one cache of what static workers made
+  verify RUN|CACHE [--recompute N] [--json]
+                          check every checksum and every row; score N rows again and compare
   show CACHE [--json]     say what a cache is: teacher, data, sizes, kept mass by k
   convert CACHE TARGET --profile plain|compact [--precision 8|10|12]
                           write a cache again in another profile
@@ -39,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "generate": _generate,
         "plan": _plan,
         "status": _status,
+        "retry": _retry,
         "merge": _merge,
+        "verify": _verify,
         "show": _show,
         "convert": _convert,
     }
@@ -56,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: Callable[[], None]) -> None:
     """Run a command; turn this package's errors into a message and an exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGUSR1 is what Slurm warns with, if asked to (--signal=B:USR1@120).
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     try:
         command()
     except DaskLogitsError as error:
@@ -108,6 +116,36 @@ def _status(arguments: list[str]) -> None:
     print(status.to_json() if parsed.json else "\n".join(status.lines()))
 
 
+def _retry(arguments: list[str]) -> None:
+    from dask_logits.job.run import retry
+    from dask_logits.observe.status import read_status
+
+    parser = argparse.ArgumentParser(prog="dask-logits retry", description="Take up just the partitions that failed.")
+    parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
+    parser.add_argument("overrides", nargs="*", help="settings that are free to change: distillation.SETTING=VALUE")
+    parser.add_argument("--bisect", action="store_true", help="look for the rows that make a partition fail")
+    parsed = parser.parse_args(arguments)
+    _log_to_stderr("info")
+    retry(parsed.run, overrides=parsed.overrides, bisect=parsed.bisect)
+    print("\n".join(read_status(parsed.run).lines()), flush=True)
+
+
+def _verify(arguments: list[str]) -> None:
+    from dask_logits.job.verify import verify
+
+    parser = argparse.ArgumentParser(prog="dask-logits verify", description="Check every checksum and every row.")
+    parser.add_argument("path", help="a cache, an index, or a run folder")
+    parser.add_argument("--recompute", type=int, default=0, help="rows of a run to score again and compare")
+    parser.add_argument("--seed", type=int, default=0, help="what these rows are drawn from")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parsed = parser.parse_args(arguments)
+    _log_to_stderr("info")
+    report = verify(parsed.path, recompute=parsed.recompute, seed=parsed.seed)
+    print(report.to_json() if parsed.json else "\n".join(report.lines()))
+    if not report.ok:
+        sys.exit(1)
+
+
 def _show(arguments: list[str]) -> None:
     import json
 
@@ -143,12 +181,22 @@ def _merge(arguments: list[str]) -> None:
     parser.add_argument("--num-workers", type=int, help="static workers there were; refuse any other number")
     parser.add_argument("--output", help="the file to write; default: teacher_logits.h5 in the input folder")
     parser.add_argument("--index", action="store_true", help="write an index over a cache of each part instead")
+    parser.add_argument("--takeover", action="store_true", help="take over from a process elsewhere that is gone")
+    parser.add_argument("--max-file-size", help="split a larger cache into numbered files with an index, e.g. 20GB")
     parsed = parser.parse_args(arguments)
     parts = [*([parsed.input_dir] if parsed.input_dir else []), *parsed.parts]
     if not parts:
         parser.error("expected --input-dir or parts, got neither")
     _log_to_stderr("info")
-    print(merge(parts, output=parsed.output, num_workers=parsed.num_workers, index=parsed.index))
+    made = merge(
+        parts,
+        output=parsed.output,
+        num_workers=parsed.num_workers,
+        index=parsed.index,
+        max_file_size=parsed.max_file_size,
+        takeover=parsed.takeover,
+    )
+    print(made)
 
 
 def _log_to_stderr(level: str) -> None:

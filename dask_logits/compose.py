@@ -6,7 +6,7 @@ Override keys are checked before Hydra sees them: Hydra stops at the first it do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +125,36 @@ def _new_name(key: str, value: str, known: Sequence[str]) -> str:
     same_leaf = [path for path in known if path.endswith(f".{leaf}")]
     name = same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf)
     return f"{name}={value}" if name else "the nearest setting in docs/SETTINGS.md"
+
+
+def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given: bool = False) -> Config:
+    """Validate a ``distillation`` tree with some settings changed.
+
+    Parameters
+    ----------
+    tree
+        Nested mappings, e.g. of a manifest.
+    overrides
+        ``distillation.….…=value``.
+    dataset_given
+        A dataset object comes from elsewhere.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found in the overrides, or else in the values.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_overrides(overrides)
+    groups = [given for given in overrides if not given.startswith("distillation.")]
+    if groups:
+        raise ConfigError.from_problems([f"{given}: expected distillation.SETTING=VALUE" for given in groups])
+    try:
+        merged = OmegaConf.merge({"distillation": dict(tree)}, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError.from_problems([str(error).replace("\n", " ")]) from error
+    assert isinstance(plain, dict)
+    return Config.from_mapping(plain["distillation"], dataset_given=dataset_given)

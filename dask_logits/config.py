@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dask_logits.errors import ConfigError
@@ -25,6 +27,11 @@ from dask_logits.errors import ConfigError
 UNBOUNDED_STREAM = (
     "distillation.dataset.max_samples: expected a number of rows for a stream, got null; a stream may have no end, and "
     "nobody would know what the job takes: set a number, or distillation.dataset.max_samples=all to read it to its end"
+)
+
+# A password in an address, or a query with a token, a key or a signature.
+_CREDENTIALS = re.compile(
+    r"://[^/\s@]*:[^/\s@]*@|[?&][\w-]*(?:token|signature|secret|password|key|sig)=", re.IGNORECASE
 )
 
 Kind = Literal["what", "numerics", "how"]
@@ -88,6 +95,9 @@ class TeacherConfig:
         "Weights' dtype; auto: the checkpoint's, or float32 where the CPU has no bfloat16 units.",
     )
     trust_remote_code: bool = _setting(False, "what", "Run model code that comes with the checkpoint.")
+    allow_pickle: bool = _setting(
+        False, "how", "Load weights that are not in safetensors; a pickled checkpoint may be made to run code."
+    )
     cache_dir: str = _setting("output/teacher_logits", "how", "The run folder: everything the job writes.")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
@@ -170,6 +180,18 @@ class CacheConfig:
     precision: Literal[8, 10, 12] = _setting(
         8, "numerics", "Bits of a log-prob in the compact profile: 8 (adds 4e-5 nats of KL), 10 (3e-6) or 12 (2e-7)."
     )
+    max_file_size: int | str | None = _setting(
+        None, "how", "Bytes (`20GB`) of one file; a larger cache becomes numbered files with an index. null: one file."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityConfig:
+    """``distillation.cluster.security``: TLS between scheduler, workers and driver. All three files, or none."""
+
+    ca_file: str | None = _setting(None, "how", "Certificate (PEM) of the authority that signed everybody's.")
+    cert: str | None = _setting(None, "how", "Certificate (PEM) of this side; of all sides in a cluster we make.")
+    key: str | None = _setting(None, "how", "Private key (PEM) of that certificate.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +209,7 @@ class ClusterConfig:
         "127.0.0.1:8787", "how", "Where the dashboard of a cluster we make listens; null: no dashboard."
     )
     wait_seconds: float = _setting(120.0, "how", "How long to wait for the first worker.", low=0)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +227,9 @@ class JobConfig:
     )
     keep_partitions: bool = _setting(
         False, "how", "Keep the Zarr partitions after they have been consolidated into the cache."
+    )
+    takeover: bool = _setting(
+        False, "how", "Take over from a driver on another machine that ended without a word; one that lives is refused."
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Verbosity of the log.")
 
@@ -276,6 +302,28 @@ def settings(cls: type = Config, prefix: str = "distillation") -> Iterator[Setti
         else:
             meta = f.metadata
             yield Setting(path, _describe(hints[f.name]), f.default, meta["kind"], meta["doc"])
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a size in bytes.
+
+    >>> parse_bytes("20GB"), parse_bytes("1 KiB"), parse_bytes(7)
+    (20000000000, 1024, 7)
+
+    Raises
+    ------
+    ConfigError
+        If it is not one.
+    """
+    from dask.utils import parse_bytes as parse
+
+    try:
+        n_bytes = parse(size)
+    except ValueError:
+        n_bytes = 0
+    if n_bytes < 1:
+        raise ConfigError(f"distillation.cache.max_file_size: expected a size such as '20GB', got {size!r}")
+    return int(n_bytes)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -366,7 +414,20 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
         )
     if dataset.streaming and dataset.max_samples is None:
         problems.append(UNBOUNDED_STREAM)
+    if config.cache.max_file_size is not None:
+        try:
+            parse_bytes(config.cache.max_file_size)
+        except ConfigError as error:
+            problems.append(error.message)
     problems += _check_share(generation, cluster)
+    problems += _check_secrets(config)
+    security = dataclasses.asdict(cluster.security)
+    if any(security.values()):
+        problems += [
+            f"distillation.cluster.security.{name}: expected a file, beside the other two, got {value!r}"
+            for name, value in security.items()
+            if value is None or not Path(value).expanduser().is_file()
+        ]
     if dataset.window_stride is not None and dataset.long_documents != "window":
         problems.append(
             f"distillation.dataset.window_stride: expected null unless long_documents is 'window', got "
@@ -399,6 +460,21 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             f"{generation.gpus_per_worker}; leave it out, or set distillation.teacher.generation.device=cuda"
         )
     return problems
+
+
+def _check_secrets(config: Config) -> list[str]:
+    """Refuse credentials in addresses: settings are written into the run folder and the log."""
+    given: list[tuple[str, str]] = []
+    for name, value in (*vars(config.dataset).items(), *vars(config.cluster).items()):
+        group = "dataset" if hasattr(config.dataset, name) else "cluster"
+        texts = value if isinstance(value, tuple) else (value,)
+        given += [(f"distillation.{group}.{name}", text) for text in texts if isinstance(text, str)]
+    return [
+        f"{name}: expected an address without credentials, got one with (not shown here); settings are kept in the run "
+        "folder: give tokens and passwords in the environment (HF_TOKEN, or as fsspec reads them)"
+        for name, text in given
+        if _CREDENTIALS.search(text)
+    ]
 
 
 def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> list[str]:

@@ -9,12 +9,14 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries per position.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dask_logits.errors import CacheError
 
 Array = npt.NDArray[Any]
 
@@ -206,6 +208,14 @@ class ContentDigest:
         return f"{self._sum:064x}"
 
 
+def total_digest(digests: Iterable[str]) -> str:
+    """Return the content digest of a whole from its parts'."""
+    total = ContentDigest()
+    for digest in digests:
+        total.add(digest)
+    return total.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """Sums that add up over partitions to the figures a user reads first.
@@ -244,8 +254,28 @@ class Statistics:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Statistics:
-        """Read back what ``dataclasses.asdict`` wrote."""
-        return cls(**values)
+        """Read back what ``dataclasses.asdict`` wrote.
+
+        Raises
+        ------
+        CacheError
+            If something else was written.
+        """
+        known = isinstance(values, Mapping) and values.keys() <= cls.__dataclass_fields__.keys()
+        if known and all(map(cls._holds, values, values.values())):
+            return cls(**values)
+        raise CacheError(
+            f"statistics: expected {', '.join(cls.__dataclass_fields__)} as numbers, got "
+            f"{repr(values)[:200] if known else 'something else'}; delete the receipt that says so, or make the cache "
+            "again"
+        )
+
+    @staticmethod
+    def _holds(name: str, value: object) -> bool:
+        if name in ("kept_mass", "label_logprob"):
+            # A true token may be impossible, so a sum may be infinite.
+            return type(value) in (int, float) and abs(value) <= float("inf")  # type: ignore[arg-type]
+        return type(value) is int and 0 <= value < 1 << 48
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(

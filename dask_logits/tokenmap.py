@@ -1,4 +1,4 @@
-"""Which id means which token: told apart by digest, the place of a difference by the digests of ranges of ids.
+"""Which id means which token: told apart by digest, the place of a difference by a byte for each id.
 
 The teacher's targets mean something to a student only if both map ids to the same tokens; whether two tokenizers split
 text alike does not matter, because the cache stores ids.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from dask_logits.errors import CacheError
+import numpy as np
+import numpy.typing as npt
 
-# Ranges of ids that are told apart: 2 KB in the cache.
-_RANGES = 256
-_DIGITS = 8
+from dask_logits.errors import CacheError
 
 
 class HasVocabulary(Protocol):
@@ -36,23 +36,29 @@ def map_digest(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(_lines(sorted((i, token) for token, i in vocabulary.items()))).hexdigest()
 
 
-def map_ranges(vocabulary: Mapping[str, int]) -> list[str]:
-    """Return the digests of at most 256 ranges of equally many ids, 8 digits each."""
-    pairs = sorted((i, token) for token, i in vocabulary.items())
-    width = _width(pairs[-1][0] + 1 if pairs else 0)
-    ranges: list[list[tuple[int, str]]] = [[] for _ in range(-(-(pairs[-1][0] + 1) // width) if pairs else 0)]
-    for i, token in pairs:
-        ranges[i // width].append((i, token))
-    return [hashlib.sha256(_lines(part)).hexdigest()[:_DIGITS] for part in ranges]
+def token_crcs(vocabulary: Mapping[str, int]) -> npt.NDArray[np.uint8]:
+    """Return the lowest byte of the CRC-32 of each id's token in UTF-8, 0 where there is none: [V].
+
+    >>> token_crcs({"a": 0, "b": 2})
+    array([ 67,   0, 249], dtype=uint8)
+    """
+    crcs = np.zeros(max(vocabulary.values(), default=-1) + 1, np.uint8)
+    for token, i in vocabulary.items():
+        crcs[i] = zlib.crc32(token.encode(errors="surrogatepass")) & 0xFF
+    return crcs
 
 
-def check_tokenizer(attributes: Mapping[str, Any], tokenizer: HasVocabulary, where: str) -> None:
+def check_tokenizer(
+    attributes: Mapping[str, Any], teacher_crcs: npt.NDArray[np.uint8] | None, tokenizer: HasVocabulary, where: str
+) -> None:
     """Refuse a student's tokenizer that maps ids to other tokens than the teacher's.
 
     Parameters
     ----------
     attributes
         Of a cache.
+    teacher_crcs
+        :func:`token_crcs` of the teacher's tokenizer; None: unknown.
     tokenizer
         The student's.
     where
@@ -61,7 +67,7 @@ def check_tokenizer(attributes: Mapping[str, Any], tokenizer: HasVocabulary, whe
     Raises
     ------
     CacheError
-        If it does, naming the first range of ids where; or if the cache does not say which tokenizer it is of.
+        If it does, naming the first id whose byte differs; or if the cache does not say which tokenizer it is of.
     """
     whole = tokenizer.get_vocab()
     n_teacher = int(attributes.get("tokenizer_ids") or max(whole.values(), default=-1) + 1)
@@ -76,23 +82,22 @@ def check_tokenizer(attributes: Mapping[str, Any], tokenizer: HasVocabulary, whe
         )
     if map_digest(vocabulary) == expected:
         return
-    teacher, student = attributes.get("tokenizer_map_ranges") or [], map_ranges(vocabulary)
     n_ids = max(whole.values(), default=-1) + 1
     place = ""
-    if teacher and len(teacher) == len(student):
-        first = next(i for i, (a, b) in enumerate(zip(teacher, student, strict=True)) if a != b) * _width(n_teacher)
-        tokens = {i: token for token, i in vocabulary.items()}
-        stop = first + _width(n_teacher)
-        place = f" that first differs among ids {first} to {stop - 1} (there {first} is {tokens.get(first)!r})"
+    if teacher_crcs is not None:
+        student_crcs = token_crcs(vocabulary)
+        n_common = min(len(teacher_crcs), len(student_crcs))
+        # Bytes of different tokens are equal once in 256 times.
+        differing = np.flatnonzero(teacher_crcs[:n_common] != student_crcs[:n_common])
+        first = int(differing[0]) if len(differing) else n_common
+        if first < max(len(teacher_crcs), len(student_crcs)):
+            found = next((token for token, i in vocabulary.items() if i == first), None)
+            place = f" that first differs at id {first}, which is {'no token' if found is None else repr(found)} there"
     raise CacheError(
         f"student_tokenizer: expected the map of the {n_teacher} ids of {where}, got one of {n_ids} ids{place}; give "
         "the student the teacher's tokenizer",
         where,
     )
-
-
-def _width(n_ids: int) -> int:
-    return max(1, -(-n_ids // _RANGES))
 
 
 def _lines(pairs: Sequence[tuple[int, str]]) -> bytes:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
 PATHS = [
     "teacher.model_path", "teacher.revision", "teacher.tokenizer_path", "teacher.dtype", "teacher.trust_remote_code",
+    "teacher.allow_pickle",
     "teacher.cache_dir", "teacher.generation.top_k", "teacher.generation.batch_size",
     "teacher.generation.batch_tokens", "teacher.generation.head_rows", "teacher.generation.torch_threads",
     "teacher.generation.device", "teacher.generation.force_regenerate", "teacher.generation.num_workers",
@@ -25,10 +26,11 @@ PATHS = [
     "dataset.long_documents", "dataset.window_stride", "dataset.packing", "dataset.separator_id",
     "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
     "dataset.num_proc", "partition.rows", "scoring.logits",
-    "scoring.compile", "cache.profile", "cache.precision",
+    "scoring.compile", "cache.profile", "cache.precision", "cache.max_file_size",
     "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
-    "cluster.dashboard_address", "cluster.wait_seconds", "job.retries", "job.stall_seconds", "job.max_failures",
-    "job.keep_partitions", "job.log_level",
+    "cluster.dashboard_address", "cluster.wait_seconds", "cluster.security.ca_file",
+    "cluster.security.cert", "cluster.security.key", "job.retries", "job.stall_seconds", "job.max_failures",
+    "job.keep_partitions", "job.takeover", "job.log_level",
 ]  # fmt: skip
 
 

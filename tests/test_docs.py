@@ -91,7 +91,7 @@ def test_the_format_document_names_every_array() -> None:
     text = (ROOT / "docs" / "FORMAT.md").read_text()
     logical, _, stored = text.partition("## Profile `compact`")
     arrays = [*TOKEN_ARRAYS, "document_row", "document_offset", "document_start", "document_length"]
-    assert re.findall(r"^\| `(\w+)` \|", logical, re.M) == [*arrays, "block_length", "block_start"]
+    assert re.findall(r"^\| `(\w+)` \|", logical, re.M) == [*arrays, "block_length", "block_start", "token_crcs"]
     wide = compact(4, 70_000, precision=12)
     for name in (*wide.arrays, *wide.tables, "chunks/<name>/offset", "crc32/<name>"):
         short = re.sub(r"_b\d$", "_b", name)

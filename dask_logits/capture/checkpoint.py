@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
     """All a worker needs to load the teacher; hashable, so that it keys the worker's one slot.
@@ -49,6 +53,8 @@ class TeacherSpec:
         Over how many of the worker's GPUs the layers are spread.
     trust_remote_code
         Run model code that comes with the checkpoint.
+    allow_pickle
+        Load weights that are not in safetensors.
     """
 
     path: str
@@ -59,6 +65,7 @@ class TeacherSpec:
     torch_threads: int
     n_gpus: int = 1
     trust_remote_code: bool
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +115,15 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
             "correct the path or give a hub name"
         )
     source = str(folder) if folder.is_dir() else path
+    pickled = folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+    if pickled and not config.allow_pickle:
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected weights in safetensors, got pickled ones in {path!r}, which "
+            "may be made to run code; convert them (model.save_pretrained writes safetensors), or set "
+            "distillation.teacher.allow_pickle=true if you trust where they come from"
+        )
+    if config.trust_remote_code:
+        logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
     try:
         model_config, model = _empty_model(source, config.revision, config.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -213,6 +229,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             revision=spec.revision,
             dtype=getattr(torch, spec.dtype),
             trust_remote_code=spec.trust_remote_code,
+            use_safetensors=None if spec.allow_pickle else True,
             output_loading_info=True,
             device_map=_device_map(spec) if spec.n_gpus > 1 else None,
         )

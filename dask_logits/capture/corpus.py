@@ -20,9 +20,10 @@ from dask_logits.capture.load import choose_column, prepare_dataset
 from dask_logits.capture.rows import FileRows, Planned, RowsDigest, open_arrow
 from dask_logits.config import DatasetConfig
 from dask_logits.errors import DatasetError
-from dask_logits.job.manifest import RunFolder, conflict, lease
+from dask_logits.job.manifest import RunFolder, conflict
 from dask_logits.job.plan import uniform_cuts
 from dask_logits.job.planlog import PlanLog
+from dask_logits.store.lease import lease
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,6 +17,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
 from dask_logits.capture.items import ItemSettings, make_items
@@ -31,6 +32,8 @@ from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.store.durable import Json, create_json
 from dask_logits.store.partition import remove_partition, write_partition
 from dask_logits.store.profile import ProfileSpec, as_kept, load_profile
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,10 @@ class Stages:
     text: AbstractContextManager[object]
     teacher: AbstractContextManager[object]
     scorer: Executor | None = None
+
+    def run(self, function: Callable[[], _T]) -> _T:
+        """Call a function in the scorer's thread."""
+        return function() if self.scorer is None else self.scorer.submit(function).result()
 
 
 ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
@@ -151,7 +158,7 @@ def process_partition(
 
     with stages.teacher:
         lap("wait")
-        scored = stages.scorer.submit(score).result() if stages.scorer is not None else score()
+        scored = stages.run(score)
         lap("score")
     profile = load_profile(task.profile)
     statistics, content_digest = _said_of(as_kept(scored.records, profile))
@@ -191,6 +198,35 @@ def process_partition(
     if winner is None or winner["run_id"] != task.run_id:
         raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
     return winner
+
+
+def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALONE) -> None:
+    """Read, tokenise and score some rows of a partition, and keep nothing.
+
+    Parameters
+    ----------
+    task
+        The partition.
+    first, n_rows
+        The rows, counted from the partition's first.
+    stages
+        What other threads of this process take turns at.
+
+    Raises
+    ------
+    DatasetError, TeacherError
+        As :func:`process_partition` would, for these rows.
+    """
+    first_row = task.partition.first_row + first
+    rows = read_rows(task.files, task.column)[first : first + n_rows]
+    items = make_items(tokenize(rows, task.tokenizer, first_row=first_row), task.items, first_row=first_row)
+
+    def score() -> Scored:
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        return score_items(teacher, items, task.scoring, packed=task.items.packing == "concat")
+
+    with stages.teacher:
+        stages.run(score)
 
 
 def _said_of(kept: Records) -> tuple[Statistics, str]:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
-from dask_logits.tokenmap import map_digest, map_ranges
+from dask_logits.tokenmap import map_digest, token_crcs
 
 # A tokenizer that covers less of the head than this is taken for another model's (Qwen, Phi and DeepSeek pad < 3 %).
 _LEAST_COVERED = 0.9
@@ -57,8 +57,10 @@ class Tokenizer:
     ----------
     vocab_size
         Highest id it can produce, plus one.
-    map_digest, map_ranges
-        SHA-256 of its id → token map, and of ranges of it: equal where ids mean the same tokens.
+    map_digest
+        SHA-256 of its id → token map: equal where ids mean the same tokens.
+    crcs
+        [V] uint8, a byte of each id's token.
     digest
         SHA-256 of the map and of its rules: equal where the same text gives the same ids.
     end_id
@@ -67,7 +69,7 @@ class Tokenizer:
 
     vocab_size: int
     map_digest: str
-    map_ranges: tuple[str, ...]
+    crcs: Array = field(compare=False, repr=False)
     digest: str
     end_id: int | None
 
@@ -220,7 +222,7 @@ def _identify(loaded: Any) -> Tokenizer:
     return Tokenizer(
         vocab_size=max(ids.values(), default=-1) + 1,
         map_digest=digest,
-        map_ranges=tuple(map_ranges(ids)),
+        crcs=token_crcs(ids),
         digest=hashlib.sha256((digest + rule_lines).encode()).hexdigest(),
         end_id=loaded.eos_token_id,
     )

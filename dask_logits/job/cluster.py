@@ -149,6 +149,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
         "distributed.scheduler.no-workers-timeout": "10 minutes",
+        # distributed 2026.7.1 closes the nanny of a worker that is away when this has passed since any of its deaths.
+        "distributed.deploy.lost-worker-timeout": "30 days",
         # By default every event loop wakes 50 times a second and every worker's stack is sampled 100 times: on a CPU
         # that keeps 7 % of a core from a teacher whose threads wait for each other.
         "distributed.admin.tick.interval": "1s",
@@ -193,6 +195,8 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         "dashboard_address": config.dashboard_address,
         "host": "127.0.0.1",
     }
+    if (secured := security(config)) is not None:
+        common |= {"security": secured, "protocol": "tls"}
     if config.dashboard_address is None:
         # distributed 2026.7.1 serves its health page on port 8787 even so; any free port will do.
         common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
@@ -265,12 +269,14 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
     address = _address(config)
     try:
         # distributed 2026.7.1 would wait without end for a peer that takes the connection and says nothing.
-        asyncio.run(_answers(address, config.wait_seconds))
-        client = Client(address, timeout=config.wait_seconds)
-    except (OSError, ValueError) as error:
+        secured = security(config) or Security()
+        asyncio.run(_answers(address, config.wait_seconds, secured))
+        client = Client(address, timeout=config.wait_seconds, security=secured)
+    except (OSError, ValueError, TypeError) as error:
+        # A TypeError is what distributed 2026.7.1 makes of a tls:// address without certificates.
         raise ClusterError(
             f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {error!r}; "
-            "start `dask scheduler` and give its address"
+            "start `dask scheduler` and give its address (and distillation.cluster.security, if it asks for TLS)"
         ) from error
     with client:
         _wait_for_worker(client, config.wait_seconds)
@@ -307,8 +313,19 @@ def _address(config: ClusterConfig) -> str:
     return str((read_json(file) or {}).get("address"))
 
 
-async def _answers(address: str, seconds: float) -> None:
-    connection = Security().get_connection_args("client")
+def security(config: ClusterConfig) -> Security | None:
+    """Return the certificates that are named; None: what Dask's own configuration says."""
+    files = {name: str(Path(path).expanduser().absolute()) for name, path in vars(config.security).items() if path}
+    if not files:
+        return None
+    sides = {
+        f"tls_{side}_{part}": files[part] for side in ("client", "scheduler", "worker") for part in ("cert", "key")
+    }
+    return Security(tls_ca_file=files["ca_file"], require_encryption=True, **sides)
+
+
+async def _answers(address: str, seconds: float, secured: Security) -> None:
+    connection = secured.get_connection_args("client")
     async with asyncio.timeout(seconds), rpc(address, timeout=seconds, connection_args=connection) as scheduler:
         await scheduler.identity(n_workers=0)
 

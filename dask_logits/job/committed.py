@@ -7,16 +7,56 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from dask_logits.job.manifest import RunFolder, Share
 from dask_logits.job.planlog import PlanLog
+from dask_logits.records import total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.durable import Json
+from dask_logits.store.find import find_caches
 
 logger = logging.getLogger(__name__)
 
 
-def open_run_cache(run: RunFolder) -> CacheReader | None:
+@dataclass(frozen=True, kw_only=True)
+class RunCache:
+    """A run's cache: one file, or numbered ones with an index.
+
+    Parameters
+    ----------
+    path
+        What a user opens: the file, or the index.
+    readers
+        The files.
+    """
+
+    path: Path
+    readers: tuple[CacheReader, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Dataset rows it holds, from 0."""
+        return int(self.readers[0].attributes["n_rows"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all files."""
+        return sum(reader.n_tokens for reader in self.readers)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(reader.path.stat().st_size for reader in self.readers)
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of everything in it."""
+        return total_digest(reader.attributes["content_digest"] for reader in self.readers)
+
+
+def open_run_cache(run: RunFolder) -> RunCache | None:
     """Open a run's cache; None if there is none, it is another run's, or it holds one static worker's share only.
 
     Raises
@@ -25,11 +65,17 @@ def open_run_cache(run: RunFolder) -> CacheReader | None:
         If it is there and cannot be read: nobody but the user may decide to compute it again.
     """
     manifest = run.manifest()
-    if manifest is None or not run.cache_path.exists():
+    path = next((path for path in (run.cache_path, run.index_path) if path.exists()), None)
+    if manifest is None or path is None:
         return None
-    cache = CacheReader(run.cache_path)
-    whole = cache.attributes.get("run_id") == manifest["run_id"] and not cache.attributes.get("partial")
-    return cache if whole else None
+    readers = tuple(CacheReader(file) for file in find_caches(path))
+    said = [reader.attributes for reader in readers]
+    if any(one.get("run_id") != manifest["run_id"] for one in said):
+        return None
+    # A numbered file is a part, too, of which the index names all.
+    numbered = [one.get("shard") for one in said] == list(range(len(said))) and path == run.index_path
+    partial = any(one.get("partial") for one in said)
+    return None if partial and not numbered else RunCache(path=path, readers=readers)
 
 
 def is_complete(run: RunFolder, log: PlanLog) -> bool:
@@ -37,7 +83,7 @@ def is_complete(run: RunFolder, log: PlanLog) -> bool:
     if log.end is None:
         return False
     cache = open_run_cache(run)
-    return cache is not None and int(cache.attributes["n_rows"]) == log.n_rows
+    return cache is not None and cache.n_rows == log.n_rows
 
 
 def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> Iterator[Json]:
@@ -56,7 +102,7 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     if manifest is None:
         return
     cache = open_run_cache(run)
-    cached_rows = 0 if cache is None else int(cache.attributes["n_rows"])
+    cached_rows = 0 if cache is None else cache.n_rows
     for partition in log.partitions():
         receipt = run.receipt(partition.index)
         if receipt is None:

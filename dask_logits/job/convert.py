@@ -12,9 +12,12 @@ from typing import Literal
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.job.manifest import CONSOLIDATION_LOCK, lease
+from dask_logits.job.manifest import CONSOLIDATION_LOCK
+from dask_logits.records import Statistics
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces, consolidate
+from dask_logits.store.find import find_caches
+from dask_logits.store.lease import lease
 from dask_logits.store.profile import Compact, Plain, Precision, Profile, id_table
 
 # Tokens whose kept ids decide the table; more gain less than a byte a token.
@@ -25,6 +28,8 @@ _OWN = {
     "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift", "order", "content_digest",
     "complete",
 }  # fmt: skip
+# What a numbered file says of itself alone.
+_OF_A_PART = {"partial", "shard", "made_of"}
 
 
 def convert(
@@ -35,7 +40,7 @@ def convert(
     Parameters
     ----------
     source
-        A cache file.
+        A cache file; or an index, whose files become one.
     target
         File to write; an older one there is replaced when the new one is complete.
     profile
@@ -56,13 +61,19 @@ def convert(
         If another process writes a cache in that folder.
     """
     source, target = (Path(path).expanduser().absolute() for path in (source, target))
-    if target.exists() and target.samefile(source):
+    readers = [CacheReader(file) for file in find_caches(source)]
+    if target.exists() and any(target.samefile(reader.path) for reader in readers):
         raise CacheError(f"{target}: expected another file than the source, got the same; name a new one", str(target))
-    reader = CacheReader(source)
+    reader = readers[0]
+    attributes = {name: value for name, value in reader.said().items() if name not in _OWN}
+    if len(readers) > 1:
+        sums = (Statistics.from_json(one.attributes["statistics"]) for one in readers)
+        attributes = {name: value for name, value in attributes.items() if name not in _OF_A_PART}
+        attributes["statistics"] = vars(sum(sums, Statistics()))
     made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size)
     if profile == "compact":
         made = _compact(reader, precision)
-    pieces = list(cache_pieces(reader))
+    pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
     target.parent.mkdir(parents=True, exist_ok=True)
     with lease(target.parent / CONSOLIDATION_LOCK):
         consolidate(
@@ -70,7 +81,7 @@ def convert(
             lambda: pieces,
             profile=made,
             packed=reader.is_packed,
-            attributes={name: value for name, value in reader.attributes.items() if name not in _OWN},
+            attributes=attributes,
         )
     return target
 

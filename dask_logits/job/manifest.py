@@ -7,19 +7,16 @@ Small JSON files that a person can read. The folder::
     calibration.json          the numerics, frozen before the first partition
     receipts/000/000042.json  commits partition 42, naming the attempt that holds its arrays
     partitions/000042.<attempt>.zarr
+    failures/000042.json      why partition 42 failed, until it is committed
     spool/000042.arrow        rows of a stream until their partition is committed
-    teacher_logits.h5         the cache
+    teacher_logits.h5         the cache, or an index and numbered files in teacher_logits/
     status.json               progress of a driver, for the eye only (status-1-of-4.json of a static worker)
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,9 +24,24 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.store.durable import Json, read_json
-from dask_logits.store.find import CACHE_NAME
-from dask_logits.store.profile import ProfileSpec
+from dask_logits.records import Statistics
+from dask_logits.store.durable import (
+    COUNT,
+    DIGEST,
+    INNER_PATH,
+    NAME,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    TEXT,
+    Json,
+    Kind,
+    check_fields,
+    read_json,
+    shown,
+)
+from dask_logits.store.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
+from dask_logits.store.profile import ProfileSpec, check_calibration
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +50,42 @@ CONSOLIDATION_LOCK = ".consolidate.lock"
 SETTING_ASIDE = ".setting-aside"
 # In the order in which a run is set aside: the cache first, so that what is left never looks complete.
 RUN_NAMES = (
-    CACHE_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables", "status.json", "plan",
-    "run.json",
+    CACHE_NAME, INDEX_NAME, SHARDS_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables",
+    "failures", "status.json", "plan", "run.json",
 )  # fmt: skip
 FORMAT = "dask_logits.run"
 VERSION = 4
+_POSITIVE = Kind("a count from 1", lambda value: COUNT.holds(value) and value > 0)
+_MANIFEST = {
+    "run_id": TEXT,
+    "fingerprint": TEXT,
+    "what": OBJECT,
+    "how": OBJECT,
+    # Each of them has a status file, which is looked for.
+    "total_workers": Kind("a count from 1 to 65,536", lambda value: COUNT.holds(value) and 0 < value <= 1 << 16),
+}
+_SIZES = {"teacher.generation.top_k": _POSITIVE, "dataset.vocab_size": _POSITIVE}
+_PLACES = Kind(
+    "files below the partition with their bytes and CRC-32",
+    lambda value: (
+        isinstance(value, dict)
+        and all(map(INNER_PATH.holds, value))
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(COUNT.holds, pair)) for pair in value.values())
+    ),
+)
+_RECEIPT = {
+    "first_row": COUNT,
+    "n_rows": COUNT,
+    "run_id": TEXT,
+    "attempt": NAME,
+    "statistics": OBJECT,
+    "content_digest": DIGEST,
+    "files": _PLACES,
+    "seconds": NUMBERS,
+    "flops": NUMBER,
+    "mfu": NUMBER.or_none(),
+    "splits": OBJECT,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +149,32 @@ class RunFolder:
         return self.path / CACHE_NAME
 
     @property
+    def index_path(self) -> Path:
+        """Index over the files of a cache that is larger than ``cache.max_file_size``."""
+        return self.path / INDEX_NAME
+
+    @property
     def partitions_path(self) -> Path:
         """Folder of the Zarr partitions."""
         return self.path / "partitions"
 
     @property
     def tables_path(self) -> Path:
-        """Folder of the compact profile's id table."""
+        """Folder of arrays: the compact profile's id table, a byte of each id's token."""
         return self.path / "tables"
+
+    @property
+    def token_crcs_path(self) -> Path:
+        """A byte of each id's token; absent where rows held ids."""
+        return self.tables_path / "token_crcs.npy"
 
     def profile(self) -> ProfileSpec:
         """Return how the run stores targets, which its calibration settled."""
         manifest, calibration = self.manifest(), self.calibration()
         if manifest is None or calibration is None:
             raise RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
+        check_fields(self.calibration_path, calibration, {"storage": OBJECT})
+        check_fields(self.manifest_path, manifest["what"], _SIZES)
         storage = calibration["storage"]
         return ProfileSpec(
             name=storage["profile"],
@@ -151,6 +206,15 @@ class RunFolder:
         """Receipt of one partition, fanned out by thousands."""
         return self.path / "receipts" / f"{index // 1000:03d}" / f"{index:06d}.json"
 
+    @property
+    def failures_path(self) -> Path:
+        """Folder of the ledger of what failed."""
+        return self.path / "failures"
+
+    def failure_path(self, index: int) -> Path:
+        """Entry of a partition that failed for good."""
+        return self.failures_path / f"{index:06d}.json"
+
     def attempt_path(self, index: int) -> Path:
         """Return a new, unique folder for an attempt at a partition."""
         return self.partitions_path / f"{index:06d}.{uuid.uuid4().hex[:12]}.zarr"
@@ -166,25 +230,48 @@ class RunFolder:
         manifest = read_json(self.manifest_path)
         if manifest is None:
             return None
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        found = manifest.get("format"), manifest.get("version")
+        if found != (FORMAT, VERSION):
             raise CacheError(
-                f"{self.manifest_path}: expected {FORMAT} version {VERSION}, got {manifest.get('format')!r} version "
-                f"{manifest.get('version')!r}; use the release that wrote it, or another folder",
+                f"{self.manifest_path}: expected {FORMAT} version {VERSION}, got {shown(found[0])} version "
+                f"{shown(found[1])}; use the release that wrote it, or another folder",
                 str(self.manifest_path),
             )
+        check_fields(self.manifest_path, manifest, _MANIFEST)
         return manifest
 
     def calibration(self) -> Json | None:
         """Read the frozen numerics; None before the calibration."""
-        return read_json(self.calibration_path)
+        calibration = read_json(self.calibration_path)
+        if calibration is not None:
+            check_calibration(self.calibration_path, calibration)
+        return calibration
 
     def receipt(self, index: int) -> Json | None:
-        """Read one receipt; None where the partition is not committed."""
-        return read_json(self.receipt_path(index))
+        """Read one receipt; None where the partition is not committed.
+
+        Raises
+        ------
+        CacheError
+            If it is not one of this partition, or names files elsewhere.
+        """
+        path = self.receipt_path(index)
+        receipt = read_json(path)
+        if receipt is not None:
+            number = Kind(str(index), lambda value: type(value) is int and value == index)
+            check_fields(path, receipt, {"partition": number, **_RECEIPT})
+            try:
+                Statistics.from_json(receipt["statistics"])
+            except CacheError as error:
+                raise CacheError(f"{path}: {error.message}", str(path)) from error
+        return receipt
 
     def receipts(self, n_partitions: int) -> Iterator[Json]:
-        """Read the receipts of all committed partitions in order."""
-        for index in range(n_partitions):
+        """Read the receipts of all committed partitions in order; time goes with their number, not the plan's."""
+        found = (
+            int(path.stem) for path in (self.path / "receipts").glob("[0-9]*/[0-9]*.json") if path.stem.isdecimal()
+        )
+        for index in sorted(index for index in found if index < n_partitions):
             receipt = self.receipt(index)
             if receipt is not None:
                 yield receipt
@@ -224,41 +311,6 @@ def lock_name(share: Share) -> str:
     return f".driver{share.suffix}.lock"
 
 
-@contextlib.contextmanager
-def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock; it goes with the process, however it ends.
-
-    Parameters
-    ----------
-    path
-        The lock file; it stays.
-    wait
-        Wait for another process that holds it, instead of refusing.
-
-    Raises
-    ------
-    RunConflictError
-        If another process holds it.
-    """
-    folder = path.parent
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RunConflictError(
-                f"{folder}: expected to be the only driver of {path.name.strip('.').removesuffix('.lock')}, but "
-                f"{file.read().strip() or 'another process'} is at work; wait for it, or stop it"
-            ) from error
-        except OSError as error:
-            # Some network file systems have no locks.
-            logger.warning("%s cannot be locked (%s): make sure that no other driver works on this run", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
 def set_aside(run: RunFolder) -> None:
     """Move a run into ``previous/``, by way of a folder that says the move is not finished.
 
@@ -266,7 +318,7 @@ def set_aside(run: RunFolder) -> None:
     """
     previous = run.path / PREVIOUS
     names = [name for name in RUN_NAMES if (run.path / name).exists()]
-    if previous.exists() and not run.cache_path.exists():
+    if previous.exists() and not run.cache_path.exists() and not run.index_path.exists():
         for name in names:
             path = run.path / name
             if path.is_dir():

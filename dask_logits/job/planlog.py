@@ -11,14 +11,44 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition, Segment
-from dask_logits.store.durable import Json, create_json, read_json, replace_json
+from dask_logits.store.durable import (
+    COUNT,
+    OBJECT,
+    Json,
+    Kind,
+    check_fields,
+    create_json,
+    read_json,
+    replace_json,
+    shown,
+)
 
 End = Literal["exhausted", "max_samples"]
+# Each is looked for by its number: a plan that claims more would never be read to its end.
+_MOST_PARTITIONS = 10_000_000
+_SEGMENT = {
+    "first_partition": COUNT,
+    "first_row": COUNT,
+    "cuts": Kind(
+        "pairs of partitions and their rows",
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(cut, list) and len(cut) == 2 and all(map(COUNT.holds, cut)) for cut in value)
+        ),
+    ),
+    "source": OBJECT,
+}
+_END = {
+    "end": Kind("'exhausted' or 'max_samples'", lambda value: value in ("exhausted", "max_samples")),
+    "partitions": COUNT,
+    "rows": COUNT,
+}
 
 
 class PlanLog:
@@ -126,8 +156,9 @@ class PlanLog:
             self._count(entry)
 
     def _read(self) -> Iterator[Json]:
-        ordinal = 0
-        while (entry := read_json(self.run.plan_path(ordinal))) is not None:
+        ordinal = partitions = rows = 0
+        while (entry := read_json(path := self.run.plan_path(ordinal))) is not None:
+            partitions, rows = _check_entry(path, entry, partitions, rows)
             yield entry
             ordinal += 1
 
@@ -135,6 +166,8 @@ class PlanLog:
         path = self.run.plan_path(self._entries)
         if not create_json(path, entry):
             found = read_json(path)
+            if found is not None:
+                _check_shape(path, found)
             if found is None or _known_by(found) != _known_by(entry):
                 raise RunConflictError(
                     f"{path}: expected the plan to go on with {entry}, got {found} from another process; give every "
@@ -155,3 +188,26 @@ class PlanLog:
 
 def _known_by(entry: Json) -> Json:
     return entry if "end" in entry else Segment.from_json(entry).known_by()
+
+
+def _check_entry(path: Path, entry: Json, partitions: int, rows: int) -> tuple[int, int]:
+    """Refuse an entry that does not go on where the plan has come to; return where it leads."""
+    _check_shape(path, entry)
+    names = ("partitions", "rows") if "end" in entry else ("first_partition", "first_row")
+    begin = tuple(entry[name] for name in names)
+    cuts = entry.get("cuts", ())
+    after = partitions + sum(count for count, _ in cuts), rows + sum(count * rows for count, rows in cuts)
+    if begin != (partitions, rows) or after[0] > _MOST_PARTITIONS or not COUNT.holds(after[1]):
+        raise CacheError(
+            f"{path}: expected the plan to go on at partition {partitions}, row {rows}, to at most "
+            f"{_MOST_PARTITIONS:,} partitions, got {begin} to {after}; restore the file",
+            str(path),
+        )
+    return after
+
+
+def _check_shape(path: Path, entry: Json) -> None:
+    kinds = _END if "end" in entry else _SEGMENT
+    check_fields(path, entry, kinds)
+    if unknown := entry.keys() - kinds.keys():
+        raise CacheError(f"{path}: expected only {', '.join(kinds)}, got {shown(min(unknown))}; restore it", str(path))

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,27 +23,30 @@ from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibra
 from dask_logits.capture.checkpoint import resolve_dtype
 from dask_logits.capture.items import make_items
 from dask_logits.capture.tokens import tokenize
-from dask_logits.config import Config
+from dask_logits.compose import override
+from dask_logits.config import Config, parse_bytes
 from dask_logits.errors import DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.cluster import Cluster, open_cluster
-from dask_logits.job.committed import committed, is_complete
+from dask_logits.job.committed import committed, is_complete, open_run_cache
+from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
     FORMAT,
     PREVIOUS,
     VERSION,
-    lease,
+    RunFolder,
     lock_name,
     set_aside,
     undo_setting_aside,
 )
-from dask_logits.job.merge import consolidate_run, tidy
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, read_json
-from dask_logits.store.profile import earns, save_id_table
+from dask_logits.store.lease import lease
+from dask_logits.store.profile import earns, save_array, save_id_table
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,51 @@ def generate(config: Config, dataset: Any = None) -> Path:
     DaskLogitsError
         Whatever else has to change before the job can run; nothing was written then.
     """
+    return _generate(config, dataset)
+
+
+def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (), bisect: bool = False) -> Path:
+    """Take up just the partitions of a run that failed, with the settings it was made with.
+
+    Parameters
+    ----------
+    path
+        The run folder.
+    dataset
+        As it was given to :func:`generate`; None: the run names it.
+    overrides
+        Settings that are free to change, such as ``distillation.cluster.kind=local_cpu``.
+    bisect
+        Look for the rows that make a partition fail: halves of it are scored until single rows are left.
+
+    Returns
+    -------
+    Path
+        As of :func:`generate`.
+
+    Raises
+    ------
+    RunConflictError
+        If nothing failed, or other partitions are missing, too.
+    DaskLogitsError
+        As :func:`generate`.
+    """
+    run = RunFolder(Path(path).expanduser().absolute())
+    manifest = run.manifest()
+    if manifest is None:
+        raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
+    tree = {**manifest["how"], "teacher": {**manifest["how"]["teacher"], "cache_dir": str(run.path)}}
+    config = override(tree, overrides, dataset_given=dataset is not None)
+    only = frozenset(read_failures(run))
+    if not only and not is_complete(run, PlanLog(run)):
+        raise RunConflictError(
+            f"{run.path}: expected partitions that failed, got none; to do the rest, give `generate` the settings of "
+            "the run"
+        )
+    return _generate(config, dataset, only=only, bisects=bisect)
+
+
+def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
     job = prepare(config, dataset)
     check_folder(job)
     with _held(job):
@@ -82,11 +130,11 @@ def generate(config: Config, dataset: Any = None) -> Path:
         if start == "complete":
             logger.info("%s is complete: nothing to do", job.run.path)
             tidy(job.run, keep_partitions=config.job.keep_partitions)
-            return job.run.cache_path if job.share.total == 1 else job.run.path
+            return _complete_path(job)
         done = Done() if start == "replace" else _done(job, log)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
         if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
-            failed = _run_cluster(job, start, done)
+            failed = _run_cluster(job, start, done, only, bisects)
             if failed:
                 with _ran():
                     raise _failure(failed, job)
@@ -95,9 +143,21 @@ def generate(config: Config, dataset: Any = None) -> Path:
             return job.run.path
         with _ran():
             reporter = Reporter(job, "consolidating")
-            cache = consolidate_run(job.run, keep_partitions=config.job.keep_partitions, on_piece=reporter.tick)
+            limit = config.cache.max_file_size
+            cache = consolidate_run(
+                job.run,
+                keep_partitions=config.job.keep_partitions,
+                max_file_bytes=None if limit is None else parse_bytes(limit),
+                takeover=config.job.takeover,
+                on_piece=reporter.tick,
+            )
             reporter.report("done")
             return cache
+
+
+def _complete_path(job: Job) -> Path:
+    cache = open_run_cache(job.run)
+    return job.run.path if cache is None or job.share.total > 1 else cache.path
 
 
 Start = Literal["fresh", "resume", "replace", "complete"]
@@ -152,7 +212,7 @@ def _held(job: Job) -> Iterator[None]:
     lock = run.path / lock_name(job.share)
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.path.mkdir(parents=True, exist_ok=True)
-    with lease(lock):
+    with lease(lock, takeover=job.config.job.takeover):
         try:
             yield
         finally:
@@ -178,7 +238,7 @@ def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:
     return log.end is not None and not _grows(job, log) and len(done.indices) == job.share.count(log.n_partitions)
 
 
-def _run_cluster(job: Job, start: Start, done: Done) -> dict[int, str]:
+def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None, bisects: bool) -> dict[int, str]:
     """Calibrate if need be and score what is missing; return what failed."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
@@ -193,14 +253,15 @@ def _run_cluster(job: Job, start: Start, done: Done) -> dict[int, str]:
             calibration = _record(job, calibration)
             # Another static worker's, if it was first.
             _check_device(job, calibration, cluster)
-            return score(job, cluster, calibration, done)
+            return score(job, cluster, calibration, done, only=only, bisects=bisects)
 
 
 def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
     reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in sorted(failed.items()))
     return PartitionsFailedError(
         f"{len(failed)} of {PlanLog(job.run).n_partitions} partitions failed; the others are committed:\n{reasons}\n"
-        "mend the cause and run the same command again: it does the rest",
+        f"mend the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "
+        "these (--bisect names the rows)",
         failed,
     )
 
@@ -283,13 +344,14 @@ def _record(job: Job, calibration: Json) -> Json:
             "how": dataclasses.asdict(job.config),
             "teacher": dataclasses.asdict(job.teacher),
             "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
-            "tokenizer_map_ranges": list(job.tokenizer.map_ranges) if job.tokenizer else [],
             "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
         },
     )
     if not created:
         # Another static worker may have been first since the folder was looked at.
         check_folder(job)
+    if job.tokenizer:
+        save_array(job.run.token_crcs_path, job.tokenizer.crcs)
     table = calibration.pop("id_table", None)
     calibration["storage"] = {
         "profile": "plain" if table is None else "compact",

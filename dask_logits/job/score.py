@@ -17,7 +17,9 @@ from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.teacher import ScoringPath
 from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.job.ahead import ReadAhead
+from dask_logits.job.bisect import bisect
 from dask_logits.job.cluster import Cluster
+from dask_logits.job.failures import Failure, forget_failure, note_failure
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job
 from dask_logits.job.window import call_scheduler, run_partitions
@@ -41,7 +43,15 @@ class Done:
     statistics: Statistics = dataclasses.field(default_factory=Statistics)
 
 
-def score(job: Job, cluster: Cluster, calibration: Json, done: Done) -> dict[int, str]:
+def score(
+    job: Job,
+    cluster: Cluster,
+    calibration: Json,
+    done: Done,
+    *,
+    only: frozenset[int] | None = None,
+    bisects: bool = False,
+) -> dict[int, str]:
     """Score what is missing of this driver's share.
 
     Parameters
@@ -50,6 +60,10 @@ def score(job: Job, cluster: Cluster, calibration: Json, done: Done) -> dict[int
         What to do, where, and with which numerics.
     done
         What is committed.
+    only
+        Partitions to take up; None: all that are missing.
+    bisects
+        Look for the rows that make a partition fail.
 
     Returns
     -------
@@ -57,7 +71,7 @@ def score(job: Job, cluster: Cluster, calibration: Json, done: Done) -> dict[int
         Partition index → reason, of those that failed or could not be read.
     """
     with _progress(job, done) as progress:
-        driver = _Driver(job, cluster, done, progress)
+        driver = _Driver(job, cluster, done, progress, only, bisects)
         try:
             run_partitions(
                 cluster.client,
@@ -69,6 +83,8 @@ def score(job: Job, cluster: Cluster, calibration: Json, done: Done) -> dict[int
                 on_tokens=progress.tokens,
                 on_turn=driver.on_turn,
             )
+            for failure in driver.suspects:
+                driver.on_rows(bisect(cluster.client, failure, job.config.job))
         finally:
             driver.close()
     return driver.failed
@@ -89,8 +105,13 @@ def _progress(job: Job, done: Done) -> JobProgress:
 class _Driver:
     """What is kept while partitions run: the plan as it grows, the stream read ahead, failures, figures."""
 
-    def __init__(self, job: Job, cluster: Cluster, done: Done, progress: JobProgress) -> None:
+    def __init__(
+        self, job: Job, cluster: Cluster, done: Done, progress: JobProgress, only: frozenset[int] | None, bisects: bool
+    ) -> None:
         self.failed: dict[int, str] = {}
+        self.suspects: list[Failure] = []
+        self._only = only
+        self._bisects = bisects
         self._job = job
         self._done = done
         self._progress = progress
@@ -125,12 +146,25 @@ class _Driver:
             f", {len(receipt['splits'])} batches split for lack of memory" if receipt["splits"] else "",
         )
         self._seconds = add_seconds(self._seconds, receipt["seconds"])
+        forget_failure(self._job.run, receipt["partition"])
         self._settle(receipt["partition"])
 
-    def on_failure(self, index: int, reason: str) -> None:
+    def on_failure(self, failure: Failure) -> None:
         """Note a partition that failed for good."""
-        self.failed[index] = reason
-        self._settle(index)
+        self.failed[failure.index] = failure.reason
+        note_failure(self._job.run, failure)
+        if self._bisects and failure.task is not None and not failure.rows:
+            self.suspects.append(failure)
+        else:
+            self._settle(failure.index)
+
+    def on_rows(self, failure: Failure) -> None:
+        """Note which rows are the cause of a failure."""
+        if failure.rows:
+            rows = ", ".join(str(row) for row in failure.rows)
+            self.failed[failure.index] = f"{failure.reason}; because of dataset rows {rows}"
+            note_failure(self._job.run, failure)
+        self._settle(failure.index)
 
     def on_turn(self) -> bool:
         """Give a sign of life; return whether the source was read on."""
@@ -148,7 +182,8 @@ class _Driver:
 
     def _is_wanted(self, index: int) -> bool:
         anew = self._log.replanned_from is not None and index >= self._log.replanned_from
-        return self._job.share.owns(index) and (anew or index not in self._done.indices)
+        chosen = self._only is None or index in self._only
+        return chosen and self._job.share.owns(index) and (anew or index not in self._done.indices)
 
     def _settle(self, index: int) -> None:
         # A partition that failed is spooled anew when it is taken up.
@@ -206,7 +241,7 @@ class Reporter:
 
 
 def tasks(
-    job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[int, str], None]
+    job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[Failure], None]
 ) -> Iterator[PartitionTask | None]:
     """Yield the tasks of all partitions that are due, in order; None where a stream has not come so far."""
     numerics = calibration["numerics"]
@@ -229,7 +264,7 @@ def tasks(
             yield None
         elif due.error is not None:
             logger.error("partition %s cannot be read: %s", due.partition.name, due.error)
-            on_failure(due.partition.index, due.error)
+            on_failure(Failure(index=due.partition.index, kind="unreadable", reason=due.error))
         else:
             yield PartitionTask(
                 run=str(job.run.path),
@@ -266,4 +301,5 @@ def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> Te
         torch_threads=torch_threads,
         n_gpus=job.config.teacher.generation.gpus_per_worker if device == "cuda" else 1,
         trust_remote_code=job.config.teacher.trust_remote_code,
+        allow_pickle=job.config.teacher.allow_pickle,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.records import Array, Statistics, kept_mass_by_k
+from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.find import find_caches
 from dask_logits.store.profile import Compact
@@ -26,7 +26,7 @@ def card(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path
-        A cache file, or the run folder it lies in.
+        A cache file, an index over several, or the run folder it lies in.
 
     Returns
     -------
@@ -38,28 +38,32 @@ def card(path: str | Path) -> dict[str, Any]:
     CacheError
         If it is not a complete cache.
     """
-    (file, *_) = find_caches(Path(path).expanduser().absolute())
-    reader = CacheReader(file)
+    path = Path(path).expanduser().absolute()
+    readers = [CacheReader(file) for file in find_caches(path)]
+    reader = readers[0]
     said = reader.attributes
+    n_bytes, n_tokens = sum(one.path.stat().st_size for one in readers), sum(one.n_tokens for one in readers)
     what, calibration = said.get("what") or {}, said.get("calibration") or {}
     numerics = calibration.get("numerics") or {}
-    statistics = Statistics.from_json(said["statistics"]) if "statistics" in said else None
+    sums = [Statistics.from_json(one.attributes["statistics"]) for one in readers if "statistics" in one.attributes]
+    statistics = sum(sums, Statistics()) if sums else None
     teacher = said.get("teacher") or {}
     data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
     return {
-        "file": str(file),
-        "bytes": file.stat().st_size,
+        "file": str(reader.path if len(readers) == 1 else path),
+        "files": len(readers),
+        "bytes": n_bytes,
         "format_version": str(said["format_version"]),
         "profile": said["profile"],
         "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
-        "documents": reader.n_documents,
-        "items": reader.n_items,
-        "tokens": reader.n_tokens,
+        "documents": sum(one.n_documents for one in readers),
+        "items": sum(one.n_items for one in readers),
+        "tokens": n_tokens,
         "top_k": reader.top_k,
         "vocab_size": reader.vocab_size,
-        "bytes_per_token": round(file.stat().st_size / max(1, reader.n_tokens), 1),
+        "bytes_per_token": round(n_bytes / max(1, n_tokens), 1),
         "rows": said.get("n_rows"),
-        "partial": bool(said.get("partial")),
+        "partial": bool(said.get("partial")) and len(readers) == 1,
         "teacher": said.get("teacher_path"),
         "teacher_identity": teacher.get("identity"),
         "teacher_revision": teacher.get("revision"),
@@ -68,7 +72,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
         "dataset": {name: value for name, value in data.items() if value is not None},
         "plan_digest": said.get("plan_digest"),
-        "content_digest": said["content_digest"],
+        "content_digest": total_digest(one.attributes["content_digest"] for one in readers),
         "kept_mass": _number(statistics.mean_kept_mass) if statistics else None,
         "perplexity": _number(statistics.perplexity) if statistics else None,
         "kept_mass_by_k": calibration.get("kept_mass_by_k") or kept_mass_by_k(_sample(reader)),

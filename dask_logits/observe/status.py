@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import is_complete, open_run_cache
+from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder, Share
 from dask_logits.job.planlog import PlanLog
 from dask_logits.observe.progress import add_seconds, shares
@@ -56,13 +57,13 @@ class Status:
     running_tokens_per_second, seconds_left
         Of all drivers at work, by the clock; 0 and None without one, or where the amount of work is unknown.
     failed
-        Partition → reason, as the drivers last saw it.
+        Partition → reason, of those that failed for good.
     dashboard
         Address of the Dask dashboard of a driver at work; None without one.
     cache
-        Path of the cache; None before it is complete.
+        Path of the cache, or of the index over its files; None before it is complete.
     bytes_per_token
-        Size of the cache file per token; None before.
+        Size of the cache per token; None before.
     content_digest
         Of the cache; None before.
     kept_mass_by_k
@@ -196,15 +197,18 @@ def read_status(path: Path | str) -> Status:
         running=len(alive),
         running_tokens_per_second=sum(driver["tokens_per_second"] for driver in alive),
         seconds_left=max(left) if left and None not in left else None,
-        failed={}
-        if state == "complete"
-        else {int(i): why for driver in drivers for i, why in driver["failed"].items()},
+        failed={} if state == "complete" else {i: _reason(entry) for i, entry in read_failures(run).items()},
         dashboard=next((driver["dashboard"] for driver in alive if driver.get("dashboard")), None),
-        cache=str(run.cache_path) if cache else None,
-        bytes_per_token=run.cache_path.stat().st_size / max(1, cache.n_tokens) if cache else None,
-        content_digest=str(cache.attributes["content_digest"]) if cache else None,
+        cache=str(cache.path) if cache else None,
+        bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,
+        content_digest=cache.content_digest if cache else None,
         kept_mass_by_k=(run.calibration() or {}).get("kept_mass_by_k", {}),
     )
+
+
+def _reason(entry: Json) -> str:
+    rows = ", ".join(str(row) for row in entry["rows"])
+    return f"{entry['kind']}: {entry['reason']}" + (f" (dataset rows {rows})" if rows else "")
 
 
 def _drivers(run: RunFolder, total: int) -> list[Json]:

@@ -13,7 +13,8 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries.
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,41 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, first_line
 from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
-from dask_logits.store.layout import BLOCKS, DOCUMENTS, FORMAT, FORMAT_VERSION, INDEX, BlockCrc
-from dask_logits.store.planes import ChunkIndex, PlaneReader, fletcher32
-from dask_logits.store.profile import Compact, Plain, Profile
+from dask_logits.store.durable import COUNT, DIGEST, OBJECT, TEXT, check_fields, parse_json
+from dask_logits.store.layout import (
+    BLOCKS,
+    DOCUMENTS,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    MOST_ROWS,
+    ZSTD_FILTER,
+    BlockCrc,
+)
+from dask_logits.store.planes import ChunkIndex, PlaneReader, content_bytes, fletcher32
+from dask_logits.store.profile import Compact, Plain, Profile, check_calibration
 
 Engine = Literal["fast", "h5py"]
 ENGINES: tuple[Engine, ...] = ("fast", "h5py")
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
+_SIZES = ("n_tokens", "n_documents", "top_k", "vocab_size")
+_COMPACT_SIZES = ("n_entries", "precision", "chunk_tokens")
+# Attributes that may be absent.
+_SAID = {
+    **dict.fromkeys(("n_entries", "n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
+    **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
+    **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
+    "content_digest": DIGEST.or_none(),
+}
+# Deflate, shuffle, Fletcher-32, LZF: none makes more than about a thousand bytes of one.
+_FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})
+_MOST_RATIO = 1100
+_MOST_CHUNK_BYTES = 64 << 20
+# What h5py makes of HDF5's errors, which of them depends on where a file is damaged.
+_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
 
 class CacheReader:
@@ -65,29 +91,35 @@ class CacheReader:
         self.path = path
         self.engine = engine
         file = _open(path)
-        self.attributes = {key: _decoded(value) for key, value in file.attrs.items()}
-        self._check_header(file)
+        with _translated(path, "to open it"):
+            self._read_header(file)
+
+    def _read_header(self, file: h5py.File) -> None:
+        self._file_bytes = self.path.stat().st_size
+        self.attributes = _attributes(file)
+        self._check_header()
         self.n_tokens = int(self.attributes["n_tokens"])
         self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
         self.n_documents = int(self.attributes["n_documents"])
         self.top_k = int(self.attributes["top_k"])
         self.vocab_size = int(self.attributes["vocab_size"])
         self.profile = self._profile(file)
-        self.names = self._check_arrays(file)
-        self.crcs: dict[str, Array] = {name: file[f"crc32/{name}"][:] for name in self.names}
+        datasets = self._check_arrays(file)
         chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
-        self.arrays: dict[str, Any] = {
-            name: file[name] if engine == "h5py" else self._mapped(file[name]) for name in self.names
+        self.names = tuple(name for name in datasets if name not in chunked)
+        self.crcs: dict[str, Array] = {
+            name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
         }
+        self.arrays: dict[str, Any] = {name: self._opened(name, datasets[name]) for name in self.names}
         self._planes: PlaneReader | None = None
-        if chunked and engine == "fast":
-            self._planes = self._opened_planes(file, chunked)
+        if chunked and self.engine == "fast":
+            self._planes = self._opened_planes(datasets, chunked)
         elif chunked:
             with contextlib.suppress(ImportError):
                 # Importing it is what makes its filters known to HDF5.
                 import hdf5plugin  # noqa: F401
-            self.arrays |= {name: file[name] for name in chunked}
-        if not any(isinstance(array, h5py.Dataset) for array in self.arrays.values()):
+            self.arrays |= {name: self._opened(name, datasets[name]) for name in chunked}
+        if not any(isinstance(array, _Slow) for array in self.arrays.values()):
             file.close()
         self._block_start: Array | None = None
         if "block_start" in self.arrays:
@@ -95,6 +127,13 @@ class CacheReader:
         elif self.is_packed:
             lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
             self._block_start = np.cumsum(lengths) - lengths
+        if self.is_packed and self.n_items and not self.n_documents:
+            raise _damaged(self.path, "segments of its blocks", "none")
+
+    def said(self) -> dict[str, Any]:
+        """Return what a writer is given as attributes: the file's, and a byte of each id's token where it has them."""
+        crcs = {"token_crcs": np.asarray(self.arrays["token_crcs"])} if "token_crcs" in self.arrays else {}
+        return {**self.attributes, **crcs}
 
     @property
     def is_packed(self) -> bool:
@@ -118,14 +157,7 @@ class CacheReader:
         return found if self._planes is None else {**found, **self._planes.rows(start, stop)}
 
     def _read(self, name: str, start: int, stop: int) -> Array:
-        try:
-            return np.asarray(self.arrays[name][start:stop])
-        except OSError as error:
-            raise CacheError(
-                f"{self.path}: expected to read {name}, got {error}; the file is damaged, or the package hdf5plugin "
-                "is missing",
-                str(self.path),
-            ) from error
+        return np.asarray(self.arrays[name][start:stop])
 
     def tokens(self, start: int, stop: int) -> dict[str, Array]:
         """Return the logical token arrays of entries [start, stop)."""
@@ -138,15 +170,28 @@ class CacheReader:
         return self._planes.frames(start // self.profile.alignment, -(-stop // self.profile.alignment))
 
     def place(self, index: int) -> tuple[int, int, slice]:
-        """Return an item's first entry, its end, and which documents (or segments of a block) it holds."""
+        """Return an item's first entry, its end, and which documents (or segments of a block) it holds.
+
+        Raises
+        ------
+        CacheError
+            If it does not lie in the file.
+        """
         if self._block_start is None:
             start = int(self.arrays["document_start"][index])
-            return start, start + int(self.arrays["document_length"][index]), slice(index, index + 1)
-        start = int(self._block_start[index])
-        stop = start + int(self.arrays["block_length"][index])
-        starts = self.arrays["document_start"]
-        first, last = np.searchsorted(starts, np.array([start, stop], np.uint64))
-        return start, stop, slice(int(first), int(last))
+            stop = start + int(self.arrays["document_length"][index])
+            documents = slice(index, index + 1)
+        else:
+            start = int(self._block_start[index])
+            stop = start + int(self.arrays["block_length"][index])
+            ends = np.array([max(0, start), max(0, stop)], np.uint64)
+            first, last = np.searchsorted(self.arrays["document_start"], ends)
+            documents = slice(int(first), int(last))
+            if first >= last:
+                raise _damaged(self.path, f"segments of block {index}", "none")
+        if not 0 <= start <= stop <= self.n_entries:
+            raise _damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
+        return start, stop, documents
 
     def item(self, index: int) -> dict[str, Array]:
         """Return the logical token arrays of one item, and its segments.
@@ -221,7 +266,7 @@ class CacheReader:
             first, first_stop = last, last_stop
 
     def verify_checksums(self) -> None:
-        """Compare every array and every chunk with its stored CRC-32.
+        """Compare every array and every chunk with its stored CRC-32, and documents and blocks with each other.
 
         Raises
         ------
@@ -251,15 +296,41 @@ class CacheReader:
                 # HDF5 compares the Fletcher-32 of what it reads.
                 for name in self.profile.arrays.keys() - set(self.names):
                     self._read(name, first, stop)
+        self._check_places()
 
-    def _check_header(self, file: h5py.File) -> None:
+    def _check_places(self) -> None:
+        """Refuse documents and blocks that overlap, leave the file, or do not add up."""
+        columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
+        row, _, length, start = (
+            np.minimum(column.astype(np.uint64), np.uint64(MOST_ROWS)).astype(np.int64) for column in columns
+        )
+        end = start + length
+        if (np.diff(row) < 0).any() or (row >= MOST_ROWS).any():
+            raise _damaged(self.path, "document_row to rise", "another order")
+        if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
+            raise _damaged(
+                self.path,
+                f"documents of {self.n_tokens} tokens, one after the other in {self.n_entries} entries",
+                f"{length.sum()} tokens, which end at {end.max(initial=0)}, or overlap",
+            )
+        if self._block_start is None:
+            return
+        lengths = self.item_lengths()
+        stops = self._block_start + lengths
+        firsts, lasts = (np.searchsorted(start, at) for at in (self._block_start, stops))
+        before = np.concatenate([[0], np.cumsum(length)])
+        held = before[lasts] - before[firsts]
+        if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
+            raise _damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
+
+    def _check_header(self) -> None:
         found = self.attributes.get("format")
         if found != FORMAT:
             raise CacheError(
                 f"{self.path}: expected a dask_logits cache, got format {found!r}; give the teacher_logits.h5 of a run",
                 str(self.path),
             )
-        version, profile = str(self.attributes.get("format_version")), self.attributes.get("profile")
+        version, profile = str(self.attributes.get("format_version"))[:80], self.attributes.get("profile")
         if version.split(".")[0] != FORMAT_VERSION.split(".")[0] or profile not in ("plain", "compact"):
             raise CacheError(
                 f"{self.path}: expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain' or 'compact', "
@@ -271,12 +342,19 @@ class CacheReader:
                 f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
                 str(self.path),
             )
-        needed: tuple[str, ...] = ("n_tokens", "n_documents", "top_k", "vocab_size")
-        if profile == "compact":
-            needed += ("n_entries", "precision", "chunk_tokens")
+        needed = _SIZES + (_COMPACT_SIZES if profile == "compact" else ())
         lacking = [name for name in needed if name not in self.attributes]
         if lacking:
             raise _damaged(self.path, ", ".join(lacking), "none")
+        said = self.attributes
+        check_fields(self.path, said, {**_SAID, **dict.fromkeys(needed, COUNT)})
+        if said.get("calibration") is not None:
+            check_calibration(self.path, said["calibration"])
+        if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
+            raise _damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
+        entries, step = said.get("n_entries", said["n_tokens"]), said["chunk_tokens"] if profile == "compact" else 1
+        if entries < said["n_tokens"] or not step or entries % step:
+            raise _damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
 
     def _profile(self, file: h5py.File) -> Profile:
         if self.attributes["profile"] == "plain":
@@ -286,62 +364,99 @@ class CacheReader:
                 top_k=self.top_k,
                 vocab_size=self.vocab_size,
                 precision=self.attributes["precision"],
-                id_table=file["id_table"][:],
-                gap_table=file["gap_table"][:],
+                id_table=self._table(file, "id_table", self.vocab_size, np.dtype(np.uint32)),
+                gap_table=self._table(
+                    file, "gap_table", 1 << min(16, self.attributes["precision"]), np.dtype(np.float32)
+                ),
                 chunk_tokens=self.attributes["chunk_tokens"],
             )
-        except (KeyError, ValueError, OSError) as error:
+        except ValueError as error:
             raise _damaged(self.path, "the tables of a compact cache", str(error)) from error
         return profile
 
-    def _check_arrays(self, file: h5py.File) -> tuple[str, ...]:
-        """Compare names, shapes and dtypes with the profile's; return the contiguous arrays."""
+    def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
+        dataset = self._dataset(file, name)
+        if dataset is None:
+            raise _damaged(self.path, name, "none")
+        self._check_dataset(dataset, name, (dataset.size if length is None else length,), dtype)
+        return np.asarray(_Slow(self.path, name, dataset))
+
+    def _dataset(self, file: h5py.File, name: str) -> h5py.Dataset | None:
+        """Return the dataset of a name, which no soft or external link leads to; None if there is none."""
+        at = h5py.h5g.open(file.id, b"/")
+        for part in name.encode().split(b"/"):
+            if not isinstance(at, h5py.h5g.GroupID) or not at.links.exists(part):
+                return None
+            if at.links.get_info(part).type != h5py.h5l.TYPE_HARD:
+                raise _damaged(self.path, f"{name} in the file itself", "a link")
+            at = h5py.h5o.open(at, part)
+        if not isinstance(at, h5py.h5d.DatasetID):
+            raise _damaged(self.path, f"the array {name}", "something else")
+        return h5py.Dataset(at)
+
+    def _check_dataset(
+        self, dataset: h5py.Dataset, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunked: bool = False
+    ) -> None:
+        """Compare a dataset's shape and dtype with what is expected, and its claims with the size of the file."""
+        found = (dataset.shape, dataset.dtype)
+        if found != (shape, dtype):
+            raise _damaged(self.path, f"{name} with {shape} of {dtype}", str(found))
+        properties = dataset.id.get_create_plist()
+        layout, filters = properties.get_layout(), set(_filters(properties))
+        if layout == h5py.h5d.VIRTUAL or properties.get_external_count() or not filters <= _FILTERS:
+            raise _damaged(self.path, f"{name} in the file itself, behind known filters", f"another file, or {filters}")
+        end = 0 if chunked else dataset.nbytes // _MOST_RATIO
+        if layout == h5py.h5d.CONTIGUOUS and dataset.nbytes:
+            offset = dataset.id.get_offset()
+            end = dataset.nbytes + (self._file_bytes if offset is None else offset)
+        elif layout == h5py.h5d.CHUNKED and math.prod(dataset.chunks) * dtype.itemsize > _MOST_CHUNK_BYTES:
+            raise _damaged(self.path, f"{name} in chunks of at most 64 MiB", f"chunks of {dataset.chunks}")
+        if end > self._file_bytes:
+            raise _damaged(self.path, f"{name} in {self._file_bytes} bytes", f"{dataset.nbytes} bytes, to {end}")
+
+    def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
+        """Compare names, shapes and dtypes with the profile's; return the arrays, contiguous or not."""
         entries = schema(self.top_k, self.vocab_size)
         u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
         expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        contiguous = []
         for name, stored in self.profile.arrays.items():
             expected[name] = ((self.n_entries, *stored.shape), stored.dtype)
-            if not stored.chunked:
-                contiguous.append(name)
-                continue
-            n_chunks = self.n_entries // self.profile.alignment
-            for part in INDEX:
-                contiguous.append(f"chunks/{name}/{part}")
-                expected[contiguous[-1]] = ((n_chunks,), u64 if part == "offset" else u32)
+            if stored.chunked:
+                n_chunks = self.n_entries // self.profile.alignment
+                for part in INDEX:
+                    expected[f"chunks/{name}/{part}"] = ((n_chunks,), u64 if part == "offset" else u32)
         for name in DOCUMENTS:
             expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
-        contiguous += DOCUMENTS
-        for name in (name for name in BLOCKS if name in file):
-            expected[name] = ((int(self.attributes.get("n_blocks", -1)),), u64 if name == "block_start" else u32)
-            contiguous.append(name)
+        root = h5py.h5g.open(file.id, b"/")
+        for name in (name for name in BLOCKS if root.links.exists(name.encode())):
+            expected[name] = ((self.attributes.get("n_blocks", -1),), u64 if name == "block_start" else u32)
         for name, table in self.profile.tables.items():
             expected[name] = (table.shape, table.dtype)
-            contiguous.append(name)
-        lacking = [f"crc32/{name}" for name in contiguous if f"crc32/{name}" not in file]
-        lacking += [name for name in expected if name not in file]
-        if lacking:
+        if root.links.exists(b"token_crcs"):
+            expected["token_crcs"] = ((self.attributes.get("tokenizer_ids", -1),), np.dtype(np.uint8))
+        found = {name: self._dataset(file, name) for name in expected}
+        if lacking := [name for name, dataset in found.items() if dataset is None]:
             raise _damaged(self.path, ", ".join(lacking), "none")
-        for name, shape in expected.items():
-            found = (file[name].shape, file[name].dtype)
-            if found != shape:
-                raise _damaged(self.path, f"{name} with {shape[0]} of {shape[1]}", str(found))
-        for name, item in file.items():
-            if name not in expected and item.attrs.get("critical", False):
+        for name, (shape, dtype) in expected.items():
+            stored_as = self.profile.arrays.get(name)
+            fast = self.engine == "fast" and stored_as is not None and stored_as.chunked
+            self._check_dataset(found[name], name, shape, dtype, chunked=fast)
+        known = {name.encode() for name in expected}
+        for key in root:
+            if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and _is_critical(file[key]):
                 raise CacheError(
-                    f"{self.path}: expected only known arrays, got the critical array {name!r}; "
-                    "install a newer dask_logits",
+                    f"{self.path}: expected only known arrays, got the critical array {key.decode(errors='replace')!r};"
+                    " install a newer dask_logits",
                     str(self.path),
                 )
-        return tuple(contiguous)
+        return found
 
-    def _opened_planes(self, file: h5py.File, chunked: Sequence[str]) -> PlaneReader:
+    def _opened_planes(self, datasets: dict[str, h5py.Dataset], chunked: Sequence[str]) -> PlaneReader:
         indices = {}
         for name in chunked:
-            columns = (np.asarray(self._mapped(file[f"chunks/{name}/{part}"])) for part in INDEX)
-            indices[name] = ChunkIndex(*columns)
+            indices[name] = ChunkIndex(*(np.asarray(self.arrays[f"chunks/{name}/{part}"]) for part in INDEX))
             if len(indices[name]):
-                self._check_index(file[name], name, indices[name])
+                self._check_index(datasets[name], name, indices[name])
         return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k))
 
     def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
@@ -357,14 +472,81 @@ class CacheReader:
                     str(self.path),
                 )
 
-    def _mapped(self, dataset: h5py.Dataset) -> Any:
-        offset = dataset.id.get_offset()
+    def _opened(self, name: str, dataset: h5py.Dataset) -> Any:
         if dataset.size == 0:
             return np.empty(dataset.shape, dataset.dtype)
-        if offset is None:
-            return dataset
+        offset = dataset.id.get_offset()
+        if offset is None or self.engine == "h5py":
+            return _Slow(self.path, name, dataset)
         # An ndarray over the map: np.memmap itself costs microseconds a slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
+
+
+class _Slow:
+    """An array that is read through HDF5: chunked, or with the h5py engine.
+
+    HDF5's zstd plugin makes room for as many bytes as a frame says it holds, so that is compared with the chunk first.
+
+    Parameters
+    ----------
+    path, name
+        For messages.
+    dataset
+        The array.
+    """
+
+    def __init__(self, path: Path, name: str, dataset: h5py.Dataset) -> None:
+        self.path, self.name = path, name
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+        self._dataset = dataset
+        self._is_zstd = ZSTD_FILTER in _filters(dataset.id.get_create_plist())
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        found: Array = self[:]
+        return found if dtype is None else found.astype(dtype)
+
+    def __getitem__(self, rows: Any) -> Any:
+        with _translated(self.path, f"to read {self.name} (with the package hdf5plugin, if it is compressed)"):
+            if self._is_zstd:
+                self._check_frames(*(rows.indices(len(self))[:2] if isinstance(rows, slice) else (rows, rows + 1)))
+            return self._dataset[rows]
+
+    def _check_frames(self, start: int, stop: int) -> None:
+        steps = self._dataset.chunks
+        most = math.prod(steps) * self.dtype.itemsize + len(fletcher32(b""))
+        # HDF5 would make room for what the file says that a chunk takes; this is all that one can.
+        room = bytearray(2 * most + 1024)
+        first = int(start) // steps[0] * steps[0]
+        sides = (range(0, size, step) for size, step in zip(self.shape[1:], steps[1:], strict=True))
+        for place in itertools.product(range(first, int(stop), steps[0]), *sides):
+            found = content_bytes(self._dataset.id.read_direct_chunk(place, out=room)[1])
+            if found is None or found > most:
+                raise ValueError(f"a frame of {found} bytes in chunk {place} of {most}")
+
+
+def _filters(properties: Any) -> list[int]:
+    return [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+
+
+def _is_critical(item: h5py.HLObject) -> bool:
+    """Whether an array or group says so; in a way that is not understood, too."""
+    return "critical" in item.attrs and _scalar(item.attrs, "critical") not in (False, 0)
+
+
+@contextlib.contextmanager
+def _translated(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except CacheError:
+        raise
+    except _HDF5_ERRORS as error:
+        raise CacheError(
+            f"{path}: expected {what}, got {first_line(error)}; the file is damaged: restore it or run the job again",
+            str(path),
+        ) from error
 
 
 def _damaged(path: Path, expected: str, found: str) -> CacheError:
@@ -374,15 +556,19 @@ def _damaged(path: Path, expected: str, found: str) -> CacheError:
 
 
 def _open(path: Path) -> h5py.File:
-    if not path.exists():
-        raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
     try:
+        if not path.exists():
+            raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
+        if not path.is_file():
+            raise CacheError(f"{path}: expected a file, got something else; correct the path", str(path))
         try:
             return h5py.File(path, "r", locking=False)
         except OSError:
             # A handle that someone in this process opened with locks does not allow one without.
             return h5py.File(path, "r")
-    except OSError as error:
+    except CacheError:
+        raise
+    except _HDF5_ERRORS as error:
         raise CacheError(
             f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again "
             "or run the job again",
@@ -390,10 +576,24 @@ def _open(path: Path) -> h5py.File:
         ) from error
 
 
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    """Return the scalar attributes of the root; no other has a meaning."""
+    found = {name: _scalar(file.attrs, name) for name in file.attrs}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
+    """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else."""
+    held = attributes.get_id(name)
+    if held.shape != () or not (held.dtype.kind in "biufS" or h5py.check_string_dtype(held.dtype)):
+        return None
+    return _decoded(attributes[name])
+
+
 def _decoded(value: Any) -> Any:
     if isinstance(value, str) and value[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
-            return json.loads(value)
+            return parse_json(value)
     return value.item() if isinstance(value, np.generic) else value
 
 

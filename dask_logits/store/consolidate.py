@@ -49,6 +49,10 @@ class Piece(Protocol):
     def n_rows(self) -> int:
         """Dataset rows."""
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes it takes there."""
+
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""
 
@@ -99,6 +103,11 @@ class PartitionPiece:
         """Dataset rows."""
         return int(self.receipt["n_rows"])
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(size for size, _ in self.receipt["files"].values())
+
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""
         sums = self.receipt["statistics"]
@@ -119,10 +128,11 @@ class PartitionPiece:
     def check(self) -> None:
         """Compare every file with the receipt."""
         self._reader.check(self.receipt["files"])
-        if self._reader.n_tokens != self.counts()[0]:
+        found = (self._reader.n_tokens, self._reader.n_documents, self._reader.n_blocks)
+        if found != self.counts():
             raise CacheError(
-                f"{self.path}: expected {self.counts()[0]} tokens, got {self._reader.n_tokens}; delete the partition's "
-                "receipt and run the job again",
+                f"{self.path}: expected {self.counts()} tokens, documents and blocks, got {found}; delete the "
+                "partition's receipt and run the job again",
                 str(self.path),
             )
 
@@ -169,6 +179,12 @@ class CachePiece:
     def profile(self) -> Profile:
         """How the cache stores token arrays."""
         return self.reader.profile
+
+    @property
+    def n_bytes(self) -> int:
+        """Its share of the file."""
+        start, stop = self.token_range
+        return -(-self.path.stat().st_size * (stop - start) // max(1, self.reader.n_entries))
 
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""

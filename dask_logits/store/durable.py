@@ -1,21 +1,126 @@
-"""Files that are whole and on the disk, or absent.
+"""Files that are whole and on the disk, or absent; and the shapes of what is read back.
 
 A JSON file is written beside its place, flushed, then linked: a link fails if the name exists, so the first writer
-wins and later ones learn of it (``os.replace`` would let the last one win).
+wins and later ones learn of it (``os.replace`` would let the last one win). What is read was perhaps written by
+somebody else: its size, its depth and the types of its fields are checked before anything is done with it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dask_logits.errors import CacheError
 
 Json = dict[str, Any]
+
+# No file that is written here comes near.
+_MOST_JSON_BYTES = 256 << 20
+_DEEPEST = 64
+# Far beyond any count, and far below where sums and products of a few leave 64 bits.
+_MOST = 1 << 48
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field holds.
+
+    Parameters
+    ----------
+    what
+        In words, for messages.
+    holds
+        Whether a value is of this kind.
+    """
+
+    what: str
+    holds: Callable[[Any], bool]
+
+    def or_none(self) -> Kind:
+        """Return the kind that may also be absent or null."""
+        return Kind(f"{self.what} or null", lambda value: value is None or self.holds(value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _is_number(value: Any) -> bool:
+    # Neither NaN nor infinite, nor an integer that no float can hold.
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in (".", "..") and bool(re.fullmatch(r"[\w.-]{1,200}", value, re.A))
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and all(map(_is_name, value.split("/")))
+
+
+COUNT = Kind("a count", _is_count)
+NUMBER = Kind("a finite number", _is_number)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
+# A file in a folder, or below it, not a way out of it.
+NAME = Kind("a plain file name", _is_name)
+INNER_PATH = Kind("a path below the folder", _is_path)
+DIGEST = Kind(
+    "64 hexadecimal digits",
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+)
+NUMBERS = Kind(
+    "a JSON object of finite numbers", lambda value: isinstance(value, dict) and all(map(_is_number, value.values()))
+)
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: whole where it is short, else its beginning or its type.
+
+    >>> shown(-1), shown([1, [2]])
+    ('-1', 'a list')
+    """
+    if isinstance(value, dict | list):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def check_fields(path: Path, value: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
+    """Refuse an object with a field that is missing or of another kind.
+
+    Parameters
+    ----------
+    path
+        The file, for the message.
+    value
+        What was read of it.
+    fields
+        Name → kind.
+
+    Raises
+    ------
+    CacheError
+        Naming the first such field.
+
+    Examples
+    --------
+    >>> check_fields(Path("a.json"), {"rows": 3}, {"rows": COUNT, "name": TEXT.or_none()})
+    """
+    for name, kind in fields.items():
+        if not kind.holds(value.get(name)):
+            found = shown(value[name]) if name in value else "none"
+            raise CacheError(
+                f"{path}: expected {name} to be {kind.what}, got {found}; the file is damaged: restore or delete it",
+                str(path),
+            )
 
 
 def read_json(path: Path) -> Json | None:
@@ -24,10 +129,13 @@ def read_json(path: Path) -> Json | None:
     Raises
     ------
     CacheError
-        If it cannot be read or parsed.
+        If it cannot be read or parsed, is larger than 256 MiB or deeper than 64 levels.
     """
     try:
-        value = json.loads(path.read_text())
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"{status.st_size} bytes of no plain file, or too many")
+        value = parse_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -37,6 +145,31 @@ def read_json(path: Path) -> Json | None:
     if not isinstance(value, dict):
         raise CacheError(f"{path}: expected a JSON object, got {type(value).__name__}; restore it", str(path))
     return value
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that is not deeper than 64 levels.
+
+    Raises
+    ------
+    ValueError
+        If it is, or is no JSON.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return value
+    raise ValueError("too many levels")
 
 
 def create_json(path: Path, value: Mapping[str, Any]) -> bool:
@@ -68,11 +201,15 @@ def create_bytes(path: Path, data: bytes) -> bool:
     return True
 
 
-def replace_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file over an older one, whole but not flushed: for progress, not for truth."""
+def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Write a JSON file over an older one, whole; flushed to the disk only if it is more than a sign of progress."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     aside.write_text(json.dumps(value, indent=1))
+    if durable:
+        sync(aside)
     aside.replace(path)
+    if durable:
+        sync(path.parent)
 
 
 def sync_tree(path: Path) -> None:

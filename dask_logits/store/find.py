@@ -6,10 +6,12 @@ from pathlib import Path
 
 from dask_logits.errors import CacheError
 from dask_logits.store.cache import CacheReader
-from dask_logits.store.durable import read_json
+from dask_logits.store.durable import DIGEST, TEXT, check_fields, read_json, shown
 
 CACHE_NAME = "teacher_logits.h5"
 INDEX_NAME = "teacher_logits.index.json"
+# Folder of the numbered files of a cache that is larger than `cache.max_file_size`.
+SHARDS_NAME = "teacher_logits"
 INDEX_FORMAT = "dask_logits.index"
 INDEX_VERSION = 1
 
@@ -45,17 +47,25 @@ def find_caches(path: Path) -> list[Path]:
 def _indexed(path: Path) -> list[Path]:
     index = read_json(path)
     if index is None or index.get("format") != INDEX_FORMAT or index.get("version") != INDEX_VERSION:
-        found = "nothing" if index is None else f"{index.get('format')!r} version {index.get('version')!r}"
-        raise CacheError(f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}", str(path))
-    caches = []
-    for entry in index["caches"]:
-        cache = path.parent / str(entry["path"])
-        digest = CacheReader(cache).attributes["content_digest"]
-        if digest != entry["content_digest"]:
+        found = "nothing" if index is None else f"{shown(index.get('format'))} version {shown(index.get('version'))}"
+        raise CacheError(
+            f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}; merge again", str(path)
+        )
+    entries = index.get("caches")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CacheError(
+            f"{path}: expected caches to be a list of objects, got {shown(entries)}; merge again", str(path)
+        )
+    caches: dict[Path, None] = {}
+    for entry in entries:
+        check_fields(path, entry, {"path": TEXT, "content_digest": DIGEST})
+        cache = path.parent / entry["path"]
+        digest = str(CacheReader(cache).attributes.get("content_digest"))
+        if digest != entry["content_digest"] or cache in caches:
             raise CacheError(
-                f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, got {digest[:16]}…; "
+                f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, once, got {digest[:16]}…; "
                 "merge again",
                 str(cache),
             )
-        caches.append(cache)
-    return caches
+        caches[cache] = None
+    return list(caches)

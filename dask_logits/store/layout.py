@@ -13,6 +13,10 @@ FORMAT_VERSION = "1.2"
 CRC_BLOCK_BYTES = 1 << 20
 DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
+# HDF5's number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
+ZSTD_FILTER = 32_015
+# No dataset has so many rows, and sums of a few such numbers fit into 64 bits.
+MOST_ROWS = 1 << 48
 # Of each chunk of a chunked array.
 INDEX = ("offset", "size", "crc32")
 

@@ -13,7 +13,8 @@ Dimension letters: N tokens, K kept entries.
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records
-from dask_logits.store.durable import sync_tree
-from dask_logits.store.profile import Profile, encode_all
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records, schema
+from dask_logits.store.durable import COUNT, read_json, sync_tree
+from dask_logits.store.planes import decompress
+from dask_logits.store.profile import Profile, Stored, encode_all
 
 FORMAT = "dask_logits.partition"
 VERSION = 2
@@ -118,18 +120,43 @@ class PartitionReader:
         self.path = path
         self.profile = profile
         self._layouts: dict[str, _Layout] = {}
-        try:
-            attributes = json.loads((path / _METADATA).read_text()).get("attributes", {})
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path)) from error
-        found = tuple(attributes.get(key) for key in ("format", "version", "profile"))
+        metadata = None if path.is_symlink() else read_json(self._inside(_METADATA))
+        if metadata is None:
+            raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path))
+        attributes = metadata.get("attributes")
+        keys = ("format", "version", "profile")
+        found = tuple(attributes.get(key) for key in keys) if isinstance(attributes, dict) else None
         if found != (FORMAT, VERSION, profile.name):
-            raise CacheError(f"{path}: expected {FORMAT} version {VERSION}, {profile.name}, got {found}", str(path))
+            raise CacheError(
+                f"{path}: expected {FORMAT} version {VERSION}, {profile.name}, got {str(found)[:200]}; run the job "
+                "again",
+                str(path),
+            )
 
     @property
     def n_tokens(self) -> int:
         """Tokens, N."""
-        return int(self._layout("input_ids").shape[0])
+        return self._layout("input_ids").shape[0]
+
+    @property
+    def n_documents(self) -> int:
+        """Documents, D."""
+        return self._layout("document_row").shape[0]
+
+    @property
+    def n_blocks(self) -> int:
+        """Packed blocks, B; 0 where documents were not packed."""
+        return self._layout("block_length").shape[0] if self._has("block_length") else 0
+
+    def _has(self, name: str) -> bool:
+        return self._inside(name).is_dir()
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of a file of this partition, which no link leads out of."""
+        path = self.path / name
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path)):
+            raise self._unreadable(name, "a path that leads elsewhere")
+        return path
 
     def check(self, files: Mapping[str, Sequence[int]]) -> None:
         """Compare every file with the receipt.
@@ -140,8 +167,10 @@ class PartitionReader:
             At the first that is missing or differs.
         """
         for name, (size, crc) in files.items():
-            file = self.path / name
-            found = [file.stat().st_size, _crc32(file)] if file.is_file() else None
+            file = self._inside(name)
+            found = [file.stat().st_size, 0] if file.is_file() else None
+            if found is not None and found[0] == size:
+                found[1] = _crc32(file)
             if found != [size, crc]:
                 raise CacheError(
                     f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "
@@ -152,17 +181,19 @@ class PartitionReader:
 
     def blocks(self, name: str) -> Iterator[Array]:
         """Yield one stored array in blocks of at most 16,384 entries."""
-        from numcodecs.zstd import decompress
-
         layout = self._layout(name)
         shape = (layout.rows, *layout.shape[1:])
         rows: list[Array] = []
         left = layout.shape[0]
         for frame in self._frames(name):
             try:
-                data = decompress(frame) if layout.compressed else frame
-                rows.append(np.frombuffer(data, layout.dtype).reshape(shape)[: min(left, layout.rows)])
-            except (ValueError, RuntimeError) as error:
+                if layout.compressed:
+                    block = np.empty(shape, layout.dtype)
+                    decompress(frame, block)
+                else:
+                    block = np.frombuffer(frame, layout.dtype).reshape(shape)
+                rows.append(block[: min(left, layout.rows)])
+            except ValueError as error:
                 raise self._unreadable(name, error) from error
             left -= layout.rows
             if len(rows) * layout.rows >= BLOCK_TOKENS or left <= 0:
@@ -188,9 +219,17 @@ class PartitionReader:
         count = -(-layout.shape[0] // layout.rows)
         if not count:
             return []
+        # What frames of noise take, twice, and the index.
+        raw_bytes = count * layout.rows * layout.dtype.itemsize * math.prod(layout.shape[1:])
+        most, least = 2 * raw_bytes + 1024 * count, 16 * count + 4
         try:
-            shard = memoryview(self.path.joinpath(name, "c", *("0",) * len(layout.shape)).read_bytes())
-            index = np.frombuffer(shard, "<u8", 2 * count, len(shard) - 4 - 16 * count).reshape(count, 2).tolist()
+            file = self._inside("/".join((name, "c", *("0",) * len(layout.shape))))
+            if not least <= file.stat().st_size <= most:
+                raise ValueError(f"a shard of {file.stat().st_size} bytes for {layout.shape}")
+            shard = memoryview(file.read_bytes())
+            index = np.frombuffer(shard, "<u8", 2 * count, len(shard) - least).reshape(count, 2).tolist()
+            if any(offset + size > len(shard) - least for offset, size in index):
+                raise ValueError("chunks beyond its shard")
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from error
         return [shard[offset : offset + size] for offset, size in index]
@@ -198,21 +237,34 @@ class PartitionReader:
     def _layout(self, name: str) -> _Layout:
         """Read an array's metadata; Zarr does it, too, in half a millisecond for each array."""
         if name not in self._layouts:
+            kind = self._kind(name)
+            rows = self.profile.alignment if kind.chunked else BLOCK_TOKENS
+            found = read_json(self._inside(f"{name}/{_METADATA}")) or {}
             try:
-                found = json.loads((self.path / name / _METADATA).read_text())
                 (sharding,) = found["codecs"]
                 inner = sharding["configuration"]
-                self._layouts[name] = _Layout(
-                    shape=tuple(found["shape"]),
-                    dtype=np.dtype(found["data_type"]).newbyteorder("<"),
-                    rows=inner["chunk_shape"][0],
-                    compressed=any(codec["name"] == "zstd" for codec in inner["codecs"]),
-                )
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise self._unreadable(name, error) from error
+                codecs = [codec["name"] for codec in inner["codecs"]]
+                length, *entry = found["shape"]
+                described = (entry, found["data_type"], inner["chunk_shape"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._unreadable(name, f"metadata without {error}") from error
+            expected = ([*kind.shape], kind.dtype.name, [rows, *kind.shape])
+            if described != expected or not COUNT.holds(length) or codecs not in (["bytes"], ["bytes", "zstd"]):
+                raise self._unreadable(name, f"{str((length, described, codecs))[:200]} instead of {expected}")
+            self._layouts[name] = _Layout(
+                shape=(length, *kind.shape),
+                dtype=kind.dtype.newbyteorder("<"),
+                rows=rows,
+                compressed="zstd" in codecs,
+            )
+            if name in self.profile.arrays and length != self.n_tokens:
+                raise self._unreadable(name, f"{length} tokens instead of {self.n_tokens}")
         return self._layouts[name]
 
-    def _unreadable(self, name: str, error: Exception) -> CacheError:
+    def _kind(self, name: str) -> Stored:
+        return self.profile.arrays.get(name) or Stored(*schema(self.profile.top_k, self.profile.vocab_size)[name])
+
+    def _unreadable(self, name: str, error: Exception | str) -> CacheError:
         return CacheError(
             f"{self.path}: expected to read {name}, got {error}; delete its receipt and run the job again",
             str(self.path),
@@ -226,10 +278,13 @@ class PartitionReader:
             blocks = [self.profile.decode(none)]
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in TOKEN_ARRAYS}
         for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
-            if (self.path / name).is_dir():
+            if self._has(name):
                 parts = list(self.blocks(name))
                 columns[name] = np.concatenate(parts) if parts else np.empty(0, self._layout(name).dtype)
-        return Records(**columns)
+        try:
+            return Records(**columns)
+        except (TypeError, ValueError) as error:
+            raise self._unreadable("its documents", error) from error
 
 
 def _crc32(file: Path) -> int:

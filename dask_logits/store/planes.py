@@ -24,6 +24,9 @@ from dask_logits.records import Array
 # Bytes between two chunks that are read rather than asked for anew.
 _GAP_BYTES = 1 << 16
 _LEVEL = 1
+_ZSTD_MAGIC = bytes.fromhex("28b52ffd")
+# Magic, descriptor, window, dictionary, size.
+_FRAME_HEADER_BYTES = 18
 
 
 def compress(chunk: Array) -> bytes:
@@ -31,6 +34,43 @@ def compress(chunk: Array) -> bytes:
     from numcodecs.zstd import Zstd
 
     return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
+
+
+def content_bytes(frame: bytes | memoryview) -> int | None:
+    """Return how long a zstd frame says its content is, from its header alone; None if it does not say so.
+
+    A decoder makes room for as many bytes before it reads further (RFC 8878, 3.1.1.1).
+
+    >>> content_bytes(compress(np.zeros(70_000, np.uint8))), content_bytes(b"PK")
+    (70000, None)
+    """
+    head = bytes(frame[:_FRAME_HEADER_BYTES])
+    if len(head) < 5 or head[:4] != _ZSTD_MAGIC:
+        return None
+    flag, is_single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
+    at = 6 - is_single + (0, 1, 2, 4)[dictionary]
+    width = (is_single, 2, 4, 8)[flag]
+    if not width or len(head) < at + width:
+        return None
+    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
+
+
+def decompress(frame: bytes | memoryview, out: Array) -> None:
+    """Decode a zstd frame into an array that it fills exactly.
+
+    Raises
+    ------
+    ValueError
+        If it does not, or is damaged.
+    """
+    from numcodecs.zstd import decompress as decode
+
+    if content_bytes(frame) != out.nbytes:
+        raise ValueError(f"a frame of {content_bytes(frame)} bytes instead of {out.nbytes}")
+    try:
+        decode(frame, out)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def fletcher32(data: bytes) -> bytes:
@@ -82,6 +122,10 @@ class PlaneReader:
         self.indices = indices
         self.chunk_shape = chunk_shape
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._file_bytes = os.fstat(self._descriptor).st_size
+        raw_bytes = chunk_shape[0] * chunk_shape[1]
+        # ZSTD_compressBound, and room for another encoder's.
+        self._most_bytes = raw_bytes + (raw_bytes >> 7) + 1024
         weakref.finalize(self, os.close, self._descriptor)
 
     def frames(self, first: int, stop: int) -> dict[str, list[memoryview]]:
@@ -100,6 +144,13 @@ class PlaneReader:
         places.sort()
         found: dict[str, list[memoryview]] = {name: [memoryview(b"")] * (stop - first) for name in self.indices}
         at = 0
+        for offset, size, name, chunk in places:
+            if size > self._most_bytes or offset + size > self._file_bytes:
+                raise CacheError(
+                    f"{self.path}: expected chunk {chunk} of {name} in a file of {self._file_bytes} bytes, got "
+                    f"{size} at {offset}: the file is damaged; restore it or run the job again",
+                    str(self.path),
+                )
         while at < len(places):
             # A writer puts the planes of a chunk, and the next chunk, side by side: mostly one read.
             begin = end = places[at][0]
@@ -122,17 +173,15 @@ class PlaneReader:
 
     def rows(self, start: int, stop: int) -> dict[str, Array]:
         """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
-        from numcodecs.zstd import decompress
-
         tokens, entries = self.chunk_shape
         first, last = start // tokens, -(-stop // tokens)
         out = {}
         for name, frames in self.frames(first, last).items():
-            rows = np.zeros((len(frames) * tokens, entries), np.uint8)
+            rows = np.empty((len(frames) * tokens, entries), np.uint8)
             for i, frame in enumerate(frames):
                 try:
                     decompress(frame, rows[i * tokens : (i + 1) * tokens])
-                except (ValueError, RuntimeError) as error:
+                except ValueError as error:
                     raise CacheError(
                         f"{self.path}: expected chunk {first + i} of {name} with {tokens} tokens, got {error}; the "
                         "file is damaged: restore it or run the job again",

@@ -27,7 +27,7 @@ import numpy as np
 
 from dask_logits.errors import CacheError
 from dask_logits.records import TOKEN_ARRAYS, Array, Records, id_dtype, schema
-from dask_logits.store.durable import create_bytes
+from dask_logits.store.durable import COUNT, DIGEST, NUMBERS, OBJECT, Kind, check_fields, create_bytes
 
 Precision = Literal[8, 10, 12]
 PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
@@ -38,6 +38,8 @@ _MOST_CHUNK_BYTES = 1 << 20
 _RANGE_NATS = 32.0
 # Tokens that are encoded at a time: what is between is eight times the codes.
 _BLOCK_TOKENS = 16_384
+# Of an array of one dimension, at most.
+_NPY_HEADER_BYTES = 4096
 _HALVED = ("logsumexp", "tail_logmass", "label_logprob")
 
 
@@ -317,6 +319,33 @@ def id_table(topk_ids: Array, vocab_size: int) -> Array:
     return np.argsort(-counts, kind="stable").astype(np.uint32)
 
 
+# What a calibration says of how targets are stored.
+_STORAGE = {
+    "profile": Kind("'plain' or 'compact'", lambda value: value in ("plain", "compact")),
+    "precision": Kind(f"one of {PRECISIONS}", lambda value: COUNT.holds(value) and value in PRECISIONS),
+    "id_table": DIGEST.or_none(),
+}
+_CALIBRATION = {
+    "numerics": OBJECT,
+    "storage": OBJECT.or_none(),
+    "cost": NUMBERS.or_none(),
+    "kept_mass_by_k": NUMBERS.or_none(),
+}
+
+
+def check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
+    """Refuse numerics that nobody here wrote.
+
+    Raises
+    ------
+    CacheError
+        Naming the file and the first field that is wrong.
+    """
+    check_fields(path, calibration, _CALIBRATION)
+    if calibration.get("storage") is not None:
+        check_fields(path, calibration["storage"], _STORAGE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileSpec:
     """What it takes to make a profile in another process.
@@ -348,24 +377,40 @@ def load_profile(spec: ProfileSpec) -> Profile:
     if spec.name == "plain":
         return Plain(top_k=spec.top_k, vocab_size=spec.vocab_size)
     path = Path(str(spec.id_table))
-    data = path.read_bytes() if path.is_file() else b""
+    table_bytes = spec.vocab_size * np.dtype(np.uint32).itemsize
+    is_table = path.is_file() and table_bytes < path.stat().st_size <= table_bytes + _NPY_HEADER_BYTES
+    data = path.read_bytes() if is_table else b""
     if hashlib.sha256(data).hexdigest() != path.stem:
         raise CacheError(
-            f"{path}: expected the id table with this SHA-256, got {'another' if data else 'nothing'}; restore it, or "
-            "run again with distillation.teacher.generation.force_regenerate=true",
+            f"{path}: expected the id table with this SHA-256, got {'another' if path.exists() else 'nothing'}; "
+            "restore it, or run again with distillation.teacher.generation.force_regenerate=true",
             str(path),
         )
-    table = np.load(io.BytesIO(data), allow_pickle=False)
-    return Compact(top_k=spec.top_k, vocab_size=spec.vocab_size, precision=spec.precision, id_table=table)
+    # Its header is known, so it need not be believed.
+    table = np.frombuffer(data[-table_bytes:], "<u4")
+    try:
+        return Compact(top_k=spec.top_k, vocab_size=spec.vocab_size, precision=spec.precision, id_table=table)
+    except ValueError as error:
+        raise CacheError(f"{path}: expected an id table, got {error}; restore it", str(path)) from error
 
 
 def save_id_table(folder: Path, table: Array) -> str:
     """Write an id table under its SHA-256, unless it is there; return that."""
-    buffer = io.BytesIO()
-    np.save(buffer, table.astype(np.uint32), allow_pickle=False)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    create_bytes(folder / f"{digest}.npy", buffer.getvalue())
+    table = table.astype(np.uint32)
+    digest = hashlib.sha256(_npy(table)).hexdigest()
+    save_array(folder / f"{digest}.npy", table)
     return digest
+
+
+def save_array(path: Path, array: Array) -> None:
+    """Write an array as ``.npy``, unless it is there."""
+    create_bytes(path, _npy(array))
+
+
+def _npy(array: Array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def earns(top_k: int, vocab_size: int, tokens: int | None, partition_tokens: float) -> bool:

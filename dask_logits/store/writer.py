@@ -22,12 +22,19 @@ import numpy as np
 from dask_logits.errors import CacheError
 from dask_logits.records import Array, schema
 from dask_logits.store.durable import sync
-from dask_logits.store.layout import CRC_BLOCK_BYTES, DOCUMENTS, FORMAT, FORMAT_VERSION, INDEX, BlockCrc, round_up
+from dask_logits.store.layout import (
+    CRC_BLOCK_BYTES,
+    DOCUMENTS,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    ZSTD_FILTER,
+    BlockCrc,
+    round_up,
+)
 from dask_logits.store.planes import compress, fletcher32
 from dask_logits.store.profile import Compact, Profile
 
-# HDF5's number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
-_ZSTD_FILTER = 32_015
 _LEVEL = 1
 
 
@@ -101,7 +108,7 @@ class CacheWriter:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((self.profile.alignment, *shape[1:]))
         # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
-        properties.set_filter(_ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
+        properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
         properties.set_fletcher32()
         space = h5py.h5s.create_simple(shape)
         h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
@@ -157,6 +164,8 @@ class CacheWriter:
     def finish(self, attributes: Mapping[str, Any]) -> None:
         """Write the index, checksums and attributes, the completeness flag last, and flush to the disk.
 
+        ``token_crcs`` among the attributes is written as an array.
+
         Raises
         ------
         CacheError
@@ -168,6 +177,10 @@ class CacheWriter:
                     f"{self.path}: expected {len(self._file[name])} entries of {name}, got {filled}",
                     str(self.path),
                 )
+        if "token_crcs" in attributes:
+            crcs = attributes["token_crcs"]
+            self._create("token_crcs", crcs.shape, crcs.dtype)
+            self.append("token_crcs", crcs)
         for name in self._chunk_sizes:
             places: list[tuple[int, int]] = []
             self._file[name].id.chunk_iter(functools.partial(_note_place, places))
@@ -192,6 +205,8 @@ class CacheWriter:
         if isinstance(self.profile, Compact):
             header |= {"precision": self.profile.precision, "chunk_tokens": self.profile.alignment}
         for key, value in {**header, **attributes}.items():
+            if isinstance(value, np.ndarray):
+                continue
             self._file.attrs[key] = json.dumps(value) if isinstance(value, dict | list) else value
         self._file.flush()
         self._file.attrs["complete"] = True

@@ -115,7 +115,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         if decode == "device" and not all(first.profile.equals(reader.profile) for reader in readers[1:]):
             raise ConfigError("decode: expected 'worker' for parts with different id tables, got 'device'; merge them")
         if student_tokenizer is not None:
-            check_tokenizer(first.attributes, student_tokenizer, str(first.path))
+            check_tokenizer(first.attributes, first.said().get("token_crcs"), student_tokenizer, str(first.path))
         self._ends = self._token_ends() if window is not None else np.zeros(0, np.int64)
 
     @property

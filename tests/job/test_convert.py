@@ -5,9 +5,10 @@ import pytest
 from builders import compact, content, packed_records, plain, records, write_cache
 
 from dask_logits import CacheError, RunConflictError, convert
-from dask_logits.job.manifest import CONSOLIDATION_LOCK, lease
+from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.consolidate import cache_pieces
+from dask_logits.store.lease import lease
 from dask_logits.store.profile import as_kept
 
 

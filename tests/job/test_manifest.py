@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.manifest import RunFolder, compare, lease
+from dask_logits.job.manifest import RunFolder, compare
 from dask_logits.store.durable import create_json, read_json
 
 
@@ -42,29 +40,6 @@ def test_differences_are_listed_by_name(tmp_path) -> None:
         compare(tmp_path, {"a": {"b": 1}, "c": 2, "d": None}, {"a": {"b": 3}, "c": 2, "e": 4})
     assert caught.value.differences == {"a.b": (1, 3), "e": (None, 4)}
     assert "  a.b: the run has 1, now 3\n" in str(caught.value)
-
-
-def test_a_second_driver_is_refused_until_the_first_is_gone(tmp_path) -> None:
-    code = (
-        "import sys, pathlib; from dask_logits.job.manifest import lease\n"
-        "with lease(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / ".driver.lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert other.stdout.readline() == "held\n"
-    with (
-        pytest.raises(RunConflictError, match=rf"process {other.pid} on .* is at work"),
-        lease(tmp_path / ".driver.lock"),
-    ):
-        pass
-    other.kill()
-    other.communicate()
-    with lease(tmp_path / ".driver.lock"):
-        pass
 
 
 def test_receipts_are_fanned_out_by_thousands(tmp_path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,10 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
         if ids:
             assert_targets_match(document, plain_targets(model, np.array(ids), VOCAB_SIZE, 8))
     assert len(found[7]["input_ids"]) == 0
+    assert len(CachedLogitsDataset(cache, student_tokenizer=tokenizer)) == 40
+    other = {**tokenizer.get_vocab(), "odd": 5}
+    with pytest.raises(dask_logits.CacheError, match="that first differs at id 5, which is "):
+        CachedLogitsDataset(cache, student_tokenizer=SimpleNamespace(get_vocab=lambda: other))
 
 
 def test_what_lands_on_disk(joined, cache) -> None:
@@ -55,7 +60,7 @@ def test_what_lands_on_disk(joined, cache) -> None:
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
     assert names == {
         "run.json", "calibration.json", "status.json", ".driver.lock", ".consolidate.lock", "teacher_logits.h5",
-        "plan/000/000000.json", "plan/000/000001.json",
+        "tables/token_crcs.npy", "plan/000/000000.json", "plan/000/000001.json",
         *(f"receipts/000/00000{i}.json" for i in range(4)),
     }  # fmt: skip
     assert all(path.stat().st_size < 3_000 for path in (run_folder / "receipts" / "000").iterdir())
@@ -534,7 +539,7 @@ def test_a_resumed_compact_run_ends_like_an_undisturbed_one(joined, tmp_path) ->
     RunFolder(folder).receipt_path(2).unlink()
     assert digest(run(joined, *keep)) == expected
     (folder / "teacher_logits.h5").unlink()
-    (table,) = (folder / "tables").iterdir()
+    (table,) = (path for path in (folder / "tables").iterdir() if path.name != "token_crcs.npy")
     table.write_bytes(b"lost")
     load_profile.cache_clear()
     with pytest.raises(dask_logits.CacheError, match="expected the id table with this SHA-256, got another"):

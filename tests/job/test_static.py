@@ -21,8 +21,9 @@ from dask_logits import CachedLogitsDataset, load_config, merge, read_status
 from dask_logits.capture.corpus import open_corpus
 from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
-from dask_logits.job.manifest import RunFolder, lease
+from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader
+from dask_logits.store.lease import lease
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "scripts" / "generate_teacher_logits_parallel.sh"
@@ -106,8 +107,8 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
     folder = cache_dir(small)
     log = folder / "logs" / "worker-1.log"
     wait_for(lambda: log.exists() and "calibrating" in log.read_text(), started)
-    (lock,) = wait_for(lambda: list(folder.glob(".driver-1-of-2.lock")), started)
-    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    (lock,) = wait_for(lambda: [path for path in folder.glob(".driver-1-of-2.lock") if path.read_text()], started)
+    os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
     _, errors = started.communicate(timeout=120)
     assert started.returncode == 1
     assert "worker 0: done" in errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -18,40 +19,34 @@ from dask_logits import ClusterError, PartitionsFailedError, generate, load_conf
 class Saboteur(WorkerPlugin):
     """Replaces the partition task in every worker, restarted ones too."""
 
-    def __init__(self, index: int, act: str) -> None:
-        self.index, self.act = index, act
+    def __init__(self, act: str) -> None:
+        self.act = act
 
     def setup(self, worker) -> None:
         from dask_logits.job import window
 
-        original, index, act = window.process_partition, self.index, self.act
+        act = self.act
 
         def sabotaged(task, on_tokens, stages):
-            if task.partition.index == index:
-                import os
-                import time
+            import os
+            import time
 
-                if act == "die":
-                    os._exit(1)
-                time.sleep(60)
-            return original(task, on_tokens, stages)
+            if act == "die":
+                os._exit(1)
+            time.sleep(60)
 
         window.process_partition = sabotaged
 
 
 @contextlib.contextmanager
-def sabotaged(index: int, act: str, threads: int = 1) -> Iterator[str]:
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-saturation": 1.0}):
+def sabotaged(act: str) -> Iterator[str]:
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}):
         cluster = LocalCluster(
-            n_workers=1,
-            threads_per_worker=threads,
-            memory_limit=None,
-            dashboard_address="127.0.0.1:0",
-            host="127.0.0.1",
+            n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
         )
     try:
         with Client(cluster) as client:
-            client.register_plugin(Saboteur(index, act))
+            client.register_plugin(Saboteur(act))
             yield cluster.scheduler_address
     finally:
         # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
@@ -59,25 +54,24 @@ def sabotaged(index: int, act: str, threads: int = 1) -> Iterator[str]:
             cluster.close(timeout=10)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_partition_that_kills_its_worker_fails_alone(overrides, threads: int) -> None:
-    # With two threads every death takes a neighbour along, which must not fail for it.
-    with sabotaged(1, "die", threads) as address:
-        config = load_config([*overrides, f"distillation.cluster.scheduler={address}"])
-        with pytest.raises(PartitionsFailedError, match=r"partition 000001: its worker died 2 times") as caught:
-            generate(config)
-    assert list(caught.value.reasons) == [1]
-    assert read_status(config.teacher.cache_dir).committed == 3
+def test_what_kills_every_worker_stops_early(overrides) -> None:
+    with sabotaged("die") as address:
+        more = [f"distillation.cluster.scheduler={address}", "distillation.job.max_failures=2"]
+        with pytest.raises(PartitionsFailedError, match="the first 2 partitions all failed, so the job was stopped"):
+            generate(load_config([*overrides, *more]))
+    assert read_status(cache_dir(overrides)).committed == 0
 
 
-def test_a_partition_that_hangs_ends_in_a_diagnosis(overrides) -> None:
-    with sabotaged(2, "hang") as address:
-        config = load_config(
-            [*overrides, f"distillation.cluster.scheduler={address}", "distillation.job.stall_seconds=15"]
-        )
-        with pytest.raises(ClusterError, match=r"expected progress within 15 s, .* 1 workers and partitions 000002 in"):
-            generate(config)
-    assert read_status(config.teacher.cache_dir).committed == 2
+def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
+    # Calibrated in peace.
+    generate(load_config(joined)).unlink()
+    shutil.rmtree(cache_dir(overrides) / "receipts")
+    with sabotaged("hang") as address:
+        more = [f"distillation.cluster.scheduler={address}", "distillation.job.stall_seconds=5"]
+        with pytest.raises(
+            ClusterError, match=r"expected progress within 5 s, got none for .* workers and partitions 00000\d"
+        ):
+            generate(load_config([*overrides, *more]))
 
 
 def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:

@@ -22,6 +22,7 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 from dask_logits import ClusterError, ConfigError, RunConflictError
+from dask_logits.job.failures import Failure, note_failure
 from dask_logits.job.manifest import FORMAT, VERSION, RunFolder, Share
 from dask_logits.observe import monitor as module
 from dask_logits.observe.monitor import Monitor
@@ -235,12 +236,13 @@ def test_a_folder_that_is_not_visible_here_is_shown_by_its_announcements(empty, 
 
 def test_failures_are_shown_and_escaped(tmp_path) -> None:
     reason = "row 7: <script>alert('x')</script> & more"
-    run = run_folder(tmp_path / "run", failed={"3": reason}, dashboard='javascript:alert("x")')
+    run = run_folder(tmp_path / "run", dashboard='javascript:alert("x")')
+    note_failure(RunFolder(Path(run)), Failure(index=3, kind="data", reason=reason))
     table = Monitor(run)._repr_html_()
-    assert "partition 000003: row 7: &lt;script&gt;" in figures(table)["failed"]
+    assert "partition 000003: data: row 7: &lt;script&gt;" in figures(table)["failed"]
     assert "<script" not in table
     assert "<a " not in table
-    assert Monitor(run).status().failed == {3: reason}
+    assert Monitor(run).status().failed == {3: f"data: {reason}"}
 
 
 def test_watching_ends_in_time_on_an_interrupt_or_without_a_driver(tmp_path, monkeypatch, capsys) -> None:

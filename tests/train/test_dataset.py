@@ -9,8 +9,8 @@ import torch
 from builders import compact, packed_records, plain, records, write_cache
 from torch.utils.data import DataLoader
 
-from dask_logits import CachedLogitsDataset, CacheError, ConfigError, DatasetError, collate, collate_flat
-from dask_logits.tokenmap import map_digest, map_ranges
+from dask_logits import CachedLogitsDataset, CacheError, ConfigError, DatasetError, collate, collate_flat, convert
+from dask_logits.tokenmap import map_digest, token_crcs
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
 
@@ -252,14 +252,25 @@ def test_a_students_tokenizer_has_to_be_the_teachers(tmp_path) -> None:
     words = [f"w{i}" for i in range(1_000)]
     vocabulary = Words(words).get_vocab()
     known = {"tokenizer_map_digest": map_digest(vocabulary), "tokenizer_ids": 1_000}
-    write_cache(tmp_path / "c.h5", records((3,)), **known, tokenizer_map_ranges=map_ranges(vocabulary))
+    write_cache(tmp_path / "c.h5", records((3,)), profile=compact(), **known, token_crcs=token_crcs(vocabulary))
     CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(words))
     CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words([*words, "<pad>"]))
     other = [*words[:402], "x", *words[403:]]
-    with pytest.raises(CacheError, match=r"first differs among ids 400 to 403 \(there 400 is 'w400'\)"):
+    with pytest.raises(CacheError, match=r"first differs at id 402, which is 'x' there"):
         CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(other))
-    with pytest.raises(CacheError, match=r"expected the map of the 1000 ids of .*, got one of 700 ids"):
+    with pytest.raises(
+        CacheError,
+        match=r"of the 1000 ids of .*, got one of 700 ids that first differs at id 700, which is no token there",
+    ):
         CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words(words[:700]))
+    for name in ("c.h5", "plain.h5"):
+        convert(tmp_path / "c.h5", tmp_path / "plain.h5", profile="plain")
+        with pytest.raises(CacheError, match="at id 402"):
+            CachedLogitsDataset(tmp_path / name, student_tokenizer=Words(other), engine="h5py")
+    # A token with the same byte.
+    alike = next(word for i in range(10_000) if token_crcs({(word := f"y{i}"): 0}) == token_crcs({"w402": 0}))
+    with pytest.raises(CacheError, match="got one of 1000 ids; give the student"):
+        CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=Words([*words[:402], alike, *words[403:]]))
     write_cache(tmp_path / "old.h5", records((3,)), tokenizer_map_digest=map_digest(vocabulary))
     with pytest.raises(CacheError, match="got one of 1000 ids; give the student"):
         CachedLogitsDataset(tmp_path / "old.h5", student_tokenizer=Words(other))

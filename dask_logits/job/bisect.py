@@ -1,0 +1,116 @@
+"""Which rows make a partition fail: halves of it are scored, without being stored, until single rows are left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+from distributed import Client
+
+from dask_logits.capture.task import PartitionTask, try_rows
+from dask_logits.config import JobConfig
+from dask_logits.errors import ClusterError
+from dask_logits.job.failures import Failure
+from dask_logits.job.window import STAGES, holders, restart_worker
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_CALL_SECONDS = 20
+# More rows than that are not one row's fault.
+_MOST_ROWS = 8
+
+
+def bisect(client: Client, failure: Failure, job: JobConfig) -> Failure:
+    """Find the rows that make a partition fail.
+
+    Parameters
+    ----------
+    client
+        A connected client; nothing else may run.
+    failure
+        What failed.
+    job
+        ``stall_seconds`` is what a try may take.
+
+    Returns
+    -------
+    Failure
+        With at most 8 rows; with none where all rows pass on their own.
+    """
+    task = failure.task
+    assert isinstance(task, PartitionTask)
+    rows: list[int] = []
+    waiting = [(0, task.partition.n_rows)]
+    with _two_deaths_are_enough(client):
+        while waiting and len(rows) < _MOST_ROWS:
+            first, n_rows = waiting.pop()
+            if _passes(client, task, first, n_rows, job.stall_seconds):
+                continue
+            if n_rows == 1:
+                rows.append(task.partition.first_row + first)
+                logger.error("partition %s: dataset row %d makes it fail", task.partition.name, rows[-1])
+            else:
+                half = n_rows // 2
+                waiting += [(first + half, n_rows - half), (first, half)]
+    return failure.found_in(tuple(rows))
+
+
+def _try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
+    try_rows(task, first, n_rows, STAGES)
+
+
+def _passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float) -> bool:
+    while (found := _tried(client, task, first, n_rows, seconds)) is None:
+        logger.info("partition %s: a try was lost; again", task.partition.name)
+    return found
+
+
+def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float) -> bool | None:
+    """Return whether rows pass; None if nobody knows, because a worker was lost between finishing and telling."""
+    name = f"try-rows-{task.partition.name}-{uuid.uuid4().hex[:8]}"
+    delayed = dask.delayed(_try_on_worker, pure=False)(task, first, n_rows, dask_key_name=name)
+    future = client.compute(delayed, optimize_graph=False)
+    started = time.monotonic()
+    try:
+        while not future.done():
+            if time.monotonic() - started > seconds:
+                holder = holders(client).get(name)
+                if holder is None:
+                    raise ClusterError(
+                        f"distillation.cluster: expected a worker within {seconds:g} s "
+                        "(distillation.job.stall_seconds), got none; look at the workers' logs"
+                    )
+                future.release()
+                restart_worker(client, holder)
+                return False
+            time.sleep(_POLL_SECONDS)
+        if future.status == "error":
+            end = task.partition.first_row + first + n_rows - 1
+            logger.info(
+                "rows %d to %d fail: %r", task.partition.first_row + first, end, future.exception(_CALL_SECONDS)
+            )
+        return {"finished": True, "error": False}.get(str(future.status))
+    finally:
+        future.release()
+
+
+@contextlib.contextmanager
+def _two_deaths_are_enough(client: Client) -> Iterator[None]:
+    """Let a task fail when a second worker dies under it; one may die of what went before."""
+
+    def allow(failures: int, dask_scheduler: Any = None) -> int:
+        before: int = dask_scheduler.allowed_failures
+        dask_scheduler.allowed_failures = failures
+        return before
+
+    before = client.run_on_scheduler(allow, 1)
+    try:
+        yield
+    finally:
+        client.run_on_scheduler(allow, before)

@@ -1,0 +1,224 @@
+"""Whether a cache or a run is good: its files are checked, and rows scored again if that is asked for.
+
+Dimension letters: N positions, K kept entries, V vocabulary, T = V − K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.capture.checkpoint import load_teacher
+from dask_logits.capture.items import make_items, plain_items
+from dask_logits.capture.rows import read_rows
+from dask_logits.capture.scoring import score_items
+from dask_logits.capture.task import PartitionTask
+from dask_logits.capture.tokens import tokenize
+from dask_logits.compose import override
+from dask_logits.errors import RunConflictError
+from dask_logits.job.checks import Check, Report, check_files
+from dask_logits.job.manifest import RunFolder
+from dask_logits.job.planlog import PlanLog
+from dask_logits.job.prepare import check_folder, prepare
+from dask_logits.job.score import tasks
+from dask_logits.records import Array, ContentDigest, Records
+from dask_logits.store.cache import CacheReader
+from dask_logits.store.find import find_caches
+from dask_logits.store.profile import as_kept, load_profile
+
+# Positions of a row whose whole distribution is computed.
+_DENSE_TOKENS = 64
+
+
+def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
+    """Check a cache, an index over several, or a run folder.
+
+    Parameters
+    ----------
+    path
+        Which.
+    recompute
+        Dataset rows, drawn at random, that are scored again with the teacher; only of a run folder.
+    seed
+        What they are drawn from.
+
+    Returns
+    -------
+    Report
+        ``ok`` tells whether all is well.
+
+    Raises
+    ------
+    DaskLogitsError
+        If there is nothing to check, or the rows cannot be scored here.
+    """
+    path = Path(path).expanduser().absolute()
+    report = check_files(path)
+    if recompute and report.ok:
+        report.recomputed, check = _recompute(RunFolder(path), recompute, seed)
+        report.checks.append(check)
+    return report
+
+
+def _recompute(run: RunFolder, n_rows: int, seed: int) -> tuple[dict[str, Any], Check]:
+    """Score random rows again with the run's teacher and frozen numerics.
+
+    The rows' whole partitions are scored, in the batches they were scored in. "Live" is what comes out before it is
+    stored; it is compared with the cache, and with the same rows scored one by one, which is the noise floor: the same
+    text in another batch moves the last bits. The cost of keeping K entries is KL(p ‖ q) in nats, p the teacher's
+    distribution and q its kept entries with the rest of the mass spread evenly over the other ids, at the first
+    positions of each row.
+
+    Parameters
+    ----------
+    run
+        A complete run whose dataset and teacher can be read here.
+    n_rows
+        Rows, drawn without replacement.
+    seed
+        What they are drawn from.
+
+    Returns
+    -------
+    dict
+        Figures.
+    Check
+        Whether the cache holds exactly what comes out now.
+
+    Raises
+    ------
+    RunConflictError
+        If the run has no cache, was scored on another device, or its settings do not fit any more.
+    """
+    manifest, calibration = run.manifest(), run.calibration()
+    if manifest is None or calibration is None or not (run.cache_path.exists() or run.index_path.exists()):
+        raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
+    tree = {**manifest["how"], "teacher": {**manifest["how"]["teacher"], "cache_dir": str(run.path)}}
+    job = prepare(override(tree, []))
+    check_folder(job)
+    log = PlanLog(run)
+    draw = np.random.default_rng(seed)
+    chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
+    rows_of = {
+        partition.index: [row for row in chosen if 0 <= row - partition.first_row < partition.n_rows]
+        for partition in log.partitions()
+    }
+    planned = job.source.plan(log, job.partition_rows, lambda index: bool(rows_of.get(index)))
+    readers = [CacheReader(file) for file in find_caches(run.path)]
+    check = Check("partitions that come out the same now")
+    cached, noise, truncation = _Differences(), _Differences(), []
+    for task in tasks(job, calibration, planned, lambda failure: None):
+        if task is None:
+            continue
+        live, alone, dense = _score(task, rows_of[task.partition.index])
+        kept = as_kept(live, load_profile(task.profile))
+        digest = ContentDigest()
+        digest.update(kept)
+        check.looked_at += 1
+        receipt = run.receipt(task.partition.index) or {}
+        if digest.hexdigest() != receipt.get("content_digest"):
+            check.found([f"partition {task.partition.name}: expected the content of its receipt, got another"])
+        for row in rows_of[task.partition.index]:
+            now = _document(live, row)
+            cached.add(_cached_document(readers, row), now)
+            if task.items.packing == "none":
+                noise.add(alone[row], now)
+            truncation += _truncation(dense[row], task.scoring.top_k)
+    figures = {
+        "rows_scored_again": len(chosen),
+        "positions": cached.positions,
+        **cached.figures("cached_against_live"),
+        **noise.figures("live_against_live"),
+        "nats_lost_by_keeping_k": float(np.mean(truncation)) if truncation else 0.0,
+    }
+    return figures, check
+
+
+Targets = tuple[Array, Array]
+
+
+class _Differences:
+    """How far two sets of targets for the same positions are apart, at the ids that both keep."""
+
+    def __init__(self) -> None:
+        self.positions = self.same_top1 = self.n_pairs = 0
+        self.most = self.squares = 0.0
+
+    def add(self, one: Targets, other: Targets) -> None:
+        """Compare (ids, log-probs) [N, K] with others of the same positions."""
+        for ids_K, logprobs_K, others_K, other_logprobs_K in zip(*one, *other, strict=True):
+            _, at, other_at = np.intersect1d(ids_K, others_K, assume_unique=True, return_indices=True)
+            off = np.abs(logprobs_K[at].astype(np.float64) - other_logprobs_K[other_at].astype(np.float64))
+            off = off[np.isfinite(off)]
+            self.positions += 1
+            self.same_top1 += int(ids_K[0] == others_K[0])
+            self.n_pairs += len(off)
+            self.most = max(self.most, float(off.max(initial=0.0)))
+            self.squares += float((off**2).sum())
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Return the largest and the root mean square difference in nats, and the share of equal first ids."""
+        if not self.positions:
+            return {}
+        return {
+            f"{name}_max": self.most,
+            f"{name}_rms": (self.squares / max(1, self.n_pairs)) ** 0.5,
+            f"{name}_same_top_1": self.same_top1 / self.positions,
+        }
+
+
+def _score(task: PartitionTask, rows: list[int]) -> tuple[Records, dict[int, Targets], dict[int, Array]]:
+    """Score a partition as it was scored; and rows of it one by one, as they are and with the whole distribution."""
+    texts = read_rows(task.files, task.column)
+    documents = tokenize(texts, task.tokenizer, first_row=task.partition.first_row)
+    teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+    items = make_items(documents, task.items, first_row=task.partition.first_row)
+    live = score_items(teacher, items, task.scoring, packed=task.items.packing == "concat").records
+    whole = dataclasses.replace(task.scoring, top_k=task.scoring.vocab_size)
+    alone: dict[int, Targets] = {}
+    dense: dict[int, Array] = {}
+    for row in rows:
+        tokens = documents[row - task.partition.first_row]
+        if task.items.packing == "none":
+            found = score_items(teacher, make_items([tokens], task.items, first_row=row), task.scoring).records
+            alone[row] = _document(found, row)
+        few = plain_items([tokens[:_DENSE_TOKENS]], row)
+        dense[row] = score_items(teacher, few, whole).records.topk_logprobs
+    return live, alone, dense
+
+
+def _document(records: Records, row: int) -> Targets:
+    """Return the targets of a row."""
+    ends = np.cumsum(records.document_length, dtype=np.int64)
+    mine = [
+        np.arange(ends[i] - int(records.document_length[i]), ends[i])
+        for i in np.flatnonzero(records.document_row == row)
+    ]
+    at = np.concatenate(mine)
+    return records.topk_ids[at], records.topk_logprobs[at]
+
+
+def _cached_document(readers: list[CacheReader], row: int) -> Targets:
+    """Return the targets of a row from the cache."""
+    ids, logprobs = [], []
+    for reader in readers:
+        for i in np.flatnonzero(np.asarray(reader.arrays["document_row"]) == row):
+            start = int(reader.document_start[i])
+            tokens = reader.tokens(start, start + int(reader.arrays["document_length"][i]))
+            ids.append(tokens["topk_ids"])
+            logprobs.append(tokens["topk_logprobs"])
+    return np.concatenate(ids), np.concatenate(logprobs)
+
+
+def _truncation(logprobs_NV: Array, top_k: int) -> list[float]:
+    """Return KL(p ‖ q) of each position: sum over the tail of p log(p / (tail mass / (V − K)))."""
+    tail_NT = logprobs_NV[:, top_k:].astype(np.float64)
+    if not tail_NT.shape[1]:
+        return [0.0] * len(tail_NT)
+    p_NT = np.exp(tail_NT)
+    spread_N1 = np.log(np.maximum(p_NT.sum(1, keepdims=True), np.finfo(np.float64).tiny) / tail_NT.shape[1])
+    terms_NT = np.where(p_NT > 0, p_NT * (np.where(p_NT > 0, tail_NT, 0.0) - spread_N1), 0.0)
+    return [float(nats) for nats in np.maximum(terms_NT.sum(1), 0.0)]

@@ -1,0 +1,166 @@
+"""One writer at a time: a lock that goes with its process, and a lease that other machines see.
+
+A lock of the file system (``flock``) is enough on one machine: however the process ends, it is free. Between machines
+it may not reach, so the holder also writes who it is and counts up every few seconds. A lease that another machine left
+without clearing it is watched: if it counts, its holder is alive; if not, it is taken only where that is allowed. No
+clock is compared.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dask_logits.errors import RunConflictError
+from dask_logits.store.durable import Json
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 5.0
+# A lease that has not counted for so many beats is stale.
+STALE_BEATS = 4
+# One write of so many bytes is whole or absent for a reader.
+_BYTES = 256
+
+
+@contextlib.contextmanager
+def lease(path: Path, *, wait: bool = False, takeover: bool = False) -> Iterator[None]:
+    """Hold a lease; it goes with the process, however it ends.
+
+    Where another machine takes it over, because this process was frozen, the main thread is interrupted.
+
+    Parameters
+    ----------
+    path
+        The lock file; it stays, empty when nobody holds it.
+    wait
+        Wait for another process that holds it, instead of refusing.
+    takeover
+        Take a lease that a process on another machine left without clearing it and that does not count any more.
+
+    Raises
+    ------
+    RunConflictError
+        If another process holds it, or may hold it.
+    """
+    with _opened(path) as file:
+        locked = _lock(file, path, wait)
+        left = _read(path)
+        if left is not None and (left["host"] != socket.gethostname() or not locked):
+            _check_stale(path, left, wait, takeover or wait)
+        mine = {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex, "beat": 0}
+        _write(path, mine)
+        stop = threading.Event()
+        beating = threading.Thread(target=_beat, args=(path, mine, stop), daemon=True, name="dask_logits-lease")
+        beating.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beating.join()
+            if (_read(path) or {}).get("token") == mine["token"]:
+                os.truncate(path, 0)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a lock file to lock it: a plain file in its folder, because it will be written over."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.fdopen(os.open(path, flags, 0o666), "a+b")
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise RunConflictError(f"{path}: expected a lock file, got a link to another; delete it") from error
+
+
+def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
+    """Lock a file; return False where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise _held(path, _read(path)) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s); its lease alone keeps others out", path, error)
+        return False
+    return True
+
+
+def _check_stale(path: Path, left: Json, wait: bool, takeover: bool) -> None:
+    """Watch a lease that somebody left; return when it may be taken."""
+    logger.info("%s is %s's; watching it", path, _who(left))
+    while True:
+        time.sleep(STALE_BEATS * BEAT_SECONDS)
+        now = _read(path)
+        if now is None:
+            return
+        if now == left:
+            break
+        if not wait:
+            raise _held(path, now)
+        left = now
+    if not takeover:
+        raise RunConflictError(
+            f"{path.parent}: expected to be the only driver of {_what(path)}, but {_who(left)} did not clear its lease "
+            "and gives no sign of life; make sure that it is gone, then set distillation.job.takeover=true (commands: "
+            "--takeover)",
+            {"lease": (_who(left), socket.gethostname())},
+        )
+    logger.warning("taking over the lease of %s, which gives no sign of life", _who(left))
+
+
+def _beat(path: Path, mine: Json, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        found = _read(path)
+        if found is not None and found["token"] != mine["token"]:
+            logger.error("%s was taken over by %s: stopping", path, _who(found))
+            _thread.interrupt_main()
+            return
+        mine["beat"] += 1
+        # A disk that is full for a while is no reason to stop.
+        with contextlib.suppress(OSError):
+            _write(path, mine)
+
+
+def _write(path: Path, holder: Json) -> None:
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(handle, json.dumps(holder).encode().ljust(_BYTES), 0)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> Json | None:
+    """Return who holds a lease; None if nobody does, or it is being written."""
+    try:
+        holder = json.loads(path.read_bytes() or b"null")
+    except (OSError, ValueError):
+        return None
+    known = isinstance(holder, dict) and holder.keys() >= {"host", "process", "token", "beat"}
+    return holder if known else None
+
+
+def _held(path: Path, holder: Json | None) -> RunConflictError:
+    return RunConflictError(
+        f"{path.parent}: expected to be the only driver of {_what(path)}, but {_who(holder)} is at work; wait for it, "
+        "or stop it"
+    )
+
+
+def _what(path: Path) -> str:
+    return path.name.strip(".").removesuffix(".lock")
+
+
+def _who(holder: Json | None) -> str:
+    return "another process" if holder is None else f"process {holder['process']} on {holder['host']}"

@@ -1,0 +1,142 @@
+"""Kill a process at every step of what it does to a folder: ``python fault_points.py publish|consolidate FOLDER``.
+
+A step is every opening for writing, rename, link, removal and making of a folder below FOLDER (audit events), every
+flush, and every write of the cache. A process is forked for each step, on a copy of the folder, and killed there with
+SIGKILL; one line of JSON says where. The last one is not killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from builders import compact, records
+
+from dask_logits.capture import task as task_module
+from dask_logits.capture.scoring import Scored
+from dask_logits.capture.task import PartitionTask, process_partition
+from dask_logits.job.assemble import consolidate_run
+from dask_logits.job.manifest import FORMAT, VERSION, RunFolder
+from dask_logits.job.plan import Partition
+from dask_logits.job.planlog import PlanLog
+from dask_logits.store import durable
+from dask_logits.store.durable import create_json
+from dask_logits.store.profile import save_id_table
+from dask_logits.store.writer import CacheWriter
+
+ROWS, K, VOCAB_SIZE, PARTITIONS = 5, 3, 50, 3
+WHAT = {
+    "teacher.generation.top_k": K,
+    "dataset.vocab_size": VOCAB_SIZE,
+    "dataset.packing": "none",
+}
+_EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
+
+
+def make_run(folder: Path) -> RunFolder:
+    """Make a run folder whose partitions are planned and not computed."""
+    run = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    how = {"job": {"keep_partitions": False}, "cache": {"max_file_size": None}, "teacher": {"model_path": "t"}}
+    said = {"fingerprint": "f", "what": WHAT, "numerics": {}, "total_workers": 1, "how": how, "teacher": {}}
+    tokenizer = {"tokenizer_map_digest": None, "tokenizer_ids": 0}
+    create_json(run.manifest_path, {"format": FORMAT, "version": VERSION, "run_id": "r", **said, **tokenizer})
+    table = save_id_table(run.tables_path, compact(K, VOCAB_SIZE).id_table)
+    storage = {"profile": "compact", "precision": 8, "id_table": table}
+    create_json(run.calibration_path, {"numerics": {}, "storage": storage})
+    log = PlanLog(run)
+    log.append(((PARTITIONS, ROWS),), {})
+    log.close("exhausted")
+    return run
+
+
+def publish(folder: Path, index: int = 0) -> None:
+    """Compute and commit a partition, with a teacher that is pretended."""
+    run = RunFolder(folder)
+    made = records((4, 0, 2, 7, 3), k=K, vocab_size=VOCAB_SIZE, seed=index, first_row=index * ROWS)
+    stub = {
+        "read_rows": lambda files, column: [],
+        "tokenize": lambda rows, spec, first_row: [],
+        "make_items": lambda documents, settings, first_row: [],
+        "load_teacher": lambda spec, vocab_size: None,
+        "score_items": lambda *_, **__: Scored(records=made, seconds={}, splits={}, padded_tokens=0),
+    }
+    vars(task_module).update(stub)
+    task = PartitionTask(
+        run=str(folder),
+        run_id="r",
+        partition=Partition(index=index, first_row=index * ROWS, n_rows=ROWS),
+        files=(),
+        column="text",
+        tokenizer=None,
+        items=SimpleNamespace(packing="none"),
+        teacher=None,
+        scoring=SimpleNamespace(vocab_size=VOCAB_SIZE),
+        profile=run.profile(),
+        cost=SimpleNamespace(flops=lambda lengths: 0.0, peak_flops=0.0),
+    )
+    process_partition(task)
+
+
+def consolidate(folder: Path) -> None:
+    """Write the cache of a run whose partitions are committed."""
+    consolidate_run(RunFolder(folder))
+
+
+ACTS: dict[str, Callable[[Path], None]] = {"publish": publish, "consolidate": consolidate}
+
+
+def die_at(step: int, folder: Path) -> None:
+    """Have this process killed at a step; count them."""
+    left = [step]
+
+    def count(what: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.write(1, (json.dumps({"step": step, "at": what}) + "\n").encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, given: tuple[object, ...]) -> None:
+        opened = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (opened or event in _EVENTS) and str(given[0]).startswith(str(folder)):
+            count(f"{event} {Path(str(given[0])).name}")
+
+    def counted(function: Callable[..., object], name: str) -> Callable[..., object]:
+        def call(*given: object, **more: object) -> object:
+            count(name)
+            return function(*given, **more)
+
+        return call
+
+    durable.os = SimpleNamespace(**{**vars(os), "fsync": counted(os.fsync, "fsync")})
+    for name in ("append", "append_chunks", "finish"):
+        setattr(CacheWriter, name, counted(getattr(CacheWriter, name), name))
+    sys.addaudithook(hook)
+
+
+def main(act: str, base: Path) -> None:
+    """Run the act once for each step, each time on a copy ``base.STEP`` of the folder."""
+    step = 1
+    while True:
+        folder = base.with_name(f"{base.name}.{step}")
+        shutil.copytree(base, folder)
+        child = os.fork()
+        if child == 0:
+            die_at(step, folder)
+            ACTS[act](folder)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return
+        step += 1
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

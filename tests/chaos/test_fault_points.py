@@ -1,0 +1,115 @@
+"""SIGKILL at every step of publishing a partition and of writing the cache: what is left is whole or invisible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import tree
+from fault_points import PARTITIONS, consolidate, make_run, publish
+
+from dask_logits import CachedLogitsDataset, CacheError
+from dask_logits.capture import task as task_module
+from dask_logits.job.committed import committed
+from dask_logits.job.manifest import RunFolder
+from dask_logits.job.planlog import PlanLog
+from dask_logits.store.cache import CacheReader
+from dask_logits.store.partition import PartitionReader
+from dask_logits.store.profile import load_profile
+
+SCRIPT = Path(__file__).with_name("fault_points.py")
+
+
+@pytest.fixture(autouse=True)
+def _stubs_are_undone(monkeypatch) -> None:
+    for name in ("read_rows", "tokenize", "make_items", "load_teacher", "score_items"):
+        monkeypatch.setattr(task_module, name, getattr(task_module, name))
+
+
+def killed(act: str, base: Path) -> list[tuple[Path, str]]:
+    """Kill the act at each step; return the folders that are left, and where it was killed."""
+    tests = os.pathsep.join(str(folder) for folder in (SCRIPT.parents[1], SCRIPT.parents[2]))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), act, str(base)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": tests},
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    return [(base.with_name(f"{base.name}.{step['step']}"), step["at"]) for step in steps]
+
+
+def receipts(run: RunFolder) -> list[dict]:
+    return list(committed(run, PlanLog(run)))
+
+
+def test_a_partition_is_there_whole_or_not_at_all(tmp_path) -> None:
+    whole = make_run(tmp_path / "whole")
+    publish(whole.path)
+    (expected,) = receipts(whole)
+    make_run(tmp_path / "run")
+    left = killed("publish", tmp_path / "run")
+    # Every array's files, the flushes, the receipt's temporary file, its link, and the removal of that.
+    assert len(left) > 30
+    assert {"fsync", "os.link"} <= {at.split()[0] for _, at in left}
+    seen = set()
+    for folder, at in left:
+        run = RunFolder(folder)
+        found = receipts(run)
+        seen.add(len(found))
+        for receipt in found:
+            PartitionReader(run.partitions_path / receipt["attempt"], load_profile(run.profile())).check(
+                receipt["files"]
+            )
+        publish(folder)
+        (again,) = receipts(run)
+        assert again["content_digest"] == expected["content_digest"], at
+        assert not found or again == found[0], at
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_cache_is_there_whole_or_not_at_all(tmp_path, older) -> None:
+    run = make_run(tmp_path / "run")
+    for index in range(PARTITIONS):
+        publish(run.path, index)
+    shutil.copytree(run.path, tmp_path / "whole")
+    consolidate(tmp_path / "whole")
+    expected = CacheReader(tmp_path / "whole" / "teacher_logits.h5").attributes["content_digest"]
+    if older:
+        # Killed between the rename and the removal of the partitions.
+        shutil.copy(tmp_path / "whole" / "teacher_logits.h5", run.cache_path)
+    left = killed("consolidate", run.path)
+    assert len(left) > (3 if older else 30)
+    for folder, at in left:
+        cache = folder / "teacher_logits.h5"
+        if cache.exists():
+            CacheReader(cache).verify_checksums()
+            assert len(CachedLogitsDataset(cache)) == 15
+        else:
+            with pytest.raises(CacheError):
+                CachedLogitsDataset(folder)
+        consolidate(folder)
+        assert CacheReader(cache).attributes["content_digest"] == expected, at
+        assert not [name for name in tree(folder) if name.endswith(".tmp")], at
+        assert not (folder / "partitions").exists()
+
+
+def test_many_attempts_at_once_leave_one_result(tmp_path) -> None:
+    run = make_run(tmp_path / "run")
+    children = []
+    for _ in range(4):
+        code = f"import sys; sys.path[:0] = {[str(SCRIPT.parent), str(SCRIPT.parents[1])]!r}\n"
+        code += f"from pathlib import Path; from fault_points import publish; publish(Path({str(run.path)!r}), 1)"
+        children.append(subprocess.Popen([sys.executable, "-c", code]))
+    assert [child.wait(120) for child in children] == [0] * 4
+    receipt = run.receipt(1)
+    assert [path.name for path in run.partitions_path.iterdir()] == [receipt["attempt"]]
+    PartitionReader(run.partitions_path / receipt["attempt"], load_profile(run.profile())).check(receipt["files"])

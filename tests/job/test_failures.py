@@ -1,0 +1,201 @@
+"""One bad partition: what it leaves behind, who names its row, and that the others do not suffer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import pytest
+from builders import cache_dir, tree
+from distributed import Client, LocalCluster, WorkerPlugin
+
+import dask_logits
+from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
+from dask_logits.cli import main
+from dask_logits.job.failures import read_failures
+from dask_logits.job.manifest import RunFolder
+from dask_logits.store.cache import CacheReader
+
+SMALL = "distillation.partition.rows=4"
+
+
+class Poison(WorkerPlugin):
+    """Makes a row deadly in every worker, restarted ones too, while a flag file is there."""
+
+    def __init__(self, flag: Path, row: int, act: str) -> None:
+        self.flag, self.row, self.act = flag, row, act
+
+    def setup(self, worker) -> None:
+        from dask_logits.capture import task
+
+        tokenize, write, flag, row, act = task.tokenize, task.write_partition, self.flag, self.row, self.act
+
+        def tokenize_poison(rows, spec, first_row=0):
+            if flag.exists() and first_row <= row < first_row + len(rows):
+                import os
+                import time
+
+                if act == "die":
+                    os._exit(1)
+                if act == "hang":
+                    time.sleep(120)
+                if act == "raise":
+                    raise ValueError("odd text")
+            return tokenize(rows, spec, first_row=first_row)
+
+        def write_full(attempt, records, profile):
+            files = write(attempt, records, profile)
+            if flag.exists() and act == "full" and row in records.document_row:
+                raise OSError(28, "No space left on device")
+            return files
+
+        task.tokenize, task.write_partition = tokenize_poison, write_full
+
+
+@contextlib.contextmanager
+def poisoned(folder: Path, row: int, act: str, *, threads: int = 2, workers: int = 1) -> Iterator[tuple[str, Path]]:
+    """Give the address of a cluster in which a row is deadly, and the flag."""
+    flag = folder / "flag"
+    flag.touch()
+    settings = {
+        "distributed.scheduler.allowed-failures": 1,
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.deploy.lost-worker-timeout": "1 day",
+    }
+    with dask.config.set(settings):
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=threads,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
+        )
+        try:
+            with Client(cluster) as client:
+                client.register_plugin(Poison(flag, row, act))
+                yield cluster.scheduler_address, flag
+        finally:
+            # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
+            with contextlib.suppress(TimeoutError):
+                cluster.close(timeout=10)
+
+
+@pytest.fixture
+def expected(joined, tmp_path) -> str:
+    """Content digest of an undisturbed run."""
+    whole = generate(load_config([*joined, SMALL, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"]))
+    return CacheReader(whole).attributes["content_digest"]
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "reason"),
+    [
+        ("die", "worker-death", "its worker died 2 times"),
+        ("raise", "data", "odd text"),
+        pytest.param(
+            "hang",
+            "hang",
+            "no sign of life for 12 s (distillation.job.stall_seconds), on its own, too",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, act, kind, reason, capsys) -> None:
+    with poisoned(tmp_path, 17, act) as (address, flag):
+        run = cache_dir(overrides)
+        patience = "distillation.job.stall_seconds=12" if act == "hang" else "distillation.job.stall_seconds=60"
+        config = load_config([*overrides, SMALL, f"distillation.cluster.scheduler={address}", patience])
+        with pytest.raises(PartitionsFailedError) as caught:
+            generate(config)
+        assert caught.value.reasons == {4: reason}
+        assert f"dask-logits retry {run}" in str(caught.value)
+        entry = read_failures(RunFolder(run))[4]
+        assert (entry["kind"], entry["reason"], entry["rows"]) == (kind, reason, [])
+        assert {"die": "last worker tcp://", "raise": "ValueError: odd text", "hang": "worker tcp://"}[act] in entry[
+            "evidence"
+        ]
+        status = read_status(run)
+        assert (status.state, status.committed, status.failed) == ("unfinished", 9, {4: f"{kind}: {reason}"})
+        before = {name: data for name, data in tree(run).items() if name.startswith("receipts")}
+
+        if act != "hang":
+            with pytest.raises(SystemExit) as exit_status:
+                main(["retry", str(run), "--bisect"])
+            assert exit_status.value.code == 1
+            assert "because of dataset rows 17" in capsys.readouterr().err
+            assert read_status(run).failed == {4: f"{kind}: {reason} (dataset rows 17)"}
+        assert {name: data for name, data in tree(run).items() if name.startswith("receipts")} == before
+
+        flag.unlink()
+        assert CacheReader(retry(run)).attributes["content_digest"] == expected
+    assert not list((run / "failures").iterdir())
+    assert read_status(run).failed == {}
+
+
+def test_a_hanging_partition_does_not_hold_up_other_workers(overrides, tmp_path) -> None:
+    # Two workers: while one hangs, the other goes on, and the stall is seen all the same.
+    with poisoned(tmp_path, 3, "hang", workers=2, threads=1) as (address, _):
+        more = [f"distillation.cluster.scheduler={address}", "distillation.partition.rows=1"]
+        with pytest.raises(PartitionsFailedError) as caught:
+            generate(load_config([*overrides, *more, "distillation.job.stall_seconds=15"]))
+        assert list(caught.value.reasons) == [3]
+    assert read_status(cache_dir(overrides)).committed == 39
+
+
+def test_without_room_the_job_stops_and_resumes_when_there_is(overrides, expected, tmp_path) -> None:
+    with poisoned(tmp_path, 30, "full", threads=1) as (address, flag):
+        config = load_config([*overrides, SMALL, f"distillation.cluster.scheduler={address}"])
+        with pytest.raises(CapacityError, match=r"expected room to write partition 000007, got 'No space left") as no:
+            generate(config)
+        assert no.value.ran
+        assert read_status(cache_dir(overrides)).committed == 7
+        assert len(list((cache_dir(overrides) / "partitions").iterdir())) == 7
+        flag.unlink()
+        assert CacheReader(generate(config)).attributes["content_digest"] == expected
+
+
+@pytest.mark.parametrize("cut", [0, 10, -1])
+def test_partitions_that_changed_on_disk_are_taken_back_and_computed_again(joined, expected, cut) -> None:
+    keep = load_config([*joined, SMALL, "distillation.job.keep_partitions=true"])
+    cache = generate(keep)
+    run = cache_dir(joined)
+    cache.unlink()
+    attempt = json.loads((run / "receipts" / "000" / "000002.json").read_text())["attempt"]
+    shard = next(path for path in (run / "partitions" / attempt / "topk_ids" / "c").rglob("*") if path.is_file())
+    shard.write_bytes(shard.read_bytes()[:cut])
+    with pytest.raises(PartitionsFailedError, match="expected 1 partitions as they were committed") as caught:
+        generate(keep)
+    assert list(caught.value.reasons) == [2]
+    assert not cache.exists()
+    assert read_status(run).failed[2].startswith("damaged: ")
+    assert CacheReader(generate(keep)).attributes["content_digest"] == expected
+    assert read_status(run).failed == {}
+
+
+def test_retry_says_when_there_is_nothing_to_take_up(joined, tmp_path, capsys) -> None:
+    run = cache_dir(joined)
+    with pytest.raises(dask_logits.RunConflictError, match=r"expected a run folder with run\.json, got none"):
+        retry(run)
+    cache = generate(load_config(joined))
+    assert retry(run) == cache
+    cache.unlink()
+    (run / "receipts" / "000" / "000001.json").unlink()
+    before = tree(run)
+    with pytest.raises(dask_logits.RunConflictError, match="expected partitions that failed, got none"):
+        retry(run)
+    for given, message in [
+        ("distillation.teacher.generation.top_k=3", "expected partitions that failed"),
+        (
+            "distillation.cluster.kin=x",
+            "distillation.cluster.kin: unknown setting, did you mean 'distillation.cluster.kind'?",
+        ),
+        ("cluster=local_cpu", "expected distillation.SETTING=VALUE"),
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            main(["retry", str(run), given])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert tree(run) == before

@@ -1,0 +1,68 @@
+"""100,000 pretended partitions: what driver and scheduler hold does not grow with them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster, WorkerPlugin
+
+from dask_logits.config import JobConfig
+from dask_logits.job.plan import Partition
+from dask_logits.job.window import run_partitions
+
+PARTITIONS = 100_000
+WARM = 5_000
+MOST_MIB = 64
+
+
+class Pretender(WorkerPlugin):
+    """Has workers return receipts at once."""
+
+    def setup(self, worker) -> None:
+        from dask_logits.job import window
+
+        window.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
+
+
+class Task:
+    """The part of a task that the driver looks at."""
+
+    run_id = "r"
+
+    def __init__(self, index: int) -> None:
+        self.partition = Partition(index=index, first_row=index, n_rows=1)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_partitions() -> None:
+    process = psutil.Process(os.getpid())
+    seen: list[int] = []
+    rss: dict[int, int] = {}
+
+    def tasks() -> Iterator[Task]:
+        for index in range(PARTITIONS):
+            yield Task(index)
+
+    def note(receipt: dict) -> None:
+        seen.append(receipt["partition"])
+        if len(seen) % WARM == 0:
+            rss[len(seen)] = process.memory_info().rss >> 20
+
+    # The scheduler runs in this process, too.
+    started = time.monotonic()
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.register_plugin(Pretender())
+        failed = run_partitions(client, tasks(), JobConfig(), run_id="r", on_receipt=note)
+    print(f"{PARTITIONS / (time.monotonic() - started):.0f} partitions/s, RSS in MiB {rss}")
+    assert failed == {}
+    assert sorted(seen) == list(range(PARTITIONS))
+    assert max(rss.values()) - rss[WARM] < MOST_MIB
