@@ -112,6 +112,10 @@ def check_files(path: Path) -> Report:
     DaskLogitsError
         If there is nothing to check.
     """
+    if not path.exists():
+        raise CacheError(
+            f"{path}: expected a cache, an index over several or a run folder, got nothing; check the path"
+        )
     run = RunFolder(path)
     checker = _Checker()
     report = Report(str(path))
@@ -129,7 +133,7 @@ class _Checker:
     """All checks, by what they look at."""
 
     def __init__(self) -> None:
-        self.checksums = Check("files with the right checksums")
+        self.checksums = Check("files whole, with right checksums")
         self.receipts = Check("receipts that fit run and plan")
         self.digests = Check("content digests, computed again")
         self.ids = Check("token ids valid, kept ids distinct")

@@ -76,6 +76,26 @@ class Job:
         return fingerprint(self.what)
 
 
+def settings_of(run: RunFolder, log: PlanLog) -> Json:
+    """Return the settings a run was made with, for the folder and the rows that it has now.
+
+    Raises
+    ------
+    RunConflictError
+        If the folder holds no run.
+    """
+    manifest = run.manifest()
+    if manifest is None:
+        raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
+    how = manifest["how"]
+    teacher, dataset = {**how["teacher"], "cache_dir": str(run.path)}, dict(how["dataset"])
+    limit = dataset["max_samples"]
+    if isinstance(limit, int) and limit < log.n_rows:
+        # The run has grown since.
+        dataset["max_samples"] = "all" if log.end == "exhausted" else log.n_rows
+    return {**how, "teacher": teacher, "dataset": dataset}
+
+
 def prepare(config: Config, dataset: Any = None) -> Job:
     """Look at teacher, tokenizer and data and draw up the job.
 

@@ -40,7 +40,7 @@ from dask_logits.job.manifest import (
     undo_setting_aside,
 )
 from dask_logits.job.planlog import PlanLog
-from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare
+from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
@@ -104,13 +104,10 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
         As :func:`generate`.
     """
     run = RunFolder(Path(path).expanduser().absolute())
-    manifest = run.manifest()
-    if manifest is None:
-        raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
-    tree = {**manifest["how"], "teacher": {**manifest["how"]["teacher"], "cache_dir": str(run.path)}}
-    config = override(tree, overrides, dataset_given=dataset is not None)
+    log = PlanLog(run)
+    config = override(settings_of(run, log), overrides, dataset_given=dataset is not None)
     only = frozenset(read_failures(run))
-    if not only and not is_complete(run, PlanLog(run)):
+    if not only and not is_complete(run, log):
         raise RunConflictError(
             f"{run.path}: expected partitions that failed, got none; to do the rest, give `generate` the settings of "
             "the run"

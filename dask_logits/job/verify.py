@@ -22,7 +22,7 @@ from dask_logits.errors import RunConflictError
 from dask_logits.job.checks import Check, Report, check_files
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
-from dask_logits.job.prepare import check_folder, prepare
+from dask_logits.job.prepare import check_folder, prepare, settings_of
 from dask_logits.job.score import tasks
 from dask_logits.records import Array, ContentDigest, Records
 from dask_logits.store.cache import CacheReader
@@ -96,10 +96,9 @@ def _recompute(run: RunFolder, n_rows: int, seed: int) -> tuple[dict[str, Any], 
     manifest, calibration = run.manifest(), run.calibration()
     if manifest is None or calibration is None or not (run.cache_path.exists() or run.index_path.exists()):
         raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
-    tree = {**manifest["how"], "teacher": {**manifest["how"]["teacher"], "cache_dir": str(run.path)}}
-    job = prepare(override(tree, []))
-    check_folder(job)
     log = PlanLog(run)
+    job = prepare(override(settings_of(run, log), []))
+    check_folder(job)
     draw = np.random.default_rng(seed)
     chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
     rows_of = {

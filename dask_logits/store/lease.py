@@ -8,12 +8,12 @@ clock is compared.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -124,12 +124,18 @@ def _beat(path: Path, mine: Json, stop: threading.Event) -> None:
         found = _read(path)
         if found is not None and found["token"] != mine["token"]:
             logger.error("%s was taken over by %s: stopping", path, _who(found))
-            _thread.interrupt_main()
+            _interrupt_main_thread()
             return
         mine["beat"] += 1
         # A disk that is full for a while is no reason to stop.
         with contextlib.suppress(OSError):
             _write(path, mine)
+
+
+def _interrupt_main_thread() -> None:
+    """Do what Ctrl-C does, in a system call, too; a process that ignores it, because it was begun so, is ended."""
+    heeded = callable(signal.getsignal(signal.SIGINT))
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT if heeded else signal.SIGTERM)
 
 
 def _write(path: Path, holder: Json) -> None:

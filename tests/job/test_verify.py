@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import cache_dir, compact, packed_records, plain, records, tree, write_cache
 
-from dask_logits import CacheError, RunConflictError, generate, load_config, verify
+from dask_logits import CacheError, RunConflictError, generate, load_config, retry, verify
 from dask_logits.cli import main
 from dask_logits.job.parts import JOB_ATTRIBUTES
 from dask_logits.records import Records, Statistics
@@ -20,7 +20,7 @@ from dask_logits.store.consolidate import cache_pieces
 IDS, ORDER = "token ids valid, kept ids distinct", "log-probs descending, at most 0"
 MASS, LABELS = "kept and tail mass sum to 1", "labels' log-probs fit the kept ones"
 FINITE, DOCUMENTS = "nothing NaN or infinite", "documents, each row once and whole"
-CHECKSUMS, DIGESTS = "files with the right checksums", "content digests, computed again"
+CHECKSUMS, DIGESTS = "files whole, with right checksums", "content digests, computed again"
 
 
 def wrong(path, **settings) -> dict[str, list[str]]:
@@ -76,7 +76,8 @@ def test_a_cache_that_keeps_everything_is_good(tmp_path) -> None:
         ("logsumexp", 1, np.inf, FINITE, "row 0, token 1: expected numbers"),
         ("label_logprob", 0, -20.0, LABELS, None),
         ("label_logprob", 0, 0.5, FINITE, "row 0, token 0: expected numbers, and no log-prob above 0"),
-        ("document_row", 1, 5, DOCUMENTS, "row 1: expected its document, got none"),
+        ("document_row", 1, 5, CHECKSUMS, None),
+        ("document_row", 3, 4, DOCUMENTS, "row 3: expected its document, got none"),
         ("document_row", 1, 0, DOCUMENTS, "row 0: expected a document from token"),
         ("document_offset", 2, 3, DOCUMENTS, "row 2: expected a document from token 0, got 3"),
     ],
@@ -129,9 +130,12 @@ def test_a_flipped_bit_is_found_and_the_exit_status_says_so(tmp_path, profile, c
     assert json.loads(out[out.index("{") :])["ok"] is False
     with pytest.raises(SystemExit) as caught:
         main(["verify", str(tmp_path / "nothing")])
-    assert caught.value.code in (1, 2)
-    with pytest.raises(CacheError):
-        verify(tmp_path)
+    assert caught.value.code == 2
+    (tmp_path / "empty").mkdir()
+    for name in ("nothing", "empty"):
+        with pytest.raises(CacheError, match=r"; check the path|to serve as one, got none"):
+            verify(tmp_path / name)
+    assert list(wrong(tmp_path)) == [CHECKSUMS]
 
 
 @pytest.fixture
@@ -201,6 +205,21 @@ def test_rows_are_scored_again_and_compared(joined, way) -> None:
         write_cache(run / "forged.h5", forged, vocab_size=reader.vocab_size, **said, statistics=statistics)
         (run / "forged.h5").replace(path)
         assert list(wrong(run)) == [DIGESTS]
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_run_that_has_grown_is_scored_again_and_retried_as_it_is_now(joined, streaming) -> None:
+    way = [*joined, f"distillation.dataset.streaming={streaming}"]
+    for limit in ("20", "30", "all"):
+        generate(load_config([*way, f"distillation.dataset.max_samples={limit}"]))
+        run = cache_dir(joined)
+        report = verify(run, recompute=4, seed=1)
+        assert report.ok, report.lines()
+        assert report.recomputed["rows_scored_again"] == 4
+        # Nothing failed, so nothing is done; other settings would be refused.
+        before = tree(run)
+        retry(run, overrides=[part for part in joined if part.startswith("distillation.cluster")])
+        assert tree(run) == before
 
 
 def test_only_a_complete_run_can_be_recomputed(joined, tmp_path) -> None:

@@ -40,7 +40,8 @@ def run_folder(path: Path, **facts) -> Path:
     """Make a run that has only begun, with what its driver last wrote."""
     path.mkdir()
     run = RunFolder(path)
-    replace_json(run.manifest_path, {"format": FORMAT, "version": VERSION, "total_workers": 1})
+    begun = {"run_id": "r", "fingerprint": "f", "what": {}, "how": {}, "total_workers": 1}
+    replace_json(run.manifest_path, {"format": FORMAT, "version": VERSION, **begun})
     replace_json(run.status_path(Share()), {**FACTS, "at": time.time(), **facts})
     return path
 

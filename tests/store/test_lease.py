@@ -110,14 +110,23 @@ def test_waiting_outlasts_a_live_holder_and_a_stale_one(path) -> None:
 
 
 def test_who_was_taken_over_is_stopped_and_leaves_the_lease_alone(path) -> None:
+    stop = threading.Event()
+    threads = []
+
     def hold() -> None:
         with lease(path):
-            path.write_text(json.dumps(ELSEWHERE))
-            time.sleep(5)
+            threads.append(counting(path, stop))
+            time.sleep(60)
 
-    with pytest.raises(KeyboardInterrupt):
-        hold()
-    assert json.loads(path.read_text()) == ELSEWHERE
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hold()
+    finally:
+        stop.set()
+        threads[0].join()
+    assert time.monotonic() - started < 30
+    assert json.loads(path.read_text())["host"] == "elsewhere"
 
 
 def test_without_locks_the_lease_alone_keeps_others_out(path, monkeypatch, caplog) -> None:
