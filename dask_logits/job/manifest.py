@@ -129,9 +129,12 @@ class RunFolder:
     ----------
     path
         The folder; it need not exist.
+    scratch
+        Where the rows of a stream are left for workers by who only looks at the run; None: in the folder.
     """
 
     path: Path
+    scratch: Path | None = None
 
     @property
     def manifest_path(self) -> Path:
@@ -192,7 +195,7 @@ class RunFolder:
     @property
     def spool_path(self) -> Path:
         """Rows of a stream on their way to the workers."""
-        return self.path / "spool"
+        return (self.scratch or self.path) / "spool"
 
     def status_path(self, share: Share) -> Path:
         """Progress of a driver."""

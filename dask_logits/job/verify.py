@@ -6,6 +6,7 @@ Dimension letters: N positions, K kept entries, V vocabulary, T = V − K.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
     path = Path(path).expanduser().absolute()
     report = check_files(path)
     if recompute and report.ok:
-        report.recomputed, check = _recompute(RunFolder(path), recompute, seed)
+        with tempfile.TemporaryDirectory(prefix="dask-logits-") as scratch:
+            report.recomputed, check = _recompute(RunFolder(path), recompute, seed, Path(scratch))
         report.checks.append(check)
     return report
 
 
-def _recompute(run: RunFolder, n_rows: int, seed: int) -> tuple[dict[str, Any], Check]:
+def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], Check]:
     """Score random rows again with the run's teacher and frozen numerics.
 
     The rows' whole partitions are scored, in the batches they were scored in. "Live" is what comes out before it is
@@ -80,6 +82,8 @@ def _recompute(run: RunFolder, n_rows: int, seed: int) -> tuple[dict[str, Any], 
         Rows, drawn without replacement.
     seed
         What they are drawn from.
+    scratch
+        A folder for rows of a stream; the run's stays as it is.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int) -> tuple[dict[str, Any], 
     manifest, calibration = run.manifest(), run.calibration()
     if manifest is None or calibration is None or not (run.cache_path.exists() or run.index_path.exists()):
         raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
-    log = PlanLog(run)
+    log = PlanLog(dataclasses.replace(run, scratch=scratch))
     job = prepare(override(settings_of(run, log), []))
     check_folder(job)
     draw = np.random.default_rng(seed)

@@ -213,11 +213,11 @@ def test_a_run_that_has_grown_is_scored_again_and_retried_as_it_is_now(joined, s
     for limit in ("20", "30", "all"):
         generate(load_config([*way, f"distillation.dataset.max_samples={limit}"]))
         run = cache_dir(joined)
+        before = tree(run)
         report = verify(run, recompute=4, seed=1)
         assert report.ok, report.lines()
         assert report.recomputed["rows_scored_again"] == 4
         # Nothing failed, so nothing is done; other settings would be refused.
-        before = tree(run)
         retry(run, overrides=[part for part in joined if part.startswith("distillation.cluster")])
         assert tree(run) == before
 
