@@ -3,7 +3,7 @@
     pip install atheris
     python tests/fuzz/guided.py --seconds 600
 
-What reaches new lines is kept in ``tests/fuzz/corpus``, and read again by ``test_fuzz.py``.
+What reaches new lines is kept in ``tests/fuzz/corpus``.
 """
 
 from __future__ import annotations
