@@ -165,7 +165,8 @@ class _Checker:
         mass_N = p_NK.sum(1) + tail_p_N
         with np.errstate(invalid="ignore"):
             tail_error_N = np.nan_to_num(tail_p_N * np.abs(tail_N) * _FLOAT16)
-        allowed_N = (p_NK * np.expm1(error_NK)).sum(1) + tail_error_N + _SLACK
+        with np.errstate(over="ignore", invalid="ignore"):
+            allowed_N = (p_NK * np.expm1(error_NK)).sum(1) + tail_error_N + _SLACK
         self._add(self.mass, ~(np.abs(mass_N - 1) <= allowed_N), places, "expected a mass of 1", mass_N)
         next_N = np.append(records.input_ids[1:], 0).astype(np.int64)
         inside_N = ~places.is_last & ~np.isnan(label_N)

@@ -49,7 +49,7 @@ _SAID = {
     **dict.fromkeys(("n_entries", "n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
     **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
     **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
-    "content_digest": DIGEST.or_none(),
+    "content_digest": DIGEST,
 }
 # Deflate, shuffle, Fletcher-32, LZF: none makes more than about a thousand bytes of one.
 _FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})

@@ -224,3 +224,12 @@ def test_an_index_that_names_other_files(run, refused, entry) -> None:
     refused(index, "expected ")
     change(index, caches=[first] * 3)
     refused(index, "expected ")
+
+
+@pytest.mark.parametrize("value", [None, "", "0" * 63, "z" * 64, 7])
+def test_a_cache_without_its_content_digest(cache, refused, value) -> None:
+    with h5py.File(cache, "r+") as file:
+        del file.attrs["content_digest"]
+        if value is not None:
+            file.attrs["content_digest"] = value
+    refused(cache, "expected content_digest to be 64 hexadecimal digits")
