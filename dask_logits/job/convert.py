@@ -67,9 +67,10 @@ def convert(
     reader = readers[0]
     attributes = {name: value for name, value in reader.said().items() if name not in _OWN}
     if len(readers) > 1:
-        sums = (Statistics.from_json(one.attributes["statistics"]) for one in readers)
         attributes = {name: value for name, value in attributes.items() if name not in _OF_A_PART}
-        attributes["statistics"] = vars(sum(sums, Statistics()))
+        if all("statistics" in one.attributes for one in readers):
+            sums = (Statistics.from_json(one.attributes["statistics"]) for one in readers)
+            attributes["statistics"] = vars(sum(sums, Statistics()))
     made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size)
     if profile == "compact":
         made = _compact(reader, precision)

@@ -350,6 +350,8 @@ class CacheReader:
         check_fields(self.path, said, {**_SAID, **dict.fromkeys(needed, COUNT)})
         if said.get("calibration") is not None:
             check_calibration(self.path, said["calibration"])
+        if said.get("partial") and said.get("n_rows") is None:
+            raise _damaged(self.path, "n_rows of the whole job in a part of it", "none")
         if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
             raise _damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
         entries, step = said.get("n_entries", said["n_tokens"]), said["chunk_tokens"] if profile == "compact" else 1

@@ -14,11 +14,12 @@ def test_what_is_not_damaged_is_read_and_a_reader_that_fails_is_noticed(look, ma
     assert "ValueError: embedded null byte" in look(f"{made[0]}\0")
 
 
-@pytest.mark.slow
-def test_random_damage_is_survived(look, made, fresh) -> None:
+@pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_damage_is_survived(look, made, fresh, examples) -> None:
     @settings(
-        max_examples=10_000,
+        max_examples=examples,
         deadline=None,
+        derandomize=examples < 1000,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import SHUFFLES, orders
 
 from dask_logits.errors import ConfigError
 from dask_logits.train.order import ItemOrder
 from dask_logits.train.sampler import ResumableSampler
 
-SHUFFLES = ("block", "full", "none")
 # (shuffle, n_items, seed, epoch, first position): the items at six positions.
 GOLDEN = {
     ("block", 1000, 0, 0, 0): [995, 581, 624, 197, 596, 652],
@@ -22,15 +22,6 @@ GOLDEN = {
     ("full", 1000, 0, 0, 0): [451, 441, 889, 637, 955, 362],
     ("full", 10**9, 2**64, 12, 999999994): [396349915, 255323571, 720755998, 73953891, 752364135, 930056663],
 }
-
-orders = st.builds(
-    ItemOrder,
-    st.integers(0, 400),
-    st.integers(-(2**70), 2**70),
-    shuffle=st.sampled_from(SHUFFLES),
-    block_items=st.integers(1, 40),
-    window_blocks=st.integers(1, 12),
-)
 
 
 @settings(max_examples=150, deadline=None)

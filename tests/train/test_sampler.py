@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import SHUFFLES, orders
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from dask_logits.errors import ConfigError
@@ -15,17 +16,6 @@ from dask_logits.train.sampler import ResumableSampler
 
 # torchdata 0.11 calls what torch 2.13 deprecates.
 torchdata_011 = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-
-SHUFFLES = ("block", "full", "none")
-
-orders = st.builds(
-    ItemOrder,
-    st.integers(0, 400),
-    st.integers(-(2**70), 2**70),
-    shuffle=st.sampled_from(SHUFFLES),
-    block_items=st.integers(1, 40),
-    window_blocks=st.integers(1, 12),
-)
 
 
 class Numbers(Dataset[torch.Tensor]):
