@@ -19,6 +19,8 @@ from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
 from dask_logits.store.profile import Compact, Plain, Profile, as_kept
 from dask_logits.store.writer import CacheWriter
 
+ROOT = Path(__file__).parents[1]
+SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"
 WORDS = [
     "red",
     "green",

@@ -13,9 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).parents[1]
-SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMOLLM2
+from builders import ROOT, SMOLLM2
 from test_scoring import assert_targets_match, plain_targets
 
 from dask_logits import generate, load_config
