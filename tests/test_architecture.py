@@ -32,6 +32,7 @@ LAYERS = {
     "capture.topk": 4,
     "store.profile": 3,
     "store.layout": 3,
+    "store.heaps": 2,
     "store.planes": 3,
     "store.partition": 4,
     "store.cache": 4,

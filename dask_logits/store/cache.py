@@ -25,6 +25,7 @@ import numpy as np
 from dask_logits.errors import CacheError, first_line
 from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
 from dask_logits.store.durable import COUNT, DIGEST, OBJECT, TEXT, check_fields, parse_json
+from dask_logits.store.heaps import broken_heap
 from dask_logits.store.layout import (
     BLOCKS,
     DOCUMENTS,
@@ -55,6 +56,7 @@ _SAID = {
 _FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})
 _MOST_RATIO = 1100
 _MOST_CHUNK_BYTES = 64 << 20
+_MOST_TEXT_BYTES = 64 << 20
 # What h5py makes of HDF5's errors, which of them depends on where a file is damaged.
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
@@ -96,7 +98,7 @@ class CacheReader:
 
     def _read_header(self, file: h5py.File) -> None:
         self._file_bytes = self.path.stat().st_size
-        self.attributes = _attributes(file)
+        self.attributes = _attributes(file, self.path)
         self._check_header()
         self.n_tokens = int(self.attributes["n_tokens"])
         self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
@@ -535,7 +537,9 @@ def _filters(properties: Any) -> list[int]:
 
 def _is_critical(item: h5py.HLObject) -> bool:
     """Whether an array or group says so; in a way that is not understood, too."""
-    return "critical" in item.attrs and _scalar(item.attrs, "critical") not in (False, 0)
+    if "critical" not in item.attrs:
+        return False
+    return _is_in_heap(item.attrs.get_id("critical")) or _scalar(item.attrs, "critical") not in (False, 0)
 
 
 @contextlib.contextmanager
@@ -578,21 +582,41 @@ def _open(path: Path) -> h5py.File:
         ) from error
 
 
-def _attributes(file: h5py.File) -> dict[str, Any]:
-    """Return the scalar attributes of the root; no other has a meaning."""
+def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
+    """Return the scalar attributes of the root; no other has a meaning.
+
+    Raises
+    ------
+    CacheError
+        If texts of variable length, which our writer made up to 1.2, lie where HDF5 would not come back from.
+    """
+    if any(_is_in_heap(file.attrs.get_id(name)) for name in file.attrs):
+        at = broken_heap(path) if file.id.get_create_plist().get_sizes() == (8, 8) else 0
+        if at is not None:
+            raise _damaged(path, "texts one after the other", f"a heap at byte {at} where they are not")
     found = {name: _scalar(file.attrs, name) for name in file.attrs}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_in_heap(held: h5py.h5a.AttrID) -> bool:
+    """Whether a text is of variable length."""
+    text = h5py.check_string_dtype(held.dtype)
+    return text is not None and text.length is None
 
 
 def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
     """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else."""
     held = attributes.get_id(name)
-    if held.shape != () or not (held.dtype.kind in "biufS" or h5py.check_string_dtype(held.dtype)):
+    if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES:
+        return None
+    if held.dtype.kind not in "biufS" and not _is_in_heap(held):
         return None
     return _decoded(attributes[name])
 
 
 def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
     if isinstance(value, str) and value[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
             return parse_json(value)

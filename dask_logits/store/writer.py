@@ -207,7 +207,8 @@ class CacheWriter:
         for key, value in {**header, **attributes}.items():
             if isinstance(value, np.ndarray):
                 continue
-            self._file.attrs[key] = json.dumps(value) if isinstance(value, dict | list) else value
+            value = json.dumps(value) if isinstance(value, dict | list) else value
+            self._file.attrs[key] = _fixed(value) if isinstance(value, str) else value
         self._file.flush()
         self._file.attrs["complete"] = True
         self._file.close()
@@ -222,6 +223,12 @@ class CacheWriter:
         self._file.close()
         if kind is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _fixed(text: str) -> Array:
+    """Return a text of fixed length: one of variable length lies in a heap (:mod:`dask_logits.store.heaps`)."""
+    data = text.encode()
+    return np.array(data, h5py.string_dtype("utf-8", max(1, len(data))))
 
 
 def _note_place(places: list[tuple[int, int]], chunk: Any) -> None:

@@ -151,6 +151,23 @@ def test_attributes_that_are_too_deep_or_of_another_kind(cache, refused, name) -
         refused(cache, f"expected {name} to be a JSON object")
 
 
+@pytest.mark.parametrize("size", [0, 2**64 - 16, 2**64 - 8, 2**64 - 1, 2**32, 4096])
+@pytest.mark.parametrize("which", ["first", "second", "free"])
+def test_a_heap_of_texts_that_hdf5_does_not_come_back_from(tmp_path, refused, which, size) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    data = bytearray((Path(__file__).parents[1] / "store" / "golden" / "v1.2-plain.h5").read_bytes())
+    places = [data.index(b"GCOL") + 16]
+    while data[places[-1] : places[-1] + 2] != b"\0\0":
+        places.append(places[-1] + 16 + -(-int.from_bytes(data[places[-1] + 8 : places[-1] + 16], "little") // 8) * 8)
+    at = {"first": places[0], "second": places[1], "free": places[-1]}[which]
+    # Of object 0, which is what is free, the size counts the header, and may not be 0.
+    data[at : at + 2] = b"\0\0" if size == 0 else data[at : at + 2]
+    data[at + 8 : at + 16] = size.to_bytes(8, "little")
+    (folder / "c.h5").write_bytes(data)
+    refused(folder / "c.h5", r"expected texts one after the other, got a heap at byte \d+")
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "..", "a/b", "", "a\0", None, 3, ["x"]])
 def test_a_receipt_that_names_another_folder(run, refused, name, tmp_path) -> None:
     shutil.copytree(attempt(run), tmp_path / "outside")
