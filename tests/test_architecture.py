@@ -74,6 +74,7 @@ LAYERS = {
     "capture.calibrate": 10,
     "job.prepare": 11,
     "job.window": 11,
+    "job.watch": 4,
     "job.failures": 7,
     "job.bisect": 12,
     "job.score": 13,

@@ -42,6 +42,7 @@ from dask_logits.job.manifest import (
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
+from dask_logits.job.watch import watched
 from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, read_json
@@ -116,6 +117,11 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
+    with watched(config.job.stall_seconds):
+        return _do(config, dataset, only, bisects)
+
+
+def _do(config: Config, dataset: Any, only: frozenset[int] | None, bisects: bool) -> Path:
     job = prepare(config, dataset)
     check_folder(job)
     with _held(job):

@@ -1,8 +1,8 @@
 """Looks at the heaps of an HDF5 file before HDF5 does.
 
-HDF5 keeps texts of variable length in heaps (signature ``GCOL``), each a row of objects with their sizes, and its release
-2.0 goes round for ever, or back to where it came from, where a size is 0 or wraps around. Our writer makes no heap, so
-only a file that says it has one is read through for them, once, at the disk's speed.
+HDF5 keeps texts of variable length in heaps (signature ``GCOL``), each a row of objects with their sizes, and its
+release 2.0 goes round for ever where a size is 0 or wraps around. Our writer makes no heap, so only a file that says it
+has one is read through for them, once, at the disk's speed.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0
 # A lease that has not counted for so many beats is stale.
 STALE_BEATS = 4
+_POLL_SECONDS = 0.2
 # One write of so many bytes is whole or absent for a reader.
 _BYTES = 256
 
@@ -86,14 +87,18 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
     """Lock a file; return False where the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        raise _held(path, _read(path)) from error
-    except OSError as error:
-        logger.warning("%s cannot be locked (%s); its lease alone keeps others out", path, error)
-        return False
-    return True
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not wait:
+                raise _held(path, _read(path)) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s); its lease alone keeps others out", path, error)
+            return False
+        else:
+            return True
+        time.sleep(_POLL_SECONDS)
 
 
 def _check_stale(path: Path, left: Json, wait: bool, takeover: bool) -> None:
@@ -124,7 +129,7 @@ def _beat(path: Path, mine: Json, stop: threading.Event) -> None:
         found = _read(path)
         if found is not None and found["token"] != mine["token"]:
             logger.error("%s was taken over by %s: stopping", path, _who(found))
-            _interrupt_main_thread()
+            interrupt_main_thread()
             return
         mine["beat"] += 1
         # A disk that is full for a while is no reason to stop.
@@ -132,7 +137,7 @@ def _beat(path: Path, mine: Json, stop: threading.Event) -> None:
             _write(path, mine)
 
 
-def _interrupt_main_thread() -> None:
+def interrupt_main_thread() -> None:
     """Do what Ctrl-C does, in a system call, too; a process that ignores it, because it was begun so, is ended."""
     heeded = callable(signal.getsignal(signal.SIGINT))
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT if heeded else signal.SIGTERM)

@@ -36,12 +36,16 @@ class Poison(WorkerPlugin):
         def tokenize_poison(rows, spec, first_row=0):
             if flag.exists() and first_row <= row < first_row + len(rows):
                 import os
+                import re
                 import time
 
                 if act == "die":
                     os._exit(1)
                 if act == "hang":
                     time.sleep(120)
+                if act == "hold":
+                    # Backtracks for ever, with Python's lock in its hands.
+                    re.match("(a+)+$", "a" * 64 + "b")
                 if act == "raise":
                     raise ValueError("odd text")
             return tokenize(rows, spec, first_row=first_row)
@@ -135,9 +139,10 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
     assert read_status(run).failed == {}
 
 
-def test_a_hanging_partition_does_not_hold_up_other_workers(overrides, tmp_path) -> None:
+@pytest.mark.parametrize("act", ["hold", pytest.param("hang", marks=pytest.mark.slow)])
+def test_a_hanging_partition_does_not_hold_up_other_workers(overrides, tmp_path, act) -> None:
     # Two workers: while one hangs, the other goes on, and the stall is seen all the same.
-    with poisoned(tmp_path, 3, "hang", workers=2, threads=1) as (address, _):
+    with poisoned(tmp_path, 3, act, workers=2, threads=1) as (address, _):
         more = [f"distillation.cluster.scheduler={address}", "distillation.partition.rows=1"]
         with pytest.raises(PartitionsFailedError) as caught:
             generate(load_config([*overrides, *more, "distillation.job.stall_seconds=15"]))
