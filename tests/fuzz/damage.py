@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dask_logits.store.heaps import broken_heap
 from dask_logits.store.layout import BlockCrc
 
 # A whole number from 0, below what is given.
@@ -29,6 +30,8 @@ HOSTILE: list[Any] = [
     1e308, float("nan"), float("inf"), "", "a", "..", "../..", "/", "/dev/zero", "a/../../b", "\0", "é" * 300,
     "0" * 64, None, True, False, [], {}, [[]], [1, 2], NESTED, {"a": {}}, "[" * 2000, "{\"a\":", "1e400",
 ]  # fmt: skip
+# What h5py, numpy and json say of a step that the steps before it made impossible.
+_CANNOT = (OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError, Warning)
 # Larger arrays are claims.
 _MOST_BYTES = 1 << 20
 _SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (2**20,), (2**40,), (2**30, 2**30), (4, 2), (3, 3, 3)]
@@ -40,7 +43,7 @@ def damage(bases: list[Path], folder: Path, pick: Pick) -> None:
     shutil.copytree(bases[pick(len(bases))], folder)
     for _ in range(1 + pick(4)):
         # A step that cannot be done, because of the steps before it, is left out.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, AttributeError):
+        with contextlib.suppress(*_CANNOT):
             _step(folder, pick)
 
 
@@ -103,6 +106,9 @@ def _json(path: Path, pick: Pick) -> None:
 
 
 def _hdf5(path: Path, pick: Pick) -> None:
+    if broken_heap(path) is not None:
+        # HDF5 would not come back.
+        return
     with h5py.File(path, "r+") as file:
         names: list[str] = []
         file.visit(names.append)
@@ -148,14 +154,14 @@ def _element(file: h5py.File, name: str, pick: Pick) -> None:
 def reseal(folder: Path) -> None:
     """Make checksums fit again: of caches, and of partitions in receipts."""
     for path in sorted(folder.rglob("*.h5")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError), h5py.File(path, "r+") as file:
+        with contextlib.suppress(*_CANNOT), h5py.File(path, "r+") as file:
             for name in _sums(file["crc32"]):
                 if max(file[name].nbytes, file["crc32"][name].nbytes) <= _MOST_BYTES:
                     crc = BlockCrc()
                     crc.update(file[name][...])
                     file[f"crc32/{name}"][...] = crc.values()
     for path in sorted(folder.rglob("receipts/*/*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(*_CANNOT):
             receipt = json.loads(path.read_text())
             attempt = folder / "partitions" / receipt["attempt"]
             for name in receipt["files"]:
