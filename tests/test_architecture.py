@@ -33,6 +33,7 @@ LAYERS = {
     "store.profile": 3,
     "store.layout": 3,
     "store.heaps": 2,
+    "store.sink": 2,
     "store.planes": 3,
     "store.partition": 4,
     "store.cache": 4,

@@ -16,6 +16,7 @@ from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.records import Statistics
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces, consolidate
+from dask_logits.store.durable import room
 from dask_logits.store.find import find_caches
 from dask_logits.store.lease import lease
 from dask_logits.store.profile import Compact, Plain, Precision, Profile, id_table
@@ -75,15 +76,10 @@ def convert(
     if profile == "compact":
         made = _compact(reader, precision)
     pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lease(target.parent / CONSOLIDATION_LOCK):
-        consolidate(
-            target,
-            lambda: pieces,
-            profile=made,
-            packed=reader.is_packed,
-            attributes=attributes,
-        )
+    with room(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lease(target.parent / CONSOLIDATION_LOCK):
+            consolidate(target, lambda: pieces, profile=made, packed=reader.is_packed, attributes=attributes)
     return target
 
 

@@ -18,6 +18,7 @@ from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
 from dask_logits.job.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover, some
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import Piece
+from dask_logits.store.durable import room
 from dask_logits.store.find import CACHE_NAME, INDEX_NAME, find_caches
 from dask_logits.store.lease import lease
 
@@ -72,21 +73,22 @@ def merge(
     if num_workers is not None:
         _check_workers(opened, num_workers)
     whole = _reference(opened)
-    if isinstance(whole, RunPart) and len(opened) == 1 and target in (whole.run.cache_path, whole.run.index_path):
-        written = _consolidated(whole, max_bytes, takeover)
-        if not index or written == target:
-            return written
-        opened = [RunPart.open(whole.run)]
-    else:
-        _check_one_job(whole, opened)
-        pieces = _ordered(opened)
-        check_cover(whole, pieces())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
-        if index:
-            write_index(target, _caches(opened), n_rows=opened[0].n_rows)
-        elif [part.path for part in opened] != [target]:
-            return write_cache(target, pieces, whole.profile(), whole.attributes(), max_file_bytes=max_bytes)
+    with room(target.parent):
+        if isinstance(whole, RunPart) and len(opened) == 1 and target in (whole.run.cache_path, whole.run.index_path):
+            written = _consolidated(whole, max_bytes, takeover)
+            if not index or written == target:
+                return written
+            opened = [RunPart.open(whole.run)]
+        else:
+            _check_one_job(whole, opened)
+            pieces = _ordered(opened)
+            check_cover(whole, pieces())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
+            if index:
+                write_index(target, _caches(opened), n_rows=opened[0].n_rows)
+            elif [part.path for part in opened] != [target]:
+                return write_cache(target, pieces, whole.profile(), whole.attributes(), max_file_bytes=max_bytes)
     return target
 
 

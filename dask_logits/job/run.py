@@ -45,7 +45,7 @@ from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.watch import watched
 from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
-from dask_logits.store.durable import Json, create_json, read_json
+from dask_logits.store.durable import Json, create_json, read_json, room
 from dask_logits.store.lease import lease
 from dask_logits.store.profile import earns, save_array, save_id_table
 
@@ -117,7 +117,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
-    with watched(config.job.stall_seconds):
+    run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
+    with watched(config.job.stall_seconds), room(run.path, begun=run.manifest_path.exists):
         return _do(config, dataset, only, bisects)
 
 

@@ -230,7 +230,9 @@ class Reporter:
             "state": state or self.state,
             "failed": {str(index): reason for index, reason in self.failed.items()},
         }
-        replace_json(self._path, facts)
+        # A disk that is full is what the writing of partitions tells of.
+        with contextlib.suppress(OSError):
+            replace_json(self._path, facts)
         if self.cluster is not None and self.cluster.client.status == "running":
             # For those who know the scheduler and not the folder. Whether it is lost is the window's to say.
             client, message = self.cluster.client, {"run": str(self.job.run.path), **facts}

@@ -9,7 +9,6 @@ are read from a queue with a timeout: a bare ``as_completed`` waits for ever whe
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import queue
 import threading
@@ -29,7 +28,7 @@ from dask_logits.capture.task import PartitionTask, Stages, process_partition
 from dask_logits.config import JobConfig
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, PartitionsFailedError
 from dask_logits.job.failures import Failure, Kind
-from dask_logits.store.durable import Json
+from dask_logits.store.durable import Json, no_room
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ _FIRST_BACKOFF_SECONDS = 2.0
 _RESTART_SECONDS = 60
 # Frames of a traceback that are kept as evidence.
 _FRAMES = 6
-# No further partition could be written either.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run_on_worker(task: PartitionTask) -> Json:
@@ -330,10 +327,11 @@ class _Window:
     def _failed(self, task: PartitionTask, error: BaseException, future: Future) -> None:
         index = task.partition.index
         kind = classify(error)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if (full := no_room(error)) is not None:
+            # No further partition could be written either.
             raise CapacityError(
                 f"distillation.teacher.cache_dir: expected room to write partition {task.partition.name}, got "
-                f"{error.strerror!r}; everything committed before is good: make room and run the same command again"
+                f"{full!r}; everything committed before is good: make room and run the same command again"
             )
         if kind == "transient" and self._attempts[index] <= self.job.retries:
             wait = _FIRST_BACKOFF_SECONDS * 2 ** (self._attempts[index] - 1)

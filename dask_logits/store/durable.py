@@ -7,23 +7,28 @@ somebody else: its size, its depth and the types of its fields are checked befor
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import stat
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, CapacityError, DaskLogitsError
 
 Json = dict[str, Any]
 
 # No file that is written here comes near.
 _MOST_JSON_BYTES = 256 << 20
 _DEEPEST = 64
+# Nothing else could be written there either.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 # Far beyond any count, and far below where sums and products of a few leave 64 bits.
 _MOST = 1 << 48
 
@@ -186,30 +191,80 @@ def create_json(path: Path, value: Mapping[str, Any]) -> bool:
 def create_bytes(path: Path, data: bytes) -> bool:
     """Create a file if it is absent, whole and durable; return False if it existed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        return False
-    finally:
-        aside.unlink()
+    with _aside(path) as aside:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            return False
     sync(path.parent)
     return True
 
 
 def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
     """Write a JSON file over an older one, whole; flushed to the disk only if it is more than a sign of progress."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    aside.write_text(json.dumps(value, indent=1))
-    if durable:
-        sync(aside)
-    aside.replace(path)
+    with _aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1))
+        if durable:
+            sync(aside)
+        aside.replace(path)
     if durable:
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Give a name beside a path, whose file is gone in the end, unless it was renamed."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def no_room(error: BaseException) -> str | None:
+    """Return what the system says if there is no room to write, or None.
+
+    >>> no_room(OSError(28, "x")), no_room(OSError(5, "x"))
+    ('No space left on device', None)
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number in _NO_ROOM else None
+
+
+@contextlib.contextmanager
+def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Say in one message that a folder cannot be written to.
+
+    Parameters
+    ----------
+    folder
+        Where files are written.
+    begun
+        Whether the job had begun before.
+
+    Raises
+    ------
+    CapacityError
+        If there is no room, or it is not allowed.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = folder if error.filename is None else folder / os.fsdecode(error.filename)
+        forbidden = error.errno in _FORBIDDEN and file.is_relative_to(folder)
+        reason = error.strerror if forbidden else no_room(error)
+        if isinstance(error, DaskLogitsError) or reason is None:
+            raise
+        failed = CapacityError(
+            f"{folder}: expected to be able to write {file}, got {reason!r}; whatever was complete before is good: "
+            "make room, or choose another folder, and run the same command again"
+        )
+        failed.ran = begun()
+        raise failed from error
 
 
 def sync_tree(path: Path) -> None:

@@ -34,6 +34,7 @@ from dask_logits.store.layout import (
 )
 from dask_logits.store.planes import compress, fletcher32
 from dask_logits.store.profile import Compact, Profile
+from dask_logits.store.sink import Sink
 
 _LEVEL = 1
 
@@ -70,7 +71,8 @@ class CacheWriter:
         self._filled: dict[str, int] = {}
         self._crcs: dict[str, BlockCrc] = {}
         # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
-        self._file = h5py.File(path, "w", libver=("v110", "v110"))
+        self._sink = Sink(path)
+        self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
         length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
         self._sizes = {
             "n_tokens": n_tokens,
@@ -124,6 +126,7 @@ class CacheWriter:
             raise CacheError(f"{self.path}: expected {name} as {dataset.dtype}, got {block.dtype}", str(self.path))
         if len(block):
             dataset[first : first + len(block)] = block
+        self._sink.check()
         self._filled[name] = first + len(block)
         self._crcs[name].update(block)
 
@@ -139,6 +142,7 @@ class CacheWriter:
                 self._filled[name] = first + self.profile.alignment
                 self._chunk_sizes[name].append(len(data))
                 self._chunk_crcs[name].append(zlib.crc32(data))
+        self._sink.check()
 
     def append_tokens(self, tokens: Mapping[str, Array]) -> None:
         """Encode and write the next tokens; all but the last block of a piece fill whole chunks."""
@@ -170,6 +174,8 @@ class CacheWriter:
         ------
         CacheError
             If an array was not filled.
+        OSError
+            If there is no room, as of :meth:`append` and :meth:`append_chunks`.
         """
         for name, filled in self._filled.items():
             if filled != len(self._file[name]):
@@ -212,6 +218,7 @@ class CacheWriter:
         self._file.flush()
         self._file.attrs["complete"] = True
         self._file.close()
+        self._sink.check()
         sync(self.path)
 
     def __enter__(self) -> CacheWriter:
@@ -221,6 +228,7 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._sink.close()
         if kind is not None:
             self.path.unlink(missing_ok=True)
 

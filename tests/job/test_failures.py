@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from builders import cache_dir, tree
 from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
-from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
+from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, merge, read_status, retry
 from dask_logits.cli import main
+from dask_logits.job.convert import convert
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader
@@ -160,6 +162,42 @@ def test_without_room_the_job_stops_and_resumes_when_there_is(overrides, expecte
         assert len(list((cache_dir(overrides) / "partitions").iterdir())) == 7
         flag.unlink()
         assert CacheReader(generate(config)).attributes["content_digest"] == expected
+
+
+@contextlib.contextmanager
+def room_for(n_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size; the workers' may."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, expected, tmp_path) -> None:
+    config = load_config([*joined, SMALL])
+    run = cache_dir(joined)
+    message = r"expected to be able to write .*, got 'File too large'; whatever was complete before is good: make room"
+    with room_for(300), pytest.raises(CapacityError, match=message) as refused:
+        generate(config)
+    assert not refused.value.ran
+    assert not run.exists()
+    # Enough for everything but the cache, which HDF5 writes.
+    with room_for(8_000), pytest.raises(CapacityError, match=message) as full:
+        generate(config)
+    assert full.value.ran
+    assert read_status(run).committed == 10
+    assert not [path for path in run.rglob("*") if path.suffix in (".h5", ".tmp")]
+    cache = generate(config)
+    assert CacheReader(cache).attributes["content_digest"] == expected
+    for target, write in [
+        ("converted.h5", lambda source, to: convert(source, to, profile="plain")),
+        ("merged.h5", lambda source, to: merge([source], output=to)),
+    ]:
+        with room_for(8_000), pytest.raises(CapacityError, match=message):
+            write(cache, tmp_path / "other" / target)
+        assert not (tmp_path / "other" / target).exists()
 
 
 @pytest.mark.parametrize("cut", [0, 10, -1])

@@ -102,6 +102,12 @@ def test_missing_rows_gaps_in_windows_and_wrong_digests_are_named(tmp_path) -> N
     assert wrong(tmp_path / "short.h5") == {
         DOCUMENTS: [f"row {row}: expected its document, got none" for row in (3, 4)]
     }
+    write_cache(
+        tmp_path / "huge.h5", dataclasses.replace(made, document_row=np.array([1, 2, 9], np.uint64)), n_rows=2**47
+    )
+    assert wrong(tmp_path / "huge.h5") == {
+        DOCUMENTS: [f"row {row}: expected its document, got none" for row in (0, 3, 4, 5, 6)]
+    }
     windows = dataclasses.replace(
         made, document_row=np.zeros(3, np.uint64), document_offset=np.array([0, 4, 7], np.uint32)
     )

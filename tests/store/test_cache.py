@@ -251,7 +251,8 @@ def test_the_planes_of_a_chunk_lie_side_by_side(tmp_path) -> None:
             (info.chunk_offset[0], info.byte_offset, info.size) for name in names for info in chunk_places(file[name])
         )
     assert len(places) == 4 * 13
-    assert all(end[1] == begin[1] + begin[2] for begin, end in itertools.pairwise(places))
+    # But for HDF5's own structures between some.
+    assert sum(end[1] != begin[1] + begin[2] for begin, end in itertools.pairwise(places)) <= len(names)
 
 
 def test_a_repacked_compact_file_is_read_by_hdf5_and_refused_by_its_index(dense, tmp_path) -> None:

@@ -1,0 +1,86 @@
+"""A file that HDF5 writes to and that never fails it.
+
+Where a write fails, HDF5 2.0 cannot close the file any more, and closing another one later crashes the process. So the
+first error is kept for us to raise, and what HDF5 writes after it goes nowhere. It costs a call to Python for each
+write, which is a chunk or a block of an array.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Sink(io.RawIOBase):
+    """A new file, read and written at any place.
+
+    Parameters
+    ----------
+    path
+        Its name; an older file there is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._place = self._end = 0
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the error that a write met.
+
+        Raises
+        ------
+        OSError
+            With the number the system gave it, and the path.
+        """
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror, str(self.path))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place."""
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what is there."""
+        n = os.preadv(self._handle, [buffer], self._place)
+        self._place += n
+        return n
+
+    def write(self, data: Any) -> int:
+        """Write, if nothing failed before; it is said to have been written in any case."""
+        rest, place = memoryview(data).cast("B"), self._place
+        size = len(rest)
+        self._place += size
+        self._end = max(self._end, self._place)
+        try:
+            while len(rest) and self._error is None:
+                n = os.pwrite(self._handle, rest, place)
+                rest, place = rest[n:], place + n
+        except OSError as error:
+            self._error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Make the file as long as said."""
+        self._end = self._place if size is None else size
+        try:
+            if self._error is None:
+                os.ftruncate(self._handle, self._end)
+        except OSError as error:
+            self._error = error
+        return self._end
+
+    def close(self) -> None:
+        """Close it."""
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
