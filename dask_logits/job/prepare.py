@@ -234,8 +234,15 @@ def _partition_rows(config: Config, source: Source, tokens_per_row: float, manif
     return auto_partition_rows(source.n_rows or 1, tokens_per_row)
 
 
-def check_folder(job: Job) -> None:
+def check_folder(job: Job, *, writes: bool = True) -> None:
     """Refuse a run folder that cannot be written, or that was made with other settings or rows.
+
+    Parameters
+    ----------
+    job
+        Whose folder.
+    writes
+        Whether it will be written to.
 
     Raises
     ------
@@ -245,7 +252,7 @@ def check_folder(job: Job) -> None:
         If the folder cannot be written.
     """
     parent = next(folder for folder in (job.run.path, *job.run.path.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if writes and not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise ConfigError.from_problems(
             [
                 f"distillation.teacher.cache_dir: expected a folder that can be written, got {str(job.run.path)!r} "

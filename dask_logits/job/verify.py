@@ -102,7 +102,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
         raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
     log = PlanLog(dataclasses.replace(run, scratch=scratch))
     job = prepare(override(settings_of(run, log), []))
-    check_folder(job)
+    check_folder(job, writes=False)
     draw = np.random.default_rng(seed)
     chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
     rows_of = {

@@ -432,6 +432,8 @@ class CacheReader:
         for name in DOCUMENTS:
             expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
         root = h5py.h5g.open(file.id, b"/")
+        if root.links.exists(b"block_start") and not root.links.exists(b"block_length"):
+            raise _damaged(self.path, "block_length beside block_start", "none")
         for name in (name for name in BLOCKS if root.links.exists(name.encode())):
             expected[name] = ((self.attributes.get("n_blocks", -1),), u64 if name == "block_start" else u32)
         for name, table in self.profile.tables.items():

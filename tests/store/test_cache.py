@@ -282,6 +282,14 @@ def test_a_compact_cache_that_lacks_an_array_is_refused(dense, name: str) -> Non
         CacheReader(dense)
 
 
+def test_blocks_without_their_lengths_are_refused(tmp_path) -> None:
+    shutil.copy(Path(__file__).parent / "golden" / "v1.3-compact-packed.h5", tmp_path / "c.h5")
+    with h5py.File(tmp_path / "c.h5", "a") as file:
+        del file["block_length"]
+    with pytest.raises(CacheError, match="expected block_length beside block_start, got none"):
+        CacheReader(tmp_path / "c.h5")
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("precision", 9), ("chunk_tokens", 0), ("chunk_tokens", 8), ("n_entries", 7), ("top_k", 4)]
 )
