@@ -3,22 +3,25 @@
     pip install atheris
     python tests/fuzz/guided.py --seconds 600
 
-What reaches new lines is kept in ``tests/fuzz/corpus``.
+What reaches new lines is kept in ``tests/fuzz/corpus.txt``, a line of hexadecimal digits each; ``test_fuzz.py`` tries
+them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 HERE = Path(__file__).parent
-CORPUS = HERE / "corpus"
+CORPUS = HERE / "corpus.txt"
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "chaos")]
 
 
@@ -70,40 +73,90 @@ def damage_with(data: bytes, folder: Path, made: list[Path]) -> None:
     damage(made, folder, numbers.send)
 
 
-def main() -> None:
-    """Look for so many seconds."""
+def corpus() -> list[bytes]:
+    """Return what earlier runs kept."""
+    return [bytes.fromhex(line) for line in CORPUS.read_text().split()]
+
+
+def fuzz(scratch: Path, made: list[Path], options: list[str]) -> None:
+    """Let the fuzzer loose in this process, which it ends."""
     import atheris
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--corpus", type=Path, default=CORPUS)
-    parser.add_argument("--merge", type=Path, help="keep of this corpus only what adds lines, in --corpus")
-    given = parser.parse_args()
-    given.corpus.mkdir(exist_ok=True)
     faulthandler.enable()
     with atheris.instrument_imports(include=["dask_logits"]):
         import victim
+
+    def attempt(data: bytes) -> None:
+        folder = scratch / "case"
+        shutil.rmtree(folder, ignore_errors=True)
+        damage_with(data, folder, made)
+        victim.read(folder)
+
+    atheris.Setup(
+        [sys.argv[0], "-max_len=64", "-len_control=0", "-timeout=20", "-rss_limit_mb=6000", *options], attempt
+    )
+    atheris.Fuzz()
+
+
+def in_child(scratch: Path, made: list[Path], options: list[str]) -> int:
+    """Fuzz in a process of its own; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        fuzz(scratch, made, options)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def adding_lines(scratch: Path, made: list[Path], found: list[bytes]) -> list[bytes]:
+    """Return those that reach lines of the package which none before them does."""
+    import victim
+
+    package = str(HERE.parents[1] / "dask_logits")
+    seen: set[tuple[str, int]] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        seen.add((frame.f_code.co_filename, frame.f_lineno))
+        return note
+
+    least = []
+    for data in found:
+        before = len(seen)
+        shutil.rmtree(scratch / "case", ignore_errors=True)
+        damage_with(data, scratch / "case", made)
+        sys.settrace(note)
+        victim.read(scratch / "case")
+        sys.settrace(None)
+        if len(seen) > before:
+            least.append(data)
+    return least
+
+
+def main() -> int:
+    """Look for so many seconds, and keep what is worth it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=600)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         more = ["cluster=local_cpu", "distillation.teacher.generation.num_workers=1"]
         command = [sys.executable, "-m", "dask_logits", "generate", *job(scratch / "job"), *more]
         subprocess.run(command, check=True)
         made = bases(scratch / "bases", scratch / "job" / "run")
-
-        def attempt(data: bytes) -> None:
-            folder = scratch / "case"
-            shutil.rmtree(folder, ignore_errors=True)
-            damage_with(data, folder, made)
-            victim.read(folder)
-
-        options = [f"-max_total_time={given.seconds}", "-max_len=64", "-timeout=20", "-rss_limit_mb=6000"]
-        folders = [str(given.corpus)]
-        if given.merge:
-            options.append("-merge=1")
-            folders.append(str(given.merge))
-        atheris.Setup([sys.argv[0], *options, *folders], attempt)
-        atheris.Fuzz()
+        kept = scratch / "kept"
+        kept.mkdir()
+        for number, data in enumerate(corpus()):
+            (kept / str(number)).write_bytes(data)
+        status = in_child(
+            scratch, made, [f"-max_total_time={given.seconds}", f"-artifact_prefix={scratch}/", str(kept)]
+        )
+        for found in scratch.glob("*-*"):
+            print(f"{found.name}: {found.read_bytes().hex()}")
+        if status == 0:
+            least = adding_lines(scratch, made, sorted((file.read_bytes() for file in kept.iterdir()), key=len))
+            CORPUS.write_text("".join(sorted(f"{data.hex()}\n" for data in least if data)))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from damage import damage
+from guided import corpus, damage_with
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,15 @@ def test_what_is_not_damaged_is_read_and_a_reader_that_fails_is_noticed(look, ma
     assert [look(folder) for folder in made] == [""] * len(made)
     # A path with a NUL in it is beyond what the command line can give.
     assert "ValueError: embedded null byte" in look(f"{made[0]}\0")
+
+
+def test_what_the_guided_fuzzer_kept_is_survived(look, made, fresh) -> None:
+    kept = corpus()
+    assert len(kept) > 50
+    for data in kept:
+        folder = fresh()
+        damage_with(data, folder, made)
+        assert look(folder) == "", data.hex()
 
 
 @pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=pytest.mark.slow)])
