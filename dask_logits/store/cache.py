@@ -5,7 +5,7 @@ ours maps into memory; and *compact*, in which all but the lowest byte planes ar
 a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
 processes, threads or forks.
 
-One of the two homes of ``h5py``.
+One of the three homes of ``h5py``.
 
 Dimension letters: N tokens, D documents, B blocks, K kept entries.
 """
@@ -13,8 +13,6 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +20,19 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from dask_logits.errors import CacheError, first_line
+from dask_logits.errors import CacheError
 from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
-from dask_logits.store.durable import COUNT, DIGEST, OBJECT, TEXT, check_fields, parse_json
-from dask_logits.store.heaps import broken_heap
+from dask_logits.store.durable import COUNT, DIGEST, OBJECT, TEXT, check_fields
+from dask_logits.store.hdf5 import (
+    SlowArray,
+    check_dataset,
+    damaged,
+    find_dataset,
+    is_critical,
+    open_file,
+    root_attributes,
+    translated,
+)
 from dask_logits.store.layout import (
     BLOCKS,
     DOCUMENTS,
@@ -33,10 +40,9 @@ from dask_logits.store.layout import (
     FORMAT_VERSION,
     INDEX,
     MOST_ROWS,
-    ZSTD_FILTER,
     BlockCrc,
 )
-from dask_logits.store.planes import ChunkIndex, PlaneReader, content_bytes, fletcher32
+from dask_logits.store.planes import ChunkIndex, PlaneReader, fletcher32
 from dask_logits.store.profile import Compact, Plain, Profile, check_calibration
 
 Engine = Literal["fast", "h5py"]
@@ -52,13 +58,6 @@ _SAID = {
     **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
     "content_digest": DIGEST,
 }
-# Deflate, shuffle, Fletcher-32, LZF: none makes more than about a thousand bytes of one.
-_FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})
-_MOST_RATIO = 1100
-_MOST_CHUNK_BYTES = 64 << 20
-_MOST_TEXT_BYTES = 64 << 20
-# What h5py makes of HDF5's errors, which of them depends on where a file is damaged.
-_HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
 
 class CacheReader:
@@ -92,13 +91,12 @@ class CacheReader:
     def __init__(self, path: Path, engine: Engine = "fast") -> None:
         self.path = path
         self.engine = engine
-        file = _open(path)
-        with _translated(path, "to open it"):
+        file = open_file(path)
+        with translated(path, "to open it"):
             self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
-        self._file_bytes = self.path.stat().st_size
-        self.attributes = _attributes(file, self.path)
+        self.attributes = root_attributes(file, self.path)
         self._check_header()
         self.n_tokens = int(self.attributes["n_tokens"])
         self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
@@ -121,7 +119,7 @@ class CacheReader:
                 # Importing it is what makes its filters known to HDF5.
                 import hdf5plugin  # noqa: F401
             self.arrays |= {name: self._opened(name, datasets[name]) for name in chunked}
-        if not any(isinstance(array, _Slow) for array in self.arrays.values()):
+        if not any(isinstance(array, SlowArray) for array in self.arrays.values()):
             file.close()
         self._block_start: Array | None = None
         if "block_start" in self.arrays:
@@ -130,7 +128,7 @@ class CacheReader:
             lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
             self._block_start = np.cumsum(lengths) - lengths
         if self.is_packed and self.n_items and not self.n_documents:
-            raise _damaged(self.path, "segments of its blocks", "none")
+            raise damaged(self.path, "segments of its blocks", "none")
 
     def said(self) -> dict[str, Any]:
         """Return what a writer is given as attributes: the file's, and a byte of each id's token where it has them."""
@@ -190,9 +188,9 @@ class CacheReader:
             first, last = np.searchsorted(self.arrays["document_start"], ends)
             documents = slice(int(first), int(last))
             if first >= last:
-                raise _damaged(self.path, f"segments of block {index}", "none")
+                raise damaged(self.path, f"segments of block {index}", "none")
         if not 0 <= start <= stop <= self.n_entries:
-            raise _damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
+            raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
         return start, stop, documents
 
     def item(self, index: int) -> dict[str, Array]:
@@ -308,9 +306,9 @@ class CacheReader:
         )
         end = start + length
         if (np.diff(row) < 0).any() or (row >= MOST_ROWS).any():
-            raise _damaged(self.path, "document_row to rise", "another order")
+            raise damaged(self.path, "document_row to rise", "another order")
         if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
-            raise _damaged(
+            raise damaged(
                 self.path,
                 f"documents of {self.n_tokens} tokens, one after the other in {self.n_entries} entries",
                 f"{length.sum()} tokens, which end at {end.max(initial=0)}, or overlap",
@@ -323,7 +321,7 @@ class CacheReader:
         before = np.concatenate([[0], np.cumsum(length)])
         held = before[lasts] - before[firsts]
         if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
-            raise _damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
+            raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
 
     def _check_header(self) -> None:
         found = self.attributes.get("format")
@@ -347,18 +345,18 @@ class CacheReader:
         needed = _SIZES + (_COMPACT_SIZES if profile == "compact" else ())
         lacking = [name for name in needed if name not in self.attributes]
         if lacking:
-            raise _damaged(self.path, ", ".join(lacking), "none")
+            raise damaged(self.path, ", ".join(lacking), "none")
         said = self.attributes
         check_fields(self.path, said, {**_SAID, **dict.fromkeys(needed, COUNT)})
         if said.get("calibration") is not None:
             check_calibration(self.path, said["calibration"])
         if said.get("partial") and said.get("n_rows") is None:
-            raise _damaged(self.path, "n_rows of the whole job in a part of it", "none")
+            raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
         if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
-            raise _damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
+            raise damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
         entries, step = said.get("n_entries", said["n_tokens"]), said["chunk_tokens"] if profile == "compact" else 1
         if entries < said["n_tokens"] or not step or entries % step:
-            raise _damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
+            raise damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
 
     def _profile(self, file: h5py.File) -> Profile:
         if self.attributes["profile"] == "plain":
@@ -375,48 +373,15 @@ class CacheReader:
                 chunk_tokens=self.attributes["chunk_tokens"],
             )
         except ValueError as error:
-            raise _damaged(self.path, "the tables of a compact cache", str(error)) from error
+            raise damaged(self.path, "the tables of a compact cache", str(error)) from error
         return profile
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
-        dataset = self._dataset(file, name)
+        dataset = find_dataset(file, self.path, name)
         if dataset is None:
-            raise _damaged(self.path, name, "none")
-        self._check_dataset(dataset, name, (dataset.size if length is None else length,), dtype)
-        return np.asarray(_Slow(self.path, name, dataset))
-
-    def _dataset(self, file: h5py.File, name: str) -> h5py.Dataset | None:
-        """Return the dataset of a name, which no soft or external link leads to; None if there is none."""
-        at = h5py.h5g.open(file.id, b"/")
-        for part in name.encode().split(b"/"):
-            if not isinstance(at, h5py.h5g.GroupID) or not at.links.exists(part):
-                return None
-            if at.links.get_info(part).type != h5py.h5l.TYPE_HARD:
-                raise _damaged(self.path, f"{name} in the file itself", "a link")
-            at = h5py.h5o.open(at, part)
-        if not isinstance(at, h5py.h5d.DatasetID):
-            raise _damaged(self.path, f"the array {name}", "something else")
-        return h5py.Dataset(at)
-
-    def _check_dataset(
-        self, dataset: h5py.Dataset, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunked: bool = False
-    ) -> None:
-        """Compare a dataset's shape and dtype with what is expected, and its claims with the size of the file."""
-        found = (dataset.shape, dataset.dtype)
-        if found != (shape, dtype):
-            raise _damaged(self.path, f"{name} with {shape} of {dtype}", str(found))
-        properties = dataset.id.get_create_plist()
-        layout, filters = properties.get_layout(), set(_filters(properties))
-        if layout == h5py.h5d.VIRTUAL or properties.get_external_count() or not filters <= _FILTERS:
-            raise _damaged(self.path, f"{name} in the file itself, behind known filters", f"another file, or {filters}")
-        end = 0 if chunked else dataset.nbytes // _MOST_RATIO
-        if layout == h5py.h5d.CONTIGUOUS and dataset.nbytes:
-            offset = dataset.id.get_offset()
-            end = dataset.nbytes + (self._file_bytes if offset is None else offset)
-        elif layout == h5py.h5d.CHUNKED and math.prod(dataset.chunks) * dtype.itemsize > _MOST_CHUNK_BYTES:
-            raise _damaged(self.path, f"{name} in chunks of at most 64 MiB", f"chunks of {dataset.chunks}")
-        if end > self._file_bytes:
-            raise _damaged(self.path, f"{name} in {self._file_bytes} bytes", f"{dataset.nbytes} bytes, to {end}")
+            raise damaged(self.path, name, "none")
+        check_dataset(dataset, self.path, name, (dataset.size if length is None else length,), dtype)
+        return np.asarray(SlowArray(self.path, name, dataset))
 
     def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
         """Compare names, shapes and dtypes with the profile's; return the arrays, contiguous or not."""
@@ -433,23 +398,23 @@ class CacheReader:
             expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
         root = h5py.h5g.open(file.id, b"/")
         if root.links.exists(b"block_start") and not root.links.exists(b"block_length"):
-            raise _damaged(self.path, "block_length beside block_start", "none")
+            raise damaged(self.path, "block_length beside block_start", "none")
         for name in (name for name in BLOCKS if root.links.exists(name.encode())):
             expected[name] = ((self.attributes.get("n_blocks", -1),), u64 if name == "block_start" else u32)
         for name, table in self.profile.tables.items():
             expected[name] = (table.shape, table.dtype)
         if root.links.exists(b"token_crcs"):
             expected["token_crcs"] = ((self.attributes.get("tokenizer_ids", -1),), np.dtype(np.uint8))
-        found = {name: self._dataset(file, name) for name in expected}
+        found = {name: find_dataset(file, self.path, name) for name in expected}
         if lacking := [name for name, dataset in found.items() if dataset is None]:
-            raise _damaged(self.path, ", ".join(lacking), "none")
+            raise damaged(self.path, ", ".join(lacking), "none")
         for name, (shape, dtype) in expected.items():
             stored_as = self.profile.arrays.get(name)
             fast = self.engine == "fast" and stored_as is not None and stored_as.chunked
-            self._check_dataset(found[name], name, shape, dtype, chunked=fast)
+            check_dataset(found[name], self.path, name, shape, dtype, indexed=fast)
         known = {name.encode() for name in expected}
         for key in root:
-            if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and _is_critical(file[key]):
+            if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and is_critical(file[key]):
                 raise CacheError(
                     f"{self.path}: expected only known arrays, got the critical array {key.decode(errors='replace')!r};"
                     " install a newer dask_logits",
@@ -483,146 +448,9 @@ class CacheReader:
             return np.empty(dataset.shape, dataset.dtype)
         offset = dataset.id.get_offset()
         if offset is None or self.engine == "h5py":
-            return _Slow(self.path, name, dataset)
+            return SlowArray(self.path, name, dataset)
         # An ndarray over the map: np.memmap itself costs microseconds a slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
-
-
-class _Slow:
-    """An array that is read through HDF5: chunked, or with the h5py engine.
-
-    HDF5's zstd plugin makes room for as many bytes as a frame says it holds, so that is compared with the chunk first.
-
-    Parameters
-    ----------
-    path, name
-        For messages.
-    dataset
-        The array.
-    """
-
-    def __init__(self, path: Path, name: str, dataset: h5py.Dataset) -> None:
-        self.path, self.name = path, name
-        self.shape, self.dtype = dataset.shape, dataset.dtype
-        self._dataset = dataset
-        self._is_zstd = ZSTD_FILTER in _filters(dataset.id.get_create_plist())
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        found: Array = self[:]
-        return found if dtype is None else found.astype(dtype)
-
-    def __getitem__(self, rows: Any) -> Any:
-        with _translated(self.path, f"to read {self.name} (with the package hdf5plugin, if it is compressed)"):
-            if self._is_zstd:
-                self._check_frames(*(rows.indices(len(self))[:2] if isinstance(rows, slice) else (rows, rows + 1)))
-            return self._dataset[rows]
-
-    def _check_frames(self, start: int, stop: int) -> None:
-        steps = self._dataset.chunks
-        most = math.prod(steps) * self.dtype.itemsize + len(fletcher32(b""))
-        # HDF5 would make room for what the file says that a chunk takes; this is all that one can.
-        room = bytearray(2 * most + 1024)
-        first = int(start) // steps[0] * steps[0]
-        sides = (range(0, size, step) for size, step in zip(self.shape[1:], steps[1:], strict=True))
-        for place in itertools.product(range(first, int(stop), steps[0]), *sides):
-            found = content_bytes(self._dataset.id.read_direct_chunk(place, out=room)[1])
-            if found is None or found > most:
-                raise ValueError(f"a frame of {found} bytes in chunk {place} of {most}")
-
-
-def _filters(properties: Any) -> list[int]:
-    return [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
-
-
-def _is_critical(item: h5py.HLObject) -> bool:
-    """Whether an array or group says so; in a way that is not understood, too."""
-    if "critical" not in item.attrs:
-        return False
-    return _is_in_heap(item.attrs.get_id("critical")) or _scalar(item.attrs, "critical") not in (False, 0)
-
-
-@contextlib.contextmanager
-def _translated(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except CacheError:
-        raise
-    except _HDF5_ERRORS as error:
-        raise CacheError(
-            f"{path}: expected {what}, got {first_line(error)}; the file is damaged: restore it or run the job again",
-            str(path),
-        ) from error
-
-
-def _damaged(path: Path, expected: str, found: str) -> CacheError:
-    return CacheError(
-        f"{path}: expected {expected}, got {found}; the file is damaged: restore it or run the job again", str(path)
-    )
-
-
-def _open(path: Path) -> h5py.File:
-    try:
-        if not path.exists():
-            raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
-        if not path.is_file():
-            raise CacheError(f"{path}: expected a file, got something else; correct the path", str(path))
-        try:
-            return h5py.File(path, "r", locking=False)
-        except OSError:
-            # A handle that someone in this process opened with locks does not allow one without.
-            return h5py.File(path, "r")
-    except CacheError:
-        raise
-    except _HDF5_ERRORS as error:
-        raise CacheError(
-            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again "
-            "or run the job again",
-            str(path),
-        ) from error
-
-
-def _attributes(file: h5py.File, path: Path) -> dict[str, Any]:
-    """Return the scalar attributes of the root; no other has a meaning.
-
-    Raises
-    ------
-    CacheError
-        If texts of variable length, which our writer made up to 1.2, lie where HDF5 would not come back from.
-    """
-    if any(_is_in_heap(file.attrs.get_id(name)) for name in file.attrs):
-        at = broken_heap(path) if file.id.get_create_plist().get_sizes() == (8, 8) else 0
-        if at is not None:
-            raise _damaged(path, "texts one after the other", f"a heap at byte {at} where they are not")
-    found = {name: _scalar(file.attrs, name) for name in file.attrs}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _is_in_heap(held: h5py.h5a.AttrID) -> bool:
-    """Whether a text is of variable length."""
-    text = h5py.check_string_dtype(held.dtype)
-    return text is not None and text.length is None
-
-
-def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
-    """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else."""
-    held = attributes.get_id(name)
-    if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES:
-        return None
-    if held.dtype.kind not in "biufS" and not _is_in_heap(held):
-        return None
-    return _decoded(attributes[name])
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        with contextlib.suppress(ValueError):
-            return parse_json(value)
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def items(reader: CacheReader) -> Iterator[dict[str, Array]]:

@@ -3,7 +3,7 @@
 Contiguous arrays go through h5py, compressed chunks past its filters, as they are. A CRC-32 per MiB of every contiguous
 array, and per chunk, is stored beside it.
 
-One of the two homes of ``h5py``.
+One of the three homes of ``h5py``.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def picker(data: bytes) -> Iterator[int]:
     while True:
         size = (int(bound - 1).bit_length() + 7) // 8
         piece, data = data[:size], data[size:]
-        bound = yield int.from_bytes(piece, "little") % bound
+        bound = yield int.from_bytes(piece, "little") % max(1, bound)
 
 
 def damage_with(data: bytes, folder: Path, made: list[Path]) -> None:
