@@ -46,7 +46,7 @@ def run_jobs(hub: FakeHub, home: Path, jobs: list[list[str]]) -> list[str]:
     script = home.parent / "runner.py"
     script.write_text(RUNNER)
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, str(script), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -117,11 +117,18 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
-    # Not watched: what is downloaded here is written by threads, for which this one waits.
-    job = prepare(config, dataset)
-    check_folder(job)
-    begun = job.run.manifest_path.exists
-    with watched(config.job.stall_seconds), room(job.run.path, begun=begun), _held(job):
+    run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
+    with room(run.path, begun=run.manifest_path.exists):
+        # Not watched: what is downloaded here is written by threads, for which this one waits.
+        job = prepare(config, dataset)
+        check_folder(job)
+        with watched(config.job.stall_seconds):
+            return _do(job, only, bisects)
+
+
+def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
+    config = job.config
+    with _held(job):
         # Again, now that nobody else can change the folder.
         undo_setting_aside(job.run)
         check_folder(job)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +17,8 @@ from builders import cache_dir, tree
 from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
-from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, merge, read_status, retry
+from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
 from dask_logits.cli import main
-from dask_logits.job.convert import convert
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader
@@ -37,8 +39,6 @@ class Poison(WorkerPlugin):
 
         def tokenize_poison(rows, spec, first_row=0):
             if flag.exists() and first_row <= row < first_row + len(rows):
-                import os
-                import re
                 import time
 
                 if act == "die":
@@ -164,40 +164,35 @@ def test_without_room_the_job_stops_and_resumes_when_there_is(overrides, expecte
         assert CacheReader(generate(config)).attributes["content_digest"] == expected
 
 
-@contextlib.contextmanager
-def room_for(n_bytes: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size; the workers' may."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def with_room_for(kib: int | None, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that can write no file larger than so many KiB; its workers are elsewhere."""
+    limit = "" if kib is None else f"ulimit -f {kib}; "
+    words = ["bash", "-c", f'{limit}exec "$@"', "bash", sys.executable, "-m", "dask_logits", *command]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "hf")}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, expected, tmp_path) -> None:
-    config = load_config([*joined, SMALL])
-    run = cache_dir(joined)
+    run, job = cache_dir(joined), ["generate", *joined, SMALL]
+    # So that the dataset is in the cache of its library.
+    assert with_room_for(None, tmp_path, "plan", *job[1:]).returncode == 0
     message = r"expected to be able to write .*, got 'File too large'; whatever was complete before is good: make room"
-    with room_for(300), pytest.raises(CapacityError, match=message) as refused:
-        generate(config)
-    assert not refused.value.ran
-    assert not run.exists()
+    refused = with_room_for(1, tmp_path, *job)
+    assert (refused.returncode, run.exists()) == (2, False)
+    assert re.search(message, refused.stderr), refused.stderr
     # Enough for everything but the cache, which HDF5 writes.
-    with room_for(8_000), pytest.raises(CapacityError, match=message) as full:
-        generate(config)
-    assert full.value.ran
+    full = with_room_for(8, tmp_path, *job)
+    assert full.returncode == 1
+    assert re.search(message, full.stderr), full.stderr
     assert read_status(run).committed == 10
     assert not [path for path in run.rglob("*") if path.suffix in (".h5", ".tmp")]
-    cache = generate(config)
+    cache = generate(load_config(job[1:]))
     assert CacheReader(cache).attributes["content_digest"] == expected
-    for target, write in [
-        ("converted.h5", lambda source, to: convert(source, to, profile="plain")),
-        ("merged.h5", lambda source, to: merge([source], output=to)),
-    ]:
-        with room_for(8_000), pytest.raises(CapacityError, match=message):
-            write(cache, tmp_path / "other" / target)
-        assert not (tmp_path / "other" / target).exists()
+    target = tmp_path / "other" / "c.h5"
+    for command in (["convert", str(cache), str(target), "--profile=plain"], ["merge", str(run), f"--output={target}"]):
+        full = with_room_for(8, tmp_path, *command)
+        assert re.search(message, full.stderr), full.stderr
+        assert not target.exists()
 
 
 @pytest.mark.parametrize("cut", [0, 10, -1])
