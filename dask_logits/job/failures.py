@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dask_logits.job.manifest import RunFolder
-from dask_logits.store.durable import Json, read_json, replace_json
+from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, read_json, replace_json
 
 # What happened: an I/O error that stayed, a row or a teacher that cannot be used, workers that died, no sign of life,
 # rows that could not be read when the plan was made, arrays that changed on disk after they were committed.
@@ -70,7 +70,10 @@ def read_failures(run: RunFolder) -> dict[int, Json]:
     """Return the ledger: partition → entry, of those that are not committed."""
     found = {}
     for path in sorted(run.failures_path.glob("[0-9]*.json")):
+        if not (path.stem.isascii() and path.stem.isdigit()):
+            continue
         entry = read_json(path)
         if entry is not None and run.receipt(int(path.stem)) is None:
+            check_fields(path, entry, {"kind": TEXT, "reason": TEXT, "rows": COUNTS})
             found[int(path.stem)] = entry
     return found

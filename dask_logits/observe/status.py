@@ -10,16 +10,24 @@ from pathlib import Path
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
-from dask_logits.job.manifest import RunFolder, Share
+from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
 from dask_logits.observe.progress import add_seconds, shares
 from dask_logits.records import Statistics
-from dask_logits.store.durable import Json, read_json
+from dask_logits.store.durable import NUMBER, TEXT, Json, check_fields, read_json
 
 # Dask event topic on which drivers say where their run folder is, with the figures of its status file.
 RUNS_TOPIC = "dask_logits.runs"
 # A driver that has written nothing for so long is not counted as running.
 _ALIVE_SECONDS = 120.0
+# What a driver leaves as a sign of life.
+_FACTS = {
+    "state": TEXT,
+    "at": NUMBER,
+    "tokens_per_second": NUMBER,
+    "seconds_left": NUMBER.or_none(),
+    "dashboard": TEXT.or_none(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +186,7 @@ def read_status(path: Path | str) -> Status:
     except CacheError:
         cache, state = None, "damaged"
     scoring, peak = seconds.get("score", 0.0), (run.calibration() or {}).get("cost", {}).get("peak_flops", 0.0)
-    drivers = _drivers(run, int(manifest["total_workers"]))
+    drivers = _drivers(run)
     alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
     left = [driver["seconds_left"] for driver in alive]
     return Status(
@@ -211,9 +219,14 @@ def _reason(entry: Json) -> str:
     return f"{entry['kind']}: {entry['reason']}" + (f" (dataset rows {rows})" if rows else "")
 
 
-def _drivers(run: RunFolder, total: int) -> list[Json]:
-    paths = (run.status_path(Share(worker=worker, total=total)) for worker in range(total))
-    return [facts for path in paths if (facts := read_json(path)) is not None]
+def _drivers(run: RunFolder) -> list[Json]:
+    found = []
+    for path in sorted(run.path.glob("status*.json")):
+        facts = read_json(path)
+        if facts is not None:
+            check_fields(path, facts, _FACTS)
+            found.append(facts)
+    return found
 
 
 def _is_alive(driver: Json) -> bool:

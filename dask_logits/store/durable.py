@@ -71,6 +71,7 @@ def _is_path(value: Any) -> bool:
 
 
 COUNT = Kind("a count", _is_count)
+COUNTS = Kind("a list of counts", lambda value: isinstance(value, list) and all(map(_is_count, value)))
 NUMBER = Kind("a finite number", _is_number)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))

@@ -14,7 +14,8 @@ import pytest
 from builders import compact, records, write_cache
 from damage import NESTED, reseal
 
-from dask_logits.errors import DaskLogitsError
+from dask_logits import read_status
+from dask_logits.errors import CacheError, DaskLogitsError
 from dask_logits.job.checks import check_files
 from dask_logits.store.planes import compress
 
@@ -231,6 +232,27 @@ def test_small_files_that_are_not(run, refused, name, how) -> None:
         case _:
             path.write_text("")
     refused(run, "expected ")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("status.json", "state", None), ("status.json", "at", "x"), ("status.json", "tokens_per_second", [1]),
+        ("status.json", "seconds_left", {}), ("failures/000000.json", "reason", 3),
+        ("failures/000000.json", "rows", None), ("failures/000000.json", "rows", ["x"]),
+    ],
+)  # fmt: skip
+def test_signs_of_life_and_failures_of_another_kind(scored, look, name, field, value) -> None:
+    (scored / "failures").mkdir(exist_ok=True)
+    good = {"kind": "data", "reason": "odd", "rows": [1]}
+    (scored / "failures" / "000000.json").write_text(json.dumps(good))
+    (scored / "failures" / "0x.json").write_text("{}")
+    first_receipt(scored).unlink()
+    assert read_status(scored).failed == {0: "data: odd (dataset rows 1)"}
+    change(scored / name, **{field: value})
+    with pytest.raises(CacheError, match=rf"{name}: expected {field} to be "):
+        read_status(scored)
+    assert look(scored) == ""
 
 
 @pytest.mark.parametrize("entry", ["/etc/passwd", "/dev/zero", "..", "../../../../etc/passwd", "", 3, None, "a\0"])
