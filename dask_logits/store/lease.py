@@ -107,13 +107,13 @@ def _check_stale(path: Path, left: Json, wait: bool, takeover: bool) -> None:
     while True:
         time.sleep(STALE_BEATS * BEAT_SECONDS)
         now = _read(path)
-        if now is None:
+        if now is None and not path.stat().st_size:
             return
         if now == left:
             break
+        left = now or left
         if not wait:
-            raise _held(path, now)
-        left = now
+            raise _held(path, left)
     if not takeover:
         raise RunConflictError(
             f"{path.parent}: expected to be the only driver of {_what(path)}, but {_who(left)} did not clear its lease "

@@ -33,7 +33,7 @@ def counting(path, stop: threading.Event) -> threading.Thread:
         beat = 0
         while not stop.wait(0.02):
             beat += 1
-            path.write_text(json.dumps({**ELSEWHERE, "beat": beat}))
+            module._write(path, {**ELSEWHERE, "beat": beat})
 
     thread = threading.Thread(target=count)
     thread.start()
@@ -85,6 +85,14 @@ def test_a_live_holder_elsewhere_is_never_taken_over(path, monkeypatch) -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_lease_that_is_half_written_is_not_cleared(path, monkeypatch) -> None:
+    path.write_text(json.dumps(ELSEWHERE))
+    reads = iter([ELSEWHERE, None])
+    monkeypatch.setattr(module, "_read", lambda _: next(reads))
+    with pytest.raises(RunConflictError, match="process 7 on elsewhere is at work"), lease(path, takeover=True):
+        pass
 
 
 def test_a_stale_lease_elsewhere_is_taken_only_if_that_is_allowed(path) -> None:
