@@ -120,6 +120,7 @@ class PartitionReader:
         self.path = path
         self.profile = profile
         self._layouts: dict[str, _Layout] = {}
+        self._real_path = os.path.realpath(path)
         metadata = None if path.is_symlink() else read_json(self._inside(_METADATA))
         if metadata is None:
             raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path))
@@ -154,7 +155,7 @@ class PartitionReader:
     def _inside(self, name: str) -> Path:
         """Return the path of a file of this partition, which no link leads out of."""
         path = self.path / name
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path)):
+        if not Path(os.path.realpath(path)).is_relative_to(self._real_path):
             raise self._unreadable(name, "a path that leads elsewhere")
         return path
 

@@ -68,6 +68,8 @@ class CacheWriter:
     ) -> None:
         self.path = path
         self.profile = profile
+        # Looking one up by its name costs more than writing a chunk.
+        self._datasets: dict[str, h5py.Dataset] = {}
         self._filled: dict[str, int] = {}
         self._crcs: dict[str, BlockCrc] = {}
         # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
@@ -102,7 +104,7 @@ class CacheWriter:
             self.append(name, table)
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
+        self._datasets[name] = self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
         self._filled[name] = 0
         self._crcs[name] = BlockCrc()
 
@@ -113,7 +115,8 @@ class CacheWriter:
         properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
         properties.set_fletcher32()
         space = h5py.h5s.create_simple(shape)
-        h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
+        created = h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
+        self._datasets[name] = h5py.Dataset(created)
         self._filled[name] = 0
         self._chunk_sizes[name] = []
         self._chunk_crcs[name] = []
@@ -121,7 +124,7 @@ class CacheWriter:
     def append(self, name: str, block: Array) -> None:
         """Write the next entries of one contiguous array."""
         first = self._filled[name]
-        dataset = self._file[name]
+        dataset = self._datasets[name]
         if block.dtype != dataset.dtype:
             raise CacheError(f"{self.path}: expected {name} as {dataset.dtype}, got {block.dtype}", str(self.path))
         if len(block):
@@ -132,8 +135,7 @@ class CacheWriter:
 
     def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
         """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
-        # Looking a dataset up costs more than writing a chunk.
-        datasets = {name: self._file[name].id for name in frames}
+        datasets = {name: self._datasets[name].id for name in frames}
         for parts in zip(*frames.values(), strict=True):
             for name, frame in zip(frames, parts, strict=True):
                 data = bytes(frame)
@@ -178,9 +180,9 @@ class CacheWriter:
             If there is no room, as of :meth:`append` and :meth:`append_chunks`.
         """
         for name, filled in self._filled.items():
-            if filled != len(self._file[name]):
+            if filled != len(self._datasets[name]):
                 raise CacheError(
-                    f"{self.path}: expected {len(self._file[name])} entries of {name}, got {filled}",
+                    f"{self.path}: expected {len(self._datasets[name])} entries of {name}, got {filled}",
                     str(self.path),
                 )
         if "token_crcs" in attributes:
@@ -189,7 +191,7 @@ class CacheWriter:
             self.append("token_crcs", crcs)
         for name in self._chunk_sizes:
             places: list[tuple[int, int]] = []
-            self._file[name].id.chunk_iter(functools.partial(_note_place, places))
+            self._datasets[name].id.chunk_iter(functools.partial(_note_place, places))
             offsets = np.array([offset for _, offset in sorted(places)], np.uint64)
             columns = (offsets, np.array(self._chunk_sizes[name], np.uint32), self._chunk_crcs[name])
             for part, column in zip(INDEX, columns, strict=True):
