@@ -15,8 +15,9 @@ from distributed import Client
 from dask_logits.capture.task import PartitionTask, try_rows
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
+from dask_logits.job.calls import holders, restart_worker
 from dask_logits.job.failures import Failure
-from dask_logits.job.window import STAGES, holders, restart_worker
+from dask_logits.job.window import STAGES
 
 logger = logging.getLogger(__name__)
 

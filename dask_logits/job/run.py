@@ -27,6 +27,7 @@ from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
 from dask_logits.errors import DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.assemble import consolidate_run, tidy
+from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import Cluster, open_cluster
 from dask_logits.job.committed import committed, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
@@ -43,7 +44,6 @@ from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.watch import watched
-from dask_logits.job.window import run_one
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, read_json, room
 from dask_logits.store.lease import lease

@@ -18,11 +18,12 @@ from dask_logits.capture.teacher import ScoringPath
 from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.job.ahead import ReadAhead
 from dask_logits.job.bisect import bisect
+from dask_logits.job.calls import call_scheduler
 from dask_logits.job.cluster import Cluster
 from dask_logits.job.failures import Failure, forget_failure, note_failure
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job
-from dask_logits.job.window import call_scheduler, run_partitions
+from dask_logits.job.window import run_partitions
 from dask_logits.observe.progress import JobProgress, add_seconds, shares
 from dask_logits.observe.status import RUNS_TOPIC
 from dask_logits.records import Statistics

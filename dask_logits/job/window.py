@@ -8,42 +8,45 @@ are read from a queue with a timeout: a bare ``as_completed`` waits for ever whe
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import dask
 from distributed import Client, Future, KilledWorker, get_worker
-from distributed.client import FutureCancelledError
-from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.capture.task import PartitionTask, Stages, process_partition
 from dask_logits.config import JobConfig
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, PartitionsFailedError
+from dask_logits.job.calls import (
+    CALL_SECONDS,
+    SCORER,
+    call_scheduler,
+    exception_of,
+    holders,
+    restart_worker,
+    result_of,
+    scheduler_lost,
+)
 from dask_logits.job.failures import Failure, Kind
 from dask_logits.store.durable import Json, no_room
 
 logger = logging.getLogger(__name__)
 
 _TOPIC = "dask_logits.tokens."
-_CALL_SECONDS = 20
 # A worker with two threads scores one partition at a time, there is one teacher, and reads or writes another meanwhile.
 _PARTITIONS_EACH = 2
-# Dask's, whose threads do not keep a process from ending.
-_SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 # What the threads of a worker take turns at.
-STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=_SCORER)
+STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
-_RESTART_SECONDS = 60
 # Frames of a traceback that are kept as evidence.
 _FRAMES = 6
 
@@ -209,12 +212,12 @@ class _Window:
                 self._later.append((self.last_progress, task))
                 return False
             if future.status == "finished":
-                receipt = _result_of(self.client, future, self.job.stall_seconds)
+                receipt = result_of(self.client, future, self.job.stall_seconds)
                 self._succeeded = True
                 self._hung_in_a_row = 0
                 self._attempts.pop(task.partition.index)
                 return receipt
-            self._failed(task, _exception_of(future), future)
+            self._failed(task, exception_of(future), future)
         finally:
             # At once: what nobody holds is not computed again when its worker dies.
             future.release()
@@ -231,7 +234,7 @@ class _Window:
         """Raise ClusterError if the scheduler is lost, or nothing moves and no worker can be blamed."""
         idle = time.monotonic() - self.last_progress
         if self.client.status != "running":
-            raise _scheduler_lost()
+            raise scheduler_lost()
         if idle > self.job.stall_seconds and (not self._running or not self._held()):
             raise self._stalled(idle)
 
@@ -350,7 +353,7 @@ class _Window:
             reason = f"its worker died {error.allowed_failures + 1} times"
             evidence = f"last worker {error.last_worker.address}; its log, or the kernel's, says what ended it"
         else:
-            frames = traceback.format_tb(future.traceback(_CALL_SECONDS))[-_FRAMES:]
+            frames = traceback.format_tb(future.traceback(CALL_SECONDS))[-_FRAMES:]
             evidence = "".join([*frames, *traceback.format_exception_only(error)])
         self._give_up_partition(
             Failure(
@@ -378,7 +381,7 @@ class _Window:
     def _workers(self) -> dict[str, Any]:
         # Client.scheduler_info() lists five workers only, or waits for ever when the scheduler is gone.
         scheduler = self.client.scheduler
-        found = call_scheduler(self.client, lambda: scheduler.identity(n_workers=-1), _CALL_SECONDS)
+        found = call_scheduler(self.client, lambda: scheduler.identity(n_workers=-1), CALL_SECONDS)
         workers: dict[str, Any] = found["workers"]
         return workers
 
@@ -386,116 +389,3 @@ class _Window:
         threads = [min(_PARTITIONS_EACH, int(worker["nthreads"])) for worker in self._workers().values()]
         self._shared = self._shared or max(threads, default=1) > 1
         return max(1, sum(threads))
-
-
-def holders(client: Client) -> dict[str, str]:
-    """Return key → address of the worker that it was sent to, of all tasks that are with one."""
-    scheduler = client.scheduler
-    found = call_scheduler(client, lambda: scheduler.processing(workers=None), _CALL_SECONDS)
-    return {key: worker for worker, keys in found.items() for key in keys}
-
-
-def restart_worker(client: Client, address: str) -> None:
-    """Have a worker's nanny end it and start another; without a nanny it is closed.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost.
-    """
-    scheduler = client.scheduler
-    found = call_scheduler(
-        client,
-        lambda: scheduler.restart_workers(
-            workers=[address],
-            timeout=_RESTART_SECONDS,
-            wait_for_workers=False,
-            on_error="return",
-            stimulus_id=f"dask_logits-hung-{uuid.uuid4().hex[:8]}",
-        ),
-        2 * _RESTART_SECONDS,
-    )
-    logger.warning("worker %s: %s", address, found.get(address, "gone"))
-
-
-def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-    """Call the scheduler, and stop waiting when the client has lost it: distributed goes on connecting for minutes.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost, or does not answer in ``seconds``.
-    """
-
-    async def call() -> Any:
-        async with asyncio.timeout(seconds):
-            task = asyncio.ensure_future(function())
-            try:
-                while not task.done():
-                    await asyncio.wait([task], timeout=_POLL_SECONDS)
-                    if client.status != "running" and not task.done():
-                        raise _scheduler_lost()
-                return task.result()
-            finally:
-                task.cancel()
-
-    try:
-        return client.sync(call)
-    except (OSError, FutureCancelledError) as error:
-        raise _scheduler_lost() from error
-
-
-def _result_of(client: Client, future: Future, seconds: float) -> Json:
-    """Fetch a result; where its worker has just died, another computes it first."""
-    receipt: Json = call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
-    return receipt
-
-
-def _exception_of(future: Future) -> BaseException:
-    error: BaseException | None = future.exception() if future.status == "error" else None
-    if error is None or isinstance(error, FutureCancelledError):
-        raise _scheduler_lost()
-    return error
-
-
-def _scheduler_lost() -> ClusterError:
-    return ClusterError(
-        "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection was "
-        "lost; everything committed is kept, run the same command again"
-    )
-
-
-def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
-    found: Json = _SCORER.submit(function, argument).result()
-    return found
-
-
-def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig) -> Json:
-    """Run one function on one worker and wait for it, but not for ever.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost, the worker dies again and again, or nothing came in ``stall_seconds``.
-    """
-    name = f"{function.__name__}-{uuid.uuid4().hex[:8]}"
-    future = client.compute(dask.delayed(_in_scorer, pure=False)(function, argument, dask_key_name=name))
-    started = time.monotonic()
-    while not future.done():
-        time.sleep(_POLL_SECONDS / 5)
-        if client.status != "running":
-            raise _scheduler_lost()
-        if time.monotonic() - started > job.stall_seconds:
-            raise ClusterError(
-                f"distillation.job.stall_seconds: expected the {function.__name__} task to end within "
-                f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again"
-            )
-    if future.status == "finished":
-        return _result_of(client, future, job.stall_seconds)
-    error = _exception_of(future)
-    if isinstance(error, KilledWorker):
-        raise ClusterError(
-            f"distillation.cluster: expected a result of the {function.__name__} task, got a worker that died "
-            f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer workers"
-        ) from error
-    raise error
