@@ -6,6 +6,7 @@ Dimension letters: T tokens of a sequence.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,15 @@ def measure_cost(teacher: Teacher) -> Cost:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOPs per second of one large matrix product: the best of some rounds, random factors."""
+    """Measure the FLOPs per second of one large matrix product: the best of some rounds, random factors.
+
+    It takes a second or two, so a process measures it once for each number of threads.
+    """
+    return _peak_flops(device, dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _peak_flops(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
     size = _GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")

@@ -56,8 +56,8 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
     """
     import zarr
 
-    group = zarr.create_group(str(path), zarr_format=3)
-    group.attrs.update({"format": FORMAT, "version": VERSION, "profile": profile.name})
+    attributes = {"format": FORMAT, "version": VERSION, "profile": profile.name}
+    group = zarr.create_group(str(path), zarr_format=3, attributes=attributes)
     arrays = dict(records.arrays())
     for name, array in encode_all({name: arrays[name] for name in TOKEN_ARRAYS}, profile).items():
         chunked = profile.arrays[name].chunked

@@ -32,7 +32,7 @@ def _left(group: int) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path, number) -> None:
-    data = write_json_lines(tmp_path / "many.jsonl", sentences(400, seed=5))
+    data = write_json_lines(tmp_path / "many.jsonl", sentences(120, seed=5))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]
     mine = [*overrides, *many, "cluster=local_cpu", "distillation.teacher.generation.num_workers=1"]
     run = cache_dir(overrides)
@@ -50,7 +50,7 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path,
     before = read_status(run)
     assert before.state == "unfinished"
     kept = {path: path.read_text() for path in (run / "receipts").rglob("*.json")}
-    assert 1 <= before.committed == len(kept) < 200
+    assert 1 <= before.committed == len(kept) < 60
     resumed = generate(load_config([*joined, *many]))
     assert {path: path.read_text() for path in kept} == kept
     whole = generate(load_config([*joined, *many, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"]))
