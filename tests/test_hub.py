@@ -86,7 +86,6 @@ def test_wikitext_c4_and_fineweb_by_their_names(base, tmp_path) -> None:
         "wikitext": named(base, tmp_path / "wikitext", "Salesforce/wikitext", "wikitext-2-raw-v1"),
         "c4": named(base, tmp_path / "c4", "allenai/c4", "en", *every),
         "fineweb": named(base, tmp_path / "fineweb", "HuggingFaceFW/fineweb", "sample-10BT", *every),
-        "first": named(base, tmp_path / "first", "HuggingFaceFW/fineweb", "sample-10BT", *some),
         "typo": named(base, tmp_path / "typo", "HuggingFaceFW/finewebb", "sample-10BT", *some),
     }
     with fake_hub(tmp_path / "hub") as hub:
@@ -97,8 +96,6 @@ def test_wikitext_c4_and_fineweb_by_their_names(base, tmp_path) -> None:
     expected = [len(text.split()) for text in TEXTS]
     for name in ("wikitext", "c4", "fineweb"):
         assert lengths(tmp_path / name) == expected, name
-    assert lengths(tmp_path / "first") == expected[:9]
-    assert json.loads((tmp_path / "first" / "run.json").read_text())["commit"] == commit
     plan = json.loads((tmp_path / "fineweb" / "plan" / "000" / "000000.json").read_text())
     assert plan["source"]["file"] == f"hf://datasets/HuggingFaceFW/fineweb@{commit}/sample/10BT/000_00000.parquet"
     assert plan["source"]["etag"]
@@ -110,8 +107,10 @@ def test_only_the_files_that_are_needed_are_fetched(base, tmp_path) -> None:
     with fake_hub(tmp_path / "hub") as hub:
         assert run_jobs(hub, tmp_path / "home", [[*job, "distillation.dataset.max_samples=9"]]) == []
         assert hub.files_read() == {"sample/10BT/000_00000.parquet"}
+        assert lengths(tmp_path / "run") == [len(text.split()) for text in TEXTS[:9]]
         # The branch moves on; the run stays at the commit it was planned with.
         commit = hub.commit("HuggingFaceFW/fineweb").sha
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["commit"] == commit
         make_hub_repos(tmp_path / "hub", sentences(60, seed=12, longest=12))
         assert hub.commit("HuggingFaceFW/fineweb").sha != commit
         assert run_jobs(hub, tmp_path / "home", [[*job, "distillation.dataset.max_samples=all"]]) == []
