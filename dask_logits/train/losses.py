@@ -39,7 +39,7 @@ def sparse_forward_kl(
         [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
         t, so nothing is shifted.
     topk_ids, topk_logprobs
-        [..., K], the teacher's entries.
+        [..., K], the teacher's entries; one with log-prob −∞ is not there: its mass is in the tail, whatever its id.
     tail_logmass
         [...], log of the teacher's mass outside them.
     target_mask
@@ -88,6 +88,8 @@ def sparse_forward_kl(
     logp_NK, logtail_N = normalise_targets(
         topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
     )
+    # Beyond the logits lies a column of −∞, for entries that are not there.
+    ids_NK = ids_NK.masked_fill(logp_NK == -torch.inf, vocab_size)
     loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
         student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows
     )
@@ -100,14 +102,15 @@ def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tenso
     Parameters
     ----------
     logp_NK, logtail_N
-        Log-probs as stored (rounded), and the tail's log-mass.
+        Log-probs as stored (rounded), and the tail's log-mass; rows without a kept entry stay so.
 
     Returns
     -------
     logp_NK, logtail_N
     """
     kept_N = torch.log(-torch.expm1(logtail_N.clamp(max=-1e-7)))
-    return logp_NK + (kept_N - logp_NK.logsumexp(-1))[:, None], logtail_N
+    sum_N = logp_NK.logsumexp(-1)
+    return logp_NK + torch.where(sum_N == -torch.inf, 0.0, kept_N - sum_N)[:, None], logtail_N
 
 
 class _SparseForwardKL(torch.autograd.Function):
@@ -148,7 +151,7 @@ class _SparseForwardKL(torch.autograd.Function):
             share_R = logq_tail_R.exp() - logtail_N[rows_R].exp()
             grad_RV = rest_RV.mul_((share_R * scale)[:, None])
             grad_RV.scatter_(1, ids_RK, (logq_RK.exp() - logp_NK[rows_R].exp()) * scale)
-            grad_NV.index_copy_(0, rows_R, grad_RV.to(grad_NV.dtype))
+            grad_NV.index_copy_(0, rows_R, grad_RV[:, : grad_NV.shape[1]].to(grad_NV.dtype))
         return grad_NV, None, None, None, None, None
 
 
@@ -158,6 +161,8 @@ def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor) -> tuple[Tensor,
     The tail is a sum over what is left, not 1 − Σq: that cancels, and its gradient with it, when q is sharp.
     """
     logits_RV = logits_NV.index_select(0, rows_R).float()
+    if ids_RK.numel() and int(ids_RK.max()) == logits_NV.shape[1]:
+        logits_RV = torch.nn.functional.pad(logits_RV, (0, 1), value=-torch.inf)
     kept_RK = logits_RV.gather(1, ids_RK)
     rest_RV = logits_RV.scatter_(1, ids_RK, -torch.inf)
     maximum_R = rest_RV.amax(-1)

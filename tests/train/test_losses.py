@@ -148,3 +148,32 @@ def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
         sparse_forward_kl(student, ids, logp, tail, torch.ones(3))
     with pytest.raises(ValueError, match="expected ids below the student's 10 logits"):
         sparse_forward_kl(student[:, :10], ids, logp, tail)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(5, 50), st.integers(0, 100), st.integers(1, 9))
+def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: int, chunk_rows: int) -> None:
+    # As CachedLogitsDataset(student_vocab_size=) gives them: id 0, −∞, behind the others.
+    teacher, wide = pair(seed=seed)
+    ids, logp, _ = targets(teacher, k)
+    there = ids < width
+    kept = torch.zeros_like(teacher[:, :width], dtype=torch.bool)
+    expected = torch.zeros((), dtype=torch.float64)
+    one = wide[:, :width].float().requires_grad_()
+    two = wide[:, :width].float().double().requires_grad_()
+    for row in range(len(ids)):
+        mine = ids[row][there[row]]
+        kept[row, mine] = True
+        q, p = two[row].softmax(-1), logp[row][there[row]].exp()
+        q_all = torch.cat([q[mine], q[~kept[row]].sum()[None]])
+        p_all = torch.cat([p, 1 - p.sum()[None]])
+        expected = expected + torch.where(p_all > 1e-12, p_all * (p_all.log() - q_all.log()), 0.0).sum() / len(ids)
+    order = (~there).to(torch.uint8).argsort(dim=-1, stable=True)
+    cut_ids = ids.masked_fill(~there, 0).gather(-1, order)
+    cut_logp = logp.masked_fill(~there, -torch.inf).gather(-1, order)
+    tail = torch.log1p(-cut_logp.exp().sum(-1))
+    loss = sparse_forward_kl(one, cut_ids, cut_logp, tail, chunk_rows=chunk_rows)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(one.grad.double(), two.grad, atol=1e-5, rtol=1e-3)
