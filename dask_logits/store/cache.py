@@ -265,8 +265,13 @@ class CacheReader:
             )
             first, first_stop = last, last_stop
 
-    def verify_checksums(self) -> None:
+    def verify_checksums(self, *, trailers: bool = True) -> None:
         """Compare every array and every chunk with its stored CRC-32, and documents and blocks with each other.
+
+        Parameters
+        ----------
+        trailers
+            Compare the Fletcher-32 behind each chunk, too, which only readers through HDF5 look at.
 
         Raises
         ------
@@ -291,7 +296,7 @@ class CacheReader:
         for first in range(0, self.n_entries, step):
             stop = min(first + step, self.n_entries)
             if self._planes is not None:
-                self.frames(first, stop)
+                self._planes.check(*(at // self.profile.alignment for at in (first, stop)), trailers=trailers)
             else:
                 # HDF5 compares the Fletcher-32 of what it reads.
                 for name in self.profile.arrays.keys() - set(self.names):

@@ -171,6 +171,25 @@ class PlaneReader:
             at = stop_at
         return found
 
+    def check(self, first: int, stop: int, *, trailers: bool) -> None:
+        """Compare chunks [first, stop) of every plane with their checksums.
+
+        Raises
+        ------
+        CacheError
+            If one is damaged.
+        """
+        for name, frames in self.frames(first, stop).items():
+            for chunk, frame in enumerate(frames, first) if trailers else ():
+                offset, size = (int(column[chunk]) for column in (self.indices[name].offset, self.indices[name].size))
+                found, expected = os.pread(self._descriptor, 4, offset + size), fletcher32(bytes(frame))
+                if found != expected:
+                    raise CacheError(
+                        f"{self.path}: expected Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}, got "
+                        f"{found.hex()}: the file is damaged; restore it or run the job again",
+                        str(self.path),
+                    )
+
     def rows(self, start: int, stop: int) -> dict[str, Array]:
         """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
         tokens, entries = self.chunk_shape

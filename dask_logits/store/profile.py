@@ -168,7 +168,8 @@ class Compact:
     @staticmethod
     def alignment_for(top_k: int) -> int:
         """Tokens whose planes take about 32 KiB each, a power of two."""
-        return 1 << max(3, min(12, (_CHUNK_BYTES // top_k).bit_length() - 1))
+        least = 3 if top_k << 3 <= _MOST_CHUNK_BYTES else 0
+        return 1 << max(least, min(12, (_CHUNK_BYTES // top_k).bit_length() - 1))
 
     @cached_property
     def id_rank(self) -> Array:

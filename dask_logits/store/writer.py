@@ -114,6 +114,8 @@ class CacheWriter:
         # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
         properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
         properties.set_fletcher32()
+        # The same targets give the same bytes, whenever they are written.
+        properties.set_obj_track_times(False)
         space = h5py.h5s.create_simple(shape)
         created = h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
         self._datasets[name] = h5py.Dataset(created)
@@ -229,10 +231,16 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._sink.close()
-        if kind is not None:
-            self.path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except Exception:
+            # HDF5 does not close what an interrupt left half flushed; the interrupt is what counts.
+            if kind is None:
+                raise
+        finally:
+            self._sink.close()
+            if kind is not None:
+                self.path.unlink(missing_ok=True)
 
 
 def _fixed(text: str) -> Array:

@@ -230,6 +230,10 @@ def test_every_flipped_bit_of_a_compact_cache_is_found(dense) -> None:
             damage(offset, size)
             with pytest.raises(CacheError, match=f"to read {name}"):
                 CacheReader(dense, "h5py").verify_checksums()
+            damage(offset + size - 4, 4)
+            CacheReader(dense).verify_checksums(trailers=False)
+            with pytest.raises(CacheError, match=rf"Fletcher-32 \w+ behind {name}, chunk"):
+                CacheReader(dense).verify_checksums()
     dense.write_bytes(whole)
     for engine in ("fast", "h5py"):
         CacheReader(dense, engine).verify_checksums()
@@ -388,3 +392,18 @@ def test_blocks_list_their_segments(profile, tmp_path) -> None:
     ]
     rows, offsets = reader.item_places()
     assert (rows.tolist(), offsets.tolist()) == ([0, 3, 3], [0, 0, 6])
+
+
+def test_an_interrupt_is_not_hidden_by_a_file_that_cannot_be_closed(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "c.h5"
+    writer = CacheWriter(path, profile=plain(), n_tokens=3, n_documents=1)
+    close = writer._file.close
+
+    def half() -> None:
+        close()
+        raise RuntimeError("Can't decrement id ref count")
+
+    monkeypatch.setattr(writer._file, "close", half)
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt
+    assert not path.exists()

@@ -159,3 +159,9 @@ def test_a_partition_is_encoded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     codes = sum(array.nbytes for array in whole.values())
     assert tracemalloc.get_traced_memory()[1] < 2.5 * codes
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("top_k", [131_072, 131_073, 151_936])
+def test_as_many_entries_as_a_vocabulary_has_fit_a_chunk(top_k) -> None:
+    made = Compact(top_k=top_k, vocab_size=152_000, precision=8, id_table=np.arange(152_000, dtype=np.uint32))
+    assert 0 < made.alignment * top_k <= 1 << 20
