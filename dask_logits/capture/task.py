@@ -191,8 +191,14 @@ def process_partition(
     }
     manifest = run.manifest()
     ours = manifest is not None and manifest["run_id"] == task.run_id
-    if ours and create_json(run.receipt_path(task.partition.index), receipt):
-        return receipt
+    try:
+        if ours and create_json(run.receipt_path(task.partition.index), receipt):
+            return receipt
+    except OSError:
+        # The receipt may be there all the same, and its folder not flushed.
+        if (run.receipt(task.partition.index) or {}).get("attempt") != attempt.name:
+            remove_partition(attempt)
+        raise
     remove_partition(attempt)
     winner = run.receipt(task.partition.index)
     if winner is None or winner["run_id"] != task.run_id:

@@ -118,7 +118,7 @@ class PlanLog:
         """Say anew what the rows of a segment are known by: one of them could not be used, and now can."""
         self._check_alone(segment)
         mended = dataclasses.replace(segment, source=source)
-        replace_json(self.run.plan_path(self._ordinal(segment)), mended.to_json())
+        replace_json(self.run.plan_path(self._ordinal(segment)), mended.to_json(), durable=True)
         return mended
 
     def digest(self, n_rows: int | None = None) -> str:

@@ -79,6 +79,8 @@ class Job:
 def settings_of(run: RunFolder, log: PlanLog) -> Json:
     """Return the settings a run was made with, for the folder and the rows that it has now.
 
+    What was allowed for one start only, to replace a run or to take over a lease, is not.
+
     Raises
     ------
     RunConflictError
@@ -88,12 +90,14 @@ def settings_of(run: RunFolder, log: PlanLog) -> Json:
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
     how = manifest["how"]
-    teacher, dataset = {**how["teacher"], "cache_dir": str(run.path)}, dict(how["dataset"])
+    generation = {**how["teacher"]["generation"], "force_regenerate": False}
+    teacher = {**how["teacher"], "cache_dir": str(run.path), "generation": generation}
+    dataset = dict(how["dataset"])
     limit = dataset["max_samples"]
     if isinstance(limit, int) and limit < log.n_rows:
         # The run has grown since.
         dataset["max_samples"] = "all" if log.end == "exhausted" else log.n_rows
-    return {**how, "teacher": teacher, "dataset": dataset}
+    return {**how, "teacher": teacher, "dataset": dataset, "job": {**how["job"], "takeover": False}}
 
 
 def prepare(config: Config, dataset: Any = None) -> Job:

@@ -32,10 +32,12 @@ from dask_logits.job.cluster import Cluster, open_cluster
 from dask_logits.job.committed import committed, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
+    CONSOLIDATION_LOCK,
     FORMAT,
     PREVIOUS,
     VERSION,
     RunFolder,
+    Share,
     lock_name,
     set_aside,
     undo_setting_aside,
@@ -50,6 +52,8 @@ from dask_logits.store.lease import lease
 from dask_logits.store.profile import earns, save_array, save_id_table
 
 logger = logging.getLogger(__name__)
+
+_WORKER = "distillation.teacher.generation.worker_id"
 
 
 def generate(config: Config, dataset: Any = None) -> Path:
@@ -88,7 +92,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     dataset
         As it was given to :func:`generate`; None: the run names it.
     overrides
-        Settings that are free to change, such as ``distillation.cluster.kind=local_cpu``.
+        Settings that are free to change, such as ``distillation.cluster.kind=local_cpu``; with ``worker_id``, only what
+        failed of that static worker's share is taken up.
     bisect
         Look for the rows that make a partition fail: halves of it are scored until single rows are left.
 
@@ -101,6 +106,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     ------
     RunConflictError
         If nothing failed, or other partitions are missing, too.
+    PartitionsFailedError
+        If some failed again; of a run that static workers shared, in whatever share.
     DaskLogitsError
         As :func:`generate`.
     """
@@ -113,7 +120,21 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
             f"{run.path}: expected partitions that failed, got none; to do the rest, give `generate` the settings of "
             "the run"
         )
-    return _generate(config, dataset, only=only, bisects=bisect)
+    total = config.teacher.generation.total_workers or 1
+    if total == 1 or any(_WORKER in given for given in overrides):
+        return _generate(config, dataset, only=only, bisects=bisect)
+    failed: list[PartitionsFailedError] = []
+    for worker in sorted({index % total for index in only}):
+        share = override(settings_of(run, log), [*overrides, f"{_WORKER}={worker}"], dataset_given=dataset is not None)
+        try:
+            _generate(share, dataset, only=only, bisects=bisect)
+        except PartitionsFailedError as error:
+            failed.append(error)
+    if failed:
+        with _ran():
+            reasons = {index: reason for error in failed for index, reason in error.reasons.items()}
+            raise PartitionsFailedError("\n".join(error.message for error in failed), reasons)
+    return run.path
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
@@ -173,8 +194,7 @@ Start = Literal["fresh", "resume", "replace", "complete"]
 def _start(job: Job, log: PlanLog) -> Start:
     """Say how this start relates to what the folder holds.
 
-    An old run in ``previous/`` beside one without a cache means that its replacement is under way: a forced start with
-    the same settings goes on with it.
+    A forced start goes on with what a forced start with the same settings has begun.
     """
     manifest = job.run.manifest()
     if manifest is None:
@@ -186,9 +206,14 @@ def _start(job: Job, log: PlanLog) -> Start:
 
 
 def _replaces(job: Job, manifest: Json, log: PlanLog) -> bool:
-    """Whether the folder holds the beginnings of the very replacement that is asked for."""
+    """Whether the folder holds the beginnings of the very replacement that is asked for.
+
+    They are told by the run they replace, or, where there was none, by having been forced and not being complete.
+    """
     same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
-    if not same or not (job.run.path / PREVIOUS).exists():
+    forced = bool(manifest["how"]["teacher"]["generation"]["force_regenerate"])
+    begun = (job.run.path / PREVIOUS).exists() or (forced and not is_complete(job.run, log))
+    if not same or not begun:
         return False
     try:
         job.source.check(log)
@@ -230,6 +255,18 @@ def _held(job: Job) -> Iterator[None]:
                         folder.rmdir()
 
 
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Hold whatever else somebody who is at work on the run would hold: a static worker's share, its consolidation."""
+    total = (job.run.manifest() or {}).get("total_workers", 1)
+    names = [CONSOLIDATION_LOCK, *(lock_name(Share(worker=worker, total=total)) for worker in range(total))]
+    with contextlib.ExitStack() as held:
+        for name in names:
+            if name != lock_name(job.share) and (job.run.path / name).exists():
+                held.enter_context(lease(job.run.path / name, takeover=job.config.job.takeover))
+        yield
+
+
 def _done(job: Job, log: PlanLog) -> Done:
     done = Done()
     for receipt in committed(job.run, log, forget=job.share):
@@ -255,7 +292,8 @@ def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None
         calibration = calibration or _calibrate(job, cluster)
         _check_device(job, calibration, cluster)
         if start == "replace":
-            set_aside(job.run)
+            with _alone(job):
+                set_aside(job.run)
         with _ran():
             calibration = _record(job, calibration)
             # Another static worker's, if it was first.

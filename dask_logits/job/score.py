@@ -15,7 +15,7 @@ from dask_logits.capture.rows import Planned
 from dask_logits.capture.scoring import ScoringSettings
 from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.teacher import ScoringPath
-from dask_logits.errors import ClusterError, RunConflictError
+from dask_logits.errors import CacheError, ClusterError, RunConflictError
 from dask_logits.job.ahead import ReadAhead
 from dask_logits.job.bisect import bisect
 from dask_logits.job.calls import call_scheduler
@@ -223,8 +223,12 @@ class Reporter:
     def report(self, state: str | None = None) -> None:
         """Write the figures."""
         self._at = time.monotonic()
+        before = None
+        # It is for the eye: one that a crash of the machine left empty is written anew.
+        with contextlib.suppress(CacheError):
+            before = read_json(self._path)
         facts = {
-            **(read_json(self._path) or {}),
+            **(before or {}),
             **({"dashboard": self.cluster.dashboard} if self.cluster else {}),
             **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
             "at": time.time(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from dask_logits.job.planlog import PlanLog
 from dask_logits.observe.progress import add_seconds, shares
 from dask_logits.records import Statistics
 from dask_logits.store.durable import NUMBER, TEXT, Json, check_fields, read_json
+
+logger = logging.getLogger(__name__)
 
 # Dask event topic on which drivers say where their run folder is, with the figures of its status file.
 RUNS_TOPIC = "dask_logits.runs"
@@ -222,10 +225,14 @@ def _reason(entry: Json) -> str:
 def _drivers(run: RunFolder) -> list[Json]:
     found = []
     for path in sorted(run.path.glob("status*.json")):
-        facts = read_json(path)
-        if facts is not None:
-            check_fields(path, facts, _FACTS)
-            found.append(facts)
+        try:
+            facts = read_json(path)
+            if facts is not None:
+                check_fields(path, facts, _FACTS)
+                found.append(facts)
+        except CacheError as error:
+            # A crash of the machine may leave one empty: it is for the eye, and never waited for.
+            logger.warning("left out: %s", error)
     return found
 
 

@@ -113,3 +113,26 @@ def test_many_attempts_at_once_leave_one_result(tmp_path) -> None:
     receipt = run.receipt(1)
     assert [path.name for path in run.partitions_path.iterdir()] == [receipt["attempt"]]
     PartitionReader(run.partitions_path / receipt["attempt"], load_profile(run.profile())).check(receipt["files"])
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_attempt_whose_receipt_cannot_be_written_is_not_left(tmp_path, linked) -> None:
+    run = make_run(tmp_path / "run")
+    code = f"""
+import sys; sys.path[:0] = {[str(SCRIPT.parent), str(SCRIPT.parents[1])]!r}
+from pathlib import Path
+import fault_points
+from dask_logits.capture import task
+create = task.create_json
+def fail(path, value):
+    if {linked}:
+        create(path, value)
+    raise OSError(5, "Input/output error")
+task.create_json = fail
+fault_points.publish(Path({str(run.path)!r}), 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Input/output error" in done.stderr
+    # It may have been written, and only its folder not flushed.
+    names = [(run.receipt(1) or {}).get("attempt")] if linked else []
+    assert [path.name for path in run.partitions_path.iterdir()] == names

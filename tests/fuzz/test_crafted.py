@@ -250,8 +250,12 @@ def test_signs_of_life_and_failures_of_another_kind(scored, look, name, field, v
     first_receipt(scored).unlink()
     assert read_status(scored).failed == {0: "data: odd (dataset rows 1)"}
     change(scored / name, **{field: value})
-    with pytest.raises(CacheError, match=rf"{name}: expected {field} to be "):
-        read_status(scored)
+    if name == "status.json":
+        # It is for the eye only.
+        assert read_status(scored).running == 0
+    else:
+        with pytest.raises(CacheError, match=rf"{name}: expected {field} to be "):
+            read_status(scored)
     assert look(scored) == ""
 
 

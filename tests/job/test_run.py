@@ -19,6 +19,7 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, generate, load_config, read_status
 from dask_logits.job.manifest import RUN_NAMES, RunFolder
 from dask_logits.store.cache import CacheReader, items
+from dask_logits.store.lease import lease
 from dask_logits.store.profile import load_profile
 
 
@@ -238,6 +239,51 @@ def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, mo
     assert tree(run_folder / "receipts") == receipts, "an interrupted replacement is resumed, not begun again"
     assert CacheReader(new).top_k == 4
     assert not (run_folder / "previous").exists()
+
+
+def test_a_forced_start_in_an_empty_folder_goes_on_where_it_was(joined, monkeypatch) -> None:
+    run_folder = cache_dir(joined)
+    force = "distillation.teacher.generation.force_regenerate=true"
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.consolidate_run", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(joined, force)
+    receipts = tree(run_folder / "receipts")
+    whole = digest(run(joined, force))
+    assert tree(run_folder / "receipts") == receipts
+    # Complete, it is begun again; and what was allowed for that start is not what a retry does.
+    made = json.loads((run_folder / "run.json").read_text())["run_id"]
+    assert digest(run(joined, force)) == whole
+    manifest = json.loads((run_folder / "run.json").read_text())
+    assert manifest["run_id"] != made
+    assert manifest["how"]["teacher"]["generation"]["force_regenerate"] is True
+    before = tree(run_folder)
+    dask_logits.retry(run_folder)
+    assert tree(run_folder) == before
+
+
+@pytest.mark.parametrize("name", [".driver-0-of-2.lock", ".consolidate.lock"])
+def test_a_run_that_somebody_is_at_work_on_is_not_replaced(joined, overrides, name) -> None:
+    share = ["distillation.teacher.generation.worker_id=1", "distillation.teacher.generation.total_workers=2"]
+    run(overrides, *share)
+    before = tree(cache_dir(joined))
+    with (
+        lease(cache_dir(joined) / name),
+        pytest.raises(dask_logits.RunConflictError, match="expected to be the only driver of"),
+    ):
+        run(joined, "distillation.teacher.generation.force_regenerate=true")
+    assert tree(cache_dir(joined)).items() >= before.items()
+    assert not (cache_dir(joined) / "previous").exists()
+
+
+def test_a_status_file_that_a_crash_left_empty_is_written_anew(joined, cache) -> None:
+    status = cache_dir(joined) / "status.json"
+    cache.unlink()
+    status.write_text("")
+    (cache_dir(joined) / "receipts" / "000" / "000001.json").unlink()
+    assert read_status(cache_dir(joined)).state == "unfinished"
+    assert digest(run(joined))
+    assert json.loads(status.read_text())["state"] == "done"
 
 
 def test_a_replacement_that_goes_on_with_other_data_begins_again(joined, cache, corpus, tmp_path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from dask_logits import CachedLogitsDataset, load_config, merge, read_status
 from dask_logits.capture.corpus import open_corpus
 from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
+from dask_logits.job.failures import Failure, note_failure
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.lease import lease
@@ -125,6 +126,22 @@ def test_the_launcher_explains_itself(arguments) -> None:
     done = launch(*arguments)
     assert done.returncode == 2
     assert "generate_teacher_logits_parallel.sh [--no-merge] N [DEVICES] [-- OVERRIDE…]" in done.stderr
+
+
+def test_retry_takes_up_what_failed_in_any_share(small, whole) -> None:
+    folder = cache_dir(small)
+    for worker in (1, 0):
+        run(small, *share(worker, 2))
+    for index in (2, 5):
+        RunFolder(folder).receipt_path(index).unlink()
+        note_failure(RunFolder(folder), Failure(index=index, kind="data", reason="odd"))
+    one = tree(folder / "receipts")
+    assert dask_logits.retry(folder, overrides=[f"{GENERATION}.worker_id=0"]) == folder
+    assert read_status(folder).failed == {5: "data: odd"}
+    assert dask_logits.retry(folder) == folder
+    assert read_status(folder).failed == {}
+    assert tree(folder / "receipts").items() >= one.items()
+    assert digest(merge([folder])) == whole
 
 
 def test_a_second_driver_of_a_share_is_refused_and_another_share_is_not(small) -> None:
