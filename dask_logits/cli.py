@@ -28,7 +28,7 @@ dask-logits COMMAND …
   verify RUN|CACHE [--recompute N] [--json]
                           check every checksum and every row; score N rows again and compare
   show CACHE [--json]     say what a cache is: teacher, data, sizes, kept mass by k
-  convert CACHE TARGET --profile plain|compact [--precision 8|10|12]
+  convert CACHE TARGET --profile plain|compact [--precision 8|10|12] [--takeover]
                           write a cache again in another profile
 
 Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, …
@@ -167,9 +167,14 @@ def _convert(arguments: list[str]) -> None:
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--profile", choices=["plain", "compact"], required=True)
     parser.add_argument("--precision", type=int, choices=[8, 10, 12], default=8, help="bits of a log-prob; default: 8")
+    parser.add_argument("--takeover", action="store_true", help="take over from a process elsewhere that is gone")
     parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
-    print(convert(parsed.cache, parsed.target, profile=parsed.profile, precision=parsed.precision))
+    print(
+        convert(
+            parsed.cache, parsed.target, profile=parsed.profile, precision=parsed.precision, takeover=parsed.takeover
+        )
+    )
 
 
 def _merge(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
 from dask_logits.job.failures import Failure, note_failure
 from dask_logits.job.manifest import CONSOLIDATION_LOCK, PREVIOUS, RunFolder
-from dask_logits.job.parts import RunPart, check_cover
+from dask_logits.job.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
 from dask_logits.job.planlog import PlanLog
 from dask_logits.records import Statistics, total_digest
 from dask_logits.store.cache import CacheReader
@@ -81,14 +81,7 @@ def consolidate_run(
         part = RunPart.open(run)
         check_cover(part, part.pieces())
         try:
-            written = write_cache(
-                run.cache_path,
-                part.pieces,
-                part.profile(),
-                part.attributes(),
-                max_file_bytes=max_file_bytes,
-                on_piece=on_piece,
-            )
+            written = write_cache(run.cache_path, part, part.pieces, max_file_bytes=max_file_bytes, on_piece=on_piece)
         except CacheError as error:
             _refuse_damaged(run, part, error)
             raise
@@ -110,11 +103,13 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         run.receipt_path(index).unlink()
     if reasons:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
-        raise PartitionsFailedError(
+        failed = PartitionsFailedError(
             f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
             "they were taken back: run the job again, which computes them anew; and look after the disk",
             reasons,
-        ) from error
+        )
+        failed.ran = True
+        raise failed from error
 
 
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
@@ -141,10 +136,10 @@ def index_path(cache_path: Path) -> Path:
 
 def write_cache(
     target: Path,
+    part: Part,
     pieces: Pieces,
-    profile: Profile,
-    attributes: dict[str, Any],
     *,
+    partial: bool = False,
     max_file_bytes: int | None = None,
     on_piece: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -154,10 +149,12 @@ def write_cache(
     ----------
     target
         The cache; numbered files go into a folder of that name without ``.h5``, their index beside it.
+    part
+        Whose job it is, and how its targets are stored.
     pieces
         Gives the pieces in dataset order, as often as it is called.
-    profile, attributes
-        How targets are stored, and what the cache says of itself.
+    partial
+        Whether it holds a part of the job only.
     max_file_bytes
         Make numbered files of at most so many bytes (or one piece) if one would be larger; None: one file.
     on_piece
@@ -167,14 +164,22 @@ def write_cache(
     -------
     Path
         The file or the index.
+
+    Raises
+    ------
+    RunConflictError
+        If a cache of another job lies where this one, its index or its numbered files go.
     """
+    profile, attributes = part.profile(), {**part.attributes(), **({"partial": True} if partial else {})}
     index, folder = index_path(target), target.with_suffix("")
+    check_replaceable(target, part)
+    stale = _numbered(target)
     if max_file_bytes is None or next(_groups(pieces(), profile, max_file_bytes))[1]:
         _write(target, pieces, profile, attributes, on_piece)
-        if folder.is_dir():
+        if stale:
             # An earlier start had another limit; readers prefer the file.
             index.unlink(missing_ok=True)
-            _remove_numbered(folder, ())
+            _remove(folder, stale)
         return target
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -185,8 +190,59 @@ def write_cache(
         _write(files[-1], group.__iter__, profile, said, on_piece)
     write_index(index, files, n_rows=attributes["n_rows"])
     target.unlink(missing_ok=True)
-    _remove_numbered(folder, files)
+    _remove(folder, stale - set(files))
     return index
+
+
+def check_replaceable(target: Path, part: Part) -> None:
+    """Refuse to write over, or to delete, what is not a cache of this job, made when no more was planned than now.
+
+    Parameters
+    ----------
+    target
+        A cache, with its index and numbered files; or an index over caches. It need not exist.
+    part
+        Whose job it is.
+
+    Raises
+    ------
+    RunConflictError
+        If it is another.
+    """
+    is_list = target.suffix == ".json"
+    for path in _listed(target) if is_list else [target, *_listed(index_path(target)), *_numbered(target)]:
+        if path.exists() and not _is_earlier(path, part):
+            raise RunConflictError(f"{path}: expected no file, or an older cache of this job, got another; move it")
+
+
+def _is_earlier(path: Path, part: Part) -> bool:
+    try:
+        old = CacheReader(path)
+    except CacheError:
+        return False
+    if any(name not in old.attributes for name in JOB_ATTRIBUTES):
+        return False
+    earlier = CachePart(cache=old)
+    same = earlier.job() == part.job() and old.attributes["fingerprint"] == part.attributes()["fingerprint"]
+    return same and earlier.n_rows <= part.n_rows and old.attributes["plan_digest"] == part.plan_digest(earlier.n_rows)
+
+
+def _listed(index: Path) -> list[Path]:
+    """Return the caches that an index names; one that is no index of ours counts as what it says it is: another."""
+    if not index.exists():
+        return []
+    try:
+        entries = (read_json(index) or {})["caches"]
+        return [index.parent / entry["path"] for entry in entries]
+    except (CacheError, KeyError, TypeError):
+        return [index]
+
+
+def _numbered(target: Path) -> set[Path]:
+    """Return the numbered files of a cache: those its index names, in a run folder whatever lies in their folder."""
+    folder = target.with_suffix("")
+    found = set(folder.glob(_NUMBERED))
+    return found if (target.parent / "run.json").exists() else found & set(_listed(index_path(target)))
 
 
 def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
@@ -238,9 +294,9 @@ def _groups(pieces: Iterable[Piece], profile: Profile, max_file_bytes: int) -> I
     yield group, first
 
 
-def _remove_numbered(folder: Path, kept: Iterable[Path]) -> None:
-    for stale in set(folder.glob(_NUMBERED)) - set(kept):
-        stale.unlink()
+def _remove(folder: Path, numbered: Iterable[Path]) -> None:
+    for path in numbered:
+        path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -255,16 +311,11 @@ def _write(
     """Write one file, unless it is there already, made of the very same pieces."""
     made_of = _digest(pieces())
     if target.exists():
-        try:
-            old = CacheReader(target)
-        except CacheError:
-            old = None
-        same = old is not None and bool(old.attributes.get("partial")) == bool(attributes.get("partial"))
-        if old is not None and same and old.attributes.get("made_of") == made_of:
+        old = CacheReader(target)
+        same = bool(old.attributes.get("partial")) == bool(attributes.get("partial"))
+        if same and old.attributes.get("made_of") == made_of:
             logger.info("%s is made of the same parts: nothing to do", target)
             return
-        if old is None or old.attributes.get("fingerprint") != attributes["fingerprint"]:
-            raise RunConflictError(f"{target}: expected no file, or an older cache of this job, got another; move it")
     started = time.perf_counter()
     statistics = _statistics(pieces())
     what = attributes["what"]

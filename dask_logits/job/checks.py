@@ -20,7 +20,7 @@ from dask_logits.job.parts import RunPart
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import PartitionPiece, cache_pieces
-from dask_logits.store.find import find_caches
+from dask_logits.store.find import find_caches, is_index
 from dask_logits.store.profile import Compact, Profile
 
 # Violations of one kind that are written out.
@@ -124,7 +124,7 @@ def check_files(path: Path) -> Report:
     else:
         readers = list(_opened(find_caches(path), checker))
         _check_caches(readers, checker)
-        _check_cover(readers, checker)
+        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
     report.checks = [check for check in vars(checker).values() if check.looked_at or check.n_problems]
     return report
 
@@ -247,12 +247,15 @@ def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> Non
         checker.digests.found([f"{where}: expected {said}, got {found}"])
 
 
-def _check_cover(readers: Sequence[CacheReader], checker: _Checker) -> None:
-    """Check that documents are the dataset's rows, each once, windows without a gap."""
+def _check_cover(readers: Sequence[CacheReader], checker: _Checker, *, lone: bool) -> None:
+    """Check that documents are the dataset's rows, each once, windows without a gap.
+
+    A file that says it is a part may leave rows out where it is looked at alone, but not as what an index lists.
+    """
     if not readers:
         return
     n_rows = readers[0].attributes.get("n_rows")
-    lone = len(readers) == 1 and bool(readers[0].attributes.get("partial"))
+    lone = lone and bool(readers[0].attributes.get("partial"))
     columns = {
         name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
         for name in DOCUMENT_ARRAYS
@@ -300,7 +303,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     if cache is not None:
         readers = list(_opened([reader.path for reader in cache.readers], checker))
         _check_caches(readers, checker)
-        _check_cover(readers, checker)
+        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
     counted = {receipt["partition"]: receipt for receipt in committed(run, part.log)}
     digests: list[str] = []
     for partition in part.log.partitions():

@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, ConfigError
 from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.records import Statistics
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces, consolidate
 from dask_logits.store.durable import room
-from dask_logits.store.find import find_caches
+from dask_logits.store.find import check_one_job, check_whole, find_caches
 from dask_logits.store.lease import lease
-from dask_logits.store.profile import Compact, Plain, Precision, Profile, id_table
+from dask_logits.store.profile import PRECISIONS, Compact, Plain, Precision, Profile, id_table
 
 # Tokens whose kept ids decide the table; more gain less than a byte a token.
 _TABLE_TOKENS = 50_000
@@ -34,7 +34,12 @@ _OF_A_PART = {"partial", "shard", "made_of"}
 
 
 def convert(
-    source: str | Path, target: str | Path, *, profile: Literal["plain", "compact"], precision: Precision = 8
+    source: str | Path,
+    target: str | Path,
+    *,
+    profile: Literal["plain", "compact"],
+    precision: Precision = 8,
+    takeover: bool = False,
 ) -> Path:
     """Write a cache again in another profile.
 
@@ -48,6 +53,8 @@ def convert(
         ``plain`` or ``compact``.
     precision
         Bits of a log-prob in the compact profile: 8, 10 or 12.
+    takeover
+        Take the lease of a process on another machine that gives no sign of life.
 
     Returns
     -------
@@ -57,10 +64,16 @@ def convert(
     Raises
     ------
     CacheError
-        If the source is damaged, or is the target.
+        If the source is damaged, or is the target; or if its files are not of one job, or leave rows of it out.
+    ConfigError
+        If profile or precision is none of those.
     RunConflictError
         If another process writes a cache in that folder.
     """
+    if profile not in ("plain", "compact"):
+        raise ConfigError(f"profile: expected 'plain' or 'compact', got {profile!r}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     source, target = (Path(path).expanduser().absolute() for path in (source, target))
     readers = [CacheReader(file) for file in find_caches(source)]
     if target.exists() and any(target.samefile(reader.path) for reader in readers):
@@ -68,6 +81,8 @@ def convert(
     reader = readers[0]
     attributes = {name: value for name, value in reader.said().items() if name not in _OWN}
     if len(readers) > 1:
+        check_one_job(readers)
+        check_whole(readers)
         attributes = {name: value for name, value in attributes.items() if name not in _OF_A_PART}
         if all("statistics" in one.attributes for one in readers):
             sums = (Statistics.from_json(one.attributes["statistics"]) for one in readers)
@@ -78,7 +93,7 @@ def convert(
     pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
     with room(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lease(target.parent / CONSOLIDATION_LOCK):
+        with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
             consolidate(target, lambda: pieces, profile=made, packed=reader.is_packed, attributes=attributes)
     return target
 

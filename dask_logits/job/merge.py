@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dask_logits.config import parse_bytes
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.assemble import consolidate_run, tidy, write_cache, write_index
+from dask_logits.job.assemble import check_replaceable, consolidate_run, tidy, write_cache, write_index
 from dask_logits.job.committed import is_complete, open_run_cache
 from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
 from dask_logits.job.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover, some
@@ -86,9 +86,10 @@ def merge(
         target.parent.mkdir(parents=True, exist_ok=True)
         with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
             if index:
+                check_replaceable(target, whole)
                 write_index(target, _caches(opened), n_rows=opened[0].n_rows)
             elif [part.path for part in opened] != [target]:
-                return write_cache(target, pieces, whole.profile(), whole.attributes(), max_file_bytes=max_bytes)
+                return write_cache(target, whole, pieces, max_file_bytes=max_bytes)
     return target
 
 
@@ -201,6 +202,5 @@ def _caches(parts: Sequence[Part]) -> list[Path]:
         elif part.cache is not None and part.n_cached == part.n_rows:
             caches += [reader.path for reader in part.cache.readers]
         else:
-            said = {**part.attributes(), "partial": True}
-            caches.append(write_cache(part.run.cache_path, part.pieces, part.profile(), said))
+            caches.append(write_cache(part.run.cache_path, part, part.pieces, partial=True))
     return caches

@@ -21,6 +21,7 @@ from dask_logits.capture.tokens import tokenize
 from dask_logits.compose import override
 from dask_logits.errors import RunConflictError
 from dask_logits.job.checks import Check, Report, check_files
+from dask_logits.job.committed import is_complete
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import check_folder, prepare, settings_of
@@ -98,9 +99,9 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
         If the run has no cache, was scored on another device, or its settings do not fit any more.
     """
     manifest, calibration = run.manifest(), run.calibration()
-    if manifest is None or calibration is None or not (run.cache_path.exists() or run.index_path.exists()):
-        raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
     log = PlanLog(dataclasses.replace(run, scratch=scratch))
+    if manifest is None or calibration is None or not is_complete(run, log):
+        raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
     job = prepare(override(settings_of(run, log), []))
     check_folder(job, writes=False)
     draw = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ file is written aside, its completeness flag last, flushed, read back, and only 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from dask_logits.store.partition import BLOCK_TOKENS, PartitionReader
 from dask_logits.store.profile import Profile, as_kept
 from dask_logits.store.writer import CacheWriter
 
+# Of a document's row, offset, start and length; of a block's start and length; and what the index and HDF5's own keep
+# of a chunk.
+_DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
 # Chunks of a cache that are copied at a time.
 _CHUNKS = 256
 
@@ -105,8 +109,16 @@ class PartitionPiece:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of its files."""
-        return sum(size for size, _ in self.receipt["files"].values())
+        """Bytes it takes in a cache: chunks as they are, all else unpacked."""
+        tokens, documents, blocks = self.counts()
+        entries, n_bytes = round_up(tokens, self.profile.alignment), documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
+        for name, stored in self.profile.arrays.items():
+            if stored.chunked:
+                files = (size for file, (size, _) in self.receipt["files"].items() if file.startswith(f"{name}/c/"))
+                n_bytes += sum(files) + entries // self.profile.alignment * _CHUNK_BYTES
+            else:
+                n_bytes += entries * stored.dtype.itemsize * math.prod(stored.shape)
+        return n_bytes
 
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""
@@ -232,7 +244,7 @@ def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
     CacheError
         If it is damaged.
     """
-    reader.verify_checksums()
+    reader.verify_checksums(trailers=False)
     rows = np.asarray(reader.arrays["document_row"]).astype(np.int64)
     if not len(rows):
         return
@@ -311,7 +323,7 @@ def consolidate(
             start += round_up(piece.counts()[0], profile.alignment)
             on_piece()
         writer.finish({**attributes, "content_digest": digest.hexdigest()})
-        CacheReader(aside).verify_checksums()
+        CacheReader(aside).verify_checksums(trailers=False)
     aside.replace(cache_path)
     sync(cache_path.parent)
     return digest.hexdigest()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dask_logits.errors import CacheError
+from dask_logits.records import total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.durable import DIGEST, TEXT, check_fields, read_json, shown
 
@@ -35,13 +39,18 @@ def find_caches(path: Path) -> list[Path]:
         return [path]
     if (path / CACHE_NAME).exists():
         return [path / CACHE_NAME]
-    if (path / INDEX_NAME).exists():
+    if is_index(path):
         return _indexed(path / INDEX_NAME)
     found = sorted([*path.glob("*.h5"), *path.glob(f"[!.]*/{CACHE_NAME}")])
     # A run folder without a cache may hold an older one, set aside.
     if not found or (path / "run.json").exists():
         raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none", str(path))
     return found
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path stands for what an index lists."""
+    return path.suffix == ".json" or (not (path / CACHE_NAME).exists() and (path / INDEX_NAME).exists())
 
 
 def _indexed(path: Path) -> list[Path]:
@@ -52,7 +61,7 @@ def _indexed(path: Path) -> list[Path]:
             f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}; merge again", str(path)
         )
     entries = index.get("caches")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise CacheError(
             f"{path}: expected caches to be a list of objects, got {shown(entries)}; merge again", str(path)
         )
@@ -68,4 +77,49 @@ def _indexed(path: Path) -> list[Path]:
                 str(cache),
             )
         caches[cache] = None
+    whole = total_digest(entry["content_digest"] for entry in entries)
+    if index.get("content_digest", whole) != whole:
+        raise CacheError(
+            f"{path}: expected caches with content {shown(index['content_digest'])} in all, got {whole}; merge again",
+            str(path),
+        )
     return list(caches)
+
+
+def check_one_job(readers: Sequence[CacheReader]) -> None:
+    """Refuse caches that are not of one job.
+
+    Raises
+    ------
+    CacheError
+        Naming the first that differs.
+    """
+    for reader in readers[1:]:
+        for name in ("fingerprint", "plan_digest", "top_k", "vocab_size"):
+            expected, found = readers[0].attributes.get(name), reader.attributes.get(name)
+            if found != expected:
+                raise CacheError(
+                    f"{reader.path}: expected a part of the same job as {readers[0].path}, with {name} {expected!r}, "
+                    f"got {found!r}; join datasets of different jobs with torch.utils.data.ConcatDataset",
+                    str(reader.path),
+                )
+
+
+def check_whole(readers: Sequence[CacheReader]) -> None:
+    """Refuse parts of a job that leave rows out.
+
+    Raises
+    ------
+    CacheError
+        If they do.
+    """
+    if not any(reader.attributes.get("partial") for reader in readers):
+        return
+    rows = np.unique(np.concatenate([np.unique(np.asarray(reader.arrays["document_row"])) for reader in readers]))
+    expected = int(readers[0].attributes["n_rows"])
+    if len(rows) != expected:
+        raise CacheError(
+            f"{readers[0].path}: expected the parts of all {expected} rows of the job, got {len(rows)} rows in "
+            f"{len(readers)} parts; name the others too",
+            str(readers[0].path),
+        )

@@ -169,9 +169,12 @@ class PartitionReader:
         """
         for name, (size, crc) in files.items():
             file = self._inside(name)
-            found = [file.stat().st_size, 0] if file.is_file() else None
-            if found is not None and found[0] == size:
-                found[1] = _crc32(file)
+            try:
+                found = [file.stat().st_size, 0] if file.is_file() else None
+                if found is not None and found[0] == size:
+                    found[1] = _crc32(file)
+            except OSError as error:
+                raise self._unreadable(name, error) from error
             if found != [size, crc]:
                 raise CacheError(
                     f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dask_logits.errors import CacheError, ConfigError, DatasetError
+from dask_logits.records import total_digest
 from dask_logits.store.cache import ENGINES, CacheReader, Engine
-from dask_logits.store.find import find_caches
+from dask_logits.store.find import check_one_job, check_whole, find_caches
 from dask_logits.store.profile import Compact
 from dask_logits.tokenmap import HasVocabulary, check_tokenizer
 from dask_logits.train.decode import Decoder
@@ -86,6 +87,8 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         student_vocab_size: int | None = None,
     ) -> None:
         given = [path] if isinstance(path, str | Path) else list(path)
+        if not given:
+            raise ConfigError("path: expected a cache, or several, got an empty list")
         _check_choice("engine", engine, ENGINES)
         _check_choice("decode", decode, ("worker", "device"))
         self.paths = tuple(file for one in given for file in find_caches(Path(one).expanduser().absolute()))
@@ -97,13 +100,13 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         self._process = 0
         readers = self._opened()
         first = readers[0]
-        _check_one_job(readers)
-        _check_whole(readers)
+        check_one_job(readers)
+        check_whole(readers)
         self._starts = np.append(0, np.cumsum([reader.n_items for reader in readers]))
         self._order = _order(readers)
         self.top_k = first.top_k if top_k is None else top_k
         self.vocab_size = first.vocab_size
-        if not 1 <= self.top_k <= first.top_k:
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
         for name, value in (("window", window), ("student_vocab_size", student_vocab_size)):
             if value is not None and not (isinstance(value, int) and value > 0):
@@ -122,6 +125,11 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
     def attributes(self) -> dict[str, Any]:
         """What the (first) cache says of itself: teacher, settings, statistics, content digest."""
         return self._opened()[0].attributes
+
+    @property
+    def content_digest(self) -> str:
+        """What tells the content of all files from any other's."""
+        return total_digest(str(reader.attributes["content_digest"]) for reader in self._opened())
 
     @property
     def n_tokens(self) -> int:
@@ -262,32 +270,6 @@ def _cut_segments(segments_S3: npt.NDArray[np.int64], skip: int, take: int) -> n
     rows_S, offsets_S = segments_S3[:, 0], segments_S3[:, 1] + first_S - starts_S
     cut_S3: npt.NDArray[np.int64] = np.stack([rows_S, offsets_S, last_S - first_S], 1)[kept_S]
     return cut_S3
-
-
-def _check_one_job(readers: Sequence[CacheReader]) -> None:
-    for reader in readers[1:]:
-        for name in ("fingerprint", "plan_digest", "top_k", "vocab_size"):
-            expected, found = readers[0].attributes.get(name), reader.attributes.get(name)
-            if found != expected:
-                raise CacheError(
-                    f"{reader.path}: expected a part of the same job as {readers[0].path}, with {name} {expected!r}, "
-                    f"got {found!r}; join datasets of different jobs with torch.utils.data.ConcatDataset",
-                    str(reader.path),
-                )
-
-
-def _check_whole(readers: Sequence[CacheReader]) -> None:
-    """Refuse parts of a job that leave rows out."""
-    if not any(reader.attributes.get("partial") for reader in readers):
-        return
-    rows = np.unique(np.concatenate([np.unique(np.asarray(reader.arrays["document_row"])) for reader in readers]))
-    expected = int(readers[0].attributes["n_rows"])
-    if len(rows) != expected:
-        raise CacheError(
-            f"{readers[0].path}: expected the parts of all {expected} rows of the job, got {len(rows)} rows in "
-            f"{len(readers)} parts; name the others too",
-            str(readers[0].path),
-        )
 
 
 def _order(readers: Sequence[CacheReader]) -> npt.NDArray[np.int64] | None:

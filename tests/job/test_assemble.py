@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import cache_dir, tree
+from builders import cache_dir, compact, plain, records, sentences, tree, write_json_lines
 
-from dask_logits import CachedLogitsDataset, CacheError, ConfigError, convert, generate, load_config, merge, read_status
+from dask_logits import (
+    CachedLogitsDataset,
+    CacheError,
+    ConfigError,
+    RunConflictError,
+    convert,
+    generate,
+    load_config,
+    merge,
+    read_status,
+)
 from dask_logits.cli import main
 from dask_logits.job import assemble
+from dask_logits.job.manifest import RunFolder
+from dask_logits.job.parts import RunPart
 from dask_logits.observe.card import card
+from dask_logits.records import Statistics, total_digest
 from dask_logits.store.cache import CacheReader
+from dask_logits.store.consolidate import PartitionPiece, consolidate
+from dask_logits.store.partition import write_partition
 
 SMALL = "distillation.cache.max_file_size=1KB"
 KEEP = "distillation.job.keep_partitions=true"
@@ -68,9 +84,8 @@ def test_files_are_as_large_as_allowed(joined) -> None:
     single = run(joined, KEEP)
     single.unlink()
     assert run(joined, KEEP, "distillation.cache.max_file_size=1GB") == single
-    pieces = [p.stat().st_size for p in (folder / "partitions").rglob("*") if p.is_file()]
-    limit = assemble._FILE_BYTES + sum(pieces) * 3 // 4
     single.unlink()
+    limit = assemble._FILE_BYTES + sum(piece.n_bytes for piece in RunPart.open(RunFolder(folder)).pieces()) * 3 // 4
     run(joined, KEEP, f"distillation.cache.max_file_size={limit}")
     assert len(files(folder)) == 2
     assert all(path.stat().st_size <= limit for path in (folder / "teacher_logits").iterdir())
@@ -134,7 +149,12 @@ def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
     index.write_text(json.dumps({**said, "version": 2}))
     with pytest.raises(CacheError, match=r"expected dask_logits\.index version 1, got 'dask_logits\.index' version 2"):
         CachedLogitsDataset(index)
-    index.write_text(json.dumps({**said, "caches": said["caches"][:3]}))
+    fewer = {**said, "caches": said["caches"][:3]}
+    index.write_text(json.dumps(fewer))
+    with pytest.raises(CacheError, match=r"expected caches with content .* in all, got"):
+        CachedLogitsDataset(index)
+    fewer["content_digest"] = total_digest(entry["content_digest"] for entry in fewer["caches"])
+    index.write_text(json.dumps(fewer))
     with pytest.raises(CacheError, match="expected the parts of all 40 rows"):
         CachedLogitsDataset(index)
 
@@ -145,3 +165,46 @@ def test_a_size_that_is_none_is_refused(joined) -> None:
             load_config([*joined, f"distillation.cache.max_file_size='{size}'"])
     with pytest.raises(ConfigError, match="expected a size"):
         merge([cache_dir(joined)], max_file_size="much")
+
+
+@pytest.mark.parametrize("profile", ["plain", "compact"])
+def test_how_large_a_file_becomes_is_known_before(tmp_path, profile) -> None:
+    made = records((400, 1_000, 30), k=16, vocab_size=5_000)
+    stored = plain(16, 5_000) if profile == "plain" else compact(16, 5_000, chunk_tokens=512)
+    files = write_partition(tmp_path / "p.zarr", made, stored)
+    receipt = {"first_row": 0, "n_rows": 3, "files": files, "statistics": vars(Statistics.of(made))}
+    piece = PartitionPiece(path=tmp_path / "p.zarr", receipt={**receipt, "content_digest": "0"}, profile=stored)
+    consolidate(tmp_path / "c.h5", lambda: [piece], profile=stored, packed=False, attributes={})
+    tables = sum(table.nbytes for table in stored.tables.values())
+    size = (tmp_path / "c.h5").stat().st_size
+    assert size <= piece.n_bytes + tables + assemble._FILE_BYTES
+    assert piece.n_bytes + tables == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize("theirs", [None, "1KB"])
+@pytest.mark.parametrize("ours", [None, "1KB"])
+def test_a_cache_of_another_job_is_never_written_over(joined, tmp_path, theirs, ours) -> None:
+    other = write_json_lines(tmp_path / "other.jsonl", sentences(40, seed=9))
+    folders = [tmp_path / name for name in ("mine", "theirs")]
+    run(joined, f"distillation.teacher.cache_dir={folders[0]}", KEEP)
+    more = [f"distillation.dataset.data_files={other}", f"distillation.teacher.cache_dir={folders[1]}"]
+    run(joined, *more, *([] if theirs is None else [SMALL]))
+    before = tree(folders[1])
+    for wanted in ("teacher_logits.h5", "teacher_logits.index.json"):
+        indexed = wanted.endswith(".json")
+        if indexed and not (folders[1] / wanted).exists():
+            continue
+        with pytest.raises(RunConflictError, match="expected no file, or an older cache of this job, got another"):
+            merge([folders[0]], output=folders[1] / wanted, max_file_size=ours, index=indexed)
+    assert tree(folders[1]).items() >= before.items()
+
+
+def test_numbered_files_that_a_cache_is_made_of_are_left(joined, tmp_path) -> None:
+    folder = cache_dir(joined)
+    run(joined, SMALL)
+    parts = tmp_path / "parts"
+    shutil.copytree(folder / "teacher_logits", parts)
+    before = tree(parts)
+    merge([parts], output=tmp_path / "parts.h5")
+    assert tree(parts).items() >= before.items()
+    assert len(CachedLogitsDataset(tmp_path / "parts.h5")) == 40

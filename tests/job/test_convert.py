@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import compact, content, packed_records, plain, records, write_cache
 
-from dask_logits import CacheError, RunConflictError, convert
+from dask_logits import CacheError, ConfigError, RunConflictError, convert
 from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.consolidate import cache_pieces
@@ -83,3 +83,22 @@ def test_two_processes_do_not_write_in_one_folder(tmp_path) -> None:
     ):
         convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
     assert not (tmp_path / "b.h5").exists()
+
+
+def test_parts_that_are_not_one_whole_job_are_not_made_one_cache(tmp_path) -> None:
+    same = {"fingerprint": "f", "plan_digest": "p", "n_rows": 3, "partial": True}
+    for name, row, more in (("a", 0, same), ("b", 2, same), ("c", 1, {**same, "fingerprint": "g"})):
+        write_cache(tmp_path / f"{name}.h5", records((4,), k=3, first_row=row), **more)
+    with pytest.raises(CacheError, match="expected a part of the same job"):
+        convert(tmp_path, tmp_path / "whole.h5", profile="plain")
+    (tmp_path / "c.h5").unlink()
+    with pytest.raises(CacheError, match="expected the parts of all 3 rows of the job, got 2 rows in 2 parts"):
+        convert(tmp_path, tmp_path / "whole.h5", profile="plain")
+    assert not (tmp_path / "whole.h5").exists()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("profile", "Compact"), ("precision", 9)])
+def test_a_profile_there_is_not_is_refused(tmp_path, setting, value) -> None:
+    write_cache(tmp_path / "a.h5", records((4, 2), k=3))
+    with pytest.raises(ConfigError, match=f"{setting}: expected"):
+        convert(tmp_path / "a.h5", tmp_path / "b.h5", **{"profile": "compact", setting: value})

@@ -104,7 +104,7 @@ def expected(joined, tmp_path) -> str:
         pytest.param(
             "hang",
             "hang",
-            "no sign of life for 12 s (distillation.job.stall_seconds), on its own, too",
+            "no sign of life for 25 s (distillation.job.stall_seconds), on its own, too",
             marks=pytest.mark.slow,
         ),
     ],
@@ -112,7 +112,7 @@ def expected(joined, tmp_path) -> str:
 def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, act, kind, reason, capsys) -> None:
     with poisoned(tmp_path, 17, act) as (address, flag):
         run = cache_dir(overrides)
-        patience = "distillation.job.stall_seconds=12" if act == "hang" else "distillation.job.stall_seconds=60"
+        patience = "distillation.job.stall_seconds=25" if act == "hang" else "distillation.job.stall_seconds=60"
         config = load_config([*overrides, SMALL, f"distillation.cluster.scheduler={address}", patience])
         with pytest.raises(PartitionsFailedError) as caught:
             generate(config)

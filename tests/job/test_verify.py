@@ -15,7 +15,7 @@ from builders import cache_dir, compact, packed_records, plain, records, tree, w
 from dask_logits import CacheError, RunConflictError, generate, load_config, retry, verify
 from dask_logits.cli import main
 from dask_logits.job.parts import JOB_ATTRIBUTES
-from dask_logits.records import Records, Statistics
+from dask_logits.records import Records, Statistics, total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces
 
@@ -238,3 +238,27 @@ def test_only_a_complete_run_can_be_recomputed(joined, tmp_path) -> None:
     with pytest.raises(RunConflictError, match="expected a complete run to recompute rows of, got none"):
         verify(tmp_path / "c.h5", recompute=1)
     assert verify(tmp_path / "c.h5").ok
+
+
+def test_an_index_that_lost_files_is_wrong(joined) -> None:
+    index = generate(load_config([*joined, "distillation.cache.max_file_size=1KB"]))
+    said = json.loads(index.read_text())
+    for kept in range(1, 4):
+        caches = said["caches"][:kept]
+        whole = total_digest(entry["content_digest"] for entry in caches)
+        index.write_text(json.dumps({**said, "caches": caches, "content_digest": whole}))
+        assert list(wrong(index)) == ["documents, each row once and whole"]
+    for caches, whole in (([], said["content_digest"]), (said["caches"][:1], said["content_digest"])):
+        index.write_text(json.dumps({**said, "caches": caches, "content_digest": whole}))
+        with pytest.raises(CacheError, match="merge again"):
+            verify(index)
+
+
+def test_a_grown_run_is_recomputed_once_it_is_complete(joined, monkeypatch) -> None:
+    generate(load_config([*joined, "distillation.dataset.max_samples=20"]))
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.consolidate_run", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(load_config(joined))
+    with pytest.raises(RunConflictError, match="expected a complete run to recompute rows of"):
+        verify(cache_dir(joined), recompute=20)

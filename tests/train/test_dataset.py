@@ -302,3 +302,29 @@ def test_packing_needs_no_decoding(dense) -> None:
     expected = collate_flat([here[0], here[3]])
     assert torch.equal(found["topk_ids"], expected["topk_ids"])
     assert torch.equal(found["topk_logprobs"], expected["topk_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        ([], {}, "path: expected a cache, or several, got an empty list"),
+        (None, {"top_k": "2"}, "top_k: expected 1 to 3, which the cache holds, got '2'"),
+        (None, {"top_k": 1.0}, "top_k: expected 1 to 3, which the cache holds, got 1.0"),
+    ],
+)
+def test_what_is_no_path_and_no_number_is_refused(tmp_path, given, settings, message) -> None:
+    write_cache(tmp_path / "c.h5", records((3,), k=3))
+    with pytest.raises(ConfigError) as caught:
+        CachedLogitsDataset(tmp_path / "c.h5" if given is None else given, **settings)
+    assert message in str(caught.value)
+
+
+def test_the_content_of_all_files_is_told_apart(tmp_path) -> None:
+    same = {"fingerprint": "f", "plan_digest": "p", "n_rows": 6, "partial": True}
+    digests = [
+        write_cache(tmp_path / name, records(lengths, k=3, first_row=row), **same)
+        for name, lengths, row in (("a.h5", LENGTHS[:3], 0), ("b.h5", LENGTHS[3:], 3), ("c.h5", (1, 1, 1), 3))
+    ]
+    one, other = (CachedLogitsDataset([tmp_path / "a.h5", tmp_path / name]) for name in ("b.h5", "c.h5"))
+    assert one.attributes["content_digest"] == other.attributes["content_digest"] == digests[0]
+    assert one.content_digest != other.content_digest
