@@ -97,6 +97,9 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
             try:
                 piece.check()
             except CacheError as damage:
+                if isinstance(damage.__cause__, OSError):
+                    # What cannot be read now may be good.
+                    continue
                 reasons[int(piece.receipt["partition"])] = damage.message
     for index, reason in reasons.items():
         note_failure(run, Failure(index=index, kind="damaged", reason=reason))
@@ -223,8 +226,11 @@ def _is_earlier(path: Path, part: Part) -> bool:
     if any(name not in old.attributes for name in JOB_ATTRIBUTES):
         return False
     earlier = CachePart(cache=old)
-    same = earlier.job() == part.job() and old.attributes["fingerprint"] == part.attributes()["fingerprint"]
-    return same and earlier.n_rows <= part.n_rows and old.attributes["plan_digest"] == part.plan_digest(earlier.n_rows)
+    return (
+        earlier.job() == part.job()
+        and earlier.n_rows <= part.n_rows
+        and old.attributes["plan_digest"] == part.plan_digest(earlier.n_rows)
+    )
 
 
 def _listed(index: Path) -> list[Path]:

@@ -174,7 +174,10 @@ class PartitionReader:
                 if found is not None and found[0] == size:
                     found[1] = _crc32(file)
             except OSError as error:
-                raise self._unreadable(name, error) from error
+                raise CacheError(
+                    f"{file}: expected to read it, got {error}; look after the disk, then run the same command again",
+                    str(self.path),
+                ) from error
             if found != [size, crc]:
                 raise CacheError(
                     f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "

@@ -17,10 +17,11 @@ from builders import cache_dir, tree
 from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
-from dask_logits import CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
+from dask_logits import CacheError, CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
 from dask_logits.cli import main
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
+from dask_logits.store import partition
 from dask_logits.store.cache import CacheReader
 
 SMALL = "distillation.partition.rows=4"
@@ -211,6 +212,23 @@ def test_partitions_that_changed_on_disk_are_taken_back_and_computed_again(joine
     assert read_status(run).failed[2].startswith("damaged: ")
     assert CacheReader(generate(keep)).attributes["content_digest"] == expected
     assert read_status(run).failed == {}
+
+
+def test_partitions_that_cannot_be_read_for_a_while_are_not_taken_back(joined, expected, monkeypatch) -> None:
+    def fail(file: Path) -> int:
+        raise OSError(5, "Input/output error")
+
+    run = cache_dir(joined)
+    with monkeypatch.context() as patched:
+        patched.setattr(partition, "_crc32", fail)
+        with pytest.raises(CacheError, match=r"expected to read it, got \[Errno 5\].*look after the disk") as caught:
+            # Workers write in another process, where nothing fails.
+            generate(load_config([*joined, SMALL]))
+    assert caught.value.ran
+    assert (read_status(run).committed, read_status(run).failed) == (10, {})
+    before = tree(run / "receipts")
+    assert CacheReader(generate(load_config([*joined, SMALL]))).attributes["content_digest"] == expected
+    assert tree(run / "receipts") == before
 
 
 def test_retry_says_when_there_is_nothing_to_take_up(joined, tmp_path, capsys) -> None:
