@@ -89,9 +89,10 @@ def sparse_forward_kl(
         topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
     )
     # Beyond the logits lies a column of −∞, for entries that are not there.
-    ids_NK = ids_NK.masked_fill(logp_NK == -torch.inf, vocab_size)
+    absent_NK = logp_NK == -torch.inf
+    ids_NK = ids_NK.masked_fill(absent_NK, vocab_size)
     loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
-        student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows
+        student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows, int(absent_NK.any())
     )
     return loss
 
@@ -129,15 +130,16 @@ class _SparseForwardKL(torch.autograd.Function):
         logtail_N: Tensor,
         rows_N: Tensor,
         chunk_rows: int,
+        n_beyond: int,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
         for rows_R in torch.split(rows_N, chunk_rows):
             ids_RK, logp_RK, logtail_R = ids_NK[rows_R], logp_NK[rows_R], logtail_N[rows_R]
-            logq_RK, logq_tail_R, _ = _student(logits_NV, rows_R, ids_RK)
+            logq_RK, logq_tail_R, _ = _student(logits_NV, rows_R, ids_RK, n_beyond)
             loss_R = _cross(logp_RK, logq_RK).sum(-1) + _cross(logtail_R, logq_tail_R)
             total += loss_R.sum(dtype=torch.float64)
         ctx.save_for_backward(logits_NV, ids_NK, logp_NK, logtail_N, rows_N)
-        ctx.chunk_rows = chunk_rows
+        ctx.chunk_rows, ctx.n_beyond = chunk_rows, n_beyond
         return (total / max(1, len(rows_N))).float()
 
     @staticmethod
@@ -147,22 +149,22 @@ class _SparseForwardKL(torch.autograd.Function):
         scale = grads[0].float() / max(1, len(rows_N))
         for rows_R in torch.split(rows_N, ctx.chunk_rows):
             ids_RK = ids_NK[rows_R]
-            logq_RK, logq_tail_R, rest_RV = _student(logits_NV, rows_R, ids_RK)
+            logq_RK, logq_tail_R, rest_RV = _student(logits_NV, rows_R, ids_RK, ctx.n_beyond)
             share_R = logq_tail_R.exp() - logtail_N[rows_R].exp()
             grad_RV = rest_RV.mul_((share_R * scale)[:, None])
             grad_RV.scatter_(1, ids_RK, (logq_RK.exp() - logp_NK[rows_R].exp()) * scale)
             grad_NV.index_copy_(0, rows_R, grad_RV[:, : grad_NV.shape[1]].to(grad_NV.dtype))
-        return grad_NV, None, None, None, None, None
+        return grad_NV, None, None, None, None, None, None
 
 
-def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor, n_beyond: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a chunk's log-probs of the kept ids and of the tail, and the softmax outside the kept ids.
 
     The tail is a sum over what is left, not 1 − Σq: that cancels, and its gradient with it, when q is sharp.
     """
     logits_RV = logits_NV.index_select(0, rows_R).float()
-    if ids_RK.numel() and int(ids_RK.max()) == logits_NV.shape[1]:
-        logits_RV = torch.nn.functional.pad(logits_RV, (0, 1), value=-torch.inf)
+    if n_beyond:
+        logits_RV = torch.nn.functional.pad(logits_RV, (0, n_beyond), value=-torch.inf)
     kept_RK = logits_RV.gather(1, ids_RK)
     rest_RV = logits_RV.scatter_(1, ids_RK, -torch.inf)
     maximum_R = rest_RV.amax(-1)
