@@ -39,7 +39,7 @@ def named(reader: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", ["json", "parquet"])
-def test_memory_is_flat_from_ten_thousand_to_a_hundred_thousand_documents(reader, overrides, tmp_path) -> None:
+def test_memory_is_flat_from_a_thousand_to_a_hundred_thousand_documents(reader, overrides, tmp_path) -> None:
     mine = [o for o in overrides if "dataset.name" not in o and "data_files" not in o and "partition.rows" not in o]
     stream = ["distillation.dataset.streaming=true", "distillation.dataset.max_samples=all"]
     # Few look-ahead, so that the first thousand documents already hold all of it.
@@ -56,15 +56,16 @@ def test_memory_is_flat_from_ten_thousand_to_a_hundred_thousand_documents(reader
             ]
             sizes.append((count, resident(watched), max((resident(child) for child in children), default=0)))
         except psutil.NoSuchProcess:
-            break
+            # A child that lives for a moment only.
+            continue
         time.sleep(0.2)
     _, log = driver.communicate()
     assert driver.returncode == 0, log
     assert len(CachedLogitsDataset(cache_dir(overrides))) == ROWS
     scoring = [size for size in sizes if size[0] >= 1 and size[2]]
-    early = [size for size in scoring if size[0] <= 10]
+    early = [size for size in scoring if size[0] <= 3]
     late = [size for size in scoring if size[0] >= 90]
     for role, place in (("driver", 1), ("worker", 2)):
         before, after = max(size[place] for size in early), max(size[place] for size in late)
-        print(f"{reader} {role}: {before / 2**20:.0f} MiB after 10,000 documents, {after / 2**20:.0f} MiB at the end")
+        print(f"{reader} {role}: {before / 2**20:.0f} MiB after 1,000 documents, {after / 2**20:.0f} MiB at the end")
         assert after <= 1.05 * before, (role, before, after)
