@@ -139,7 +139,7 @@ class CacheError(DaskLogitsError, OSError):
 
 
 class CapacityError(DaskLogitsError, OSError):
-    """The job cannot fit on this disk or in this memory.
+    """The job cannot fit on this disk or in this memory, or the disk fails.
 
     Parameters
     ----------

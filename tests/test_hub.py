@@ -22,8 +22,9 @@ from dask_logits import DaskLogitsError, generate, load_config, prepare_dataset
 
 if __name__ == "__main__":
     jobs = json.loads(sys.argv[1])
-    options = dict(n_workers=1, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0")
-    with LocalCluster(host="127.0.0.1", **options) as cluster:
+    # Its worker shares the process: the libraries are imported once.
+    where = dict(processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None)
+    with LocalCluster(**where, n_workers=1, threads_per_worker=1, memory_limit=None) as cluster:
         for overrides in jobs:
             try:
                 generate(load_config([*overrides, f"distillation.cluster.scheduler={cluster.scheduler_address}"]))

@@ -16,8 +16,8 @@ import torch
 
 from dask_logits.capture.teacher import ScoringPath, Teacher
 
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-_GEMM_ROUNDS = 8
+_GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+_GEMM_ROUNDS = 16
 # Its classes have no types.
 cuda: Any = torch.cuda
 
@@ -114,7 +114,7 @@ def measure_cost(teacher: Teacher) -> Cost:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOPs per second of one large matrix product: the best of some rounds, random factors.
 
-    It takes a second or two, so a process measures it once for each number of threads.
+    It takes up to a second, so a process measures it once for each number of threads.
     """
     return _peak_flops(device, dtype, torch.get_num_threads())
 

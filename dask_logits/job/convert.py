@@ -69,6 +69,8 @@ def convert(
         If profile or precision is none of those.
     RunConflictError
         If another process writes a cache in that folder.
+    CapacityError
+        If the target cannot be written, or a disk fails.
     """
     if profile not in ("plain", "compact"):
         raise ConfigError(f"profile: expected 'plain' or 'compact', got {profile!r}")

@@ -29,6 +29,7 @@ _DEEPEST = 64
 # Nothing else could be written there either.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+_FAILING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 # Far beyond any count, and far below where sums and products of a few leave 64 bits.
 _MOST = 1 << 48
 
@@ -238,7 +239,7 @@ def no_room(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Say in one message that a folder cannot be written to.
+    """Say in one message that a folder cannot be written to, or that its disk fails.
 
     Parameters
     ----------
@@ -250,7 +251,7 @@ def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[
     Raises
     ------
     CapacityError
-        If there is no room, or it is not allowed.
+        If there is no room, it is not allowed, or what was written cannot be read.
     """
     try:
         yield
@@ -258,11 +259,14 @@ def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[
         file = folder if error.filename is None else folder / os.fsdecode(error.filename)
         forbidden = error.errno in _FORBIDDEN and file.is_relative_to(folder)
         reason = error.strerror if forbidden else no_room(error)
-        if isinstance(error, DaskLogitsError) or reason is None:
+        if isinstance(error, DaskLogitsError) or (reason is None and error.errno not in _FAILING):
             raise
+        expected, cure = f"to be able to write {file}, got {reason!r}", "make room, or choose another folder"
+        if reason is None:
+            expected, cure = f"disks that can be read and written, got {error}", "look after the disk"
         failed = CapacityError(
-            f"{folder}: expected to be able to write {file}, got {reason!r}; whatever was complete before is good: "
-            "make room, or choose another folder, and run the same command again"
+            f"{folder}: expected {expected}; whatever was complete before is good: {cure}, and run the same command "
+            "again"
         )
         failed.ran = begun()
         raise failed from error

@@ -69,11 +69,18 @@ def _indexed(path: Path) -> list[Path]:
     for entry in entries:
         check_fields(path, entry, {"path": TEXT, "content_digest": DIGEST})
         cache = path.parent / entry["path"]
-        digest = str(CacheReader(cache).attributes.get("content_digest"))
+        said = CacheReader(cache).attributes
+        digest = str(said.get("content_digest"))
         if digest != entry["content_digest"] or cache in caches:
             raise CacheError(
                 f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, once, got {digest[:16]}…; "
                 "merge again",
+                str(cache),
+            )
+        if index.get("n_rows", said.get("n_rows")) != said.get("n_rows"):
+            raise CacheError(
+                f"{path}: expected parts of a job of {shown(index['n_rows'])} rows, got {cache} of one of "
+                f"{shown(said.get('n_rows'))}; merge again",
                 str(cache),
             )
         caches[cache] = None

@@ -158,7 +158,7 @@ class PlaneReader:
             while stop_at < len(places) and places[stop_at][0] <= end + _GAP_BYTES:
                 end = max(end, places[stop_at][0] + places[stop_at][1])
                 stop_at += 1
-            data = memoryview(os.pread(self._descriptor, end - begin, begin))
+            data = memoryview(self._read(end - begin, begin))
             for offset, size, name, chunk in places[at:stop_at]:
                 frame = data[offset - begin : offset - begin + size]
                 if zlib.crc32(frame) != int(self.indices[name].crc32[chunk]):
@@ -171,6 +171,15 @@ class PlaneReader:
             at = stop_at
         return found
 
+    def _read(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: expected to read {size} bytes at {offset}, got {error}; look after the disk",
+                str(self.path),
+            ) from error
+
     def check(self, first: int, stop: int, *, trailers: bool) -> None:
         """Compare chunks [first, stop) of every plane with their checksums.
 
@@ -182,7 +191,7 @@ class PlaneReader:
         for name, frames in self.frames(first, stop).items():
             for chunk, frame in enumerate(frames, first) if trailers else ():
                 offset, size = (int(column[chunk]) for column in (self.indices[name].offset, self.indices[name].size))
-                found, expected = os.pread(self._descriptor, 4, offset + size), fletcher32(bytes(frame))
+                found, expected = self._read(4, offset + size), fletcher32(bytes(frame))
                 if found != expected:
                     raise CacheError(
                         f"{self.path}: expected Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}, got "

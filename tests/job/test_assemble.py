@@ -149,6 +149,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
     index.write_text(json.dumps({**said, "version": 2}))
     with pytest.raises(CacheError, match=r"expected dask_logits\.index version 1, got 'dask_logits\.index' version 2"):
         CachedLogitsDataset(index)
+    index.write_text(json.dumps({**said, "n_rows": 41}))
+    with pytest.raises(CacheError, match=r"expected parts of a job of 41 rows, got .* of one of 40; merge again"):
+        CachedLogitsDataset(index)
     fewer = {**said, "caches": said["caches"][:3]}
     index.write_text(json.dumps(fewer))
     with pytest.raises(CacheError, match=r"expected caches with content .* in all, got"):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from builders import compact, content, packed_records, plain, records, write_cache
 
-from dask_logits import CacheError, ConfigError, RunConflictError, convert
+from dask_logits import CacheError, ConfigError, DaskLogitsError, RunConflictError, convert
 from dask_logits.job.manifest import CONSOLIDATION_LOCK
+from dask_logits.store import planes
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.consolidate import cache_pieces
 from dask_logits.store.lease import lease
@@ -44,6 +45,20 @@ def test_plain_becomes_compact_as_a_job_would_have_stored_it(tmp_path) -> None:
     # The most frequent of the kept ids come first.
     counts = np.bincount(made.topk_ids.reshape(-1).astype(int), minlength=50)
     assert (np.diff(counts[reader.profile.id_table]) <= 0).all()
+
+
+@pytest.mark.parametrize("profile", [None, compact(3)])
+def test_a_source_that_cannot_be_read_leaves_nothing_behind(tmp_path, profile, monkeypatch) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    write_cache(tmp_path / "a.h5", records((4, 0, 2, 7), k=3), **({} if profile is None else {"profile": profile}))
+    monkeypatch.setattr(planes.os, "pread", fail)
+    if profile is None:
+        monkeypatch.setattr(CacheReader, "tokens", fail)
+    with pytest.raises(DaskLogitsError, match=r"got \[Errno 5\] Input/output error; .*look after the disk"):
+        convert(tmp_path / "a.h5", tmp_path / "new" / "b.h5", profile="plain")
+    assert not list((tmp_path / "new").glob("*.h5"))
 
 
 def test_a_precision_may_change(tmp_path) -> None:
