@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
+from dask_logits.store.cache import CacheReader
 from dask_logits.store.profile import Compact, Plain, Profile, as_kept
 from dask_logits.store.writer import CacheWriter
 
@@ -263,3 +264,28 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
 def cache_dir(overrides: list[str]) -> Path:
     """Return the run folder that overrides name."""
     return Path(next(o for o in overrides if "cache_dir" in o).partition("=")[2])
+
+
+def run(overrides: list[str], *more: str, dataset=None) -> Path:
+    """Run a job; return its cache."""
+    from dask_logits import generate, load_config
+
+    return generate(load_config([*overrides, *more], dataset_given=dataset is not None), dataset)
+
+
+def digest(cache: Path) -> str:
+    """Return the content digest that a cache names."""
+    return CacheReader(cache).attributes["content_digest"]
+
+
+def nan_teacher(path: Path, word: str) -> Path:
+    """A teacher whose logits are NaN from a certain word on."""
+    import torch
+    from transformers import AutoTokenizer
+
+    save_tokenizer(path)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(path).get_vocab()[word]] = torch.nan
+    model.save_pretrained(path)
+    return path

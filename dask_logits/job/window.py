@@ -8,6 +8,7 @@ are read from a queue with a timeout: a bare ``as_completed`` waits for ever whe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -29,6 +30,7 @@ from dask_logits.job.calls import (
     SCORER,
     call_scheduler,
     exception_of,
+    forget_submissions,
     holders,
     restart_worker,
     result_of,
@@ -47,6 +49,8 @@ STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
+# Partitions after which the scheduler is told to forget them.
+_FORGET_EVERY = 1000
 # Frames of a traceback that are kept as evidence.
 _FRAMES = 6
 
@@ -123,6 +127,7 @@ def run_partitions(
     events: queue.SimpleQueue[Json] = queue.SimpleQueue()
     topic = _TOPIC + run_id
     client.subscribe_topic(topic, lambda event: events.put(event[1]))
+    n_done = 0
     try:
         while window.fill():
             done = window.next_done(_POLL_SECONDS)
@@ -136,6 +141,11 @@ def run_partitions(
                 window.check_stall()
             elif isinstance(done, dict):
                 on_receipt(done)
+                n_done += 1
+                if n_done % _FORGET_EVERY == 0:
+                    # A scheduler that is lost is noticed by the window.
+                    with contextlib.suppress(ClusterError):
+                        forget_submissions(client)
             window.check_hung()
     finally:
         window.release()

@@ -31,7 +31,17 @@ HOSTILE: list[Any] = [
     "0" * 64, None, True, False, [], {}, [[]], [1, 2], NESTED, {"a": {}}, "[" * 2000, "{\"a\":", "1e400",
 ]  # fmt: skip
 # What h5py, numpy and json say of a step that the steps before it made impossible.
-_CANNOT = (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, AttributeError, Warning)
+_CANNOT = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    OverflowError,
+    AttributeError,
+    MemoryError,
+    Warning,
+)
 # Larger arrays are claims.
 _MOST_BYTES = 1 << 20
 _SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (2**20,), (2**40,), (2**30, 2**30), (4, 2), (3, 3, 3)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import cache_dir, dask_processes, sentences, start_worker, wait_for, write_json_lines
+from builders import cache_dir, dask_processes, digest, sentences, start_worker, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.config import GenerationConfig
@@ -20,10 +20,6 @@ from dask_logits.job.cluster import WorkerFacts, check_groups, gpu_groups, local
 from dask_logits.store.cache import CacheReader
 
 COMMAND = [sys.executable, "-m", "dask_logits", "generate"]
-
-
-def digest(cache: Path) -> str:
-    return CacheReader(cache).attributes["content_digest"]
 
 
 def test_one_and_two_workers_give_the_same_cache(overrides, joined, tmp_path) -> None:

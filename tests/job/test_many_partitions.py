@@ -1,7 +1,8 @@
-"""100,000 pretended partitions: what driver and scheduler hold does not grow with them."""
+"""Up to 100,000 pretended partitions: what driver and scheduler hold does not grow with them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from dask_logits.config import JobConfig
+from dask_logits.job import window
 from dask_logits.job.plan import Partition
 from dask_logits.job.window import run_partitions
 
@@ -37,6 +39,33 @@ class Task:
         self.partition = Partition(index=index, first_row=index, n_rows=1)
 
 
+@contextlib.contextmanager
+def pretending() -> Iterator[Client]:
+    """Connect to a scheduler in this process, whose worker takes two partitions at a time."""
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.register_plugin(Pretender())
+        yield client
+
+
+def kept(dask_scheduler) -> int:
+    """How much the scheduler knows of submissions that it has forgotten."""
+    spans = dask_scheduler.extensions["spans"].spans_search_by_name["default",]
+    return sum(len(span.metadata["collections"]) for span in spans)
+
+
+def test_the_scheduler_forgets_partitions(monkeypatch) -> None:
+    with pretending() as client:
+        for every, least, most in ((1000, 20, 100), (10, 1, 25)):
+            monkeypatch.setattr(window, "_FORGET_EVERY", every)
+            run_partitions(client, map(Task, range(100)), JobConfig(), run_id="r", on_receipt=lambda receipt: None)
+            assert least <= client.run_on_scheduler(kept) <= most
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_partitions() -> None:
     process = psutil.Process(os.getpid())
@@ -54,13 +83,7 @@ def test_memory_does_not_grow_with_partitions() -> None:
 
     # The scheduler runs in this process, too.
     started = time.monotonic()
-    with (
-        LocalCluster(
-            n_workers=1, threads_per_worker=2, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        client.register_plugin(Pretender())
+    with pretending() as client:
         failed = run_partitions(client, tasks(), JobConfig(), run_id="r", on_receipt=note)
     print(f"{PARTITIONS / (time.monotonic() - started):.0f} partitions/s, RSS in MiB {rss}")
     assert failed == {}

@@ -11,24 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB_SIZE, cache_dir, save_tokenizer, tiny_model, tree, write_json_lines
+from builders import VOCAB_SIZE, cache_dir, digest, nan_teacher, run, save_tokenizer, tiny_model, tree, write_json_lines
 from datasets import Dataset, load_dataset
 from test_scoring import assert_targets_match, plain_targets
 
 import dask_logits
-from dask_logits import CachedLogitsDataset, generate, load_config, read_status
-from dask_logits.job.manifest import RUN_NAMES, RunFolder
+from dask_logits import CachedLogitsDataset, load_config, read_status
+from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader, items
-from dask_logits.store.lease import lease
 from dask_logits.store.profile import load_profile
-
-
-def run(overrides: list[str], *more: str, dataset=None) -> Path:
-    return generate(load_config([*overrides, *more], dataset_given=dataset is not None), dataset)
-
-
-def digest(cache: Path) -> str:
-    return CacheReader(cache).attributes["content_digest"]
 
 
 @pytest.fixture
@@ -134,38 +125,6 @@ def test_a_damaged_cache_is_the_users_to_delete(joined, cache) -> None:
     assert digest(run(joined)) == whole
 
 
-def test_a_late_receipt_of_a_run_that_was_replaced_is_not_taken(joined, cache) -> None:
-    whole, receipt = digest(cache), cache_dir(joined) / "receipts" / "000" / "000002.json"
-    cache.unlink()
-    stale = json.loads(receipt.read_text()) | {"run_id": "another"}
-    receipt.write_text(json.dumps(stale))
-    assert digest(run(joined)) == whole
-    assert json.loads(receipt.read_text())["run_id"] != "another"
-
-
-@pytest.mark.parametrize("moved", [0, 1, 3, 5])
-def test_a_replacement_cut_off_while_the_old_run_is_moved_leaves_the_old_run(joined, cache, moved) -> None:
-    whole, run_folder = digest(cache), cache_dir(joined)
-    aside = run_folder / ".setting-aside"
-    aside.mkdir()
-    for name in [name for name in RUN_NAMES if (run_folder / name).exists()][:moved]:
-        (run_folder / name).replace(aside / name)
-    assert digest(run(joined)) == whole
-    assert not aside.exists()
-    assert not (run_folder / "previous").exists()
-
-
-def test_a_replacement_that_was_not_tidied_up_is_not_taken_for_an_unfinished_one(joined, cache) -> None:
-    run_folder = cache_dir(joined)
-    (run_folder / "previous").mkdir()
-    (run_folder / "previous" / "run.json").write_text("{}")
-    new = run(
-        joined, "distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"
-    )
-    assert CacheReader(new).top_k == 4
-    assert not (run_folder / "previous").exists()
-
-
 def test_a_refused_start_leaves_an_empty_folder_empty(joined) -> None:
     cache_dir(joined).mkdir()
     with pytest.raises(dask_logits.ClusterError):
@@ -221,61 +180,6 @@ def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) 
     assert list(caught.value.differences) == ["teacher.content"]
 
 
-def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, monkeypatch) -> None:
-    old, run_folder = digest(cache), cache_dir(joined)
-    force = ["distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"]
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.consolidate_run", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(joined, *force)
-    assert digest(run_folder / "previous" / "teacher_logits.h5") == old
-    assert read_status(run_folder).state == "scored"
-    receipts = tree(run_folder / "receipts")
-    new = run(joined, *force)
-    assert tree(run_folder / "receipts") == receipts, "an interrupted replacement is resumed, not begun again"
-    assert CacheReader(new).top_k == 4
-    assert not (run_folder / "previous").exists()
-
-
-def test_a_forced_start_in_an_empty_folder_goes_on_where_it_was(joined, monkeypatch) -> None:
-    run_folder = cache_dir(joined)
-    force = "distillation.teacher.generation.force_regenerate=true"
-    with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.consolidate_run", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(joined, force)
-    receipts = tree(run_folder / "receipts")
-    whole = digest(run(joined, force))
-    assert tree(run_folder / "receipts") == receipts
-    # Complete, it is begun again; and what was allowed for that start is not what a retry does.
-    made = json.loads((run_folder / "run.json").read_text())["run_id"]
-    assert digest(run(joined, force)) == whole
-    manifest = json.loads((run_folder / "run.json").read_text())
-    assert manifest["run_id"] != made
-    assert manifest["how"]["teacher"]["generation"]["force_regenerate"] is True
-    before = tree(run_folder)
-    dask_logits.retry(run_folder)
-    assert tree(run_folder) == before
-
-
-@pytest.mark.parametrize("name", [".driver-0-of-2.lock", ".consolidate.lock"])
-def test_a_run_that_somebody_is_at_work_on_is_not_replaced(joined, overrides, name) -> None:
-    share = ["distillation.teacher.generation.worker_id=1", "distillation.teacher.generation.total_workers=2"]
-    run(overrides, *share)
-    before = tree(cache_dir(joined))
-    with (
-        lease(cache_dir(joined) / name),
-        pytest.raises(dask_logits.RunConflictError, match="expected to be the only driver of"),
-    ):
-        run(joined, "distillation.teacher.generation.force_regenerate=true")
-    assert tree(cache_dir(joined)).items() >= before.items()
-    assert not (cache_dir(joined) / "previous").exists()
-
-
 def test_a_status_file_that_a_crash_left_empty_is_written_anew(joined, cache) -> None:
     status = cache_dir(joined) / "status.json"
     cache.unlink()
@@ -284,28 +188,6 @@ def test_a_status_file_that_a_crash_left_empty_is_written_anew(joined, cache) ->
     assert read_status(cache_dir(joined)).state == "unfinished"
     assert digest(run(joined))
     assert json.loads(status.read_text())["state"] == "done"
-
-
-def test_a_replacement_that_goes_on_with_other_data_begins_again(joined, cache, corpus, tmp_path, monkeypatch) -> None:
-    from dask_logits.job import run as home
-
-    data = tmp_path / "d.jsonl"
-    force = ["distillation.teacher.generation.force_regenerate=true", f"distillation.dataset.data_files={data}"]
-    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    write_json_lines(data, [f"{text} red" for text in texts])
-    with monkeypatch.context() as patched:
-        patched.setattr(home, "consolidate_run", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(joined, *force)
-    with pytest.raises(dask_logits.CacheError, match=r"expected teacher_logits\.h5 in it"):
-        CachedLogitsDataset(cache_dir(joined))
-    write_json_lines(data, [f"{text} blue" for text in texts])
-    found = items(CacheReader(run(joined, *force)))
-    assert {int(item["input_ids"][-1]) for item in found if len(item["input_ids"]) < 16} == {3}
 
 
 def test_an_unfinished_run_of_rows_in_memory_grows(joined, monkeypatch) -> None:
@@ -325,26 +207,6 @@ def test_an_unfinished_run_of_rows_in_memory_grows(joined, monkeypatch) -> None:
     assert CacheReader(cache).n_documents == 40
     # Nothing is left to do, not even to start a cluster for.
     assert run([*base, "distillation.cluster.wait_seconds=0"], dataset=rows) == cache
-
-
-def test_force_refused_by_the_teacher_leaves_the_old_run(joined, cache, tmp_path) -> None:
-    before = tree(cache_dir(joined))
-    bad = nan_teacher(tmp_path / "bad", "red")
-    with pytest.raises(dask_logits.TeacherError, match="expected finite logits"):
-        run(joined, "distillation.teacher.generation.force_regenerate=true", f"distillation.teacher.model_path={bad}")
-    assert tree(cache_dir(joined)) == before
-
-
-def nan_teacher(path: Path, word: str) -> Path:
-    """A teacher whose logits are NaN from a certain word on."""
-    save_tokenizer(path)
-    from transformers import AutoTokenizer
-
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[AutoTokenizer.from_pretrained(path).get_vocab()[word]] = torch.nan
-    model.save_pretrained(path)
-    return path
 
 
 def test_a_bad_row_fails_its_partition_and_no_other(joined, corpus, tmp_path, monkeypatch) -> None:

@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from builders import cache_dir, tree, wait_for
+from builders import cache_dir, digest, run, tree, wait_for
 from datasets import Dataset
-from test_run import digest, run
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, merge, read_status

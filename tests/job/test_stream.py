@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir, sentences, tree, wait_for, write_json_lines
+from builders import cache_dir, digest, run, sentences, tree, wait_for, write_json_lines
 from datasets import Dataset, IterableDataset
 from test_cluster import COMMAND
 from transformers import AutoTokenizer
 
 import dask_logits
-from dask_logits import generate, load_config, read_status
+from dask_logits import read_status
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader, items
 
@@ -71,14 +71,6 @@ def parquet(stream: list[str], tmp_path: Path) -> list[str]:
     folder = parquet_folder(tmp_path / "data", TEXTS)
     files = [f"{folder}/a*.parquet", f"{folder}/b*.parquet"]
     return [*stream, "distillation.dataset.name=parquet", f"distillation.dataset.data_files=[{','.join(files)}]"]
-
-
-def run(overrides: list[str], *more: str, dataset=None) -> Path:
-    return generate(load_config([*overrides, *more], dataset_given=dataset is not None), dataset)
-
-
-def digest(cache: Path) -> str:
-    return CacheReader(cache).attributes["content_digest"]
 
 
 def assert_holds(cache: Path, texts: list, llama: Path) -> None:
