@@ -99,8 +99,8 @@ def forget_submissions(client: Client) -> None:
 
     # Inside, so that it is sent whole: the scheduler may not have this package.
     def drop(dask_scheduler: Any) -> None:
-        spans = dask_scheduler.extensions.get("spans")
-        for span in spans.spans_search_by_name["default",] if spans else ():
+        spans = getattr(dask_scheduler.extensions.get("spans"), "spans_search_by_name", {})
+        for span in spans.get(("default",), ()):
             if span.metadata:
                 del span.metadata["collections"][1:]
 
