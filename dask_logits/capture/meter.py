@@ -16,7 +16,6 @@ import torch
 
 from dask_logits.capture.teacher import ScoringPath, Teacher
 
-_GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 _GEMM_ROUNDS = 16
 # Its classes have no types.
 cuda: Any = torch.cuda
@@ -120,8 +119,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @functools.cache
-def _peak_flops(device: torch.device, dtype: torch.dtype, _threads: int) -> float:
-    size = _GEMM_SIZE[device.type]
+def _peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    # Few threads need no larger one, and take long for it; many would not all be busy with a small one.
+    size = 8192 if device.type == "cuda" else 1024 if threads <= 2 else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(_GEMM_ROUNDS):

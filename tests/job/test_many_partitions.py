@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from dask.utils import key_split
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from dask_logits.config import JobConfig
@@ -64,6 +65,8 @@ def test_the_scheduler_forgets_partitions(monkeypatch) -> None:
             monkeypatch.setattr(window, "_FORGET_EVERY", every)
             run_partitions(client, map(Task, range(100)), JobConfig(), run_id="r", on_receipt=lambda receipt: None)
             assert least <= client.run_on_scheduler(kept) <= most
+        # The scheduler's process is this one.
+        assert key_split.cache_info().currsize <= most
 
 
 @pytest.mark.slow
