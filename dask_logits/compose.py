@@ -114,8 +114,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if key.startswith(_OLD_TREE):
             problems.append(f"{key}: this tree has gone; use {_new_name(key, value, known)}")
         elif key not in known and key not in heads and not key.startswith("hydra"):
-            whole = next((path for path in known if path.endswith(f".{key}")), None)
-            problems.append(f"{key}: unknown setting{f', did you mean {whole!r}?' if whole else nearest(key, known)}")
+            # The right name in the wrong group, or in none, comes before a similar spelling.
+            same_leaf = [path for path in known if path.endswith(f".{key.rsplit('.', 1)[-1]}")]
+            guess = nearest(key, same_leaf, cutoff=0) or nearest(key, known)
+            problems.append(f"{key}: unknown setting{guess}")
     if problems:
         raise ConfigError.from_problems(problems)
 

@@ -326,13 +326,13 @@ def parse_bytes(size: int | str) -> int:
     return int(n_bytes)
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return ``", did you mean 'x'?"`` for the closest known spelling, else an empty string.
+def nearest(word: str, known: typing.Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``", did you mean 'x'?"`` for the known spelling at least ``cutoff`` (0 to 1) close, else an empty string.
 
     >>> nearest("topk", ["top_k", "device"])
     ", did you mean 'top_k'?"
     """
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f", did you mean {match[0]!r}?" if match else ""
 
 

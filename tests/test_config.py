@@ -171,9 +171,18 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_unknown_settings_get_the_nearest_spelling() -> None:
     with pytest.raises(ConfigError) as caught:
         check_overrides(
-            ["distillation.dataset.nam=x", "distillation.teacher.generation.topk=3", "nonsense=1", "worker_id=0"]
+            [
+                "distillation.dataset.nam=x",
+                "distillation.teacher.generation.topk=3",
+                "nonsense=1",
+                "worker_id=0",
+                "distillation.teacher.top_k=3",
+                "distillation.data.revision=main",
+            ]
         )
     assert caught.value.problems[3].endswith("did you mean 'distillation.teacher.generation.worker_id'?")
+    assert caught.value.problems[4].endswith("did you mean 'distillation.teacher.generation.top_k'?")
+    assert caught.value.problems[5].endswith("did you mean 'distillation.dataset.revision'?")
     assert [problem.partition("did you mean ")[2] for problem in caught.value.problems[:2]] == [
         "'distillation.dataset.name'?",
         "'distillation.teacher.generation.top_k'?",
