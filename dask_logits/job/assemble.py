@@ -19,7 +19,7 @@ from typing import Any
 
 from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
 from dask_logits.job.failures import Failure, note_failure
-from dask_logits.job.manifest import CONSOLIDATION_LOCK, PREVIOUS, RunFolder
+from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder, drop_previous
 from dask_logits.job.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
 from dask_logits.job.planlog import PlanLog
 from dask_logits.records import Statistics, total_digest
@@ -124,8 +124,9 @@ def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
                 remove_partition(attempt)
     else:
         shutil.rmtree(run.partitions_path, ignore_errors=True)
-    for path in (run.dataset_path, run.spool_path, run.path / PREVIOUS):
+    for path in (run.dataset_path, run.spool_path):
         shutil.rmtree(path, ignore_errors=True)
+    drop_previous(run)
 
 
 def index_path(cache_path: Path) -> Path:

@@ -6,12 +6,14 @@ would have; its id table is made of the cache's own first tokens.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from dask_logits.errors import CacheError, ConfigError
+from dask_logits.errors import CacheError, ConfigError, RunConflictError
 from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.records import Statistics
 from dask_logits.store.cache import CacheReader
@@ -48,7 +50,7 @@ def convert(
     source
         A cache file; or an index, whose files become one.
     target
-        File to write; an older one there is replaced when the new one is complete.
+        File to write; a cache of the same run there is replaced when the new one is complete.
     profile
         ``plain`` or ``compact``.
     precision
@@ -68,7 +70,7 @@ def convert(
     ConfigError
         If profile or precision is none of those.
     RunConflictError
-        If another process writes a cache in that folder.
+        If something else than a cache of the same run is there, or another process writes a cache in that folder.
     CapacityError
         If the target cannot be written, or a disk fails.
     """
@@ -81,6 +83,7 @@ def convert(
     if target.exists() and any(target.samefile(reader.path) for reader in readers):
         raise CacheError(f"{target}: expected another file than the source, got the same; name a new one", str(target))
     reader = readers[0]
+    _check_target(target, reader)
     attributes = {name: value for name, value in reader.said().items() if name not in _OWN}
     if len(readers) > 1:
         check_one_job(readers)
@@ -98,6 +101,20 @@ def convert(
         with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
             consolidate(target, lambda: pieces, profile=made, packed=reader.is_packed, attributes=attributes)
     return target
+
+
+def _check_target(target: Path, source: CacheReader) -> None:
+    """Refuse to write over anything but a cache of the same run."""
+    if not target.exists() and not target.is_symlink():
+        return
+    said: Mapping[str, Any] = {}
+    with contextlib.suppress(CacheError):
+        said = CacheReader(target).attributes
+    if any(name not in said or said[name] != source.attributes.get(name) for name in ("fingerprint", "run_id")):
+        raise RunConflictError(
+            f"{target}: expected no file, or an older cache of the same run as {source.path}, got another; name a new "
+            "file, or move that one"
+        )
 
 
 def _compact(reader: CacheReader, precision: Precision) -> Compact:

@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 PREVIOUS = "previous"
 CONSOLIDATION_LOCK = ".consolidate.lock"
 SETTING_ASIDE = ".setting-aside"
+# Lies in a folder that a start made of an older run; one of that name without it is the user's.
+_SET_ASIDE_MARK = ".set-aside"
 # In the order in which a run is set aside: the cache first, so that what is left never looks complete.
 RUN_NAMES = (
     CACHE_NAME, INDEX_NAME, SHARDS_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables",
@@ -319,9 +321,10 @@ def set_aside(run: RunFolder) -> None:
 
     Where an old run lies in ``previous/`` and this one has no cache, this one is its unfinished replacement: it goes.
     """
+    check_previous(run)
     previous = run.path / PREVIOUS
     names = [name for name in RUN_NAMES if (run.path / name).exists()]
-    if previous.exists() and not run.cache_path.exists() and not run.index_path.exists():
+    if has_previous(run) and not run.cache_path.exists() and not run.index_path.exists():
         for name in names:
             path = run.path / name
             if path.is_dir():
@@ -334,14 +337,43 @@ def set_aside(run: RunFolder) -> None:
     moving.mkdir()
     for name in names:
         (run.path / name).replace(moving / name)
+    (moving / _SET_ASIDE_MARK).touch()
     moving.replace(previous)
     logger.info("the old run was set aside in %s until the new one is complete", previous)
+
+
+def has_previous(run: RunFolder) -> bool:
+    """Whether a start has set a run aside, until its replacement is complete."""
+    return (run.path / PREVIOUS / _SET_ASIDE_MARK).exists()
+
+
+def drop_previous(run: RunFolder) -> None:
+    """Delete the run that was replaced, and nothing that only has its name."""
+    if has_previous(run):
+        shutil.rmtree(run.path / PREVIOUS, ignore_errors=True)
+
+
+def check_previous(run: RunFolder) -> None:
+    """Refuse to set a run aside where something else has the name.
+
+    Raises
+    ------
+    RunConflictError
+        If there is such a thing.
+    """
+    previous = run.path / PREVIOUS
+    if (previous.exists() or previous.is_symlink()) and not has_previous(run):
+        raise RunConflictError(
+            f"{previous}: expected no such folder, because the run that is to be replaced is set aside there, got one "
+            "that no job made; move it, and run the same command again"
+        )
 
 
 def undo_setting_aside(run: RunFolder) -> None:
     """Put back what a start moved that was cut off in the middle of it."""
     moving = run.path / SETTING_ASIDE
     if moving.exists():
+        (moving / _SET_ASIDE_MARK).unlink(missing_ok=True)
         for path in moving.iterdir():
             path.replace(run.path / path.name)
         moving.rmdir()

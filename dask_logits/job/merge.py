@@ -6,12 +6,13 @@ plan), overlaps are compared by content, gaps are named. Everything is read from
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dask_logits.config import parse_bytes
-from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.errors import CacheError, ConfigError, RunConflictError
 from dask_logits.job.assemble import check_replaceable, consolidate_run, tidy, write_cache, write_index
 from dask_logits.job.committed import is_complete, open_run_cache
 from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
@@ -60,14 +61,17 @@ def merge(
 
     Raises
     ------
+    ConfigError
+        If `output` is not the name of such a file.
     RunConflictError
-        If parts are of different jobs, overlap with other content, or leave gaps; all are named.
+        If parts are of different jobs, overlap with other content (for an index: at all), or leave gaps; all are named.
     CacheError
         If one is damaged.
     """
     paths = [Path(part).expanduser().absolute() for part in parts]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
     target = Path(output or folder / (INDEX_NAME if index else CACHE_NAME)).expanduser().absolute()
+    _check_name(target, index)
     max_bytes = None if max_file_size is None else parse_bytes(max_file_size)
     opened = _open_parts(paths, target)
     if num_workers is not None:
@@ -81,16 +85,25 @@ def merge(
             opened = [RunPart.open(whole.run)]
         else:
             _check_one_job(whole, opened)
-            pieces = _ordered(opened)
+            pieces = _ordered(opened, once=index)
             check_cover(whole, pieces())
         target.parent.mkdir(parents=True, exist_ok=True)
         with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
             if index:
                 check_replaceable(target, whole)
-                write_index(target, _caches(opened), n_rows=opened[0].n_rows)
+                write_index(target, _caches(opened, target.parent, takeover), n_rows=opened[0].n_rows)
             elif [part.path for part in opened] != [target]:
                 return write_cache(target, whole, pieces, max_file_bytes=max_bytes)
     return target
+
+
+def _check_name(target: Path, index: bool) -> None:
+    """Refuse a name that readers, or the folder of numbered files, would take for something else."""
+    good = target.suffix == ".json" if index else target.suffix not in ("", ".json")
+    if not good or target.is_dir():
+        expected = f"a file like {INDEX_NAME}" if index else f"a file like {CACHE_NAME}"
+        found = "a folder" if target.is_dir() else "another name"
+        raise ConfigError(f"--output: expected {expected}, got {found}: {target}; name a file")
 
 
 def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
@@ -165,8 +178,8 @@ def _check_workers(parts: Sequence[Part], num_workers: int) -> None:
         )
 
 
-def _ordered(parts: Sequence[Part]) -> Callable[[], Iterable[Piece]]:
-    """Return what gives the pieces of all parts in dataset order, each row once."""
+def _ordered(parts: Sequence[Part], *, once: bool) -> Callable[[], Iterable[Piece]]:
+    """Return what gives the pieces of all parts in dataset order, each row once; `once`: refuse to leave one out."""
     if len(parts) == 1:
         return parts[0].pieces
     pieces = sorted((piece for part in parts for piece in part.pieces()), key=lambda piece: piece.first_row)
@@ -183,6 +196,11 @@ def _ordered(parts: Sequence[Part]) -> Callable[[], Iterable[Piece]]:
                 f"{piece.path}: expected rows {piece.first_row} to {piece.first_row + piece.n_rows - 1} once, or with "
                 f"equal targets, got others than in {before.path}; leave one of them out"
             )
+    if overlaps and once:
+        raise RunConflictError(
+            f"--index: expected each row in one part, because an index lists whole files, got {some(overlaps)} in more "
+            "than one; leave out the copy, or merge without --index"
+        )
     if overlaps:
         logger.warning("taken once, being there more than once with equal targets: %s", some(overlaps))
     return lambda: chosen
@@ -193,8 +211,8 @@ def _equal(one: Piece, other: Piece) -> bool:
     return same_rows and one.content_digest() == other.content_digest()
 
 
-def _caches(parts: Sequence[Part]) -> list[Path]:
-    """Give every part a cache of its own; return the files."""
+def _caches(parts: Sequence[Part], held: Path, takeover: bool) -> list[Path]:
+    """Give every part a cache of its own; return the files. The lease of the folder `held` is ours already."""
     caches = []
     for part in parts:
         if isinstance(part, CachePart):
@@ -202,5 +220,7 @@ def _caches(parts: Sequence[Part]) -> list[Path]:
         elif part.cache is not None and part.n_cached == part.n_rows:
             caches += [reader.path for reader in part.cache.readers]
         else:
-            caches.append(write_cache(part.run.cache_path, part, part.pieces, partial=True))
+            lock = part.run.path / CONSOLIDATION_LOCK
+            with contextlib.nullcontext() if part.run.path.samefile(held) else lease(lock, takeover=takeover):
+                caches.append(write_cache(part.run.cache_path, part, part.pieces, partial=True))
     return caches

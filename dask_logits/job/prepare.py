@@ -25,7 +25,7 @@ from dask_logits.capture.topk import scratch_rows
 from dask_logits.config import Config, DatasetConfig
 from dask_logits.errors import CapacityError, ConfigError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
-from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, compare
+from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.job.planlog import PlanLog
 from dask_logits.store.durable import Json
@@ -255,6 +255,14 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
     ConfigError
         If the folder cannot be written.
     """
+    for folder in (job.run.path, *job.run.path.parents):
+        if folder.is_symlink() and not folder.exists():
+            raise ConfigError.from_problems(
+                [
+                    f"distillation.teacher.cache_dir: expected a folder, got {str(folder)!r}, a link to "
+                    f"{str(folder.readlink())!r}, which does not exist; mount or make that, or choose another"
+                ]
+            )
     parent = next(folder for folder in (job.run.path, *job.run.path.parents) if folder.exists())
     if writes and not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise ConfigError.from_problems(
@@ -271,7 +279,9 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
                 f"{job.run.path}: expected run.json beside {foreign}, which a run would take for its own, got none; "
                 "choose another distillation.teacher.cache_dir"
             )
-    elif not job.config.teacher.generation.force_regenerate:
+    elif job.config.teacher.generation.force_regenerate:
+        check_previous(job.run)
+    else:
         shares = "teacher.generation.total_workers"
         compare(
             job.run.path,

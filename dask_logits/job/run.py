@@ -25,7 +25,7 @@ from dask_logits.capture.items import make_items
 from dask_logits.capture.tokens import tokenize
 from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
-from dask_logits.errors import DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import Cluster, open_cluster
@@ -34,10 +34,10 @@ from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
     CONSOLIDATION_LOCK,
     FORMAT,
-    PREVIOUS,
     VERSION,
     RunFolder,
     Share,
+    has_previous,
     lock_name,
     set_aside,
     undo_setting_aside,
@@ -212,7 +212,11 @@ def _replaces(job: Job, manifest: Json, log: PlanLog) -> bool:
     """
     same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
     forced = bool(manifest["how"]["teacher"]["generation"]["force_regenerate"])
-    begun = (job.run.path / PREVIOUS).exists() or (forced and not is_complete(job.run, log))
+    try:
+        begun = has_previous(job.run) or (forced and not is_complete(job.run, log))
+    except CacheError:
+        # A cache was there once; what is left of it is replaced.
+        begun = False
     if not same or not begun:
         return False
     try:

@@ -289,7 +289,7 @@ class CacheReader:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
                 raise CacheError(
                     f"{self.path}: expected CRC-32 {expected[block : block + 1]} for {name}, MiB {block}, got "
-                    f"{found[block : block + 1]}: the file is damaged; restore it or run the job again",
+                    f"{found[block : block + 1]}: the file is damaged; restore it, or delete it and run the job again",
                     str(self.path),
                 )
         step = 256 * self.profile.alignment

@@ -56,8 +56,8 @@ def open_file(path: Path) -> h5py.File:
         raise
     except _HDF5_ERRORS as error:
         raise CacheError(
-            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again "
-            "or run the job again",
+            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again, "
+            "or delete it and run the job again",
             str(path),
         ) from error
 
@@ -197,7 +197,8 @@ def translated(path: Path, what: str) -> Iterator[None]:
         raise
     except _HDF5_ERRORS as error:
         raise CacheError(
-            f"{path}: expected {what}, got {first_line(error)}; the file is damaged: restore it or run the job again",
+            f"{path}: expected {what}, got {first_line(error)}; the file is damaged: restore it, or delete it and run "
+            "the job again",
             str(path),
         ) from error
 
@@ -205,7 +206,9 @@ def translated(path: Path, what: str) -> Iterator[None]:
 def damaged(path: Path, expected: str, found: str) -> CacheError:
     """Return the error of a file whose parts do not fit each other."""
     return CacheError(
-        f"{path}: expected {expected}, got {found}; the file is damaged: restore it or run the job again", str(path)
+        f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
+        "again",
+        str(path),
     )
 
 

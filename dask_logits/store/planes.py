@@ -148,7 +148,7 @@ class PlaneReader:
             if size > self._most_bytes or offset + size > self._file_bytes:
                 raise CacheError(
                     f"{self.path}: expected chunk {chunk} of {name} in a file of {self._file_bytes} bytes, got "
-                    f"{size} at {offset}: the file is damaged; restore it or run the job again",
+                    f"{size} at {offset}: the file is damaged; restore it, or delete it and run the job again",
                     str(self.path),
                 )
         while at < len(places):
@@ -164,7 +164,8 @@ class PlaneReader:
                 if zlib.crc32(frame) != int(self.indices[name].crc32[chunk]):
                     raise CacheError(
                         f"{self.path}: expected CRC-32 {int(self.indices[name].crc32[chunk])} for {name}, chunk "
-                        f"{chunk}, got {zlib.crc32(frame)}: the file is damaged; restore it or run the job again",
+                        f"{chunk}, got {zlib.crc32(frame)}: the file is damaged; restore it, or delete it and run the "
+                        "job again",
                         str(self.path),
                     )
                 found[name][chunk - first] = frame
@@ -195,7 +196,7 @@ class PlaneReader:
                 if found != expected:
                     raise CacheError(
                         f"{self.path}: expected Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}, got "
-                        f"{found.hex()}: the file is damaged; restore it or run the job again",
+                        f"{found.hex()}: the file is damaged; restore it, or delete it and run the job again",
                         str(self.path),
                     )
 
@@ -212,7 +213,7 @@ class PlaneReader:
                 except ValueError as error:
                     raise CacheError(
                         f"{self.path}: expected chunk {first + i} of {name} with {tokens} tokens, got {error}; the "
-                        "file is damaged: restore it or run the job again",
+                        "file is damaged: restore it, or delete it and run the job again",
                         str(self.path),
                     ) from error
             out[name] = rows[start - first * tokens : stop - first * tokens]

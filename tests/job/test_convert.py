@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from builders import compact, content, packed_records, plain, records, write_cache
+from builders import compact, content, packed_records, plain, records, tree, write_cache
 
 from dask_logits import CacheError, ConfigError, DaskLogitsError, RunConflictError, convert
 from dask_logits.job.manifest import CONSOLIDATION_LOCK
@@ -88,6 +88,26 @@ def test_plain_profiles_are_all_alike(tmp_path) -> None:
     digest = write_cache(tmp_path / "a.h5", records((4, 2), k=3), profile=plain(3))
     convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
     assert CacheReader(tmp_path / "b.h5").attributes["content_digest"] == digest
+
+
+def test_only_a_cache_of_the_same_run_is_written_over(tmp_path) -> None:
+    ours = {"fingerprint": "f", "run_id": "r"}
+    write_cache(tmp_path / "a.h5", records((4, 2), k=3), **ours)
+    write_cache(tmp_path / "other.h5", records((4, 2), k=3), fingerprint="f", run_id="s")
+    write_cache(tmp_path / "nobodys.h5", records((4, 2), k=3))
+    (tmp_path / "corpus.jsonl").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.h5").symlink_to(tmp_path / "nowhere.h5")
+    before = tree(tmp_path)
+    for name in ("other.h5", "nobodys.h5", "corpus.jsonl", "folder", "link.h5"):
+        with pytest.raises(RunConflictError, match="expected no file, or an older cache of the same run"):
+            convert(tmp_path / "a.h5", tmp_path / name, profile="plain")
+        with pytest.raises(RunConflictError, match="expected no file, or an older cache of the same run"):
+            convert(tmp_path / "nobodys.h5", tmp_path / "other.h5", profile="plain")
+    assert tree(tmp_path) == before
+    for precision in (8, 12):
+        convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="compact", precision=precision)
+        assert CacheReader(tmp_path / "b.h5").attributes["precision"] == precision
 
 
 def test_two_processes_do_not_write_in_one_folder(tmp_path) -> None:

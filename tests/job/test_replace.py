@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from builders import cache_dir, digest, nan_teacher, run, tree, write_json_lines
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, read_status
+from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.manifest import RUN_NAMES
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.lease import lease
@@ -45,11 +47,39 @@ def test_a_replacement_that_was_not_tidied_up_is_not_taken_for_an_unfinished_one
     run_folder = cache_dir(joined)
     (run_folder / "previous").mkdir()
     (run_folder / "previous" / "run.json").write_text("{}")
+    (run_folder / "previous" / ".set-aside").touch()
     new = run(
         joined, "distillation.teacher.generation.force_regenerate=true", "distillation.teacher.generation.top_k=4"
     )
     assert CacheReader(new).top_k == 4
     assert not (run_folder / "previous").exists()
+
+
+def test_a_folder_that_only_has_the_name_of_a_replaced_run_is_left_alone(joined) -> None:
+    own = cache_dir(joined) / "previous" / "results.h5"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    before = digest(run(joined))
+    assert own.read_text() == "mine"
+    there = tree(cache_dir(joined))
+    with pytest.raises(RunConflictError, match="previous: expected no such folder"):
+        run(joined, "distillation.teacher.generation.force_regenerate=true")
+    assert tree(cache_dir(joined)) == there
+    assert digest(run(joined)) == before
+
+
+@pytest.mark.parametrize("forced", [(), ("distillation.teacher.generation.force_regenerate=true",)])
+def test_a_cut_cache_is_made_anew_by_force_or_after_it_was_deleted(joined, forced) -> None:
+    cache = run(joined, *forced)
+    whole = digest(cache)
+    os.truncate(cache, cache.stat().st_size // 2)
+    with pytest.raises(CacheError, match="delete it and run the job again"):
+        run(joined)
+    if forced:
+        assert digest(run(joined, *forced)) == whole
+    else:
+        cache.unlink()
+        assert digest(run(joined)) == whole
 
 
 def test_force_keeps_the_old_run_until_the_new_one_is_complete(joined, cache, monkeypatch) -> None:

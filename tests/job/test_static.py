@@ -21,7 +21,7 @@ from dask_logits.capture.corpus import open_corpus
 from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
 from dask_logits.job.failures import Failure, note_failure
-from dask_logits.job.manifest import RunFolder
+from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.lease import lease
 
@@ -208,6 +208,28 @@ def test_an_index_over_parts_copies_nothing_twice(parts, whole, small) -> None:
         shutil.copyfile(path, caches_alone / f"{i}.h5")
     with pytest.raises(dask_logits.RunConflictError, match="got gaps: rows 5 to 9, rows 20 to 24, rows 35 to 39"):
         merge([caches_alone])
+
+
+def test_an_index_lists_each_row_once_and_disturbs_nobody(parts) -> None:
+    before = tree(parts)
+    with lease(parts / "worker-1" / CONSOLIDATION_LOCK), pytest.raises(dask_logits.RunConflictError, match="worker-1"):
+        merge([parts], index=True)
+    assert not (parts / "worker-1" / "teacher_logits.h5").exists()
+    assert not (parts / "teacher_logits.index.json").exists()
+    shutil.copytree(parts / "worker-1", parts / "worker-1-copy")
+    with pytest.raises(dask_logits.RunConflictError, match="--index: expected each row in one part"):
+        merge([parts], index=True)
+    shutil.rmtree(parts / "worker-1-copy")
+    assert tree(parts).items() >= before.items()
+    assert len(CachedLogitsDataset(merge([parts], index=True))) == 40
+
+
+@pytest.mark.parametrize(("name", "index"), [("out", False), ("out.json", False), ("out.h5", True), ("", False)])
+def test_a_name_that_no_reader_would_take_for_a_cache_is_refused(parts, name, index) -> None:
+    before = tree(parts)
+    with pytest.raises(dask_logits.ConfigError, match="--output: expected a file like teacher_logits"):
+        merge([parts], output=parts / name, index=index, max_file_size="1KB")
+    assert tree(parts) == before
 
 
 def test_an_index_first_and_a_merge_after_it_leave_the_run_whole(small, scheduler, whole) -> None:
