@@ -29,9 +29,12 @@ UNBOUNDED_STREAM = (
     "nobody would know what the job takes: set a number, or distillation.dataset.max_samples=all to read it to its end"
 )
 
-# A password in an address, or a query with a token, a key or a signature.
+# A name in a web address, a password in another (it may hold slashes; a port is none), or a query with a token, a key
+# or a signature.
 _CREDENTIALS = re.compile(
-    r"://[^/\s@]*:[^/\s@]*@|[?&][\w-]*(?:token|signature|secret|password|key|sig)=", re.IGNORECASE
+    r"https?://[^/\s@?#]*@|://[^/\s@:]*:(?!\d+/)[^\s@]*@"
+    r"|[?&;#][\w-]*(?:token|signature|secret|password|passwd|pwd|auth|jwt|credential|key|sig)=",
+    re.IGNORECASE,
 )
 
 Kind = Literal["what", "numerics", "how"]
@@ -464,17 +467,22 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
 
 def _check_secrets(config: Config) -> list[str]:
     """Refuse credentials in addresses: settings are written into the run folder and the log."""
-    given: list[tuple[str, str]] = []
-    for name, value in (*vars(config.dataset).items(), *vars(config.cluster).items()):
-        group = "dataset" if hasattr(config.dataset, name) else "cluster"
-        texts = value if isinstance(value, tuple) else (value,)
-        given += [(f"distillation.{group}.{name}", text) for text in texts if isinstance(text, str)]
     return [
         f"{name}: expected an address without credentials, got one with (not shown here); settings are kept in the run "
         "folder: give tokens and passwords in the environment (HF_TOKEN, or as fsspec reads them)"
-        for name, text in given
+        for name, text in _texts(config, "distillation")
         if _CREDENTIALS.search(text)
     ]
+
+
+def _texts(group: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the path and the value of every setting that is a text, or a list of them."""
+    for name, value in vars(group).items():
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value, f"{path}.{name}")
+        else:
+            texts = value if isinstance(value, tuple) else (value,)
+            yield from ((f"{path}.{name}", text) for text in texts if isinstance(text, str))
 
 
 def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> list[str]:

@@ -8,6 +8,7 @@ written once into the run folder.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import os
@@ -174,7 +175,10 @@ class Corpus:
         """
         from datasets import load_from_disk
 
-        there = len(load_from_disk(str(folder))) if folder.exists() else 0
+        there = 0
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # What is there may be cut off, or only a part of it.
+            there = len(load_from_disk(str(folder)))
         if there < self.n_rows:
             for stale in folder.parent.glob(f".{folder.name}.*"):
                 shutil.rmtree(stale)

@@ -207,7 +207,7 @@ def _translated(name: str, call: Any) -> Any:
     except StopIteration as error:
         # datasets 5.2 says so of JSON files without a row.
         raise DatasetError(f"{where} without a single row; check data_files") from error
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise DatasetError(
             f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files"

@@ -295,6 +295,13 @@ class RowStream:
             return _Bad(
                 f"dataset row {number}: expected a text, got {type(value).__name__} {value!r:.80}; mend the row"
             )
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                return _Bad(
+                    f"dataset row {number}: expected a text, got one that is no Unicode ({error}); mend the row"
+                )
         if not self.is_text:
             try:
                 ids = pa.array([value if value is None else list(value)], pa.large_list(pa.int64()))

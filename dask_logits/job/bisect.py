@@ -15,14 +15,13 @@ from distributed import Client
 from dask_logits.capture.task import PartitionTask, try_rows
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.calls import holders, restart_worker
+from dask_logits.job.calls import CALL_SECONDS, call_scheduler, holders, restart_worker, scheduler_lost
 from dask_logits.job.failures import Failure
 from dask_logits.job.window import STAGES
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_CALL_SECONDS = 20
 # More rows than that are not one row's fault.
 _MOST_ROWS = 8
 
@@ -43,6 +42,11 @@ def bisect(client: Client, failure: Failure, job: JobConfig) -> Failure:
     -------
     Failure
         With at most 8 rows; with none where all rows pass on their own.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or no worker takes a try.
     """
     task = failure.task
     assert isinstance(task, PartitionTask)
@@ -74,12 +78,16 @@ def _passes(client: Client, task: PartitionTask, first: int, n_rows: int, second
 
 def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float) -> bool | None:
     """Return whether rows pass; None if nobody knows, because a worker was lost between finishing and telling."""
+    if client.status != "running":
+        raise scheduler_lost()
     name = f"try-rows-{task.partition.name}-{uuid.uuid4().hex[:8]}"
     delayed = dask.delayed(_try_on_worker, pure=False)(task, first, n_rows, dask_key_name=name)
     future = client.compute(delayed, optimize_graph=False)
     started = time.monotonic()
     try:
         while not future.done():
+            if client.status != "running":
+                raise scheduler_lost()
             if time.monotonic() - started > seconds:
                 holder = holders(client).get(name)
                 if holder is None:
@@ -93,9 +101,7 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
             time.sleep(_POLL_SECONDS)
         if future.status == "error":
             end = task.partition.first_row + first + n_rows - 1
-            logger.info(
-                "rows %d to %d fail: %r", task.partition.first_row + first, end, future.exception(_CALL_SECONDS)
-            )
+            logger.info("rows %d to %d fail: %r", task.partition.first_row + first, end, future.exception(CALL_SECONDS))
         return {"finished": True, "error": False}.get(str(future.status))
     finally:
         future.release()
@@ -110,8 +116,16 @@ def _two_deaths_are_enough(client: Client) -> Iterator[None]:
         dask_scheduler.allowed_failures = failures
         return before
 
-    before = client.run_on_scheduler(allow, 1)
+    def set_allowed(failures: int) -> int:
+        before: int = call_scheduler(
+            client, lambda: client.run_on_scheduler(allow, failures, asynchronous=True), CALL_SECONDS
+        )
+        return before
+
+    before = set_allowed(1)
     try:
         yield
     finally:
-        client.run_on_scheduler(allow, before)
+        # A scheduler that is gone has nothing to restore.
+        with contextlib.suppress(ClusterError):
+            set_allowed(before)

@@ -41,6 +41,8 @@ def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], secon
     """
 
     async def call() -> Any:
+        if client.status != "running":
+            raise scheduler_lost()
         async with asyncio.timeout(seconds):
             task = asyncio.ensure_future(function())
             try:

@@ -120,13 +120,24 @@ def check_files(path: Path) -> Report:
     checker = _Checker()
     report = Report(str(path))
     if path.is_dir() and run.manifest() is not None:
+        before = _cache_state(run)
         report.unfinished = _check_run(run, checker)
+        if _cache_state(run) != before:
+            # The job wrote its cache meanwhile, and took its partitions away.
+            checker = _Checker()
+            report.unfinished = _check_run(run, checker)
     else:
         readers = list(_opened(find_caches(path), checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
     report.checks = [check for check in vars(checker).values() if check.looked_at or check.n_problems]
     return report
+
+
+def _cache_state(run: RunFolder) -> list[int]:
+    """Return what tells whether another cache was written."""
+    paths = (run.cache_path, run.index_path)
+    return [path.stat().st_ino if path.exists() else 0 for path in paths]
 
 
 class _Checker:
@@ -304,6 +315,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         readers = list(_opened([reader.path for reader in cache.readers], checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
+    keeps = bool(part.manifest["how"]["job"]["keep_partitions"])
     counted = {receipt["partition"]: receipt for receipt in committed(run, part.log)}
     digests: list[str] = []
     for partition in part.log.partitions():
@@ -315,10 +327,9 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
             checker.receipts.found([f"partition {partition.name}: expected this run's rows and arrays, got others"])
             continue
         digests.append(receipt["content_digest"])
-        if partition.n_rows and partition.first_row >= part.n_cached:
-            _check_partition(PartitionPiece(
-                path=run.partitions_path / receipt["attempt"], receipt=receipt, profile=part.profile()
-            ), checker)  # fmt: skip
+        path = run.partitions_path / receipt["attempt"]
+        if partition.n_rows and (partition.first_row >= part.n_cached or (keeps and path.exists())):
+            _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
     whole = open_run_cache(run)
     if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.log.n_partitions:
         _compare_digest(checker, "receipts", whole.content_digest, total_digest(digests))

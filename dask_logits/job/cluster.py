@@ -24,6 +24,7 @@ from distributed import Client, LocalCluster, Security, rpc
 
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
+from dask_logits.job.calls import CALL_SECONDS, call_scheduler
 from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
@@ -280,14 +281,20 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
         ) from error
     with client:
         _wait_for_worker(client, config.wait_seconds)
-        saturation = client.run_on_scheduler(lambda: dask.config.get("distributed.scheduler.worker-saturation"))
+        saturation = call_scheduler(
+            client,
+            lambda: client.run_on_scheduler(
+                lambda: dask.config.get("distributed.scheduler.worker-saturation"), asynchronous=True
+            ),
+            CALL_SECONDS,
+        )
         if float(saturation) > 1.0:
             logger.warning(
                 "the scheduler's worker-saturation is %s; export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0 "
                 "before starting it, so that partitions wait there and not at workers",
                 saturation,
             )
-        facts = list(client.run(_worker_facts).values())
+        facts = _facts(client, config.wait_seconds)
         device = generation.device
         if device == "auto":
             device = "cuda" if all(fact.gpus for fact in facts) else "cpu"
@@ -356,6 +363,32 @@ class WorkerFacts(NamedTuple):
     host: str
     cores: int
     gpus: tuple[str, ...]
+
+
+def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
+    """Return what each worker has that answers in time; one that does not is told, and gone on without."""
+
+    scheduler = client.scheduler
+
+    async def ask() -> dict[str, Any]:
+        addresses = list((await scheduler.identity(n_workers=-1))["workers"])
+        calls = (
+            asyncio.wait_for(client.run(_worker_facts, workers=[address], asynchronous=True), seconds)
+            for address in addresses
+        )
+        return dict(zip(addresses, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+
+    found = call_scheduler(client, ask, seconds + CALL_SECONDS)
+    facts = [answer[address] for address, answer in found.items() if isinstance(answer, dict)]
+    silent = {address: answer for address, answer in found.items() if not isinstance(answer, dict)}
+    if silent:
+        logger.warning("no answer from %s; going on without", ", ".join(f"{at} ({e!r})" for at, e in silent.items()))
+    if not facts:
+        raise ClusterError(
+            f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got {silent or 'no worker'}; "
+            "look at the workers' logs, and that they have this environment"
+        )
+    return facts
 
 
 def _worker_facts() -> WorkerFacts:

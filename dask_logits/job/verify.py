@@ -19,7 +19,7 @@ from dask_logits.capture.scoring import score_items
 from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.tokens import tokenize
 from dask_logits.compose import override
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.job.checks import Check, Report, check_files
 from dask_logits.job.committed import is_complete
 from dask_logits.job.manifest import RunFolder
@@ -57,6 +57,8 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
     DaskLogitsError
         If there is nothing to check, or the rows cannot be scored here.
     """
+    if recompute < 0:
+        raise ConfigError(f"recompute: expected a number of rows from 0, got {recompute}")
     path = Path(path).expanduser().absolute()
     report = check_files(path)
     if recompute and report.ok:

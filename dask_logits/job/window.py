@@ -49,6 +49,7 @@ STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
 _FIRST_BACKOFF_SECONDS = 2.0
+_LONGEST_BACKOFF_SECONDS = 60.0
 # Partitions after which the scheduler is told to forget them.
 _FORGET_EVERY = 1000
 # Frames of a traceback that are kept as evidence.
@@ -242,9 +243,12 @@ class _Window:
 
     def check_stall(self) -> None:
         """Raise ClusterError if the scheduler is lost, or nothing moves and no worker can be blamed."""
-        idle = time.monotonic() - self.last_progress
         if self.client.status != "running":
             raise scheduler_lost()
+        if self._later and not self._running:
+            # Nothing is expected to move before the next try.
+            self.last_progress = time.monotonic()
+        idle = time.monotonic() - self.last_progress
         if idle > self.job.stall_seconds and (not self._running or not self._held()):
             raise self._stalled(idle)
 
@@ -347,7 +351,7 @@ class _Window:
                 f"{full!r}; everything committed before is good: make room and run the same command again"
             )
         if kind == "transient" and self._attempts[index] <= self.job.retries:
-            wait = _FIRST_BACKOFF_SECONDS * 2 ** (self._attempts[index] - 1)
+            wait = min(_FIRST_BACKOFF_SECONDS * 2 ** (self._attempts[index] - 1), _LONGEST_BACKOFF_SECONDS)
             logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
             self._later.append((time.monotonic() + wait, task))
             return

@@ -55,11 +55,15 @@ def lease(path: Path, *, wait: bool = False, takeover: bool = False) -> Iterator
     RunConflictError
         If another process holds it, or may hold it.
     """
-    with _opened(path) as file:
-        locked = _lock(file, path, wait)
-        left = _read(path)
-        if left is not None and (left["host"] != socket.gethostname() or not locked):
-            _check_stale(path, left, wait, takeover or wait)
+    with contextlib.ExitStack() as opened:
+        while True:
+            file = opened.enter_context(_opened(path))
+            locked = _lock(file, path, wait)
+            left = _read(path)
+            if left is not None and (left["host"] != socket.gethostname() or not locked):
+                _check_stale(path, left, wait, takeover or wait)
+            if _is_there(file, path):
+                break
         mine = {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex, "beat": 0}
         _write(path, mine)
         stop = threading.Event()
@@ -85,6 +89,14 @@ def _opened(path: Path) -> IO[bytes]:
         raise RunConflictError(f"{path}: expected a lock file, got a link to another; delete it") from error
 
 
+def _is_there(file: IO[bytes], path: Path) -> bool:
+    """Whether a file still has its name: a start that was refused takes its lock file away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
     """Lock a file; return False where the file system has no locks."""
     while True:
@@ -107,7 +119,7 @@ def _check_stale(path: Path, left: Json, wait: bool, takeover: bool) -> None:
     while True:
         time.sleep(STALE_BEATS * BEAT_SECONDS)
         now = _read(path)
-        if now is None and not path.stat().st_size:
+        if now is None and not (path.exists() and path.stat().st_size):
             return
         if now == left:
             break

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -143,6 +144,20 @@ def test_a_materialised_dataset_is_checked_when_it_is_used_again(tmp_path) -> No
     assert one.materialise(tmp_path / "d") == one.materialise(tmp_path / "d")
     with pytest.raises(DatasetError, match="expected the rows this run was made with"):
         other.materialise(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["*.arrow", "dataset_info.json", "state.json"])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_materialised_dataset_that_was_cut_or_lost_files_is_written_again(tmp_path, name, is_cut) -> None:
+    opened = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["a", "b"]}))
+    before = opened.materialise(tmp_path / "d")
+    file = next((tmp_path / "d").glob(name))
+    if is_cut:
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink()
+    again = opened.materialise(tmp_path / "d")
+    assert [(rows.path, rows.n_rows) for rows in again] == [(rows.path, rows.n_rows) for rows in before]
 
 
 def test_content_digest_is_of_the_rows_not_of_their_storage() -> None:

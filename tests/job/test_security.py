@@ -129,6 +129,10 @@ def test_a_pickled_checkpoint_is_refused_unless_allowed(overrides, joined, llama
         ("dataset.data_files", "https://example.org/a.jsonl?x=1&X-Amz-Signature=swordfish"),
         ("dataset.data_files", "https://example.org/a.jsonl?token=swordfish"),
         ("dataset.name", "s3://key:swordfish@bucket/data"),
+        ("dataset.data_files", "https://swordfish@example.org/a.jsonl"),
+        ("dataset.data_files", "https://example.org/a.jsonl?x=1;sig=swordfish"),
+        ("dataset.name", "s3://key:sword/swordfish+x@bucket/data"),
+        ("teacher.model_path", "https://me:swordfish@example.org/model"),
         ("cluster.scheduler", "tcp://me:swordfish@host:8786"),
     ],
 )
@@ -136,6 +140,19 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(overrides, setti
     with pytest.raises(ConfigError, match=f"distillation.{setting}: expected an address without credentials") as caught:
         load_config([*overrides, f"distillation.{setting}='{value}'"])
     assert "swordfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "hf://datasets/a/b@main/c.parquet",
+        "s3://bucket/a:b@c.parquet",
+        "tcp://host:8786/a@b",
+        "https://e.org/@me?author=x",
+    ],
+)
+def test_addresses_without_credentials_are_taken(overrides, address) -> None:
+    assert load_config([*overrides, f"distillation.dataset.data_files='{address}'"]).dataset.data_files == (address,)
 
 
 def test_tokens_of_the_environment_reach_no_file_and_no_log(joined) -> None:

@@ -354,6 +354,7 @@ def test_a_generator_that_raises_keeps_what_came_before(stream, llama) -> None:
     [
         ({"body": "red"}, r"dataset row 33: expected a column 'text', got \['body'\]"),
         ({"text": 5}, r"dataset row 33: expected a text, got int 5"),
+        ({"text": "a\ud83d"}, r"dataset row 33: expected a text, got one that is no Unicode"),
         ("red", r"dataset row 33: expected a column 'text', got str"),
     ],
 )

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from builders import cache_dir, compact, packed_records, plain, records, tree, write_cache
 
-from dask_logits import CacheError, RunConflictError, generate, load_config, retry, verify
+from dask_logits import CacheError, ConfigError, RunConflictError, generate, load_config, retry, verify
 from dask_logits.cli import main
+from dask_logits.job import checks
+from dask_logits.job.assemble import consolidate_run
 from dask_logits.job.parts import JOB_ATTRIBUTES
 from dask_logits.records import Records, Statistics, total_digest
 from dask_logits.store.cache import CacheReader
@@ -161,6 +163,11 @@ def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None
     assert tree(kept) == before
     main(["verify", str(kept)])
     assert capsys.readouterr().out.splitlines()[-1] == "everything that is there is good"
+    column = next((kept / "partitions").glob("*/label_logprob/c/0"))
+    written = column.read_bytes()
+    column.write_bytes(bytes([written[0] ^ 1]) + written[1:])
+    assert list(wrong(kept)) == [CHECKSUMS]
+    column.write_bytes(written)
     (kept / "teacher_logits.h5").unlink()
     assert verify(kept).unfinished == "the cache is not written"
     receipt = kept / "receipts" / "000" / "000002.json"
@@ -178,6 +185,26 @@ def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None
     report = verify(kept)
     assert report.ok
     assert report.unfinished == "1 of 4 partitions are not committed"
+
+
+def test_a_run_whose_cache_is_written_meanwhile_is_good(kept, monkeypatch) -> None:
+    (kept / "teacher_logits.h5").unlink()
+    committed = checks.committed
+
+    def consolidated_first(run, log):
+        monkeypatch.undo()
+        consolidate_run(run, keep_partitions=False)
+        return committed(run, log)
+
+    monkeypatch.setattr(checks, "committed", consolidated_first)
+    report = verify(kept)
+    assert report.ok, report.lines()
+    assert report.unfinished is None
+
+
+def test_rows_to_recompute_are_counted(kept) -> None:
+    with pytest.raises(ConfigError, match="recompute: expected a number of rows from 0, got -1"):
+        verify(kept, recompute=-1)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -14,6 +18,11 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from test_cluster import COMMAND
 
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
+from dask_logits.config import JobConfig
+from dask_logits.job.bisect import _passes, _two_deaths_are_enough
+from dask_logits.job.cluster import _facts
+from dask_logits.job.plan import Partition
+from dask_logits.job.window import _Window
 
 
 class Saboteur(WorkerPlugin):
@@ -72,6 +81,58 @@ def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
             ClusterError, match=r"expected progress within 5 s, got none for .* workers and partitions 00000\d"
         ):
             generate(load_config([*overrides, *more]))
+
+
+def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
+    held = SimpleNamespace(status="running")
+    window = _Window(held, iter(()), JobConfig(stall_seconds=1), lambda failure: None, last_progress=-1e9)
+    monkeypatch.setattr(_Window, "_workers", lambda self: [])
+    window._later.append((math.inf, None))
+    window.check_stall()
+    window.last_progress = -1e9
+    window._later.clear()
+    with pytest.raises(ClusterError, match="expected progress within 1 s"):
+        window.check_stall()
+
+
+def test_tries_follow_each_other_ever_later_but_not_too_late(monkeypatch) -> None:
+    window = _Window(SimpleNamespace(status="running"), iter(()), JobConfig(retries=99), lambda failure: None)
+    monkeypatch.setattr("dask_logits.job.window.time.monotonic", lambda: 0.0)
+    task = SimpleNamespace(partition=SimpleNamespace(index=0, name="000000"))
+    for attempt in (1, 2, 5, 6, 50):
+        window._attempts[0] = attempt
+        window._failed(task, OSError(5, "x"), None)
+    assert [after for after, _ in window._later] == [2, 4, 32, 60, 60]
+
+
+def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
+    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
+    with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        client = Client(cluster)
+
+        def lose_it() -> None:
+            with _two_deaths_are_enough(client):
+                client.close()
+                _passes(client, task, 0, 4, 1.0)
+
+        for _ in range(2):
+            with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
+                lose_it()
+
+
+def test_a_worker_that_does_not_answer_is_gone_on_without(caplog) -> None:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+        Client(cluster) as client,
+    ):
+        stopped, _ = client.run(os.getpid).values()
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            assert len(_facts(client, 15)) == 1
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert "no answer from tcp://" in caplog.text
+        assert len(_facts(client, 30)) == 2
 
 
 def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:

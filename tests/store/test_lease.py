@@ -95,6 +95,23 @@ def test_a_lease_that_is_half_written_is_not_cleared(path, monkeypatch) -> None:
         pass
 
 
+def test_a_lease_whose_file_is_taken_away_meanwhile_is_held_in_a_new_one(path, monkeypatch) -> None:
+    path.write_text(json.dumps(ELSEWHERE))
+    sleep = time.sleep
+
+    def leave(seconds: float) -> None:
+        # A start elsewhere that was refused before its manifest leaves no trace.
+        path.unlink(missing_ok=True)
+        sleep(seconds)
+
+    monkeypatch.setattr(module.time, "sleep", leave)
+    with lease(path):
+        monkeypatch.undo()
+        assert json.loads(path.read_text())["token"] != "t"
+        with pytest.raises(RunConflictError, match="is at work"), lease(path):
+            pass
+
+
 def test_a_stale_lease_elsewhere_is_taken_only_if_that_is_allowed(path) -> None:
     path.write_text(json.dumps(ELSEWHERE))
     with (
