@@ -166,7 +166,10 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         except ClusterError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            raise ClusterError(f"distillation.cluster: expected a local cluster, got {error!r}") from error
+            raise ClusterError(
+                f"distillation.cluster: expected a local cluster, got {error!r}; a script must start the job under "
+                '`if __name__ == "__main__":`, else see what the workers said above'
+            ) from error
         finally:
             _restore(kept)
         try:
@@ -268,6 +271,7 @@ def _grouped(base: type) -> Any:
 @contextlib.contextmanager
 def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Cluster]:
     address = _address(config)
+    logger.info("joining %s, for which distillation.cluster.wait_seconds=%g s are waited", address, config.wait_seconds)
     try:
         # distributed 2026.7.1 would wait without end for a peer that takes the connection and says nothing.
         secured = security(config) or Security()
@@ -310,6 +314,8 @@ def _address(config: ClusterConfig) -> str:
         return str(config.scheduler)
     file = Path(config.scheduler_file).expanduser()
     deadline = time.monotonic() + config.wait_seconds
+    if not file.exists():
+        logger.info("waiting for %s, at most distillation.cluster.wait_seconds=%g s", file, config.wait_seconds)
     while not file.exists():
         if time.monotonic() > deadline:
             raise ClusterError(

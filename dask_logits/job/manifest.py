@@ -15,6 +15,7 @@ Small JSON files that a person can read. The folder::
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import uuid
@@ -332,7 +333,7 @@ def set_aside(run: RunFolder) -> None:
             else:
                 path.unlink()
         return
-    shutil.rmtree(previous, ignore_errors=True)
+    drop_previous(run)
     moving = run.path / SETTING_ASIDE
     moving.mkdir()
     for name in names:
@@ -349,8 +350,17 @@ def has_previous(run: RunFolder) -> bool:
 
 def drop_previous(run: RunFolder) -> None:
     """Delete the run that was replaced, and nothing that only has its name."""
-    if has_previous(run):
-        shutil.rmtree(run.path / PREVIOUS, ignore_errors=True)
+    if not has_previous(run):
+        return
+    previous = run.path / PREVIOUS
+    with contextlib.suppress(OSError):
+        for path in previous.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _SET_ASIDE_MARK:
+                path.unlink()
+    # The mark goes last: without it nobody would go on.
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def check_previous(run: RunFolder) -> None:

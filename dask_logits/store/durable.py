@@ -146,9 +146,7 @@ def read_json(path: Path) -> Json | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise CacheError(
-            f"{path}: expected a JSON object, got {error}; restore or delete the file", str(path)
-        ) from error
+        raise CacheError(f"{path}: expected a JSON object, got {error}; restore the file", str(path)) from error
     if not isinstance(value, dict):
         raise CacheError(f"{path}: expected a JSON object, got {type(value).__name__}; restore it", str(path))
     return value
