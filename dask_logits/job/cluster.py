@@ -372,8 +372,13 @@ class WorkerFacts(NamedTuple):
 
 
 def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
-    """Return what each worker has that answers in time; one that does not is told, and gone on without."""
+    """Return what each worker has that answers in time; one that does not is told, and gone on without.
 
+    Raises
+    ------
+    ClusterError
+        If none answers, or one cannot tell, because it has another environment.
+    """
     scheduler = client.scheduler
 
     async def ask() -> dict[str, Any]:
@@ -386,13 +391,19 @@ def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
 
     found = call_scheduler(client, ask, seconds + CALL_SECONDS)
     facts = [answer[address] for address, answer in found.items() if isinstance(answer, dict)]
-    silent = {address: answer for address, answer in found.items() if not isinstance(answer, dict)}
+    silent = {address: answer for address, answer in found.items() if isinstance(answer, OSError)}
+    broken = {address: answer for address, answer in found.items() if not isinstance(answer, dict | OSError)}
+    if broken:
+        raise ClusterError(
+            "distillation.cluster: expected workers with this environment, got "
+            f"{', '.join(f'{at} ({e!r})' for at, e in broken.items())}; install the same packages there"
+        )
     if silent:
         logger.warning("no answer from %s; going on without", ", ".join(f"{at} ({e!r})" for at, e in silent.items()))
     if not facts:
         raise ClusterError(
             f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got {silent or 'no worker'}; "
-            "look at the workers' logs, and that they have this environment"
+            "look at the workers' logs"
         )
     return facts
 

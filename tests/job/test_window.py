@@ -120,7 +120,11 @@ def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
                 lose_it()
 
 
-def test_a_worker_that_does_not_answer_is_gone_on_without(caplog) -> None:
+def _of_another_environment() -> None:
+    raise ModuleNotFoundError("No module named 'gone'")
+
+
+def test_a_worker_that_does_not_answer_is_gone_on_without(caplog, monkeypatch) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
         Client(cluster) as client,
@@ -133,6 +137,9 @@ def test_a_worker_that_does_not_answer_is_gone_on_without(caplog) -> None:
             os.kill(stopped, signal.SIGCONT)
         assert "no answer from tcp://" in caplog.text
         assert len(_facts(client, 30)) == 2
+        monkeypatch.setattr("dask_logits.job.cluster._worker_facts", _of_another_environment)
+        with pytest.raises(ClusterError, match=r"expected workers with this environment, got .*No module named 'gone'"):
+            _facts(client, 30)
 
 
 def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:
