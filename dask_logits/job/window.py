@@ -245,10 +245,11 @@ class _Window:
         """Raise ClusterError if the scheduler is lost, or nothing moves and no worker can be blamed."""
         if self.client.status != "running":
             raise scheduler_lost()
-        if self._later and not self._running:
-            # Nothing is expected to move before the next try.
-            self.last_progress = time.monotonic()
-        idle = time.monotonic() - self.last_progress
+        now = time.monotonic()
+        if self._later and not self._running and min(due for due, _ in self._later) > now:
+            # Nothing is expected to move before the next try; one that is due and finds no worker is a stall.
+            self.last_progress = now
+        idle = now - self.last_progress
         if idle > self.job.stall_seconds and (not self._running or not self._held()):
             raise self._stalled(idle)
 

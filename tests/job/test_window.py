@@ -89,10 +89,11 @@ def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
     monkeypatch.setattr(_Window, "_workers", lambda self: [])
     window._later.append((math.inf, None))
     window.check_stall()
-    window.last_progress = -1e9
-    window._later.clear()
-    with pytest.raises(ClusterError, match="expected progress within 1 s"):
-        window.check_stall()
+    for later in ([], [(0.0, None)], [(math.inf, None), (0.0, None)]):
+        window.last_progress = -1e9
+        window._later[:] = later
+        with pytest.raises(ClusterError, match="expected progress within 1 s"):
+            window.check_stall()
 
 
 def test_tries_follow_each_other_ever_later_but_not_too_late(monkeypatch) -> None:
