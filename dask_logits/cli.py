@@ -85,7 +85,7 @@ def _generate(overrides: list[str]) -> None:
 
         _log_to_stderr(config.job.log_level)
         generate(config)
-        print("\n".join(read_status(config.teacher.cache_dir).lines()), flush=True)
+        _say("\n".join(read_status(config.teacher.cache_dir).lines()))
 
     if any(override.startswith("-") for override in overrides):
         # Hydra reports exceptions of its task itself, with a trace; ours are messages.
@@ -102,7 +102,7 @@ def _plan(overrides: list[str]) -> None:
     _log_to_stderr(config.job.log_level)
     job = prepare(config)
     check_folder(job)
-    print("\n".join(plan_lines(job)))
+    _say("\n".join(plan_lines(job)))
 
 
 def _status(arguments: list[str]) -> None:
@@ -113,7 +113,7 @@ def _status(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     parsed = parser.parse_args(arguments)
     status = read_status(parsed.run)
-    print(status.to_json() if parsed.json else "\n".join(status.lines()))
+    _say(status.to_json() if parsed.json else "\n".join(status.lines()))
 
 
 def _retry(arguments: list[str]) -> None:
@@ -127,7 +127,7 @@ def _retry(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
     retry(parsed.run, overrides=parsed.overrides, bisect=parsed.bisect)
-    print("\n".join(read_status(parsed.run).lines()), flush=True)
+    _say("\n".join(read_status(parsed.run).lines()))
 
 
 def _verify(arguments: list[str]) -> None:
@@ -141,7 +141,7 @@ def _verify(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
     report = verify(parsed.path, recompute=parsed.recompute, seed=parsed.seed)
-    print(report.to_json() if parsed.json else "\n".join(report.lines()))
+    _say(report.to_json() if parsed.json else "\n".join(report.lines()))
     if not report.ok:
         sys.exit(1)
 
@@ -156,7 +156,7 @@ def _show(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     parsed = parser.parse_args(arguments)
     found = card(parsed.cache)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if parsed.json else "\n".join(card_lines(found)))
+    _say(json.dumps(found, indent=1, ensure_ascii=False) if parsed.json else "\n".join(card_lines(found)))
 
 
 def _convert(arguments: list[str]) -> None:
@@ -170,7 +170,7 @@ def _convert(arguments: list[str]) -> None:
     parser.add_argument("--takeover", action="store_true", help="take over from a process elsewhere that is gone")
     parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
-    print(
+    _say(
         convert(
             parsed.cache, parsed.target, profile=parsed.profile, precision=parsed.precision, takeover=parsed.takeover
         )
@@ -201,7 +201,16 @@ def _merge(arguments: list[str]) -> None:
         max_file_size=parsed.max_file_size,
         takeover=parsed.takeover,
     )
-    print(made)
+    _say(made)
+
+
+def _say(answer: object) -> None:
+    """Print the answer; whoever reads it may have had enough, as `head` has."""
+    try:
+        print(answer, flush=True)
+    except BrokenPipeError:
+        # Or the interpreter would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_to_stderr(level: str) -> None:

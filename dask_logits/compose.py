@@ -44,7 +44,7 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
         With every problem found in the overrides, or else in the values.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -52,8 +52,15 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    except OverrideParseException as error:
+        raise ConfigError.from_problems(
+            [
+                f"{error.override}: expected SETTING=VALUE, got a value that Hydra's grammar does not know; put one "
+                "with other characters than letters, digits and -_./:@+ in quotes, as in 'SETTING=\"~/data.jsonl\"'"
+            ]
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError.from_problems([str(error).replace("\n", " ")]) from error
+        raise ConfigError.from_problems([" ".join(str(error).split())]) from error
     assert isinstance(tree, dict)
     return Config.from_mapping(tree["distillation"], dataset_given=dataset_given)
 

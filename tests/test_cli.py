@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from builders import tree
 from dask_logits.store.cache import CacheReader
 
 ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "store" / "golden" / "v1.3-plain.h5"
 
 
 def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=None) -> subprocess.CompletedProcess:
@@ -35,6 +37,16 @@ def test_generate_and_status(joined, tmp_path) -> None:
     again = run("generate", *joined, cwd=tmp_path)
     assert again.stdout == done.stdout
     assert "is complete: nothing to do" in again.stderr
+
+
+def test_whoever_reads_the_answer_may_stop_early() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "dask_logits", "show", str(GOLDEN)], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_script_is_the_same_command(joined, tmp_path) -> None:
@@ -60,6 +72,7 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
         (("generate", "distillation.teacher.generation.top_k=zero"), "expected int, got 'zero'"),
         (("generate", "teacher_logits.top_k=3"), "use distillation.teacher.generation.top_k=3"),
         (("generate", "cluster=lokal"), "Could not find 'cluster/lokal'"),
+        (("plan", "distillation.dataset.data_files=~/a"), "=~/a: expected SETTING=VALUE, got a value that Hydra's"),
         (("generate", "--cfg", "job", "distillation.teacher.top=1"), "unknown setting"),
         (("status", "no/such/run"), "expected a run folder with run.json, got none"),
         (("generat",), "did you mean 'generate'?"),

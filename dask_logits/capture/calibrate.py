@@ -51,9 +51,12 @@ _AUTO_HEAD_ROWS = {"cpu": 256, "cuda": 4_096}
 _FASTER = 1.03
 # Share of a device's memory that a larger budget may fill.
 _MEMORY_SHARE = 0.85
-# Seconds of scoring left per worker from which trying is worth its time: a trial takes a few, compiling half a minute.
-_WORTH_TRYING_SECONDS = 120.0
+# Share of a worker's scoring that one trial may take.
+_TRIAL_SHARE = 0.05
+# Seconds of scoring left per worker from which compiling, which takes half a minute, is tried.
 _WORTH_COMPILING_SECONDS = 300.0
+# What is taken to be left where nobody knows.
+_UNKNOWN_SECONDS = 3_600.0
 _VERSIONS = ("dask-logits", "torch", "transformers", "datasets", "numpy", "zarr", "h5py")
 
 
@@ -68,7 +71,7 @@ class CalibrationTask:
     documents
         Token ids of the first documents of the plan.
     plan_tokens
-        Tokens each worker will score; None: nobody knows, taken for very many.
+        Tokens each worker will score; None: nobody knows, taken for an hour's work.
     top_k, vocab_size, batch_size
         Settings.
     batch_tokens, head_rows
@@ -147,7 +150,7 @@ def calibrate(task: CalibrationTask) -> Json:
     score_items(teacher, plain_items(first_documents(task.documents, _WARM_TOKENS)), settings)
     items = plain_items(task.documents)
     scored = score_items(teacher, items, settings)
-    trials = _Trials(teacher, items, _seconds_left(task, scored))
+    trials = _Trials(teacher, items, scored, task.plan_tokens)
     if not task.batch_tokens_fixed:
         settings = trials.larger_batches(settings)
     if task.compile != "never":
@@ -215,27 +218,24 @@ def _report(
     }
 
 
-def _seconds_left(task: CalibrationTask, scored: Scored) -> float:
-    if task.plan_tokens is None:
-        return float("inf")
-    return task.plan_tokens * scored.seconds["score"] / max(1, scored.records.n_tokens)
-
-
 class _Trials:
     """Variants timed against each other on the same documents, alternating; medians count."""
 
-    def __init__(self, teacher: Teacher, items: Sequence[Item], seconds_left: float) -> None:
+    def __init__(self, teacher: Teacher, items: Sequence[Item], scored: Scored, plan_tokens: int | None) -> None:
         self.teacher = teacher
         self.items = items
-        self.seconds_left = seconds_left
+        self.token_seconds = scored.seconds["score"] / max(1, scored.records.n_tokens)
+        self.seconds_left = _UNKNOWN_SECONDS if plan_tokens is None else plan_tokens * self.token_seconds
         self.rates: dict[str, float] = {}
         self.compile_seconds: float | None = None
 
     def larger_batches(self, settings: ScoringSettings) -> ScoringSettings:
         """Double the token budget as long as that is faster and fits."""
         device = self.teacher.device.type
-        while self.seconds_left >= _WORTH_TRYING_SECONDS and settings.batch_tokens < _MOST_BATCH_TOKENS[device]:
+        while settings.batch_tokens < _MOST_BATCH_TOKENS[device]:
             double = dataclasses.replace(settings, batch_tokens=2 * settings.batch_tokens)
+            if not self._is_worth(2 * double.batch_tokens):
+                break
             single_rate, double_rate = self._race(settings, double, 2 * double.batch_tokens)
             self.rates[f"batch_tokens={settings.batch_tokens}"] = single_rate
             self.rates[f"batch_tokens={double.batch_tokens}"] = double_rate
@@ -246,7 +246,8 @@ class _Trials:
 
     def compiled(self, settings: ScoringSettings, task: CalibrationTask, errors: dict[str, float]) -> ScoringSettings:
         """Compile, if the plan is long enough, and keep it if it pays for itself on what is left."""
-        if task.compile == "auto" and self.seconds_left < _WORTH_COMPILING_SECONDS:
+        is_long = self.seconds_left >= _WORTH_COMPILING_SECONDS and self._is_worth(_TRIAL_TOKENS)
+        if task.compile == "auto" and not is_long:
             return settings
         started = time.perf_counter()
         try:
@@ -268,6 +269,10 @@ class _Trials:
         if task.compile == "always" or saved > self.compile_seconds:
             return fast
         return settings
+
+    def _is_worth(self, tokens: int) -> bool:
+        """Whether a race over so many tokens takes a small part of the time that is left."""
+        return 2 * _TRIAL_ROUNDS * tokens * self.token_seconds <= _TRIAL_SHARE * self.seconds_left
 
     def _race(self, a: ScoringSettings, b: ScoringSettings, tokens: int) -> tuple[float, float]:
         """Return the tokens/s of two variants on the same items, repeated until there are enough tokens."""

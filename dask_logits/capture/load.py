@@ -128,7 +128,8 @@ def open_builder(
     from datasets import load_dataset_builder
 
     builder = _translated(
-        name, lambda: load_dataset_builder(name, config_name, data_files=_listed(data_files), revision=revision)
+        name,
+        lambda: load_dataset_builder(_expanded(name), config_name, data_files=_listed(data_files), revision=revision),
     )
     files = {str(key): [str(file) for file in value] for key, value in (builder.config.data_files or {}).items()}
     if split not in files:
@@ -172,7 +173,7 @@ def _load(
         return _translated(
             name,
             lambda: load_dataset(
-                name,
+                _expanded(name),
                 config_name,
                 split=split,
                 data_files=_listed(data_files),
@@ -215,4 +216,9 @@ def _translated(name: str, call: Any) -> Any:
 
 
 def _listed(data_files: Sequence[str] | None) -> list[str] | None:
-    return list(data_files) if data_files else None
+    return [_expanded(file) for file in data_files] if data_files else None
+
+
+def _expanded(path: str) -> str:
+    """Return a path with its ``~`` resolved; anything else, such as a URL, as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path

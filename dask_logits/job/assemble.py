@@ -118,9 +118,11 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
     """Delete what a complete cache makes superfluous: partitions (unless kept), lost attempts, a replaced run."""
     if keep_partitions:
-        named = {receipt["attempt"] for receipt in run.receipts(PlanLog(run).n_partitions)}
+        named = {receipt["partition"]: receipt["attempt"] for receipt in run.receipts(PlanLog(run).n_partitions)}
         for attempt in run.partitions_path.glob("*.zarr"):
-            if attempt.name not in named:
+            # Without its receipt nobody knows which attempt counts.
+            index = attempt.name.split(".")[0]
+            if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
                 remove_partition(attempt)
     else:
         shutil.rmtree(run.partitions_path, ignore_errors=True)
@@ -336,6 +338,9 @@ def _write(
         on_piece=on_piece,
     )
     logger.info("cache %s in %.1f s, content %s", target, time.perf_counter() - started, digest)
+    reader = CacheReader(target)
+    if reader.n_empty:
+        logger.warning("%d of %d rows have no token: they are null or empty", reader.n_empty, reader.n_documents)
 
 
 def _digest(pieces: Iterable[Piece]) -> str:

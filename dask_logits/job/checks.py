@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.job.committed import committed, open_run_cache
+from dask_logits.job.committed import counts, covers, fits, open_run_cache
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.parts import RunPart
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
@@ -316,15 +316,26 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
     keeps = bool(part.manifest["how"]["job"]["keep_partitions"])
-    counted = {receipt["partition"]: receipt for receipt in committed(run, part.log)}
+    missing = 0
     digests: list[str] = []
     for partition in part.log.partitions():
-        receipt = run.receipt(partition.index)
-        if receipt is None:
+        cached = partition.n_rows > 0 and covers(part.n_cached, partition)
+        got = "others"
+        try:
+            receipt = run.receipt(partition.index)
+        except CacheError as error:
+            receipt, got = {}, error.message
+        if receipt is None and not cached:
+            missing += 1
             continue
         checker.receipts.looked_at += 1
-        if partition.index not in counted:
-            checker.receipts.found([f"partition {partition.name}: expected this run's rows and arrays, got others"])
+        counted = receipt and fits(receipt, partition) and counts(run, part.manifest, receipt, part.n_cached)
+        if not receipt or not counted:
+            missing += not cached
+            got = "none; its rows are in the cache" if receipt is None else got
+            checker.receipts.found(
+                [f"partition {partition.name}: expected a receipt for its rows and arrays, got {got}"]
+            )
             continue
         digests.append(receipt["content_digest"])
         path = run.partitions_path / receipt["attempt"]
@@ -333,7 +344,6 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     whole = open_run_cache(run)
     if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.log.n_partitions:
         _compare_digest(checker, "receipts", whole.content_digest, total_digest(digests))
-    missing = part.log.n_partitions - len(counted)
     if part.log.end is None:
         return "the plan is still growing"
     if missing:

@@ -23,7 +23,7 @@ import dask
 from distributed import Client, LocalCluster, Security, rpc
 
 from dask_logits.config import ClusterConfig, GenerationConfig
-from dask_logits.errors import ClusterError
+from dask_logits.errors import CacheError, ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler
 from dask_logits.store.durable import read_json
 
@@ -279,8 +279,10 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
         client = Client(address, timeout=config.wait_seconds, security=secured)
     except (OSError, ValueError, TypeError) as error:
         # A TypeError is what distributed 2026.7.1 makes of a tls:// address without certificates.
+        silent = isinstance(error, TimeoutError)
+        got = f"no answer within distillation.cluster.wait_seconds={config.wait_seconds:g}" if silent else repr(error)
         raise ClusterError(
-            f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {error!r}; "
+            f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {got}; "
             "start `dask scheduler` and give its address (and distillation.cluster.security, if it asks for TLS)"
         ) from error
     with client:
@@ -316,14 +318,22 @@ def _address(config: ClusterConfig) -> str:
     deadline = time.monotonic() + config.wait_seconds
     if not file.exists():
         logger.info("waiting for %s, at most distillation.cluster.wait_seconds=%g s", file, config.wait_seconds)
-    while not file.exists():
+    while True:
+        got = "none"
+        # The scheduler opens its file first and fills it then.
+        try:
+            address = (read_json(file) or {}).get("address")
+        except CacheError as error:
+            address, got = None, error.message
+        if isinstance(address, str):
+            return address
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"distillation.cluster.scheduler_file: expected {str(file)!r} within {config.wait_seconds:g} s, got "
-                "none; start `dask scheduler --scheduler-file` with it, on a file system that all machines see"
+                f"distillation.cluster.scheduler_file: expected a scheduler's address in {str(file)!r} within "
+                f"{config.wait_seconds:g} s, got {got}; start `dask scheduler --scheduler-file` with it, on a file "
+                "system that all machines see"
             )
         time.sleep(_FILE_POLL_SECONDS)
-    return str((read_json(file) or {}).get("address"))
 
 
 def security(config: ClusterConfig) -> Security | None:

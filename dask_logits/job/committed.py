@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dask_logits.errors import CacheError
 from dask_logits.job.manifest import RunFolder, Share
+from dask_logits.job.plan import Partition
 from dask_logits.job.planlog import PlanLog
 from dask_logits.records import total_digest
 from dask_logits.store.cache import CacheReader
@@ -97,6 +99,11 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
         The run and its plan.
     forget
         Delete the other receipts of this share, so that their partitions are computed again.
+
+    Raises
+    ------
+    CacheError
+        If a receipt that is needed is damaged: of a partition that no cache holds and that is not of `forget`.
     """
     manifest = run.manifest()
     if manifest is None:
@@ -104,14 +111,35 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     cache = open_run_cache(run)
     cached_rows = 0 if cache is None else cache.n_rows
     for partition in log.partitions():
-        receipt = run.receipt(partition.index)
+        mine = forget is not None and forget.owns(partition.index)
+        wrong = "its arrays are gone, or another run's"
+        try:
+            receipt = run.receipt(partition.index)
+        except CacheError as error:
+            if not mine and not covers(cached_rows, partition):
+                raise
+            receipt, wrong = {}, error.message
         if receipt is None:
             continue
-        cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
-        place = (receipt["first_row"], receipt["n_rows"]) == (partition.first_row, partition.n_rows)
-        ours = receipt["run_id"] == manifest["run_id"] and place
-        if ours and (cached or (run.partitions_path / receipt["attempt"]).exists()):
+        if receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
             yield receipt
-        elif forget is not None and forget.owns(partition.index):
-            logger.warning("partition %s: arrays gone, or another run's; computing it again", partition.name)
+        elif mine:
+            logger.warning("partition %s is computed again: %s", partition.name, wrong)
             run.receipt_path(partition.index).unlink(missing_ok=True)
+
+
+def covers(cached_rows: int, partition: Partition) -> bool:
+    """Whether a cache of so many rows from 0 holds a partition."""
+    return partition.first_row + partition.n_rows <= cached_rows
+
+
+def fits(receipt: Json, partition: Partition) -> bool:
+    """Whether a receipt is for the rows that the plan has at its place."""
+    return (receipt["first_row"], receipt["n_rows"]) == (partition.first_row, partition.n_rows)
+
+
+def counts(run: RunFolder, manifest: Json, receipt: Json, cached_rows: int) -> bool:
+    """Whether a receipt is this run's and its targets are there, in the cache or in a partition."""
+    cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
+    there = cached or (run.partitions_path / receipt["attempt"]).exists()
+    return bool(receipt["run_id"] == manifest["run_id"]) and there

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dask_logits.errors import CacheError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, read_json, replace_json
 
@@ -66,6 +67,14 @@ def forget_failure(run: RunFolder, index: int) -> None:
     path.unlink(missing_ok=True)
 
 
+def _has_receipt(run: RunFolder, index: int) -> bool:
+    try:
+        return run.receipt(index) is not None
+    except CacheError:
+        # A damaged one does not count: the next start computes its partition.
+        return False
+
+
 def read_failures(run: RunFolder) -> dict[int, Json]:
     """Return the ledger: partition → entry, of those that are not committed."""
     found = {}
@@ -73,7 +82,7 @@ def read_failures(run: RunFolder) -> dict[int, Json]:
         if not (path.stem.isascii() and path.stem.isdigit()):
             continue
         entry = read_json(path)
-        if entry is not None and run.receipt(int(path.stem)) is None:
+        if entry is not None and not _has_receipt(run, int(path.stem)):
             check_fields(path, entry, {"kind": TEXT, "reason": TEXT, "rows": COUNTS})
             found[int(path.stem)] = entry
     return found

@@ -233,7 +233,14 @@ class RunFolder:
         CacheError
             If it is not a manifest, or of a newer version.
         """
-        manifest = read_json(self.manifest_path)
+        try:
+            manifest = read_json(self.manifest_path)
+        except CacheError as error:
+            raise CacheError(
+                f"{error.message} from a copy; a cache beside it is read without it, and another "
+                "distillation.teacher.cache_dir starts anew",
+                str(self.manifest_path),
+            ) from error
         if manifest is None:
             return None
         found = manifest.get("format"), manifest.get("version")
@@ -273,12 +280,19 @@ class RunFolder:
         return receipt
 
     def receipts(self, n_partitions: int) -> Iterator[Json]:
-        """Read the receipts of all committed partitions in order; time goes with their number, not the plan's."""
+        """Read the receipts of all committed partitions in order; time goes with their number, not the plan's.
+
+        Those that are damaged are left out: nothing can be said of them.
+        """
         found = (
             int(path.stem) for path in (self.path / "receipts").glob("[0-9]*/[0-9]*.json") if path.stem.isdecimal()
         )
         for index in sorted(index for index in found if index < n_partitions):
-            receipt = self.receipt(index)
+            try:
+                receipt = self.receipt(index)
+            except CacheError as error:
+                logger.warning("left out: %s", error)
+                continue
             if receipt is not None:
                 yield receipt
 

@@ -23,7 +23,7 @@ from dask_logits.capture.stream import is_stream, open_stream
 from dask_logits.capture.tokens import Tokenizer, TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.capture.topk import scratch_rows
 from dask_logits.config import Config, DatasetConfig
-from dask_logits.errors import CapacityError, ConfigError, RunConflictError
+from dask_logits.errors import CapacityError, ConfigError, DatasetError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
 from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
@@ -139,6 +139,11 @@ def prepare(config: Config, dataset: Any = None) -> Job:
 
     sample = [tokenize([value], spec, first_row=row)[0] for row, value in source.sample()]
     tokens_per_row = sum(len(document) for document in sample) / max(1, len(sample))
+    if not tokens_per_row and not any(source.head()):
+        raise DatasetError(
+            f"distillation.dataset.text_column: expected texts, got null or nothing in every row of {source.column!r}; "
+            "name another column"
+        )
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)

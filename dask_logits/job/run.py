@@ -327,11 +327,15 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
     batch_tokens, head_rows = auto_budgets(cluster.device, generation.batch_tokens, generation.head_rows)
     documents: list[Array] = []
     tokens = 0
+    plan_tokens = _tokens_each(job, cluster)
     for row, value in enumerate(job.source.head()):
         documents += tokenize([value], job.tokenizer_spec, first_row=row)
         tokens += len(documents[-1])
         if tokens >= CALIBRATION_TOKENS:
             break
+    else:
+        # A stream that ends so soon has no more, whatever its bound is.
+        plan_tokens = tokens
     sequences = [item.tokens for item in make_items(documents, job.items)]
     task = CalibrationTask(
         teacher=teacher_spec(
@@ -341,7 +345,7 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
             torch_threads=cluster.torch_threads,
         ),
         documents=first_documents(sequences, CALIBRATION_TOKENS),
-        plan_tokens=_tokens_each(job, cluster),
+        plan_tokens=plan_tokens,
         top_k=generation.top_k,
         vocab_size=job.tokenizer_spec.vocab_size,
         batch_size=generation.batch_size,
@@ -352,7 +356,9 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
         compile=job.config.scoring.compile,
         compact=_is_compact(job),
     )
-    logger.info("calibrating on %d sequences", len(task.documents))
+    logger.info(
+        "calibrating on %d sequences; a long plan tries larger batches and compiled layers, too", len(task.documents)
+    )
     return run_one(cluster.client, calibrate, task, job.config.job)
 
 

@@ -57,6 +57,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "profile": said["profile"],
         "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
         "documents": sum(one.n_documents for one in readers),
+        "empty_documents": sum(one.n_empty for one in readers),
         "items": sum(one.n_items for one in readers),
         "tokens": n_tokens,
         "top_k": reader.top_k,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.committed import is_complete, open_run_cache
+from dask_logits.job.committed import counts, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
@@ -173,21 +173,33 @@ def read_status(path: Path | str) -> Status:
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
     log = PlanLog(run)
+    damaged = False
+    try:
+        cache = open_run_cache(run)
+    except CacheError:
+        cache, damaged = None, True
+    # What a damaged cache holds is not known; whoever deletes it will find what is missing.
+    cached_rows = cache.n_rows if cache else log.n_rows if damaged else 0
     sums, count, rows, splits, flops = Statistics(), 0, 0, 0, 0.0
     seconds: dict[str, float] = {}
     for receipt in run.receipts(log.n_partitions):
+        if not counts(run, manifest, receipt, cached_rows):
+            continue
         sums += Statistics.from_json(receipt["statistics"])
         seconds = add_seconds(seconds, receipt["seconds"])
         flops += receipt["flops"]
         splits += len(receipt["splits"])
         count += 1
         rows += receipt["n_rows"]
-    state = "scored" if log.end is not None and count == log.n_partitions else "unfinished"
-    try:
-        cache = open_run_cache(run) if is_complete(run, log) else None
-        state = "complete" if cache else state
-    except CacheError:
-        cache, state = None, "damaged"
+    if cache is not None and log.end is not None and cache.n_rows == log.n_rows:
+        state = "complete"
+        if count < log.n_partitions:
+            missing = log.n_partitions - count
+            logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", missing)
+        count, rows = log.n_partitions, log.n_rows
+    else:
+        state = "damaged" if damaged else "scored" if _is_scored(log, count) else "unfinished"
+        cache = None
     scoring, peak = seconds.get("score", 0.0), (run.calibration() or {}).get("cost", {}).get("peak_flops", 0.0)
     drivers = _drivers(run)
     alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
@@ -215,6 +227,10 @@ def read_status(path: Path | str) -> Status:
         content_digest=cache.content_digest if cache else None,
         kept_mass_by_k=(run.calibration() or {}).get("kept_mass_by_k", {}),
     )
+
+
+def _is_scored(log: PlanLog, committed: int) -> bool:
+    return log.end is not None and committed == log.n_partitions
 
 
 def _reason(entry: Json) -> str:

@@ -145,6 +145,11 @@ class CacheReader:
         """Items: blocks of a packed cache, else documents (windows count each)."""
         return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
 
+    @property
+    def n_empty(self) -> int:
+        """Documents without a token: their rows were null or empty."""
+        return self.n_documents - int(np.count_nonzero(self.arrays["document_length"]))
+
     def stored(self, start: int, stop: int) -> dict[str, Array]:
         """Return the stored token arrays of entries [start, stop), still encoded.
 

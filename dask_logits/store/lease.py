@@ -182,7 +182,16 @@ def _held(path: Path, holder: Json | None) -> RunConflictError:
 
 
 def _what(path: Path) -> str:
-    return path.name.strip(".").removesuffix(".lock")
+    """Name what a lock file stands for.
+
+    >>> _what(Path(".driver.lock")), _what(Path(".driver-0-of-2.lock")), _what(Path(".consolidate.lock"))
+    ('this run', 'share 0-of-2 of this run', 'its consolidate step')
+    """
+    name = path.name.strip(".").removesuffix(".lock")
+    if name.startswith("driver"):
+        share = name.removeprefix("driver").strip("-")
+        return f"share {share} of this run" if share else "this run"
+    return f"its {name} step"
 
 
 def _who(holder: Json | None) -> str:

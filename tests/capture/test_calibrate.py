@@ -61,6 +61,13 @@ def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeyp
     assert found["numerics"]["batch_tokens"] == (256 if faster else 128)
 
 
+def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "_UNKNOWN_SECONDS", 1e-3)
+    found = calibrate(task(batch_tokens_fixed=False, plan_tokens=None))
+    assert found["trials_tokens_per_second"] == {}
+    assert not found["numerics"]["path"]["compiled"]
+
+
 def test_compiled_layers_are_kept_if_they_pay(task) -> None:
     found = calibrate(task(compile="always"))
     assert found["numerics"]["path"]["compiled"]

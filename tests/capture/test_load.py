@@ -6,6 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from dask_logits import DatasetError, prepare_dataset
+from dask_logits.capture.load import open_builder
 from dask_logits.capture.tokens import TokenizerSpec, tokenize
 
 TEXTS = sentences(30, seed=4)
@@ -73,3 +74,15 @@ def test_what_is_missing_is_named(streaming, changes, message, llama, tmp_path) 
             AutoTokenizer.from_pretrained(llama),
             **{"data_files": [str(path)], "streaming": streaming, **changes},
         )
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_paths_may_begin_with_the_home_folder(streaming, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    write_json_lines(tmp_path / "folder" / "d.jsonl", TEXTS)
+    limit = {"streaming": streaming, "max_samples": "all"}
+    one = prepare_dataset("json", data_files=["~/folder/d.jsonl"], **limit)
+    other = prepare_dataset("~/folder", **limit)
+    assert [row["text"] for row in one] == [row["text"] for row in other] == TEXTS
+    assert open_builder("~/folder", None, "train", None, None)[1] == [str(tmp_path / "folder" / "d.jsonl")]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,18 @@ def test_more_gpus_for_a_worker_than_there_are_names_the_cure(overrides) -> None
 
 
 def test_a_scheduler_file_and_the_command_line_tools(overrides, joined, tmp_path) -> None:
-    with dask_processes(tmp_path) as (file, _):
-        one = generate(load_config([*overrides, f"distillation.cluster.scheduler_file={file}"]))
+    # A scheduler opens its file first and fills it then.
+    late = tmp_path / "late.json"
+    late.touch()
+    waits = [*overrides, f"distillation.cluster.scheduler_file={late}"]
+    with pytest.raises(
+        ClusterError, match=r"expected a scheduler's address in .*late\.json.* within 0\.3 s, got .*late\.json: "
+    ):
+        generate(load_config([*waits, "distillation.cluster.wait_seconds=0.3"]))
+    with dask_processes(tmp_path) as (file, scheduler):
+        filled = threading.Timer(1, lambda: late.write_text(wait_for(file.read_text, scheduler)))
+        filled.start()
+        one = generate(load_config(waits))
     elsewhere = f"distillation.teacher.cache_dir={tmp_path / 'other'}"
     assert digest(one) == digest(generate(load_config([*joined, elsewhere])))
 

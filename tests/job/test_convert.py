@@ -114,7 +114,7 @@ def test_two_processes_do_not_write_in_one_folder(tmp_path) -> None:
     write_cache(tmp_path / "a.h5", records((4, 2), k=3), profile=compact(3))
     with (
         lease(tmp_path / CONSOLIDATION_LOCK),
-        pytest.raises(RunConflictError, match="expected to be the only driver of consolidate"),
+        pytest.raises(RunConflictError, match="expected to be the only driver of its consolidate step"),
     ):
         convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="plain")
     assert not (tmp_path / "b.h5").exists()

@@ -16,7 +16,7 @@ from datasets import Dataset, load_dataset
 from test_scoring import assert_targets_match, plain_targets
 
 import dask_logits
-from dask_logits import CachedLogitsDataset, load_config, read_status
+from dask_logits import CachedLogitsDataset, load_config, read_status, verify
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.profile import load_profile
@@ -111,6 +111,73 @@ def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
     assert attempts == {json.loads(text)["attempt"] for text in after.values()}
     run(joined)
     assert not (cache_dir(joined) / "partitions").exists()
+
+
+def test_partitions_that_are_gone_are_not_counted(joined, cache) -> None:
+    whole = digest(cache)
+    cache.unlink()
+    status = read_status(cache_dir(joined))
+    assert (status.state, status.committed, status.committed_rows, status.statistics.tokens) == ("unfinished", 0, 0, 0)
+    assert digest(run(joined)) == whole
+
+
+def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, caplog) -> None:
+    keep = "distillation.job.keep_partitions=true"
+    run(joined, keep, "distillation.teacher.generation.force_regenerate=true")
+    folder, whole = cache_dir(joined), digest(cache)
+    receipt = folder / "receipts" / "000" / "000001.json"
+    for damage in (lambda: receipt.write_text("{"), receipt.unlink):
+        damage()
+        before = tree(folder / "partitions")
+        status = read_status(folder)
+        assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
+        assert "1 receipts are damaged or gone" in caplog.text
+        caplog.clear()
+        assert digest(run(joined, keep)) == whole
+        assert tree(folder / "partitions") == before
+        report = verify(folder)
+        (problem,) = [problem for check in report.checks for problem in check.problems]
+        assert problem.startswith("partition 000001: expected a receipt for its rows and arrays, got ")
+        assert report.unfinished is None
+
+
+def test_a_partition_with_a_damaged_receipt_is_computed_again(joined, cache) -> None:
+    whole, receipt = digest(cache), cache_dir(joined) / "receipts" / "000" / "000001.json"
+    run(joined, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
+    cache.unlink()
+    receipt.write_text("{")
+    assert read_status(cache_dir(joined)).committed == 3
+    report = verify(cache_dir(joined))
+    assert not report.ok
+    assert report.unfinished == "1 of 4 partitions are not committed"
+    assert digest(run(joined)) == whole
+    assert verify(cache_dir(joined)).ok
+
+
+def test_a_damaged_manifest_says_what_is_still_good(joined, cache) -> None:
+    (cache_dir(joined) / "run.json").write_text("{")
+    with pytest.raises(dask_logits.CacheError, match="restore the file from a copy; a cache beside it is read without"):
+        run(joined)
+    assert CacheReader(cache).n_documents == 40
+
+
+def test_rows_without_text_are_told_of(joined, tmp_path, caplog) -> None:
+    data = write_json_lines(tmp_path / "few.jsonl", ["a text", None, "", "another text"])
+    few = f"distillation.dataset.data_files={data}"
+    made = run(joined, few)
+    assert "2 of 4 rows have no token: they are null or empty" in caplog.text
+    assert CacheReader(made).n_empty == 2
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_column_without_any_text_is_refused(streaming, joined, tmp_path) -> None:
+    data = write_json_lines(tmp_path / "none.jsonl", [None, "", None])
+    wanted = [f"distillation.dataset.data_files={data}", "distillation.dataset.max_samples=all"]
+    with pytest.raises(
+        dask_logits.DatasetError, match=r"text_column: expected texts, got null or nothing in every row"
+    ):
+        run(joined, *wanted, f"distillation.dataset.streaming={streaming}")
+    assert not cache_dir(joined).exists()
 
 
 def test_a_damaged_cache_is_the_users_to_delete(joined, cache) -> None:

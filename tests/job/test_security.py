@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from builders import cache_dir, tree, wait_for
 
 from dask_logits import ClusterError, ConfigError, TeacherError, generate, load_config
+from dask_logits.job.score import score
 from dask_logits.store.cache import CacheReader
 
 DASK = [sys.executable, "-m", "dask"]
@@ -62,7 +62,7 @@ def encrypted_processes(folder: Path, certificates: dict[str, Path]) -> Iterator
            "--tls-key", str(certificates["node.key"]), "--scheduler-file", str(file), "--no-dashboard"]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     scheduler = subprocess.Popen([*DASK, "scheduler", *tls, "--protocol", "tls", "--port", "0"], **quiet)
-    wait_for(file.exists, scheduler)
+    wait_for(lambda: file.exists() and file.read_text(), scheduler)
     more = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder)]
     worker = subprocess.Popen([*DASK, "worker", *tls, *more], **quiet)
     try:
@@ -90,12 +90,17 @@ def test_a_job_speaks_tls_and_others_are_turned_away(overrides, joined, certific
     assert not [name for name, data in said.items() if b"PRIVATE KEY" in data]
 
 
-def test_a_cluster_that_is_made_speaks_tls(overrides, certificates, caplog) -> None:
-    with caplog.at_level(logging.INFO, "distributed"):
-        one = "distillation.teacher.generation.num_workers=1"
-        generate(load_config([*overrides, "cluster=local_cpu", one, *secured(certificates)]))
-    assert "Scheduler at:     tls://127.0.0.1" in caplog.text
-    assert "tcp://" not in caplog.text
+def test_a_cluster_that_is_made_speaks_tls(overrides, certificates, monkeypatch) -> None:
+    addresses: list[str] = []
+
+    def noted(job, cluster, *rest, **more):
+        addresses.extend([cluster.client.scheduler.address, *cluster.client.nthreads()])
+        return score(job, cluster, *rest, **more)
+
+    monkeypatch.setattr("dask_logits.job.run.score", noted)
+    one = "distillation.teacher.generation.num_workers=1"
+    generate(load_config([*overrides, "cluster=local_cpu", one, *secured(certificates)]))
+    assert [address.split("127.0.0.1")[0] for address in addresses] == ["tls://", "tls://"]
 
 
 def test_a_part_of_a_certificate_is_refused(overrides, certificates) -> None:

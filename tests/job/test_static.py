@@ -148,7 +148,7 @@ def test_a_second_driver_of_a_share_is_refused_and_another_share_is_not(small) -
     folder.mkdir()
     with (
         lease(folder / ".driver-0-of-2.lock"),
-        pytest.raises(dask_logits.RunConflictError, match="only driver of driver-0-of-2"),
+        pytest.raises(dask_logits.RunConflictError, match="only driver of share 0-of-2 of this run"),
     ):
         run(small, *share(0, 2))
     with lease(folder / ".driver-0-of-2.lock"):

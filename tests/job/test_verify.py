@@ -189,14 +189,14 @@ def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None
 
 def test_a_run_whose_cache_is_written_meanwhile_is_good(kept, monkeypatch) -> None:
     (kept / "teacher_logits.h5").unlink()
-    committed = checks.committed
+    counts = checks.counts
 
-    def consolidated_first(run, log):
+    def consolidated_first(run, *rest):
         monkeypatch.undo()
         consolidate_run(run, keep_partitions=False)
-        return committed(run, log)
+        return counts(run, *rest)
 
-    monkeypatch.setattr(checks, "committed", consolidated_first)
+    monkeypatch.setattr(checks, "counts", consolidated_first)
     report = verify(kept)
     assert report.ok, report.lines()
     assert report.unfinished is None

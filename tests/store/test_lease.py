@@ -50,7 +50,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(path) -> None:
     assert other.stdout.readline() == "held\n"
     for takeover in (False, True):
         with (
-            pytest.raises(RunConflictError, match=rf"only driver of driver, but process {other.pid} on .* is at work"),
+            pytest.raises(
+                RunConflictError, match=rf"only driver of this run, but process {other.pid} on .* is at work"
+            ),
             lease(path, takeover=takeover),
         ):
             pass
