@@ -340,7 +340,9 @@ def _write(
     logger.info("cache %s in %.1f s, content %s", target, time.perf_counter() - started, digest)
     reader = CacheReader(target)
     if reader.n_empty:
-        logger.warning("%d of %d rows have no token: they are null or empty", reader.n_empty, reader.n_documents)
+        logger.warning(
+            "%d of %d documents have no token: their rows are null or empty", reader.n_empty, reader.n_documents
+        )
 
 
 def _digest(pieces: Iterable[Piece]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.job.committed import counts, covers, fits, open_run_cache
+from dask_logits.job.committed import cache_state, counts, covers, fits, open_run_cache
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.parts import RunPart
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
@@ -120,9 +120,9 @@ def check_files(path: Path) -> Report:
     checker = _Checker()
     report = Report(str(path))
     if path.is_dir() and run.manifest() is not None:
-        before = _cache_state(run)
+        before = cache_state(run)
         report.unfinished = _check_run(run, checker)
-        if _cache_state(run) != before:
+        if cache_state(run) != before:
             # The job wrote its cache meanwhile, and took its partitions away.
             checker = _Checker()
             report.unfinished = _check_run(run, checker)
@@ -132,12 +132,6 @@ def check_files(path: Path) -> Report:
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
     report.checks = [check for check in vars(checker).values() if check.looked_at or check.n_problems]
     return report
-
-
-def _cache_state(run: RunFolder) -> list[int]:
-    """Return what tells whether another cache was written."""
-    paths = (run.cache_path, run.index_path)
-    return [path.stat().st_ino if path.exists() else 0 for path in paths]
 
 
 class _Checker:

@@ -80,6 +80,12 @@ def open_run_cache(run: RunFolder) -> RunCache | None:
     return None if partial and not numbered else RunCache(path=path, readers=readers)
 
 
+def cache_state(run: RunFolder) -> list[int]:
+    """Return what tells whether another cache was written."""
+    paths = (run.cache_path, run.index_path)
+    return [path.stat().st_ino if path.exists() else 0 for path in paths]
+
+
 def is_complete(run: RunFolder, log: PlanLog) -> bool:
     """Whether the cache holds the whole plan, and the plan has ended."""
     if log.end is None:
@@ -103,7 +109,7 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     Raises
     ------
     CacheError
-        If a receipt that is needed is damaged: of a partition that no cache holds and that is not of `forget`.
+        If a receipt is damaged, no cache holds its partition, and none is to be forgotten.
     """
     manifest = run.manifest()
     if manifest is None:
@@ -116,7 +122,7 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
         try:
             receipt = run.receipt(partition.index)
         except CacheError as error:
-            if not mine and not covers(cached_rows, partition):
+            if forget is None and not covers(cached_rows, partition):
                 raise
             receipt, wrong = {}, error.message
         if receipt is None:

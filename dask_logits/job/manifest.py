@@ -269,7 +269,10 @@ class RunFolder:
             If it is not one of this partition, or names files elsewhere.
         """
         path = self.receipt_path(index)
-        receipt = read_json(path)
+        try:
+            receipt = read_json(path)
+        except CacheError as error:
+            raise CacheError(f"{error.message}, or run the job again, which scores its rows anew", str(path)) from error
         if receipt is not None:
             number = Kind(str(index), lambda value: type(value) is int and value == index)
             check_fields(path, receipt, {"partition": number, **_RECEIPT})

@@ -139,11 +139,8 @@ def prepare(config: Config, dataset: Any = None) -> Job:
 
     sample = [tokenize([value], spec, first_row=row)[0] for row, value in source.sample()]
     tokens_per_row = sum(len(document) for document in sample) / max(1, len(sample))
-    if not tokens_per_row and not any(source.head()):
-        raise DatasetError(
-            f"distillation.dataset.text_column: expected texts, got null or nothing in every row of {source.column!r}; "
-            "name another column"
-        )
+    if not tokens_per_row:
+        _check_filled(source)
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
@@ -202,6 +199,19 @@ def prepare(config: Config, dataset: Any = None) -> Job:
         },
         device=device,
         n_workers=0 if joins else local_workers(generation, device),
+    )
+
+
+def _check_filled(source: Source) -> None:
+    """Refuse rows that the teacher could not even be calibrated with."""
+    looked_at = 0
+    for value in source.head():
+        if value:
+            return
+        looked_at += 1
+    raise DatasetError(
+        f"distillation.dataset.text_column: expected text or ids in {source.column!r}, got null or nothing in all "
+        f"{looked_at:,} rows that were looked at; name another column"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.committed import counts, open_run_cache
+from dask_logits.job.committed import cache_state, counts, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
@@ -169,6 +169,13 @@ def read_status(path: Path | str) -> Status:
         If its files cannot be read.
     """
     run = RunFolder(Path(path).expanduser().absolute())
+    before = cache_state(run)
+    status = _read_status(run)
+    # If the job wrote its cache meanwhile, it took its partitions away.
+    return status if cache_state(run) == before else _read_status(run)
+
+
+def _read_status(run: RunFolder) -> Status:
     manifest = run.manifest()
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")

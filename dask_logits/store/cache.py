@@ -148,7 +148,7 @@ class CacheReader:
     @property
     def n_empty(self) -> int:
         """Documents without a token: their rows were null or empty."""
-        return self.n_documents - int(np.count_nonzero(self.arrays["document_length"]))
+        return self.n_documents - int(np.count_nonzero(np.asarray(self.arrays["document_length"])))
 
     def stored(self, start: int, stop: int) -> dict[str, Array]:
         """Return the stored token arrays of entries [start, stop), still encoded.

@@ -17,6 +17,7 @@ from test_scoring import assert_targets_match, plain_targets
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status, verify
+from dask_logits.job.assemble import consolidate_run
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.profile import load_profile
@@ -121,6 +122,22 @@ def test_partitions_that_are_gone_are_not_counted(joined, cache) -> None:
     assert digest(run(joined)) == whole
 
 
+def test_a_status_that_is_read_while_the_cache_is_written_is_read_again(joined, monkeypatch) -> None:
+    run(joined, "distillation.job.keep_partitions=true")
+    folder = cache_dir(joined)
+    (folder / "teacher_logits.h5").unlink()
+    receipts = RunFolder.receipts
+
+    def consolidated_first(run, count):
+        monkeypatch.undo()
+        consolidate_run(run, keep_partitions=False)
+        return receipts(run, count)
+
+    monkeypatch.setattr(RunFolder, "receipts", consolidated_first)
+    status = read_status(folder)
+    assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
+
+
 def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, caplog) -> None:
     keep = "distillation.job.keep_partitions=true"
     run(joined, keep, "distillation.teacher.generation.force_regenerate=true")
@@ -165,7 +182,7 @@ def test_rows_without_text_are_told_of(joined, tmp_path, caplog) -> None:
     data = write_json_lines(tmp_path / "few.jsonl", ["a text", None, "", "another text"])
     few = f"distillation.dataset.data_files={data}"
     made = run(joined, few)
-    assert "2 of 4 rows have no token: they are null or empty" in caplog.text
+    assert "2 of 4 documents have no token: their rows are null or empty" in caplog.text
     assert CacheReader(made).n_empty == 2
 
 
@@ -173,9 +190,7 @@ def test_rows_without_text_are_told_of(joined, tmp_path, caplog) -> None:
 def test_a_column_without_any_text_is_refused(streaming, joined, tmp_path) -> None:
     data = write_json_lines(tmp_path / "none.jsonl", [None, "", None])
     wanted = [f"distillation.dataset.data_files={data}", "distillation.dataset.max_samples=all"]
-    with pytest.raises(
-        dask_logits.DatasetError, match=r"text_column: expected texts, got null or nothing in every row"
-    ):
+    with pytest.raises(dask_logits.DatasetError, match="expected text or ids in 'text', got null or nothing in all 3"):
         run(joined, *wanted, f"distillation.dataset.streaming={streaming}")
     assert not cache_dir(joined).exists()
 
