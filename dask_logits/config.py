@@ -424,6 +424,7 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             problems.append(error.message)
     problems += _check_share(generation, cluster)
     problems += _check_secrets(config)
+    problems += _check_homes(config)
     security = dataclasses.asdict(cluster.security)
     if any(security.values()):
         problems += [
@@ -473,6 +474,17 @@ def _check_secrets(config: Config) -> list[str]:
         for name, text in _texts(config, "distillation")
         if _CREDENTIALS.search(text)
     ]
+
+
+def _check_homes(config: Config) -> list[str]:
+    """Refuse paths in the home folder of a user who is not here."""
+    problems = []
+    for name, text in _texts(config, "distillation"):
+        try:
+            Path(text if text.startswith("~") else "").expanduser()
+        except RuntimeError:
+            problems.append(f"{name}: expected a path, got {text!r}, whose home folder is not known; write it out")
+    return problems
 
 
 def _texts(group: Any, path: str) -> Iterator[tuple[str, str]]:

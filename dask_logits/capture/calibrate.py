@@ -82,6 +82,8 @@ class CalibrationTask:
         Settings of ``distillation.scoring``.
     compact
         Whether the compact profile will be stored, which needs an id table.
+    most_trial_seconds
+        Bound of one trial's time.
     """
 
     teacher: TeacherSpec
@@ -96,6 +98,7 @@ class CalibrationTask:
     logits: Literal["exact", "model"]
     compile: Literal["auto", "always", "never"]
     compact: bool = False
+    most_trial_seconds: float = float("inf")
 
 
 def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> tuple[int, int]:
@@ -150,7 +153,7 @@ def calibrate(task: CalibrationTask) -> Json:
     score_items(teacher, plain_items(first_documents(task.documents, _WARM_TOKENS)), settings)
     items = plain_items(task.documents)
     scored = score_items(teacher, items, settings)
-    trials = _Trials(teacher, items, scored, task.plan_tokens)
+    trials = _Trials(teacher, items, scored, task)
     if not task.batch_tokens_fixed:
         settings = trials.larger_batches(settings)
     if task.compile != "never":
@@ -221,11 +224,12 @@ def _report(
 class _Trials:
     """Variants timed against each other on the same documents, alternating; medians count."""
 
-    def __init__(self, teacher: Teacher, items: Sequence[Item], scored: Scored, plan_tokens: int | None) -> None:
+    def __init__(self, teacher: Teacher, items: Sequence[Item], scored: Scored, task: CalibrationTask) -> None:
         self.teacher = teacher
         self.items = items
         self.token_seconds = scored.seconds["score"] / max(1, scored.records.n_tokens)
-        self.seconds_left = _UNKNOWN_SECONDS if plan_tokens is None else plan_tokens * self.token_seconds
+        self.seconds_left = _UNKNOWN_SECONDS if task.plan_tokens is None else task.plan_tokens * self.token_seconds
+        self.most_seconds = min(_TRIAL_SHARE * self.seconds_left, task.most_trial_seconds)
         self.rates: dict[str, float] = {}
         self.compile_seconds: float | None = None
 
@@ -272,7 +276,7 @@ class _Trials:
 
     def _is_worth(self, tokens: int) -> bool:
         """Whether a race over so many tokens takes a small part of the time that is left."""
-        return 2 * _TRIAL_ROUNDS * tokens * self.token_seconds <= _TRIAL_SHARE * self.seconds_left
+        return 2 * _TRIAL_ROUNDS * tokens * self.token_seconds <= self.most_seconds
 
     def _race(self, a: ScoringSettings, b: ScoringSettings, tokens: int) -> tuple[float, float]:
         """Return the tokens/s of two variants on the same items, repeated until there are enough tokens."""

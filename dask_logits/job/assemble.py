@@ -25,7 +25,7 @@ from dask_logits.job.planlog import PlanLog
 from dask_logits.records import Statistics, total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import CachePiece, PartitionPiece, Piece, consolidate
-from dask_logits.store.durable import read_json, replace_json
+from dask_logits.store.durable import read_json, replace_json, unreadable
 from dask_logits.store.find import INDEX_FORMAT, INDEX_VERSION
 from dask_logits.store.lease import lease
 from dask_logits.store.partition import remove_partition
@@ -97,8 +97,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
             try:
                 piece.check()
             except CacheError as damage:
-                if isinstance(damage.__cause__, OSError):
-                    # What cannot be read now may be good.
+                if unreadable(damage):
                     continue
                 reasons[int(piece.receipt["partition"])] = damage.message
     for index, reason in reasons.items():

@@ -19,8 +19,8 @@ from distributed.client import FutureCancelledError
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.config import JobConfig
-from dask_logits.errors import ClusterError
-from dask_logits.store.durable import Json
+from dask_logits.errors import ClusterError, DaskLogitsError
+from dask_logits.store.durable import Json, no_room
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
         if time.monotonic() - started > job.stall_seconds:
             raise ClusterError(
                 f"distillation.job.stall_seconds: expected the {function.__name__} task to end within "
-                f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again"
+                f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again "
+                "and allow more if the teacher is that slow"
             )
     if future.status == "finished":
         return result_of(client, future, job.stall_seconds)
@@ -141,6 +142,11 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
         raise ClusterError(
             f"distillation.cluster: expected a result of the {function.__name__} task, got a worker that died "
             f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer workers"
+        ) from error
+    if isinstance(error, OSError) and not isinstance(error, DaskLogitsError) and no_room(error) is None:
+        raise ClusterError(
+            f"distillation.cluster: expected a result of the {function.__name__} task, got {error!r} from its worker; "
+            "see that workers can read teacher and data, then run the same command again"
         ) from error
     raise error
 

@@ -313,7 +313,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     missing = 0
     digests: list[str] = []
     for partition in part.log.partitions():
-        cached = partition.n_rows > 0 and covers(part.n_cached, partition)
+        cached = covers(part.n_cached, partition)
         got = "others"
         try:
             receipt = run.receipt(partition.index)

@@ -149,7 +149,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
-        "distributed.scheduler.no-workers-timeout": "10 minutes",
+        # It would fail every partition that waits, as if its rows were bad; a job that stalls ends by itself.
+        "distributed.scheduler.no-workers-timeout": None,
         # distributed 2026.7.1 closes the nanny of a worker that is away when this has passed since any of its deaths.
         "distributed.deploy.lost-worker-timeout": "30 days",
         # By default every event loop wakes 50 times a second and every worker's stack is sampled 100 times: on a CPU

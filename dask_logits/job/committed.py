@@ -16,7 +16,7 @@ from dask_logits.job.plan import Partition
 from dask_logits.job.planlog import PlanLog
 from dask_logits.records import total_digest
 from dask_logits.store.cache import CacheReader
-from dask_logits.store.durable import Json
+from dask_logits.store.durable import Json, is_there, unreadable
 from dask_logits.store.find import find_caches
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def open_run_cache(run: RunFolder) -> RunCache | None:
         If it is there and cannot be read: nobody but the user may decide to compute it again.
     """
     manifest = run.manifest()
-    path = next((path for path in (run.cache_path, run.index_path) if path.exists()), None)
+    path = next((path for path in (run.cache_path, run.index_path) if is_there(path)), None)
     if manifest is None or path is None:
         return None
     readers = tuple(CacheReader(file) for file in find_caches(path))
@@ -83,7 +83,7 @@ def open_run_cache(run: RunFolder) -> RunCache | None:
 def cache_state(run: RunFolder) -> list[int]:
     """Return what tells whether another cache was written."""
     paths = (run.cache_path, run.index_path)
-    return [path.stat().st_ino if path.exists() else 0 for path in paths]
+    return [path.stat().st_ino if is_there(path) else 0 for path in paths]
 
 
 def is_complete(run: RunFolder, log: PlanLog) -> bool:
@@ -104,12 +104,12 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     run, log
         The run and its plan.
     forget
-        Delete the other receipts of this share, so that their partitions are computed again.
+        Delete the other receipts of this share, so that their partitions are computed again, unless a cache has them.
 
     Raises
     ------
     CacheError
-        If a receipt is damaged, no cache holds its partition, and none is to be forgotten.
+        If a receipt cannot be read; or is damaged, no cache holds its partition, and none is to be forgotten.
     """
     manifest = run.manifest()
     if manifest is None:
@@ -117,26 +117,26 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     cache = open_run_cache(run)
     cached_rows = 0 if cache is None else cache.n_rows
     for partition in log.partitions():
-        mine = forget is not None and forget.owns(partition.index)
+        cached = covers(cached_rows, partition)
         wrong = "its arrays are gone, or another run's"
         try:
             receipt = run.receipt(partition.index)
         except CacheError as error:
-            if forget is None and not covers(cached_rows, partition):
+            if unreadable(error) or (forget is None and not cached):
                 raise
             receipt, wrong = {}, error.message
         if receipt is None:
             continue
         if receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
             yield receipt
-        elif mine:
+        elif forget is not None and forget.owns(partition.index) and not cached:
             logger.warning("partition %s is computed again: %s", partition.name, wrong)
             run.receipt_path(partition.index).unlink(missing_ok=True)
 
 
 def covers(cached_rows: int, partition: Partition) -> bool:
-    """Whether a cache of so many rows from 0 holds a partition."""
-    return partition.first_row + partition.n_rows <= cached_rows
+    """Whether a cache of so many rows from 0 holds a partition; one that could not be read has no rows to hold."""
+    return 0 < partition.n_rows <= cached_rows - partition.first_row
 
 
 def fits(receipt: Json, partition: Partition) -> bool:
@@ -147,5 +147,5 @@ def fits(receipt: Json, partition: Partition) -> bool:
 def counts(run: RunFolder, manifest: Json, receipt: Json, cached_rows: int) -> bool:
     """Whether a receipt is this run's and its targets are there, in the cache or in a partition."""
     cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
-    there = cached or (run.partitions_path / receipt["attempt"]).exists()
-    return bool(receipt["run_id"] == manifest["run_id"]) and there
+    ours = bool(receipt["run_id"] == manifest["run_id"])
+    return ours and (cached or is_there(run.partitions_path / receipt["attempt"]))

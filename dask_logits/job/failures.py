@@ -11,7 +11,7 @@ from typing import Literal
 
 from dask_logits.errors import CacheError
 from dask_logits.job.manifest import RunFolder
-from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, read_json, replace_json
+from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, read_json, replace_json, unreadable
 
 # What happened: an I/O error that stayed, a row or a teacher that cannot be used, workers that died, no sign of life,
 # rows that could not be read when the plan was made, arrays that changed on disk after they were committed.
@@ -70,7 +70,9 @@ def forget_failure(run: RunFolder, index: int) -> None:
 def _has_receipt(run: RunFolder, index: int) -> bool:
     try:
         return run.receipt(index) is not None
-    except CacheError:
+    except CacheError as error:
+        if unreadable(error):
+            raise
         # A damaged one does not count: the next start computes its partition.
         return False
 

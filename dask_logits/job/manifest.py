@@ -40,6 +40,7 @@ from dask_logits.store.durable import (
     check_fields,
     read_json,
     shown,
+    unreadable,
 )
 from dask_logits.store.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
 from dask_logits.store.profile import ProfileSpec, check_calibration
@@ -236,6 +237,8 @@ class RunFolder:
         try:
             manifest = read_json(self.manifest_path)
         except CacheError as error:
+            if unreadable(error):
+                raise
             raise CacheError(
                 f"{error.message} from a copy; a cache beside it is read without it, and another "
                 "distillation.teacher.cache_dir starts anew",
@@ -272,6 +275,8 @@ class RunFolder:
         try:
             receipt = read_json(path)
         except CacheError as error:
+            if unreadable(error):
+                raise
             raise CacheError(f"{error.message}, or run the job again, which scores its rows anew", str(path)) from error
         if receipt is not None:
             number = Kind(str(index), lambda value: type(value) is int and value == index)
@@ -286,6 +291,11 @@ class RunFolder:
         """Read the receipts of all committed partitions in order; time goes with their number, not the plan's.
 
         Those that are damaged are left out: nothing can be said of them.
+
+        Raises
+        ------
+        CacheError
+            If one cannot be read.
         """
         found = (
             int(path.stem) for path in (self.path / "receipts").glob("[0-9]*/[0-9]*.json") if path.stem.isdecimal()
@@ -294,6 +304,8 @@ class RunFolder:
             try:
                 receipt = self.receipt(index)
             except CacheError as error:
+                if unreadable(error):
+                    raise
                 logger.warning("left out: %s", error)
                 continue
             if receipt is not None:

@@ -6,6 +6,7 @@ Nothing on disk changes here, so ``plan`` is this and a printout.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from dask_logits.store.durable import Json
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Left to the machine when memory is compared.
 _HEADROOM = 0.95
+# Rows in which a column must have something.
+_LOOKED_AT_ROWS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +208,7 @@ def prepare(config: Config, dataset: Any = None) -> Job:
 def _check_filled(source: Source) -> None:
     """Refuse rows that the teacher could not even be calibrated with."""
     looked_at = 0
-    for value in source.head():
+    for value in itertools.islice(source.head(), _LOOKED_AT_ROWS):
         if value:
             return
         looked_at += 1

@@ -30,7 +30,7 @@ from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, Partit
 from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import Cluster, open_cluster
-from dask_logits.job.committed import committed, is_complete, open_run_cache
+from dask_logits.job.committed import committed, covers, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
     CONSOLIDATION_LOCK,
@@ -55,6 +55,8 @@ from dask_logits.store.profile import earns, save_array, save_id_table
 logger = logging.getLogger(__name__)
 
 _WORKER = "distillation.teacher.generation.worker_id"
+# The calibration's trials, each at its bound, leave half of the time that it may take in all.
+_TRIALS_IN_STALL = 8
 
 
 def generate(config: Config, dataset: Any = None) -> Path:
@@ -284,6 +286,14 @@ def _done(job: Job, log: PlanLog) -> Done:
             done.indices.add(receipt["partition"])
             done.rows += receipt["n_rows"]
             done.statistics += Statistics.from_json(receipt["statistics"])
+    cache = open_run_cache(job.run)
+    cached_rows = 0 if cache is None else cache.n_rows
+    for partition in log.partitions():
+        # Of what a cache holds, receipts are not needed.
+        lacks = partition.index not in done.indices and covers(cached_rows, partition)
+        if lacks and job.share.owns(partition.index):
+            done.indices.add(partition.index)
+            done.rows += partition.n_rows
     return done
 
 
@@ -355,6 +365,7 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
         compact=_is_compact(job),
+        most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )
     logger.info(
         "calibrating on %d sequences; a long plan tries larger batches and compiled layers, too", len(task.documents)

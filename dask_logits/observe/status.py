@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.committed import cache_state, counts, open_run_cache
+from dask_logits.job.committed import cache_state, counts, covers, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
@@ -187,23 +187,25 @@ def _read_status(run: RunFolder) -> Status:
         cache, damaged = None, True
     # What a damaged cache holds is not known; whoever deletes it will find what is missing.
     cached_rows = cache.n_rows if cache else log.n_rows if damaged else 0
-    sums, count, rows, splits, flops = Statistics(), 0, 0, 0, 0.0
+    cached = {partition.index for partition in log.partitions() if cache and covers(cached_rows, partition)}
+    lacking = set(cached)
+    sums, count, rows, splits, flops = Statistics(), len(cached), min(cached_rows, log.n_rows) if cache else 0, 0, 0.0
     seconds: dict[str, float] = {}
     for receipt in run.receipts(log.n_partitions):
         if not counts(run, manifest, receipt, cached_rows):
             continue
+        lacking.discard(receipt["partition"])
         sums += Statistics.from_json(receipt["statistics"])
         seconds = add_seconds(seconds, receipt["seconds"])
         flops += receipt["flops"]
         splits += len(receipt["splits"])
-        count += 1
-        rows += receipt["n_rows"]
+        if receipt["partition"] not in cached:
+            count += 1
+            rows += receipt["n_rows"]
+    if lacking:
+        logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", len(lacking))
     if cache is not None and log.end is not None and cache.n_rows == log.n_rows:
         state = "complete"
-        if count < log.n_partitions:
-            missing = log.n_partitions - count
-            logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", missing)
-        count, rows = log.n_partitions, log.n_rows
     else:
         state = "damaged" if damaged else "scored" if _is_scored(log, count) else "unfinished"
         cache = None

@@ -136,7 +136,7 @@ def read_json(path: Path) -> Json | None:
     Raises
     ------
     CacheError
-        If it cannot be read or parsed, is larger than 256 MiB or deeper than 64 levels.
+        If it cannot be read (see :func:`unreadable`) or parsed, is larger than 256 MiB or deeper than 64 levels.
     """
     try:
         status = path.stat()
@@ -145,11 +145,35 @@ def read_json(path: Path) -> Json | None:
         value = parse_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CacheError(f"{path}: expected to read it, got {error}; see that it can be read", str(path)) from error
+    except ValueError as error:
         raise CacheError(f"{path}: expected a JSON object, got {error}; restore the file", str(path)) from error
     if not isinstance(value, dict):
         raise CacheError(f"{path}: expected a JSON object, got {type(value).__name__}; restore it", str(path))
     return value
+
+
+def unreadable(error: CacheError) -> bool:
+    """Whether a file could not be read now, and may be good."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, DaskLogitsError)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; unlike ``Path.exists``, never False where nobody can tell.
+
+    Raises
+    ------
+    CacheError
+        If the file system does not say.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CacheError(f"{path}: expected to find it or not, got {error}; see that it can be read") from error
+    return True
 
 
 def parse_json(text: str) -> Any:

@@ -31,6 +31,8 @@ BEAT_SECONDS = 5.0
 # A lease that has not counted for so many beats is stale.
 STALE_BEATS = 4
 _POLL_SECONDS = 0.2
+# After which a holder on this machine that does not count is not waited for any longer.
+_FROZEN_SECONDS = 300.0
 # One write of so many bytes is whole or absent for a reader.
 _BYTES = 256
 
@@ -99,12 +101,24 @@ def _is_there(file: IO[bytes], path: Path) -> bool:
 
 def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
     """Lock a file; return False where the file system has no locks."""
+    seen: Json | None = None
+    since = 0.0
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            holder, now = _read(path), time.monotonic()
             if not wait:
-                raise _held(path, _read(path)) from error
+                raise _held(path, holder) from error
+            if not since:
+                logger.info("waiting for %s, which has %s", _who(holder), path)
+            if not since or holder != seen:
+                seen, since = holder, now
+            elif now - since > _FROZEN_SECONDS:
+                raise RunConflictError(
+                    f"{path}: expected its holder to go on, but {_who(holder)} has given no sign of life for "
+                    f"{_FROZEN_SECONDS:.0f} s; wake it up or end it, then run the same command again"
+                ) from error
         except OSError as error:
             logger.warning("%s cannot be locked (%s); its lease alone keeps others out", path, error)
             return False

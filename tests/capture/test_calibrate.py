@@ -62,10 +62,11 @@ def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeyp
 
 
 def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
+    bounded = calibrate(task(batch_tokens_fixed=False, plan_tokens=10**9, most_trial_seconds=1e-3))
     monkeypatch.setattr(calibration, "_UNKNOWN_SECONDS", 1e-3)
-    found = calibrate(task(batch_tokens_fixed=False, plan_tokens=None))
-    assert found["trials_tokens_per_second"] == {}
-    assert not found["numerics"]["path"]["compiled"]
+    for found in (bounded, calibrate(task(batch_tokens_fixed=False, plan_tokens=None))):
+        assert found["trials_tokens_per_second"] == {}
+        assert not found["numerics"]["path"]["compiled"]
 
 
 def test_compiled_layers_are_kept_if_they_pay(task) -> None:

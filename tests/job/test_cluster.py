@@ -16,7 +16,8 @@ import torch
 from builders import cache_dir, dask_processes, digest, sentences, start_worker, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
-from dask_logits.config import GenerationConfig
+from dask_logits.config import GenerationConfig, JobConfig
+from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import WorkerFacts, check_groups, gpu_groups, local_workers, open_cluster, visible_gpus
 from dask_logits.store.cache import CacheReader
 
@@ -79,6 +80,10 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
     assert cuda == digest(generate(load_config([*joined, elsewhere])))
 
 
+def _forbidden(argument: None) -> dict:
+    raise PermissionError(13, "weights")
+
+
 def test_each_worker_of_several_gpus_sees_its_own_and_no_others(overrides, monkeypatch) -> None:
     monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
@@ -88,6 +93,10 @@ def test_each_worker_of_several_gpus_sees_its_own_and_no_others(overrides, monke
         cluster.client.wait_for_workers(2)
         seen = cluster.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
         assert sorted(seen.values()) == ["4,5", "6,7"]
+        # A cluster that lost its workers must not fail what waits, partition by partition.
+        assert cluster.client.cluster.scheduler.no_workers_timeout is None
+        with pytest.raises(ClusterError, match=r"the _forbidden task, got PermissionError\(13, 'weights'\) from its"):
+            run_one(cluster.client, _forbidden, None, JobConfig())
 
 
 def test_gpus_are_grouped_and_static_workers_take_turns(monkeypatch, caplog) -> None:

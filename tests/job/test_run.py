@@ -158,6 +158,42 @@ def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, capl
         assert report.unfinished is None
 
 
+def test_a_receipt_that_cannot_be_read_now_is_kept(joined, cache) -> None:
+    receipt = cache_dir(joined) / "receipts" / "000" / "000001.json"
+    run(joined, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
+    cache.unlink()
+    aside = receipt.rename(receipt.with_suffix(".kept"))
+    receipt.symlink_to(receipt)
+    before = tree(cache_dir(joined) / "partitions")
+    for look in (read_status, lambda folder: run(joined)):
+        with pytest.raises(dask_logits.CacheError, match=r"000001\.json: expected to read it, got .*; see that it can"):
+            look(cache_dir(joined))
+    assert not verify(cache_dir(joined)).ok
+    assert tree(cache_dir(joined) / "partitions") == before
+    aside.replace(receipt)
+    assert run(joined) == cache
+
+
+def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(joined, tmp_path, monkeypatch) -> None:
+    whole = digest(run(joined, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    run(joined, "distillation.dataset.max_samples=24")
+    folder = cache_dir(joined)
+    (folder / "receipts" / "000" / "000000.json").unlink()
+    (folder / "receipts" / "000" / "000001.json").write_text("{")
+    with monkeypatch.context() as patched:
+        # Ends when all is planned.
+        patched.setattr("dask_logits.job.score.run_partitions", lambda client, tasks, *_, **__: list(tasks).index(0))
+        with pytest.raises(ValueError, match="0 is not in list"):
+            run(joined)
+    assert (read_status(folder).committed, read_status(folder).committed_rows) == (2, 24)
+    assert verify(folder).unfinished == "2 of 4 partitions are not committed"
+    assert digest(run(joined)) == whole
+    assert sorted(path.name for path in (folder / "receipts" / "000").iterdir()) == [
+        "000001.json", "000002.json", "000003.json",
+    ]  # fmt: skip
+    assert read_status(folder).committed == 4
+
+
 def test_a_partition_with_a_damaged_receipt_is_computed_again(joined, cache) -> None:
     whole, receipt = digest(cache), cache_dir(joined) / "receipts" / "000" / "000001.json"
     run(joined, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pickle
@@ -87,6 +88,17 @@ def test_every_flipped_bit_of_every_array_is_found(path) -> None:
                 CacheReader(path).verify_checksums()
     path.write_bytes(whole)
     CacheReader(path).verify_checksums()
+
+
+def test_a_disk_that_fails_under_the_map_is_a_message(path, monkeypatch) -> None:
+    reader = CacheReader(path)
+
+    def failing(handle: int, count: int, at: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(CacheError, match=r"expected to read .*, got .*Input/output error"):
+        reader.verify_checksums()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])

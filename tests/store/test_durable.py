@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dask_logits.errors import CapacityError
-from dask_logits.store.durable import create_json, read_json, room
+from dask_logits.errors import CacheError, CapacityError
+from dask_logits.store.durable import create_json, is_there, read_json, room, unreadable
 
 
 def test_the_first_writer_wins(tmp_path) -> None:
@@ -17,6 +17,20 @@ def test_the_first_writer_wins(tmp_path) -> None:
     assert create_json(path, {"attempt": "a"})
     assert not create_json(path, {"attempt": "b"})
     assert read_json(path) == {"attempt": "a"}
+
+
+def test_what_cannot_be_read_is_neither_gone_nor_damaged(tmp_path) -> None:
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    for look in (is_there, read_json):
+        with pytest.raises(CacheError, match="see that it can be read") as caught:
+            look(loop)
+        assert unreadable(caught.value)
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(CacheError, match="restore the file") as caught:
+        read_json(tmp_path / "cut.json")
+    assert not unreadable(caught.value)
+    assert (is_there(tmp_path / "cut.json"), is_there(tmp_path / "cut.json" / "below")) == (True, False)
 
 
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -61,6 +62,22 @@ def test_a_second_process_is_refused_until_the_first_is_gone(path) -> None:
     assert json.loads(path.read_text())["process"] == other.pid
     with lease(path):
         pass
+
+
+def test_a_holder_that_is_frozen_is_not_waited_for_without_end(path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(module, "_FROZEN_SECONDS", 0.5)
+    path.write_text(json.dumps(ELSEWHERE))
+    with (
+        caplog.at_level("INFO", "dask_logits"),
+        path.open("ab") as frozen,
+    ):
+        fcntl.flock(frozen, fcntl.LOCK_EX)
+        with (
+            pytest.raises(RunConflictError, match="process 7 on elsewhere has given no sign of life for 0 s"),
+            lease(path, wait=True),
+        ):
+            pass
+    assert caplog.text.count("waiting for process 7 on elsewhere") == 1
 
 
 def test_it_counts_while_it_is_held_and_is_cleared_in_the_end(path) -> None:
