@@ -70,6 +70,9 @@ def run(command: Callable[[], None]) -> None:
     except DaskLogitsError as error:
         print(f"dask-logits: {error}", file=sys.stderr)
         sys.exit(1 if error.ran else 2)
+    except OSError as error:
+        print(f"dask-logits: expected files that can be read and written, got {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("dask-logits: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -403,7 +403,9 @@ def _describe(hint: Any) -> str:
 
 
 def _cross_check(config: Config, dataset_given: bool) -> list[str]:
-    problems = []
+    problems = _check_homes(config)
+    if problems:
+        return problems
     generation, dataset, cluster = config.teacher.generation, config.dataset, config.cluster
     if not config.teacher.model_path:
         problems.append("distillation.teacher.model_path: expected a folder or a hub name, got nothing; set it")
@@ -424,7 +426,6 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             problems.append(error.message)
     problems += _check_share(generation, cluster)
     problems += _check_secrets(config)
-    problems += _check_homes(config)
     security = dataclasses.asdict(cluster.security)
     if any(security.values()):
         problems += [

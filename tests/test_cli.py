@@ -75,6 +75,7 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
         (("plan", "distillation.dataset.data_files=~/a"), "=~/a: expected SETTING=VALUE, got a value that Hydra's"),
         (("generate", "--cfg", "job", "distillation.teacher.top=1"), "unknown setting"),
         (("status", "no/such/run"), "expected a run folder with run.json, got none"),
+        (("status", "~nobody-here/run"), "expected a path, got one whose home folder is not known"),
         (("generat",), "did you mean 'generate'?"),
         (("status",), "the following arguments are required: run"),
     ],
@@ -85,6 +86,13 @@ def test_refusals_exit_2_with_a_message_and_no_trace(arguments, message, tmp_pat
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_the_system_refuses_is_a_message(tmp_path) -> None:
+    done = run("verify", "x" * 300, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("dask-logits: expected files that can be read and written, got [Errno 36] File name")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_scheduler_that_is_not_there_is_refused_with_2(overrides, tmp_path) -> None:

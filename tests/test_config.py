@@ -115,6 +115,7 @@ def test_wrong_types_are_refused(override: str, expected: str) -> None:
         ("distillation.dataset.separator_id=0", "separator_id: expected null with packing=none, got 0"),
         ("cluster=scheduler", "expected an address or a scheduler_file"),
         ("distillation.teacher.cache_dir='~nobody-here/run'", "expected a path, got '~nobody-here/run', whose home"),
+        ("distillation.cluster.security.key='~nobody-here/key'", "expected a path, got '~nobody-here/key', whose home"),
         ("distillation.dataset.name=json", "distillation.dataset.data_files: expected files"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import hashlib
 import logging
@@ -28,6 +29,8 @@ _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 # PyTorch and oneDNN keep 0.3 MB of code for every shape of a matrix product that occurs, up to 1,024 of them each. One
 # batch uses at most some 260: attention has two for each of its blocks.
 _KEPT_SHAPES = 384
+# What the identity of a teacher in a folder begins with; one of the hub has a commit.
+_FOLDER_IDENTITY = "sha256:"
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -218,6 +221,9 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
         )
     folder = Path(spec.path)
+    if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
+        # A disk that is away for a moment, perhaps: unlike a teacher that is wrong, this is tried again.
+        raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
     if folder.is_dir() and (found := _fingerprint_folder(folder)) != spec.identity:
         raise TeacherError(
             f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
@@ -307,7 +313,7 @@ def _fingerprint_folder(folder: Path) -> str:
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = list(pool.map(_file_digest, names))
     lines = "".join(f"{path.name} {digest}\n" for path, digest in zip(names, digests, strict=True))
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+    return _FOLDER_IDENTITY + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

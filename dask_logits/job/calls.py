@@ -145,7 +145,7 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
         ) from error
     if isinstance(error, OSError) and not isinstance(error, DaskLogitsError) and no_room(error) is None:
         raise ClusterError(
-            f"distillation.cluster: expected a result of the {function.__name__} task, got {error!r} from its worker; "
+            f"distillation.cluster: expected a result of the {function.__name__} task, got {error} from its worker; "
             "see that workers can read teacher and data, then run the same command again"
         ) from error
     raise error

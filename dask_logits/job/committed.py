@@ -88,7 +88,7 @@ def cache_state(run: RunFolder) -> list[int]:
 
 def is_complete(run: RunFolder, log: PlanLog) -> bool:
     """Whether the cache holds the whole plan, and the plan has ended."""
-    if log.end is None:
+    if log.end is None or log.n_unread:
         return False
     cache = open_run_cache(run)
     return cache is not None and cache.n_rows == log.n_rows
@@ -114,8 +114,7 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
     manifest = run.manifest()
     if manifest is None:
         return
-    cache = open_run_cache(run)
-    cached_rows = 0 if cache is None else cache.n_rows
+    cached_rows = cached_rows_of(run)
     for partition in log.partitions():
         cached = covers(cached_rows, partition)
         wrong = "its arrays are gone, or another run's"
@@ -130,8 +129,19 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
         if receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
             yield receipt
         elif forget is not None and forget.owns(partition.index) and not cached:
-            logger.warning("partition %s is computed again: %s", partition.name, wrong)
-            run.receipt_path(partition.index).unlink(missing_ok=True)
+            # A cache that was written meanwhile took the partitions away.
+            cached_rows = cached_rows_of(run)
+            if not covers(cached_rows, partition):
+                logger.warning("partition %s is computed again: %s", partition.name, wrong)
+                run.receipt_path(partition.index).unlink(missing_ok=True)
+            elif receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
+                yield receipt
+
+
+def cached_rows_of(run: RunFolder) -> int:
+    """Return how many rows the run's cache holds, from 0."""
+    cache = open_run_cache(run)
+    return 0 if cache is None else cache.n_rows
 
 
 def covers(cached_rows: int, partition: Partition) -> bool:
@@ -148,4 +158,5 @@ def counts(run: RunFolder, manifest: Json, receipt: Json, cached_rows: int) -> b
     """Whether a receipt is this run's and its targets are there, in the cache or in a partition."""
     cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
     ours = bool(receipt["run_id"] == manifest["run_id"])
-    return ours and (cached or is_there(run.partitions_path / receipt["attempt"]))
+    # The folder may be a link to where nothing is mounted now.
+    return ours and (cached or (is_there(run.partitions_path) and is_there(run.partitions_path / receipt["attempt"])))

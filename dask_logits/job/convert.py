@@ -18,7 +18,7 @@ from dask_logits.job.manifest import CONSOLIDATION_LOCK
 from dask_logits.records import Statistics
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import cache_pieces, consolidate
-from dask_logits.store.durable import room
+from dask_logits.store.durable import expanded, room
 from dask_logits.store.find import check_one_job, check_whole, find_caches
 from dask_logits.store.lease import lease
 from dask_logits.store.profile import PRECISIONS, Compact, Plain, Precision, Profile, id_table
@@ -78,7 +78,7 @@ def convert(
         raise ConfigError(f"profile: expected 'plain' or 'compact', got {profile!r}")
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
-    source, target = (Path(path).expanduser().absolute() for path in (source, target))
+    source, target = (expanded(path) for path in (source, target))
     readers = [CacheReader(file) for file in find_caches(source)]
     if target.exists() and any(target.samefile(reader.path) for reader in readers):
         raise CacheError(f"{target}: expected another file than the source, got the same; name a new one", str(target))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dask_logits.errors import CacheError
 from dask_logits.job.manifest import RunFolder
-from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, read_json, replace_json, unreadable
+from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, names_in, read_json, replace_json, unreadable
 
 # What happened: an I/O error that stayed, a row or a teacher that cannot be used, workers that died, no sign of life,
 # rows that could not be read when the plan was made, arrays that changed on disk after they were committed.
@@ -80,8 +80,9 @@ def _has_receipt(run: RunFolder, index: int) -> bool:
 def read_failures(run: RunFolder) -> dict[int, Json]:
     """Return the ledger: partition → entry, of those that are not committed."""
     found = {}
-    for path in sorted(run.failures_path.glob("[0-9]*.json")):
-        if not (path.stem.isascii() and path.stem.isdigit()):
+    for name in names_in(run.failures_path):
+        path = run.failures_path / name
+        if not (path.suffix == ".json" and path.stem.isascii() and path.stem.isdigit()):
             continue
         entry = read_json(path)
         if entry is not None and not _has_receipt(run, int(path.stem)):

@@ -38,6 +38,7 @@ from dask_logits.store.durable import (
     Json,
     Kind,
     check_fields,
+    names_in,
     read_json,
     shown,
     unreadable,
@@ -297,8 +298,13 @@ class RunFolder:
         CacheError
             If one cannot be read.
         """
+        folder = self.path / "receipts"
         found = (
-            int(path.stem) for path in (self.path / "receipts").glob("[0-9]*/[0-9]*.json") if path.stem.isdecimal()
+            int(name.removesuffix(".json"))
+            for thousand in names_in(folder)
+            if thousand.isdecimal()
+            for name in names_in(folder / thousand)
+            if name.endswith(".json") and name.removesuffix(".json").isdecimal()
         )
         for index in sorted(index for index in found if index < n_partitions):
             try:

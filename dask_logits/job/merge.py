@@ -19,7 +19,7 @@ from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
 from dask_logits.job.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover, some
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import Piece
-from dask_logits.store.durable import room
+from dask_logits.store.durable import expanded, room
 from dask_logits.store.find import CACHE_NAME, INDEX_NAME, find_caches
 from dask_logits.store.lease import lease
 
@@ -68,9 +68,9 @@ def merge(
     CacheError
         If one is damaged.
     """
-    paths = [Path(part).expanduser().absolute() for part in parts]
+    paths = [expanded(part) for part in parts]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
-    target = Path(output or folder / (INDEX_NAME if index else CACHE_NAME)).expanduser().absolute()
+    target = expanded(output or folder / (INDEX_NAME if index else CACHE_NAME))
     _check_name(target, index)
     max_bytes = None if max_file_size is None else parse_bytes(max_file_size)
     opened = _open_parts(paths, target)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import RunCache, committed, open_run_cache
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
+from dask_logits.records import Array
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import CachePiece, PartitionPiece, Piece, cache_pieces
-from dask_logits.store.durable import Json
+from dask_logits.store.durable import Json, is_there
 from dask_logits.store.profile import Profile, load_profile
 
 _NAMED = 8
@@ -104,7 +105,7 @@ class RunPart:
         manifest = self.manifest
         crcs = self.run.token_crcs_path
         return {
-            **({"token_crcs": np.load(crcs, allow_pickle=False)} if crcs.exists() else {}),
+            **({"token_crcs": _load(crcs)} if is_there(crcs) else {}),
             "fingerprint": manifest["fingerprint"],
             "run_id": manifest["run_id"],
             "what": manifest["what"],
@@ -189,6 +190,14 @@ class CachePart:
 
 
 Part = RunPart | CachePart
+
+
+def _load(path: Path) -> Array:
+    try:
+        loaded: Array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CacheError(f"{path}: expected an array, got {error}; restore the file", str(path)) from error
+    return loaded
 
 
 def _job(what: Json, calibration: Json) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class PlanLog:
     ----------
     n_partitions, n_rows : int
         Planned so far.
+    n_unread : int
+        Partitions of no rows: their place in a stream could not be read.
     end : str or None
         Why the plan ends: ``exhausted`` (all rows there are), ``max_samples`` (more could follow); None: it is open.
     replanned_from : int or None
@@ -150,6 +152,7 @@ class PlanLog:
     def _recount(self) -> None:
         self.n_partitions = 0
         self.n_rows = 0
+        self.n_unread = 0
         self.end: End | None = None
         self._entries = 0
         for entry in self._read():
@@ -184,6 +187,7 @@ class PlanLog:
             self.end = None
             self.n_partitions += sum(count for count, _ in entry["cuts"])
             self.n_rows += sum(count * rows for count, rows in entry["cuts"])
+            self.n_unread += sum(count for count, rows in entry["cuts"] if not rows)
 
 
 def _known_by(entry: Json) -> Json:

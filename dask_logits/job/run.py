@@ -30,7 +30,7 @@ from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, Partit
 from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import Cluster, open_cluster
-from dask_logits.job.committed import committed, covers, is_complete, open_run_cache
+from dask_logits.job.committed import cached_rows_of, committed, covers, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
     CONSOLIDATION_LOCK,
@@ -48,7 +48,7 @@ from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, 
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
 from dask_logits.job.watch import watched
 from dask_logits.records import Array, Statistics
-from dask_logits.store.durable import Json, create_json, read_json, room
+from dask_logits.store.durable import Json, create_json, expanded, read_json, room
 from dask_logits.store.lease import lease
 from dask_logits.store.profile import earns, save_array, save_id_table
 
@@ -114,7 +114,7 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     DaskLogitsError
         As :func:`generate`.
     """
-    run = RunFolder(Path(path).expanduser().absolute())
+    run = RunFolder(expanded(path))
     log = PlanLog(run)
     config = override(settings_of(run, log), overrides, dataset_given=dataset is not None)
     only = frozenset(read_failures(run))
@@ -286,8 +286,7 @@ def _done(job: Job, log: PlanLog) -> Done:
             done.indices.add(receipt["partition"])
             done.rows += receipt["n_rows"]
             done.statistics += Statistics.from_json(receipt["statistics"])
-    cache = open_run_cache(job.run)
-    cached_rows = 0 if cache is None else cache.n_rows
+    cached_rows = cached_rows_of(job.run)
     for partition in log.partitions():
         # Of what a cache holds, receipts are not needed.
         lacks = partition.index not in done.indices and covers(cached_rows, partition)

@@ -28,6 +28,7 @@ from dask_logits.job.prepare import check_folder, prepare, settings_of
 from dask_logits.job.score import tasks
 from dask_logits.records import Array, ContentDigest, Records
 from dask_logits.store.cache import CacheReader
+from dask_logits.store.durable import expanded
 from dask_logits.store.find import find_caches
 from dask_logits.store.profile import as_kept, load_profile
 
@@ -59,7 +60,7 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
     """
     if recompute < 0:
         raise ConfigError(f"recompute: expected a number of rows from 0, got {recompute}")
-    path = Path(path).expanduser().absolute()
+    path = expanded(path)
     report = check_files(path)
     if recompute and report.ok:
         with tempfile.TemporaryDirectory(prefix="dask-logits-") as scratch:

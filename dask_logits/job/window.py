@@ -272,7 +272,7 @@ class _Window:
             raise self._stalled(now - self.last_progress)
         for worker in workers:
             self._give_up([key for key in self._running if held.get(key) == worker], worker)
-        self.last_progress = now
+            self.last_progress = now
 
     def _give_up(self, keys: list[str], worker: str) -> None:
         """Take partitions from a worker that hangs, and restart it."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
 from dask_logits.store.cache import CacheReader
+from dask_logits.store.durable import expanded
 from dask_logits.store.find import find_caches
 from dask_logits.store.profile import Compact
 
@@ -38,7 +39,7 @@ def card(path: str | Path) -> dict[str, Any]:
     CacheError
         If it is not a complete cache.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path)
     readers = [CacheReader(file) for file in find_caches(path)]
     reader = readers[0]
     said = reader.attributes

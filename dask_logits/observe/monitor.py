@@ -23,7 +23,7 @@ from rich.console import Console
 
 from dask_logits.errors import ClusterError, ConfigError, RunConflictError
 from dask_logits.observe.status import RUNS_TOPIC, Status, read_status
-from dask_logits.store.durable import Json, read_json
+from dask_logits.store.durable import Json, expanded, read_json
 
 # A driver that has announced nothing for so long is not counted as working.
 _SILENT_SECONDS = 120.0
@@ -74,7 +74,7 @@ class Monitor:
         # Only where the files cannot be read.
         self._scheduler: str | None = None
         if run:
-            self.run = str(Path(run).expanduser().absolute())
+            self.run = str(expanded(run))
             self.status()
             return
         address = scheduler or _address(Path(str(scheduler_file)))

@@ -15,7 +15,7 @@ from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
 from dask_logits.observe.progress import add_seconds, shares
 from dask_logits.records import Statistics
-from dask_logits.store.durable import NUMBER, TEXT, Json, check_fields, read_json
+from dask_logits.store.durable import NUMBER, TEXT, Json, check_fields, expanded, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def read_status(path: Path | str) -> Status:
     CacheError
         If its files cannot be read.
     """
-    run = RunFolder(Path(path).expanduser().absolute())
+    run = RunFolder(expanded(path))
     before = cache_state(run)
     status = _read_status(run)
     # If the job wrote its cache meanwhile, it took its partitions away.
@@ -204,7 +204,7 @@ def _read_status(run: RunFolder) -> Status:
             rows += receipt["n_rows"]
     if lacking:
         logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", len(lacking))
-    if cache is not None and log.end is not None and cache.n_rows == log.n_rows:
+    if cache is not None and log.end is not None and not log.n_unread and cache.n_rows == log.n_rows:
         state = "complete"
     else:
         state = "damaged" if damaged else "scored" if _is_scored(log, count) else "unfinished"

@@ -113,6 +113,8 @@ class CacheReader:
         self.crcs: dict[str, Array] = {
             name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
         }
+        # Of the file that is mapped; another may have its name later.
+        self._status = self.path.stat()
         self._offsets: dict[str, int] = {}
         self.arrays: dict[str, Any] = {name: self._opened(name, datasets[name]) for name in self.names}
         self._planes: PlaneReader | None = None
@@ -313,12 +315,16 @@ class CacheReader:
     def _pieces(self, name: str) -> Iterator[Array]:
         """Yield an array in pieces, a mapped one past its map: there, a disk that fails would end the process."""
         array = self.arrays[name]
-        if name in self._offsets:
-            with translated(self.path, f"to read {name}"), self.path.open("rb", buffering=0) as file:
-                for at in range(0, array.nbytes, _READ_BYTES):
-                    count = min(_READ_BYTES, array.nbytes - at)
-                    yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
-        else:
+        with contextlib.ExitStack() as opened, translated(self.path, f"to read {name}"):
+            if name in self._offsets:
+                with contextlib.suppress(FileNotFoundError):
+                    file = opened.enter_context(self.path.open("rb", buffering=0))
+                    # Unless another file has its name by now.
+                    if os.path.samestat(os.fstat(file.fileno()), self._status):
+                        for at in range(0, array.nbytes, _READ_BYTES):
+                            count = min(_READ_BYTES, array.nbytes - at)
+                            yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
+                        return
             rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
             for first in range(0, len(array), rows):
                 yield self._read(name, first, first + rows)

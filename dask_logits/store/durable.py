@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dask_logits.errors import CacheError, CapacityError, DaskLogitsError
+from dask_logits.errors import CacheError, CapacityError, ConfigError, DaskLogitsError
 
 Json = dict[str, Any]
 
@@ -165,15 +165,50 @@ def is_there(path: Path) -> bool:
     Raises
     ------
     CacheError
-        If the file system does not say.
+        If the file system does not say, or a link leads to nothing.
     """
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise CacheError(
+                f"{path}: expected what it is a link to, got nothing at {str(path.readlink())!r}; mount that, or take "
+                "the link away"
+            ) from error
         return False
     except OSError as error:
         raise CacheError(f"{path}: expected to find it or not, got {error}; see that it can be read") from error
     return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in order; none where there is no such folder.
+
+    Raises
+    ------
+    CacheError
+        If it cannot be read.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CacheError(f"{folder}: expected to list it, got {error}; see that it can be read") from error
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path that a user gave, absolute, its ``~`` resolved.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: expected a path, got one whose home folder is not known; write it out") from error
 
 
 def parse_json(text: str) -> Any:

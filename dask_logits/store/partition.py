@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 
 from dask_logits.errors import CacheError
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records, schema
-from dask_logits.store.durable import COUNT, read_json, sync_tree
+from dask_logits.store.durable import COUNT, is_there, read_json, sync_tree
 from dask_logits.store.planes import decompress
 from dask_logits.store.profile import Profile, Stored, encode_all
 
@@ -150,7 +151,7 @@ class PartitionReader:
         return self._layout("block_length").shape[0] if self._has("block_length") else 0
 
     def _has(self, name: str) -> bool:
-        return self._inside(name).is_dir()
+        return is_there(self._inside(name))
 
     def _inside(self, name: str) -> Path:
         """Return the path of a file of this partition, which no link leads out of."""
@@ -170,7 +171,11 @@ class PartitionReader:
         for name, (size, crc) in files.items():
             file = self._inside(name)
             try:
-                found = [file.stat().st_size, 0] if file.is_file() else None
+                try:
+                    status = file.stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    status = None
+                found = [status.st_size, 0] if status and stat.S_ISREG(status.st_mode) else None
                 if found is not None and found[0] == size:
                     found[1] = _crc32(file)
             except OSError as error:

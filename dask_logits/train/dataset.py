@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from dask_logits.errors import CacheError, ConfigError, DatasetError
 from dask_logits.records import total_digest
 from dask_logits.store.cache import ENGINES, CacheReader, Engine
+from dask_logits.store.durable import expanded
 from dask_logits.store.find import check_one_job, check_whole, find_caches
 from dask_logits.store.profile import Compact
 from dask_logits.tokenmap import HasVocabulary, check_tokenizer
@@ -91,7 +92,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError("path: expected a cache, or several, got an empty list")
         _check_choice("engine", engine, ENGINES)
         _check_choice("decode", decode, ("worker", "device"))
-        self.paths = tuple(file for one in given for file in find_caches(Path(one).expanduser().absolute()))
+        self.paths = tuple(file for one in given for file in find_caches(expanded(one)))
         self.engine: Engine = engine
         self.decode = decode
         self.window = window

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import weakref
 
@@ -12,6 +13,7 @@ from dask_logits.capture.selfcheck import choose_path
 from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.job.window import classify
 
 
 def spec(path, **changes) -> TeacherSpec:
@@ -61,6 +63,13 @@ def test_a_worker_that_cannot_load_says_what_to_check(tmp_path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_folder_that_is_away_for_a_moment_is_an_error_of_its_disk(llama, tmp_path) -> None:
+    seen = spec(llama)
+    with pytest.raises(FileNotFoundError, match="the teacher's folder is not here") as caught:
+        load_teacher(dataclasses.replace(seen, path=str(tmp_path / "gone")), VOCAB_SIZE)
+    assert classify(caught.value) == "transient"
+
+
 def test_a_missing_device_names_the_setting(llama) -> None:
     with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
         load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)

@@ -18,7 +18,9 @@ from test_scoring import assert_targets_match, plain_targets
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status, verify
 from dask_logits.job.assemble import consolidate_run
-from dask_logits.job.manifest import RunFolder
+from dask_logits.job.committed import committed
+from dask_logits.job.manifest import RunFolder, Share
+from dask_logits.job.planlog import PlanLog
 from dask_logits.store.cache import CacheReader, items
 from dask_logits.store.profile import load_profile
 
@@ -172,6 +174,40 @@ def test_a_receipt_that_cannot_be_read_now_is_kept(joined, cache) -> None:
     assert tree(cache_dir(joined) / "partitions") == before
     aside.replace(receipt)
     assert run(joined) == cache
+
+
+@pytest.mark.parametrize("name", ["teacher_logits.h5", "partitions"])
+def test_what_was_moved_to_a_disk_that_is_away_is_not_taken_for_gone(name, joined, tmp_path) -> None:
+    cache = run(joined, "distillation.job.keep_partitions=true")
+    folder, whole = cache_dir(joined), digest(cache)
+    if name == "partitions":
+        cache.unlink()
+    (folder / name).rename(tmp_path / "disk")
+    (folder / name).symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    before = tree(folder / "receipts")
+    with pytest.raises(dask_logits.CacheError, match="expected what it is a link to, got nothing at"):
+        run(joined, "distillation.job.keep_partitions=true")
+    assert tree(folder / "receipts") == before
+    (tmp_path / "away").rename(tmp_path / "disk")
+    assert digest(run(joined, "distillation.job.keep_partitions=true")) == whole
+
+
+def test_a_cache_that_is_written_while_receipts_are_read_loses_none(joined, monkeypatch) -> None:
+    cache = run(joined, "distillation.job.keep_partitions=true")
+    cache.unlink()
+    folder, receipt = RunFolder(cache_dir(joined)), RunFolder.receipt
+    before = tree(folder.path / "receipts")
+
+    def consolidated_first(run, index):
+        if monkeypatch is not None and index == 1:
+            monkeypatch.undo()
+            consolidate_run(run, keep_partitions=False)
+        return receipt(run, index)
+
+    monkeypatch.setattr(RunFolder, "receipt", consolidated_first)
+    assert [found["partition"] for found in committed(folder, PlanLog(folder), forget=Share())] == [0, 1, 2, 3]
+    assert tree(folder.path / "receipts") == before
 
 
 def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(joined, tmp_path, monkeypatch) -> None:

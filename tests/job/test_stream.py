@@ -23,7 +23,7 @@ from test_cluster import COMMAND
 from transformers import AutoTokenizer
 
 import dask_logits
-from dask_logits import read_status
+from dask_logits import read_status, verify
 from dask_logits.job.manifest import RunFolder
 from dask_logits.store.cache import CacheReader, items
 
@@ -307,6 +307,23 @@ def test_damaged_rows_of_a_parquet_file_fail_alone(parquet, llama, tmp_path) -> 
     assert list(caught.value.reasons) == [10]
     assert read_status(cache_dir(parquet)).committed == 11
     file.write_bytes(whole)
+    assert_holds(run(parquet), TEXTS, llama)
+
+
+def test_a_grown_stream_whose_further_rows_cannot_be_read_is_not_complete(parquet, llama, tmp_path) -> None:
+    run([*parquet, "distillation.dataset.max_samples=58"])
+    files = {name: (tmp_path / "data" / f"{name}.parquet") for name in ("b0", "b1")}
+    whole = {name: file.read_bytes() for name, file in files.items()}
+    for name, file in files.items():
+        file.write_bytes(whole[name][:-20])
+    for _ in range(2):
+        with pytest.raises(dask_logits.PartitionsFailedError, match="expected readable Parquet"):
+            run(parquet)
+        status = read_status(cache_dir(parquet))
+        assert (status.state, len(status.failed)) == ("unfinished", 2)
+        assert verify(cache_dir(parquet)).unfinished is not None
+    for name, file in files.items():
+        file.write_bytes(whole[name])
     assert_holds(run(parquet), TEXTS, llama)
 
 

@@ -101,6 +101,15 @@ def test_a_disk_that_fails_under_the_map_is_a_message(path, monkeypatch) -> None
         reader.verify_checksums()
 
 
+def test_a_file_that_another_replaced_is_checked_as_it_was_opened(path, tmp_path) -> None:
+    reader = CacheReader(path)
+    write_cache(tmp_path / "other.h5", records((9, 9)))
+    (tmp_path / "other.h5").replace(path)
+    reader.verify_checksums()
+    path.unlink()
+    reader.verify_checksums()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_a_truncated_file_is_refused(path, share) -> None:
     data = path.read_bytes()

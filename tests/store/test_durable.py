@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dask_logits.errors import CacheError, CapacityError
-from dask_logits.store.durable import create_json, is_there, read_json, room, unreadable
+from dask_logits.store.durable import create_json, is_there, names_in, read_json, room, unreadable
 
 
 def test_the_first_writer_wins(tmp_path) -> None:
@@ -26,6 +26,12 @@ def test_what_cannot_be_read_is_neither_gone_nor_damaged(tmp_path) -> None:
         with pytest.raises(CacheError, match="see that it can be read") as caught:
             look(loop)
         assert unreadable(caught.value)
+    with pytest.raises(CacheError, match="expected to list it"):
+        names_in(loop)
+    (tmp_path / "moved").symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(CacheError, match=r"expected what it is a link to, got nothing at .*not-mounted"):
+        is_there(tmp_path / "moved")
+    assert names_in(tmp_path / "none") == []
     (tmp_path / "cut.json").write_text("{")
     with pytest.raises(CacheError, match="restore the file") as caught:
         read_json(tmp_path / "cut.json")
