@@ -13,6 +13,7 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -315,19 +316,32 @@ class CacheReader:
     def _pieces(self, name: str) -> Iterator[Array]:
         """Yield an array in pieces, a mapped one past its map: there, a disk that fails would end the process."""
         array = self.arrays[name]
-        with contextlib.ExitStack() as opened, translated(self.path, f"to read {name}"):
-            if name in self._offsets:
-                with contextlib.suppress(FileNotFoundError):
-                    file = opened.enter_context(self.path.open("rb", buffering=0))
-                    # Unless another file has its name by now.
-                    if os.path.samestat(os.fstat(file.fileno()), self._status):
-                        for at in range(0, array.nbytes, _READ_BYTES):
-                            count = min(_READ_BYTES, array.nbytes - at)
-                            yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
-                        return
-            rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
-            for first in range(0, len(array), rows):
-                yield self._read(name, first, first + rows)
+        try:
+            file = self._opened_again() if name in self._offsets else None
+            if file is not None:
+                with file:
+                    for at in range(0, array.nbytes, _READ_BYTES):
+                        count = min(_READ_BYTES, array.nbytes - at)
+                        yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
+                return
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: expected to read {name}, got {error}; look after the disk", str(self.path)
+            ) from error
+        rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
+        for first in range(0, len(array), rows):
+            yield self._read(name, first, first + rows)
+
+    def _opened_again(self) -> io.FileIO | None:
+        """Open the file that is mapped; None where its name is gone, or another's: a job may have made a new one."""
+        try:
+            file = io.FileIO(self.path)
+        except FileNotFoundError:
+            return None
+        if os.path.samestat(os.fstat(file.fileno()), self._status):
+            return file
+        file.close()
+        return None
 
     def _check_places(self) -> None:
         """Refuse documents and blocks that overlap, leave the file, or do not add up."""

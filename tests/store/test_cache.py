@@ -97,7 +97,7 @@ def test_a_disk_that_fails_under_the_map_is_a_message(path, monkeypatch) -> None
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "pread", failing)
-    with pytest.raises(CacheError, match=r"expected to read .*, got .*Input/output error"):
+    with pytest.raises(CacheError, match=r"expected to read .*, got .*Input/output error; look after the disk"):
         reader.verify_checksums()
 
 
