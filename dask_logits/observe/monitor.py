@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dask_logits.errors import ClusterError, ConfigError, RunConflictError
+from dask_logits.errors import CacheError, ClusterError, ConfigError, RunConflictError
 from dask_logits.observe.status import RUNS_TOPIC, Status, read_status
 from dask_logits.store.durable import Json, expanded, read_json
 
@@ -29,6 +29,7 @@ from dask_logits.store.durable import Json, expanded, read_json
 _SILENT_SECONDS = 120.0
 # A cluster starts and small caches are consolidated within it, while no driver says that it scores.
 _GRACE_SECONDS = 30.0
+_FILE_POLL_SECONDS = 0.1
 
 
 class Monitor:
@@ -77,7 +78,7 @@ class Monitor:
             self.run = str(expanded(run))
             self.status()
             return
-        address = scheduler or _address(Path(str(scheduler_file)))
+        address = scheduler or _address(Path(str(scheduler_file)), wait_seconds)
         self.run = _choose(_announced(address, wait_seconds), address)
         if not (Path(self.run) / "run.json").exists():
             self._scheduler = address
@@ -142,14 +143,20 @@ class Monitor:
         return None, _lines(event), _at_work(event)
 
 
-def _address(file: Path) -> str:
+def _address(file: Path, wait_seconds: float) -> str:
     # Client(scheduler_file=…) of distributed 2026.7.1 waits without end for a file that is not there.
-    address = (read_json(file) or {}).get("address")
-    if not isinstance(address, str):
-        raise ClusterError(
-            f"{file}: expected the file of a running scheduler, got none; start `dask scheduler` with it"
-        )
-    return address
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        # A scheduler opens its file first and fills it then.
+        with contextlib.suppress(CacheError):
+            address = (read_json(file) or {}).get("address")
+            if isinstance(address, str):
+                return address
+        if time.monotonic() > deadline or not file.exists():
+            raise ClusterError(
+                f"{file}: expected the file of a running scheduler, got none; start `dask scheduler` with it"
+            )
+        time.sleep(_FILE_POLL_SECONDS)
 
 
 def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
