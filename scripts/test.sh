@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Install and pass all tests: lint, types, tests, documentation. --all adds the long tier.
+# Install and run what CI runs: lint, types, versions, tests, documentation.
+#   scripts/test.sh [--quick | --all] [PYTEST ARGUMENT …]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cuda=cuda12
-if nvidia-smi >/dev/null 2>&1; then cuda=cuda13; fi
-scripts/install.sh "dev,$cuda"
+extras=dev
+if nvidia-smi >/dev/null 2>&1; then extras=dev,cuda13; fi
+scripts/install.sh "$extras"
 .venv/bin/python scripts/prepare_quickstart.py
 scripts/check "$@"

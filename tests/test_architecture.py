@@ -86,6 +86,7 @@ LAYERS = {
     "job.run": 14,
     "api": 15,
     "cli": 15,
+    "parallel": 16,
     "__main__": 16,
 }
 HOMES = {
@@ -199,5 +200,19 @@ def test_environment_names_what_pyproject_requires() -> None:
     for requirement in wanted:
         name, _, bound = requirement.partition(">=")
         assert f"{renamed.get(name, name)}>={bound}" in conda
-    for cuda in ("cu12", "cu13"):
-        assert extras[cuda.replace("cu", "cuda")] == [entry.replace("dask-cuda", f"dask-cuda[{cuda}]") for entry in gpu]
+    assert extras["cuda13"] == [entry.replace("dask-cuda", "dask-cuda[cu13]") for entry in gpu]
+    assert "cuda-version>=13.0" in conda
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [
+        *project["dependencies"],
+        *(entry for extra in project["optional-dependencies"].values() for entry in extra),
+    ]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {Requirement(entry).name for entry in named} <= pinned

@@ -98,7 +98,7 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
     except ImportError as error:
         raise TeacherError(
             f"distillation.teacher.generation.gpus_per_worker: expected the package accelerate, got {error}; install "
-            "it with pip install 'dask-logits[cuda13]' (or [cuda12]), or set gpus_per_worker=1"
+            "it with pip install 'dask-logits[cuda13]', or set gpus_per_worker=1"
         ) from error
 
     whole = list(getattr(model, "_no_split_modules", None) or ())

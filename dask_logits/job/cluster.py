@@ -115,8 +115,10 @@ def local_workers(generation: GenerationConfig, device: str) -> int:
 
 
 def cores() -> int:
-    """Return the CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the CPU cores this process may use, by its affinity and its control group."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
 
 
 @contextlib.contextmanager
@@ -212,7 +214,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     except ImportError as error:
         raise ClusterError(
             f"distillation.cluster: expected dask-cuda for GPU workers, got {error}; install it with "
-            "pip install 'dask-logits[cuda13]' (or [cuda12]), or set distillation.teacher.generation.device=cpu"
+            "pip install 'dask-logits[cuda13]', or set distillation.teacher.generation.device=cpu"
         ) from error
     import pynvml
 

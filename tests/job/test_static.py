@@ -86,6 +86,12 @@ def test_the_launcher_runs_workers_side_by_side_and_merges(small, whole) -> None
     assert done.returncode == 0, done.stderr
     assert "worker 0: done\n" in done.stderr
     assert "worker 1: done\n" in done.stderr
+    # Each line of a worker's log is shown while the worker runs.
+    for number in (0, 1):
+        log = (cache_dir(small) / "logs" / f"worker-{number}.log").read_text().splitlines()
+        assert [f"[worker {number}] {line}" for line in log] == [
+            line for line in done.stderr.splitlines() if line.startswith(f"[worker {number}]")
+        ]
     folder = cache_dir(small)
     assert done.stdout.strip() == str(folder / "teacher_logits.h5")
     assert digest(folder / "teacher_logits.h5") == whole
@@ -124,7 +130,14 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
 def test_the_launcher_explains_itself(arguments) -> None:
     done = launch(*arguments)
     assert done.returncode == 2
-    assert "generate_teacher_logits_parallel.sh [--no-merge] N [DEVICES] [-- OVERRIDE…]" in done.stderr
+    assert "dask-logits-parallel [--no-merge] N [DEVICES] [-- OVERRIDE…]" in done.stderr
+
+
+def test_the_launcher_refuses_a_wrong_setting_before_it_writes(small) -> None:
+    done = launch("2", "--", *small, "distillation.dataset.nam=c4")
+    assert done.returncode == 2
+    assert "did you mean 'distillation.dataset.name'" in done.stderr
+    assert not cache_dir(small).exists()
 
 
 def test_retry_takes_up_what_failed_in_any_share(small, whole) -> None:

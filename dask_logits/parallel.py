@@ -1,0 +1,151 @@
+"""Run static workers side by side on this machine and merge what they make: the command ``dask-logits-parallel``.
+
+Each worker is a ``dask-logits generate`` process with its own GPU, or its share of the cores. It writes to its own log
+file, so it does not depend on this process. New lines of all logs are shown here, with the number of their worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+USAGE = """\
+dask-logits-parallel [--no-merge] N [DEVICES] [-- OVERRIDE…]
+dask-logits-parallel 4 0,1,2,3 -- distillation.dataset.name=Salesforce/wikitext …
+
+Score a dataset with N static workers that share one run folder, wait for them, and merge. Workers take the GPUs in
+turn; without GPUs they share the cores. After a failure run the same command again: completed partitions are kept.
+Logs: CACHE_DIR/logs/worker-I.log. Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
+"""
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def show(self, position: int) -> int:
+        """Print the complete lines of the log from a position on; return the position after them."""
+        with self.log.open("rb") as file:
+            file.seek(position)
+            lines = file.read().rpartition(b"\n")[0]
+        for line in lines.decode(errors="replace").splitlines():
+            _say(f"[worker {self.number}] {line}")
+        return position + len(lines) + bool(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit with its status."""
+    from dask_logits.cli import run
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        sys.exit(0)
+    options, overrides = given, []
+    if "--" in given:
+        at = given.index("--")
+        options, overrides = given[:at], given[at + 1 :]
+    merge = options[:1] != ["--no-merge"]
+    count, devices, *surplus = [*options[0 if merge else 1 :], "", ""]
+    if not re.fullmatch("[1-9][0-9]*", count) or "=" in devices or any(surplus):
+        print(USAGE, end="", file=sys.stderr)
+        sys.exit(2)
+    run(lambda: sys.exit(_launch(int(count), devices, overrides, merge=merge)))
+
+
+def _launch(count: int, devices: str, overrides: list[str], *, merge: bool) -> int:
+    from dask_logits.compose import load_config
+    from dask_logits.job.cluster import cores
+
+    config = load_config(overrides)
+    gpus = [gpu for gpu in (devices or _gpus()).split(",") if gpu]
+    folder = Path(config.teacher.cache_dir).expanduser()
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "dask_logits"]
+    if not gpus and config.teacher.generation.torch_threads == "auto":
+        overrides = [f"distillation.teacher.generation.torch_threads={max(1, cores() // count)}", *overrides]
+    workers: list[_Worker] = []
+    try:
+        for number in range(count):
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
+            log = logs / f"worker-{number}.log"
+            share = [
+                f"distillation.teacher.generation.worker_id={number}",
+                f"distillation.teacher.generation.total_workers={count}",
+                "distillation.cluster.dashboard_address=null",
+            ]
+            with log.open("wb") as file:
+                # In a group of its own: Ctrl-C reaches a worker once, through this process.
+                process = subprocess.Popen(
+                    [*command, "generate", *overrides, *share],
+                    stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, process_group=0,
+                )  # fmt: skip
+            workers.append(_Worker(number=number, process=process, log=log))
+            gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if gpus else ""
+            _say(f"worker {number}: process {process.pid}{gpu}, log {log}")
+        failed = _wait(workers)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.wait()
+    if failed:
+        _say("fix the cause and run the same command again: completed partitions are kept")
+        return 1
+    if merge:
+        done = subprocess.run([*command, "merge", "--input-dir", str(folder), "--num-workers", str(count)], check=False)
+        return min(done.returncode, 1)
+    return 0
+
+
+def _wait(workers: list[_Worker]) -> bool:
+    """Show the logs until all workers have ended; return whether one failed."""
+    positions = dict.fromkeys(range(len(workers)), 0)
+    failed = False
+    waiting = list(workers)
+    while waiting:
+        for worker in list(waiting):
+            status = worker.process.poll()
+            positions[worker.number] = worker.show(positions[worker.number])
+            if status is not None:
+                waiting.remove(worker)
+                # As a shell gives it: 128 and the signal.
+                status = 128 - status if status < 0 else status
+                failed |= status != 0
+                _say(f"worker {worker.number}: " + ("done" if status == 0 else f"failed with exit status {status}"))
+        time.sleep(_POLL_SECONDS if waiting else 0)
+    return failed
+
+
+def _gpus() -> str:
+    """Return the GPUs of this machine, with commas."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, "--query-gpu=index", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ",".join(done.stdout.split()) if done.returncode == 0 else ""
+
+
+def _say(line: str) -> None:
+    # The workers go on where nobody reads this any more.
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
