@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import resource
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -244,4 +244,8 @@ def _said_of(kept: Records) -> tuple[Statistics, str]:
 
 def peak_rss_bytes() -> int:
     """Return the most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    return peak if sys.platform == "darwin" else peak << 10

@@ -51,9 +51,11 @@ class Sink(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what is there."""
-        n = os.preadv(self._handle, [buffer], self._place)
-        self._place += n
-        return n
+        view = memoryview(buffer).cast("B")
+        data = os.pread(self._handle, len(view), self._place)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
     def write(self, data: Any) -> int:
         """Write, if nothing failed before; it is said to have been written in any case."""
