@@ -6,6 +6,7 @@ Ours: ``dask-logits generate`` from the first partition's start to the renamed H
 the model and tokenizer are left out of all. The meter's limit is a GEMM of the same dtype measured in the same run.
 
     python benchmarks/capture.py --documents 45 --rounds 3 --out benchmarks/results/NAME.json
+    python benchmarks/capture.py --tiny    # does it run? the figures mean nothing
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,11 +34,13 @@ def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dask_logits.capture.task import peak_rss_bytes
+
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=getattr(torch, arguments.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     texts = read_texts(arguments)
     tokens = 0
     started = time.perf_counter()
@@ -64,7 +66,7 @@ def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
     return {
         "tokens": tokens,
         "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
@@ -78,12 +80,12 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     spans: dict[str, float] = {}
     score, consolidate = job_run.score, job_run.consolidate_run
 
-    def timed_score(job: Any, cluster: Any, *given: Any) -> Any:
+    def timed_score(job: Any, cluster: Any, *given: Any, **named: Any) -> Any:
         cluster.client.run(tokenize, ["warm"], job.tokenizer_spec)
         cluster.client.run(import_readers_and_writers)
         spans["planned"] = job.estimate.worker_bytes
         spans["first"] = time.perf_counter()
-        return score(job, cluster, *given)
+        return score(job, cluster, *given, **named)
 
     def timed_consolidate(*given: Any, **named: Any) -> Any:
         spans["consolidate"] = time.perf_counter()
@@ -95,7 +97,7 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     cache = generate(
         load_config(
             [
-                f"distillation.teacher.model_path={MODEL}",
+                f"distillation.teacher.model_path={arguments.model}",
                 f"distillation.teacher.dtype={arguments.dtype}",
                 f"distillation.teacher.cache_dir={folder}",
                 f"distillation.teacher.generation.top_k={arguments.k}",
@@ -103,7 +105,7 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
                 f"distillation.scoring.compile={arguments.compile}",
                 "distillation.teacher.generation.num_workers=1",
                 "distillation.dataset.name=json",
-                f"distillation.dataset.data_files={CORPUS}",
+                f"distillation.dataset.data_files={arguments.corpus}",
                 f"distillation.dataset.max_samples={arguments.documents}",
                 f"distillation.dataset.max_length={arguments.max_length}",
                 "distillation.cluster.dashboard_address=null",
@@ -148,22 +150,23 @@ def gemm(arguments: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    n = 64 if arguments.tiny else 2048
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     rates = []
     for _ in range(30):
         started = time.perf_counter()
         torch.mm(a, b)
-        rates.append(2 * 2048**3 / (time.perf_counter() - started))
+        rates.append(2 * n**3 / (time.perf_counter() - started))
     # Medians everywhere: the others are not at their best all the time either.
     return {"gflops": statistics.median(rates[5:]) / 1e9, "best_gflops": max(rates) / 1e9}
 
 
 def vllm(arguments: argparse.Namespace) -> dict[str, float]:
     """Run vLLM's CPU build in its own environment."""
-    command = [arguments.vllm, "benchmarks/peers/vllm_cpu.py", "--model", str(Path(MODEL).absolute())]
+    command = [arguments.vllm, "benchmarks/peers/vllm_cpu.py", "--model", str(arguments.model.absolute())]
     for name in ("documents", "k", "threads", "max_length"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    done = subprocess.run([*command, "--corpus", str(Path(CORPUS).absolute())], capture_output=True, text=True)
+    done = subprocess.run([*command, "--corpus", str(arguments.corpus.absolute())], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"vllm failed:\n{done.stderr}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -172,7 +175,7 @@ def vllm(arguments: argparse.Namespace) -> dict[str, float]:
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:
     """Return the documents both sides score."""
-    lines = Path(CORPUS).read_text().splitlines()[: arguments.documents]
+    lines = arguments.corpus.read_text().splitlines()[: arguments.documents]
     return [json.loads(line)["text"] for line in lines]
 
 
@@ -180,8 +183,10 @@ def flops_per_token(arguments: argparse.Namespace) -> float:
     """Two per weight of every matrix product, and attention over half the document on average."""
     from transformers import AutoConfig, AutoTokenizer
 
-    c = AutoConfig.from_pretrained(MODEL)
-    ids = AutoTokenizer.from_pretrained(MODEL)(read_texts(arguments), truncation=True, max_length=arguments.max_length)
+    c = AutoConfig.from_pretrained(arguments.model)
+    ids = AutoTokenizer.from_pretrained(arguments.model)(
+        read_texts(arguments), truncation=True, max_length=arguments.max_length
+    )
     lengths = [len(document) for document in ids["input_ids"]]
     head_dim = c.hidden_size // c.num_attention_heads
     layer = c.hidden_size * head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
@@ -194,7 +199,8 @@ def flops_per_token(arguments: argparse.Namespace) -> float:
 def measured(arguments: argparse.Namespace, side: str) -> dict[str, float]:
     """Run one side in a fresh process."""
     command = [sys.executable, __file__, "--side", side, "--documents", str(arguments.documents)]
-    for name in ("k", "threads", "dtype", "max_length", "compile"):
+    command += ["--tiny"] if arguments.tiny else []
+    for name in ("k", "threads", "dtype", "max_length", "compile", "model", "corpus"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -243,6 +249,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line; without ``--side`` compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(MODEL), help="the teacher's folder")
+    parser.add_argument("--corpus", type=Path, default=Path(CORPUS), help="JSON lines with a text each")
+    parser.add_argument("--tiny", action="store_true", help="a few short documents, one round, float32, not compiled")
     parser.add_argument("--documents", type=int, default=45)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--k", type=int, default=64)
@@ -254,6 +263,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--side", choices=["loop", "ours", "gemm"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.tiny and arguments.side is None:
+        arguments.documents, arguments.rounds, arguments.max_length, arguments.k = 4, 1, 32, 8
+        arguments.dtype, arguments.compile, arguments.threads = "float32", "never", 1
     with tempfile.TemporaryDirectory() as folder:
         match arguments.side:
             case "loop":

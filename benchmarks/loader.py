@@ -6,6 +6,7 @@ readers take turns; ``cold``: the file's pages are dropped before each round. Th
 
     dask-logits generate … distillation.cache.profile=plain
     python benchmarks/loader.py output/RUN/teacher_logits.h5 --out benchmarks/results/NAME.json
+    python benchmarks/loader.py output/RUN/teacher_logits.h5 --tiny    # does it run? the figures mean nothing
 
 MosaicML's MDS and LitData run in an environment of their own (``--peers PYTHON``, with the packages of
 benchmarks/peers/requirements-loader.txt).
@@ -19,7 +20,6 @@ import os
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +28,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
@@ -36,7 +37,6 @@ from dask_logits.store.cache import CacheReader
 from dask_logits.store.profile import Compact, Plain, Profile, id_table
 from dask_logits.store.writer import CacheWriter
 
-WINDOW = 4_096
 Reader = Callable[[int], int]
 
 
@@ -57,7 +57,7 @@ def write_cache(path: Path, source: CacheReader, profile: Profile, copies: int) 
             writer.append("document_length", lengths)
             starts = copy * step + np.cumsum(lengths, dtype=np.uint64) - lengths
             writer.append("document_start", starts.astype(np.uint64))
-        writer.finish({"content_digest": ""})
+        writer.finish({"content_digest": "0" * 64})
 
 
 def write_others(folder: Path, source: CacheReader, copies: int) -> None:
@@ -87,7 +87,7 @@ def write_others(folder: Path, source: CacheReader, copies: int) -> None:
     Dataset.from_generator(rows, features=features, cache_dir=str(folder / "hf")).save_to_disk(str(folder / "arrow"))
 
 
-def readers(folder: Path) -> dict[str, tuple[Reader, int, Path]]:
+def readers(folder: Path, window: int) -> dict[str, tuple[Reader, int, Path]]:
     """Return name → (read item i and return its tokens, items, file)."""
     found: dict[str, tuple[Reader, int, Path]] = {}
 
@@ -96,10 +96,10 @@ def readers(folder: Path) -> dict[str, tuple[Reader, int, Path]]:
 
     for profile in ("plain", "compact"):
         path = folder / f"{profile}.h5"
-        documents, windows = CachedLogitsDataset(path), CachedLogitsDataset(path, window=WINDOW)
+        documents, windows = CachedLogitsDataset(path), CachedLogitsDataset(path, window=window)
         found[f"{profile}, documents"] = (of_dataset(documents), len(documents), path)
         found[f"{profile}, blocks"] = (of_dataset(windows), len(windows), path)
-    codes = CachedLogitsDataset(folder / "compact.h5", decode="device", window=WINDOW)
+    codes = CachedLogitsDataset(folder / "compact.h5", decode="device", window=window)
     found["compact, blocks of codes"] = (of_dataset(codes), len(codes), folder / "compact.h5")
     slow = CachedLogitsDataset(folder / "compact.h5", engine="h5py")
     found["compact through h5py, documents"] = (of_dataset(slow), len(slow), folder / "compact.h5")
@@ -142,7 +142,8 @@ def drop_pages(path: Path) -> None:
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
 
@@ -156,12 +157,12 @@ def one_round(read: Reader, n_items: int, seed: int, tokens: int) -> float:
     return done / (time.perf_counter() - started)
 
 
-def loaders(folder: Path, tokens: int) -> dict[str, float]:
+def loaders(folder: Path, tokens: int, window: int) -> dict[str, float]:
     """Return the tokens/s of DataLoaders with 0, 1 and 2 workers, in the order that training reads."""
     found = {}
     for profile, decode in (("plain", "worker"), ("compact", "worker"), ("compact", "device")):
-        dataset = CachedLogitsDataset(folder / f"{profile}.h5", decode=decode, window=2_048)
-        order = ItemOrder(len(dataset), seed=1).items(0, min(len(dataset), tokens // 2_048)).tolist()
+        dataset = CachedLogitsDataset(folder / f"{profile}.h5", decode=decode, window=window)
+        order = ItemOrder(len(dataset), seed=1).items(0, min(len(dataset), tokens // window)).tolist()
         for workers in (0, 1, 2):
             loader = DataLoader(dataset, batch_size=8, sampler=order, collate_fn=collate, num_workers=workers)
             batches = iter(loader)
@@ -181,8 +182,7 @@ def resident(dataset: CachedLogitsDataset) -> list[int]:
         bounds = [len(dataset) * (quarter + i) // 4 for i in (0, 1)]
         for item in order.items(*bounds).tolist():
             dataset[item]
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        found.append(int(status["RssAnon"].split()[0]) << 10)
+        found.append(int(psutil.Process().memory_full_info().uss))
     return found
 
 
@@ -193,10 +193,14 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="read in each round")
+    parser.add_argument("--window", type=int, default=4_096, help="tokens of a block")
+    parser.add_argument("--tiny", action="store_true", help="four copies, one round, a few tokens")
     parser.add_argument("--folder", type=Path, help="where the files go; default: a temporary folder")
     parser.add_argument("--peers", help="python of an environment with benchmarks/peers/requirements-loader.txt")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.copies, arguments.rounds, arguments.tokens, arguments.window = 4, 1, 1_000, 32
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
@@ -210,7 +214,7 @@ def main() -> None:
         write_others(folder, source, arguments.copies)
         warm: dict[str, list[float]] = {}
         cold: dict[str, list[float]] = {}
-        found = readers(folder)
+        found = readers(folder, arguments.window)
         for seed in range(arguments.rounds):
             for name, (read, n_items, _) in found.items():
                 warm.setdefault(name, []).append(one_round(read, n_items, seed, arguments.tokens))
@@ -231,7 +235,7 @@ def main() -> None:
             "bytes": {name: path.stat().st_size for name, (_, _, path) in found.items() if path.is_file()},
             "warm": {name: statistics.median(rates[1:] or rates) for name, rates in warm.items()} | peers,
             "cold": {name: statistics.median(rates) for name, rates in cold.items()},
-            "loaders": loaders(folder, 4 * arguments.tokens),
+            "loaders": loaders(folder, 4 * arguments.tokens, arguments.window // 2),
             "resident_bytes_by_quarter": resident(CachedLogitsDataset(folder / "compact.h5")),
         }
     for name, rate in result["warm"].items():
@@ -245,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,6 +5,7 @@ Cases of a table are timed in turn, round by round (vocabularies one by one); me
 measured in this run.
 
     python benchmarks/scoring.py --out benchmarks/results/NAME.json --plot docs/figures/NAME.svg
+    python benchmarks/scoring.py --tiny    # does it run? the figures mean nothing
 
 The plot needs matplotlib, which the project itself does not.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dask.system import CPU_COUNT
 
 from dask_logits.capture.calibrate import auto_budgets
 from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
@@ -41,19 +42,26 @@ VOCABULARIES = (49_152, 151_936, 262_144)
 KS = (8, 64, 256)
 
 
-def read_tokens(count: int) -> Array:
+def read_tokens(arguments: argparse.Namespace, count: int) -> Array:
     """Return the first tokens of the corpus, as one stream."""
     import numpy as np
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     parts: list[Array] = []
-    with Path(CORPUS).open() as lines:
+    with arguments.corpus.open() as lines:
         for line in lines:
-            parts.append(np.array(tokenizer(json.loads(line)["text"])["input_ids"]))
+            parts.append(np.array(tokenizer(json.loads(line)["text"])["input_ids"], np.int64))
             if sum(map(len, parts)) >= count:
                 break
     return np.concatenate(parts)[:count]
+
+
+def vocabulary_of(model: str) -> int:
+    """Return the ids that a teacher's tokenizer gives."""
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(model))
 
 
 def load(path: str, dtype: str, threads: int, vocab_size: int, *, compiled: bool) -> tuple[Teacher, ScoringSettings]:
@@ -74,11 +82,11 @@ def load(path: str, dtype: str, threads: int, vocab_size: int, *, compiled: bool
     )  # fmt: skip
 
 
-def with_vocabulary(folder: Path, vocab_size: int) -> str:
+def with_vocabulary(model: str, folder: Path, vocab_size: int) -> str:
     """Save the teacher's architecture with another vocabulary and random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(MODEL, vocab_size=vocab_size)
+    config = AutoConfig.from_pretrained(model, vocab_size=vocab_size)
     torch.manual_seed(0)
     path = folder / f"vocabulary-{vocab_size}"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
@@ -116,24 +124,26 @@ def timed(teacher: Teacher, cases: dict[str, tuple[list[Array], ScoringSettings]
 
 def throughput(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Make the three tables."""
-    stream = read_tokens(max(LENGTHS[-1], arguments.tokens))
-    middle = cut(stream[: arguments.tokens], 512)
-    teacher, settings = load(MODEL, "bfloat16", arguments.threads, VOCABULARIES[0], compiled=True)
+    stream = read_tokens(arguments, max(arguments.lengths[-1], arguments.tokens))
+    middle = cut(stream[: arguments.tokens], arguments.length)
+    teacher, settings = load(
+        arguments.model, arguments.dtype, arguments.threads, arguments.vocabularies[0], compiled=not arguments.tiny
+    )
     tables = {
         "length": timed(
             teacher,
-            {str(n): (cut(stream[: max(n, arguments.tokens)], n), settings) for n in LENGTHS},
+            {str(n): (cut(stream[: max(n, arguments.tokens)], n), settings) for n in arguments.lengths},
             arguments.rounds,
         ),
         "k": timed(
-            teacher, {str(k): (middle, dataclasses.replace(settings, top_k=k)) for k in KS}, arguments.rounds
+            teacher, {str(k): (middle, dataclasses.replace(settings, top_k=k)) for k in arguments.ks}, arguments.rounds
         ),
         "vocabulary": [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for vocab_size in VOCABULARIES:
-            path = with_vocabulary(Path(folder), vocab_size)
-            teacher, settings = load(path, "bfloat16", arguments.threads, vocab_size, compiled=True)
+        for vocab_size in arguments.vocabularies:
+            path = with_vocabulary(arguments.model, Path(folder), vocab_size)
+            teacher, settings = load(path, arguments.dtype, arguments.threads, vocab_size, compiled=not arguments.tiny)
             tables["vocabulary"] += timed(teacher, {str(vocab_size): (middle, settings)}, arguments.rounds)
     return tables
 
@@ -145,28 +155,33 @@ def cut(stream: Array, length: int) -> list[Array]:
 
 def accuracy(arguments: argparse.Namespace) -> dict[str, float]:
     """Compare what is kept with an all-float32 forward, and its ids with those of a float32 head on the same trunk."""
-    documents = cut(read_tokens(2 * arguments.tokens), 512)
-    teacher, settings = load(MODEL, "bfloat16", arguments.threads, VOCABULARIES[0], compiled=True)
+    length = arguments.length
+    documents = cut(read_tokens(arguments, 2 * arguments.tokens), length)
+    teacher, settings = load(
+        arguments.model, arguments.dtype, arguments.threads, arguments.vocabularies[0], compiled=not arguments.tiny
+    )
     # One document a batch, so that the trunk can be repeated on the same shapes.
-    settings = dataclasses.replace(settings, batch_tokens=512)
+    settings = dataclasses.replace(
+        settings, batch_tokens=length, top_k=arguments.ks[-1] if arguments.tiny else settings.top_k
+    )
     records = score_items(teacher, plain_items(documents), settings).records
     equal = []
     with torch.inference_mode():
         weight_VD = teacher.head.weight.float()
-        for first, document in zip(range(0, records.n_tokens, 512), documents, strict=True):
+        for first, document in zip(range(0, records.n_tokens, length), documents, strict=True):
             hidden_TD = teacher.hidden_states(torch.from_numpy(document)[None])[0].float()
-            best_TK = (hidden_TD @ weight_VD.t()).topk(settings.top_k).indices.sort(-1).values
-            kept_TK = torch.from_numpy(records.topk_ids[first : first + 512].astype("int64")).sort(-1).values
+            best_TK = (hidden_TD @ weight_VD.t())[:, : settings.vocab_size].topk(settings.top_k).indices.sort(-1).values
+            kept_TK = torch.from_numpy(records.topk_ids[first : first + length].astype("int64")).sort(-1).values
             equal.append((best_TK == kept_TK).all(-1))
     del teacher
-    reference, _ = load(MODEL, "float32", arguments.threads, VOCABULARIES[0], compiled=False)
+    reference, _ = load(arguments.model, "float32", arguments.threads, arguments.vocabularies[0], compiled=False)
     _, errors = choose_path(reference, exact=True)
     squares = []
     with torch.inference_mode():
-        for first, document in zip(range(0, records.n_tokens, 512), documents, strict=True):
+        for first, document in zip(range(0, records.n_tokens, length), documents, strict=True):
             logprobs_TV = reference.logits_forward(torch.from_numpy(document)[None])[0].log_softmax(-1)
-            ids_TK = torch.from_numpy(records.topk_ids[first : first + 512].astype("int64"))
-            kept_TK = torch.from_numpy(records.topk_logprobs[first : first + 512]).float()
+            ids_TK = torch.from_numpy(records.topk_ids[first : first + length].astype("int64"))
+            kept_TK = torch.from_numpy(records.topk_logprobs[first : first + length]).float()
             squares.append((logprobs_TV.gather(-1, ids_TK) - kept_TK).double().square())
     return {
         "rows": records.n_tokens,
@@ -202,10 +217,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="of a case, at least")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=int(CPU_COUNT))
+    parser.add_argument("--model", default=MODEL, help="the teacher's folder")
+    parser.add_argument("--corpus", type=Path, default=Path(CORPUS), help="JSON lines with a text each")
+    parser.add_argument("--tiny", action="store_true", help="short documents, one round, float32, not compiled")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw the tables into this SVG file")
     arguments = parser.parse_args()
+    arguments.dtype, arguments.length = "bfloat16", 512
+    arguments.lengths, arguments.vocabularies, arguments.ks = LENGTHS, VOCABULARIES, KS
+    if arguments.tiny:
+        arguments.dtype, arguments.length, arguments.tokens, arguments.rounds = "float32", 32, 64, 1
+        arguments.lengths, arguments.vocabularies, arguments.ks = (8, 32), (vocabulary_of(arguments.model),), (2, 8)
     tables = throughput(arguments)
     for name, rows in tables.items():
         print(f"by {name:12s} tokens/s    MFU   shares")

@@ -5,6 +5,7 @@ kept entries and the tail as one bucket, both renormalised, against the plain fl
 
     dask-logits generate … distillation.cache.profile=plain
     python benchmarks/storage.py output/RUN/teacher_logits.h5 --out benchmarks/results/NAME.json
+    python benchmarks/storage.py output/RUN/teacher_logits.h5 --tiny    # does it run? the figures mean nothing
 
 Megatron-LM's layout is that of its offline logits (pull request 5019): float16 values, uint16 ids and a byte for the
 17th bit, zstd level 3; it has no tail and no labels.
@@ -200,10 +201,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="*", default=[64, 32])
     parser.add_argument("--copies", type=int, default=20)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="two copies, and only the cache's own k")
     arguments = parser.parse_args()
     reader = CacheReader(arguments.cache)
     if not isinstance(reader.profile, Plain):
         parser.error("expected a plain cache, got a compact one")
+    if arguments.tiny:
+        arguments.top_k, arguments.copies = [reader.top_k], 2
     whole = reader.tokens(0, reader.n_entries)
     found: dict[str, Any] = {"tokens": reader.n_tokens, "vocab_size": reader.vocab_size, "layouts": {}}
     for k in arguments.top_k:

@@ -4,6 +4,7 @@ The corpus is the Python reference repeated; alternating, medians. The second ra
 tokenises could feed.
 
     python benchmarks/stream.py --copies 40 --rounds 3
+    python benchmarks/stream.py --tiny    # does it run? the figures mean nothing
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default=MODEL, help="folder with the tokenizer")
+    parser.add_argument("--corpus", type=Path, default=Path(CORPUS), help="JSON lines with a text each")
+    parser.add_argument("--tiny", action="store_true", help="the corpus once, one round")
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.copies, arguments.rounds = 1, 1
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = [json.loads(line) for line in Path(CORPUS).read_text().splitlines()] * arguments.copies
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = [json.loads(line) for line in arguments.corpus.read_text().splitlines()] * arguments.copies
     texts = [row["text"] for row in rows]
     tokens = 0
     as_they_came, tokenised = [], []

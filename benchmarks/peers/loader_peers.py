@@ -3,6 +3,7 @@
 python loader_peers.py FOLDER K TOKENS     (called by benchmarks/loader.py; prints JSON)
 """
 
+import importlib.util
 import json
 import random
 import sys
@@ -44,6 +45,14 @@ def in_order(dataset: Any, read: Callable[[Any], int]) -> float:
 
 def main() -> None:
     """Write the records both ways, read them, print the figures."""
+    if len(sys.argv) != 4:
+        sys.exit("usage: loader_peers.py FOLDER K TOKENS")
+    for name in ("streaming", "litdata"):
+        if importlib.util.find_spec(name) is None:
+            sys.exit(
+                f"loader_peers: the package {name!r} is not installed here; make an environment of its own from "
+                "benchmarks/peers/requirements-loader.txt, and run this with its python"
+            )
     folder, k, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     found = {}
     from streaming import MDSWriter, StreamingDataset

@@ -10,8 +10,10 @@ turned into arrays on disk.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +31,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=0.3, help="share of the memory that vLLM takes")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        sys.exit(
+            "vllm_cpu: vLLM is not installed here; make an environment of its own as "
+            "benchmarks/peers/requirements-vllm.txt says, and run this with its python"
+        )
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
@@ -55,6 +63,7 @@ def main() -> None:
         max_num_batched_tokens=4096,
         max_model_len=arguments.max_length + 1,
         enforce_eager=True,
+        gpu_memory_utilization=arguments.memory,
     )
     sampling = SamplingParams(
         max_tokens=1,

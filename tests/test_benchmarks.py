@@ -1,0 +1,84 @@
+"""Benchmarks run with tiny arguments; the figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import ROOT, records, write_cache
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(name: str, *arguments: object) -> None:
+    """Run a benchmark in this process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [name, *map(str, arguments)])
+        patched.setenv("TOKENIZERS_PARALLELISM", "false")
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "teacher_logits.h5"
+    write_cache(path, records((200, 150, 170), k=8))
+    return path
+
+
+def test_every_benchmark_has_a_tiny_mode() -> None:
+    names = {path.name for path in BENCHMARKS.glob("*.py")}
+    assert names == {"capture.py", "loader.py", "scoring.py", "storage.py", "stream.py"}
+    assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_cpu.py"}
+    for name in names:
+        assert f"benchmarks/{name}" in (BENCHMARKS / name).read_text()
+        assert "--tiny " in (BENCHMARKS / name).read_text()
+
+
+def test_loader_runs(cache, tmp_path, capsys) -> None:
+    run("loader.py", cache, "--tiny", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["tokens"] == 4 * 520
+    assert found["warm"].keys() >= {"plain, documents", "compact, blocks", "flat memmap, int32 + float16, documents"}
+    assert "resident MiB" in capsys.readouterr().out
+
+
+def test_storage_runs(cache, tmp_path, capsys) -> None:
+    run("storage.py", cache, "--tiny", "--out", tmp_path / "out.json")
+    assert "consolidation" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["layouts"].keys() == {"8"}
+
+
+def test_stream_runs(llama, corpus, capsys) -> None:
+    run("stream.py", "--tiny", "--model", llama, "--corpus", corpus)
+    assert "tokenised before" in capsys.readouterr().out
+
+
+def test_scoring_runs(llama, corpus, tmp_path) -> None:
+    run("scoring.py", "--tiny", "--model", llama, "--corpus", corpus, "--threads", 1, "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["throughput"].keys() == {"length", "k", "vocabulary"}
+    assert found["accuracy"]["rms_nats_bfloat16"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "arguments"),
+    [
+        ("loader_peers.py", "streaming", ["FOLDER", "8", "100"]),
+        ("vllm_cpu.py", "vLLM", ["--model", "FOLDER", "--corpus", "FILE"]),
+    ],
+)
+def test_peers_name_the_package_they_lack(name, package, arguments) -> None:
+    script = str(BENCHMARKS / "peers" / name)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert package in done.stderr
+    assert "not installed here; make an environment of its own" in done.stderr
