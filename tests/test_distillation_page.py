@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders import sentences, write_json_lines
 from test_documents import DISTILLATION, JOIN, ROOT, fill, inside, quickstart, run_document
 
 import dask_logits
@@ -21,6 +22,7 @@ def after_quickstart(tmp_path: Path, scheduler: str) -> Iterator[Path]:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "scheduler.json").write_text(json.dumps({"address": scheduler}))
     fill(tmp_path)
+    write_json_lines(tmp_path / "output" / "corpus" / "python-reference.jsonl", sentences(12, longest=60))
     with inside(tmp_path):
         main(["generate", *quickstart(), JOIN])
         yield tmp_path
@@ -34,10 +36,11 @@ def test_every_block_runs_from_the_quickstart_alone(after_quickstart, capsys) ->
     assert names["trainer"].state.global_step == 4
     assert names["trainer"].args.remove_unused_columns
     assert hasattr(names["Trainer"], "loss_is_scaled_for_ga")
-    assert len(names["parts"]) == len(names["dataset"]) == 40
-    assert len(names["both"]) > 40
+    assert len(names["parts"]) == len(names["dataset"]) == 12
+    assert len(names["both"]) > 12
     assert names["first_of_document"].sum() > 1
     assert len(names["row_of_token"]) == len(names["offset"]) == len(names["block"]["input_ids"])
+    assert names["sampler"].epoch == 2
     assert names["targets"].topk_logprobs.shape[:2] == names["batch"]["input_ids"].shape
     assert "student_vocab_size: " in repr(names["narrow"])
 

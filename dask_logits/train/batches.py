@@ -116,6 +116,9 @@ def _check_items(items: Sequence[CachedItem]) -> None:
 def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor) -> SparseTargets | CodedTargets:
     label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
     label_ids_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
+    label_logprob_BT = _padded(items, "label_logprob", float("nan"), torch.float32)
+    # In a window over several documents, the first token of one is no label of the one before.
+    label_ids_BT.masked_fill_(label_logprob_BT.isnan(), IGNORED_LABEL)
     is_coded = "topk_ids" not in items[0]
     no_entries_BT0 = torch.zeros((*mask_BT.shape, 0))
     targets = SparseTargets(
@@ -125,7 +128,7 @@ def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor)
         tail_logmass=_padded(items, "tail_logmass", 0.0, torch.float32),
         logsumexp=_padded(items, "logsumexp", 0.0, torch.float32),
         label_ids=label_ids_BT,
-        label_logprob=_padded(items, "label_logprob", float("nan"), torch.float32),
+        label_logprob=label_logprob_BT,
         mask=mask_BT,
         vocab_size=max(item.vocab_size for item in items),
     )

@@ -97,7 +97,7 @@ class SparseTargets(_Tensors):
     logsumexp
         [N] float32, of the teacher's raw logits.
     label_ids
-        [N] int64, the token at t + 1; −100 where the batch has none.
+        [N] int64, the document's token at t + 1; −100 where the document ends, or the batch.
     label_logprob
         [N] float32, the teacher's log-prob of the document's next token; NaN where the document ends.
     mask
