@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from dask_logits.job.verify import verify
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
-    from dask_logits.train.dataset import CachedLogitsDataset, collate, collate_flat
-    from dask_logits.train.losses import sparse_forward_kl
+    from dask_logits.train.batches import collate, collate_flat
+    from dask_logits.train.dataset import CachedLogitsDataset
+    from dask_logits.train.losses import distillation_loss
     from dask_logits.train.order import ItemOrder
     from dask_logits.train.sampler import ResumableSampler
+    from dask_logits.train.targets import SparseTargets
 
 __version__ = "0.1.0"
 
@@ -51,10 +53,12 @@ _HOMES = {
     "PartitionsFailedError": "errors",
     "ResumableSampler": "train.sampler",
     "RunConflictError": "errors",
+    "SparseTargets": "train.targets",
     "TeacherError": "errors",
-    "collate": "train.dataset",
-    "collate_flat": "train.dataset",
+    "collate": "train.batches",
+    "collate_flat": "train.batches",
     "convert": "job.convert",
+    "distillation_loss": "train.losses",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "compose",
@@ -62,7 +66,6 @@ _HOMES = {
     "prepare_dataset": "capture.load",
     "read_status": "observe.status",
     "retry": "job.run",
-    "sparse_forward_kl": "train.losses",
     "verify": "job.verify",
 }
 
@@ -80,10 +83,12 @@ __all__ = [
     "PartitionsFailedError",
     "ResumableSampler",
     "RunConflictError",
+    "SparseTargets",
     "TeacherError",
     "collate",
     "collate_flat",
     "convert",
+    "distillation_loss",
     "generate",
     "generate_teacher_logits",
     "load_config",
@@ -91,7 +96,6 @@ __all__ = [
     "prepare_dataset",
     "read_status",
     "retry",
-    "sparse_forward_kl",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""Train a tiny random student from a cache for a few steps and watch its distillation loss fall.
+"""Train a tiny random student from a cache for a few steps, and show its distillation loss before and after.
 
 ``python scripts/train_tiny_student.py output/quickstart``; a plain loop to start your own from.
 """
@@ -6,12 +6,20 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain, islice, repeat
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dask_logits import CachedLogitsDataset, collate, sparse_forward_kl
+from dask_logits import CachedLogitsDataset, collate, distillation_loss
+
+
+def loss_of(student: LlamaForCausalLM, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the distillation loss of a batch, in nats per token."""
+    logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return distillation_loss(logits, batch["targets"], input_ids=batch["input_ids"])
 
 
 def main() -> None:
@@ -24,7 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    dataset = CachedLogitsDataset(arguments.cache)
+    dataset = CachedLogitsDataset(arguments.cache, max_tokens=arguments.tokens)
+    print(dataset)
     student = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=dataset.vocab_size,
@@ -37,27 +46,23 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     loader = DataLoader(dataset, arguments.batch_size, shuffle=True, collate_fn=collate)
+    # The same documents before and after. Hold them out of the training in a loop of your own.
+    sample = collate([dataset[i] for i in range(min(4, len(dataset)))])
 
-    losses: list[float] = []
-    while len(losses) < arguments.steps:
-        for batch in loader:
-            if len(losses) == arguments.steps:
-                break
-            batch = {name: value[:, : arguments.tokens] for name, value in batch.items() if value.dim() > 1}
-            logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = sparse_forward_kl(
-                logits, batch["topk_ids"], batch["topk_logprobs"], batch["tail_logmass"], batch["target_mask"]
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            if len(losses) % 5 == 1 or len(losses) == arguments.steps:
-                print(f"step {len(losses):3d}  distillation loss {losses[-1]:.3f} nats/token")
-    edge = max(1, len(losses) // 4)
-    first, last = (sum(part) / edge for part in (losses[:edge], losses[-edge:]))
-    print(f"mean of the first {edge} steps {first:.3f}, of the last {edge} {last:.3f}")
-    if not last < first:
+    with torch.no_grad():
+        before = loss_of(student, sample).item()
+    epochs = chain.from_iterable(repeat(loader))
+    for step, batch in enumerate(islice(epochs, arguments.steps), start=1):
+        loss = loss_of(student, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 0 or step in (1, arguments.steps):
+            print(f"step {step:3d} of {arguments.steps}: {loss.item():.3f} nats per token", flush=True)
+    with torch.no_grad():
+        after = loss_of(student, sample).item()
+    print(f"distillation loss on the first {len(sample['row'])} documents: {before:.3f} before, {after:.3f} after")
+    if not after < before:
         raise SystemExit("the distillation loss did not fall")
 
 

@@ -148,13 +148,14 @@ def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, 
     order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     lse = np.log(np.exp(logits).sum(1))
     logp = np.take_along_axis(logits, order, 1) - lse[:, None]
-    labels = draw.integers(vocab_size, size=n)
+    input_ids = draw.integers(vocab_size, size=n)
+    labels = np.append(input_ids[1:], 0)[:n]
     label_logprob = (logits[np.arange(n), labels] - lse).astype(np.float32)
     ends = np.cumsum(lengths)
     label_logprob[[end - 1 for end, length in zip(ends, lengths, strict=True) if length]] = np.nan
     types = schema(k, vocab_size)
     return Records(
-        input_ids=draw.integers(vocab_size, size=n).astype(types["input_ids"][0]),
+        input_ids=input_ids.astype(types["input_ids"][0]),
         topk_ids=order.astype(types["topk_ids"][0]),
         topk_logprobs=logp.astype(np.float16),
         logsumexp=lse.astype(np.float32),

@@ -232,6 +232,11 @@ class CacheReader:
         name = "block_length" if self.is_packed else "document_length"
         return np.asarray(self.arrays[name]).astype(np.int64)
 
+    def item_starts(self) -> Array:
+        """Return the first entry of each item: [items] int64."""
+        starts = self.arrays["document_start"] if self._block_start is None else self._block_start
+        return np.asarray(starts).astype(np.int64)
+
     def item_places(self) -> tuple[Array, Array]:
         """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
         rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])

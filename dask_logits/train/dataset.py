@@ -1,10 +1,11 @@
-"""``CachedLogitsDataset``: the cache as a map-style dataset, and the functions that make batches of its items.
+"""``CachedLogitsDataset``: the cache as a map-style dataset.
 
-Ragged in, sparse out: an item of T tokens comes as arrays of T rows, a batch as padded [B, T] and [B, T, K]; nothing
-of width V is ever made. The file is opened on first use in each process, so the dataset may be forked, pickled and
-spawned freely.
+An item of T tokens comes as arrays of T rows; nothing of width V is ever made. The file is opened on first use in each
+process, so the dataset can be forked, pickled and spawned. Which items are left out (those without a token, unless they
+are asked for) is settled when the dataset is opened, so that its length, the order of the items and a resumable
+sampler agree.
 
-Dimension letters: B items in a batch, T tokens, S segments of an item, K kept entries, N tokens of a flat batch.
+Dimension letters: T tokens, S segments of an item, K kept entries.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dask_logits.errors import CacheError, ConfigError, DatasetError
+from dask_logits.errors import CacheError, ConfigError, DatasetError, first_line
 from dask_logits.records import total_digest
 from dask_logits.store.cache import ENGINES, CacheReader, Engine
 from dask_logits.store.durable import expanded
 from dask_logits.store.find import check_one_job, check_whole, find_caches
 from dask_logits.store.profile import Compact
 from dask_logits.tokenmap import HasVocabulary, check_tokenizer
+from dask_logits.train.batches import CachedItem, collate
 from dask_logits.train.decode import Decoder
-
-IGNORED_LABEL = -100
+from dask_logits.train.order import is_integer
 
 # In the file's dtype, except that torch has no arithmetic on unsigned 16 and 32 bit integers.
 _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}
-_CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
 _FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob")
+# Entries whose token ids are read together.
+_SCAN_ENTRIES = 1 << 22
 
 
-class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
+class CachedLogitsDataset(Dataset[CachedItem]):
     """Items of one cache, or of several parts of a job as one, with the teacher's targets.
 
-    Item `i` is the `i`-th document in dataset order (a window of one, or a packed block, if the job made such):
+    Item `i` is the `i`-th document in dataset order (a window of one, or a packed block, if the job made such), without
+    the documents that have no token:
     ``input_ids`` [T] int64, ``topk_ids`` [T, K] int32, ``topk_logprobs`` [T, K] float16, ``logsumexp``,
     ``tail_logmass``, ``label_logprob`` [T] float32; ``row``, its (first) dataset row; ``segments`` [S, 3] int64, the
     (row, offset, length) of each run of one row's tokens in it. The targets at position t are the teacher's
@@ -56,22 +59,33 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
     window
         Items are windows of so many tokens over the stream of all documents in order, the last one shorter; None:
         documents (windows, blocks) as the job made them.
+    max_tokens
+        Keep only so many tokens of the beginning of each document (window, block). Their targets are exact, because the
+        teacher did not see what follows. None: all.
+    keep_empty
+        Keep documents without a token, as items of length 0. Many students cannot run a batch of them.
     decode
         ``worker``: items hold ids and log-probs. ``device``: items hold a compact cache's codes, a third of the bytes,
         and :meth:`decoder` decodes a batch of them on the student's device.
     engine
         ``fast``: memory maps and positional reads without a lock; ``h5py``: everything through HDF5.
     student_tokenizer
-        Refuse one that maps ids to other tokens than the teacher's.
+        The student's tokenizer, or the folder or hub name to load it from. One that maps ids to other tokens than the
+        teacher's is refused.
     student_vocab_size
-        Logits of the student. Kept ids beyond them lose their place: log-prob −∞, their mass to the tail, and
-        ``n_beyond`` counts them. None: not compared.
+        The number of the student's logits. Kept ids beyond them lose their place: their log-prob is −∞, their mass goes
+        to the tail, and ``n_beyond`` counts them. An item with a token beyond them is refused when it is read. None:
+        all of the teacher's vocabulary.
+    skip_unrepresentable
+        Leave out the items with a token beyond `student_vocab_size`, instead of refusing them; opening the dataset then
+        reads all token ids.
 
     Raises
     ------
     CacheError
         If a file is missing, truncated, incomplete, not a cache, or of a newer format; if several are not parts of one
-        job, or hold the same row twice; or if the tokenizer is not the teacher's.
+        job, or hold the same row twice; if the targets of the first item contradict its tokens; or if the tokenizer is
+        not the teacher's.
     ConfigError
         If `top_k` is not between 1 and the cache's, or another setting is not one that is listed.
     """
@@ -82,10 +96,13 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         *,
         top_k: int | None = None,
         window: int | None = None,
+        max_tokens: int | None = None,
+        keep_empty: bool = False,
         decode: Literal["worker", "device"] = "worker",
         engine: Engine = "fast",
-        student_tokenizer: HasVocabulary | None = None,
+        student_tokenizer: HasVocabulary | str | Path | None = None,
         student_vocab_size: int | None = None,
+        skip_unrepresentable: bool = False,
     ) -> None:
         given = [path] if isinstance(path, str | Path) else list(path)
         if not given:
@@ -96,6 +113,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         self.engine: Engine = engine
         self.decode = decode
         self.window = window
+        self.max_tokens = max_tokens
         self.student_vocab_size = student_vocab_size
         self._readers: list[CacheReader] | None = None
         self._process = 0
@@ -109,9 +127,11 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         self.vocab_size = first.vocab_size
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
-        for name, value in (("window", window), ("student_vocab_size", student_vocab_size)):
-            if value is not None and not (isinstance(value, int) and value > 0):
+        for name, value in (("window", window), ("max_tokens", max_tokens), ("student_vocab_size", student_vocab_size)):
+            if value is not None and not (is_integer(value) and value > 0):
                 raise ConfigError(f"{name}: expected a positive integer or None, got {value!r}")
+        if skip_unrepresentable and student_vocab_size is None:
+            raise ConfigError("skip_unrepresentable: expected student_vocab_size, too, got None")
         if decode == "device" and not all(isinstance(reader.profile, Compact) for reader in readers):
             raise ConfigError("decode: expected 'worker' for a plain cache, which has no codes, got 'device'")
         if decode == "device" and student_vocab_size is not None:
@@ -119,8 +139,30 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         if decode == "device" and not all(first.profile.equals(reader.profile) for reader in readers[1:]):
             raise ConfigError("decode: expected 'worker' for parts with different id tables, got 'device'; merge them")
         if student_tokenizer is not None:
-            check_tokenizer(first.attributes, first.said().get("token_crcs"), student_tokenizer, str(first.path))
-        self._ends = self._token_ends() if window is not None else np.zeros(0, np.int64)
+            tokenizer = _loaded(student_tokenizer)
+            check_tokenizer(first.attributes, first.said().get("token_crcs"), tokenizer, str(first.path))
+        self._n_empty, self._n_unrepresentable = 0, 0
+        self._left_out = self._find_left_out(keep_empty, skip_unrepresentable)
+        # How many items are kept before each one left out: those that come later move by one.
+        self._kept_before = self._left_out - np.arange(len(self._left_out))
+        self._ends = np.cumsum(self._item_lengths()) if window is not None else np.zeros(0, np.int64)
+        self._check_first_item()
+
+    def __repr__(self) -> str:
+        file = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        left_out = [(self._n_empty, "empty"), (self._n_unrepresentable, "with tokens that the student lacks")]
+        lines = {
+            "path": file,
+            "teacher": self.attributes.get("teacher_path") or "unknown",
+            "items": f"{len(self):,}" + "".join(f", {n:,} {kind} left out" for n, kind in left_out if n),
+            "tokens": f"{self.n_tokens:,}",
+            "top_k": f"{self.top_k} of a vocabulary of {self.vocab_size:,}",
+            "profile": self.attributes["profile"],
+        }
+        for name in ("window", "max_tokens", "student_vocab_size"):
+            if getattr(self, name) is not None:
+                lines[name] = f"{getattr(self, name):,}"
+        return "CachedLogitsDataset(" + "".join(f"\n    {name}: {value}" for name, value in lines.items()) + "\n)"
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -135,7 +177,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
     @property
     def n_tokens(self) -> int:
         """Tokens of all items."""
-        return sum(reader.n_tokens for reader in self._opened())
+        return int(self._item_lengths().sum())
 
     def decoder(self) -> Decoder:
         """Return the module that decodes a batch of codes (``decode="device"``).
@@ -153,16 +195,16 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         if self.window is not None:
             return -(-int(self._ends[-1] if len(self._ends) else 0) // self.window)
-        return int(self._starts[-1])
+        return int(self._starts[-1]) - len(self._left_out)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> CachedItem:
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index}: expected an index below {len(self)}")
         if self.window is not None:
             return self._tensors(self._window(index % len(self), self.window))
-        reader, at = self._place(index % len(self))
-        start, stop, documents = reader.place(at)
-        return self._tensors({**self._tokens(reader, start, stop), **reader.segments(documents)})
+        reader, start, stop, segments_S3 = self._span(index % len(self))
+        segments = {"segments": segments_S3, "row": segments_S3[0, 0]}
+        return self._tensors({**self._tokens(reader, start, stop), **segments})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
@@ -176,18 +218,69 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         return self._readers
 
     def _place(self, index: int) -> tuple[CacheReader, int]:
-        place = index if self._order is None else int(self._order[index])
+        """Return the file of an item, and its place there."""
+        place = index + int(np.searchsorted(self._kept_before, index, side="right"))
+        place = place if self._order is None else int(self._order[place])
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self._opened()[part], place - int(self._starts[part])
+
+    def _span(self, index: int) -> tuple[CacheReader, int, int, npt.NDArray[np.int64]]:
+        """Return the file of an item, its entries [start, stop) there, and its segments [S, 3]."""
+        reader, place = self._place(index)
+        start, stop, documents = reader.place(place)
+        segments_S3: npt.NDArray[np.int64] = reader.segments(documents)["segments"]
+        if self.max_tokens is not None and stop - start > self.max_tokens:
+            stop = start + self.max_tokens
+            segments_S3 = _cut_segments(segments_S3, 0, self.max_tokens)
+        return reader, start, stop, segments_S3
 
     def _tokens(self, reader: CacheReader, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         stored = reader.stored(start, stop)
         return stored if self.decode == "device" else reader.profile.decode(stored, _half)
 
-    def _token_ends(self) -> npt.NDArray[np.int64]:
-        """Return where each item ends in the stream of all tokens: [items]."""
+    def _item_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each item: [items]."""
         lengths = np.concatenate([reader.item_lengths() for reader in self._opened()])
-        return np.cumsum(lengths if self._order is None else lengths[self._order], dtype=np.int64)
+        lengths = np.delete(lengths if self._order is None else lengths[self._order], self._left_out)
+        return lengths if self.max_tokens is None else np.minimum(lengths, self.max_tokens)
+
+    def _find_left_out(self, keep_empty: bool, skip_unrepresentable: bool) -> npt.NDArray[np.int64]:
+        """Return the items to leave out, among all in dataset order."""
+        empty = np.concatenate([reader.item_lengths() == 0 for reader in self._opened()])
+        unrepresentable = np.zeros_like(empty)
+        if skip_unrepresentable and self.student_vocab_size is not None:
+            unrepresentable = np.concatenate([self._has_beyond(reader) for reader in self._opened()])
+        self._n_empty = 0 if keep_empty else int(empty.sum())
+        self._n_unrepresentable = int(unrepresentable.sum())
+        left_out = unrepresentable if keep_empty else unrepresentable | empty
+        return np.flatnonzero(left_out if self._order is None else left_out[self._order])
+
+    def _has_beyond(self, reader: CacheReader) -> npt.NDArray[np.bool_]:
+        """Return which items have a token that the student has no logit for: [items]."""
+        starts, lengths = reader.item_starts(), reader.item_lengths()
+        used = lengths if self.max_tokens is None else np.minimum(lengths, self.max_tokens)
+        has_beyond = np.zeros(len(starts), bool)
+        for first in range(0, reader.n_entries, _SCAN_ENTRIES):
+            ids_N = np.asarray(reader.arrays["input_ids"][first : first + _SCAN_ENTRIES])
+            at = first + np.flatnonzero(ids_N >= self.student_vocab_size)
+            item = np.searchsorted(starts, at, side="right") - 1
+            # Entries between items, or after the tokens in use, do not count.
+            inside = (item >= 0) & (at < (starts + used)[item])
+            has_beyond[item[inside]] = True
+        return has_beyond
+
+    def _check_first_item(self) -> None:
+        """Refuse a cache whose targets contradict its tokens; all of it is checked by ``dask-logits verify``."""
+        if not int(self._starts[-1]) - len(self._left_out):
+            return
+        reader, start, stop, segments_S3 = self._span(0)
+        arrays = {**reader.profile.decode(reader.stored(start, stop)), "segments": segments_S3}
+        item = {name: _tensor(name, array) for name, array in arrays.items()}
+        batch = collate([CachedItem(tensors={**item, "row": torch.tensor(0)}, vocab_size=self.vocab_size)])
+        try:
+            batch["targets"].check_alignment(batch["input_ids"])
+        except DatasetError as error:
+            raise CacheError(f"{reader.path}: {error}", str(reader.path)) from error
 
     def _window(self, index: int, width: int) -> dict[str, npt.NDArray[Any]]:
         """Return one window of the stream: the tail of an item, whole ones, and the head of another."""
@@ -197,8 +290,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         item = int(np.searchsorted(self._ends, first, side="right"))
         at = first
         while at < stop:
-            reader, place = self._place(item)
-            begin, end, documents = reader.place(place)
+            reader, begin, end, segments_S3 = self._span(item)
             skip = at - (int(self._ends[item]) - (end - begin))
             take = min(end - begin - skip, stop - at)
             if ranges and ranges[-1][0] is reader and ranges[-1][2] == begin + skip:
@@ -206,7 +298,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
                 ranges[-1] = (reader, ranges[-1][1], begin + skip + take)
             else:
                 ranges.append((reader, begin + skip, begin + skip + take))
-            segments.append(_cut_segments(reader.segments(documents)["segments"], skip, take))
+            segments.append(_cut_segments(segments_S3, skip, take))
             at += take
             item += 1
         parts = [self._tokens(*entries) for entries in ranges]
@@ -216,7 +308,7 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
         found["segments"] = np.concatenate(segments)
         return {**found, "row": found["segments"][0, 0]}
 
-    def _tensors(self, found: dict[str, npt.NDArray[Any]]) -> dict[str, Tensor]:
+    def _tensors(self, found: dict[str, npt.NDArray[Any]]) -> CachedItem:
         row = found.pop("row")
         item = {name: _tensor(name, array) for name, array in found.items()}
         item["row"] = torch.tensor(int(row))
@@ -224,14 +316,15 @@ class CachedLogitsDataset(Dataset[dict[str, Tensor]]):
             item = self._within(item, self.student_vocab_size)
         if self.decode == "worker" and self.top_k < item["topk_ids"].shape[1]:
             item = _cut(item, self.top_k)
-        return item
+        return CachedItem(tensors=item, vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size))
 
     def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
         """Move entries that the student has no logit for into the tail, behind the others."""
         if len(item["input_ids"]) and int(item["input_ids"].max()) >= vocab_size:
             raise DatasetError(
                 f"student_vocab_size: expected input ids below {vocab_size}, got {int(item['input_ids'].max())} in "
-                f"dataset row {int(item['row'])}; leave that row out, or resize the student's embeddings",
+                f"dataset row {int(item['row'])}; leave such documents out with skip_unrepresentable=True, or give the "
+                "student embeddings for the teacher's vocabulary",
                 row=int(item["row"]),
             )
         beyond_TK = item["topk_ids"] >= vocab_size
@@ -249,6 +342,32 @@ def _half(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Round to float16 with vector instructions, which numpy does without."""
     rounded: npt.NDArray[Any] = torch.from_numpy(array).half().numpy()
     return rounded
+
+
+def _loaded(tokenizer: HasVocabulary | str | Path) -> HasVocabulary:
+    """Return a tokenizer that is given as such, or by its folder or hub name."""
+    if not isinstance(tokenizer, str | Path):
+        if not hasattr(tokenizer, "get_vocab"):
+            raise ConfigError(
+                f"student_tokenizer: expected a tokenizer, or its folder or hub name, got {type(tokenizer).__name__}"
+            )
+        return tokenizer
+    folder = expanded(tokenizer)
+    is_local = isinstance(tokenizer, Path) or tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1
+    if is_local and not folder.is_dir():
+        raise ConfigError(
+            f"student_tokenizer: expected a folder with a tokenizer, got {tokenizer!r}, which does not exist"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: HasVocabulary = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else str(tokenizer))
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"student_tokenizer: expected a tokenizer, its folder or its hub name, got {str(tokenizer)!r}: "
+            f"{first_line(error)}"
+        ) from error
+    return loaded
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -298,128 +417,3 @@ def _cut(item: dict[str, Tensor], top_k: int) -> dict[str, Tensor]:
         "topk_logprobs": item["topk_logprobs"][:, :top_k].contiguous(),
         "tail_logmass": torch.logaddexp(item["tail_logmass"], dropped_T),
     }
-
-
-def collate(items: Sequence[dict[str, Tensor]], *, pad_id: int = 0) -> dict[str, Tensor]:
-    """Pad documents to a batch.
-
-    Parameters
-    ----------
-    items
-        From :class:`CachedLogitsDataset`.
-    pad_id
-        Token id of padding.
-
-    Returns
-    -------
-    dict of Tensor
-        ``input_ids``, ``attention_mask`` [B, T]; ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
-        models want them (they shift inside); ``next_ids`` [B, T], the token after each position, −100 where there is
-        none, for losses on logits that are not shifted; ``topk_ids`` [B, T, K] int64, ``topk_logprobs`` [B, T, K]
-        float32, ``logsumexp``, ``tail_logmass``, ``label_logprob`` [B, T]; ``target_mask`` [B, T] bool, True where
-        there are targets; ``row`` [B]; ``segments`` [B, S, 3], with rows −1 and lengths 0 where an item has fewer;
-        ``n_beyond`` [B] with a `student_vocab_size`. Codes instead of ``topk_ids`` and ``topk_logprobs`` with
-        ``decode="device"``.
-
-    Examples
-    --------
-    >>> item = {"input_ids": torch.tensor([5, 6]), "topk_ids": torch.zeros(2, 1, dtype=torch.int32),
-    ...         "topk_logprobs": torch.zeros(2, 1), "logsumexp": torch.zeros(2), "tail_logmass": torch.zeros(2),
-    ...         "label_logprob": torch.zeros(2), "row": torch.tensor(0),
-    ...         "segments": torch.tensor([[0, 0, 2]])}
-    >>> collate([item])["next_ids"].tolist()
-    [[6, -100]]
-    """
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    width = int(lengths.max()) if len(items) else 0
-    mask_BT = torch.arange(width) < lengths[:, None]
-
-    def padded(name: str, fill: float, dtype: torch.dtype) -> Tensor:
-        first = items[0][name]
-        out = torch.full((len(items), width, *first.shape[1:]), fill, dtype=dtype)
-        for b, item in enumerate(items):
-            out[b, : len(item[name])] = item[name]
-        return out
-
-    input_ids_BT = padded("input_ids", pad_id, torch.int64)
-    next_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
-    next_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
-    if "topk_ids" in items[0]:
-        entries = {
-            "topk_ids": padded("topk_ids", 0, torch.int64),
-            "topk_logprobs": padded("topk_logprobs", 0.0, torch.float32),
-        }
-    else:
-        codes = [name for name in items[0] if name.startswith(_CODES)]
-        entries = {name: padded(name, 0, items[0][name].dtype) for name in codes}
-    if "n_beyond" in items[0]:
-        entries["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
-    return {
-        "input_ids": input_ids_BT,
-        "attention_mask": mask_BT.long(),
-        "labels": torch.where(mask_BT, input_ids_BT, IGNORED_LABEL),
-        "next_ids": next_BT,
-        **entries,
-        "logsumexp": padded("logsumexp", 0.0, torch.float32),
-        "tail_logmass": padded("tail_logmass", 0.0, torch.float32),
-        "label_logprob": padded("label_logprob", float("nan"), torch.float32),
-        "target_mask": mask_BT,
-        "row": torch.stack([item["row"] for item in items]),
-        "segments": _padded_segments([item["segments"] for item in items]),
-    }
-
-
-def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
-    most = max((len(found) for found in segments), default=0)
-    segments_BS3 = torch.tensor([-1, 0, 0]).repeat(len(segments), most, 1)
-    for b, found in enumerate(segments):
-        segments_BS3[b, : len(found)] = found
-    return segments_BS3
-
-
-def collate_flat(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join items to one row without padding, for attention that takes sequences of varying length.
-
-    Parameters
-    ----------
-    items
-        From :class:`CachedLogitsDataset`.
-
-    Returns
-    -------
-    dict of Tensor
-        As :func:`collate` gives, with B = 1 and T = N, the sum of the lengths, without ``attention_mask``; besides
-        ``position_ids`` [1, N], which start anew with every item, and ``cu_seqlens`` [items + 1] int32, where each
-        begins and the last ends. ``labels`` is −100 at the first token of an item, which the one before must not
-        predict. ``row`` and ``segments`` are those of the items.
-
-    Examples
-    --------
-    >>> def item(ids):
-    ...     tokens = torch.tensor(ids)
-    ...     zeros = torch.zeros(len(ids))
-    ...     return {"input_ids": tokens, "topk_ids": tokens[:, None].int(), "topk_logprobs": zeros[:, None],
-    ...             "logsumexp": zeros, "tail_logmass": zeros, "label_logprob": zeros, "row": torch.tensor(0),
-    ...             "segments": torch.tensor([[0, 0, len(ids)]])}
-    >>> batch = collate_flat([item([5, 6, 7]), item([8, 9])])
-    >>> batch["position_ids"].tolist(), batch["cu_seqlens"].tolist(), batch["labels"].tolist()
-    ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
-    """
-    rows = [collate([item]) for item in items]
-    joined = {
-        name: torch.cat([row[name] for row in rows], 1)
-        for name in rows[0]
-        if name not in ("attention_mask", "row", "segments", "n_beyond")
-    }
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    ends = lengths.cumsum(0)
-    firsts = (ends - lengths)[lengths > 0]
-    joined["labels"][0, firsts] = IGNORED_LABEL
-    starts_N = torch.repeat_interleave(ends - lengths, lengths)
-    joined["position_ids"] = (torch.arange(len(starts_N)) - starts_N)[None]
-    joined["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-    joined["row"] = torch.stack([item["row"] for item in items])
-    joined["segments"] = _padded_segments([item["segments"] for item in items])
-    if "n_beyond" in rows[0]:
-        joined["n_beyond"] = torch.cat([row["n_beyond"] for row in rows])
-    return joined

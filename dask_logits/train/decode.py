@@ -8,16 +8,17 @@ Dimension letters: N tokens (any leading dimensions), K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dask_logits.store.profile import Compact
+from dask_logits.train.targets import CodedTargets, SparseTargets
 
 
 class Decoder(nn.Module):
-    """Turns the codes of a batch into ``topk_ids`` and ``topk_logprobs``; its tables follow ``.to(device)``.
+    """Decodes the targets of a batch; its tables follow ``.to(device)``.
 
     Parameters
     ----------
@@ -38,31 +39,34 @@ class Decoder(nn.Module):
         self.register_buffer("id_table", torch.from_numpy(profile.id_table.astype("int64")), persistent=False)
         self.register_buffer("gap_table", torch.from_numpy(profile.gaps.copy()), persistent=False)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the batch with decoded entries in place of codes.
+    def forward(self, coded: CodedTargets) -> SparseTargets:
+        """Return the targets with decoded entries.
 
         Parameters
         ----------
-        batch
-            With the planes [..., K] uint8 and ``top1_logprob`` [...].
+        coded
+            ``batch["targets"]`` of a dataset that was opened with ``decode="device"``.
 
         Returns
         -------
-        dict of Tensor
-            ``topk_ids`` [..., K] int64, ``topk_logprobs`` [..., K] float32 rounded to float16, and the rest unchanged.
+        SparseTargets
+            On the same device; log-probs are rounded to float16, as in the loader's workers.
         """
-        out = dict(batch)
-        rank_NK = sum(out.pop(name).long() << 8 * i for i, name in enumerate(self.id_planes))
-        step_NK = sum(out.pop(name).int() << 8 * i for i, name in enumerate(self.gap_planes))
+        codes = coded.codes
+        rank_NK = sum(codes[name].long() << 8 * i for i, name in enumerate(self.id_planes))
+        step_NK = sum(codes[name].int() << 8 * i for i, name in enumerate(self.gap_planes))
         assert isinstance(rank_NK, Tensor)
         assert isinstance(step_NK, Tensor)
         # Codes are sums of bytes, or of pairs of them, that wrap.
         code_NK = step_NK.cumsum(-1) & (0xFF if len(self.gap_planes) == 1 else 0xFFFF)
-        top_N = out.pop("top1_logprob").float()
+        top_N = codes["top1_logprob"].float()
         logprobs_NK = (top_N[..., None] - self.gap_table[code_NK.long().clamp_(max=len(self.gap_table) - 1)]).half()
-        dropped_N = logprobs_NK[..., self.top_k :].float().logsumexp(-1)
-        out["topk_ids"] = self.id_table[rank_NK[..., : self.top_k].clamp_(max=len(self.id_table) - 1)]
-        out["topk_logprobs"] = logprobs_NK[..., : self.top_k].float()
+        tail_logmass_N = coded.rest.tail_logmass
         if self.top_k < logprobs_NK.shape[-1]:
-            out["tail_logmass"] = torch.logaddexp(out["tail_logmass"], dropped_N)
-        return out
+            tail_logmass_N = torch.logaddexp(tail_logmass_N, logprobs_NK[..., self.top_k :].float().logsumexp(-1))
+        return replace(
+            coded.rest,
+            topk_ids=self.id_table[rank_NK[..., : self.top_k].clamp_(max=len(self.id_table) - 1)],
+            topk_logprobs=logprobs_NK[..., : self.top_k].float(),
+            tail_logmass=tail_logmass_N,
+        )

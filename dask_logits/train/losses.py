@@ -12,38 +12,34 @@ Dimension letters: N positions, R rows of a chunk, V vocabulary, K kept entries.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dask_logits.errors import ConfigError, DatasetError
+from dask_logits.train.targets import CodedTargets, SparseTargets
+
 _CHUNK_ROWS = 512
 
 
-def sparse_forward_kl(
-    student_logits: Tensor,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-    tail_logmass: Tensor,
-    target_mask: Tensor | None = None,
-    *,
-    chunk_rows: int = _CHUNK_ROWS,
+def distillation_loss(
+    logits: Tensor, targets: SparseTargets, *, input_ids: Tensor | None = None, chunk_rows: int = _CHUNK_ROWS
 ) -> Tensor:
-    r"""Compute the forward KL divergence to the teacher, the tail being one ghost token.
+    r"""Compute the forward KL divergence from the teacher to the student, with the tail as one ghost token.
 
     .. math:: \sum_k p_k (\log p_k - \log q_k) + p_\text{tail} (\log p_\text{tail} - \log q_\text{tail})
 
     Parameters
     ----------
-    student_logits
+    logits
         [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
-        t, so nothing is shifted.
-    topk_ids, topk_logprobs
-        [..., K], the teacher's entries; one with log-prob −∞ is not there: its mass is in the tail, whatever its id.
-    tail_logmass
-        [...], log of the teacher's mass outside them.
-    target_mask
-        [...] bool, the positions that count; None: all.
+        t, so nothing is shifted. V may exceed the teacher's vocabulary; the rest counts in the student's tail.
+    targets
+        ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask do not count.
+    input_ids
+        The tokens that the student read; they are compared with the teacher's. None: not compared.
     chunk_rows
         Positions whose float32 logits exist at one time.
 
@@ -54,47 +50,96 @@ def sparse_forward_kl(
 
     Raises
     ------
-    ValueError
-        If the shapes disagree, or an id lies beyond the student's logits.
+    ConfigError
+        If `logits` do not fit the targets: another shape, a position less, another device, no floating-point numbers,
+        or fewer logits than the vocabulary has.
+    DatasetError
+        If `input_ids` are not the tokens that the teacher read, or if a kept id is outside the vocabulary.
 
     Notes
     -----
-    Stored log-probs are rounded to float16; the kept entries are scaled back to the mass that `tail_logmass` leaves,
-    so that the teacher's distribution sums to one.
+    Stored log-probs are rounded to float16; the kept entries are scaled back to the mass that the tail leaves, so that
+    the teacher's distribution sums to one.
 
     Examples
     --------
     >>> teacher = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1)
-    >>> tail = teacher[:, 2]
-    >>> loss = sparse_forward_kl(teacher, torch.tensor([[0, 1]]), teacher[:, :2], tail)
-    >>> round(abs(loss.item()), 6)
+    >>> targets = SparseTargets(
+    ...     input_ids=torch.tensor([1]), topk_ids=torch.tensor([[0, 1]]), topk_logprobs=teacher[:, :2],
+    ...     tail_logmass=teacher[:, 2], logsumexp=torch.zeros(1), label_ids=torch.tensor([-100]),
+    ...     label_logprob=torch.tensor([torch.nan]), mask=torch.tensor([True]), vocab_size=3,
+    ... )
+    >>> round(abs(distillation_loss(teacher, targets).item()), 6)
     0.0
     """
-    shape = student_logits.shape[:-1]
-    if topk_ids.shape[:-1] != shape or topk_logprobs.shape != topk_ids.shape or tail_logmass.shape != shape:
-        raise ValueError(
-            f"expected targets for logits of {tuple(student_logits.shape)}, got topk_ids {tuple(topk_ids.shape)}, "
-            f"topk_logprobs {tuple(topk_logprobs.shape)}, tail_logmass {tuple(tail_logmass.shape)}"
+    _check_logits(logits, targets)
+    if input_ids is not None:
+        targets.check_alignment(input_ids)
+    vocab_size = logits.shape[-1]
+    rows_N = targets.mask.reshape(-1).nonzero().squeeze(-1)
+    ids_NK = targets.topk_ids.reshape(targets.mask.numel(), targets.topk_ids.shape[-1]).long()
+    if ids_NK.numel() and not 0 <= int(ids_NK.min()) <= int(ids_NK.max()) < vocab_size:
+        raise DatasetError(
+            f"targets.topk_ids: expected ids from 0 to {vocab_size - 1}, got {int(ids_NK.min())} to "
+            f"{int(ids_NK.max())}; run `dask-logits verify` on the cache"
         )
-    vocab_size = student_logits.shape[-1]
-    ids_NK = topk_ids.reshape(-1, topk_ids.shape[-1]).long()
-    if ids_NK.numel() and int(ids_NK.max()) >= vocab_size:
-        raise ValueError(f"topk_ids: expected ids below the student's {vocab_size} logits, got {int(ids_NK.max())}")
-    rows_N = torch.arange(len(ids_NK), device=ids_NK.device)
-    if target_mask is not None:
-        if target_mask.shape != shape:
-            raise ValueError(f"target_mask: expected {tuple(shape)}, got {tuple(target_mask.shape)}")
-        rows_N = rows_N[target_mask.reshape(-1).bool()]
     logp_NK, logtail_N = normalise_targets(
-        topk_logprobs.reshape(ids_NK.shape).float(), tail_logmass.reshape(-1).float()
+        targets.topk_logprobs.reshape(ids_NK.shape).float(), targets.tail_logmass.reshape(-1).float()
     )
     # Beyond the logits lies a column of −∞, for entries that are not there.
     absent_NK = logp_NK == -torch.inf
     ids_NK = ids_NK.masked_fill(absent_NK, vocab_size)
     loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
-        student_logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows, int(absent_NK.any())
+        logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows, int(absent_NK.any())
     )
     return loss
+
+
+def _check_logits(logits: Tensor, targets: SparseTargets) -> None:
+    """Refuse logits that cannot belong to the targets, with the likely cause."""
+    if isinstance(targets, CodedTargets):
+        raise ConfigError(
+            "The targets are still encoded, because the cache was opened with decode='device'. Decode them first: "
+            "decoder = dataset.decoder().to(device); targets = decoder(batch['targets'])."
+        )
+    if not isinstance(targets, SparseTargets):
+        raise ConfigError(
+            f"targets: expected the SparseTargets of the batch, batch['targets'], got {type(targets).__name__}"
+        )
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"logits: expected a tensor, got {type(logits).__name__}; take .logits of a Hugging Face model's output"
+        )
+    shape, positions = tuple(logits.shape), tuple(targets.shape)
+    if not logits.is_floating_point():
+        raise ConfigError(f"logits: expected floating-point numbers [..., V], got {logits.dtype} of the shape {shape}")
+    if shape[:-1] != positions:
+        raise ConfigError(
+            f"logits: expected the shape {(*positions, 'V')}, one row for each position of the targets, got {shape}; "
+            f"{_shape_advice(shape, positions)}"
+        )
+    if logits.device != targets.device:
+        raise ConfigError(
+            f"The logits are on {logits.device}, but the targets are on {targets.device}. Move the targets with the "
+            f"batch: targets = batch['targets'].to('{logits.device}')."
+        )
+    if shape[-1] < targets.vocab_size:
+        raise ConfigError(
+            f"The student has {shape[-1]} logits, but the targets are for a vocabulary of {targets.vocab_size}. Open "
+            f"the cache with CachedLogitsDataset(..., student_vocab_size={shape[-1]}): then kept entries that the "
+            "student has no logit for count in the tail. Check that the student uses the teacher's tokenizer."
+        )
+
+
+def _shape_advice(shape: tuple[int, ...], positions: tuple[int, ...]) -> str:
+    if len(shape) == len(positions) + 1 and shape[:-2] == positions[:-1] and shape[-2] == positions[-1] - 1:
+        return (
+            "they are one position short, as if they were shifted for a label loss. Pass them unshifted: the targets "
+            "at a position belong to the logits at the same position"
+        )
+    if shape[:-1] == (math.prod(positions),):
+        return f"pass them as the model gives them, without flattening: logits.reshape{(*positions, -1)}"
+    return "pass the logits and the targets of the same batch"
 
 
 def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def files(folder: Path) -> dict[str, int]:
 def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, capsys) -> None:
     folder = cache_dir(joined)
     single = run(joined, KEEP)
-    expected = list(CachedLogitsDataset(single))
+    expected = list(CachedLogitsDataset(single, keep_empty=True))
     whole = read_status(folder)
     single.unlink()
     index = run(joined, SMALL, KEEP)
@@ -54,7 +54,7 @@ def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, caps
     assert not single.exists()
     assert [name[:6] for name in files(folder)] == ["00000-", "00001-", "00002-", "00003-"]
     for path in (index, folder, folder / "teacher_logits"):
-        found = list(CachedLogitsDataset(path))
+        found = list(CachedLogitsDataset(path, keep_empty=True))
         assert len(found) == len(expected) == 40
         for one, other in zip(found, expected, strict=True):
             assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in other)
@@ -120,10 +120,10 @@ def test_a_grown_run_and_another_limit_leave_no_old_files(joined) -> None:
     folder = cache_dir(joined)
     run(joined, SMALL, "distillation.dataset.max_samples=24")
     old = files(folder)
-    assert len(CachedLogitsDataset(folder)) == 24
+    assert len(CachedLogitsDataset(folder, keep_empty=True)) == 24
     index = run(joined, SMALL)
     assert not old.keys() & files(folder).keys()
-    assert len(CachedLogitsDataset(folder)) == 40
+    assert len(CachedLogitsDataset(folder, keep_empty=True)) == 40
     digest = read_status(folder).content_digest
     assert {path.name for path in folder.glob("teacher_logits*")} == {"teacher_logits", index.name}
     run(joined, "distillation.teacher.generation.force_regenerate=true")
@@ -210,4 +210,4 @@ def test_numbered_files_that_a_cache_is_made_of_are_left(joined, tmp_path) -> No
     before = tree(parts)
     merge([parts], output=tmp_path / "parts.h5")
     assert tree(parts).items() >= before.items()
-    assert len(CachedLogitsDataset(tmp_path / "parts.h5")) == 40
+    assert len(CachedLogitsDataset(tmp_path / "parts.h5", keep_empty=True)) == 40

@@ -205,9 +205,9 @@ def test_an_index_over_parts_copies_nothing_twice(parts, whole, small) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
     one = merge([parts], output=parts.parent / "one.h5")
     assert digest(one) == whole
-    plain = CachedLogitsDataset(one)
+    plain = CachedLogitsDataset(one, keep_empty=True)
     for path in (index, parts, caches, caches[::-1]):
-        joined = CachedLogitsDataset(path)
+        joined = CachedLogitsDataset(path, keep_empty=True)
         assert len(joined) == len(plain) == 40
         for item, expected in zip(joined, plain, strict=True):
             assert all((item[name].numpy().tobytes() == expected[name].numpy().tobytes()) for name in expected)
@@ -236,7 +236,7 @@ def test_an_index_lists_each_row_once_and_disturbs_nobody(parts) -> None:
         merge([parts], index=True)
     shutil.rmtree(parts / "worker-1-copy")
     assert tree(parts).items() >= before.items()
-    assert len(CachedLogitsDataset(merge([parts], index=True))) == 40
+    assert len(CachedLogitsDataset(merge([parts], index=True), keep_empty=True)) == 40
 
 
 @pytest.mark.parametrize(("name", "index"), [("out", False), ("out.json", False), ("out.h5", True), ("", False)])
@@ -252,7 +252,7 @@ def test_an_index_first_and_a_merge_after_it_leave_the_run_whole(small, schedule
     run(small, *share(1, 2))
     folder = cache_dir(small)
     merge([folder], index=True)
-    assert len(CachedLogitsDataset(folder / "teacher_logits.index.json")) == 40
+    assert len(CachedLogitsDataset(folder / "teacher_logits.index.json", keep_empty=True)) == 40
     for _ in range(2):
         assert digest(merge([folder], num_workers=2)) == whole
     assert read_status(folder).state == "complete"

@@ -2,17 +2,36 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import compact, packed_records, plain, records, write_cache
+from builders import compact, packed_records, plain, records, save_tokenizer, write_cache
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dask_logits import CachedLogitsDataset, CacheError, ConfigError, DatasetError, collate, collate_flat, convert
+from dask_logits import (
+    CachedLogitsDataset,
+    CacheError,
+    ConfigError,
+    DatasetError,
+    ItemOrder,
+    ResumableSampler,
+    collate,
+    convert,
+)
 from dask_logits.tokenmap import map_digest, token_crcs
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
+
+
+def flattened(batch) -> dict[str, torch.Tensor]:
+    """Return all tensors of a batch, those of its targets among the others."""
+    targets = {} if "targets" not in batch else vars(batch["targets"])
+    return {name: value for name, value in {**batch, **targets}.items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.fixture
@@ -26,13 +45,18 @@ def flat(batches) -> list[tuple[int, list[int], list[float]]]:
         (int(row), ids[mask].tolist(), lse[mask].tolist())
         for batch in batches
         for row, ids, lse, mask in zip(
-            batch["row"], batch["input_ids"], batch["logsumexp"], batch["target_mask"], strict=True
+            batch["row"], batch["input_ids"], batch["targets"].logsumexp, batch["targets"].mask, strict=True
         )
     ]
 
 
+def all_of(path, **options) -> CachedLogitsDataset:
+    """Open a cache with its empty documents, so that item i is document i."""
+    return CachedLogitsDataset(path, keep_empty=True, **options)
+
+
 def test_items_are_the_documents(path) -> None:
-    dataset, made = CachedLogitsDataset(path), records(LENGTHS, k=3)
+    dataset, made = all_of(path), records(LENGTHS, k=3)
     assert len(dataset) == 6
     starts = np.concatenate([[0], np.cumsum(LENGTHS)])
     for i, item in enumerate(dataset):
@@ -48,12 +72,12 @@ def test_items_are_the_documents(path) -> None:
 
 
 def test_a_run_folder_is_a_path_too(path) -> None:
-    assert len(CachedLogitsDataset(path.parent)) == 6
+    assert len(CachedLogitsDataset(path.parent)) == 5
 
 
 @pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_loader_workers_read_the_same(path, workers: int, context: str | None) -> None:
-    dataset = CachedLogitsDataset(path)
+    dataset = all_of(path)
     dataset[0]
     loader = DataLoader(dataset, batch_size=2, collate_fn=collate, num_workers=workers, multiprocessing_context=context)
     found = flat(loader)
@@ -76,11 +100,11 @@ def test_items_do_not_alias_the_file(path) -> None:
 
 
 def test_a_smaller_k_moves_mass_to_the_tail(path) -> None:
-    whole, cut = CachedLogitsDataset(path)[3], CachedLogitsDataset(path, top_k=1)[3]
+    whole, cut = all_of(path)[3], all_of(path, top_k=1)[3]
     assert cut["topk_ids"].shape == (7, 1)
     expected = torch.logaddexp(whole["tail_logmass"], whole["topk_logprobs"][:, 1:].float().logsumexp(-1))
     torch.testing.assert_close(cut["tail_logmass"], expected)
-    assert CachedLogitsDataset(path, top_k=1)[1]["tail_logmass"].shape == (0,)
+    assert all_of(path, top_k=1)[1]["tail_logmass"].shape == (0,)
 
 
 @pytest.mark.parametrize("top_k", [0, 4, -1])
@@ -98,28 +122,6 @@ def test_truncated_and_missing_files_are_refused(path) -> None:
         CachedLogitsDataset(path.with_name("none.h5"))
 
 
-def test_collate_pads_and_shifts(path) -> None:
-    dataset = CachedLogitsDataset(path)
-    batch = collate([dataset[0], dataset[1], dataset[2]], pad_id=9)
-    ids = dataset[0]["input_ids"].tolist()
-    assert batch["input_ids"][0].tolist() == ids
-    assert batch["input_ids"][2].tolist()[2:] == [9, 9]
-    assert batch["labels"][0].tolist() == ids
-    assert batch["labels"][2].tolist() == [*dataset[2]["input_ids"].tolist(), -100, -100]
-    assert batch["next_ids"][0].tolist() == [*ids[1:], -100]
-    assert batch["next_ids"][2].tolist() == [dataset[2]["input_ids"][1].item(), -100, -100, -100]
-    assert batch["next_ids"][1].tolist() == [-100] * 4
-    assert batch["target_mask"].sum(1).tolist() == [4, 0, 2]
-    assert torch.equal(batch["attention_mask"].bool(), batch["target_mask"])
-    assert batch["topk_ids"].shape == batch["topk_logprobs"].shape == (3, 4, 3)
-    assert torch.isnan(batch["label_logprob"][2, 2:]).all()
-
-
-def test_next_ids_are_what_label_logprob_is_of(path) -> None:
-    batch = collate(list(CachedLogitsDataset(path)))
-    assert torch.equal(batch["next_ids"] >= 0, ~torch.isnan(batch["label_logprob"]))
-
-
 @pytest.fixture
 def dense(tmp_path):
     write_cache(tmp_path / "d.h5", records(LENGTHS, k=3), profile=compact(3))
@@ -127,6 +129,7 @@ def dense(tmp_path):
 
 
 def equal(one, other) -> bool:
+    one, other = (flattened(batch) for batch in (one, other))
     return one.keys() == other.keys() and all(
         torch.equal(one[name].nan_to_num(7), other[name].nan_to_num(7)) for name in one
     )
@@ -134,7 +137,7 @@ def equal(one, other) -> bool:
 
 @pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_both_engines_read_the_same_in_every_process(dense, workers: int, context: str | None) -> None:
-    fast, slow = CachedLogitsDataset(dense), CachedLogitsDataset(dense, engine="h5py")
+    fast, slow = all_of(dense), all_of(dense, engine="h5py")
     assert all(equal(fast[i], slow[i]) for i in range(6))
     batches = [
         list(DataLoader(d, batch_size=2, collate_fn=collate, num_workers=workers, multiprocessing_context=context))
@@ -149,18 +152,16 @@ def test_both_engines_read_the_same_in_every_process(dense, workers: int, contex
 def test_codes_decode_to_what_workers_decode(tmp_path, top_k: int | None, vocab_size: int, precision: int) -> None:
     made = records(LENGTHS, k=3, vocab_size=vocab_size)
     write_cache(tmp_path / "c.h5", made, vocab_size=vocab_size, profile=compact(3, vocab_size, precision))
-    here = CachedLogitsDataset(tmp_path / "c.h5", top_k=top_k)
-    there = CachedLogitsDataset(tmp_path / "c.h5", top_k=top_k, decode="device")
-    expected = collate([here[i] for i in range(6)])
-    batch = collate([there[i] for i in range(6)])
-    assert batch["topk_ids_b0"].dtype == torch.uint8
-    assert "topk_ids" not in batch
-    found = there.decoder()(batch)
-    assert found.keys() == expected.keys()
-    mask = expected["target_mask"]
-    for name, values in expected.items():
-        one, other = (values[mask], found[name][mask]) if values.shape[:2] == mask.shape else (values, found[name])
-        assert torch.allclose(one.nan_to_num(7), other.nan_to_num(7), atol=1e-6), name
+    here = all_of(tmp_path / "c.h5", top_k=top_k)
+    there = all_of(tmp_path / "c.h5", top_k=top_k, decode="device")
+    expected = collate([here[i] for i in range(6)])["targets"]
+    coded = collate([there[i] for i in range(6)])["targets"]
+    assert coded.codes["topk_ids_b0"].dtype == torch.uint8
+    found = there.decoder()(coded)
+    mask = expected.mask
+    assert torch.equal(found.mask, mask)
+    for name, values in flattened({"targets": expected}).items():
+        assert torch.allclose(values[mask].nan_to_num(7), getattr(found, name)[mask].nan_to_num(7), atol=1e-6), name
 
 
 def test_what_cannot_be_decoded_there_is_refused(path, dense) -> None:
@@ -181,7 +182,7 @@ def test_what_cannot_be_decoded_there_is_refused(path, dense) -> None:
 @pytest.mark.parametrize("window", [1, 3, 5, 100])
 def test_windows_cut_the_stream_of_all_tokens(tmp_path, profile, made, window: int) -> None:
     write_cache(tmp_path / "c.h5", made, profile=profile)
-    whole = CachedLogitsDataset(tmp_path / "c.h5")
+    whole = all_of(tmp_path / "c.h5")
     windows = CachedLogitsDataset(tmp_path / "c.h5", window=window)
     items, cut = [whole[i] for i in range(len(whole))], [windows[i] for i in range(len(windows))]
     assert [len(item["input_ids"]) for item in cut] == [
@@ -215,9 +216,16 @@ def test_windows_go_over_several_caches_in_dataset_order(tmp_path) -> None:
 
 def test_ids_the_student_lacks_go_to_the_tail_and_are_counted(tmp_path) -> None:
     made, path, highest = records(LENGTHS, k=3), tmp_path / "c.h5", 19
-    write_cache(path, dataclasses.replace(made, input_ids=made.input_ids % (highest + 1)))
-    dataset = CachedLogitsDataset(path)
-    student = CachedLogitsDataset(path, student_vocab_size=highest + 1)
+    write_cache(
+        path,
+        dataclasses.replace(
+            made,
+            input_ids=made.input_ids % (highest + 1),
+            label_logprob=np.full_like(made.label_logprob, np.nan),
+        ),
+    )
+    dataset = all_of(path)
+    student = all_of(path, student_vocab_size=highest + 1)
     seen = 0
     for i in range(6):
         item, cut = dataset[i], student[i]
@@ -234,7 +242,9 @@ def test_ids_the_student_lacks_go_to_the_tail_and_are_counted(tmp_path) -> None:
     assert seen
     assert collate([student[i] for i in range(6)])["n_beyond"].sum() == seen
     assert CachedLogitsDataset(path, student_vocab_size=1_000)[0]["n_beyond"] == 0
-    with pytest.raises(DatasetError, match=r"student_vocab_size: expected input ids below 1, got \d+ in dataset row 0"):
+    with pytest.raises(
+        DatasetError, match=r"student_vocab_size: expected input ids below 1, got \d+ in dataset row 0; leave"
+    ):
         CachedLogitsDataset(path, student_vocab_size=1)[0]
     with pytest.raises(ConfigError, match="student_vocab_size: expected a positive integer"):
         CachedLogitsDataset(path, student_vocab_size=0)
@@ -279,43 +289,20 @@ def test_a_students_tokenizer_has_to_be_the_teachers(tmp_path) -> None:
         CachedLogitsDataset(tmp_path / "none.h5", student_tokenizer=Words(words))
 
 
-def test_a_flat_batch_is_the_padded_one_without_padding(path) -> None:
-    dataset = CachedLogitsDataset(path)
-    items = [dataset[i] for i in range(6)]
-    flat_batch, padded = collate_flat(items), collate(items)
-    mask = padded["target_mask"]
-    for name in ("input_ids", "next_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
-        assert torch.equal(flat_batch[name][0].nan_to_num(7), padded[name][mask].nan_to_num(7))
-    assert flat_batch["cu_seqlens"].tolist() == [0, 4, 4, 6, 13, 14, 17]
-    assert flat_batch["cu_seqlens"].dtype == torch.int32
-    assert flat_batch["position_ids"][0].tolist() == [i for length in LENGTHS for i in range(length)]
-    assert torch.equal(flat_batch["segments"], padded["segments"])
-    labels = padded["labels"].clone()
-    labels[:, 0] = -100
-    assert torch.equal(flat_batch["labels"][0], labels[mask])
-
-
-def test_packing_needs_no_decoding(dense) -> None:
-    there = CachedLogitsDataset(dense, decode="device")
-    here = CachedLogitsDataset(dense)
-    found = there.decoder()(collate_flat([there[0], there[3]]))
-    expected = collate_flat([here[0], here[3]])
-    assert torch.equal(found["topk_ids"], expected["topk_ids"])
-    assert torch.equal(found["topk_logprobs"], expected["topk_logprobs"])
-
-
 @pytest.mark.parametrize(
-    ("given", "settings", "message"),
+    ("paths", "options", "message"),
     [
         ([], {}, "path: expected a cache, or several, got an empty list"),
         (None, {"top_k": "2"}, "top_k: expected 1 to 3, which the cache holds, got '2'"),
+        (None, {"max_tokens": 0}, "max_tokens: expected a positive integer or None, got 0"),
+        (None, {"window": True}, "window: expected a positive integer or None, got True"),
         (None, {"top_k": 1.0}, "top_k: expected 1 to 3, which the cache holds, got 1.0"),
     ],
 )
-def test_what_is_no_path_and_no_number_is_refused(tmp_path, given, settings, message) -> None:
+def test_what_is_no_path_and_no_number_is_refused(tmp_path, paths, options, message) -> None:
     write_cache(tmp_path / "c.h5", records((3,), k=3))
     with pytest.raises(ConfigError) as caught:
-        CachedLogitsDataset(tmp_path / "c.h5" if given is None else given, **settings)
+        CachedLogitsDataset(tmp_path / "c.h5" if paths is None else paths, **options)
     assert message in str(caught.value)
 
 
@@ -328,3 +315,116 @@ def test_the_content_of_all_files_is_told_apart(tmp_path) -> None:
     one, other = (CachedLogitsDataset([tmp_path / "a.h5", tmp_path / name]) for name in ("b.h5", "c.h5"))
     assert one.attributes["content_digest"] == other.attributes["content_digest"] == digests[0]
     assert one.content_digest != other.content_digest
+
+
+def test_documents_without_a_token_are_left_out_unless_asked_for(path) -> None:
+    dataset, whole = CachedLogitsDataset(path), all_of(path)
+    assert (len(dataset), len(whole)) == (5, 6)
+    assert [int(item["row"]) for item in dataset] == [0, 2, 3, 4, 5]
+    assert [int(item["row"]) for item in whole] == list(range(6))
+    assert int(dataset[-1]["row"]) == 5
+    with pytest.raises(IndexError, match="item 5"):
+        dataset[5]
+    assert [batch["row"].tolist() for batch in DataLoader(dataset, batch_size=2)] == [[0, 2], [3, 4], [5]]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_the_order_and_the_sampler_reach_every_item_and_no_other(lengths, seed) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_cache(Path(folder) / "c.h5", records(lengths, k=2, seed=seed))
+        dataset = CachedLogitsDataset(Path(folder) / "c.h5")
+        sampler = ResumableSampler(ItemOrder(len(dataset), seed=seed), digest=dataset.content_digest)
+        rows = sorted(int(dataset[i]["row"]) for i in sampler)
+        assert rows == [row for row, length in enumerate(lengths) if length]
+
+
+def test_empty_documents_of_several_parts_are_left_out(tmp_path) -> None:
+    same = {"fingerprint": "f", "plan_digest": "p", "n_rows": 6, "partial": True}
+    write_cache(tmp_path / "a.h5", records((0, 7, 0), k=3, first_row=3), **same)
+    write_cache(tmp_path / "b.h5", records((4, 0, 2), k=3), **same)
+    dataset = CachedLogitsDataset([tmp_path / "a.h5", tmp_path / "b.h5"])
+    assert [(int(item["row"]), len(item["input_ids"])) for item in dataset] == [(0, 4), (2, 2), (4, 7)]
+    assert dataset.n_tokens == 13
+
+
+def test_documents_that_the_student_cannot_represent_are_left_out_when_asked(tmp_path) -> None:
+    path, made = tmp_path / "c.h5", records((4, 3, 0, 5, 2), k=3)
+    ids = made.input_ids.copy() % 40
+    ids[[5, 13]] = 45, 49
+    nan = np.full_like(made.label_logprob, np.nan)
+    write_cache(path, dataclasses.replace(made, input_ids=ids, label_logprob=nan))
+    dataset = CachedLogitsDataset(path, student_vocab_size=40, skip_unrepresentable=True)
+    assert [int(item["row"]) for item in dataset] == [0, 3]
+    assert "items: 2, 1 empty left out, 2 with tokens that the student lacks left out" in repr(dataset)
+    short = CachedLogitsDataset(path, student_vocab_size=40, skip_unrepresentable=True, max_tokens=1)
+    assert [int(item["row"]) for item in short] == [0, 1, 3, 4]
+    windows = CachedLogitsDataset(path, student_vocab_size=40, skip_unrepresentable=True, window=6)
+    assert [windows[i]["segments"].tolist() for i in range(2)] == [[[0, 0, 4], [3, 0, 2]], [[3, 2, 3]]]
+    with pytest.raises(DatasetError, match=r"got 45 in dataset row 1; leave such documents out with skip_unrep"):
+        list(CachedLogitsDataset(path, student_vocab_size=40))
+    with pytest.raises(ConfigError, match="skip_unrepresentable: expected student_vocab_size, too, got None"):
+        CachedLogitsDataset(path, skip_unrepresentable=True)
+
+
+def test_blocks_that_the_student_cannot_represent_are_left_out_when_asked(tmp_path) -> None:
+    made = packed_records()
+    ids = made.input_ids % 40
+    ids[8] = 49
+    nan = np.full_like(made.label_logprob, np.nan)
+    write_cache(tmp_path / "c.h5", dataclasses.replace(made, input_ids=ids, label_logprob=nan))
+    dataset = CachedLogitsDataset(tmp_path / "c.h5", student_vocab_size=40, skip_unrepresentable=True)
+    assert [item["segments"].tolist() for item in dataset] == [[[0, 0, 4], [1, 0, 0], [2, 0, 2]], [[3, 6, 1]]]
+
+
+@pytest.mark.parametrize("made", [records(LENGTHS, k=3), packed_records()], ids=["documents", "blocks"])
+def test_only_the_first_tokens_of_each_item(tmp_path, made) -> None:
+    write_cache(tmp_path / "c.h5", made, profile=compact(3))
+    whole, short = (CachedLogitsDataset(tmp_path / "c.h5", max_tokens=n) for n in (None, 3))
+    assert len(whole) == len(short)
+    for one, other in zip(whole, short, strict=True):
+        for name in ("input_ids", "topk_ids", "topk_logprobs", "label_logprob", "tail_logmass"):
+            assert torch.equal(one[name][:3].nan_to_num(7), other[name].nan_to_num(7))
+        assert other["segments"][:, 2].sum() == min(3, len(one["input_ids"]))
+    assert short.n_tokens == sum(len(item["input_ids"]) for item in short) < whole.n_tokens
+    windows = CachedLogitsDataset(tmp_path / "c.h5", max_tokens=3, window=4)
+    assert torch.equal(*(torch.cat([item["input_ids"] for item in found]) for found in (windows, short)))
+
+
+def test_a_dataset_says_what_it_is(path, tmp_path) -> None:
+    write_cache(tmp_path / "d.h5", records(LENGTHS, k=3), teacher_path="some/teacher", profile=compact(3))
+    assert repr(CachedLogitsDataset(tmp_path / "d.h5", top_k=2, max_tokens=5)) == (
+        f"CachedLogitsDataset(\n    path: {tmp_path / 'd.h5'}\n    teacher: some/teacher\n"
+        "    items: 5, 1 empty left out\n    tokens: 15\n    top_k: 2 of a vocabulary of 50\n    profile: compact\n"
+        "    max_tokens: 5\n)"
+    )
+    assert "teacher: unknown\n    items: 6\n" in repr(all_of(path))
+
+
+def test_a_students_tokenizer_may_be_named_by_its_folder(tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    for name, size in (("same", 104), ("other", 90)):
+        save_tokenizer(tmp_path / name, size)
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "same").get_vocab()
+    known = {"tokenizer_map_digest": map_digest(vocabulary), "tokenizer_ids": 104}
+    write_cache(tmp_path / "c.h5", records((3,), vocab_size=104), vocab_size=104, **known)
+    CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=str(tmp_path / "same"))
+    with pytest.raises(CacheError, match="got one of 90 ids"):
+        CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=tmp_path / "other")
+    for tokenizer, message in (
+        ("./nowhere", r"expected a folder with a tokenizer, got './nowhere', which does not exist"),
+        (tmp_path, r"expected a tokenizer, its folder or its hub name, got '.*': \w+"),
+        (5, r"expected a tokenizer, or its folder or hub name, got int"),
+    ):
+        with pytest.raises(ConfigError, match="student_tokenizer: " + message):
+            CachedLogitsDataset(tmp_path / "c.h5", student_tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_cache_whose_targets_are_shifted_is_refused(tmp_path, shift: int) -> None:
+    made = records((9, 4), k=3, vocab_size=8)
+    rolled = {name: np.roll(getattr(made, name), shift, 0) for name in ("topk_ids", "topk_logprobs", "tail_logmass")}
+    write_cache(tmp_path / "c.h5", dataclasses.replace(made, **rolled), vocab_size=8)
+    with pytest.raises(CacheError, match=r"c.h5: The targets do not belong to these tokens: at \(0, \d\) the teacher"):
+        CachedLogitsDataset(tmp_path / "c.h5")

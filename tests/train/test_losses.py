@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dask_logits.train.losses import normalise_targets, sparse_forward_kl
+from dask_logits import ConfigError, DatasetError, SparseTargets, distillation_loss
+from dask_logits.train.losses import normalise_targets
+from dask_logits.train.targets import CodedTargets
 
 
-def targets(teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def entries(teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     logp = teacher_logits.log_softmax(-1)
     top = logp.topk(k)
     rest = logp.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
     return top.indices, top.values, rest
+
+
+def sparse(ids: Tensor, logp: Tensor, tail: Tensor, mask: Tensor | None = None, vocab_size: int = 50) -> SparseTargets:
+    """Wrap entries as the targets of a batch without labels."""
+    shape = ids.shape[:-1]
+    return SparseTargets(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        topk_ids=ids,
+        topk_logprobs=logp,
+        tail_logmass=tail,
+        logsumexp=torch.zeros(shape),
+        label_ids=torch.full(shape, -100),
+        label_logprob=torch.full(shape, torch.nan),
+        mask=torch.ones(shape, dtype=torch.bool) if mask is None else mask,
+        vocab_size=vocab_size,
+    )
+
+
+def targets(teacher_logits: Tensor, k: int, mask: Tensor | None = None) -> SparseTargets:
+    return sparse(*entries(teacher_logits, k), mask)
 
 
 def dense(student: Tensor, ids: Tensor, logp: Tensor, tail: Tensor) -> Tensor:
@@ -40,10 +64,10 @@ def pair(rows: int = 7, vocab: int = 50, spread: float = 3.0, seed: int = 0) -> 
 @given(st.integers(1, 50), st.floats(0.1, 12.0), st.integers(0, 100), st.integers(1, 9))
 def test_value_and_gradient_equal_the_dense_loss(k: int, spread: float, seed: int, chunk_rows: int) -> None:
     teacher, student = pair(spread=spread, seed=seed)
-    ids, logp, tail = targets(teacher, k)
+    ids, logp, tail = entries(teacher, k)
     one = student.float().requires_grad_()
     two = student.float().double().requires_grad_()
-    loss = sparse_forward_kl(one, ids, logp, tail, chunk_rows=chunk_rows)
+    loss = distillation_loss(one, sparse(ids, logp, tail), chunk_rows=chunk_rows)
     expected = dense(two, ids, logp, tail)
     loss.backward()
     expected.backward()
@@ -55,15 +79,15 @@ def test_value_and_gradient_equal_the_dense_loss(k: int, spread: float, seed: in
 @given(st.integers(1, 49), st.integers(0, 100))
 def test_it_is_never_negative_even_for_rounded_targets(k: int, seed: int) -> None:
     teacher, student = pair(seed=seed)
-    ids, logp, tail = targets(teacher, k)
+    ids, logp, tail = entries(teacher, k)
     close = teacher + 1e-3 * student
-    assert sparse_forward_kl(close.float(), ids, logp.half(), tail.float()).item() >= -1e-6
+    assert distillation_loss(close.float(), sparse(ids, logp.half(), tail.float())).item() >= -1e-6
 
 
 def test_it_is_zero_with_zero_gradient_at_the_teacher() -> None:
     teacher, _ = pair()
     student = teacher.float().requires_grad_()
-    loss = sparse_forward_kl(student, *targets(teacher, 8))
+    loss = distillation_loss(student, targets(teacher, 8))
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert student.grad.abs().max() < 1e-6
@@ -74,41 +98,52 @@ def test_the_gradient_does_not_vanish_for_a_sharp_student() -> None:
     student = torch.zeros(1, 50)
     student[0, 0] = 60.0
     student.requires_grad_()
-    ids, logp, tail = targets(teacher, 1)
-    sparse_forward_kl(student, torch.zeros_like(ids), logp, tail).backward()
+    ids, logp, tail = entries(teacher, 1)
+    distillation_loss(student, sparse(torch.zeros_like(ids), logp, tail)).backward()
     assert student.grad[0, 0] == pytest.approx(0.98, abs=1e-3)
     assert student.grad[0, 1:].sum() == pytest.approx(-0.98, abs=1e-3)
 
 
 def test_masked_positions_do_not_count() -> None:
     teacher, student = pair(rows=6)
-    ids, logp, tail = targets(teacher, 5)
+    ids, logp, tail = entries(teacher, 5)
     mask = torch.tensor([True, False, True, True, False, False])
     whole = student.float().reshape(2, 3, 50).requires_grad_()
     logp = logp.clone()
     logp[1] = torch.nan
-    loss = sparse_forward_kl(
-        whole, ids.reshape(2, 3, 5), logp.reshape(2, 3, 5), tail.reshape(2, 3), mask.reshape(2, 3), chunk_rows=2
-    )
+    batch = sparse(ids.reshape(2, 3, 5), logp.reshape(2, 3, 5), tail.reshape(2, 3), mask.reshape(2, 3))
+    loss = distillation_loss(whole, batch, chunk_rows=2)
     loss.backward()
-    expected = sparse_forward_kl(student.float()[mask], ids[mask], logp[mask], tail[mask])
+    expected = distillation_loss(student.float()[mask], sparse(ids[mask], logp[mask], tail[mask]))
     torch.testing.assert_close(loss, expected)
     assert (whole.grad.reshape(6, 50)[~mask] == 0).all()
     assert torch.isfinite(whole.grad).all()
-    as_numbers = sparse_forward_kl(student.float(), ids, logp, tail, mask.long())
-    torch.testing.assert_close(as_numbers, expected)
 
 
-def test_no_counted_position_gives_zero() -> None:
+def test_a_batch_without_targets_gives_zero() -> None:
     teacher, student = pair()
-    loss = sparse_forward_kl(student.float(), *targets(teacher, 3), torch.zeros(7, dtype=torch.bool))
+    logits = student.float().requires_grad_()
+    loss = distillation_loss(logits, targets(teacher, 3, torch.zeros(7, dtype=torch.bool)))
+    loss.backward()
     assert loss.item() == 0.0
+    assert (logits.grad == 0).all()
+    nothing = torch.zeros(0, 50, requires_grad=True)
+    assert distillation_loss(nothing, sparse(torch.zeros(0, 3).long(), torch.zeros(0, 3), torch.zeros(0))).item() == 0.0
+
+
+def test_logits_beyond_the_teachers_vocabulary_count_in_the_tail() -> None:
+    teacher, student = pair()
+    wide = torch.nn.functional.pad(student.float(), (0, 6), value=1.0)
+    ids, logp, tail = entries(teacher, 4)
+    torch.testing.assert_close(
+        distillation_loss(wide, sparse(ids, logp, tail)).double(), dense(wide, ids, logp, tail), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_half_precision_logits_get_half_precision_gradients() -> None:
     teacher, student = pair()
     logits = student.bfloat16().requires_grad_()
-    sparse_forward_kl(logits, *targets(teacher, 8)).backward()
+    distillation_loss(logits, targets(teacher, 8)).backward()
     assert logits.grad.dtype == torch.bfloat16
 
 
@@ -128,26 +163,65 @@ def test_only_a_chunk_is_copied_to_float32() -> None:
     logits = student.bfloat16().requires_grad_()
     given_targets = targets(teacher, 8)
     with Widest() as widest:
-        sparse_forward_kl(logits, *given_targets, chunk_rows=4).backward()
+        distillation_loss(logits, given_targets, chunk_rows=4).backward()
     assert widest.rows == 4
 
 
 def test_normalised_targets_sum_to_one() -> None:
     teacher, _ = pair()
-    _, logp, tail = targets(teacher, 8)
+    _, logp, tail = entries(teacher, 8)
     rounded, tail = normalise_targets(logp.half().float(), tail.float())
     torch.testing.assert_close(rounded.exp().sum(-1) + tail.exp(), torch.ones(7))
 
 
-def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
-    teacher, student = pair()
-    ids, logp, tail = targets(teacher, 8)
-    with pytest.raises(ValueError, match="expected targets for logits of"):
-        sparse_forward_kl(student[:3], ids, logp, tail)
-    with pytest.raises(ValueError, match=r"target_mask: expected \(7,\), got \(3,\)"):
-        sparse_forward_kl(student, ids, logp, tail, torch.ones(3))
-    with pytest.raises(ValueError, match="expected ids below the student's 10 logits"):
-        sparse_forward_kl(student[:, :10], ids, logp, tail)
+def batch_of(rows: int = 2, tokens: int = 5, k: int = 8) -> tuple[Tensor, SparseTargets]:
+    teacher, student = pair(rows=rows * tokens)
+    ids, logp, tail = entries(teacher, k)
+    shape = (rows, tokens)
+    return student.float().reshape(*shape, 50), sparse(
+        ids.reshape(*shape, k), logp.reshape(*shape, k), tail.reshape(shape)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: logits[:, :-1], r"one position short, as if they were shifted for a label loss. Pass them un"),
+        (lambda logits: logits[:, 1:], r"one position short"),
+        (lambda logits: logits.flatten(0, 1), r"got \(10, 50\); pass them as the model gives them, without flattening"),
+        (lambda logits: logits[:1], r"expected the shape \(2, 5, 'V'\), .* got \(1, 5, 50\); pass the logits and the"),
+        (lambda logits: logits[..., 0], r"expected the shape \(2, 5, 'V'\), .* got \(2, 5\)"),
+        (lambda logits: logits.argmax(-1), r"expected floating-point numbers \[..., V\], got torch.int64 of the shape"),
+        (lambda logits: logits.to("meta"), r"logits are on meta, but the targets are on cpu. .*\.to\('meta'\)"),
+        (lambda logits: logits[..., :10], r"has 10 logits, but .* vocabulary of 50. Open .*student_vocab_size=10\)"),
+        (lambda logits: {"logits": logits}, r"logits: expected a tensor, got dict; take .logits of"),
+    ],
+    ids=["shifted", "shifted-left", "flat", "part", "no-vocabulary", "ids", "device", "narrow", "output"],
+)
+def test_logits_that_cannot_belong_to_the_targets_are_refused(change, message: str) -> None:
+    logits, batch = batch_of()
+    with pytest.raises(ConfigError, match=message):
+        distillation_loss(change(logits), batch)
+
+
+def test_what_is_no_decoded_target_is_refused() -> None:
+    logits, batch = batch_of()
+    with pytest.raises(ConfigError, match=r"decode='device'. Decode them first: decoder = dataset.decoder\(\)"):
+        distillation_loss(logits, CodedTargets(codes={}, rest=batch))
+    with pytest.raises(ConfigError, match=r"expected the SparseTargets of the batch, batch\['targets'\], got dict"):
+        distillation_loss(logits, {"targets": batch})
+    wrong = dataclasses.replace(batch, topk_ids=batch.topk_ids + 50)
+    with pytest.raises(DatasetError, match=r"topk_ids: expected ids from 0 to 49, got 5\d to \d+; run `dask-logits ve"):
+        distillation_loss(logits, wrong)
+
+
+def test_the_loss_compares_the_students_tokens_with_the_teachers() -> None:
+    logits, batch = batch_of()
+    batch = dataclasses.replace(batch, input_ids=torch.arange(10).reshape(2, 5))
+    expected = distillation_loss(logits, batch)
+    assert distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5)) == expected
+    with pytest.raises(DatasetError, match="reads other tokens than the teacher"):
+        distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5).roll(1, -1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -155,7 +229,7 @@ def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
 def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: int, chunk_rows: int) -> None:
     # As CachedLogitsDataset(student_vocab_size=) gives them: id 0, −∞, behind the others.
     teacher, wide = pair(seed=seed)
-    ids, logp, _ = targets(teacher, k)
+    ids, logp, _ = entries(teacher, k)
     there = ids < width
     kept = torch.zeros_like(teacher[:, :width], dtype=torch.bool)
     expected = torch.zeros((), dtype=torch.float64)
@@ -172,7 +246,7 @@ def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: 
     cut_ids = ids.masked_fill(~there, 0).gather(-1, order)
     cut_logp = logp.masked_fill(~there, -torch.inf).gather(-1, order)
     tail = torch.log1p(-cut_logp.exp().sum(-1))
-    loss = sparse_forward_kl(one, cut_ids, cut_logp, tail, chunk_rows=chunk_rows)
+    loss = distillation_loss(one, sparse(cut_ids, cut_logp, tail, vocab_size=width), chunk_rows=chunk_rows)
     loss.backward()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)

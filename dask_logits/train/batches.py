@@ -1,0 +1,218 @@
+"""Items of a cache → batches: padded (:func:`collate`) or joined to one row (:func:`collate_flat`).
+
+torch's default ``collate_fn`` gives the batches of :func:`collate` as well, because the type of the items is registered
+there; a loader without ``collate_fn`` is no mistake.
+
+Dimension letters: B items in a batch, T tokens, S segments of an item, K kept entries, N tokens of a flat batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# torch 2.13 documents this table as the way to teach default_collate a type, but exports it nowhere else.
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from dask_logits.errors import DatasetError
+from dask_logits.train.targets import IGNORED_LABEL, CodedTargets, SparseTargets
+
+_CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachedItem(Mapping[str, Tensor]):
+    """One item of a cache: a read-only mapping of tensors.
+
+    It is no ``dict``: the Hugging Face ``Trainer`` removes from a ``dict`` all columns that the model does not take.
+
+    Parameters
+    ----------
+    tensors
+        Name → tensor, see :class:`dask_logits.CachedLogitsDataset`.
+    vocab_size
+        All ids are below it.
+    """
+
+    tensors: dict[str, Tensor]
+    vocab_size: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
+    """Pad items to a batch.
+
+    Parameters
+    ----------
+    items
+        From :class:`dask_logits.CachedLogitsDataset`.
+    pad_id
+        Token id of padding.
+
+    Returns
+    -------
+    dict
+        ``input_ids``, ``attention_mask`` [B, T]; ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
+        models take them (they shift inside); ``targets``, the :class:`dask_logits.SparseTargets` [B, T] of the batch;
+        ``row`` [B]; ``segments`` [B, S, 3], with rows −1 and lengths 0 where an item has fewer; ``n_beyond`` [B] with a
+        `student_vocab_size`. With ``decode="device"`` the targets are still encoded.
+
+    Raises
+    ------
+    DatasetError
+        If the items are not those of a :class:`dask_logits.CachedLogitsDataset`.
+
+    Examples
+    --------
+    >>> item = CachedItem(
+    ...     tensors={"input_ids": torch.tensor([5, 6]), "topk_ids": torch.zeros(2, 1, dtype=torch.int32),
+    ...              "topk_logprobs": torch.zeros(2, 1), "logsumexp": torch.zeros(2), "tail_logmass": torch.zeros(2),
+    ...              "label_logprob": torch.zeros(2), "row": torch.tensor(0), "segments": torch.tensor([[0, 0, 2]])},
+    ...     vocab_size=7,
+    ... )
+    >>> collate([item])["targets"].label_ids.tolist()
+    [[6, -100]]
+    """
+    _check_items(items)
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
+    batch = {
+        "input_ids": input_ids_BT,
+        "attention_mask": mask_BT.long(),
+        "labels": torch.where(mask_BT, input_ids_BT, IGNORED_LABEL),
+        "targets": _targets(items, input_ids_BT, mask_BT),
+        "row": torch.stack([item["row"] for item in items]),
+        "segments": _padded_segments([item["segments"] for item in items]),
+    }
+    if "n_beyond" in items[0]:
+        batch["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
+    return batch
+
+
+def _check_items(items: Sequence[CachedItem]) -> None:
+    if not items:
+        raise DatasetError("collate: expected at least one item, got an empty list")
+    for item in items:
+        if not isinstance(item, CachedItem):
+            raise DatasetError(
+                f"collate: expected the items of a CachedLogitsDataset, unchanged, got {type(item).__name__}. To "
+                "change an item, use dataclasses.replace(item, tensors=...)."
+            )
+
+
+def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor) -> SparseTargets | CodedTargets:
+    label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
+    label_ids_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
+    label_logprob_BT = _padded(items, "label_logprob", float("nan"), torch.float32)
+    # In a window over several documents, the first token of one is no label of the one before.
+    label_ids_BT.masked_fill_(label_logprob_BT.isnan(), IGNORED_LABEL)
+    is_coded = "topk_ids" not in items[0]
+    no_entries_BT0 = torch.zeros((*mask_BT.shape, 0))
+    targets = SparseTargets(
+        input_ids=input_ids_BT,
+        topk_ids=no_entries_BT0.long() if is_coded else _padded(items, "topk_ids", 0, torch.int64),
+        topk_logprobs=no_entries_BT0 if is_coded else _padded(items, "topk_logprobs", 0.0, torch.float32),
+        tail_logmass=_padded(items, "tail_logmass", 0.0, torch.float32),
+        logsumexp=_padded(items, "logsumexp", 0.0, torch.float32),
+        label_ids=label_ids_BT,
+        label_logprob=label_logprob_BT,
+        mask=mask_BT,
+        vocab_size=max(item.vocab_size for item in items),
+    )
+    if not is_coded:
+        return targets
+    names = [name for name in items[0] if name.startswith(_CODES)]
+    return CodedTargets(codes={name: _padded(items, name, 0, items[0][name].dtype) for name in names}, rest=targets)
+
+
+def _padded(items: Sequence[CachedItem], name: str, fill: float, dtype: torch.dtype) -> Tensor:
+    width = max(len(item["input_ids"]) for item in items)
+    out = torch.full((len(items), width, *items[0][name].shape[1:]), fill, dtype=dtype)
+    for b, item in enumerate(items):
+        out[b, : len(item[name])] = item[name]
+    return out
+
+
+def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
+    most = max(len(segments_S3) for segments_S3 in segments)
+    segments_BS3 = torch.tensor([-1, 0, 0]).repeat(len(segments), most, 1)
+    for b, segments_S3 in enumerate(segments):
+        segments_BS3[b, : len(segments_S3)] = segments_S3
+    return segments_BS3
+
+
+def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
+    """Join items to one row without padding, for attention that takes sequences of varying length.
+
+    Parameters
+    ----------
+    items
+        From :class:`dask_logits.CachedLogitsDataset`.
+
+    Returns
+    -------
+    dict
+        As :func:`collate` gives, with B = 1 and T = N, the sum of the lengths, without ``attention_mask``; besides
+        ``position_ids`` [1, N], which start anew with every item, and ``cu_seqlens`` [items + 1] int32, where each
+        begins and the last ends. ``labels`` is −100 at the first token of an item, which the one before must not
+        predict. ``row``, ``segments`` and ``n_beyond`` are those of the items.
+
+    Raises
+    ------
+    DatasetError
+        If the items are not those of a :class:`dask_logits.CachedLogitsDataset`.
+
+    Examples
+    --------
+    >>> def item(ids):
+    ...     tokens, zeros = torch.tensor(ids), torch.zeros(len(ids))
+    ...     return CachedItem(
+    ...         tensors={"input_ids": tokens, "topk_ids": tokens[:, None].int(), "topk_logprobs": zeros[:, None],
+    ...                  "logsumexp": zeros, "tail_logmass": zeros, "label_logprob": zeros, "row": torch.tensor(0),
+    ...                  "segments": torch.tensor([[0, 0, len(ids)]])},
+    ...         vocab_size=10,
+    ...     )
+    >>> batch = collate_flat([item([5, 6, 7]), item([8, 9])])
+    >>> batch["position_ids"].tolist(), batch["cu_seqlens"].tolist(), batch["labels"].tolist()
+    ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
+    """
+    _check_items(items)
+    rows = [collate([item]) for item in items]
+    targets = [row["targets"] for row in rows]
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    ends = lengths.cumsum(0)
+    starts_N = torch.repeat_interleave(ends - lengths, lengths)
+    labels_1N = torch.cat([row["labels"] for row in rows], 1)
+    labels_1N[0, (ends - lengths)[lengths > 0]] = IGNORED_LABEL
+    batch = {
+        "input_ids": torch.cat([row["input_ids"] for row in rows], 1),
+        "labels": labels_1N,
+        "targets": targets[0].joined(targets),
+        "position_ids": (torch.arange(len(starts_N)) - starts_N)[None],
+        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
+        "row": torch.stack([item["row"] for item in items]),
+        "segments": _padded_segments([item["segments"] for item in items]),
+    }
+    if "n_beyond" in items[0]:
+        batch["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
+    return batch
+
+
+def _collate_default(items: Sequence[CachedItem], *, collate_fn_map: object = None) -> dict[str, Any]:
+    return collate(items)
+
+
+default_collate_fn_map[CachedItem] = _collate_default

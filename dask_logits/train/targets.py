@@ -1,0 +1,222 @@
+"""``SparseTargets``: the teacher's side of one batch.
+
+One object carries the targets together with the mask of the positions that have them, so that a loss cannot be called
+without the mask. It cannot be sliced either: targets and logits of the same position belong together, and a slice is
+how one of them gets shifted. What can be proved about a batch is checked: the student read the tokens that the teacher
+read, and the log-prob of each next token agrees with the entry kept for it.
+
+Dimension letters: N positions (any leading dimensions, [B, T] for a padded batch), K kept entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+from dask_logits.errors import ConfigError, DatasetError
+
+IGNORED_LABEL = -100
+
+# How far a label's log-prob may lie from the kept entry's: entries are rounded to float16, and those of a compact cache
+# to a step that grows with the distance from the most probable one (0.7 % of it at the coarsest precision, 8 bits).
+_LEAST_ERROR = 0.02
+_SHARE_OF_GAP = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tensors:
+    """Tensors of a batch that move between devices together."""
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Return the same targets on another device."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the same targets in page-locked memory; a ``DataLoader`` with ``pin_memory=True`` calls this."""
+        return self._changed(lambda tensor: tensor.pin_memory())
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be sliced: the targets at a position belong to the student's logits at the "
+            "same position, and nothing is shifted. To train on the first tokens of each document only, open the cache "
+            "with CachedLogitsDataset(..., max_tokens=...)."
+        )
+
+    # Without it, __getitem__ would make the object look like a sequence.
+    __iter__ = None
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, dict):
+                changed[field.name] = {name: change(tensor) for name, tensor in value.items()}
+            elif isinstance(value, _Tensors):
+                changed[field.name] = value._changed(change)
+        return replace(self, **changed)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Join targets of [1, T] positions each to one row."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            column = [getattr(part, field.name) for part in parts]
+            if isinstance(column[0], Tensor):
+                values[field.name] = torch.cat(column, 1)
+            elif isinstance(column[0], dict):
+                values[field.name] = {name: torch.cat([value[name] for value in column], 1) for name in column[0]}
+            elif isinstance(column[0], _Tensors):
+                values[field.name] = column[0].joined(column)
+            else:
+                values[field.name] = max(column)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SparseTargets(_Tensors):
+    """The teacher's distributions for a batch: kept entries, the tail, labels, and where they are valid.
+
+    The targets at position t are the teacher's distribution of the token at t + 1, like the logits that a causal model
+    gives at t.
+
+    Parameters
+    ----------
+    input_ids
+        [N] int64, the tokens that the teacher read.
+    topk_ids, topk_logprobs
+        [N, K] int64 and float32, the kept entries, most probable first; an entry with log-prob −∞ is absent, whatever
+        its id.
+    tail_logmass
+        [N] float32, log of the teacher's mass outside the kept entries.
+    logsumexp
+        [N] float32, of the teacher's raw logits.
+    label_ids
+        [N] int64, the document's token at t + 1; −100 where the document ends, or the batch.
+    label_logprob
+        [N] float32, the teacher's log-prob of the document's next token; NaN where the document ends.
+    mask
+        [N] bool, True at the positions that have targets; padding has none.
+    vocab_size
+        The width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids
+        are below it, and the student needs at least as many logits.
+
+    Raises
+    ------
+    ConfigError
+        If the shapes disagree.
+    """
+
+    input_ids: Tensor
+    topk_ids: Tensor
+    topk_logprobs: Tensor
+    tail_logmass: Tensor
+    logsumexp: Tensor
+    label_ids: Tensor
+    label_logprob: Tensor
+    mask: Tensor
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        entries = (*self.shape, self.topk_ids.shape[-1] if self.topk_ids.dim() else 0)
+        problems = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            expected = entries if field.name.startswith("topk_") else tuple(self.shape)
+            if isinstance(value, Tensor) and tuple(value.shape) != expected:
+                problems.append(f"{field.name}: expected the shape {expected}, got {tuple(value.shape)}")
+        if problems:
+            raise ConfigError("\n".join(problems), problems)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the positions, [B, T] for a padded batch."""
+        return self.mask.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.mask.device
+
+    def check_alignment(self, input_ids: Tensor) -> None:
+        """Refuse a batch in which the student and the teacher did not read the same tokens.
+
+        Parameters
+        ----------
+        input_ids
+            [N], the tokens that the student reads.
+
+        Raises
+        ------
+        DatasetError
+            If they differ from the teacher's at a position with targets, or if the teacher's log-prob of the next
+            token contradicts the entries kept for it.
+        """
+        if input_ids.shape != self.shape:
+            raise DatasetError(
+                f"The student's input_ids have the shape {tuple(input_ids.shape)}, but the targets have the shape "
+                f"{tuple(self.shape)}. Give the student batch['input_ids'] of the same batch, unchanged."
+            )
+        differs_N = (input_ids.to(self.device) != self.input_ids) & self.mask
+        if differs_N.any():
+            place = tuple(int(axis[0]) for axis in differs_N.nonzero(as_tuple=True))
+            raise DatasetError(
+                f"The student reads other tokens than the teacher at {int(differs_N.sum())} of {int(self.mask.sum())} "
+                f"positions, first at {place}: the cache has token {int(self.input_ids[place])}, the student "
+                f"{int(input_ids[place])}.{self._shift(input_ids)} Give the student batch['input_ids'] of the same "
+                "batch, unchanged."
+            )
+        self._check_labels()
+
+    def _shift(self, input_ids: Tensor) -> str:
+        """Name a shift that explains the difference."""
+        own_N, mask_N, other_N = self.input_ids, self.mask, input_ids.to(self.device)
+        for earlier_N, later_N, where in ((own_N, other_N, "right"), (other_N, own_N, "left")):
+            both_N = mask_N[..., 1:] & mask_N[..., :-1]
+            if both_N.any() and not ((later_N[..., 1:] != earlier_N[..., :-1]) & both_N).any():
+                return f" They are the cached tokens, shifted to the {where} by one position."
+        return ""
+
+    def _check_labels(self) -> None:
+        """Refuse targets whose label log-probs contradict the kept entries: they belong to other tokens."""
+        present_NK = self.topk_logprobs > -torch.inf
+        known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan() & present_NK.any(-1)
+        is_label_NK = (self.topk_ids == self.label_ids[..., None]) & present_NK
+        least_N = torch.where(present_NK, self.topk_logprobs, torch.inf).amin(-1)
+        kept_N = torch.where(is_label_NK, self.topk_logprobs, -torch.inf).amax(-1)
+        is_kept_N = is_label_NK.any(-1)
+        bound_N = torch.where(is_kept_N, kept_N, least_N)
+        top_N = torch.where(present_NK, self.topk_logprobs, -torch.inf).amax(-1)
+        off_N = self.label_logprob - bound_N
+        allowed_N = _LEAST_ERROR + _SHARE_OF_GAP * (top_N - bound_N + 1)
+        wrong_N = known_N & ((off_N > allowed_N) | (is_kept_N & (off_N < -allowed_N)))
+        if wrong_N.any():
+            place = tuple(int(axis[0]) for axis in wrong_N.nonzero(as_tuple=True))
+            raise DatasetError(
+                f"The targets do not belong to these tokens: at {place} the teacher's log-prob of the next token "
+                f"{int(self.label_ids[place])} is {float(self.label_logprob[place]):.3f}, but its kept entries say "
+                f"{'' if is_kept_N[place] else 'at most '}{float(bound_N[place]):.3f} "
+                f"({int(wrong_N.sum())} of {int(known_N.sum())} positions disagree). Run `dask-logits verify` on the "
+                "cache; if it finds nothing, the targets were shifted after they were read."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CodedTargets(_Tensors):
+    """Targets of a compact cache, still encoded; :meth:`CachedLogitsDataset.decoder` turns them into SparseTargets.
+
+    Parameters
+    ----------
+    codes
+        Stored name → tensor: the byte planes [N, K] and ``top1_logprob`` [N].
+    rest
+        All other targets, without kept entries.
+    """
+
+    codes: dict[str, Tensor]
+    rest: SparseTargets
