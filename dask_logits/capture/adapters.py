@@ -114,16 +114,18 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
 
     stored = set(file_tensors(adapter.folder / WEIGHTS))
     if renames := prefix_renames(stored):
-        raise TeacherError(f"{_WHERE}: the names of the adapter's weights in {adapter.folder} start with a prefix that "
-                           f"peft does not know ({', '.join(renames)}); save the adapter again without it")  # fmt: skip
-    own = {f"base_model.model.{name}" for name in model.state_dict()}
+        raise TeacherError(
+            f"{_WHERE}: the names of the adapter's weights in {adapter.folder} start with a prefix that peft does not "
+            f"know ({', '.join(renames)}); save the adapter again without it"
+        )
     try:
         with warnings.catch_warnings():
             # peft 0.21 only warns of weights that are missing, which are looked for below.
             warnings.simplefilter("ignore", UserWarning)
             adapted = PeftModel.from_pretrained(model, adapter.folder)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        surplus, absent = sorted(stored - expected - own), sorted(expected - stored)
+        # An adapter may also hold weights of the base model itself, such as embeddings of new tokens.
+        surplus, absent = sorted(stored - expected - set(adapted.state_dict())), sorted(expected - stored)
         if surplus or absent:
             raise TeacherError(
                 f"{_WHERE}: the adapter in {adapter.folder} does not fit its base model {adapter.base}: "
