@@ -114,7 +114,7 @@ def timed(teacher: Teacher, cases: dict[str, tuple[list[Array], ScoringSettings]
                 "case": name,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
-                "mfu": cost.flops(map(len, documents)) / seconds / cost.peak_flops,
+                "mfu": cost.mfu(cost.flops(map(len, documents)), seconds) or float("nan"),
                 "shares": {part: value / seconds for part, value in parts.items() if part != "score"}
                 | {"rest": 1 - named / seconds},
             }

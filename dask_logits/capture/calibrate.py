@@ -212,7 +212,7 @@ def _report(
         "tokens": scored.records.n_tokens,
         "perplexity": statistics_of.perplexity if statistics_of.labels else None,
         "tokens_per_second": round(scored.records.n_tokens / seconds, 1),
-        "mfu": round(cost.flops(len(document) for document in task.documents) / seconds / cost.peak_flops, 3),
+        "mfu": cost.mfu(cost.flops(len(document) for document in task.documents), seconds),
         "seconds": scored.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,

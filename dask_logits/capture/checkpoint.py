@@ -12,6 +12,8 @@ import gc
 import hashlib
 import logging
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,17 @@ from typing import Any
 
 import torch
 
-from dask_logits.capture.placement import DeviceMap, free_gpu_bytes, require_room, spread_layers
+from dask_logits.capture.adapters import merge_adapter
+from dask_logits.capture.architecture import (
+    Architecture,
+    configured_dtype,
+    read_architecture,
+)
+from dask_logits.capture.locate import Location, hub_is_reachable, locate_teacher, refuse_hub_adapter
+from dask_logits.capture.matching import require_complete, require_matching_tensors
+from dask_logits.capture.placement import free_gpu_bytes, require_room, spread_layers
 from dask_logits.capture.teacher import Teacher
+from dask_logits.capture.weights import main_dtype, prefix_renames
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError, first_line
 
@@ -103,51 +114,62 @@ class TeacherFacts:
 
 
 def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
-    """Read a teacher's configuration and fingerprint its files; the weights are not loaded.
+    """Read a teacher's configuration and the headers of its weights, and fingerprint its files.
+
+    The weights of a folder are matched against the model by transformers' own loading, with shapes in place of values.
 
     Raises
     ------
     TeacherError
-        If there is no such model, or it is not a causal language model.
+        If there is no such model, it is not a decoder-only language model, or its files do not make that model.
     """
     path = str(config.model_path)
-    folder = Path(path).expanduser()
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise TeacherError(
-            f"distillation.teacher.model_path: expected a folder with a model, got {path!r}, which does not exist; "
-            "correct the path or give a hub name"
-        )
-    source = str(folder) if folder.is_dir() else path
-    pickled = folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
-    if pickled and not config.allow_pickle:
-        raise TeacherError(
-            f"distillation.teacher.model_path: expected weights in safetensors, got pickled ones in {path!r}, which "
-            "may be made to run code; convert them (model.save_pretrained writes safetensors), or set "
-            "distillation.teacher.allow_pickle=true if you trust where they come from"
-        )
+    location = locate_teacher(path, allow_pickle=config.allow_pickle)
     if config.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
+    revision = config.revision if location.adapter is None else None
+    only_cached = location.folder is None and not hub_is_reachable(location.base)
     try:
-        model_config, model = _empty_model(source, config.revision, config.trust_remote_code)
+        if location.folder is None and not only_cached:
+            refuse_hub_adapter(location.base, revision)
+        architecture = read_architecture(
+            location.base, revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
-            f"{first_line(error)}; correct the name, or download it and give its folder"
+            f"{'the model hub does not answer and its cache has no such model' if only_cached else first_line(error)}; "
+            "correct the name, or download it and give its folder"
         ) from error
+    require_matching_tensors(location, architecture)
+    model = architecture.model
     head = model.get_output_embeddings()
-    text_config = model_config.get_text_config()
-    commit = None if folder.is_dir() else getattr(model_config, "_commit_hash", None)
+    commit = None if location.folder else getattr(architecture.config, "_commit_hash", None)
     return TeacherFacts(
-        identity=_fingerprint_folder(folder) if folder.is_dir() else f"commit:{commit}",
+        identity=_identity(location, commit),
         revision=commit,
         parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.weight.numel(),
         hidden_width=head.weight.shape[1],
         head_width=head.weight.shape[0],
-        layers=int(getattr(text_config, "num_hidden_layers", 1)),
-        checkpoint_dtype=str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch."),
-        max_positions=_max_positions(text_config),
+        layers=int(getattr(architecture.text_config, "num_hidden_layers", 1)),
+        checkpoint_dtype=_checkpoint_dtype(location, architecture),
+        max_positions=_max_positions(architecture.text_config),
     )
+
+
+def _checkpoint_dtype(location: Location, architecture: Architecture) -> str:
+    """Return the dtype that the configuration names, else the one that the weights are stored in."""
+    named, stored = configured_dtype(architecture), main_dtype(location.tensors)
+    if named and stored and named != stored:
+        logger.warning(
+            "%s: config.json names dtype %s and the weights are stored in %s; dtype=auto follows config.json, "
+            "set distillation.teacher.dtype to choose",
+            location.base,
+            named,
+            stored,
+        )
+    return named or stored or "float32"
 
 
 def _max_positions(text_config: Any) -> int | None:
@@ -210,7 +232,6 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
 
 def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -224,35 +245,27 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
         # A disk that is away for a moment, perhaps: unlike a teacher that is wrong, this is tried again.
         raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
-    if folder.is_dir() and (found := _fingerprint_folder(folder)) != spec.identity:
+    location = locate_teacher(spec.path, allow_pickle=spec.allow_pickle)
+    if folder.is_dir() and (identity := _identity(location, spec.revision)) != spec.identity:
         raise TeacherError(
             f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
-            f"{found[:23]}… in {spec.path!r}; give every machine the same files"
+            f"{identity[:23]}… in {spec.path!r}; give every machine the same files"
         )
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            revision=spec.revision,
-            dtype=getattr(torch, spec.dtype),
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=None if spec.allow_pickle else True,
-            output_loading_info=True,
-            device_map=_device_map(spec) if spec.n_gpus > 1 else None,
-        )
+        architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
+        model, loading = _load_weights(spec, location, architecture)
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
+    except TeacherError:
+        raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected to load {spec.path!r}, got {first_line(error)}; "
             "check that this worker sees the model's folder or the hub's cache"
         ) from error
-    absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
-    if absent:
-        # transformers would fill them at random.
-        raise TeacherError(
-            f"distillation.teacher.model_path: expected all weights of a causal language model in {spec.path!r}, got "
-            f"none for {', '.join(absent[:3])} ({len(absent)} in all); give a complete checkpoint"
-        )
+    require_complete(loading, location.base, architecture)
+    if location.adapter is not None:
+        model = merge_adapter(model, location.adapter)
     model.requires_grad_(False)
     model.eval()
     if spec.n_gpus > 1:
@@ -268,18 +281,52 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     return Teacher(model, vocab_size)
 
 
-def _device_map(spec: TeacherSpec) -> DeviceMap:
-    _, model = _empty_model(spec.path, spec.revision, spec.trust_remote_code)
-    return spread_layers(model, free_gpu_bytes(spec.n_gpus), getattr(torch, spec.dtype))
+def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
+    """Load the full model; return it and what transformers reports of the loading."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, spec.dtype)
+    device_map = spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype) if spec.n_gpus > 1 else None
+    use_safetensors = None if spec.allow_pickle else True
+    with contextlib.ExitStack() as stack:
+        source = location.base
+        if location.adapter is not None and location.folder == location.adapter.folder:
+            source = stack.enter_context(_without_adapter(location.adapter.folder))
+        loaded: tuple[Any, Mapping[str, Any]]
+        if architecture.is_remote:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=spec.revision,
+                dtype=dtype,
+                trust_remote_code=True,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                device_map=device_map,
+            )
+        else:
+            loaded = type(architecture.model).from_pretrained(
+                source,
+                config=architecture.load_config,
+                revision=spec.revision,
+                dtype=dtype,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                device_map=device_map,
+                key_mapping=prefix_renames(location.tensors) or None,
+                # Reported, with the shapes, where the library raises without them.
+                ignore_mismatched_sizes=True,
+            )
+    return loaded
 
 
-def _empty_model(source: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return a checkpoint's configuration and its model without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[str]:
+    """Yield a folder with links to all files but the adapter's: transformers 5.23 would load that unmerged."""
+    with tempfile.TemporaryDirectory() as view:
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(view) / path.name).symlink_to(path.absolute())
+        yield view
 
 
 def set_memory() -> None:
@@ -296,23 +343,29 @@ def set_memory() -> None:
             mallopt(option, value)
 
 
-def _fingerprint_folder(folder: Path) -> str:
-    """Digest the files that define a teacher: weights, configuration, code."""
-    names = sorted(
-        path
-        for pattern in (
-            "*.safetensors",
-            "*.bin",
-            "config.json",
-            "*.py",
-            "*.index.json",
-            "adapter_config.json",
-        )
-        for path in folder.glob(pattern)
-    )
+def _identity(location: Location, commit: str | None) -> str:
+    """Digest the files that define a teacher: weights, configuration, code, and an adapter with its base model."""
+    if location.adapter is None:
+        return _fingerprint(_defining_files(location.folder)) if location.folder else f"commit:{commit}"
+    files = _defining_files(location.adapter.folder)
+    if location.folder is None:
+        return _fingerprint(files, f"base {location.base}@{commit}\n")
+    if location.folder != location.adapter.folder:
+        files |= {f"base/{name}": path for name, path in _defining_files(location.folder).items()}
+    return _fingerprint(files)
+
+
+def _defining_files(folder: Path) -> dict[str, Path]:
+    patterns = ("*.safetensors", "*.bin", "config.json", "*.py", "*.index.json", "adapter_config.json")
+    return {path.name: path for pattern in patterns for path in folder.glob(pattern)}
+
+
+def _fingerprint(files: Mapping[str, Path], more: str = "") -> str:
+    # In the order that runs of earlier releases recorded.
+    names = sorted(files, key=lambda name: files[name])
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_file_digest, names))
-    lines = "".join(f"{path.name} {digest}\n" for path, digest in zip(names, digests, strict=True))
+        digests = list(pool.map(_file_digest, (files[name] for name in names)))
+    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)) + more
     return _FOLDER_IDENTITY + hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -181,7 +181,7 @@ def process_partition(
         "files": files,
         "seconds": scored.seconds | seconds,
         "flops": flops,
-        "mfu": round(flops / max(seconds["score"], 1e-9) / task.cost.peak_flops, 4) if task.cost.peak_flops else None,
+        "mfu": task.cost.mfu(flops, seconds["score"]),
         "padded_tokens": scored.padded_tokens,
         "splits": {str(batch): sizes for batch, sizes in scored.splits.items()},
         "finished": time.time(),

@@ -135,8 +135,9 @@ class Teacher:
             raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
 
     def layers(self) -> list[nn.Module]:
-        """Return the trunk's repeated layers: its longest list of modules."""
-        lists = [list(module) for module in self.trunk.modules() if isinstance(module, nn.ModuleList)]
+        """Return the trunk's repeated layers: its longest list of modules, of a multimodal one its language model's."""
+        text: nn.Module = getattr(self.trunk, "language_model", self.trunk)
+        lists = [list(module) for module in text.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len, default=[])
 
     def hidden_states(self, input_ids_BT: Tensor) -> Tensor:

@@ -431,13 +431,13 @@ def _record(job: Job, calibration: Json) -> Json:
     }
     if create_json(job.run.calibration_path, calibration):
         logger.info(
-            "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %.2f, kept mass by k %s",
+            "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %s, kept mass by k %s",
             calibration["numerics"]["dtype"],
             calibration["numerics"]["device"],
             calibration["numerics"]["path"],
             calibration["numerics"]["batch_tokens"],
             calibration["tokens_per_second"],
-            calibration["mfu"],
+            "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
             calibration["kept_mass_by_k"],
         )
     logger.info("%s run in %s", "new" if created else "resumed", job.run.path)

@@ -138,12 +138,12 @@ class _Driver:
         statistics = Statistics.from_json(receipt["statistics"])
         self._progress.partition(statistics)
         logger.info(
-            "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %.2f%s",
+            "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %s%s",
             receipt["partition"],
             statistics.documents,
             statistics.tokens,
             statistics.tokens / max(receipt["seconds"]["score"], 1e-9),
-            receipt["mfu"] or float("nan"),
+            "unknown" if receipt["mfu"] is None else f"{receipt['mfu']:.2f}",
             f", {len(receipt['splits'])} batches split for lack of memory" if receipt["splits"] else "",
         )
         self._seconds = add_seconds(self._seconds, receipt["seconds"])

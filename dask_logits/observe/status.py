@@ -209,7 +209,7 @@ def _read_status(run: RunFolder) -> Status:
     else:
         state = "damaged" if damaged else "scored" if _is_scored(log, count) else "unfinished"
         cache = None
-    scoring, peak = seconds.get("score", 0.0), (run.calibration() or {}).get("cost", {}).get("peak_flops", 0.0)
+    scoring, peak = seconds.get("score", 0.0), ((run.calibration() or {}).get("cost") or {}).get("peak_flops", 0.0)
     drivers = _drivers(run)
     alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
     left = [driver["seconds_left"] for driver in alive]

@@ -57,8 +57,8 @@ def test_a_missing_model_is_refused(path: str) -> None:
     assert path in str(caught.value)
 
 
-def test_a_worker_that_cannot_load_says_what_to_check(tmp_path) -> None:
-    with pytest.raises(TeacherError, match="check that this worker sees"):
+def test_a_worker_without_the_teacher_says_what_to_check(tmp_path) -> None:
+    with pytest.raises(TeacherError, match="which does not exist; correct"):
         load_teacher(spec(tmp_path / "gone"), VOCAB_SIZE)
 
 
@@ -106,27 +106,28 @@ def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path) -> None:
 
     AutoModel.from_pretrained(llama).save_pretrained(tmp_path / "trunk")
     with pytest.raises(TeacherError, match=r"expected all weights .* got none for lm_head\.weight \(1 in all\)"):
-        load_teacher(spec(tmp_path / "trunk"), VOCAB_SIZE)
+        inspect_teacher(TeacherConfig(model_path=str(tmp_path / "trunk")))
 
 
 def test_a_truncated_checkpoint_is_refused(llama, tmp_path) -> None:
     shutil.copytree(llama, tmp_path / "cut")
     weights = next((tmp_path / "cut").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(TeacherError, match="expected to load"):
-        load_teacher(spec(tmp_path / "cut"), VOCAB_SIZE)
+    with pytest.raises(TeacherError, match=r"is incomplete: expected .* bytes, got .*; download the file again"):
+        inspect_teacher(TeacherConfig(model_path=str(tmp_path / "cut")))
 
 
 def test_rotary_embeddings_that_depend_on_the_batch_bound_the_length(tmp_path) -> None:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     factors = [1.0] * 4
-    AutoConfig.for_model(
+    config = AutoConfig.for_model(
         "phi3", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=128, original_max_position_embeddings=32, pad_token_id=0,
         rope_parameters={"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 1e4,
                          "original_max_position_embeddings": 32},
-    ).save_pretrained(tmp_path)  # fmt: skip
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert inspect_teacher(TeacherConfig(model_path=str(tmp_path))).max_positions == 32
 
 

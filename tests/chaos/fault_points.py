@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from builders import compact, records
 
 from dask_logits.capture import task as task_module
+from dask_logits.capture.meter import Cost
 from dask_logits.capture.scoring import Scored
 from dask_logits.capture.task import PartitionTask, process_partition
 from dask_logits.job.assemble import consolidate_run
@@ -79,7 +80,7 @@ def publish(folder: Path, index: int = 0) -> None:
         teacher=None,
         scoring=SimpleNamespace(vocab_size=VOCAB_SIZE),
         profile=run.profile(),
-        cost=SimpleNamespace(flops=lambda lengths: 0.0, peak_flops=0.0),
+        cost=Cost(),
     )
     process_partition(task)
 

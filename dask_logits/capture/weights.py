@@ -1,0 +1,210 @@
+"""Inspect a checkpoint's files without loading them: names, shapes and dtypes of its tensors, and what is wrong.
+
+Only the headers of safetensors files are read: some kilobytes of each file. They show a download that is incomplete, a
+shard that is missing, quantized tensors, and prefixes that a training framework left in the names. The names and shapes
+are later given to transformers in place of the weights, so that its own rules decide whether they make the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dask_logits.errors import TeacherError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# A safetensors file starts with the length of its header; the library refuses longer headers.
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000
+_LFS_POINTER = b"version https://git-lfs"
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+# torch.compile, distributed data parallel, FSDP and activation checkpointing wrap modules under names of their own.
+_WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_AT_START = rf"^(?:module\.|{_WRAPPERS})+"
+_INSIDE = rf"\.(?:{_WRAPPERS})+"
+_WHERE = "distillation.teacher.model_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor as its file describes it.
+
+    Parameters
+    ----------
+    dtype
+        In the notation of safetensors, e.g. ``BF16``.
+    shape
+        Its dimensions.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make a model: one file, or the shards that the index names.
+
+    Raises
+    ------
+    TeacherError
+        If the index cannot be read or a shard is missing.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    names = sorted(set(_weight_map(index).values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise TeacherError(
+            f"{_WHERE}: {len(missing)} of the {len(names)} weight files that {index} names are missing, e.g. "
+            f"{missing[0]}; download the model again"
+        )
+    return [folder / name for name in names]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Read the headers of a model's safetensors files.
+
+    Returns
+    -------
+    dict
+        Name → tensor; empty if the folder holds no model in safetensors.
+
+    Raises
+    ------
+    TeacherError
+        If a file is incomplete, missing or not in safetensors, or lacks a tensor that the index names.
+    """
+    files = weight_files(folder)
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        found |= file_tensors(file)
+    if files and files[0].name != SINGLE:
+        absent = sorted(set(_weight_map(folder / INDEX)) - set(found))
+        if absent:
+            raise TeacherError(
+                f"{_WHERE}: {len(absent)} tensors that {folder / INDEX} names are in none of the weight files, e.g. "
+                f"{absent[0]}; download the model again"
+            )
+    return found
+
+
+def file_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Read the header of one safetensors file.
+
+    Raises
+    ------
+    TeacherError
+        If the file is incomplete or not in safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(_LENGTH_BYTES)
+        if start and _LFS_POINTER.startswith(start):
+            raise TeacherError(
+                f"{_WHERE}: {file} is a Git LFS pointer, not the weights; run git lfs pull in the model's folder"
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
+        if not 0 < length <= _LONGEST_HEADER:
+            raise TeacherError(
+                f"{_WHERE}: expected a safetensors file, got {size:,} bytes of something else in {file}; "
+                "download the file again"
+            )
+        header_bytes = stream.read(length)
+    if len(header_bytes) < length:
+        raise TeacherError(
+            f"{_WHERE}: {file} is incomplete: expected a header of {length:,} bytes, got {len(header_bytes):,}; "
+            "download the file again"
+        )
+    try:
+        header: dict[str, Any] = json.loads(header_bytes)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"])) for name, entry in header.items()
+        }
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise TeacherError(
+            f"{_WHERE}: the header of {file} cannot be read ({type(error).__name__}); download the file again"
+        ) from error
+    expected = _LENGTH_BYTES + length + end
+    if size < expected:
+        raise TeacherError(
+            f"{_WHERE}: {file} is incomplete: expected {expected:,} bytes, got {size:,}; download the file again"
+        )
+    return tensors
+
+
+def main_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Return the floating-point dtype that most values are stored in; None if there is none.
+
+    >>> main_dtype({"a": StoredTensor(dtype="BF16", shape=(8, 8)), "b": StoredTensor(dtype="F32", shape=(8,))})
+    'bfloat16'
+    """
+    values: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in _FLOATS:
+            values[_FLOATS[tensor.dtype]] += prod(tensor.shape)
+    return values.most_common(1)[0][0] if values else None
+
+
+def quantized_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the weights that are stored in 8 bits or fewer, or as integers; masks and counters are none.
+
+    >>> quantized_names({"q_proj.weight": StoredTensor(dtype="F8_E4M3", shape=(8, 8))})
+    ['q_proj.weight']
+    """
+    return sorted(
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype.startswith(("F8", "F6", "F4"))
+        or (tensor.dtype in _INTEGERS and name.endswith("weight") and len(tensor.shape) > 1)
+    )
+
+
+def prefix_renames(names: Iterable[str]) -> dict[str, str]:
+    """Return the renames that remove what ``torch.compile`` and data-parallel training left in the names.
+
+    Returns
+    -------
+    dict
+        Regular expression → replacement, as ``from_pretrained(key_mapping=…)`` takes it; empty if all is well.
+
+    Examples
+    --------
+    >>> prefix_renames(["module._orig_mod.lm_head.weight"])
+    {'^(?:module\\\\.|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\\\\.)+': ''}
+    >>> prefix_renames(["lm_head.weight"])
+    {}
+    """
+    names = list(names)
+    renames = {}
+    if any(re.search(_AT_START, name) for name in names):
+        renames[_AT_START] = ""
+    if any(re.search(_INSIDE, re.sub(_AT_START, "", name)) for name in names):
+        renames[_INSIDE] = "."
+    return renames
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names = {Path(name).name == name for name in found.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TeacherError(
+            f"{_WHERE}: the list of weight files {index} cannot be read ({type(error).__name__}); download it again"
+        ) from error
+    if not found or names != {True}:
+        raise TeacherError(f"{_WHERE}: expected names of weight files in {index}, got none; download it again")
+    return found

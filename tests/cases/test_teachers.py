@@ -1,0 +1,235 @@
+"""The teacher that is scored is the one that was meant: refused, or done right, before a cluster starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import teacher_inputs
+import torch
+from builders import VOCAB_SIZE, tiny_model, tree
+from safetensors.torch import save_file
+
+from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.config import TeacherConfig
+from dask_logits.errors import TeacherError
+
+TOKENS = torch.arange(2, 42).view(2, 20)
+
+
+def inspect(path: Path | str, **settings):
+    return inspect_teacher(TeacherConfig(model_path=str(path), **settings))
+
+
+def load(path: Path, dtype: str = "float32"):
+    """Load a teacher as a worker does."""
+    spec = TeacherSpec(
+        path=str(path), revision=None, identity=inspect(path).identity, dtype=dtype, device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    return load_teacher(spec, VOCAB_SIZE)
+
+
+@torch.inference_mode()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=TOKENS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("case", teacher_inputs.REFUSED, ids=lambda case: case.__name__)
+def test_refused_before_a_cluster_starts(case, tmp_path) -> None:
+    path = case(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(
+        TeacherError, match=r"(?s)^distillation\.teacher\.model_path: .*" + teacher_inputs.REFUSED[case]
+    ):
+        inspect(path)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("family", ["t5", "mbart", "pegasus", "whisper"])
+def test_encoder_decoders_are_refused(family: str, tmp_path) -> None:
+    path = teacher_inputs.encoder_decoder(tmp_path, family)
+    with pytest.raises(TeacherError, match="expected a decoder-only language model, got the encoder-decoder"):
+        inspect(path)
+
+
+def test_a_decoder_that_was_cut_from_an_encoder_decoder_is_a_teacher(tmp_path) -> None:
+    from transformers import BartConfig, BartForCausalLM
+
+    config = BartConfig(
+        vocab_size=112, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, pad_token_id=0
+    )
+    model = BartForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path).model), logits(model), rtol=0, atol=0)
+
+
+# --- adapters ---
+@pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
+def test_an_adapter_is_merged_and_logged(case, tmp_path, caplog) -> None:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    path = case(tmp_path)
+    caplog.set_level("INFO", "dask_logits")
+    teacher = load(path)
+    assert any("adapter LORA of" in record.message for record in caplog.records)
+    assert not any("lora" in name for name, _ in teacher.model.named_parameters())
+    base = tiny_model("llama")
+    unadapted = logits(base)
+    adapted = PeftModel.from_pretrained(LlamaForCausalLM(base.config), path)
+    adapted.load_state_dict(
+        {f"base_model.model.{name}".replace("q_proj.", "q_proj.base_layer.").replace("v_proj.", "v_proj.base_layer."): x
+         for name, x in base.state_dict().items()},
+        strict=False,
+    )  # fmt: skip
+    expected = logits(adapted.eval())
+    torch.testing.assert_close(logits(teacher.model), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - unadapted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LORA", {"use_dora": True}),
+        ("LORA", {"use_rslora": True, "modules_to_save": ["lm_head"]}),
+        ("LOHA", {}),
+        ("LOKR", {}),
+        ("IA3", {"target_modules": ["k_proj", "v_proj"]}),
+        ("OFT", {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_mergeable_kind_of_adapter_is_merged_exactly(kind: str, options: dict, tmp_path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = teacher_inputs.teacher(tmp_path / "base")
+    teacher_inputs.save_adapter(base, tmp_path / "adapter", kind, **options)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(load(tmp_path / "adapter").model), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_identity_covers_the_adapter_and_its_base(tmp_path) -> None:
+    path = teacher_inputs.adapter_only(tmp_path)
+    identities = [inspect(path).identity]
+    for folder in (tmp_path / "base", path):
+        weights = next(folder.glob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        identities.append(inspect(path).identity)
+    assert len(set(identities)) == 3
+
+
+def test_an_adapter_without_peft_is_refused_with_what_to_install(tmp_path, monkeypatch) -> None:
+    path = teacher_inputs.adapter_beside(tmp_path)
+    monkeypatch.setattr("dask_logits.capture.adapters.find_spec", lambda name: None)
+    with pytest.raises(TeacherError, match=r"peft is not installed; install it \(pip install 'dask-logits\[adapters"):
+        inspect(path)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path) -> None:
+    path = teacher_inputs.adapter_only(tmp_path)
+    stored = teacher_inputs.load_file(path / "adapter_model.safetensors")
+    save_file(
+        {name.replace("layers.1.", "layers.7."): x for name, x in stored.items()}, path / "adapter_model.safetensors"
+    )
+    with pytest.raises(TeacherError, match=r"does not fit its base model .*: 4 of its weights have no place"):
+        load(path)
+
+
+# --- names and dtypes ---
+@pytest.mark.parametrize("case", [teacher_inputs.compiled_prefix, teacher_inputs.nested_prefixes])
+def test_prefixes_of_a_training_framework_are_removed_and_logged(case, tmp_path, caplog) -> None:
+    path = case(tmp_path)
+    teacher = load(path)
+    assert any("prefixes of a training framework are removed" in record.message for record in caplog.records)
+    torch.testing.assert_close(logits(teacher.model), logits(tiny_model("llama")), rtol=0, atol=0)
+
+
+def test_a_sharded_checkpoint_loads(tmp_path) -> None:
+    model = load(teacher_inputs.sharded(tmp_path)).model
+    torch.testing.assert_close(logits(model), logits(tiny_model("llama")), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_of_a_wrapper_is_that_of_its_text_part(name: str, tmp_path) -> None:
+    from families import BY_TYPE, save_family
+
+    save_family(tmp_path, BY_TYPE["qwen3_vl"], "bfloat16")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype", None)
+    for part in ("text_config", "vision_config"):
+        config[part].pop("dtype", None)
+    path.write_text(json.dumps({**config, "text_config": {**config["text_config"], name: "bfloat16"}}))
+    assert inspect(tmp_path).checkpoint_dtype == "bfloat16"
+    # Nothing names it: what the weights are stored in.
+    path.write_text(json.dumps(config))
+    assert inspect(tmp_path).checkpoint_dtype == "bfloat16"
+
+
+def test_a_dtype_that_differs_from_the_stored_weights_is_logged(llama, tmp_path, caplog) -> None:
+    shutil.copytree(llama, tmp_path / "t")
+    teacher_inputs.change_config(tmp_path / "t", dtype="bfloat16")
+    assert inspect(tmp_path / "t").checkpoint_dtype == "bfloat16"
+    assert any("names dtype bfloat16 and the weights are stored in float32" in r.message for r in caplog.records)
+
+
+# --- what a family declares ---
+def test_heads_for_further_tokens_are_ignored(tmp_path) -> None:
+    teacher_inputs.teacher(tmp_path, "deepseek_v3")
+    teacher_inputs.change_config(tmp_path, num_nextn_predict_layers=1)
+    extra = {"model.layers.2.eh_proj.weight": torch.ones(4, 4), "mtp.0.norm.weight": torch.ones(4)}
+    teacher_inputs.change_weights(tmp_path, lambda weights: weights | extra)
+    torch.testing.assert_close(logits(load(tmp_path).model), logits(tiny_model("deepseek_v3")), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ],
+)
+def test_masks_and_frequencies_of_old_checkpoints_are_ignored(family: str, names: list[str], tmp_path) -> None:
+    teacher_inputs.teacher(tmp_path, family)
+    teacher_inputs.change_weights(tmp_path, lambda weights: weights | {name: torch.ones(4) for name in names})
+    assert inspect(tmp_path).layers == 2
+
+
+# --- paths and the hub ---
+@pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
+def test_a_path_that_looks_local_is_refused_at_once(path: str, monkeypatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr("dask_logits.capture.checkpoint.hub_is_reachable", pytest.fail)
+    with pytest.raises(TeacherError, match="which does not exist; correct the path or give a hub name"):
+        inspect(path)
+
+
+def test_a_file_is_refused(tmp_path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(TeacherError, match=r"got the file .*; give the folder that holds it and config\.json"):
+        inspect(tmp_path / "model.safetensors")
+    for path in (tmp_path / "absent.gguf", teacher_inputs.gguf_only(tmp_path) / "model-q4.gguf"):
+        with pytest.raises(TeacherError, match=r"got the GGUF file .*; convert it once"):
+            inspect(path)
+
+
+def test_a_hub_that_does_not_answer_is_named_within_seconds(monkeypatch, caplog) -> None:
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    # Nothing listens there.
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match="the model hub does not answer and its cache has no such model"):
+        inspect("organisation/no-such-model")
+    assert time.monotonic() - started < 30
+    assert [r.levelno for r in caplog.records if "does not answer (" in r.message] == [logging.WARNING]
