@@ -80,10 +80,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
                     n_rows += len(table)
             os.fsync(sink.fileno())
         if not n_rows:
-            raise DatasetError(
-                f"distillation.dataset.data_files: expected at least one row, got none in {len(files)} files such as "
-                f"{files[0]!r}; check the files"
-            )
+            raise _no_rows(files)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -119,8 +116,28 @@ def _cut_off(path: str, error: Exception) -> DatasetError:
 def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[str]:
     if reader == "parquet":
         return list(dict.fromkeys(name for file in files for name in read_footer(file).columns))
-    rows = (row for file in files for row in file_rows(file, _format(reader), separator) if isinstance(row, Mapping))
-    return list(dict.fromkeys(name for row in itertools.islice(rows, _LOOKED_AT_ROWS) for name in row))
+    rows = (row for file in files for row in file_rows(file, _format(reader), separator))
+    bad: BadRow | None = None
+    names: dict[str, None] = {}
+    n_rows = 0
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad = bad or row
+            continue
+        names |= dict.fromkeys(row)
+        n_rows += 1
+        if n_rows == _LOOKED_AT_ROWS:
+            break
+    if not n_rows:
+        raise _no_rows(files, bad)
+    return list(names)
+
+
+def _no_rows(files: Sequence[str], bad: BadRow | None = None) -> DatasetError:
+    found = f"none in {len(files)} files such as {files[0]!r}" if bad is None else bad.reason
+    return DatasetError(
+        f"distillation.dataset.data_files: expected a dataset with at least one row, got {found}; check the files"
+    )
 
 
 def _format(reader: str) -> Format:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dask_logits.capture.load import load_rows
+from dask_logits.capture.load import load_rows, refuse_splits
 from dask_logits.capture.rows import FileRows, Planned, RowsDigest, open_arrow, table_values
 from dask_logits.capture.values import IDS, MASK, PROBLEM, TEXT, choose_column, row_value, type_problem, value_table
 from dask_logits.config import DatasetConfig
@@ -263,12 +263,7 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
         )
     else:
         opened = _from_rows(dataset, config.text_column) if isinstance(dataset, list | tuple) else dataset
-    if isinstance(opened, Mapping):
-        splits = list(opened)
-        raise DatasetError(
-            f"dataset: expected one split, got a {type(opened).__name__} with the splits {splits}; pass one of them, "
-            f"such as dataset[{splits[0] if splits else 'train'!r}]"
-        )
+    refuse_splits(opened)
     if not isinstance(opened, RegularDataset):
         raise DatasetError(
             f"dataset: expected a datasets.Dataset, a list or a stream of rows, got {type(opened).__name__}; make a "

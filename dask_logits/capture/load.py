@@ -345,6 +345,22 @@ def _absolute(split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, in
     return [(part.splitname, part.from_, part.to) for part in found]
 
 
+def refuse_splits(dataset: Any) -> None:
+    """Refuse an object that holds several splits; iterated over, it would give their names.
+
+    Raises
+    ------
+    DatasetError
+        Naming the splits.
+    """
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        raise DatasetError(
+            f"dataset: expected one split, got a {type(dataset).__name__} with the splits {splits}; pass one of them, "
+            f"such as dataset[{splits[0] if splits else 'train'!r}]"
+        )
+
+
 def pinned_commit(files: Sequence[str]) -> str | None:
     """Return the commit that hub URLs are pinned to.
 

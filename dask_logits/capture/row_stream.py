@@ -301,7 +301,7 @@ class RowStream:
         if isinstance(row, BadRow):
             return row
         if isinstance(row, str) and not self._plain_text:
-            return BadRow(reason=f"expected a column {self.column!r}, got a text")
+            return BadRow(reason=f"expected a column {self.column!r}, got str")
         other = {TEXT: IDS, IDS: TEXT}.get(self.column)
         if not self._is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
             raise both_columns()

@@ -15,6 +15,7 @@ from dask_logits.capture.load import (
     is_saved,
     pinned_commit,
     prepare_dataset,
+    refuse_splits,
     shards,
     stream_parts,
 )
@@ -56,6 +57,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
     limit = None if config.max_samples == "all" else int(config.max_samples)
     skips = config.on_bad_row == "skip"
     if dataset is not None:
+        refuse_splits(dataset)
         return RowStream([dataset], config.text_column, limit, {"dataset.stream": "object"}, skips=skips)
     name = str(config.name)
     identity: dict[str, Any] = {

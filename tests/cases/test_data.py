@@ -401,6 +401,15 @@ def test_lists_of_texts_and_of_dicts_are_datasets(tmp_path: Path) -> None:
     assert [row.reason for row in found[1:]] == ["expected a text, got int 5", "expected a column 'text', got ['body']"]
 
 
+def test_an_object_of_several_splits_is_refused_naming_them() -> None:
+    splits = DatasetDict({"left": Dataset.from_dict({"text": TEXTS})})
+    message = r"expected one split, got a DatasetDict with the splits \['left'\]; pass one of them"
+    with pytest.raises(DatasetError, match=message):
+        open_corpus(DatasetConfig(), splits)
+    with pytest.raises(DatasetError, match=message):
+        open_stream(DatasetConfig(max_samples="all"), splits)
+
+
 def test_batches_of_rows_are_refused_with_a_clear_message() -> None:
     batches = iter([{"text": ["red", "green"]}])
     found = list(open_stream(DatasetConfig(max_samples="all"), batches).head())
