@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def generate_teacher_logits(
     teacher_model_path: str,
-    dataset: Dataset | IterableDataset | Iterator[Any] | str,
+    dataset: Dataset | IterableDataset | Iterator[Any] | Sequence[str | Mapping[str, Any]] | str,
     cache_dir: str | Path = "output/teacher_logits",
     top_k: int = 64,
     batch_size: int | None = None,
@@ -25,6 +25,8 @@ def generate_teacher_logits(
     streaming: bool = False,
     streaming_chunk_size: int = 1000,
     max_samples: int | str | None = None,
+    max_length: int | None = None,
+    text_column: str | None = None,
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
@@ -36,8 +38,8 @@ def generate_teacher_logits(
     teacher_model_path
         Folder or hub name of a causal language model.
     dataset
-        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one; or a stream of rows: an
-        ``IterableDataset``, an iterator or a generator.
+        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one; a list of texts or of dicts; or
+        a stream of rows: an ``IterableDataset``, an iterator or a generator.
     cache_dir
         The run folder.
     top_k
@@ -60,6 +62,11 @@ def generate_teacher_logits(
         read as one.
     max_samples
         Rows used, from the first; None: all. A stream needs a number, or ``"all"``.
+    max_length
+        Most tokens of a document; None: 2,048, or the teacher's positions if these are fewer.
+    text_column
+        Column with the documents, or a field of a struct such as ``doc.text``; None: ``text``, or ``input_ids`` where
+        only that is there.
 
     Returns
     -------
@@ -92,6 +99,8 @@ def generate_teacher_logits(
             "streaming": streaming,
             "streaming_chunk_size": streaming_chunk_size,
             "max_samples": max_samples,
+            "max_length": "auto" if max_length is None else max_length,
+            "text_column": text_column,
         },
     }
     config = Config.from_mapping(tree, dataset_given=not named)

@@ -6,6 +6,7 @@ Override keys are checked before Hydra sees them: Hydra stops at the first it do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,12 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
     check_overrides(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+            tree = OmegaConf.to_container(compose("config", quoted(overrides)), resolve=True)
     except OverrideParseException as error:
         raise ConfigError.from_problems(
             [
                 f"{error.override}: expected SETTING=VALUE, got a value that Hydra's grammar does not know; put one "
-                "with other characters than letters, digits and -_./:@+ in quotes, as in 'SETTING=\"~/data.jsonl\"'"
+                "with other characters than letters, digits and -_./:@+ in quotes, as in 'SETTING=\"a b\"'"
             ]
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -89,6 +90,9 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], Non
     from omegaconf import OmegaConf
 
     check_overrides([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+    if not {"-m", "--multirun"} & set(arguments):
+        # A sweep needs Hydra's own grammar.
+        arguments = [argument if argument.startswith("-") else quoted([argument])[0] for argument in arguments]
 
     def app(composed: Any) -> None:
         tree = OmegaConf.to_container(composed, resolve=True)
@@ -101,6 +105,45 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], Non
 
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(app)()
+
+
+def quoted(overrides: Sequence[str]) -> list[str]:
+    """Put the values of text settings in the quotes that Hydra's grammar wants, so that nobody has to type them.
+
+    Values that are quoted already, null, and interpolations stay as they are.
+
+    >>> quoted(["distillation.dataset.split=train[:5]+test[:5]", "distillation.partition.rows=4"])
+    ["distillation.dataset.split='train[:5]+test[:5]'", 'distillation.partition.rows=4']
+    >>> quoted(["distillation.dataset.data_files=[/x/date=2024-01-01/*.parquet,b.parquet]"])
+    ["distillation.dataset.data_files=['/x/date=2024-01-01/*.parquet','b.parquet']"]
+    """
+    types = {setting.path: setting.type for setting in settings()}
+    made = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        kind = types.get(key.lstrip("+"), "")
+        if not equals or value in ("", "null") or "${" in value or key.endswith(".devices"):
+            made.append(override)
+        elif kind in ("str", "str or null"):
+            made.append(f"{key}={_quote(value)}")
+        elif kind == "list of str or null":
+            is_list = value.startswith("[") and value.endswith("]")
+            items = _items(value[1:-1]) if is_list else _items(value)
+            made.append(f"{key}=[{','.join(map(_quote, items))}]")
+        else:
+            made.append(override)
+    return made
+
+
+def _items(text: str) -> list[str]:
+    """Split a list at the commas that lie outside of quotes, braces and brackets."""
+    return [item.strip() for item in re.findall(r"""(?:"[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|[^,])+""", text)]
+
+
+def _quote(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -37,6 +37,9 @@ _CREDENTIALS = re.compile(
     re.IGNORECASE,
 )
 
+# Of `dataset.max_length`, for teachers that take more.
+DEFAULT_MAX_LENGTH = 2048
+
 Kind = Literal["what", "numerics", "how"]
 Auto = Literal["auto"]
 _T = TypeVar("_T")
@@ -112,13 +115,26 @@ class DatasetConfig:
     name: str | None = _setting(
         None,
         "what",
-        "Hub name, a `save_to_disk` folder, or `json`, `text`, `parquet`, … with `data_files`. Required.",
+        "Hub name, a `save_to_disk` folder, a folder of files, or `json`, `csv`, `tsv`, `text`, `parquet`, … with "
+        "`data_files`. Required.",
     )
     config_name: str | None = _setting(None, "what", "Configuration of a hub dataset, e.g. `wikitext-103-raw-v1`.")
-    split: str = _setting("train", "what", "Split, slices allowed: `train[:10%]`.")
+    split: str = _setting("train", "what", "Split; slices and sums are allowed: `train[:10%]`, `train[:500]+test`.")
     revision: str | None = _setting(None, "what", "Branch, tag or commit of a hub dataset.")
-    data_files: tuple[str, ...] | None = _setting(None, "what", "Files or globs for `json`, `text`, `parquet`, ….")
-    text_column: str = _setting("text", "what", "Column to tokenise; ignored where there is an `input_ids` column.")
+    data_files: tuple[str, ...] | None = _setting(
+        None, "what", "Files, globs or URLs for `json`, `text`, `parquet`, …."
+    )
+    text_column: str | None = _setting(
+        None,
+        "what",
+        "Column with the documents, or a field such as `doc.text`; null: `text`, or `input_ids` where only that is "
+        "there.",
+    )
+    on_bad_row: Literal["fail", "skip"] = _setting(
+        "fail",
+        "what",
+        "A row that cannot be used: fail its partition, or keep it as a document of 0 tokens and count it.",
+    )
     add_special_tokens: bool = _setting(True, "what", "Let the tokenizer add its special tokens.")
     vocab_size: int | None = _setting(
         None,
@@ -126,7 +142,12 @@ class DatasetConfig:
         "Ids that may occur; null: what the tokenizer can produce, without one the head's width.",
         low=1,
     )
-    max_length: int = _setting(2048, "what", "Most tokens of a document, a window or a block.", low=1)
+    max_length: Auto | int = _setting(
+        "auto",
+        "what",
+        "Most tokens of a document, a window or a block; auto: 2,048, or the teacher's positions if these are fewer.",
+        low=1,
+    )
     long_documents: Literal["truncate", "window"] = _setting(
         "truncate", "what", "Longer documents are cut off, or scored in windows that keep every token once."
     )
@@ -413,7 +434,7 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
         problems.append("distillation.teacher.cache_dir: expected a folder, got ''; set it")
     if not dataset.name and not dataset_given:
         problems.append("distillation.dataset.name: expected a hub name, a folder or a reader, got nothing; set it")
-    if dataset.name in {"json", "text", "parquet", "csv", "arrow"} and dataset.data_files is None:
+    if dataset.name in {"json", "text", "parquet", "csv", "tsv", "arrow"} and dataset.data_files is None:
         problems.append(
             f"distillation.dataset.data_files: expected files for the {dataset.name!r} reader, got null; set it"
         )
@@ -438,11 +459,8 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             f"distillation.dataset.window_stride: expected null unless long_documents is 'window', got "
             f"{dataset.window_stride}; set distillation.dataset.long_documents=window"
         )
-    elif dataset.window_stride is not None and dataset.window_stride > dataset.max_length:
-        problems.append(
-            f"distillation.dataset.window_stride: expected at most max_length {dataset.max_length}, got "
-            f"{dataset.window_stride}; tokens between windows would be lost"
-        )
+    elif dataset.window_stride is not None and isinstance(dataset.max_length, int):
+        problems += stride_problems(dataset.window_stride, dataset.max_length)
     if dataset.packing == "concat" and dataset.long_documents == "window":
         problems.append(
             "distillation.dataset.long_documents: expected 'truncate' with packing=concat, got 'window'; blocks "
@@ -465,6 +483,16 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             f"{generation.gpus_per_worker}; leave it out, or set distillation.teacher.generation.device=cuda"
         )
     return problems
+
+
+def stride_problems(window_stride: int, max_length: int) -> list[str]:
+    """Return what is wrong with a stride for windows of a width."""
+    if window_stride <= max_length:
+        return []
+    return [
+        f"distillation.dataset.window_stride: expected at most max_length {max_length}, got {window_stride}; tokens "
+        "between windows would be lost"
+    ]
 
 
 def _check_secrets(config: Config) -> list[str]:

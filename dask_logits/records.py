@@ -230,6 +230,10 @@ class Statistics:
         Sum over tokens of the probability inside the K entries.
     label_logprob, labels
         Sum of the log-probs of the true next tokens (nats), and their count.
+    skipped_rows
+        Rows that could not be used and were skipped; they have no token.
+    double_bos_rows
+        Texts that begin with the token that the tokenizer added, so that they have it twice.
     """
 
     documents: int = 0
@@ -238,6 +242,8 @@ class Statistics:
     kept_mass: float = 0.0
     label_logprob: float = 0.0
     labels: int = 0
+    skipped_rows: int = 0
+    double_bos_rows: int = 0
 
     @classmethod
     def of(cls, records: Records) -> Statistics:
@@ -285,6 +291,8 @@ class Statistics:
             kept_mass=self.kept_mass + other.kept_mass,
             label_logprob=self.label_logprob + other.label_logprob,
             labels=self.labels + other.labels,
+            skipped_rows=self.skipped_rows + other.skipped_rows,
+            double_bos_rows=self.double_bos_rows + other.double_bos_rows,
         )
 
     @property

@@ -24,6 +24,8 @@ PARAMETERS = {
     "streaming": False,
     "streaming_chunk_size": 1000,
     "max_samples": None,
+    "max_length": None,
+    "text_column": None,
 }
 
 

@@ -22,7 +22,8 @@ PATHS = [
     "teacher.generation.devices", "teacher.generation.gpus_per_worker", "teacher.generation.worker_id",
     "teacher.generation.total_workers", "dataset.name",
     "dataset.config_name", "dataset.split", "dataset.revision", "dataset.data_files",
-    "dataset.text_column", "dataset.add_special_tokens", "dataset.vocab_size", "dataset.max_length",
+    "dataset.text_column", "dataset.on_bad_row", "dataset.add_special_tokens", "dataset.vocab_size",
+    "dataset.max_length",
     "dataset.long_documents", "dataset.window_stride", "dataset.packing", "dataset.separator_id",
     "dataset.max_samples", "dataset.streaming", "dataset.streaming_buffer_size", "dataset.streaming_chunk_size",
     "dataset.num_proc", "partition.rows", "scoring.logits",
@@ -92,7 +93,6 @@ def test_negative_values_are_refused(path: str) -> None:
         ("distillation.teacher.generation.device=tpu", "'auto' or 'cpu' or 'cuda', got 'tpu'"),
         ("distillation.teacher.dtype=int8", "got 'int8'"),
         ("distillation.dataset.streaming=1", "expected bool, got 1"),
-        ("distillation.dataset.data_files=3", "expected list of str or null, got 3"),
         ("distillation.dataset.max_samples=some", "expected int or 'all' or null, got 'some'"),
         ("distillation.job.stall_seconds=soon", "expected float, got 'soon'"),
         ("distillation.dataset=wikitext", "distillation"),
@@ -145,12 +145,38 @@ def test_a_static_worker_joins_no_scheduler() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["long_documents=window", "window_stride=3000"], "window_stride: expected at most max_length 2048, got 3000"),
+        (
+            ["max_length=2048", "long_documents=window", "window_stride=3000"],
+            "window_stride: expected at most max_length 2048, got 3000",
+        ),
         (["long_documents=window", "packing=concat"], "long_documents: expected 'truncate' with packing=concat"),
     ],
 )
 def test_ways_of_cutting_must_fit_together(overrides: list[str], expected: str) -> None:
     assert expected in " ".join(problems_of(*(f"distillation.dataset.{override}" for override in overrides)))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("split=train[:5]+test[:5]", "train[:5]+test[:5]"),
+        ("split='train[:10%]'", "train[:10%]"),
+        ("data_files=/x/date=2024-01-01/*.parquet", ("/x/date=2024-01-01/*.parquet",)),
+        ("data_files=a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl")),
+        ("data_files=[/x/d=1/part-[0-9].jsonl,'b c.jsonl']", ("/x/d=1/part-[0-9].jsonl", "b c.jsonl")),
+        ("data_files=/x/{a,b}/*.jsonl", ("/x/{a,b}/*.jsonl",)),
+        ("data_files=~/d.jsonl", ("~/d.jsonl",)),
+        ("data_files=null", None),
+        ("config_name=2024", "2024"),
+        ("name=/data/it's here/x\\", "/data/it's here/x\\"),
+        ("text_column=doc.text", "doc.text"),
+        ("max_length=auto", "auto"),
+    ],
+)
+def test_texts_need_no_quotes_beyond_the_shells(override: str, value: object) -> None:
+    name = override.partition("=")[0]
+    config = load_config([*NEEDED, f"distillation.dataset.{override}"])
+    assert getattr(config.dataset, name) == value
 
 
 def test_scheduler_and_scheduler_file_exclude_each_other() -> None:

@@ -116,3 +116,15 @@ def test_only_the_files_that_are_needed_are_fetched(base, tmp_path) -> None:
         assert hub.commit("HuggingFaceFW/fineweb").sha != commit
         assert run_jobs(hub, tmp_path / "home", [[*job, "distillation.dataset.max_samples=all"]]) == []
     assert lengths(tmp_path / "run") == [len(text.split()) for text in TEXTS]
+
+
+def test_what_was_read_from_a_hub_is_used_when_the_hub_is_unavailable(base, tmp_path) -> None:
+    make_hub_repos(tmp_path / "hub", TEXTS)
+    with fake_hub(tmp_path / "hub") as hub:
+        job = named(base, tmp_path / "one", "allenai/c4", "en")
+        assert run_jobs(hub, tmp_path / "home", [job]) == []
+    again = named(base, tmp_path / "two", "allenai/c4", "en")
+    other = named(base, tmp_path / "other", "allenai/c4-new", "en")
+    (error,) = run_jobs(hub, tmp_path / "home", [again, other])
+    assert "cannot be reached, and 'allenai/c4-new' was not downloaded before" in error
+    assert lengths(tmp_path / "two") == lengths(tmp_path / "one") == [len(text.split()) for text in TEXTS]

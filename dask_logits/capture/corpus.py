@@ -10,24 +10,29 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import itertools
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dask_logits.capture.load import choose_column, prepare_dataset
-from dask_logits.capture.rows import FileRows, Planned, RowsDigest, open_arrow
+from dask_logits.capture.load import load_rows, refuse_splits
+from dask_logits.capture.rows import FileRows, Planned, RowsDigest, open_arrow, table_values
+from dask_logits.capture.values import IDS, MASK, PROBLEM, TEXT, choose_column, row_value, type_problem, value_table
 from dask_logits.config import DatasetConfig
 from dask_logits.errors import DatasetError
 from dask_logits.job.manifest import RunFolder, conflict
-from dask_logits.job.plan import uniform_cuts
+from dask_logits.job.plan import Segment, uniform_cuts
 from dask_logits.job.planlog import PlanLog
 from dask_logits.store.lease import lease
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 _HASH_ROWS = 10_000
 _SAMPLE_ROWS = 256
@@ -45,16 +50,23 @@ class Corpus:
         Rows used, from the first.
     column
         ``input_ids`` or the text column.
+    repairs
+        Whether rows that could not be used may have been repaired since they were planned.
     """
 
     streams = False
     commit: str | None = None
     file_states: tuple[str, ...] = ()
 
-    def __init__(self, dataset: Dataset, n_rows: int, column: str) -> None:
+    def __init__(self, dataset: Dataset, n_rows: int, column: str, *, repairs: bool = False) -> None:
         self.dataset = dataset
         self.n_rows = n_rows
         self.column = column
+        self.repairs = repairs
+        names = dataset.column_names
+        # Whose content tells rows from others; beside it a reader's notes on bad rows.
+        self._content = [column, MASK] if column == IDS and MASK in names else [column]
+        self._used = [*self._content, *(name for name in (PROBLEM,) if name in names)]
         # Partitions passed so far, wanted or not.
         self.passed = 0
         self._digests: dict[tuple[int, int], str] = {}
@@ -62,7 +74,7 @@ class Corpus:
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenised."""
-        return self.column != "input_ids"
+        return self.column != IDS
 
     @property
     def content_digest(self) -> str:
@@ -72,7 +84,7 @@ class Corpus:
     def _digest(self, first: int, n_rows: int) -> str:
         """Hash a range of rows, once."""
         if (first, n_rows) not in self._digests:
-            self._digests[first, n_rows] = hash_rows(self.dataset, self.column, first, n_rows)
+            self._digests[first, n_rows] = hash_rows(self.dataset, self._content, first, n_rows)
         return self._digests[first, n_rows]
 
     @functools.cached_property
@@ -87,10 +99,10 @@ class Corpus:
             return None
         paths = [entry["filename"] for entry in self.dataset.cache_files]
         mapped = [open_arrow(path) for path in paths]
-        if any(self.column not in part.column_names for part in mapped) or sum(map(len, mapped)) < self.n_rows:
+        if any(set(self._used) - set(part.column_names) for part in mapped) or sum(map(len, mapped)) < self.n_rows:
             return None
-        whole = concatenate_datasets([part.select_columns([self.column]) for part in mapped])
-        if hash_rows(whole, self.column, 0, self.n_rows) != self.content_digest:
+        whole = concatenate_datasets([part.select_columns(self._used) for part in mapped])
+        if hash_rows(whole, self._content, 0, self.n_rows) != self.content_digest:
             return None
         return [FileRows(path=path, first=0, n_rows=len(part)) for path, part in zip(paths, mapped, strict=True)]
 
@@ -111,10 +123,30 @@ class Corpus:
             if last > self.n_rows:
                 raise conflict(log.run.path, {"dataset.max_samples": (last, self.n_rows)})
             found = self._digest(segment.first_row, segment.n_rows)
-            if found != segment.source["content"]:
+            if found != segment.source["content"] and not self._is_repaired(segment):
                 raise conflict(log.run.path, {"dataset.content": (segment.source["content"], found)})
         if log.end == "exhausted" and self.n_rows > log.n_rows:
             raise conflict(log.run.path, {"dataset.rows": (log.n_rows, self.n_rows)})
+
+    def _bad_rows(self, first: int, n_rows: int) -> list[int]:
+        """Return the rows of a range that a reader found to be bad."""
+        if PROBLEM not in self._used:
+            return []
+        problems = self.dataset.with_format("arrow").select_columns([PROBLEM])[first : first + n_rows][PROBLEM]
+        return [first + i for i, problem in enumerate(problems.to_pylist()) if problem is not None]
+
+    def _is_repaired(self, segment: Segment) -> bool:
+        """Whether only rows that could not be used differ from what was planned."""
+        bad = segment.source.get("bad_rows")
+        if not bad or not self.repairs:
+            return False
+        found = hash_rows(self.dataset, self._content, segment.first_row, segment.n_rows, without=frozenset(bad))
+        return bool(found == segment.source["content"])
+
+    def _source(self, first: int, n_rows: int) -> dict[str, Any]:
+        source: dict[str, Any] = {"kind": "rows", "content": self._digest(first, n_rows)}
+        bad = self._bad_rows(first, n_rows)
+        return {**source, "bad_rows": bad} if bad else source
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
         """Plan all rows, and yield the partitions that are wanted.
@@ -128,10 +160,17 @@ class Corpus:
         wanted
             Whether a partition of this index is to be computed now.
         """
+        for segment in list(log.segments()):
+            if (
+                self._is_repaired(segment)
+                and self._digest(segment.first_row, segment.n_rows) != segment.source["content"]
+            ):
+                logger.warning("rows that could not be used have been repaired: their partitions are computed")
+                log.mend(segment, self._source(segment.first_row, segment.n_rows))
+                shutil.rmtree(log.run.dataset_path, ignore_errors=True)
         if log.n_rows < self.n_rows:
             count = self.n_rows - log.n_rows
-            content = self._digest(log.n_rows, count)
-            log.append(uniform_cuts(count, partition_rows), {"kind": "rows", "content": content})
+            log.append(uniform_cuts(count, partition_rows), self._source(log.n_rows, count))
         log.close("exhausted" if self.n_rows == len(self.dataset) else "max_samples")
         files: list[FileRows] = []
         for partition in log.partitions():
@@ -148,17 +187,20 @@ class Corpus:
         """Return a fixed sample of (row number, row), spread evenly, for estimates."""
         count = min(self.n_rows, _SAMPLE_ROWS)
         rows = [i * self.n_rows // count for i in range(count)]
-        return list(zip(rows, self._plain()[rows][self.column], strict=True))
+        return list(zip(rows, self._values(rows), strict=True))
 
     def head(self) -> Iterator[Any]:
         """Yield the used rows from the first, for the calibration."""
-        plain = self._plain()
         for first in range(0, self.n_rows, _SAMPLE_ROWS):
-            yield from plain[first : min(first + _SAMPLE_ROWS, self.n_rows)][self.column]
+            yield from self._values(range(first, min(first + _SAMPLE_ROWS, self.n_rows)))
+
+    def _values(self, rows: Sequence[int]) -> list[Any]:
+        """Return texts, token ids or bad rows."""
+        return table_values(self._plain().with_format("arrow")[rows], self.column)
 
     def _plain(self) -> Dataset:
-        """The used column as plain Python values, without a format that was set on the dataset."""
-        return self.dataset.with_format(None).select_columns([self.column])
+        """The used columns, without a format that was set on the dataset."""
+        return self.dataset.with_format(None).select_columns(self._used)
 
     def _materialise(self, run: RunFolder) -> list[FileRows]:
         # Static workers may all need it at once.
@@ -210,20 +252,22 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
     from datasets import Dataset as RegularDataset
 
     if dataset is None:
-        opened = prepare_dataset(
+        opened = load_rows(
             str(config.name),
             config_name=config.config_name,
             split=config.split,
             data_files=config.data_files,
             revision=config.revision,
+            text_column=config.text_column,
             num_proc=config.num_proc,
         )
     else:
-        opened = dataset
+        opened = _from_rows(dataset, config.text_column) if isinstance(dataset, list | tuple) else dataset
+    refuse_splits(opened)
     if not isinstance(opened, RegularDataset):
         raise DatasetError(
-            f"dataset: expected a datasets.Dataset or a stream of rows, got {type(opened).__name__}; choose a split of "
-            "a DatasetDict, make a dataset of anything else"
+            f"dataset: expected a datasets.Dataset, a list or a stream of rows, got {type(opened).__name__}; make a "
+            "dataset of it, for instance with datasets.Dataset.from_pandas"
         )
     if opened.format["type"] == "custom":
         raise DatasetError("dataset: expected plain rows, got a dataset with a transform; apply it with .map() first")
@@ -232,7 +276,38 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
         raise DatasetError(
             "distillation.dataset.name: expected at least one row, got an empty dataset; check the split"
         )
-    return Corpus(opened, n_rows, choose_column(opened.column_names, config.text_column))
+    column = choose_column([name for name in opened.column_names if name != PROBLEM], config.text_column)
+    if column not in opened.column_names:
+        opened = opened.flatten()
+        if column not in opened.column_names:
+            raise DatasetError(
+                f"distillation.dataset.text_column: expected one of the fields {opened.column_names}, got {column!r}"
+            )
+    problem = type_problem(opened.data.schema.field(column).type, column)
+    if problem is not None:
+        first = opened.with_format(None).select_columns([column])[0][column]
+        expected = "lists of integers" if column == IDS else "texts"
+        reason = row_value({column: first}, column)
+        raise DatasetError(
+            f"distillation.dataset.text_column: expected {expected} in the column {column!r}, got {problem}; dataset "
+            f"row 0: {getattr(reason, 'reason', repr(first)[:80])}"
+        )
+    return Corpus(opened, n_rows, column, repairs=config.on_bad_row == "fail")
+
+
+def _from_rows(rows: Sequence[Any], text_column: str | None) -> Dataset:
+    """Make a dataset of a list of texts or of mappings; of mappings only the column that is used."""
+    from datasets import Dataset as RegularDataset
+
+    wrong = next((row for row in rows if not isinstance(row, str | Mapping)), None)
+    if wrong is not None:
+        raise DatasetError(
+            f"dataset: expected a list of texts or of dicts, got {type(wrong).__name__} {wrong!r:.80} in it; make each "
+            "row a text, or a dict with a text or input_ids column"
+        )
+    names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
+    column = choose_column(list(names), text_column) if names else text_column or TEXT
+    return RegularDataset(value_table([row_value(row, column) for row in rows], column))
 
 
 def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[FileRows, ...]:
@@ -254,10 +329,25 @@ def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[Fil
     return tuple(pieces)
 
 
-def hash_rows(dataset: Dataset, column: str, first: int, n_rows: int) -> str:
-    """Digest a range of rows of a column by content."""
-    digest = RowsDigest()
-    narrow = dataset.select_columns([column]).with_format("arrow")
+def hash_rows(
+    dataset: Dataset, columns: Sequence[str], first: int, n_rows: int, *, without: frozenset[int] = frozenset()
+) -> str:
+    """Digest a range of rows of some columns by content; rows in `without` count as rows without a value."""
+    digests = [RowsDigest() for _ in columns]
+    narrow = dataset.select_columns(list(columns)).with_format("arrow")
     for start in range(first, first + n_rows, _HASH_ROWS):
-        digest.update(narrow[start : min(start + _HASH_ROWS, first + n_rows)][column])
-    return digest.hexdigest()
+        table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
+        places = [row - start for row in without if start <= row < start + len(table)]
+        for name, digest in zip(columns, digests, strict=True):
+            digest.update(_without(table[name], places) if places else table[name])
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256("".join(digest.hexdigest() for digest in digests).encode()).hexdigest()
+
+
+def _without(column: Any, places: Sequence[int]) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept = pa.array([i not in set(places) for i in range(len(column))])
+    return pc.if_else(kept, column, pa.scalar(None, column.type))

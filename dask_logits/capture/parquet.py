@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dask_logits.capture.values import IDS, MASK, Value, arrow_values
 from dask_logits.errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
@@ -142,15 +143,15 @@ def read_footer(path: str) -> Footer:
     )
 
 
-def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str | None = None) -> list[Any]:
-    """Read a range of rows of one column.
+def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str | None = None) -> list[Value]:
+    """Read a range of rows of one column; of token ids without their padding.
 
     Parameters
     ----------
     path
         Path or URL.
     column
-        Its name.
+        Its name, or the path of a field inside a struct.
     first, n_rows
         The range, in rows of the file.
     footer
@@ -178,6 +179,37 @@ def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str
     return rows
 
 
+def parquet_batches(path: str, column: str) -> Iterator[Any]:
+    """Yield all rows of a file, of the column that is used and, for token ids, their mask.
+
+    Raises
+    ------
+    DatasetError
+        If the file is damaged or lacks the column.
+    """
+    import pyarrow.parquet as pq
+
+    columns = _used_columns(path, column, read_footer(path))
+    with open_bytes(path) as file, _readable(path):
+        yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS, columns=columns)
+
+
+def all_batches(path: str) -> Iterator[Any]:
+    """Yield all rows of a file with all columns, read as they are asked for."""
+    import pyarrow.parquet as pq
+
+    with open_bytes(path) as file, _readable(path):
+        yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS)
+
+
+def _used_columns(path: str, column: str, footer: Footer) -> list[str]:
+    """Return the columns to read; of a struct only the field that is used."""
+    head = column if column in footer.columns else column.split(".")[0]
+    if head not in footer.columns:
+        raise DatasetError(f"{path}: expected a column {column!r}, got {list(footer.columns)}; take the file out")
+    return [column, MASK] if column == IDS and MASK in footer.columns else [column]
+
+
 class _Cursor:
     """Reads one column of one file forward."""
 
@@ -191,21 +223,20 @@ class _Cursor:
                 f"{path}: expected the file that was planned, got another one in its place; restore it, or start anew "
                 "with distillation.teacher.generation.force_regenerate=true"
             )
-        if column not in found.columns:
-            raise DatasetError(f"{path}: expected a column {column!r}, got {list(found.columns)}; take the file out")
+        self._columns = _used_columns(path, column, found)
         self._starts = [0, *itertools.accumulate(found.row_groups)]
         system, inside = _file_system(path)
         with _readable(path):
             self._file = system.open(inside, "rb", block_size=_READ_BYTES)
             self._reader = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_READ_BYTES)
         self._batches: Iterator[Any] = iter(())
-        self._rest: list[Any] = []
+        self._rest: list[Value] = []
         self._group_end = 0
         self.position = 0
 
-    def read(self, first: int, n_rows: int) -> list[Any]:
+    def read(self, first: int, n_rows: int) -> list[Value]:
         path, column, _ = self.key
-        rows: list[Any] = []
+        rows: list[Value] = []
         with _readable(f"{path}, rows {first} to {first + n_rows - 1}"):
             while len(rows) < n_rows:
                 self._seek(first + len(rows), column)
@@ -221,14 +252,14 @@ class _Cursor:
             if row >= self._starts[-1]:
                 raise DatasetError(f"{self.key[0]}: expected row {row}, got {self._starts[-1]} rows; restore the file")
             group = bisect.bisect_right(self._starts, row) - 1
-            self._batches = self._reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column])
+            self._batches = self._reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
             self._rest, self.position, self._group_end = [], self._starts[group], self._starts[group + 1]
         while self.position + len(self._rest) <= row:
             self.position += len(self._rest)
             batch = next(self._batches, None)
             if batch is None:
                 raise DatasetError(f"{self.key[0]}: expected row {row}, got the end of its row group; restore the file")
-            self._rest = batch.column(0).to_pylist()
+            self._rest = arrow_values(batch, column)
         self._rest = self._rest[row - self.position :]
         self.position = row
 
@@ -240,11 +271,37 @@ class _Cursor:
 _OPEN: _Cursor | None = None
 
 
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file for reading, local or remote."""
+    system, inside = _file_system(path)
+    with system.open(inside, "rb", block_size=_READ_BYTES) as file:
+        yield file
+
+
 def _file_system(path: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    system, inside = url_to_fs(path)
+    try:
+        system, inside = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise DatasetError(
+            f"distillation.dataset.data_files: cannot read {path!r}: {needed_for(path, error)}"
+        ) from error
     return system, str(inside)
+
+
+def needed_for(path: str, error: Exception) -> str:
+    """Return what has to be installed to read a URL, or what else is wrong with it.
+
+    >>> needed_for("s3://bucket/a.parquet", ImportError("Install s3fs to access S3"))
+    "install support for s3:// with `pip install 'dask-logits[s3]'`"
+    """
+    scheme = path.split("://")[0]
+    extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}.get(scheme)
+    if extra and isinstance(error, ImportError):
+        return f"install support for {scheme}:// with `pip install 'dask-logits[{extra}]'`"
+    return f"{first_line(error)}; install an fsspec file system for {scheme}://" if "://" in path else first_line(error)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dask_logits.capture.load import choose_column, pinned_commit
+from dask_logits.capture.load import pinned_commit
 from dask_logits.capture.parquet import (
     FileState,
     Footer,
@@ -25,6 +25,7 @@ from dask_logits.capture.parquet import (
     unreachable,
 )
 from dask_logits.capture.rows import FileRows, Planned
+from dask_logits.capture.values import IDS, choose_column
 from dask_logits.errors import DatasetError
 from dask_logits.job.manifest import conflict
 from dask_logits.job.plan import Segment, group_cuts
@@ -43,7 +44,7 @@ class ParquetStream:
     files
         Paths or URLs, in order.
     text_column
-        Column to use where there is no ``input_ids``.
+        Column that was asked for.
     limit
         Rows used, from the first; None: all.
     identity
@@ -53,7 +54,7 @@ class ParquetStream:
     streams = True
     file_states: tuple[str, ...] = ()
 
-    def __init__(self, files: list[str], text_column: str, limit: int | None, identity: dict[str, Any]) -> None:
+    def __init__(self, files: list[str], text_column: str | None, limit: int | None, identity: dict[str, Any]) -> None:
         self.files = files
         self.limit = limit
         self.commit = pinned_commit(files)
@@ -73,7 +74,7 @@ class ParquetStream:
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenised."""
-        return self.column != "input_ids"
+        return self.column != IDS
 
     @property
     def n_rows(self) -> int | None:

@@ -15,10 +15,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
-from dask_logits.capture.load import choose_column
 from dask_logits.capture.rows import FileRows, Planned, RowsDigest, write_spool
+from dask_logits.capture.text_files import located
+from dask_logits.capture.values import (
+    IDS,
+    TEXT,
+    BadRow,
+    Value,
+    both_columns,
+    choose_column,
+    row_value,
+    value_table,
+)
 from dask_logits.errors import DatasetError, RunConflictError
 from dask_logits.job.manifest import conflict
 from dask_logits.job.plan import Segment
@@ -49,12 +57,6 @@ class _Broken(NamedTuple):
     part: int
 
 
-class _Bad(NamedTuple):
-    """In place of a value: the row has none that could be used."""
-
-    reason: str
-
-
 class _Chunk(NamedTuple):
     """Consecutive rows, or none where the stream broke off or ended; and what they are known by."""
 
@@ -71,7 +73,7 @@ class RowStream:
         Iterables over rows, one after the other: the files of a reader, or one object. A part that breaks off ends
         there, and the next one is read.
     text_column
-        Column to use where there is no ``input_ids``.
+        Column that was asked for.
     limit
         Rows used, from the first; None: all.
     identity
@@ -80,6 +82,8 @@ class RowStream:
         Hub commit it is pinned to.
     file_states
         What a listing says of each part's file, in order; empty: nothing.
+    skips
+        Whether a row that cannot be used is kept as one without a token; else its partition fails.
     """
 
     streams = True
@@ -87,11 +91,13 @@ class RowStream:
     def __init__(
         self,
         parts: Iterable[Any],
-        text_column: str,
+        text_column: str | None,
         limit: int | None,
         identity: dict[str, Any],
         commit: str | None = None,
         file_states: tuple[str, ...] = (),
+        *,
+        skips: bool = False,
     ) -> None:
         self.limit = limit
         self.commit = commit
@@ -99,12 +105,15 @@ class RowStream:
         # Rows passed so far, wanted or not.
         self.passed = 0
         self._identity = identity
+        self._skips = skips
+        self._is_chosen = text_column is not None
         self._events = _events(parts)
         self._buffer: deque[Any] = deque()
         self._plain_text = False
-        found = next((event for event in self._peeked() if isinstance(event, _Row)), None)
+        found = next((event for event in self._peeked() if isinstance(event, _Row) and not _is_bad(event.row)), None)
         if found is None:
-            reason = next((event.reason for event in self._buffer), "no row")
+            reasons = (event.row.reason if isinstance(event, _Row) else event.reason for event in self._buffer)
+            reason = next(reasons, "no row")
             raise DatasetError(f"distillation.dataset.name: expected a stream of rows, got {reason}; check the dataset")
         first = found.row
         self._plain_text = isinstance(first, str)
@@ -113,12 +122,12 @@ class RowStream:
                 f"dataset: expected a stream of mappings or texts, got {type(first).__name__} {first!r:.80}; make each "
                 "row a dict with a text or input_ids column"
             )
-        self.column = text_column if isinstance(first, str) else choose_column(list(first), text_column)
+        self.column = text_column or TEXT if isinstance(first, str) else choose_column(list(first), text_column)
 
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenised."""
-        return self.column != "input_ids"
+        return self.column != IDS
 
     @property
     def n_rows(self) -> int | None:
@@ -134,15 +143,14 @@ class RowStream:
         return list(enumerate(itertools.islice(self.head(), _SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
-        """Yield the usable rows from the first, within bounds: they are kept, as a stream may not be read twice."""
+        """Yield the values from the first, within bounds: they are kept, as a stream may not be read twice."""
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
         bound = _HEAD_ROWS if self.limit is None else min(self.limit, _HEAD_ROWS)
         size = 0
         for number, row in enumerate(itertools.islice(rows, bound)):
             value = self._value(row, number)
-            usable = None if isinstance(value, _Bad) else value
-            yield usable
-            size += self._size(usable)
+            yield value
+            size += self._size(value)
             if size >= _CHUNK_BYTES:
                 return
 
@@ -264,50 +272,40 @@ class RowStream:
                 return _Chunk((), {"kind": "stream", "error": reason, "part": event.part})
             self.passed += 1
             value = self._value(event.row, first_row + len(values))
-            if isinstance(value, _Bad):
-                failure = failure or {"error": value.reason, "part": event.part}
-            else:
-                size += self._size(value)
+            if isinstance(value, BadRow) and not self._skips:
+                row = first_row + len(values)
+                failure = failure or {"error": f"dataset row {row}: {value.reason}; fix the row", "part": event.part}
+            size += self._size(value)
             values.append(value)
         rows, content = self._known_by(values)
         return _Chunk(rows, {"kind": "stream", "content": content, **failure})
 
-    def _size(self, value: Any) -> int:
-        return len(value or ()) * (1 if self.is_text else 8)
+    def _size(self, value: Value) -> int:
+        return 0 if isinstance(value, BadRow) else len(value or ()) * (1 if self.is_text else 8)
 
-    def _known_by(self, values: list[Any]) -> tuple[Any, str]:
-        """Return rows as an Arrow array, and their hash; a value that cannot be used counts as none."""
-        usable = [None if isinstance(value, _Bad) else value for value in values]
-        rows = pa.array(usable, pa.large_string() if self.is_text else pa.large_list(pa.int64()))
+    def _known_by(self, values: list[Value]) -> tuple[Any, str]:
+        """Return values as an Arrow table, and their hash; a row that cannot be used counts as one without a value."""
+        rows = value_table(values, self.column)
         digest = RowsDigest()
-        digest.update(rows)
+        digest.update(rows.column(0))
         return rows, digest.hexdigest()
 
-    def _value(self, row: Any, number: int) -> Any:
-        """Take the value out of a row, or say what is wrong with it."""
-        if isinstance(row, str) and self._plain_text:
+    def _value(self, row: Any, number: int) -> Value:
+        """Take the value out of a row, or say what is wrong with it.
+
+        Raises
+        ------
+        DatasetError
+            If the row has both a text and token ids, and no column was chosen.
+        """
+        if isinstance(row, BadRow):
             return row
-        if not isinstance(row, Mapping) or self.column not in row:
-            found = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-            return _Bad(f"dataset row {number}: expected a column {self.column!r}, got {found}; mend the row")
-        value = row[self.column]
-        if self.is_text and not isinstance(value, str | None):
-            return _Bad(
-                f"dataset row {number}: expected a text, got {type(value).__name__} {value!r:.80}; mend the row"
-            )
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                return _Bad(
-                    f"dataset row {number}: expected a text, got one that is no Unicode ({error}); mend the row"
-                )
-        if not self.is_text:
-            try:
-                ids = pa.array([value if value is None else list(value)], pa.large_list(pa.int64()))
-            except (pa.ArrowException, TypeError, ValueError, OverflowError):
-                return _Bad(f"dataset row {number}: expected a list of token ids, got {value!r:.80}; mend the row")
-            value = ids[0].as_py()
+        if isinstance(row, str) and not self._plain_text:
+            return BadRow(reason=f"expected a column {self.column!r}, got str")
+        other = {TEXT: IDS, IDS: TEXT}.get(self.column)
+        if not self._is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
+            raise both_columns()
+        value: Value = located(row, row_value(row, self.column))
         return value
 
     def _peeked(self) -> Iterator[Any]:
@@ -319,6 +317,10 @@ class RowStream:
                     return
                 self._buffer.append(event)
             yield self._buffer[ahead]
+
+
+def _is_bad(row: Any) -> bool:
+    return isinstance(row, BadRow)
 
 
 def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from dask_logits.capture.parquet import read_parquet
+from dask_logits.capture.values import PROBLEM, arrow_values, with_problems
 from dask_logits.errors import DatasetError
 from dask_logits.job.plan import Partition
 from dask_logits.job.planlog import PlanLog
@@ -134,7 +135,7 @@ class RowsDigest:
 
 
 def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
-    """Read consecutive rows.
+    """Read consecutive rows: texts, or token ids without their padding; a row that cannot be used is a ``BadRow``.
 
     Raises
     ------
@@ -147,12 +148,19 @@ def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
     for file in files:
         match file.kind:
             case "arrow":
-                rows += open_arrow(file.path)[file.first : file.first + file.n_rows][column]
+                table = open_arrow(file.path).with_format("arrow")[file.first : file.first + file.n_rows]
+                rows += table_values(table, column)
             case "spool":
                 rows += _read_spool(file)
             case "parquet":
                 rows += read_parquet(file.path, column, file.first, file.n_rows, footer=file.digest)
     return rows
+
+
+def table_values(table: Any, column: str) -> list[Any]:
+    """Return the values of Arrow rows, with the bad rows that a reader found."""
+    values = arrow_values(table, column)
+    return with_problems(values, table[PROBLEM].to_pylist()) if PROBLEM in table.column_names else values
 
 
 def open_arrow(path: str) -> Any:
@@ -170,27 +178,25 @@ def _map_arrow(path: str, inode: int, changed: int) -> Any:
 
 
 def write_spool(path: Path, rows: Any) -> None:
-    """Write rows of a stream where workers find them, whole or not at all."""
+    """Write a table of values of a stream where workers find them, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
-    batch = pa.RecordBatch.from_arrays([rows], ["rows"])
-    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
-        writer.write_batch(batch)
+    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        writer.write_table(rows)
     aside.replace(path)
 
 
 def _read_spool(file: FileRows) -> list[Any]:
     with pa.OSFile(file.path, "rb") as source, pa.ipc.open_stream(source) as reader:
-        rows = reader.read_all()["rows"]
+        table = reader.read_all()
     digest = RowsDigest()
-    digest.update(rows)
+    digest.update(table.column(0))
     if digest.hexdigest() != file.digest:
         raise DatasetError(
             f"{file.path}: expected rows with SHA-256 {str(file.digest)[:16]}…, got {digest.hexdigest()[:16]}…; run "
             "the same command again: the stream is read anew"
         )
-    found: list[Any] = rows.to_pylist()
-    return found
+    return with_problems(table.column(0).to_pylist(), table[PROBLEM].to_pylist())
 
 
 def _lengths(rows: Any) -> Array:

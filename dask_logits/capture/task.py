@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 import sys
@@ -24,7 +25,7 @@ from dask_logits.capture.items import ItemSettings, make_items
 from dask_logits.capture.meter import Cost
 from dask_logits.capture.rows import FileRows, read_rows
 from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
-from dask_logits.capture.tokens import TokenizerSpec, tokenize
+from dask_logits.capture.tokens import TokenizerSpec, read_documents, tokenize
 from dask_logits.errors import RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition
@@ -32,6 +33,8 @@ from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.store.durable import Json, create_json
 from dask_logits.store.partition import remove_partition, write_partition
 from dask_logits.store.profile import ProfileSpec, as_kept, load_profile
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -146,8 +149,8 @@ def process_partition(
         lap("wait")
         rows = read_rows(task.files, task.column)
         lap("read")
-        documents = tokenize(rows, task.tokenizer, first_row=task.partition.first_row)
-        items = make_items(documents, task.items, first_row=task.partition.first_row)
+        documents = read_documents(rows, task.tokenizer, first_row=task.partition.first_row)
+        items = make_items(documents.tokens, task.items, first_row=task.partition.first_row)
         lap("tokenize")
     packed = task.items.packing == "concat"
 
@@ -162,6 +165,11 @@ def process_partition(
         lap("score")
     profile = load_profile(task.profile)
     statistics, content_digest = _said_of(as_kept(scored.records, profile))
+    statistics = dataclasses.replace(
+        statistics, skipped_rows=len(documents.skipped), double_bos_rows=documents.n_double_bos
+    )
+    for reason in documents.skipped.values():
+        logger.warning("skipped %s", reason)
     flops = task.cost.flops(len(item.tokens) for item in items)
     attempt = run.attempt_path(task.partition.index)
     try:

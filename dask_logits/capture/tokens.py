@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from dask_logits.capture.values import BadRow, check_ids, check_text
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
@@ -22,6 +23,11 @@ from dask_logits.tokenmap import map_digest, token_crcs
 
 # A tokenizer that covers less of the head than this is taken for another model's (Qwen, Phi and DeepSeek pad < 3 %).
 _LEAST_COVERED = 0.9
+# Of a long text so many characters are tokenized at first for each token that is kept, four times what is common.
+_CHARACTERS_PER_TOKEN = 16
+_LEAST_CHARACTERS = 4_096
+# A prefix ends where a word ends, if one ends within so many characters.
+_NEAR_CHARACTERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,8 @@ class TokenizerSpec:
         How documents are made; max_length None: nothing is cut off.
     vocab_size
         Valid vocabulary.
+    on_bad_row
+        Whether a row that cannot be used is an error, or a document of 0 tokens.
     """
 
     path: str | None
@@ -47,6 +55,26 @@ class TokenizerSpec:
     add_special_tokens: bool
     max_length: int | None
     vocab_size: int
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Consecutive documents of token ids.
+
+    Parameters
+    ----------
+    tokens
+        int32 ids of each row.
+    skipped
+        Row → why it could not be used; such a row has 0 tokens.
+    n_double_bos
+        Texts that begin with the token that the tokenizer adds at the beginning, so that they have it twice.
+    """
+
+    tokens: list[Array]
+    skipped: dict[int, str]
+    n_double_bos: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +153,16 @@ def inspect_tokenizer(
         add_special_tokens=dataset.add_special_tokens,
         max_length=max_length,
         vocab_size=vocab_size,
+        on_bad_row=dataset.on_bad_row,
     )
 
 
 def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> list[Array]:
+    """Return the token ids of rows, as :func:`read_documents` does."""
+    return read_documents(rows, spec, first_row=first_row).tokens
+
+
+def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> Documents:
     """Turn rows into documents of token ids, cut at ``max_length`` if there is one.
 
     Parameters
@@ -140,40 +174,102 @@ def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) ->
     first_row
         Dataset row of the first, for messages.
 
-    Returns
-    -------
-    list of int32 arrays
+    Raises
+    ------
+    DatasetError
+        If a row is not text (not ids), or holds an id outside the valid vocabulary, and bad rows are errors; names the
+        row.
+    TeacherError
+        If this process finds another tokenizer than the driver.
+    """
+    skipped: dict[int, str] = {}
+
+    def bad(i: int, reason: str) -> None:
+        if spec.on_bad_row == "fail":
+            raise DatasetError(
+                f"dataset row {first_row + i}: {reason}; fix the row, or set distillation.dataset.on_bad_row=skip in a "
+                "new run",
+                row=first_row + i,
+            )
+        skipped[first_row + i] = reason
+
+    values: list[Any] = []
+    for i, row in enumerate(rows):
+        value = row if isinstance(row, BadRow) else check_ids(row) if spec.path is None else check_text(row)
+        if isinstance(value, BadRow):
+            bad(i, value.reason)
+        values.append(None if isinstance(value, BadRow) else value)
+    n_double_bos = 0
+    ids: list[list[int]] = [[] for _ in values] if spec.path else [value or [] for value in values]
+    filled = [i for i, value in enumerate(values) if value]
+    if spec.path is not None and filled:
+        tokenizer = _load_tokenizer(spec.path, spec.revision, spec.trust_remote_code, spec.identity)
+        encoded = encode(tokenizer, [values[i] for i in filled], spec.add_special_tokens, spec.max_length)
+        bos = tokenizer.bos_token_id
+        for i, row_ids in zip(filled, encoded, strict=True):
+            ids[i] = row_ids
+            n_double_bos += spec.add_special_tokens and bos is not None and row_ids[:2] == [bos, bos]
+    tokens = []
+    for i, row_ids in enumerate(ids):
+        array = np.asarray(row_ids[: spec.max_length], dtype=np.int64)
+        if array.size and (array.min() < 0 or array.max() >= spec.vocab_size):
+            wrong = int(array[(array < 0) | (array >= spec.vocab_size)][0])
+            bad(
+                i,
+                f"expected token ids in [0, {spec.vocab_size}), got {wrong}; tokenize with the teacher's tokenizer, or "
+                "set distillation.dataset.vocab_size",
+            )
+            array = array[:0]
+        tokens.append(array.astype(np.int32))
+    return Documents(tokens=tokens, skipped=skipped, n_double_bos=n_double_bos)
+
+
+def sample_documents(rows: Iterable[tuple[int, Any]], spec: TokenizerSpec) -> Iterator[Documents]:
+    """Yield the document of each (row number, row) of a sample that can be used.
 
     Raises
     ------
     DatasetError
-        If a row is not text (not ids), or holds an id outside the valid vocabulary; names the row.
-    TeacherError
-        If this process finds another tokenizer than the driver.
+        If none of them can be used.
     """
-    expected = list if spec.path is None else str
-    for i, row in enumerate(rows):
-        if row is not None and not isinstance(row, expected):
-            raise DatasetError(
-                f"dataset row {first_row + i}: expected {expected.__name__}, got {type(row).__name__} {row!r:.80}; "
-                "name another column or clean the row",
-                row=first_row + i,
-            )
-    if spec.path is None:
-        ids = [row or [] for row in rows]
-    else:
-        tokenizer = _load_tokenizer(spec.path, spec.revision, spec.trust_remote_code, spec.identity)
-        filled = [i for i, row in enumerate(rows) if row]
-        ids = [[] for _ in rows]
-        if filled:
-            encoded = encode(tokenizer, [rows[i] for i in filled], spec.add_special_tokens, spec.max_length)
-            for i, row_ids in zip(filled, encoded, strict=True):
-                ids[i] = row_ids
-    return [_checked(row_ids[: spec.max_length], spec.vocab_size, first_row + i) for i, row_ids in enumerate(ids)]
+    first_error: DatasetError | None = None
+    found = 0
+    for row, value in rows:
+        try:
+            documents = read_documents([value], spec, first_row=row)
+        except DatasetError as error:
+            first_error = first_error or error
+            continue
+        if documents.skipped:
+            first_error = first_error or DatasetError(f"dataset row {row}: {documents.skipped[row]}", row=row)
+        else:
+            found += 1
+        yield documents
+    if first_error is not None and not found:
+        raise first_error
 
 
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
-    """Return the ids of texts, cut at `max_length` if it is given."""
+    """Return the ids of texts, cut at `max_length` if it is given.
+
+    Of a text that is much longer than `max_length` tokens only a prefix is tokenized.
+    """
+
+    if max_length is None:
+        return _encode(tokenizer, texts, add_special_tokens, None)
+    start = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
+    short = iter(_encode(tokenizer, [t for t in texts if len(t) <= 4 * start], add_special_tokens, max_length))
+    return [
+        next(short)
+        if len(text) <= 4 * start
+        else _encode_long(
+            lambda prefix: _encode(tokenizer, [prefix], add_special_tokens, max_length)[0], text, start, max_length
+        )
+        for text in texts
+    ]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(
@@ -187,6 +283,31 @@ def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_l
         verbose=False,
     )["input_ids"]
     return ids
+
+
+def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, max_length: int) -> list[int]:
+    """Tokenize growing prefixes of a text until the tokens that are kept no longer depend on where it was cut.
+
+    A cut changes only tokens near it: tokenizers split at white space first, and a merge or a best segmentation of
+    pieces of bounded length does not depend on text that is far away. A prefix is taken if it fills `max_length` and
+    one of twice its length gives the same tokens.
+    """
+    before: list[int] | None = None
+    length = start
+    while length < len(text):
+        ids = encode_one(text[: _cut(text, length)])
+        if len(ids) == max_length and ids == before:
+            return ids
+        before, length = ids, 2 * length
+    return encode_one(text)
+
+
+def _cut(text: str, length: int) -> int:
+    """Return a place before `length` where a word ends, if there is one near it."""
+    for place in range(length, length - _NEAR_CHARACTERS, -1):
+        if text[place].isspace() and not text[place - 1].isspace():
+            return place
+    return length
 
 
 @functools.lru_cache(maxsize=2)
@@ -235,18 +356,3 @@ def _check_match(vocab_size: int, head_width: int, path: str) -> None:
             f"{path!r} with {vocab_size} ids; give the teacher's own tokenizer, or say which ids are valid with "
             "distillation.dataset.vocab_size"
         )
-
-
-def _checked(ids: Sequence[int], vocab_size: int, row: int) -> Array:
-    try:
-        array = np.asarray(ids, dtype=np.int64)
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"dataset row {row}: expected a flat list of token ids, got {error}", row=row) from error
-    if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        bad = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise DatasetError(
-            f"dataset row {row}: expected token ids in [0, {vocab_size}), got {bad}; tokenise with the teacher's "
-            "tokenizer, or set distillation.dataset.vocab_size",
-            row=row,
-        )
-    return array.astype(np.int32)

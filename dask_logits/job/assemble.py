@@ -342,6 +342,14 @@ def _write(
         logger.warning(
             "%d of %d documents have no token: their rows are null or empty", reader.n_empty, reader.n_documents
         )
+    if statistics["skipped_rows"]:
+        logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics["skipped_rows"])
+    if statistics["double_bos_rows"]:
+        logger.warning(
+            "%d texts begin with the token that the tokenizer adds at the beginning, and have it twice; if that was "
+            "not meant, score them anew with distillation.dataset.add_special_tokens=false",
+            statistics["double_bos_rows"],
+        )
 
 
 def _digest(pieces: Iterable[Piece]) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,24 @@ from dask_logits.capture.corpus import open_corpus
 from dask_logits.capture.items import ItemSettings
 from dask_logits.capture.rows import Source
 from dask_logits.capture.stream import is_stream, open_stream
-from dask_logits.capture.tokens import Tokenizer, TokenizerSpec, inspect_tokenizer, tokenize
+from dask_logits.capture.tokens import (
+    Documents,
+    Tokenizer,
+    TokenizerSpec,
+    inspect_tokenizer,
+    sample_documents,
+)
 from dask_logits.capture.topk import scratch_rows
-from dask_logits.config import Config, DatasetConfig
+from dask_logits.capture.values import BadRow
+from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, stride_problems
 from dask_logits.errors import CapacityError, ConfigError, DatasetError, RunConflictError
 from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
 from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.job.planlog import PlanLog
 from dask_logits.store.durable import Json
+
+logger = logging.getLogger(__name__)
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Left to the machine when memory is compared.
@@ -124,6 +135,7 @@ def prepare(config: Config, dataset: Any = None) -> Job:
     joins = joins_scheduler(config.cluster)
     device = ("cuda" if generation.device == "cuda" else "cpu") if joins else local_device(generation, config.cluster)
     teacher = inspect_teacher(config.teacher)
+    config = _with_max_length(config, teacher, manifest)
     source: Source
     if config.dataset.streaming or is_stream(dataset):
         source = open_stream(config.dataset, dataset, (manifest or {}).get("commit"))
@@ -140,7 +152,10 @@ def prepare(config: Config, dataset: Any = None) -> Job:
     items = _with_separator(items, tokenizer, spec.vocab_size)
     _check_bounds(config, teacher, spec.vocab_size)
 
-    sample = [tokenize([value], spec, first_row=row)[0] for row, value in source.sample()]
+    logger.info("documents are taken from the column %r", source.column)
+    documents = list(sample_documents(source.sample(), spec))
+    _warn_of_double_bos(documents)
+    sample = [tokens for one in documents for tokens in one.tokens]
     tokens_per_row = sum(len(document) for document in sample) / max(1, len(sample))
     if not tokens_per_row:
         _check_filled(source)
@@ -182,7 +197,8 @@ def prepare(config: Config, dataset: Any = None) -> Job:
             "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
             "teacher.generation.top_k": generation.top_k,
             **source.identity(),
-            "dataset.column": "text" if source.is_text else "input_ids",
+            "dataset.column": source.column,
+            "dataset.on_bad_row": config.dataset.on_bad_row,
             "dataset.add_special_tokens": config.dataset.add_special_tokens if source.is_text else None,
             "dataset.vocab_size": spec.vocab_size,
             **{f"dataset.{name}": value for name, value in dataclasses.asdict(items).items()},
@@ -209,7 +225,7 @@ def _check_filled(source: Source) -> None:
     """Refuse rows that the teacher could not even be calibrated with."""
     looked_at = 0
     for value in itertools.islice(source.head(), _LOOKED_AT_ROWS):
-        if value:
+        if value and not isinstance(value, BadRow):
             return
         looked_at += 1
     raise DatasetError(
@@ -218,7 +234,33 @@ def _check_filled(source: Source) -> None:
     )
 
 
+def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Json | None) -> Config:
+    """Settle ``max_length``: of a run that was begun, what it was begun with."""
+    dataset = config.dataset
+    if dataset.max_length != "auto":
+        return config
+    settled = (manifest or {}).get("what", {}).get("dataset.max_length")
+    length = (
+        settled if isinstance(settled, int) else min(DEFAULT_MAX_LENGTH, teacher.max_positions or DEFAULT_MAX_LENGTH)
+    )
+    if dataset.window_stride is not None and (problems := stride_problems(dataset.window_stride, length)):
+        raise ConfigError.from_problems(problems)
+    return dataclasses.replace(config, dataset=dataclasses.replace(dataset, max_length=length))
+
+
+def _warn_of_double_bos(documents: Sequence[Documents]) -> None:
+    count = sum(one.n_double_bos for one in documents)
+    if count:
+        logger.warning(
+            "%d of %d texts in a sample already begin with the token that the tokenizer adds at the beginning, so they "
+            "have it twice; set distillation.dataset.add_special_tokens=false if the text brings its special tokens",
+            count,
+            len(documents),
+        )
+
+
 def _item_settings(dataset: DatasetConfig) -> ItemSettings:
+    assert dataset.max_length != "auto"
     return ItemSettings(
         max_length=dataset.max_length,
         long_documents=dataset.long_documents,
@@ -380,7 +422,11 @@ def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> Non
             f"distillation.teacher.generation.top_k: expected at most the valid vocabulary {vocab_size}, "
             f"got {config.teacher.generation.top_k}"
         )
-    if teacher.max_positions is not None and config.dataset.max_length > teacher.max_positions:
+    if (
+        teacher.max_positions is not None
+        and config.dataset.max_length != "auto"
+        and config.dataset.max_length > teacher.max_positions
+    ):
         problems.append(
             f"distillation.dataset.max_length: expected at most the teacher's {teacher.max_positions} positions, "
             f"got {config.dataset.max_length}; set distillation.dataset.max_length={teacher.max_positions}"

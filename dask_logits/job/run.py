@@ -23,7 +23,7 @@ from dask_logits.capture.calibrate import TOKENS as CALIBRATION_TOKENS
 from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
 from dask_logits.capture.checkpoint import resolve_dtype
 from dask_logits.capture.items import make_items
-from dask_logits.capture.tokens import tokenize
+from dask_logits.capture.tokens import sample_documents
 from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
 from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
@@ -337,9 +337,9 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
     documents: list[Array] = []
     tokens = 0
     plan_tokens = _tokens_each(job, cluster)
-    for row, value in enumerate(job.source.head()):
-        documents += tokenize([value], job.tokenizer_spec, first_row=row)
-        tokens += len(documents[-1])
+    for one in sample_documents(enumerate(job.source.head()), job.tokenizer_spec):
+        documents += one.tokens
+        tokens += sum(map(len, one.tokens))
         if tokens >= CALIBRATION_TOKENS:
             break
     else:

@@ -183,7 +183,8 @@ class _Driver:
 
     def _is_wanted(self, index: int) -> bool:
         anew = self._log.replanned_from is not None and index >= self._log.replanned_from
-        chosen = self._only is None or index in self._only
+        # What is planned anew was not in the ledger of failures under its new number.
+        chosen = self._only is None or index in self._only or anew
         return chosen and self._job.share.owns(index) and (anew or index not in self._done.indices)
 
     def _settle(self, index: int) -> None:

@@ -59,6 +59,8 @@ def card(path: str | Path) -> dict[str, Any]:
         "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
         "documents": sum(one.n_documents for one in readers),
         "empty_documents": sum(one.n_empty for one in readers),
+        "skipped_rows": statistics.skipped_rows or None if statistics else None,
+        "double_bos_rows": statistics.double_bos_rows or None if statistics else None,
         "items": sum(one.n_items for one in readers),
         "tokens": n_tokens,
         "top_k": reader.top_k,

@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from dask_logits import DatasetError, prepare_dataset
-from dask_logits.capture.load import open_builder
+from dask_logits.capture.load import find_files
 from dask_logits.capture.tokens import TokenizerSpec, tokenize
 
 TEXTS = sentences(30, seed=4)
@@ -53,8 +53,11 @@ def test_without_a_tokenizer_rows_stay_as_they_are(tmp_path) -> None:
 
 def test_ready_ids_are_taken_as_they_are(llama, tmp_path) -> None:
     Dataset.from_dict({"input_ids": [[1, 2], [3]], "text": ["a", "b"]}).save_to_disk(tmp_path / "d")
-    found = prepare_dataset(str(tmp_path / "d"), AutoTokenizer.from_pretrained(llama))
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    found = prepare_dataset(str(tmp_path / "d"), tokenizer, text_column="input_ids")
     assert list(found) == [{"input_ids": [1, 2]}, {"input_ids": [3]}]
+    with pytest.raises(DatasetError, match="both a column 'text' and a column 'input_ids'"):
+        prepare_dataset(str(tmp_path / "d"), tokenizer)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -63,7 +66,7 @@ def test_ready_ids_are_taken_as_they_are(llama, tmp_path) -> None:
     [
         ({"text_column": "txt"}, "expected one of the columns .*, got 'txt', did you mean 'text'"),
         ({"data_files": ["/no/such.jsonl"]}, "expected a dataset, got 'json'"),
-        ({"split": "tset"}, "expected a dataset, got 'json'"),
+        ({"split": "tset"}, "expected .*split|split: expected one of .*'train'"),
     ],
 )
 def test_what_is_missing_is_named(streaming, changes, message, llama, tmp_path) -> None:
@@ -85,4 +88,4 @@ def test_paths_may_begin_with_the_home_folder(streaming, tmp_path, monkeypatch) 
     one = prepare_dataset("json", data_files=["~/folder/d.jsonl"], **limit)
     other = prepare_dataset("~/folder", **limit)
     assert [row["text"] for row in one] == [row["text"] for row in other] == TEXTS
-    assert open_builder("~/folder", None, "train", None, None)[1] == [str(tmp_path / "folder" / "d.jsonl")]
+    assert find_files("~/folder", None, None, None).files["train"] == [str(tmp_path / "folder" / "d.jsonl")]

