@@ -249,7 +249,7 @@ def start_worker(scheduler_file: Path, *, cuda: bool = False) -> subprocess.Pope
     return subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], env=pretended, **_QUIET)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300):
     """Wait until a condition holds and return it; fail if the process ends or the time does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

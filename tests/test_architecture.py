@@ -58,6 +58,7 @@ LAYERS = {
     "capture.parquet_stream": 10,
     "capture.row_stream": 10,
     "capture.stream": 11,
+    "job.processes": 4,
     "job.cluster": 5,
     "capture.scoring": 5,
     "store.consolidate": 6,

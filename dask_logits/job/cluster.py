@@ -25,6 +25,7 @@ from distributed import Client, LocalCluster, Security, rpc
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import CacheError, ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler
+from dask_logits.job.processes import check_can_start_processes, without_main_module
 from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def open_cluster(generation: GenerationConfig, config: ClusterConfig, *, retries
 
 @contextlib.contextmanager
 def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) -> Iterator[Cluster]:
+    check_can_start_processes()
     device = local_device(generation, config)
     workers = local_workers(generation, device)
     threads = _threads(generation, workers)
@@ -161,15 +163,14 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    with dask.config.set(settings):
+    with without_main_module(), dask.config.set(settings):
         try:
             made = _start(generation, config, device, workers)
         except ClusterError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise ClusterError(
-                f"distillation.cluster: expected a local cluster, got {error!r}; a script must start the job under "
-                '`if __name__ == "__main__":`, else see what the workers said above'
+                f"distillation.cluster: expected a local cluster, got {error!r}; see the log of the workers above"
             ) from error
         finally:
             _restore(kept)
