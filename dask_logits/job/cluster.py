@@ -25,7 +25,7 @@ from distributed import Client, LocalCluster, Security, rpc
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import CacheError, ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler
-from dask_logits.job.processes import check_can_start_processes, without_main_module
+from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         finally:
             # Closing can hang when a worker has died (seen with distributed 2026.7.1); its processes go with this one.
             try:
-                made.close(timeout=_CLOSE_SECONDS)
+                close_cluster(made, _CLOSE_SECONDS)
             except TimeoutError:
                 logger.warning("the cluster did not close within %d s; left to the end of this process", _CLOSE_SECONDS)
             _restore(kept)
@@ -207,7 +207,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         # distributed 2026.7.1 serves its health page on port 8787 even so; any free port will do.
         common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
     if config.kind != "local_cuda" and device == "cpu":
-        return LocalCluster(processes=True, **common)
+        return start_cluster(LocalCluster, common | {"processes": True})
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
@@ -218,7 +218,8 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     import pynvml
 
     try:
-        return _grouped(LocalCUDACluster)(gpu_groups(generation), device_memory_limit=None, **common)
+        settings = common | {"groups": gpu_groups(generation), "device_memory_limit": None}
+        return start_cluster(_grouped(LocalCUDACluster), settings)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "

@@ -122,10 +122,12 @@ def test_a_worker_of_a_cuda_cluster_is_replaced_though_the_script_has_changed(ov
 
 def test_only_workers_start_without_the_main_module_and_only_while_a_job_runs() -> None:
     original, before = spawn.get_preparation_data, spawn.get_preparation_data("another")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with without_main_module():
         with without_main_module():
             assert spawn.get_preparation_data("another") == before
         worker = spawn.get_preparation_data(WORKER_NAME)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
         assert not any(key.startswith("init_main") for key in worker)
         assert worker.keys() >= {"sys_path", "dir", "authkey"}
     assert spawn.get_preparation_data is original
