@@ -12,7 +12,7 @@ from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
-from builders import sentences, wait_for, write_json_lines
+from builders import finish, sentences, wait_for, write_json_lines
 
 from dask_logits import ClusterError, read_status
 from dask_logits.job.processes import WORKER_NAME, check_can_start_processes, without_main_module
@@ -56,7 +56,9 @@ def test_a_script_without_a_guard_may_be_edited_and_deleted_while_it_runs(local,
     script = tmp_path / "job.py"
     script.write_text(JOB.format(overrides=mine))
     receipts = tmp_path / "run" / "receipts"
-    job = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answer = tmp_path / "answer"
+    with answer.open("w") as stdout:
+        job = subprocess.Popen([sys.executable, str(script)], stdout=stdout, stderr=subprocess.PIPE, text=True)
     (first,) = wait_for(lambda: _worker_of(receipts), job)
     script.write_text("this is no longer Python")
     os.kill(first, signal.SIGKILL)
@@ -64,9 +66,9 @@ def test_a_script_without_a_guard_may_be_edited_and_deleted_while_it_runs(local,
     script.unlink()
     os.kill(second, signal.SIGKILL)
     wait_for(lambda: set(_worker_of(receipts)) - {first, second}, job)
-    answer, log = job.communicate(timeout=300)
+    log = finish(job)
     assert job.returncode == 0, log
-    assert answer.count("the main module runs") == 1
+    assert answer.read_text().count("the main module runs") == 1
     assert read_status(tmp_path / "run").state == "complete"
 
 

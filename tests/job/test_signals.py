@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from builders import cache_dir, sentences, wait_for, write_json_lines
+from builders import cache_dir, finish, sentences, wait_for, write_json_lines
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config, read_status
@@ -63,7 +63,7 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path)
     wait_for(lambda: list((run / "receipts").rglob("0*.json")), driver)
     os.kill(driver.pid, signal.SIGTERM)
     started = time.monotonic()
-    _, log = driver.communicate(timeout=BOUND_SECONDS)
+    log = finish(driver)
     assert driver.returncode == 130, log
     assert "stopped; run the same command again to go on" in log
     while (left := _left(driver.pid)) and time.monotonic() - started < BOUND_SECONDS:
@@ -102,7 +102,7 @@ def test_a_signal_is_answered_with_one_line_and_leaves_no_process(when: str, num
     for _ in range(times):
         # A terminal sends it to all processes of the job; SIGTERM is sent to the driver.
         (os.kill if number == signal.SIGTERM else os.killpg)(driver.pid, number)
-    _, log = driver.communicate(timeout=BOUND_SECONDS)
+    log = finish(driver)
     assert log == "dask-logits: stopped; run the same command again to go on\n"
     assert driver.returncode == 130
     started = time.monotonic()
