@@ -30,8 +30,8 @@ def generate_teacher_logits(
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
-    For every other setting use :func:`dask_logits.load_config` and :func:`dask_logits.generate`. Worker processes
-    import the calling script again: call this under ``if __name__ == "__main__":``.
+    For every other setting use :func:`dask_logits.load_config` and :func:`dask_logits.generate`. It can be called from
+    a script, a notebook or an interactive session; worker processes do not import the calling module.
 
     Parameters
     ----------

@@ -6,14 +6,23 @@ stdout is the answer, stderr the log. Exit status: 0 done, 1 ran and something f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from dask_logits.errors import DaskLogitsError
+from dask_logits.stderr import unblocked_stderr
+
+# SIGHUP is sent when a terminal closes, SIGUSR1 by Slurm as a warning (--signal=B:USR1@120).
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Launchers pass on a Ctrl-C that the terminal has sent to the job, too.
+_SAME_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 0.2
 
 USAGE = """\
 dask-logits COMMAND …
@@ -61,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Run a command; turn this package's errors into a message and an exit status."""
-    # SIGUSR1 is what Slurm warns with, if asked to (--signal=B:USR1@120).
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
+    """Run a command that signals may stop; turn this package's errors into a message and an exit status."""
+    with unblocked_stderr(), _stoppable():
+        _exit_on_error(command)
+
+
+def _exit_on_error(command: Callable[[], None]) -> None:
     try:
         command()
     except DaskLogitsError as error:
@@ -92,7 +103,7 @@ def _generate(overrides: list[str]) -> None:
 
     if any(override.startswith("-") for override in overrides):
         # Hydra reports exceptions of its task itself, with a trace; ours are messages.
-        run_hydra_app(overrides, lambda tree: run(lambda: one(Config.from_mapping(tree))))
+        run_hydra_app(overrides, lambda tree: _exit_on_error(lambda: one(Config.from_mapping(tree))))
     else:
         one(load_config(overrides))
 
@@ -235,5 +246,33 @@ def _log_to_stderr(level: str) -> None:
     package.propagate = False
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn the signals that stop a job into KeyboardInterrupt; those that are ignored stay so, as with ``nohup``."""
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    stop = _Stop()
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stop:
+    """Interrupts the job at the first signal and ends the process at a later one."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            raise KeyboardInterrupt
+        if now - self._since > _SAME_SECONDS:
+            os.write(2, b"dask-logits: ended at once; run the same command again to go on\n")
+            time.sleep(_LAST_WORDS_SECONDS)
+            os._exit(130)

@@ -236,7 +236,8 @@ def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
     finally:
         for process in (worker, scheduler):
             process.terminate()
-            process.wait(20)
+        for process in (worker, scheduler):
+            finish(process)
 
 
 def start_worker(scheduler_file: Path, *, cuda: bool = False) -> subprocess.Popen:
@@ -250,7 +251,7 @@ def start_worker(scheduler_file: Path, *, cuda: bool = False) -> subprocess.Pope
     return subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], env=pretended, **_QUIET)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300):
     """Wait until a condition holds and return it; fail if the process ends or the time does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -259,7 +260,18 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60):
         if found := condition():
             return found
         time.sleep(0.01)
-    raise AssertionError("waited in vain")
+    # What is left open would fail another test.
+    process.kill()
+    raise AssertionError(f"waited in vain: {process.communicate()}")
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+    """Wait until a process ends and return its log; kill it after that time."""
+    try:
+        return process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"still running after {seconds:g} s: {process.communicate()}") from None
 
 
 def cache_dir(overrides: list[str]) -> Path:

@@ -74,6 +74,8 @@ def overrides(llama: Path, corpus: Path, tmp_path: Path) -> list[str]:
         "distillation.dataset.max_length=16",
         "distillation.partition.rows=12",
         "distillation.cluster.dashboard_address=null",
+        # On a loaded machine a worker takes minutes to start.
+        "distillation.cluster.wait_seconds=300",
     ]
 
 

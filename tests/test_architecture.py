@@ -15,6 +15,7 @@ PACKAGE = ROOT / "dask_logits"
 # A module may import only modules of a lower number.
 LAYERS = {
     "errors": 0,
+    "stderr": 0,
     "config": 1,
     "records": 1,
     "tokenmap": 1,
@@ -66,6 +67,7 @@ LAYERS = {
     "capture.parquet_stream": 10,
     "capture.row_stream": 10,
     "capture.stream": 11,
+    "job.processes": 4,
     "job.cluster": 5,
     "capture.scoring": 5,
     "store.consolidate": 6,
@@ -119,7 +121,7 @@ HOMES = {
     "numcodecs": {"store.partition", "store.planes"},
     "zarr": {"store.partition"},
     "dask": {"config", "job.bisect", "job.calls", "job.cluster", "job.window"},
-    "distributed": {"job.bisect", "job.calls", "job.cluster", "job.window", "observe.monitor"},
+    "distributed": {"job.bisect", "job.calls", "job.cluster", "job.processes", "job.window", "observe.monitor"},
     "IPython": {"observe.monitor"},
     "dask_cuda": {"job.cluster"},
     "pynvml": {"job.cluster"},

@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import HEAD_WIDTH, save_tokenizer, sentences, tiny_model, wait_for, write_json_lines
+from builders import HEAD_WIDTH, finish, save_tokenizer, sentences, tiny_model, wait_for, write_json_lines
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
@@ -195,7 +195,7 @@ def shell(words: list[str], folder: Path, status: int = 0, **environment: str) -
         env={**os.environ, "PATH": path, "FAKES": str(fakes), "DASK_INTERFACE": "lo", **environment},
     )  # fmt: skip
     try:
-        _, errors = process.communicate(timeout=180)
+        errors = finish(process)
         assert process.returncode == status, errors
         assert gone(process.pid), f"{words[0]} left processes behind"
     finally:
@@ -206,7 +206,7 @@ def shell(words: list[str], folder: Path, status: int = 0, **environment: str) -
 
 def gone(group: int) -> bool:
     """Whether a process group has ended, which may take its last members a moment."""
-    for _ in range(100):
+    for _ in range(3000):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

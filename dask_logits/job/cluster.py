@@ -25,6 +25,7 @@ from distributed import Client, LocalCluster, Security, rpc
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import CacheError, ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler
+from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def open_cluster(generation: GenerationConfig, config: ClusterConfig, *, retries
 
 @contextlib.contextmanager
 def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) -> Iterator[Cluster]:
+    check_can_start_processes()
     device = local_device(generation, config)
     workers = local_workers(generation, device)
     threads = _threads(generation, workers)
@@ -163,15 +165,14 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    with dask.config.set(settings):
+    with without_main_module(), dask.config.set(settings):
         try:
             made = _start(generation, config, device, workers)
         except ClusterError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise ClusterError(
-                f"distillation.cluster: expected a local cluster, got {error!r}; a script must start the job under "
-                '`if __name__ == "__main__":`, else see what the workers said above'
+                f"distillation.cluster: expected a local cluster, got {error!r}; see the log of the workers above"
             ) from error
         finally:
             _restore(kept)
@@ -187,7 +188,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         finally:
             # Closing can hang when a worker has died (seen with distributed 2026.7.1); its processes go with this one.
             try:
-                made.close(timeout=_CLOSE_SECONDS)
+                close_cluster(made, _CLOSE_SECONDS)
             except TimeoutError:
                 logger.warning("the cluster did not close within %d s; left to the end of this process", _CLOSE_SECONDS)
             _restore(kept)
@@ -208,7 +209,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         # distributed 2026.7.1 serves its health page on port 8787 even so; any free port will do.
         common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
     if config.kind != "local_cuda" and device == "cpu":
-        return LocalCluster(processes=True, **common)
+        return start_cluster(LocalCluster, common | {"processes": True})
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
@@ -219,7 +220,8 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     import pynvml
 
     try:
-        return _grouped(LocalCUDACluster)(gpu_groups(generation), device_memory_limit=None, **common)
+        settings = common | {"groups": gpu_groups(generation), "device_memory_limit": None}
+        return start_cluster(_grouped(LocalCUDACluster), settings)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "

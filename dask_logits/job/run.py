@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from dask_logits.capture.items import make_items
 from dask_logits.capture.tokens import sample_documents
 from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
-from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.calls import run_one
 from dask_logits.job.cluster import Cluster, open_cluster
@@ -141,11 +140,6 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ClusterError(
-            "generate: expected to be called by the script that is run, got a worker process that imports it again; "
-            'move the call under `if __name__ == "__main__":`'
-        )
     run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
     with room(run.path, begun=run.manifest_path.exists):
         # Not watched: what is downloaded here is written by threads, for which this one waits.

@@ -26,6 +26,7 @@ LEAST_SECONDS = 60.0
 # Looks within the time that is allowed, so that a process that was stopped and goes on is not blamed for the gap.
 _LOOKS = 20
 _FRAMES = 3
+_LAST_WORDS_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -87,12 +88,18 @@ class _Watch:
     def _act(self, ident: int) -> None:
         is_main = self._thread is threading.main_thread()
         if self.diagnosis is not None and is_main:
-            logger.critical("%s; it cannot be interrupted: ending the process", self.diagnosis)
+            _log(logging.CRITICAL, f"{self.diagnosis}; it cannot be interrupted: ending the process")
+            time.sleep(_LAST_WORDS_SECONDS)
             os._exit(1)
         self.diagnosis = _diagnosis(ident, self._seconds)
-        logger.error("%s", self.diagnosis)
+        _log(logging.ERROR, self.diagnosis)
         if is_main:
             interrupt_main_thread()
+
+
+def _log(level: int, message: str) -> None:
+    """Log without waiting: the thread that hangs may hold the lock of a log handler whose output nobody reads."""
+    threading.Thread(target=logger.log, args=(level, "%s", message), daemon=True).start()
 
 
 def _diagnosis(ident: int, seconds: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import cache_dir, dask_processes, digest, sentences, start_worker, wait_for, write_json_lines
+from builders import cache_dir, dask_processes, digest, finish, sentences, start_worker, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.config import GenerationConfig, JobConfig
@@ -229,9 +229,9 @@ def test_workers_may_leave_and_join_in_the_middle(overrides, joined, tmp_path) -
         try:
             wait_for(lambda: len(processes()) == 2, driver)
             os.kill(first, signal.SIGTERM)
-            _, log = driver.communicate(timeout=120)
+            log = finish(driver)
         finally:
             second.terminate()
-            second.wait(20)
+            finish(second)
     assert driver.returncode == 0, log
     assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole

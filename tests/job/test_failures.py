@@ -170,7 +170,7 @@ def with_room_for(kib: int | None, folder: Path, *command: str) -> subprocess.Co
     limit = "" if kib is None else f"ulimit -f {kib}; "
     words = ["bash", "-c", f'{limit}exec "$@"', "bash", sys.executable, "-m", "dask_logits", *command]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "hf")}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, expected, tmp_path) -> None:

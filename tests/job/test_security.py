@@ -163,7 +163,7 @@ def test_addresses_without_credentials_are_taken(overrides, address) -> None:
 def test_tokens_of_the_environment_reach_no_file_and_no_log(joined) -> None:
     secret = "hf_" + "swordfish" * 4
     command = [sys.executable, "-m", "dask_logits", "generate", *joined, "distillation.job.log_level=debug"]
-    done = subprocess.run(command, env={**os.environ, "HF_TOKEN": secret}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, "HF_TOKEN": secret}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
     assert not [name for name, data in tree(cache_dir(joined)).items() if secret.encode() in data]

@@ -6,18 +6,42 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
 import pytest
-from builders import cache_dir, sentences, wait_for, write_json_lines
+from builders import cache_dir, finish, sentences, wait_for, write_json_lines
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config, read_status
 from dask_logits.store.cache import CacheReader
 
-# Seconds on an idle machine; two other tests may run beside this one.
-BOUND_SECONDS = 60
+# For what takes seconds on an idle machine.
+BOUND_SECONDS = 300
+# What a calibration does, as far as a signal is concerned: a task on a worker that takes long.
+LONG_TASK = """
+import sys
+from dask_logits.cli import run
+from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.job.calls import run_one
+from dask_logits.job.cluster import open_cluster
+
+def task(seconds):
+    import time
+    if seconds:
+        print("the task runs", flush=True)
+        time.sleep(seconds)
+    return {}
+
+def job():
+    print("the cluster starts", flush=True)
+    cluster = ClusterConfig(kind="local_cpu", dashboard_address=None)
+    with open_cluster(GenerationConfig(device="cpu", num_workers=1), cluster) as opened:
+        run_one(opened.client, task, 600, JobConfig())
+
+run(job)
+"""
 
 
 def _left(group: int) -> list[str]:
@@ -30,17 +54,16 @@ def _left(group: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path, number) -> None:
+def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path) -> None:
     data = write_json_lines(tmp_path / "many.jsonl", sentences(120, seed=5))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]
     mine = [*overrides, *many, "cluster=local_cpu", "distillation.teacher.generation.num_workers=1"]
     run = cache_dir(overrides)
     driver = subprocess.Popen([*COMMAND, *mine], start_new_session=True, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list((run / "receipts").rglob("0*.json")), driver)
-    os.kill(driver.pid, number)
+    os.kill(driver.pid, signal.SIGTERM)
     started = time.monotonic()
-    _, log = driver.communicate(timeout=BOUND_SECONDS)
+    log = finish(driver)
     assert driver.returncode == 130, log
     assert "stopped; run the same command again to go on" in log
     while (left := _left(driver.pid)) and time.monotonic() - started < BOUND_SECONDS:
@@ -56,3 +79,33 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path,
     whole = generate(load_config([*joined, *many, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"]))
     found, wanted = (CacheReader(path).attributes["content_digest"] for path in (resumed, whole))
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "times"),
+    [
+        ("the cluster starts", signal.SIGINT, 1),
+        ("the task runs", signal.SIGINT, 1),
+        ("the task runs", signal.SIGINT, 2),
+        ("the task runs", signal.SIGTERM, 1),
+        ("the task runs", signal.SIGHUP, 1),
+        ("the task runs", signal.SIGUSR1, 1),
+    ],
+)
+def test_a_signal_is_answered_with_one_line_and_leaves_no_process(when: str, number: int, times: int) -> None:
+    command = [sys.executable, "-c", LONG_TASK]
+    driver = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while (line := driver.stdout.readline()).strip() != when:
+        assert line, driver.communicate()
+    for _ in range(times):
+        # A terminal sends it to all processes of the job; SIGTERM is sent to the driver.
+        (os.kill if number == signal.SIGTERM else os.killpg)(driver.pid, number)
+    log = finish(driver)
+    assert log == "dask-logits: stopped; run the same command again to go on\n"
+    assert driver.returncode == 130
+    started = time.monotonic()
+    while (left := _left(driver.pid)) and time.monotonic() - started < BOUND_SECONDS:
+        time.sleep(0.1)
+    assert left == []

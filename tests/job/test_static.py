@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from builders import cache_dir, digest, run, tree, wait_for
+from builders import cache_dir, digest, finish, run, tree, wait_for
 from datasets import Dataset
 
 import dask_logits
@@ -115,7 +115,7 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
     wait_for(lambda: log.exists() and "calibrating" in log.read_text(), started)
     (lock,) = wait_for(lambda: [path for path in folder.glob(".driver-1-of-2.lock") if path.read_text()], started)
     os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
-    _, errors = started.communicate(timeout=120)
+    errors = finish(started)
     assert started.returncode == 1
     assert "worker 0: done" in errors
     assert "worker 1: failed with exit status 137" in errors

@@ -57,9 +57,39 @@ def test_a_job_whose_file_system_does_not_answer_ends_with_a_diagnosis(joined, p
 
 
 def test_what_cannot_be_interrupted_takes_the_process_with_it(pipe) -> None:
-    done = subprocess.run([sys.executable, "-c", HANG, str(pipe)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HANG, str(pipe)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "it cannot be interrupted: ending the process" in done.stderr
+
+
+UNREAD = """
+import logging, os, signal, sys
+from dask_logits import ClusterError
+from dask_logits.job import watch
+watch.LEAST_SECONDS = 1
+logging.basicConfig(level="INFO")
+if sys.argv[1] == "fixed":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+try:
+    with watch.watched(1):
+        while True:
+            logging.info("x" * 1000)
+except ClusterError as error:
+    print(error, flush=True)
+    # Whatever else is written to standard error waits as well.
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(("kind", "status"), [("interruptible", 3), ("fixed", 1)])
+def test_a_log_that_nobody_reads_does_not_stop_the_watchdog(kind: str, status: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", UNREAD, kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.wait(300) == status
+        assert (b"hangs in" in process.stdout.read()) == (kind == "interruptible")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_work_and_waiting_in_pieces_are_not_hanging(monkeypatch) -> None:
@@ -84,8 +114,10 @@ def test_of_another_thread_it_is_only_said(pipe, monkeypatch, caplog) -> None:
     with caplog.at_level(logging.ERROR):
         thread = threading.Thread(target=hang, daemon=True)
         thread.start()
-        time.sleep(1.8)
+        deadline = time.monotonic() + 300
+        while "hangs in open (" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
         pipe.open("wb").close()
-        thread.join(10)
+        thread.join(300)
     assert not thread.is_alive()
     assert "hangs in open (" in caplog.text

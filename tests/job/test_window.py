@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import dask
 import pytest
-from builders import cache_dir, dask_processes, wait_for
+from builders import cache_dir, dask_processes, finish, wait_for
 from distributed import Client, LocalCluster, WorkerPlugin
 from test_cluster import COMMAND
 
@@ -147,13 +147,9 @@ def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tm
     with dask_processes(tmp_path) as (file, scheduler):
         mine = [*overrides, "distillation.partition.rows=1", f"distillation.cluster.scheduler_file={file}"]
         driver = subprocess.Popen([*COMMAND, *mine], stderr=subprocess.PIPE, text=True)
-        try:
-            wait_for(lambda: list((cache_dir(overrides) / "receipts").rglob("*.json")), driver)
-            scheduler.kill()
-            _, log = driver.communicate(timeout=60)
-        finally:
-            driver.kill()
-            driver.communicate()
+        wait_for(lambda: list((cache_dir(overrides) / "receipts").rglob("*.json")), driver)
+        scheduler.kill()
+        log = finish(driver)
     assert driver.returncode == 1
     assert "expected a running scheduler, got none" in log
     assert read_status(cache_dir(overrides)).committed >= 1
