@@ -117,7 +117,7 @@ def disturbed(hosts: Hosts, overrides: list[str], folder: Path) -> subprocess.Po
 @pytest.mark.parametrize(
     "act",
     [
-        "driver",
+        pytest.param("driver", marks=pytest.mark.slow),
         pytest.param("worker", marks=pytest.mark.slow),
         pytest.param("host", marks=pytest.mark.slow),
     ],

@@ -36,7 +36,13 @@ def workers(address: str, folder: Path, **environments: dict[str, str]) -> Itera
     command = [sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--memory-limit", "0", "--no-nanny",
                "--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder)]  # fmt: skip
     started = [
-        subprocess.Popen([*command, "--name", name], env={**os.environ, **more}, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            # ``python -m`` looks into the working directory first.
+            [*command, "--name", name],
+            cwd=more.get("PYTHONPATH"),
+            env={**os.environ, **more},
+            stderr=subprocess.DEVNULL,
+        )
         for name, more in environments.items()
     ]
     try:
@@ -55,11 +61,11 @@ def workers(address: str, folder: Path, **environments: dict[str, str]) -> Itera
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory) -> dict[str, str]:
-    """Environment of a worker with another release, whose logits are scaled."""
+    """Environment of a worker with another release: the same version number, other scoring sources."""
     folder = tmp_path_factory.mktemp("release")
     shutil.copytree(PACKAGE, folder / "dask_logits", ignore=shutil.ignore_patterns("__pycache__"))
     source = folder / "dask_logits" / "capture" / "scoring.py"
-    source.write_text(source.read_text() + "\n_SCALE = 1.5\n")
+    source.write_text(source.read_text() + "\n_OTHER = True\n")
     return {"PYTHONPATH": str(folder)}
 
 
