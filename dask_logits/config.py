@@ -233,6 +233,11 @@ class ClusterConfig:
         "127.0.0.1:8787", "how", "Where the dashboard of a cluster we make listens; null: no dashboard."
     )
     wait_seconds: float = _setting(120.0, "how", "How long to wait for the first worker.", low=0)
+    allow_mixed_workers: bool = _setting(
+        False,
+        "how",
+        "Score on workers whose packages, instruction set or GPU model differ from the calibration's; recorded.",
+    )
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
 

@@ -23,6 +23,7 @@ import torch
 
 from dask_logits.capture import kernels
 from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
+from dask_logits.capture.environment import environment
 from dask_logits.capture.items import Item, plain_items
 from dask_logits.capture.meter import Cost, measure_cost
 from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
@@ -218,6 +219,7 @@ def _report(
         "peak_device_bytes": max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in _VERSIONS},
+        "environment": environment(task.teacher.device),
     }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dask_logits.capture.adapters import merge_adapter
@@ -42,6 +43,8 @@ _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 _KEPT_SHAPES = 384
 # What the identity of a teacher in a folder begins with; one of the hub has a commit.
 _FOLDER_IDENTITY = "sha256:"
+# Teachers that one process holds at most.
+_MOST_TEACHERS = 4
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -200,12 +203,13 @@ def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
     return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
 
 
-# The teacher this process holds, at most one: a worker serves one run at a time, and two may not fit its device.
+# The teachers this process holds, the one that was used last at the end. Runs may share a scheduler, and loading and
+# hashing takes longer than a partition; a GPU holds one, whose memory the calibration gave away.
 _LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
 
 
 def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
-    """Load the teacher, or return the one this process already holds; another one is let go first.
+    """Load the teacher, or return the one this process already holds; others are dropped if memory is short.
 
     Raises
     ------
@@ -218,16 +222,34 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
     torch.set_num_threads(spec.torch_threads)
     key = (spec, vocab_size)
     if key not in _LOADED:
-        _LOADED.clear()
-        gc.collect()
-        if spec.device == "cuda":
-            torch.cuda.empty_cache()
+        _make_room(spec)
         _LOADED[key] = _load(spec, vocab_size)
-    teacher = _LOADED[key]
+    teacher = _LOADED[key] = _LOADED.pop(key)
     if teacher.device.type == "cuda":
         # Of the calling thread too: where events and kernels go. A head may lie on another GPU than the first.
         torch.cuda.set_device(teacher.device)
     return teacher
+
+
+def _make_room(spec: TeacherSpec) -> None:
+    """Drop teachers, the longest unused first, until another fits into memory beside those that remain."""
+    while _LOADED and (spec.device == "cuda" or len(_LOADED) >= _MOST_TEACHERS or not _fits_beside(spec)):
+        _LOADED.pop(next(iter(_LOADED)))
+        gc.collect()
+    if spec.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _fits_beside(spec: TeacherSpec) -> bool:
+    """Whether a folder's weights take at most half of this worker's share of the free memory."""
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        # The size of a checkpoint in the hub's cache is not known here.
+        return False
+    stored_bytes = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    needed_bytes = stored_bytes * (2 if spec.dtype == "float32" else 1)
+    workers = max(1, (psutil.cpu_count() or 1) // spec.torch_threads)
+    return needed_bytes <= psutil.virtual_memory().available / workers / 2
 
 
 def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:

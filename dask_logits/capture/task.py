@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from dask_logits.capture.checkpoint import TeacherSpec, load_teacher
+from dask_logits.capture.environment import Environment, describe, differences, environment, fix_for
 from dask_logits.capture.items import ItemSettings, make_items
 from dask_logits.capture.meter import Cost
 from dask_logits.capture.rows import FileRows, read_rows
 from dask_logits.capture.scoring import Scored, ScoringSettings, score_items
 from dask_logits.capture.tokens import TokenizerSpec, read_documents, tokenize
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.job.manifest import RunFolder
 from dask_logits.job.plan import Partition
 from dask_logits.records import ContentDigest, Records, Statistics
@@ -84,6 +85,10 @@ class PartitionTask:
         How they are stored.
     cost
         What the teacher computes, for the meter.
+    environment
+        Software and hardware of the worker that calibrated the run; None: not recorded, so not compared.
+    allow_mixed
+        Score in another environment, too, and record it in the receipt.
     """
 
     run: str
@@ -97,6 +102,8 @@ class PartitionTask:
     scoring: ScoringSettings
     profile: ProfileSpec
     cost: Cost
+    environment: Environment | None = None
+    allow_mixed: bool = False
 
 
 def process_partition(
@@ -126,6 +133,8 @@ def process_partition(
         If a row cannot be used.
     TeacherError
         If the teacher cannot be loaded or its logits are not finite.
+    ClusterError
+        If this worker's environment is not that of the run.
     RunConflictError
         If the run was replaced while this partition was computed.
     """
@@ -136,6 +145,13 @@ def process_partition(
             return receipt
         # Left by a worker that was still busy when the plan was made anew from here on.
         run.receipt_path(task.partition.index).unlink(missing_ok=True)
+    here = environment(task.teacher.device)
+    differing = {} if task.environment is None else differences(task.environment, here)
+    if differing and not task.allow_mixed:
+        raise ClusterError(
+            f"expected the environment that the run was calibrated in, got another ({describe(differing)}); "
+            f"{fix_for(differing)}"
+        )
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -196,6 +212,7 @@ def process_partition(
         "host": socket.gethostname(),
         "process": os.getpid(),
         "peak_rss_bytes": peak_rss_bytes(),
+        **({"environment": here} if differing else {}),
     }
     manifest = run.manifest()
     ours = manifest is not None and manifest["run_id"] == task.run_id

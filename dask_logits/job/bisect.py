@@ -17,6 +17,7 @@ from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler, holders, restart_worker, scheduler_lost
 from dask_logits.job.failures import Failure
+from dask_logits.job.roster import Roster
 from dask_logits.job.window import STAGES
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _POLL_SECONDS = 0.1
 _MOST_ROWS = 8
 
 
-def bisect(client: Client, failure: Failure, job: JobConfig) -> Failure:
+def bisect(client: Client, failure: Failure, job: JobConfig, roster: Roster | None = None) -> Failure:
     """Find the rows that make a partition fail.
 
     Parameters
@@ -37,6 +38,8 @@ def bisect(client: Client, failure: Failure, job: JobConfig) -> Failure:
         What failed.
     job
         ``stall_seconds`` is what a try may take.
+    roster
+        Workers that get no work; None: all get it.
 
     Returns
     -------
@@ -55,7 +58,7 @@ def bisect(client: Client, failure: Failure, job: JobConfig) -> Failure:
     with _two_deaths_are_enough(client):
         while waiting and len(rows) < _MOST_ROWS:
             first, n_rows = waiting.pop()
-            if _passes(client, task, first, n_rows, job.stall_seconds):
+            if _passes(client, task, first, n_rows, job.stall_seconds, roster):
                 continue
             if n_rows == 1:
                 rows.append(task.partition.first_row + first)
@@ -70,19 +73,23 @@ def _try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
     try_rows(task, first, n_rows, STAGES)
 
 
-def _passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float) -> bool:
-    while (found := _tried(client, task, first, n_rows, seconds)) is None:
+def _passes(
+    client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float, roster: Roster | None = None
+) -> bool:
+    while (found := _tried(client, task, first, n_rows, seconds, roster)) is None:
         logger.info("partition %s: a try was lost; again", task.partition.name)
     return found
 
 
-def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float) -> bool | None:
+def _tried(
+    client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float, roster: Roster | None
+) -> bool | None:
     """Return whether rows pass; None if nobody knows, because a worker was lost between finishing and telling."""
     if client.status != "running":
         raise scheduler_lost()
     name = f"try-rows-{task.partition.name}-{uuid.uuid4().hex[:8]}"
     delayed = dask.delayed(_try_on_worker, pure=False)(task, first, n_rows, dask_key_name=name)
-    future = client.compute(delayed, optimize_graph=False)
+    future = client.compute(delayed, optimize_graph=False, workers=_allowed(client, roster))
     started = time.monotonic()
     try:
         while not future.done():
@@ -105,6 +112,15 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
         return {"finished": True, "error": False}.get(str(future.status))
     finally:
         future.release()
+
+
+def _allowed(client: Client, roster: Roster | None) -> list[str] | None:
+    """Return the workers that may be given work; None: all."""
+    if roster is None or not roster.left_out:
+        return None
+    scheduler = client.scheduler
+    present = call_scheduler(client, lambda: scheduler.identity(n_workers=-1), CALL_SECONDS)["workers"]
+    return sorted(roster.usable(present)) or None
 
 
 @contextlib.contextmanager

@@ -7,28 +7,34 @@ computes any more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import dask
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future
 from distributed.client import FutureCancelledError
+from distributed.comm import get_address_host_port
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_logits.config import JobConfig
-from dask_logits.errors import ClusterError, DaskLogitsError
-from dask_logits.store.durable import Json, no_room
+from dask_logits.errors import ClusterError
+from dask_logits.store.durable import Json
 
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 20
 _RESTART_SECONDS = 60
 _POLL_SECONDS = 0.5
+_PROBE_SECONDS = 5.0
 # The thread of a worker that computes. Dask's, whose threads do not keep a process from ending.
 SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
+
+
+class SchedulerLostError(ClusterError):
+    """The client has no connection to its scheduler at the moment."""
 
 
 def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
@@ -36,7 +42,7 @@ def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], secon
 
     Raises
     ------
-    ClusterError
+    SchedulerLostError
         If the scheduler is lost, or does not answer in ``seconds``.
     """
 
@@ -114,48 +120,6 @@ def forget_submissions(client: Client) -> None:
     call_scheduler(client, lambda: client.run_on_scheduler(drop, asynchronous=True), CALL_SECONDS)
 
 
-def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig) -> Json:
-    """Run one function on one worker and wait for it, but not for ever.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost, the worker dies again and again, or nothing came in ``stall_seconds``.
-    """
-    name = f"{function.__name__}-{uuid.uuid4().hex[:8]}"
-    future = client.compute(dask.delayed(_in_scorer, pure=False)(function, argument, dask_key_name=name))
-    started = time.monotonic()
-    while not future.done():
-        time.sleep(_POLL_SECONDS / 5)
-        if client.status != "running":
-            raise scheduler_lost()
-        if time.monotonic() - started > job.stall_seconds:
-            raise ClusterError(
-                f"distillation.job.stall_seconds: expected the {function.__name__} task to end within "
-                f"{job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command again "
-                "and allow more if the teacher is that slow"
-            )
-    if future.status == "finished":
-        return result_of(client, future, job.stall_seconds)
-    error = exception_of(future)
-    if isinstance(error, KilledWorker):
-        raise ClusterError(
-            f"distillation.cluster: expected a result of the {function.__name__} task, got a worker that died "
-            f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer workers"
-        ) from error
-    if isinstance(error, OSError) and not isinstance(error, DaskLogitsError) and no_room(error) is None:
-        raise ClusterError(
-            f"distillation.cluster: expected a result of the {function.__name__} task, got {error} from its worker; "
-            "see that workers can read teacher and data, then run the same command again"
-        ) from error
-    raise error
-
-
-def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
-    found: Json = SCORER.submit(function, argument).result()
-    return found
-
-
 def result_of(client: Client, future: Future, seconds: float) -> Json:
     """Fetch a result; where its worker has just died, another computes it first.
 
@@ -182,9 +146,89 @@ def exception_of(future: Future) -> BaseException:
     return error
 
 
-def scheduler_lost() -> ClusterError:
+def erred_on(client: Client, future: Future) -> str | None:
+    """Return the worker on which a task raised its exception; None if the scheduler does not know.
+
+    Raises
+    ------
+    SchedulerLostError
+        If the scheduler is lost.
+    """
+
+    # Inside, so that it is sent whole: the scheduler may not have this package. (distributed 2026.7.1)
+    def look_up(key: str, dask_scheduler: Any) -> str | None:
+        state = dask_scheduler.tasks.get(key)
+        return next(iter((state and state.erred_on) or ()), None)
+
+    found: str | None = call_scheduler(
+        client, lambda: client.run_on_scheduler(look_up, future.key, asynchronous=True), CALL_SECONDS
+    )
+    return found
+
+
+def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], object] = lambda: None) -> None:
+    """Wait until the scheduler answers again.
+
+    A scheduler whose machine refuses connections has ended, and that is noticed within 20 s. A machine that does not
+    answer may be cut off for a while, so it is waited for.
+
+    Parameters
+    ----------
+    client
+        The client; it reconnects by itself.
+    seconds
+        How long to wait.
+    on_turn
+        Called about once a second.
+
+    Raises
+    ------
+    ClusterError
+        If it has not come back.
+    """
+    address = str(client.scheduler.address if client.scheduler is not None else client)
+    logger.warning(
+        "no connection to the scheduler at %s; waiting for it up to distillation.job.stall_seconds=%g s",
+        address,
+        seconds,
+    )
+    started = heard = time.monotonic()
+    while (now := time.monotonic()) - started <= seconds:
+        on_turn()
+        if client.status not in ("running", "connecting"):
+            raise scheduler_lost()
+        if client.status == "running":
+            with contextlib.suppress(SchedulerLostError):
+                call_scheduler(client, lambda: client.scheduler.identity(n_workers=0), CALL_SECONDS)
+                logger.warning("the scheduler at %s answers again after %.0f s", address, time.monotonic() - started)
+                return
+        if not _refuses(address):
+            heard = time.monotonic()
+        if now - heard > CALL_SECONDS:
+            raise scheduler_lost()
+        time.sleep(_POLL_SECONDS)
+    raise ClusterError(
+        f"distillation.job.stall_seconds: expected the scheduler at {address} to answer within {seconds:g} s, got no "
+        "answer; check the network between this machine and the scheduler. Everything committed is kept: run the same "
+        "command again"
+    )
+
+
+def _refuses(address: str) -> bool:
+    """Whether the scheduler's machine answers, but nothing listens at its port."""
+    try:
+        host, port = get_address_host_port(address, strict=True)
+        with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def scheduler_lost() -> SchedulerLostError:
     """Return the error of a scheduler that is gone."""
-    return ClusterError(
+    return SchedulerLostError(
         "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection was "
         "lost; everything committed is kept, run the same command again"
     )

@@ -6,6 +6,7 @@ Dimension letters: N tokens, D documents, K kept entries.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_logits.capture.environment import Environment, describe, differences
 from dask_logits.errors import CacheError
 from dask_logits.job.committed import cache_state, counts, covers, fits, open_run_cache
 from dask_logits.job.manifest import RunFolder
@@ -20,6 +22,7 @@ from dask_logits.job.parts import RunPart
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
 from dask_logits.store.cache import CacheReader
 from dask_logits.store.consolidate import PartitionPiece, cache_pieces
+from dask_logits.store.durable import Json
 from dask_logits.store.find import find_caches, is_index
 from dask_logits.store.profile import Compact, Profile
 
@@ -69,6 +72,8 @@ class Report:
         In order.
     unfinished
         What is left to do of a run; None: nothing.
+    notes
+        What is not wrong and should be known.
     recomputed
         Figures of the rows that were scored again; None: none were.
     """
@@ -76,6 +81,7 @@ class Report:
     path: str
     checks: list[Check] = field(default_factory=list)
     unfinished: str | None = None
+    notes: list[str] = field(default_factory=list)
     recomputed: dict[str, Any] | None = None
 
     @property
@@ -92,6 +98,7 @@ class Report:
             out += [f"    {problem}" for problem in check.problems]
         if self.recomputed is not None:
             out += [f"{name.replace('_', ' '):36} {value:>14,.6g}" for name, value in self.recomputed.items()]
+        out += [f"note          {note}" for note in self.notes]
         if self.unfinished is not None:
             out.append(f"unfinished    {self.unfinished}")
         out.append("everything that is there is good" if self.ok else "DAMAGED")
@@ -101,7 +108,7 @@ class Report:
         """Write it for programs."""
         checks = [vars(check) for check in self.checks]
         values = {"path": self.path, "ok": self.ok, "unfinished": self.unfinished, "recomputed": self.recomputed}
-        return json.dumps({**values, "checks": checks}, indent=1)
+        return json.dumps({**values, "notes": self.notes, "checks": checks}, indent=1)
 
 
 def check_files(path: Path) -> Report:
@@ -121,23 +128,30 @@ def check_files(path: Path) -> Report:
     report = Report(str(path))
     if path.is_dir() and run.manifest() is not None:
         before = cache_state(run)
+        checker.expected = (run.calibration() or {}).get("environment") or {}
         report.unfinished = _check_run(run, checker)
         if cache_state(run) != before:
             # The job wrote its cache meanwhile, and took its partitions away.
-            checker = _Checker()
+            checker = _Checker(checker.expected)
             report.unfinished = _check_run(run, checker)
+        report.notes += checker.notes()
     else:
         readers = list(_opened(find_caches(path), checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
-    report.checks = [check for check in vars(checker).values() if check.looked_at or check.n_problems]
+    checks = [check for check in vars(checker).values() if isinstance(check, Check)]
+    report.checks = [check for check in checks if check.looked_at or check.n_problems]
     return report
 
 
 class _Checker:
     """All checks, by what they look at."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Environment | None = None) -> None:
+        self.expected: Environment = expected or {}
+        # Environments other than the calibration's → partitions.
+        self.others: Counter[str] = Counter()
+        self.n_receipts = 0
         self.checksums = Check("files whole, with right checksums")
         self.receipts = Check("receipts that fit run and plan")
         self.digests = Check("content digests, computed again")
@@ -147,6 +161,20 @@ class _Checker:
         self.labels = Check("labels' log-probs fit the kept ones")
         self.finite = Check("nothing NaN or infinite")
         self.documents = Check("documents, each row once and whole")
+
+    def environment(self, receipt: Json) -> None:
+        """Note in which environment a partition was scored, where that is recorded."""
+        self.n_receipts += 1
+        if "environment" in receipt:
+            self.others[describe(differences(self.expected, receipt["environment"]))] += 1
+
+    def notes(self) -> list[str]:
+        """Write which partitions were scored in another environment than the run's."""
+        return [
+            f"{count} of {self.n_receipts} partitions were scored in another environment than the run was calibrated "
+            f"in, as distillation.cluster.allow_mixed_workers allowed; their last bits may differ: {what}"
+            for what, count in self.others.items()
+        ]
 
     def records(self, records: Records, profile: Profile) -> None:
         """Check every position of some documents."""
@@ -332,6 +360,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
             )
             continue
         digests.append(receipt["content_digest"])
+        checker.environment(receipt)
         path = run.partitions_path / receipt["attempt"]
         if partition.n_rows and (partition.first_row >= part.n_cached or (keeps and path.exists())):
             _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)

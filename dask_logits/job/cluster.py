@@ -14,18 +14,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import dask
 from distributed import Client, LocalCluster, Security, rpc
 
+from dask_logits.capture.environment import Environment, describe, differences, environment, fix_for
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import CacheError, ClusterError
 from dask_logits.job.calls import CALL_SECONDS, call_scheduler
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
+from dask_logits.job.roster import Roster
 from dask_logits.store.durable import read_json
 
 logger = logging.getLogger(__name__)
@@ -49,12 +54,22 @@ class Cluster:
         CPU threads for each worker.
     dashboard
         Address of the dashboard, None if there is none.
+    environments
+        Address → environment, of the workers that were there at the start.
+    roster
+        Workers that get no work, and why.
     """
 
     client: Client
     device: str
     torch_threads: int
     dashboard: str | None
+    environments: Mapping[str, Environment]
+    roster: Roster
+
+    def fit(self) -> list[str]:
+        """Return the workers that were there at the start and may be given work."""
+        return sorted(self.roster.usable(self.environments))
 
 
 def visible_gpus() -> int:
@@ -123,7 +138,9 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def open_cluster(generation: GenerationConfig, config: ClusterConfig, *, retries: int = 2) -> Iterator[Cluster]:
+def open_cluster(
+    generation: GenerationConfig, config: ClusterConfig, *, retries: int = 2, stall_seconds: float = 0.0
+) -> Iterator[Cluster]:
     """Make or join a cluster; close what was made.
 
     Parameters
@@ -132,13 +149,16 @@ def open_cluster(generation: GenerationConfig, config: ClusterConfig, *, retries
         Settings.
     retries
         How many more workers a partition may lose before it fails; a scheduler that is joined has its own bound.
+    stall_seconds
+        How long the client goes on connecting to a scheduler that is joined and does not answer.
 
     Raises
     ------
     ClusterError
         If it cannot be made or reached, or no worker comes.
     """
-    with _joined(generation, config) if joins_scheduler(config) else _local(generation, config, retries) as cluster:
+    joins = joins_scheduler(config)
+    with _joined(generation, config, stall_seconds) if joins else _local(generation, config, retries) as cluster:
         yield cluster
 
 
@@ -179,11 +199,19 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         try:
             with Client(made) as client:
                 _wait_for_worker(client, config.wait_seconds)
+                if device == "cuda":
+                    facts, roster = _facts(client, config.wait_seconds)
+                    environments = _environments(facts, device)
+                else:
+                    # Of one machine and one installation, so there is nothing to ask.
+                    environments, roster = dict.fromkeys(client.ncores(), environment(device)), Roster()
                 yield Cluster(
                     client=client,
                     device=device,
                     torch_threads=threads,
                     dashboard=client.dashboard_link if config.dashboard_address else None,
+                    environments=environments,
+                    roster=roster,
                 )
         finally:
             # Closing can hang when a worker has died (seen with distributed 2026.7.1); its processes go with this one.
@@ -274,14 +302,15 @@ def _grouped(base: type) -> Any:
 
 
 @contextlib.contextmanager
-def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Cluster]:
+def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: float) -> Iterator[Cluster]:
     address = _address(config)
     logger.info("joining %s, for which distillation.cluster.wait_seconds=%g s are waited", address, config.wait_seconds)
     try:
         # distributed 2026.7.1 would wait without end for a peer that takes the connection and says nothing.
         secured = security(config) or Security()
         asyncio.run(_answers(address, config.wait_seconds, secured))
-        client = Client(address, timeout=config.wait_seconds, security=secured)
+        # It has answered; from now on this is how long the client goes on connecting when its link is down.
+        client = Client(address, timeout=max(config.wait_seconds, stall_seconds), security=secured)
     except (OSError, ValueError, TypeError) as error:
         # A TypeError is what distributed 2026.7.1 makes of a tls:// address without certificates.
         silent = isinstance(error, TimeoutError)
@@ -290,8 +319,10 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
             f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {got}; "
             "start `dask scheduler` and give its address (and distillation.cluster.security, if it asks for TLS)"
         ) from error
-    with client:
-        _wait_for_worker(client, config.wait_seconds)
+    with _closed_soon(client):
+        with _occupied(client, 3 * config.wait_seconds):
+            _wait_for_worker(client, config.wait_seconds)
+            facts, roster = _facts(client, config.wait_seconds)
         saturation = call_scheduler(
             client,
             lambda: client.run_on_scheduler(
@@ -305,14 +336,41 @@ def _joined(generation: GenerationConfig, config: ClusterConfig) -> Iterator[Clu
                 "before starting it, so that partitions wait there and not at workers",
                 saturation,
             )
-        facts = _facts(client, config.wait_seconds)
         device = generation.device
         if device == "auto":
-            device = "cuda" if all(fact.gpus for fact in facts) else "cpu"
-        check_groups(facts, generation.gpus_per_worker)
-        cores_each = min(fact.cores // sum(1 for other in facts if other.host == fact.host) for fact in facts)
+            device = "cuda" if all(fact.gpus for fact in facts.values()) else "cpu"
+        for address, fact in list(facts.items()):
+            if device not in fact.environments:
+                roster.leave_out({address: "it sees no GPU; start it where one is visible"})
+                del facts[address]
+        if not facts:
+            raise ClusterError(
+                "distillation.teacher.generation.device: expected workers with a GPU, got none:\n"
+                f"{roster.listed()}\nset distillation.teacher.generation.device=cpu, or start workers where GPUs are "
+                "visible"
+            )
+        check_groups(list(facts.values()), generation.gpus_per_worker)
+        hosts = Counter(fact.host for fact in facts.values())
+        cores_each = min(fact.cores // hosts[fact.host] for fact in facts.values())
         threads = max(1, cores_each) if generation.torch_threads == "auto" else int(generation.torch_threads)
-        yield Cluster(client=client, device=device, torch_threads=threads, dashboard=client.dashboard_link)
+        yield Cluster(
+            client=client,
+            device=device,
+            torch_threads=threads,
+            dashboard=client.dashboard_link,
+            environments=_environments(facts, device),
+            roster=roster,
+        )
+
+
+@contextlib.contextmanager
+def _closed_soon(client: Client) -> Iterator[None]:
+    """Close a client in bounded time, whether its scheduler answers or not."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(TimeoutError):
+            client.close(timeout=_CLOSE_SECONDS)
 
 
 def _address(config: ClusterConfig) -> str:
@@ -358,6 +416,26 @@ async def _answers(address: str, seconds: float, secured: Security) -> None:
         await scheduler.identity(n_workers=0)
 
 
+@contextlib.contextmanager
+def _occupied(client: Client, seconds: float) -> Iterator[None]:
+    """Keep one task at the scheduler: without any, an adaptive cluster starts no worker, or stops those it has."""
+    name = f"dask_logits-start-{uuid.uuid4().hex[:8]}"
+
+    # Inside, so that it is sent whole, and runs where this package is missing.
+    def hold(name: str, seconds: float) -> None:
+        from distributed import Event
+
+        Event(name).wait(timeout=seconds)
+
+    task = client.submit(hold, name, seconds, pure=False)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ClusterError):
+            call_scheduler(client, lambda: client.scheduler.event_set(name=name), CALL_SECONDS)
+        task.release()
+
+
 def _wait_for_worker(client: Client, seconds: float) -> None:
     try:
         client.wait_for_workers(1, timeout=seconds)
@@ -369,7 +447,7 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
 
 
 class WorkerFacts(NamedTuple):
-    """What a joined worker has.
+    """What a worker has.
 
     Parameters
     ----------
@@ -379,20 +457,23 @@ class WorkerFacts(NamedTuple):
         CPU cores it may use; other workers of the machine may use them too.
     gpus
         GPUs it sees, the one it uses first.
+    environments
+        Device → environment in which it would score there.
     """
 
     host: str
     cores: int
     gpus: tuple[str, ...]
+    environments: Mapping[str, Environment] = MappingProxyType({})
 
 
-def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
-    """Return what each worker has that answers in time; one that does not is told, and gone on without.
+def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:
+    """Return what each worker has that answers in time, and a roster with those that cannot be given work.
 
     Raises
     ------
     ClusterError
-        If none answers, or one cannot tell, because it has another environment.
+        If none answers, or none can tell, because all have another environment.
     """
     scheduler = client.scheduler
 
@@ -404,15 +485,19 @@ def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
         )
         return dict(zip(addresses, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
-    found = call_scheduler(client, ask, seconds + CALL_SECONDS)
-    facts = [answer[address] for address, answer in found.items() if isinstance(answer, dict)]
-    silent = {address: answer for address, answer in found.items() if isinstance(answer, OSError)}
-    broken = {address: answer for address, answer in found.items() if not isinstance(answer, dict | OSError)}
-    if broken:
+    answers = call_scheduler(client, ask, seconds + CALL_SECONDS)
+    facts = {address: answer[address] for address, answer in answers.items() if isinstance(answer, dict)}
+    silent = {address: answer for address, answer in answers.items() if isinstance(answer, OSError)}
+    broken = {address: answer for address, answer in answers.items() if not isinstance(answer, dict | OSError)}
+    roster = Roster(hosts={address: fact.host for address, fact in facts.items()})
+    reason = "it cannot tell its environment ({!r}); install the same packages there"
+    roster.leave_out({address: reason.format(error) for address, error in broken.items()})
+    if broken and not facts:
         raise ClusterError(
-            "distillation.cluster: expected workers with this environment, got "
-            f"{', '.join(f'{at} ({e!r})' for at, e in broken.items())}; install the same packages there"
+            f"distillation.cluster: expected workers with this environment, got none:\n{roster.listed()}"
         )
+    if broken:
+        logger.error("these workers get no work:\n%s", roster.listed())
     if silent:
         logger.warning("no answer from %s; going on without", ", ".join(f"{at} ({e!r})" for at, e in silent.items()))
     if not facts:
@@ -420,7 +505,12 @@ def _facts(client: Client, seconds: float) -> list[WorkerFacts]:
             f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got {silent or 'no worker'}; "
             "look at the workers' logs"
         )
-    return facts
+    return facts, roster
+
+
+def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
+    """Return the environments of the workers that have the device; loading the teacher is refused by others."""
+    return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
 
 
 def _worker_facts() -> WorkerFacts:
@@ -431,7 +521,58 @@ def _worker_facts() -> WorkerFacts:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
-    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus))
+    environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
+    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments)
+
+
+def choose_environment(workers: Mapping[str, Environment], own: Environment) -> Environment | None:
+    """Return the environment that a new run is made with.
+
+    It is the one that most workers have, among those with this release of the package; on a tie this process's own.
+
+    Parameters
+    ----------
+    workers
+        Address → environment.
+    own
+        Of this process, on a CPU.
+
+    Returns
+    -------
+    mapping or None
+        None if no worker has this release.
+    """
+    fitting = [workers[address] for address in sorted(workers) if workers[address]["dask_logits"] == own["dask_logits"]]
+    votes = Counter(tuple(sorted(each.items())) for each in fitting)
+    return max(fitting, key=lambda each: (votes[tuple(sorted(each.items()))], each == own), default=None)
+
+
+def leave_out_misfits(cluster: Cluster, expected: Environment | None) -> None:
+    """Give no work to workers of another environment, and name them in the log.
+
+    Parameters
+    ----------
+    cluster
+        Its roster gets the workers that differ.
+    expected
+        The run's environment; None: of a new run, which takes that of most workers.
+    """
+    own = environment("cpu")
+    reference = expected or choose_environment(cluster.environments, own)
+    reasons = {}
+    for address, each in cluster.environments.items():
+        differing = differences(reference or {"dask_logits": own["dask_logits"]}, each)
+        if reference is None:
+            differing = {name: pair for name, pair in differing.items() if name == "dask_logits"}
+        if differing:
+            reasons[address] = f"{describe(differing)}; {fix_for(differing)}"
+    cluster.roster.leave_out(reasons)
+    if reasons and cluster.fit():
+        logger.error(
+            "these workers differ from the run's environment and get no work "
+            "(distillation.cluster.allow_mixed_workers=true would allow it):\n%s",
+            cluster.roster.listed(),
+        )
 
 
 def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:

@@ -14,8 +14,9 @@ from dask_logits.job.manifest import RunFolder
 from dask_logits.store.durable import COUNTS, TEXT, Json, check_fields, names_in, read_json, replace_json, unreadable
 
 # What happened: an I/O error that stayed, a row or a teacher that cannot be used, workers that died, no sign of life,
-# rows that could not be read when the plan was made, arrays that changed on disk after they were committed.
-Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged"]
+# rows that could not be read when the plan was made, arrays that changed on disk after they were committed, a worker
+# that cannot score at all.
+Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged", "worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Failure:
         How often it was tried.
     evidence
         End of the traceback, or where its workers died.
+    workers
+        Address and host of each worker that it failed on, in order.
     rows
         Dataset rows that were found to be the cause; empty: not looked for, or not found.
     task
@@ -45,6 +48,7 @@ class Failure:
     reason: str
     attempts: int = 1
     evidence: str = ""
+    workers: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     task: object = None
 

@@ -90,6 +90,8 @@ _RECEIPT = {
     "flops": NUMBER,
     "mfu": NUMBER.or_none(),
     "splits": OBJECT,
+    # Only where it is not the calibration's.
+    "environment": OBJECT.or_none(),
 }
 
 

@@ -204,7 +204,11 @@ def _job(what: Json, calibration: Json) -> dict[str, Any]:
     """Return what is equal in all parts of a job; the id table is not: targets are recoded where it differs."""
     storage = calibration.get("storage", {"profile": "plain"})
     kept = storage["precision"] if storage["profile"] == "compact" else None
-    return {**what, **calibration["numerics"], "cache.precision": kept}
+    # Parts of run folders of their own were each calibrated.
+    mixed = calibration.get("mixed_workers", False)
+    environment = {} if mixed else calibration.get("environment") or {}
+    named = {f"environment.{name}": value for name, value in environment.items()}
+    return {**what, **calibration["numerics"], "cache.precision": kept, **named}
 
 
 def check_cover(part: Part, pieces: Iterable[Piece]) -> None:

@@ -27,8 +27,7 @@ from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
 from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.assemble import consolidate_run, tidy
-from dask_logits.job.calls import run_one
-from dask_logits.job.cluster import Cluster, open_cluster
+from dask_logits.job.cluster import Cluster, leave_out_misfits, open_cluster
 from dask_logits.job.committed import cached_rows_of, committed, covers, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
 from dask_logits.job.manifest import (
@@ -45,6 +44,7 @@ from dask_logits.job.manifest import (
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
 from dask_logits.job.score import Done, Reporter, score, teacher_spec
+from dask_logits.job.single import run_one
 from dask_logits.job.watch import watched
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, expanded, read_json, room
@@ -299,9 +299,15 @@ def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None
     """Calibrate if need be and score what is missing; return what failed."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
-    with open_cluster(config.teacher.generation, config.cluster, retries=config.job.retries) as cluster:
+    with open_cluster(
+        config.teacher.generation,
+        config.cluster,
+        retries=config.job.retries,
+        stall_seconds=config.job.stall_seconds,
+    ) as cluster:
         if cluster.dashboard:
             logger.info("dashboard: %s", cluster.dashboard)
+        _check_environment(job, calibration, cluster)
         calibration = calibration or _calibrate(job, cluster)
         _check_device(job, calibration, cluster)
         if start == "replace":
@@ -311,6 +317,7 @@ def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None
             calibration = _record(job, calibration)
             # Another static worker's, if it was first.
             _check_device(job, calibration, cluster)
+            _check_environment(job, calibration, cluster)
             return score(job, cluster, calibration, done, only=only, bisects=bisects)
 
 
@@ -363,7 +370,7 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
     logger.info(
         "calibrating on %d sequences; a long plan tries larger batches and compiled layers, too", len(task.documents)
     )
-    return run_one(cluster.client, calibrate, task, job.config.job)
+    return run_one(cluster.client, calibrate, task, job.config.job, roster=cluster.roster)
 
 
 def _is_compact(job: Job) -> bool:
@@ -389,6 +396,38 @@ def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
             "bits would differ; resume it there, or choose another distillation.teacher.cache_dir",
             {"device": (frozen, cluster.device)},
         )
+
+
+def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> None:
+    """Leave out workers of another environment than the run's; refuse if none remains.
+
+    Raises
+    ------
+    RunConflictError
+        If the run was calibrated in another environment than all workers have.
+    ClusterError
+        If no worker has this release of the package.
+    """
+    if job.config.cluster.allow_mixed_workers or not cluster.environments:
+        return
+    expected = (calibration or {}).get("environment")
+    if calibration is not None and expected is None:
+        return
+    leave_out_misfits(cluster, expected)
+    if cluster.fit():
+        return
+    if expected is None:
+        raise ClusterError(
+            "distillation.cluster: expected workers with this release of dask_logits, got none:\n"
+            f"{cluster.roster.listed()}\ninstall the same release on this machine and on all workers"
+        )
+    raise RunConflictError(
+        f"{job.run.path}: this run was calibrated in another environment, and its targets would differ in their last "
+        f"bits or more:\n{cluster.roster.listed()}\n"
+        "use workers with the environment of the run, or set distillation.cluster.allow_mixed_workers=true, which "
+        "records the environment of each partition, or start over with "
+        "distillation.teacher.generation.force_regenerate=true",
+    )
 
 
 def _record(job: Job, calibration: Json) -> Json:
@@ -423,6 +462,7 @@ def _record(job: Job, calibration: Json) -> Json:
         "precision": job.config.cache.precision,
         "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
     }
+    calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
     if create_json(job.run.calibration_path, calibration):
         logger.info(
             "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %s, kept mass by k %s",

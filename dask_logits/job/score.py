@@ -79,13 +79,14 @@ def score(
                 tasks(job, calibration, driver.planned(), driver.on_failure),
                 job.config.job,
                 run_id=run_id(job),
+                roster=cluster.roster,
                 on_receipt=driver.on_receipt,
                 on_failure=driver.on_failure,
                 on_tokens=progress.tokens,
                 on_turn=driver.on_turn,
             )
             for failure in driver.suspects:
-                driver.on_rows(bisect(cluster.client, failure, job.config.job))
+                driver.on_rows(bisect(cluster.client, failure, job.config.job, cluster.roster))
         finally:
             driver.close()
     return driver.failed
@@ -235,6 +236,7 @@ class Reporter:
             "at": time.time(),
             "state": state or self.state,
             "failed": {str(index): reason for index, reason in self.failed.items()},
+            **({"left_out": self.cluster.roster.named()} if self.cluster else {}),
         }
         # A disk that is full is what the writing of partitions tells of.
         with contextlib.suppress(OSError):
@@ -286,6 +288,8 @@ def tasks(
                 scoring=scoring,
                 profile=profile,
                 cost=cost,
+                environment=calibration.get("environment"),
+                allow_mixed=job.config.cluster.allow_mixed_workers,
             )
 
 

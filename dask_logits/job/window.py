@@ -24,20 +24,31 @@ from distributed import Client, Future, KilledWorker, get_worker
 
 from dask_logits.capture.task import PartitionTask, Stages, process_partition
 from dask_logits.config import JobConfig
-from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, PartitionsFailedError
+from dask_logits.errors import (
+    CacheError,
+    CapacityError,
+    ClusterError,
+    DaskLogitsError,
+    PartitionsFailedError,
+    TeacherError,
+)
 from dask_logits.job.calls import (
     CALL_SECONDS,
     SCORER,
+    SchedulerLostError,
     call_scheduler,
+    erred_on,
     exception_of,
     forget_submissions,
     holders,
     restart_worker,
     result_of,
     scheduler_lost,
+    wait_for_scheduler,
 )
 from dask_logits.job.failures import Failure, Kind
-from dask_logits.store.durable import Json, no_room
+from dask_logits.job.roster import Roster, retry_after
+from dask_logits.store.durable import Json, no_room, only_readable
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +59,6 @@ _PARTITIONS_EACH = 2
 STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
-_FIRST_BACKOFF_SECONDS = 2.0
-_LONGEST_BACKOFF_SECONDS = 60.0
 # Partitions after which the scheduler is told to forget them.
 _FORGET_EVERY = 1000
 # Frames of a traceback that are kept as evidence.
@@ -57,23 +66,28 @@ _FRAMES = 6
 
 
 def run_on_worker(task: PartitionTask) -> Json:
-    """Run a partition inside a Dask worker and report its progress as events."""
+    """Run a partition inside a Dask worker and report its progress as events; return its receipt and the worker."""
     worker = get_worker()
-    return process_partition(
+    receipt = process_partition(
         task,
         lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens, "partition": task.partition.index}),
         STAGES,
     )
+    return {"receipt": receipt, "worker": worker.address}
 
 
 def classify(error: BaseException) -> Kind:
     """Say what kind of failure an exception from a worker is.
 
-    >>> classify(ConnectionResetError("peer")), classify(ValueError("row"))
-    ('transient', 'data')
+    >>> classify(ConnectionResetError("peer")), classify(ValueError("row")), classify(ImportError("torch"))
+    ('transient', 'data', 'worker')
     """
     if isinstance(error, KilledWorker):
         return "worker-death"
+    # A teacher that cannot be loaded or run, as opposed to logits that are not finite in a row.
+    teacher = isinstance(error, TeacherError) and error.row is None
+    if teacher or isinstance(error, ImportError | ClusterError | CapacityError):
+        return "worker"
     transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
     return "transient" if transient else "data"
 
@@ -84,6 +98,7 @@ def run_partitions(
     job: JobConfig,
     *,
     run_id: str,
+    roster: Roster | None = None,
     on_receipt: Callable[[Json], None],
     on_failure: Callable[[Failure], None] = lambda failure: None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
@@ -101,6 +116,8 @@ def run_partitions(
         Retries, bounds and patience.
     run_id
         Of the run, whose workers' events are listened to.
+    roster
+        Workers that get no work; those that fail what others complete are added.
     on_receipt
         Called in this thread with every receipt.
     on_failure
@@ -120,34 +137,42 @@ def run_partitions(
     ClusterError
         If the scheduler is lost, or nothing moves for ``stall_seconds`` and it is not one partition's fault.
     CapacityError
-        If a worker has no room to write: nor would the others.
+        If a worker has no room to write, or no worker may write.
     PartitionsFailedError
         If the first ``max_failures`` partitions all fail: the error is systematic.
     """
-    window = _Window(client, tasks, job, on_failure)
+    window = _Window(client, tasks, job, on_failure, roster=Roster() if roster is None else roster)
     events: queue.SimpleQueue[Json] = queue.SimpleQueue()
     topic = _TOPIC + run_id
     client.subscribe_topic(topic, lambda event: events.put(event[1]))
     n_done = 0
     try:
-        while window.fill():
-            done = window.next_done(_POLL_SECONDS)
-            while not events.empty():
-                event = events.get()
-                on_tokens(event["tokens"])
-                window.note_life(event["partition"])
-            if on_turn():
-                window.last_progress = time.monotonic()
-            if done is None:
-                window.check_stall()
-            elif isinstance(done, dict):
-                on_receipt(done)
-                n_done += 1
-                if n_done % _FORGET_EVERY == 0:
-                    # A scheduler that is lost is noticed by the window.
-                    with contextlib.suppress(ClusterError):
-                        forget_submissions(client)
-            window.check_hung()
+        while True:
+            try:
+                if not window.fill():
+                    break
+                done = window.next_done(_POLL_SECONDS)
+                while not events.empty():
+                    event = events.get()
+                    on_tokens(event["tokens"])
+                    window.note_life(event["partition"])
+                if on_turn():
+                    window.last_progress = time.monotonic()
+                if done is None:
+                    window.check_stall()
+                elif isinstance(done, dict):
+                    on_receipt(done)
+                    n_done += 1
+                    if n_done % _FORGET_EVERY == 0:
+                        # A scheduler that is lost is noticed by the window.
+                        with contextlib.suppress(ClusterError):
+                            forget_submissions(client)
+                window.check_hung()
+            except SchedulerLostError:
+                wait_for_scheduler(client, job.stall_seconds, on_turn)
+                # A client that has connected again is another one to the scheduler.
+                client.subscribe_topic(topic, lambda event: events.put(event[1]))
+                window.note_reconnection()
     finally:
         window.release()
         if client.status == "running":
@@ -157,10 +182,12 @@ def run_partitions(
 
 @dataclass
 class _Running:
-    """A partition at the scheduler, and when it gave the last sign of life."""
+    """A partition at the scheduler, when it gave the last sign of life, and which workers may take it (None: any)."""
 
     task: PartitionTask
     future: Future
+    workers: frozenset[str] | None = None
+    started: float = field(default_factory=time.monotonic)
     alive: float = field(default_factory=time.monotonic)
 
 
@@ -170,6 +197,7 @@ class _Window:
     tasks: Iterator[PartitionTask | None]
     job: JobConfig
     on_failure: Callable[[Failure], None]
+    roster: Roster = field(default_factory=Roster)
     failed: dict[int, str] = field(default_factory=dict)
     last_progress: float = field(default_factory=time.monotonic)
     _succeeded: bool = False
@@ -177,6 +205,9 @@ class _Window:
     _starved: bool = False
     _running: dict[str, _Running] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
+    # Workers that a partition was given to and that are gone, or a client that the scheduler forgot.
+    _losses: dict[int, int] = field(default_factory=dict)
+    _present: dict[str, Any] = field(default_factory=dict)
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
     # Partitions whose workers died or hung while they had company: each is tried once more, last and on its own.
     _suspects: list[PartitionTask] = field(default_factory=list)
@@ -191,7 +222,9 @@ class _Window:
         """Submit while there is room; return whether anything is left to wait for."""
         now = time.monotonic()
         self._starved = False
-        while len(self._running) < self._room():
+        self._present = self._workers()
+        self._take_back_orphans()
+        while len(self._running) < self._room(now):
             due = next((entry for entry in self._later if entry[0] <= now), None)
             if due is not None:
                 self._later.remove(due)
@@ -199,7 +232,8 @@ class _Window:
             if task is None:
                 break
             self._submit(task)
-        if self._suspects and self._exhausted and not self._running and not self._later:
+        waits = self._suspects and self._exhausted and not self._running and not self._later
+        if waits and self._room(now):
             self._submit(self._suspects.pop(0))
         return bool(self._running or self._later or self._suspects or not self._exhausted)
 
@@ -222,17 +256,57 @@ class _Window:
                 # Its worker died between finishing and telling; if it committed, the next attempt finds the receipt.
                 self._later.append((self.last_progress, task))
                 return False
+            if future.status == "cancelled":
+                self._note_loss(task)
+                return False
             if future.status == "finished":
-                receipt = result_of(self.client, future, self.job.stall_seconds)
-                self._succeeded = True
-                self._hung_in_a_row = 0
-                self._attempts.pop(task.partition.index)
-                return receipt
-            self._failed(task, exception_of(future), future)
+                return self._finished(task, result_of(self.client, future, self.job.stall_seconds))
+            self._failed(running, exception_of(future), future)
+        except SchedulerLostError:
+            # If it committed, the next attempt finds the receipt.
+            self._later.append((self.last_progress, task))
+            raise
         finally:
             # At once: what nobody holds is not computed again when its worker dies.
             future.release()
         return False
+
+    def _finished(self, task: PartitionTask, outcome: Json) -> Json:
+        index = task.partition.index
+        self._succeeded = True
+        self._hung_in_a_row = 0
+        self._attempts.pop(index)
+        self._losses.pop(index, None)
+        self.roster.note_success(outcome["worker"], index, time.monotonic())
+        receipt: Json = outcome["receipt"]
+        return receipt
+
+    def note_reconnection(self) -> None:
+        """Note that the scheduler answers again: nobody could give a sign of life meanwhile."""
+        self.last_progress = now = time.monotonic()
+        self._losses.clear()
+        for running in self._running.values():
+            running.alive = now
+
+    def _take_back_orphans(self) -> None:
+        """Take back partitions whose workers are all gone: the scheduler would keep them for those."""
+        for key, running in list(self._running.items()):
+            if running.workers is not None and not running.workers & self._present.keys():
+                del self._running[key]
+                running.future.release()
+                self._note_loss(running.task)
+
+    def _note_loss(self, task: PartitionTask) -> None:
+        """Submit a partition again whose worker is gone, or that the scheduler forgot; not without end."""
+        index = task.partition.index
+        self._losses[index] = losses = self._losses.get(index, 0) + 1
+        if losses <= self.job.retries + 1:
+            self._later.append((time.monotonic(), task))
+            return
+        reason = f"its worker died or its submission was cancelled {losses} times"
+        self._give_up_partition(
+            Failure(index=index, kind="worker-death", reason=reason, attempts=self._attempts[index], task=task)
+        )
 
     def note_life(self, index: int) -> None:
         """Note that a partition is being scored."""
@@ -296,6 +370,7 @@ class _Window:
                         reason=reason,
                         attempts=self._attempts[index],
                         evidence=f"worker {worker}",
+                        workers=(self.roster.name(worker),),
                         task=task,
                     )
                 )
@@ -306,10 +381,11 @@ class _Window:
     def _stalled(self, idle: float) -> ClusterError:
         workers = self._workers()
         where = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
+        left_out = f"\nThese workers get no work:\n{self.roster.listed()}" if self.roster.left_out else ""
         return ClusterError(
             f"distillation.job.stall_seconds: expected progress within {self.job.stall_seconds:g} s, got none for "
             f"{idle:.0f} s with {len(workers)} workers and partitions {where or 'none'} in flight; look at the "
-            "workers' logs and at what the dataset is read from, then run the same command again"
+            f"workers' logs and at what the dataset is read from, then run the same command again{left_out}"
         )
 
     def _held(self) -> dict[str, str]:
@@ -338,46 +414,101 @@ class _Window:
         self._attempts[index] = attempt = self._attempts.get(index, 0) + 1
         name = f"score-partition-{task.partition.name}-{attempt}-{self._token}"
         delayed = dask.delayed(run_on_worker, pure=False)(task, dask_key_name=name)
-        future = self.client.compute(delayed, optimize_graph=False)
-        self._running[future.key] = _Running(task, future)
+        chosen = self.roster.choose(self._present, index, time.monotonic())
+        # Named only where they must be: the scheduler does not queue what is meant for certain workers.
+        workers = None if chosen == self._present.keys() else frozenset(chosen)
+        future = self.client.compute(delayed, optimize_graph=False, workers=workers and sorted(workers))
+        self._running[future.key] = _Running(task, future, workers)
         future.add_done_callback(self._done.put)
 
-    def _failed(self, task: PartitionTask, error: BaseException, future: Future) -> None:
-        index = task.partition.index
-        kind = classify(error)
-        if (full := no_room(error)) is not None:
-            # No further partition could be written either.
-            raise CapacityError(
-                f"distillation.teacher.cache_dir: expected room to write partition {task.partition.name}, got "
-                f"{full!r}; everything committed before is good: make room and run the same command again"
+    def _failed(self, running: _Running, error: BaseException, future: Future) -> None:
+        task, index, kind = running.task, running.task.partition.index, classify(error)
+        if kind == "worker-death":
+            self._died(task, error)
+            return
+        worker = erred_on(self.client, future)
+        if worker is None:
+            # The scheduler has forgotten where.
+            self._note_loss(task)
+            return
+        if self._is_left_out(task, worker, error):
+            return
+        before = set(self.roster.left_out)
+        retired = self.roster.note_failure(worker, index, started=running.started, now=time.monotonic())
+        if retired is not None and worker not in before:
+            logger.error("worker %s gets no more work: %s; see its log", self.roster.name(worker), retired)
+        tried = self.roster.tried(index)
+        wait = retry_after(kind, tried, self.roster.usable(self._present), self.job.retries)
+        if wait is not None:
+            logger.warning(
+                "partition %s failed on %s: %s; again%s",
+                task.partition.name,
+                self.roster.name(worker),
+                str(error) or repr(error),
+                f" in {wait:.0f} s" if wait else " on another worker",
             )
-        if kind == "transient" and self._attempts[index] <= self.job.retries:
-            wait = min(_FIRST_BACKOFF_SECONDS * 2 ** (self._attempts[index] - 1), _LONGEST_BACKOFF_SECONDS)
-            logger.warning("partition %s: %s; again in %.0f s", task.partition.name, error, wait)
             self._later.append((time.monotonic() + wait, task))
             return
-        if kind == "worker-death" and self._shared and index not in self._alone:
+        self.roster.note_bad(index)
+        row = getattr(error, "row", None)
+        frames = traceback.format_tb(future.traceback(CALL_SECONDS))[-_FRAMES:]
+        self._give_up_partition(
+            Failure(
+                index=index,
+                kind=kind,
+                reason=str(error) or repr(error),
+                attempts=self._attempts[index],
+                evidence="".join([*frames, *traceback.format_exception_only(error)]),
+                workers=tuple(dict.fromkeys(map(self.roster.name, tried))),
+                rows=() if row is None else (int(row),),
+                task=task,
+            )
+        )
+
+    def _is_left_out(self, task: PartitionTask, worker: str, error: BaseException) -> bool:
+        """Leave out a worker that cannot score for this run; its partition is tried elsewhere."""
+        full = no_room(error)
+        if full is None and not isinstance(error, ClusterError):
+            return False
+        where = self.roster.name(worker)
+        cure = "everything committed before is good: make room and run the same command again"
+        alike = {worker}
+        if full is not None:
+            if not only_readable(error):
+                # No further partition could be written either.
+                raise CapacityError(
+                    f"distillation.teacher.cache_dir: expected room to write partition {task.partition.name}, got "
+                    f"{full!r} from worker {where}; {cure}"
+                )
+            alike = {other for other in self._present if self.roster.host(other) == self.roster.host(worker)} | {worker}
+        said = str(error) if full is None else f"it cannot write to the run folder ({full}); mount it with write access"
+        self.roster.leave_out(dict.fromkeys(alike, said))
+        logger.error("worker %s gets no more work: %s", where, said)
+        if not self.roster.usable(self._present):
+            refused = CapacityError if full is not None else ClusterError
+            raise refused(f"distillation.cluster: expected a worker that can score, got none:\n{self.roster.listed()}")
+        self._later.append((time.monotonic(), task))
+        return True
+
+    def _died(self, task: PartitionTask, error: BaseException) -> None:
+        assert isinstance(error, KilledWorker)
+        index = task.partition.index
+        if self._shared and index not in self._alone:
             logger.warning(
                 "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
             )
             self._alone.add(index)
             self._suspects.append(task)
             return
-        reason, row = str(error) or repr(error), getattr(error, "row", None)
-        if isinstance(error, KilledWorker):
-            reason = f"its worker died {error.allowed_failures + 1} times"
-            evidence = f"last worker {error.last_worker.address}; its log, or the kernel's, says what ended it"
-        else:
-            frames = traceback.format_tb(future.traceback(CALL_SECONDS))[-_FRAMES:]
-            evidence = "".join([*frames, *traceback.format_exception_only(error)])
+        worker = error.last_worker.address
         self._give_up_partition(
             Failure(
                 index=index,
-                kind=kind,
-                reason=reason,
+                kind="worker-death",
+                reason=f"its worker died {error.allowed_failures + 1} times",
                 attempts=self._attempts[index],
-                evidence=evidence,
-                rows=() if row is None else (int(row),),
+                evidence=f"last worker {worker}; its log, or the kernel's, says what ended it",
+                workers=(self.roster.name(worker),),
                 task=task,
             )
         )
@@ -400,7 +531,11 @@ class _Window:
         workers: dict[str, Any] = found["workers"]
         return workers
 
-    def _room(self) -> int:
-        threads = [min(_PARTITIONS_EACH, int(worker["nthreads"])) for worker in self._workers().values()]
-        self._shared = self._shared or max(threads, default=1) > 1
-        return max(1, sum(threads))
+    def _room(self, now: float) -> int:
+        """Return how many partitions may be in flight: of workers that may be given one."""
+        threads = {address: min(_PARTITIONS_EACH, int(worker["nthreads"])) for address, worker in self._present.items()}
+        self._shared = self._shared or max(threads.values(), default=1) > 1
+        if self._present and not self.roster.usable(self._present):
+            return 0
+        # Without any worker one partition waits at the scheduler, where an adaptive cluster sees it.
+        return max(1, sum(threads[address] for address in self.roster.choose(self._present, None, now)))

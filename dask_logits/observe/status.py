@@ -15,7 +15,7 @@ from dask_logits.job.manifest import RunFolder
 from dask_logits.job.planlog import PlanLog
 from dask_logits.observe.progress import add_seconds, shares
 from dask_logits.records import Statistics
-from dask_logits.store.durable import NUMBER, TEXT, Json, check_fields, expanded, read_json
+from dask_logits.store.durable import NUMBER, OBJECT, TEXT, Json, check_fields, expanded, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ _FACTS = {
     "tokens_per_second": NUMBER,
     "seconds_left": NUMBER.or_none(),
     "dashboard": TEXT.or_none(),
+    "left_out": OBJECT.or_none(),
 }
 
 
@@ -69,6 +70,8 @@ class Status:
         Of all drivers at work, by the clock; 0 and None without one, or where the amount of work is unknown.
     failed
         Partition → reason, of those that failed for good.
+    left_out
+        Worker and host → why it got no work, of the last start of each driver.
     dashboard
         Address of the Dask dashboard of a driver at work; None without one.
     cache
@@ -97,6 +100,7 @@ class Status:
     running_tokens_per_second: float
     seconds_left: float | None
     failed: dict[int, str]
+    left_out: dict[str, str]
     dashboard: str | None
     cache: str | None
     bytes_per_token: float | None
@@ -146,6 +150,8 @@ class Status:
             )
         for index, reason in sorted(self.failed.items()):
             out.append(f"failed        partition {index:06d}: {reason.splitlines()[0]}")
+        for worker, reason in sorted(self.left_out.items()):
+            out.append(f"no work for   {worker}: {reason.splitlines()[0]}")
         if self.cache is not None:
             out.append(f"bytes/token   {self.bytes_per_token:.1f}")
             out.append(f"content       {self.content_digest}")
@@ -230,6 +236,9 @@ def _read_status(run: RunFolder) -> Status:
         running_tokens_per_second=sum(driver["tokens_per_second"] for driver in alive),
         seconds_left=max(left) if left and None not in left else None,
         failed={} if state == "complete" else {i: _reason(entry) for i, entry in read_failures(run).items()},
+        left_out={
+            str(worker): str(why) for driver in drivers for worker, why in (driver.get("left_out") or {}).items()
+        },
         dashboard=next((driver["dashboard"] for driver in alive if driver.get("dashboard")), None),
         cache=str(cache.path) if cache else None,
         bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,

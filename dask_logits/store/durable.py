@@ -28,6 +28,7 @@ _MOST_JSON_BYTES = 256 << 20
 _DEEPEST = 64
 # Nothing else could be written there either.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_READ_ONLY = (errno.EROFS,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 # Far beyond any count, and far below where sums and products of a few leave 64 bits.
@@ -294,6 +295,15 @@ def no_room(error: BaseException) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     return os.strerror(number) if number in _NO_ROOM else None
+
+
+def only_readable(error: BaseException) -> bool:
+    """Whether a file system can be read but not written: that may be so on one machine alone.
+
+    >>> only_readable(OSError(30, "x")), only_readable(OSError(28, "x"))
+    (True, False)
+    """
+    return isinstance(error, OSError) and error.errno in _READ_ONLY
 
 
 @contextlib.contextmanager

@@ -331,6 +331,7 @@ _CALIBRATION = {
     "storage": OBJECT.or_none(),
     "cost": NUMBERS.or_none(),
     "kept_mass_by_k": NUMBERS.or_none(),
+    "environment": OBJECT.or_none(),
 }
 
 

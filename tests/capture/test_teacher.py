@@ -3,11 +3,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import VOCAB_SIZE, tiny_model
 
+from dask_logits.capture import checkpoint
 from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
 from dask_logits.capture.selfcheck import choose_path
 from dask_logits.capture.teacher import Teacher
@@ -92,13 +94,23 @@ def test_a_teacher_the_driver_did_not_see_is_refused(llama) -> None:
         load_teacher(spec(llama, identity="sha256:0"), VOCAB_SIZE)
 
 
-def test_a_process_holds_one_teacher(llama, teacher_folder) -> None:
+def test_a_process_holds_as_many_teachers_as_fit(llama, teacher_folder, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "_LOADED", {})
     first = load_teacher(spec(llama), VOCAB_SIZE)
+    other = load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE)
+    # Two runs that take turns on a worker load nothing again.
     assert load_teacher(spec(llama), VOCAB_SIZE) is first
+    assert load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE) is other
     gone = weakref.ref(first)
     del first
-    load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE)
+    monkeypatch.setattr(checkpoint, "_MOST_TEACHERS", 2)
+    load_teacher(spec(llama, torch_threads=2), VOCAB_SIZE)
     assert gone() is None
+    assert load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE) is other
+    memory = SimpleNamespace(available=1)
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: memory)
+    load_teacher(spec(llama), VOCAB_SIZE)
+    assert len(checkpoint._LOADED) == 1
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path) -> None:

@@ -1,0 +1,158 @@
+"""Which workers get work: the retry policy, as decisions without input or output.
+
+Chosen: a failure says something about a partition or about its worker, and only another worker can tell which. So a
+partition is retried on a worker that it has not failed on, and counts as bad only when it failed on two (or on the only
+one). A worker that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A
+worker that fails three times in a row, at last after others completed two of its partitions, gets no more work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from dask_logits.job.failures import Kind
+
+_FIRST_REST_SECONDS = 2.0
+_LONGEST_REST_SECONDS = 60.0
+# Failures of a worker without a success between, and how many of these partitions others must have completed.
+_FAILURES_IN_A_ROW = 3
+_DONE_BY_OTHERS = 2
+# Workers that must be unable to load or run the teacher, or to fit a row into memory, before a partition fails for it.
+_MOST_LOADS = 3
+
+
+def rest_seconds(failures: int) -> float:
+    """Return how long to wait after a number of failures.
+
+    >>> [rest_seconds(failures) for failures in (1, 2, 5, 6, 50)]
+    [2.0, 4.0, 32.0, 60.0, 60.0]
+    """
+    return min(_FIRST_REST_SECONDS * 2.0 ** min(failures - 1, 10), _LONGEST_REST_SECONDS)
+
+
+def retry_after(kind: Kind, tried: Iterable[str], usable: Iterable[str], retries: int) -> float | None:
+    """Decide whether a partition that failed is tried again.
+
+    Parameters
+    ----------
+    kind
+        Of its last failure: ``transient``, ``data`` or ``worker``.
+    tried
+        Workers that it failed on, in order; the last one may be named several times.
+    usable
+        Workers that may be given work.
+    retries
+        Setting.
+
+    Returns
+    -------
+    float or None
+        Seconds to wait; None: it has failed for good.
+    """
+    failures = list(tried)
+    others = set(usable) - set(failures)
+    if len(failures) > retries + _MOST_LOADS:
+        return None
+    enough = 1 if not others else _MOST_LOADS if kind == "worker" else 2
+    if kind == "transient":
+        over = len(failures) > retries and len(set(failures)) >= enough
+        return None if over else rest_seconds(len(failures))
+    return None if len(set(failures)) >= enough else 0.0
+
+
+@dataclass
+class Roster:
+    """What is known of the workers of a cluster.
+
+    Parameters
+    ----------
+    hosts
+        Address → name of the machine, where the worker has told it.
+    left_out
+        Address → why this worker gets no work.
+    """
+
+    hosts: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    _tried: dict[int, list[str]] = field(default_factory=dict)
+    # Failures in a row: worker → partition → when another worker completed it.
+    _charges: dict[str, dict[int, float | None]] = field(default_factory=dict)
+    _rests_until: dict[str, float] = field(default_factory=dict)
+
+    def name(self, worker: str) -> str:
+        """Return a worker's address with its host.
+
+        >>> Roster(hosts={"tcp://10.0.0.2:4001": "node2"}).name("tcp://10.0.0.2:4001")
+        'tcp://10.0.0.2:4001 on node2'
+        """
+        return f"{worker} on {self.host(worker)}"
+
+    def host(self, worker: str) -> str:
+        """Return the machine of a worker: its name, or the part of its address."""
+        return self.hosts.get(worker) or worker.rpartition("://")[2].rpartition(":")[0] or worker
+
+    def usable(self, present: Iterable[str]) -> set[str]:
+        """Return the workers that may be given work."""
+        return set(present) - self.left_out.keys()
+
+    def choose(self, present: Iterable[str], index: int | None, now: float) -> set[str]:
+        """Return the workers that a partition may be given to now.
+
+        Those that it failed on and those that rest are left out as long as others remain. A partition that failed
+        before goes to a worker without failures, if there is one.
+        """
+        usable = self.usable(present)
+        awake = {worker for worker in usable if self._rests_until.get(worker, 0.0) <= now}
+        failed_on = set(self.tried(index)) if index is not None else set()
+        clean = awake - self._charges.keys() if failed_on else set()
+        choices = (clean - failed_on, awake - failed_on, usable - failed_on, awake)
+        return next((some for some in choices if some), usable)
+
+    def tried(self, index: int) -> list[str]:
+        """Return the workers that a partition failed on; those that get no more work do not count."""
+        return [worker for worker in self._tried.get(index, []) if worker not in self.left_out]
+
+    def note_failure(self, worker: str, index: int, *, started: float, now: float) -> str | None:
+        """Note that a partition failed on a worker; return why the worker is left out from now on, if it is."""
+        self._tried.setdefault(index, []).append(worker)
+        charges = self._charges.setdefault(worker, {})
+        charges.pop(index, None)
+        charges[index] = None
+        self._rests_until[worker] = now + rest_seconds(len(charges))
+        proven = sum(done is not None and done < started for done in charges.values())
+        if len(charges) < _FAILURES_IN_A_ROW or proven < _DONE_BY_OTHERS:
+            return None
+        reason = f"it failed {len(charges)} partitions in a row, of which other workers completed {proven}"
+        self.leave_out({worker: reason})
+        return reason
+
+    def note_success(self, worker: str | None, index: int, now: float) -> None:
+        """Note that a partition was completed."""
+        self._tried.pop(index, None)
+        if worker is not None:
+            self._charges.pop(worker, None)
+            self._rests_until.pop(worker, None)
+        for charges in self._charges.values():
+            if index in charges:
+                charges[index] = now
+
+    def note_bad(self, index: int) -> None:
+        """Note that a partition has failed for good: that is no worker's fault."""
+        for worker in self._tried.pop(index, []):
+            charges = self._charges.get(worker, {})
+            charges.pop(index, None)
+            if not charges:
+                self._rests_until.pop(worker, None)
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Give workers no more work."""
+        self.left_out.update(reasons)
+
+    def named(self) -> dict[str, str]:
+        """Return why workers are left out: address and host → reason."""
+        return {self.name(worker): reason for worker, reason in sorted(self.left_out.items())}
+
+    def listed(self) -> str:
+        """Return the workers that are left out, one a line, with the reasons."""
+        return "\n".join(f"  {worker}: {reason}" for worker, reason in self.named().items())

@@ -1,0 +1,262 @@
+"""Run one task on one worker, and on another if the first is lost, falls silent or cannot do it.
+
+Chosen: a worker that has not been heard of for 30 s is not waited for; the task starts on another worker, too, and the
+first result counts. The number of attempts is bounded by ``distillation.job.retries``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import dask
+from distributed import Client, Future, KilledWorker
+
+from dask_logits.config import JobConfig
+from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
+from dask_logits.job.calls import (
+    CALL_SECONDS,
+    SCORER,
+    SchedulerLostError,
+    call_scheduler,
+    erred_on,
+    exception_of,
+    result_of,
+    wait_for_scheduler,
+)
+from dask_logits.job.roster import Roster
+from dask_logits.store.durable import Json, no_room
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
+_SILENT_SECONDS = 30.0
+# Workers that end during a task before the reason is named.
+_TWICE = 2
+
+
+def run_one(
+    client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig, *, roster: Roster | None = None
+) -> Json:
+    """Run one function on one worker and wait for it in bounded time.
+
+    Parameters
+    ----------
+    client
+        A connected client.
+    function, argument
+        What to run.
+    job
+        ``retries`` and ``stall_seconds``.
+    roster
+        Workers that get no work; None: all get it.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, workers are lost again and again, or nothing came in ``stall_seconds``.
+    DaskLogitsError
+        What the function raised on each worker it was tried on.
+    """
+    task = _Task(client, function, argument, job, Roster() if roster is None else roster)
+    try:
+        return task.run()
+    except SchedulerLostError as error:
+        error.ran = True
+        raise
+    finally:
+        for attempt in task.attempts:
+            attempt.future.release()
+
+
+class _View(NamedTuple):
+    """What the scheduler knows: seconds since each worker was heard of, and key → the worker that has the task."""
+
+    silent: Mapping[str, float]
+    holders: Mapping[str, str]
+
+
+@dataclass
+class _Attempt:
+    future: Future
+    workers: frozenset[str] | None
+    holder: str | None = None
+    since: float = field(default_factory=time.monotonic)
+    replaced: bool = False
+
+
+@dataclass
+class _Task:
+    client: Client
+    function: Callable[[Any], Json]
+    argument: Any
+    job: JobConfig
+    roster: Roster
+    attempts: list[_Attempt] = field(default_factory=list)
+    # Workers that are not given it again.
+    _tried: set[str] = field(default_factory=set)
+    # Workers that ended while they had it, and after how many seconds.
+    _ended: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def run(self) -> Json:
+        """Run it to the end."""
+        started, looked = time.monotonic(), 0.0
+        while True:
+            try:
+                if not self.attempts:
+                    self._submit(self._look())
+                if (result := self._collect()) is not None:
+                    return result
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    looked = time.monotonic()
+                    self._watch(self._look())
+            except SchedulerLostError:
+                wait_for_scheduler(self.client, self.job.stall_seconds)
+            if time.monotonic() - started > self.job.stall_seconds:
+                raise _ran(
+                    f"distillation.job.stall_seconds: expected the {self.name} task to end within "
+                    f"{self.job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command "
+                    "again and allow more if the teacher is that slow"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _look(self) -> _View:
+        # Inside, so that it is sent whole: the scheduler may not have this package. (distributed 2026.7.1)
+        def look(keys: list[str], dask_scheduler: Any) -> tuple[dict[str, float], dict[str, str]]:
+            from time import time
+
+            states = {key: dask_scheduler.tasks.get(key) for key in keys}
+            return (
+                {address: time() - worker.last_seen for address, worker in dask_scheduler.workers.items()},
+                {key: state.processing_on.address for key, state in states.items() if state and state.processing_on},
+            )
+
+        keys = [attempt.future.key for attempt in self.attempts]
+        return _View(
+            *call_scheduler(
+                self.client, lambda: self.client.run_on_scheduler(look, keys, asynchronous=True), CALL_SECONDS
+            )
+        )
+
+    def _others(self, view: _View) -> set[str]:
+        """Return healthy workers that it was not tried on."""
+        present = {worker for worker, seconds in view.silent.items() if seconds < _SILENT_SECONDS}
+        return self.roster.usable(present) - self._tried
+
+    def _submit(self, view: _View) -> None:
+        """Start it on a worker that it was not tried on; anywhere if there is no reason against any."""
+        chosen = self._others(view)
+        workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
+        key = f"{self.name}-{uuid.uuid4().hex[:8]}"
+        delayed = dask.delayed(_in_scorer, pure=False)(self.function, self.argument, dask_key_name=key)
+        future = self.client.compute(delayed, workers=workers and sorted(workers))
+        self.attempts.append(_Attempt(future, workers))
+
+    def _collect(self) -> Json | None:
+        """Return a result if there is one; start it elsewhere where it failed."""
+        for attempt in list(self.attempts):
+            status = attempt.future.status
+            if status == "finished":
+                return result_of(self.client, attempt.future, self.job.stall_seconds)
+            if status in ("cancelled", "lost"):
+                self._end(attempt)
+            elif status == "error":
+                error = exception_of(attempt.future)
+                worker = erred_on(self.client, attempt.future)
+                self.attempts.remove(attempt)
+                self._retry(error, worker)
+        return None
+
+    def _retry(self, error: BaseException, worker: str | None) -> None:
+        """Start it on another worker if the error may be this worker's own; else raise it."""
+        if worker is not None:
+            self._tried.add(worker)
+        own = isinstance(error, OSError | ImportError | TeacherError | ClusterError | CapacityError)
+        view = self._look()
+        if own and self._others(view) and len(self._tried) <= self.job.retries:
+            where = "a worker" if worker is None else f"worker {self.roster.name(worker)}"
+            logger.warning("the %s task failed on %s: %s; again on another worker", self.name, where, error)
+            self._submit(view)
+        elif not self.attempts:
+            raise self._final(error) from error
+
+    def _final(self, error: BaseException) -> BaseException:
+        if isinstance(error, KilledWorker):
+            return _ran(
+                f"distillation.cluster: expected a result of the {self.name} task, got a worker that died "
+                f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer "
+                f"workers. The last one was {self.roster.name(error.last_worker.address)}"
+            )
+        if isinstance(error, OSError) and not isinstance(error, DaskLogitsError) and no_room(error) is None:
+            tried = ", ".join(map(self.roster.name, sorted(self._tried)))
+            return _ran(
+                f"distillation.cluster: expected a result of the {self.name} task, got {error} from its worker "
+                f"({tried}); see that workers can read teacher and data, then run the same command again"
+            )
+        return error
+
+    def _watch(self, view: _View) -> None:
+        """Notice workers that ended or fell silent."""
+        for attempt in list(self.attempts):
+            holder = view.holders.get(attempt.future.key)
+            if attempt.holder is not None and attempt.holder not in view.silent:
+                self._note_end(attempt)
+            if holder is not None and holder != attempt.holder:
+                attempt.holder, attempt.since = holder, time.monotonic()
+            if attempt.workers is not None and not attempt.workers & view.silent.keys():
+                # The scheduler would keep it for workers that are gone.
+                self._end(attempt)
+                continue
+            silent = view.silent.get(attempt.holder or "", 0.0)
+            if silent > _SILENT_SECONDS and attempt.holder is not None and not attempt.replaced:
+                self._tried.add(attempt.holder)
+                if self._others(view):
+                    attempt.replaced = True
+                    logger.warning(
+                        "worker %s has not been heard of for %.0f s; the %s task starts on another one, too",
+                        self.roster.name(attempt.holder),
+                        silent,
+                        self.name,
+                    )
+                    self._submit(view)
+
+    def _end(self, attempt: _Attempt) -> None:
+        self.attempts.remove(attempt)
+        attempt.future.release()
+
+    def _note_end(self, attempt: _Attempt) -> None:
+        assert attempt.holder is not None
+        self._ended.append((attempt.holder, time.monotonic() - attempt.since))
+        attempt.holder = None
+        if len(self._ended) < _TWICE:
+            return
+        ended = ", ".join(f"{self.roster.name(worker)} after {seconds:.0f} s" for worker, seconds in self._ended)
+        message = (
+            f"distillation.cluster: expected workers that live until the {self.name} task ends, got "
+            f"{len(self._ended)} that ended during it: {ended}. Start workers with a longer --lifetime (or none): "
+            "loading the teacher and calibrating must fit into it. If they have none, see their logs: they may be out "
+            "of memory"
+        )
+        if len(self._ended) > self.job.retries:
+            raise _ran(message)
+        logger.warning("%s", message)
+
+
+def _ran(message: str) -> ClusterError:
+    error = ClusterError(message)
+    error.ran = True
+    return error
+
+
+def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
+    result: Json = SCORER.submit(function, argument).result()
+    return result

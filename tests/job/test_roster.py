@@ -1,0 +1,95 @@
+"""The retry policy as tables: which worker is given what, and when a partition has failed for good."""
+
+from __future__ import annotations
+
+import pytest
+
+from dask_logits.job.cluster import choose_environment
+from dask_logits.job.roster import Roster, retry_after
+
+
+@pytest.mark.parametrize(
+    ("kind", "tried", "usable", "expected"),
+    [
+        # Bad data has failed on two workers, or on the only one.
+        ("data", "a", "a", None),
+        ("data", "a", "ab", 0.0),
+        ("data", "ab", "abc", None),
+        # An I/O error: retries, and never on one worker alone while there is another.
+        ("transient", "a", "a", 2.0),
+        ("transient", "aa", "a", 4.0),
+        ("transient", "aaa", "a", None),
+        ("transient", "aaa", "ab", 8.0),
+        ("transient", "aab", "ab", None),
+        # A worker that cannot load the teacher says nothing about a partition.
+        ("worker", "a", "a", None),
+        ("worker", "ab", "abc", 0.0),
+        ("worker", "abc", "abcd", None),
+    ],
+)
+def test_a_partition_is_retried_until_its_failure_is_its_own(kind, tried, usable, expected) -> None:
+    assert retry_after(kind, tried, usable, 2) == expected
+
+
+def test_a_retry_goes_to_a_worker_that_has_not_failed() -> None:
+    roster = Roster()
+    assert roster.choose("abc", 0, 0.0) == {"a", "b", "c"}
+    roster.note_failure("a", 0, started=0.0, now=0.0)
+    assert roster.choose("abc", 0, 0.0) == {"b", "c"}
+    # Others are not given to a worker that rests after a failure, unless there is no other worker.
+    assert roster.choose("abc", 1, 1.0) == {"b", "c"}
+    assert roster.choose("a", 1, 1.0) == {"a"}
+    assert roster.choose("abc", 1, 3.0) == {"a", "b", "c"}
+    roster.note_failure("b", 1, started=0.0, now=0.0)
+    assert roster.choose("abc", 0, 9.0) == {"c"}
+    assert roster.choose("ab", 0, 9.0) == {"b"}
+    roster.leave_out({"b": "why"})
+    assert roster.choose("ab", 0, 9.0) == {"a"}
+    assert roster.choose("b", 0, 9.0) == set()
+
+
+def test_a_worker_that_fails_what_others_complete_gets_no_more_work() -> None:
+    roster = Roster(hosts={"bad": "node7"})
+    for index, now in enumerate((0.0, 3.0, 8.0)):
+        assert roster.note_failure("bad", index, started=now, now=now) is None
+    # It rests for 2, 4, 8 s.
+    assert roster.choose(["bad", "good"], 9, 15.0) == {"good"}
+    for index in (0, 1):
+        roster.note_success("good", index, 10.0)
+    reason = roster.note_failure("bad", 4, started=17.0, now=17.0)
+    assert reason == "it failed 4 partitions in a row, of which other workers completed 2"
+    assert roster.named() == {"bad on node7": reason}
+    # What failed there alone does not count against a partition.
+    assert roster.tried(4) == []
+
+
+def test_an_outage_of_the_shared_disk_retires_nobody() -> None:
+    roster = Roster()
+    for index, worker in enumerate("aaabbb"):
+        roster.note_failure(worker, index, started=0.0, now=float(index))
+    roster.note_success("a", 3, 20.0)
+    roster.note_success("a", 4, 21.0)
+    # Submitted before others succeeded, so it says nothing about the time after.
+    assert roster.note_failure("b", 7, started=19.0, now=22.0) is None
+    roster.note_success("b", 8, 30.0)
+    assert roster.note_failure("b", 9, started=31.0, now=31.0) is None
+    assert roster.left_out == {}
+
+
+def test_bad_partitions_are_no_workers_fault() -> None:
+    roster = Roster()
+    for index in range(5):
+        for worker in "ab":
+            assert roster.note_failure(worker, index, started=0.0, now=0.0) is None
+        roster.note_bad(index)
+    assert roster.choose("abc", 9, 0.0) == {"a", "b", "c"}
+
+
+def test_a_new_run_takes_the_environment_of_most_workers_with_this_release() -> None:
+    own = {"dask_logits": "1", "cpu": "AVX2"}
+    wide = {"dask_logits": "1", "cpu": "AVX512"}
+    old = {"dask_logits": "0", "cpu": "AVX2"}
+    assert choose_environment({"a": wide, "b": own}, own) == own
+    assert choose_environment({"a": wide, "b": own, "c": wide}, own) == wide
+    assert choose_environment({"a": old, "b": old, "c": wide}, own) == wide
+    assert choose_environment({"a": old}, own) is None

@@ -1,0 +1,99 @@
+"""One task, such as the calibration, when its worker fails it, falls silent or ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_logits import ClusterError
+from dask_logits.config import JobConfig
+from dask_logits.job import single
+from dask_logits.job.roster import Roster
+from dask_logits.job.single import run_one
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    cluster = LocalCluster(
+        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+    )
+    with Client(cluster) as client:
+        yield client
+    # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
+    with contextlib.suppress(TimeoutError):
+        cluster.close(timeout=10)
+
+
+def _calls(folder: Path) -> int:
+    """Count a call in a folder; return its number."""
+    (folder / f"{len(list(folder.iterdir()))}-{os.getpid()}").touch()
+    return len(list(folder.iterdir()))
+
+
+def _unreadable_at_first(folder: Path) -> dict:
+    if _calls(folder) == 1:
+        raise FileNotFoundError(2, "no such file", "/teacher")
+    return {"pid": os.getpid()}
+
+
+def _silent_at_first(folder: Path) -> dict:
+    if _calls(folder) == 1:
+        time.sleep(300)
+    return {"pid": os.getpid()}
+
+
+def _deadly(folder: Path) -> dict:
+    _calls(folder)
+    # Longer than the scheduler is looked at.
+    time.sleep(4)
+    os._exit(1)
+
+
+def test_what_one_worker_cannot_read_is_done_by_another(client, tmp_path, caplog) -> None:
+    pid = run_one(client, _unreadable_at_first, tmp_path, JobConfig())["pid"]
+    callers = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+    assert len(callers) == 2
+    assert pid in callers
+    assert "again on another worker" in caplog.text
+    for path in tmp_path.iterdir():
+        path.unlink()
+    only = sorted(client.scheduler_info(n_workers=-1)["workers"])[0]
+    with pytest.raises(ClusterError, match=r"got \[Errno 2\] no such file") as caught:
+        run_one(client, _unreadable_at_first, tmp_path, JobConfig(), roster=Roster(left_out={only: "other release"}))
+    assert caught.value.ran
+
+
+def test_a_worker_that_falls_silent_is_not_waited_for(client, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(single, "_SILENT_SECONDS", 5.0)
+    stopped: list[int] = []
+
+    def stop() -> None:
+        while not (calls := list(tmp_path.iterdir())):
+            time.sleep(0.1)
+        stopped.append(int(calls[0].name.partition("-")[2]))
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        assert run_one(client, _silent_at_first, tmp_path, JobConfig())["pid"] not in stopped
+    finally:
+        thread.join()
+        # Its nanny starts another.
+        os.kill(stopped[0], signal.SIGKILL)
+
+
+def test_workers_that_end_during_it_again_and_again_end_it(client, tmp_path) -> None:
+    with pytest.raises(
+        ClusterError, match=r"got 2 that ended during it: tcp://.* after .* s\. .*longer --lifetime"
+    ) as e:
+        run_one(client, _deadly, tmp_path, JobConfig(retries=1))
+    assert e.value.ran
