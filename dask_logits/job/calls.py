@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import dask
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, get_worker
 from distributed.client import FutureCancelledError
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 CALL_SECONDS = 20
 _RESTART_SECONDS = 60
 _POLL_SECONDS = 0.5
+_STEPS_TOPIC = "dask_logits.steps."
 # The thread of a worker that computes. Dask's, whose threads do not keep a process from ending.
 SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 
@@ -114,8 +116,31 @@ def forget_submissions(client: Client) -> None:
     call_scheduler(client, lambda: client.run_on_scheduler(drop, asynchronous=True), CALL_SECONDS)
 
 
-def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig) -> Json:
+def run_one(
+    client: Client,
+    function: Callable[[Any, Callable[[str], None]], Json],
+    argument: Any,
+    job: JobConfig,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    on_turn: Callable[[], None] = lambda: None,
+) -> Json:
     """Run one function on one worker and wait for it, but not for ever.
+
+    Parameters
+    ----------
+    client
+        A connected client.
+    function
+        Takes the argument and a function that it calls with a description of each of its steps.
+    argument
+        Its argument.
+    job
+        How long to wait.
+    on_step
+        Called in this thread with each step.
+    on_turn
+        Called in this thread several times a second.
 
     Raises
     ------
@@ -123,10 +148,15 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
         If the scheduler is lost, the worker dies again and again, or nothing came in ``stall_seconds``.
     """
     name = f"{function.__name__}-{uuid.uuid4().hex[:8]}"
-    future = client.compute(dask.delayed(_in_scorer, pure=False)(function, argument, dask_key_name=name))
+    steps: queue.SimpleQueue[str] = queue.SimpleQueue()
+    client.subscribe_topic(_STEPS_TOPIC + name, lambda event: steps.put(event[1]))
+    future = client.compute(dask.delayed(_in_scorer, pure=False)(function, argument, name, dask_key_name=name))
     started = time.monotonic()
     while not future.done():
         time.sleep(_POLL_SECONDS / 5)
+        while not steps.empty():
+            on_step(steps.get())
+        on_turn()
         if client.status != "running":
             raise scheduler_lost()
         if time.monotonic() - started > job.stall_seconds:
@@ -151,8 +181,9 @@ def run_one(client: Client, function: Callable[[Any], Json], argument: Any, job:
     raise error
 
 
-def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
-    found: Json = SCORER.submit(function, argument).result()
+def _in_scorer(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, name: str) -> Json:
+    worker = get_worker()
+    found: Json = SCORER.submit(function, argument, lambda step: worker.log_event(_STEPS_TOPIC + name, step)).result()
     return found
 
 

@@ -48,7 +48,7 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path,
     assert left == []
     assert (run / ".driver.lock").read_bytes() == b""
     before = read_status(run)
-    assert before.state == "unfinished"
+    assert before.state == "stopped"
     kept = {path: path.read_text() for path in (run / "receipts").rglob("*.json")}
     assert 1 <= before.committed == len(kept) < 60
     resumed = generate(load_config([*joined, *many]))
