@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from builders import cache_dir, wait_for
+from builders import cache_dir
 from test_monitor import FACTS, run_folder
 
 from dask_logits import Monitor, RunConflictError, generate, load_config, read_status
@@ -131,21 +129,3 @@ def test_a_record_of_a_killed_driver_does_not_keep_the_next_one_out(joined) -> N
     driver_record(folder, **CALIBRATING)
     (folder / lock_name(Share())).touch()
     assert generate(load_config(joined)).exists()
-
-
-def test_a_driver_that_calibrates_says_so_and_stops_with_one_line(joined) -> None:
-    command = [sys.executable, "-m", "dask_logits", "generate", *joined]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = cache_dir(joined)
-    record = folder / "status.json"
-    try:
-        wait_for(lambda: record.exists() and '"calibrating"' in record.read_text(), driver, 300)
-        assert read_status(folder).state == "calibrating"
-        os.kill(driver.pid, signal.SIGINT)
-        _, log = driver.communicate(timeout=120)
-    finally:
-        driver.kill()
-    assert driver.returncode == 130, log
-    assert log.splitlines()[-1] == "dask-logits: stopped; run the same command again to go on"
-    assert "Traceback" not in log
-    assert not folder.exists()
