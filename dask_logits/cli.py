@@ -9,14 +9,20 @@ import argparse
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import NoReturn
 
-from dask_logits.errors import DaskLogitsError
+from dask_logits.config import nearest
+from dask_logits.errors import ConfigError, DaskLogitsError
 from dask_logits.stderr import unblocked_stderr
+from dask_logits.usage import HELP, HYDRA_OPTIONS, USAGE, settings_help
 
 # SIGHUP is sent when a terminal closes, SIGUSR1 by Slurm as a warning (--signal=B:USR1@120).
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -24,25 +30,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SAME_SECONDS = 1.0
 _LAST_WORDS_SECONDS = 0.2
 
-USAGE = """\
-dask-logits COMMAND …
-
-  generate [OVERRIDE …]   score a dataset with a teacher into a run folder, or do what is left of it
-  plan [OVERRIDE …]       say what `generate` would take; nothing is written
-  status RUN [--json]     say what a run has done, from its files alone
-  retry RUN [--bisect] [OVERRIDE …]
-                          take up just the partitions that failed; --bisect names the rows that make them fail
-  merge [PART …] [--input-dir DIR] [--num-workers N] [--output FILE] [--index] [--max-file-size SIZE]
-                          make one cache of what static workers made
-  verify RUN|CACHE [--recompute N] [--json]
-                          check every checksum and every row; score N rows again and compare
-  show CACHE [--json]     say what a cache is: teacher, data, sizes, kept mass by k
-  convert CACHE TARGET --profile plain|compact [--precision 8|10|12] [--takeover]
-                          write a cache again in another profile
-
-Overrides are Hydra's: distillation.dataset.name=wikitext, cluster=local_cpu, …
-`dask-logits generate --help` lists every setting; --cfg job prints the composed configuration.
-"""
+# Seconds for which `plan` counts the rows of a Parquet stream.
+_COUNT_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "show": _show,
         "convert": _convert,
     }
+    if given and given[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dask-logits {version('dask-logits')}")
+        sys.exit(0)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if given else 2)
     if given[0] not in commands:
-        from dask_logits.config import nearest
-
         print(f"dask-logits: unknown command {given[0]!r}{nearest(given[0], commands)}\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)
     run(lambda: commands[given[0]](given[1:]))
@@ -89,15 +81,45 @@ def _exit_on_error(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser of one command's arguments that names the nearest option where one is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        for option in re.findall(r"unrecognized arguments: (-[\w-]+)", message):
+            known = re.findall(r"--[\w-]+", self.format_help())
+            message = f"unknown option {option!r}{nearest(option, known)}; see {self.prog} --help"
+        super().error(message)
+
+
+def _print_help(command: str, arguments: Sequence[str]) -> bool:
+    """Print the help of a command that takes settings, if it is asked for; refuse options that do not exist."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        _say(f"{HELP[command]}\n{settings_help(min(100, shutil.get_terminal_size().columns))}".rstrip())
+        return True
+    known = HYDRA_OPTIONS if command == "generate" else ("--help",)
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("-") and option not in known:
+            hint = nearest(option, known) or "; settings have no dashes: distillation.PATH=VALUE"
+            raise ConfigError(f"{command}: unknown option {option!r}{hint}; see dask-logits {command} --help")
+    return False
+
+
 def _generate(overrides: list[str]) -> None:
     from dask_logits.compose import load_config, run_hydra_app
     from dask_logits.config import Config
 
+    if _print_help("generate", overrides):
+        return
+
     def one(config: Config) -> None:
-        from dask_logits.job.run import generate
-        from dask_logits.observe.status import read_status
+        from dask_logits.observe.progress import Steps
 
         _log_to_stderr(config.job.log_level)
+        with Steps("preparing", is_live=False) as steps:
+            steps.show("loading libraries")
+            from dask_logits.job.run import generate
+            from dask_logits.observe.status import read_status
         generate(config)
         _say("\n".join(read_status(config.teacher.cache_dir).lines()))
 
@@ -109,20 +131,29 @@ def _generate(overrides: list[str]) -> None:
 
 
 def _plan(overrides: list[str]) -> None:
+    if _print_help("plan", overrides):
+        return
     from dask_logits.compose import load_config
-    from dask_logits.job.prepare import check_folder, plan_lines, prepare
+    from dask_logits.observe.progress import Steps
 
     config = load_config(overrides)
     _log_to_stderr(config.job.log_level)
-    job = prepare(config)
-    check_folder(job)
-    _say("\n".join(plan_lines(job)))
+    with Steps("planning", is_live=False) as steps:
+        steps.show("loading libraries")
+        from dask_logits.job.forecast import forecast_lines
+        from dask_logits.job.prepare import check_folder, plan_lines, prepare
+
+        job = prepare(config, on_step=steps.show, count_seconds=_COUNT_SECONDS)
+        check_folder(job)
+        steps.show("estimating the speed")
+        lines = [*plan_lines(job), *forecast_lines(job)]
+    _say("\n".join(lines))
 
 
 def _status(arguments: list[str]) -> None:
     from dask_logits.observe.status import read_status
 
-    parser = argparse.ArgumentParser(prog="dask-logits status", description="Say what a run has done.")
+    parser = _Parser(prog="dask-logits status", description="Say what a run has done.")
     parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parsed = parser.parse_args(arguments)
@@ -134,7 +165,7 @@ def _retry(arguments: list[str]) -> None:
     from dask_logits.job.run import retry
     from dask_logits.observe.status import read_status
 
-    parser = argparse.ArgumentParser(prog="dask-logits retry", description="Take up just the partitions that failed.")
+    parser = _Parser(prog="dask-logits retry", description="Take up just the partitions that failed.")
     parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
     parser.add_argument("overrides", nargs="*", help="settings that are free to change: distillation.SETTING=VALUE")
     parser.add_argument("--bisect", action="store_true", help="look for the rows that make a partition fail")
@@ -147,7 +178,7 @@ def _retry(arguments: list[str]) -> None:
 def _verify(arguments: list[str]) -> None:
     from dask_logits.job.verify import verify
 
-    parser = argparse.ArgumentParser(prog="dask-logits verify", description="Check every checksum and every row.")
+    parser = _Parser(prog="dask-logits verify", description="Check every checksum and every row.")
     parser.add_argument("path", help="a cache, an index, or a run folder")
     parser.add_argument("--recompute", type=int, default=0, help="rows of a run to score again and compare")
     parser.add_argument("--seed", type=int, default=0, help="what these rows are drawn from")
@@ -165,7 +196,7 @@ def _show(arguments: list[str]) -> None:
 
     from dask_logits.observe.card import card, card_lines
 
-    parser = argparse.ArgumentParser(prog="dask-logits show", description="Say what a cache is.")
+    parser = _Parser(prog="dask-logits show", description="Say what a cache is.")
     parser.add_argument("cache", help="the cache, or the run folder it lies in")
     parser.add_argument("--json", action="store_true", help="for programs")
     parsed = parser.parse_args(arguments)
@@ -176,7 +207,7 @@ def _show(arguments: list[str]) -> None:
 def _convert(arguments: list[str]) -> None:
     from dask_logits.job.convert import convert
 
-    parser = argparse.ArgumentParser(prog="dask-logits convert", description="Write a cache in another profile.")
+    parser = _Parser(prog="dask-logits convert", description="Write a cache in another profile.")
     parser.add_argument("cache", help="the cache file")
     parser.add_argument("target", help="the file to write")
     parser.add_argument("--profile", choices=["plain", "compact"], required=True)
@@ -194,7 +225,7 @@ def _convert(arguments: list[str]) -> None:
 def _merge(arguments: list[str]) -> None:
     from dask_logits.job.merge import merge
 
-    parser = argparse.ArgumentParser(prog="dask-logits merge", description="Make one cache of the parts of a job.")
+    parser = _Parser(prog="dask-logits merge", description="Make one cache of the parts of a job.")
     parser.add_argument("parts", nargs="*", help="run folders or caches")
     parser.add_argument("--input-dir", help="the run folder that workers shared, or a folder of their run folders")
     parser.add_argument("--num-workers", type=int, help="static workers there were; refuse any other number")
@@ -228,18 +259,22 @@ def _say(answer: object) -> None:
 
 
 def _log_to_stderr(level: str) -> None:
-    from rich.console import Console
+    from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
-    console = Console(stderr=True)
+    from dask_logits.observe.progress import stderr_console
+
+    console = stderr_console()
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False)
+        handler = RichHandler(console=console, show_path=False, log_time_format="%X", highlighter=NullHighlighter())
     else:
         # Bars of the libraries below are for terminals.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # distributed takes another port for the dashboard then, and its address is logged.
+    warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
     package = logging.getLogger("dask_logits")
     package.handlers = [handler]
     package.setLevel(level.upper())

@@ -6,8 +6,10 @@ Override keys are checked before Hydra sees them: Hydra stops at the first it do
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,59 @@ def _new_name(key: str, value: str, known: Sequence[str]) -> str:
     same_leaf = [path for path in known if path.endswith(f".{leaf}")]
     name = same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf)
     return f"{name}={value}" if name else "the nearest setting in docs/SETTINGS.md"
+
+
+def generate_command(tree: Mapping[str, Any]) -> str | None:
+    """Return the command line that starts a job with these settings; None for a dataset that only Python can give.
+
+    Parameters
+    ----------
+    tree
+        The ``distillation`` tree of a manifest.
+
+    Examples
+    --------
+    >>> print(generate_command({"teacher": {"model_path": "my teacher"}, "dataset": {"name": "c4", "streaming": True}}))
+    dask-logits generate \\
+      'distillation.teacher.model_path="my teacher"' \\
+      distillation.dataset.name=c4 \\
+      distillation.dataset.streaming=true
+    """
+    if not (tree.get("dataset") or {}).get("name"):
+        return None
+    changed = _changed(tree, dataclasses.asdict(Config()), "distillation")
+    return " \\\n  ".join(
+        ["dask-logits generate", *(shlex.quote(f"{key}={_written(value)}") for key, value in changed)]
+    )
+
+
+def _changed(tree: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every setting that differs from its default."""
+    for name, value in tree.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            yield from _changed(value, default, f"{prefix}.{name}")
+        elif value != default:
+            yield f"{prefix}.{name}", value
+
+
+def _written(value: Any) -> str:
+    """Write a value as Hydra reads it.
+
+    >>> _written(None), _written(True), _written("0,1"), _written(["a.jsonl", "b c"])
+    ('null', 'true', '"0,1"', '[a.jsonl,"b c"]')
+    """
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if not isinstance(value, str):
+        return str(value)
+    is_plain = re.fullmatch(r"[\w./:@+-]*[A-Za-z/][\w./:@+-]*", value, re.A)
+    if is_plain and value.lower() not in ("null", "true", "false", "nan", "inf", "yes", "no", "on", "off"):
+        return value
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given: bool = False) -> Config:

@@ -434,11 +434,17 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
         return problems
     generation, dataset, cluster = config.teacher.generation, config.dataset, config.cluster
     if not config.teacher.model_path:
-        problems.append("distillation.teacher.model_path: expected a folder or a hub name, got nothing; set it")
+        problems.append(
+            "distillation.teacher.model_path: expected a folder or a hub name, got nothing; set it, for example "
+            "distillation.teacher.model_path=Qwen/Qwen3-8B"
+        )
     if not config.teacher.cache_dir:
         problems.append("distillation.teacher.cache_dir: expected a folder, got ''; set it")
     if not dataset.name and not dataset_given:
-        problems.append("distillation.dataset.name: expected a hub name, a folder or a reader, got nothing; set it")
+        problems.append(
+            "distillation.dataset.name: expected a hub name, a folder or a reader, got nothing; set it, for example "
+            "distillation.dataset.name=Salesforce/wikitext distillation.dataset.config_name=wikitext-103-raw-v1"
+        )
     if dataset.name in {"json", "text", "parquet", "csv", "tsv", "arrow"} and dataset.data_files is None:
         problems.append(
             f"distillation.dataset.data_files: expected files for the {dataset.name!r} reader, got null; set it"

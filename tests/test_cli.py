@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from builders import tree
 
+from dask_logits.config import settings
 from dask_logits.store.cache import CacheReader
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,7 @@ def test_generate_and_status(joined, tmp_path) -> None:
     assert "rows          40 of 40" in done.stdout
     assert re.search(r"perplexity    \d+\.\d\d", done.stdout)
     assert f"cache         {tmp_path / 'run' / 'teacher_logits.h5'}" in done.stdout
-    assert re.search(r"4/4 partitions · 40 documents · [\d,]+ tokens · [\d,]+ tokens/s · .* left · kept mass 0\.\d+",
+    assert re.search(r"4/4 partitions · 40 documents · [\d,]+ tokens · [\d,]+ tokens/s · all scored · kept mass 0\.\d+",
                      done.stderr)  # fmt: skip
     assert len(re.findall(r"INFO partition 00000\d: \d+ documents, \d+ tokens, \d+ tokens/s", done.stderr)) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "Hydra leaves nothing in the working directory"
@@ -77,6 +79,10 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
         (("status", "no/such/run"), "expected a run folder with run.json, got none"),
         (("status", "~nobody-here/run"), "expected a path, got one whose home folder is not known"),
         (("generat",), "did you mean 'generate'?"),
+        (("generate", "--multirn"), "unknown option '--multirn', did you mean '--multirun'?"),
+        (("generate", "--top-k=8"), "unknown option '--top-k'; settings have no dashes: distillation.PATH=VALUE"),
+        (("plan", "--hlp"), "unknown option '--hlp', did you mean '--help'?"),
+        (("status", "run", "--jsom"), "unknown option '--jsom', did you mean '--json'?"),
         (("status",), "the following arguments are required: run"),
     ],
 )
@@ -107,7 +113,29 @@ def test_help_lists_the_commands_and_the_settings() -> None:
     assert usage.returncode == 0
     for command in ("generate", "plan", "status"):
         assert f"\n  {command} " in usage.stdout
-    assert "batch_tokens: auto" in run("generate", "--help").stdout
+    for command in ("generate", "plan"):
+        shown = run(command, "--help").stdout
+        assert shown.startswith(f"dask-logits {command} SETTING")
+        for setting in settings():
+            assert f"  {setting.path}=" in shown
+            assert setting.doc.split()[0] in shown
+        assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_every_command_explains_itself_and_the_package_its_version() -> None:
+    for command in ("status", "retry", "merge", "verify", "show", "convert"):
+        shown = run(command, "--help")
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert shown.stdout.startswith(f"usage: dask-logits {command} ")
+    assert run("--version").stdout == f"dask-logits {version('dask-logits')}\n"
+
+
+def test_without_arguments_the_required_settings_are_shown_with_an_example() -> None:
+    done = run("generate")
+    assert done.returncode == 2
+    assert "2 problems in the configuration" in done.stderr
+    assert "for example distillation.teacher.model_path=" in done.stderr
+    assert "for example distillation.dataset.name=" in done.stderr
 
 
 def test_cfg_prints_the_composed_configuration() -> None:

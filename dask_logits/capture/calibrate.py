@@ -13,7 +13,7 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
@@ -124,8 +124,15 @@ def first_documents(documents: Sequence[Array], tokens: int = TOKENS) -> tuple[A
     return tuple(documents[: int(np.searchsorted(reached, tokens)) + 1])
 
 
-def calibrate(task: CalibrationTask) -> Json:
+def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda step: None) -> Json:
     """Settle the numerics of a run on a worker.
+
+    Parameters
+    ----------
+    task
+        What to calibrate.
+    on_step
+        Called with a description of each step when it begins.
 
     Returns
     -------
@@ -137,8 +144,11 @@ def calibrate(task: CalibrationTask) -> Json:
     TeacherError
         If the teacher cannot be loaded, is not causal, its logits are not finite, or it has to be compiled and cannot.
     """
+    on_step("loading the teacher")
     teacher = load_teacher(task.teacher, task.vocab_size)
+    on_step("measuring the device's speed")
     cost = measure_cost(teacher)
+    on_step("comparing fast scoring paths with the teacher's own forward")
     path, errors = choose_path(teacher, exact=task.logits == "exact")
     path = _with_kernels(teacher, path, task)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
@@ -153,13 +163,15 @@ def calibrate(task: CalibrationTask) -> Json:
     )
     score_items(teacher, plain_items(first_documents(task.documents, _WARM_TOKENS)), settings)
     items = plain_items(task.documents)
+    on_step(f"scoring the first {sum(len(item.tokens) for item in items):,} tokens")
     scored = score_items(teacher, items, settings)
-    trials = _Trials(teacher, items, scored, task)
+    trials = _Trials(teacher, items, scored, task, on_step)
     if not task.batch_tokens_fixed:
         settings = trials.larger_batches(settings)
     if task.compile != "never":
         settings = trials.compiled(settings, task, errors)
     if settings != first:
+        on_step("scoring them again with the faster settings")
         scored = score_items(teacher, items, settings)
     return _report(task, settings, scored, cost, errors, trials)
 
@@ -226,8 +238,16 @@ def _report(
 class _Trials:
     """Variants timed against each other on the same documents, alternating; medians count."""
 
-    def __init__(self, teacher: Teacher, items: Sequence[Item], scored: Scored, task: CalibrationTask) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        items: Sequence[Item],
+        scored: Scored,
+        task: CalibrationTask,
+        on_step: Callable[[str], None],
+    ) -> None:
         self.teacher = teacher
+        self.on_step = on_step
         self.items = items
         self.token_seconds = scored.seconds["score"] / max(1, scored.records.n_tokens)
         self.seconds_left = _UNKNOWN_SECONDS if task.plan_tokens is None else task.plan_tokens * self.token_seconds
@@ -242,6 +262,7 @@ class _Trials:
             double = dataclasses.replace(settings, batch_tokens=2 * settings.batch_tokens)
             if not self._is_worth(2 * double.batch_tokens):
                 break
+            self.on_step(f"timing batches of {settings.batch_tokens:,} and {double.batch_tokens:,} tokens")
             single_rate, double_rate = self._race(settings, double, 2 * double.batch_tokens)
             self.rates[f"batch_tokens={settings.batch_tokens}"] = single_rate
             self.rates[f"batch_tokens={double.batch_tokens}"] = double_rate
@@ -256,6 +277,7 @@ class _Trials:
         if task.compile == "auto" and not is_long:
             return settings
         started = time.perf_counter()
+        self.on_step("compiling the teacher's layers")
         try:
             errors["compiled"] = try_compiled(self.teacher)
             fast = dataclasses.replace(settings, path=self.teacher.path)
@@ -270,6 +292,7 @@ class _Trials:
             logger.warning("not compiled: %s", first_line(error))
             return settings
         self.compile_seconds = round(time.perf_counter() - started, 1)
+        self.on_step("timing compiled layers")
         self.rates["eager"], self.rates["compiled"] = self._race(settings, fast, _TRIAL_TOKENS)
         saved = self.seconds_left * (1 - self.rates["eager"] / self.rates["compiled"])
         if task.compile == "always" or saved > self.compile_seconds:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,22 @@ class ParquetStream:
                 left = None if left is None else left - count
                 if left == 0:
                     return
+
+    def count_rows(self, seconds: float) -> tuple[int, int]:
+        """Count rows by the footers, in file order, until the limit is reached or the time is over.
+
+        Returns
+        -------
+        tuple
+            Rows counted, and the files they lie in.
+        """
+        rows, deadline = 0, time.monotonic() + seconds
+        for n_files, file in enumerate(self.files):
+            if (self.limit is not None and rows >= self.limit) or (n_files and time.monotonic() > deadline):
+                return rows, n_files
+            footer = self._footer(file)
+            rows += sum(footer.row_groups) if footer else 0
+        return rows, len(self.files)
 
     def check(self, log: PlanLog) -> None:
         """Refuse files that are not the ones a run was planned with.

@@ -111,6 +111,11 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
             "distillation.teacher.generation.device: expected a visible GPU for 'cuda', got none; "
             "set distillation.teacher.generation.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
+    if generation.devices is not None and gpus == 0:
+        raise ClusterError(
+            f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
+            "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
     return "cuda" if gpus else "cpu"
 
 

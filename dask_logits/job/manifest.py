@@ -10,7 +10,8 @@ Small JSON files that a person can read. The folder::
     failures/000042.json      why partition 42 failed, until it is committed
     spool/000042.arrow        rows of a stream until their partition is committed
     teacher_logits.h5         the cache, or an index and numbered files in teacher_logits/
-    status.json               progress of a driver, for the eye only (status-1-of-4.json of a static worker)
+    status.json               what a driver does and how far it is; the first file of a run, written before the
+                              calibration (status-1-of-4.json of a static worker)
 """
 
 from __future__ import annotations
@@ -60,6 +61,19 @@ RUN_NAMES = (
 )  # fmt: skip
 FORMAT = "dask_logits.run"
 VERSION = 4
+# States of a driver that is at work.
+WORKING_STATES = ("starting", "calibrating", "running", "consolidating")
+DRIVER_STATUS = {
+    "state": TEXT,
+    "at": NUMBER,
+    "since": NUMBER.or_none(),
+    "step": TEXT.or_none(),
+    "reason": TEXT.or_none(),
+    "tokens_per_second": NUMBER,
+    "seconds_left": NUMBER.or_none(),
+    "dashboard": TEXT.or_none(),
+    "left_out": OBJECT.or_none(),
+}
 _POSITIVE = Kind("a count from 1", lambda value: COUNT.holds(value) and value > 0)
 _MANIFEST = {
     "run_id": TEXT,
@@ -207,6 +221,20 @@ class RunFolder:
     def status_path(self, share: Share) -> Path:
         """Progress of a driver."""
         return self.path / f"status{share.suffix}.json"
+
+    def driver_statuses(self) -> dict[str, Json]:
+        """Return file name → status record of every driver that left one; unreadable records are left out."""
+        found = {}
+        for path in sorted(self.path.glob("status*.json")):
+            try:
+                record = read_json(path)
+                if record is not None:
+                    check_fields(path, record, DRIVER_STATUS)
+                    found[path.name] = record
+            except CacheError as error:
+                # A crash of the machine can leave an empty file. Nothing depends on these records.
+                logger.warning("ignored: %s", error)
+        return found
 
     def plan_path(self, ordinal: int) -> Path:
         """One entry of the plan, fanned out by thousands."""

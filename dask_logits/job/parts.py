@@ -21,10 +21,12 @@ from dask_logits.store.durable import Json, is_there
 from dask_logits.store.profile import Profile, load_profile
 
 _NAMED = 8
+# Settings that name a dataset for people; the plan knows its rows by their content.
+_DATASET_NAMES = ("name", "config_name", "split", "revision", "data_files", "streaming")
 # What a cache says of its job.
 JOB_ATTRIBUTES = (
     "fingerprint", "run_id", "what", "plan_digest", "plan_end", "n_rows", "total_workers", "calibration", "teacher",
-    "teacher_path", "tokenizer_map_digest",
+    "teacher_path", "dataset", "tokenizer_map_digest",
 )  # fmt: skip
 
 
@@ -116,6 +118,7 @@ class RunPart:
             "calibration": self.calibration,
             "teacher": manifest["teacher"],
             "teacher_path": str(manifest["how"]["teacher"]["model_path"]),
+            "dataset": {name: manifest["how"]["dataset"].get(name) for name in _DATASET_NAMES},
             "tokenizer_map_digest": manifest["tokenizer_map_digest"] or "",
             "tokenizer_ids": manifest["tokenizer_ids"],
         }

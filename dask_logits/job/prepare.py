@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dask_logits.capture.calibrate import auto_budgets
 from dask_logits.capture.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.capture.corpus import open_corpus
 from dask_logits.capture.items import ItemSettings
+from dask_logits.capture.parquet_stream import ParquetStream
 from dask_logits.capture.rows import Source
 from dask_logits.capture.stream import is_stream, open_stream
 from dask_logits.capture.tokens import (
@@ -38,6 +39,7 @@ from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
 from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.job.planlog import PlanLog
+from dask_logits.observe.progress import each_of, plural
 from dask_logits.store.durable import Json
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Job:
         Its folder, and the partitions in it that this driver takes.
     source, tokenizer, tokenizer_spec, items, teacher
         What was found, and how rows become items.
+    n_rows, rows_note
+        Rows as far as they are known, and how they are known.
     partition_rows, estimate
         How rows are cut, and what that takes.
     what, numerics
@@ -77,6 +81,8 @@ class Job:
     tokenizer_spec: TokenizerSpec
     items: ItemSettings
     teacher: TeacherFacts
+    n_rows: int | None
+    rows_note: str
     partition_rows: int
     estimate: Estimate
     what: dict[str, Any]
@@ -114,7 +120,13 @@ def settings_of(run: RunFolder, log: PlanLog) -> Json:
     return {**how, "teacher": teacher, "dataset": dataset, "job": {**how["job"], "takeover": False}}
 
 
-def prepare(config: Config, dataset: Any = None) -> Job:
+def prepare(
+    config: Config,
+    dataset: Any = None,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    count_seconds: float = 0.0,
+) -> Job:
     """Look at teacher, tokenizer and data and draw up the job.
 
     Parameters
@@ -123,6 +135,10 @@ def prepare(config: Config, dataset: Any = None) -> Job:
         Validated settings.
     dataset
         An opened dataset or a stream of rows, instead of ``dataset.name``.
+    on_step
+        Called with a description of each step when it begins.
+    count_seconds
+        How long the rows of a Parquet stream may be counted for the estimate; 0: not at all.
 
     Raises
     ------
@@ -134,14 +150,17 @@ def prepare(config: Config, dataset: Any = None) -> Job:
     manifest = None if generation.force_regenerate else run.manifest()
     joins = joins_scheduler(config.cluster)
     device = ("cuda" if generation.device == "cuda" else "cpu") if joins else local_device(generation, config.cluster)
+    on_step("reading the teacher's configuration and weight files")
     teacher = inspect_teacher(config.teacher)
     config = _with_max_length(config, teacher, manifest)
+    on_step("opening the dataset")
     source: Source
     if config.dataset.streaming or is_stream(dataset):
         source = open_stream(config.dataset, dataset, (manifest or {}).get("commit"))
     else:
         source = open_corpus(config.dataset, dataset)
     items = _item_settings(config.dataset)
+    on_step("reading the tokenizer, tokenizing a sample of the rows")
     tokenizer, spec = inspect_tokenizer(
         config.teacher,
         config.dataset,
@@ -163,8 +182,12 @@ def prepare(config: Config, dataset: Any = None) -> Job:
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
     longest = max((len(document) for document in sample), default=1)
+    n_rows, rows_note = source.n_rows, " at most" if source.streams and source.n_rows is not None else ""
+    if count_seconds and isinstance(source, ParquetStream):
+        on_step("counting rows in the footers of the Parquet files")
+        n_rows, rows_note = _counted(source, count_seconds)
     cost = estimate(
-        source.n_rows,
+        n_rows,
         partition_rows,
         tokens_per_row=tokens_per_row,
         top_k=generation.top_k,
@@ -190,6 +213,8 @@ def prepare(config: Config, dataset: Any = None) -> Job:
         tokenizer_spec=spec,
         items=items,
         teacher=teacher,
+        n_rows=n_rows,
+        rows_note=rows_note,
         partition_rows=partition_rows,
         estimate=cost,
         what={
@@ -219,6 +244,18 @@ def prepare(config: Config, dataset: Any = None) -> Job:
         device=device,
         n_workers=0 if joins else local_workers(generation, device),
     )
+
+
+def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
+    """Return the rows of a Parquet stream, extrapolated from the files that were looked at in time."""
+    counted, n_files = source.count_rows(seconds)
+    limit = source.limit
+    if limit is not None and counted >= limit:
+        return limit, ""
+    if n_files == len(source.files):
+        return counted, ", by the footers"
+    rows = counted * len(source.files) // n_files
+    return rows if limit is None else min(rows, limit), f", estimated from {n_files:,} of {len(source.files):,} files"
 
 
 def _check_filled(source: Source) -> None:
@@ -333,7 +370,9 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
         )
     manifest = job.run.manifest()
     if manifest is None:
-        foreign = [name for name in RUN_NAMES if (job.run.path / name).exists()]
+        # A driver that was killed during its calibration leaves its status record.
+        ours = job.run.driver_statuses()
+        foreign = [name for name in RUN_NAMES if (job.run.path / name).exists() and name not in ours]
         if foreign:
             raise RunConflictError(
                 f"{job.run.path}: expected run.json beside {foreign}, which a run would take for its own, got none; "
@@ -439,18 +478,19 @@ def plan_lines(job: Job) -> list[str]:
     """Write a plan for people: rows, partitions, and what they take beside what is free."""
     cost = job.estimate
     memory = (
-        f"{gib(cost.worker_bytes)} for each of {job.n_workers} workers, {gib(free_memory_bytes())} free here"
+        f"{gib(cost.worker_bytes)} for {each_of(job.n_workers)}, {gib(free_memory_bytes())} free here"
         if job.device == "cpu" and job.n_workers
         else f"{gib(cost.worker_bytes)} for each worker's device"
     )
-    rows = job.source.n_rows
+    rows = job.n_rows
+    partitions = "" if rows is None else f"{-(-rows // job.partition_rows):,} "
     return [
         f"run           {job.run.path}",
         f"teacher       {job.config.teacher.model_path}: {job.teacher.parameters / 1e6:,.0f} M parameters, "
         f"{job.teacher.head_width:,} logits, {job.tokenizer_spec.vocab_size:,} valid",
-        f"rows          {'all of a stream' if rows is None else f'{rows:,}{_at_most(job)}'}",
+        f"rows          {'all of a stream' if rows is None else f'{rows:,}{job.rows_note}'}",
         f"tokens        {'unknown' if cost.tokens is None else f'{cost.tokens:,} (from a sample)'}",
-        f"partitions    {'' if rows is None else f'{-(-rows // job.partition_rows):,} '}of {job.partition_rows:,} rows",
+        f"partitions    {partitions}of {plural(job.partition_rows, 'row')}",
         f"cache         {gib(cost.cache_bytes)}{_each(job)}",
         f"peak disk     {gib(cost.peak_disk_bytes)}{_each(job)}, {gib(free_disk_bytes(job.run.path))} free",
         f"peak memory   {memory}",
@@ -460,10 +500,6 @@ def plan_lines(job: Job) -> list[str]:
 def _amount(job: Job) -> str:
     tokens = job.estimate.tokens
     return "a partition" if tokens is None else f"{tokens:,} tokens"
-
-
-def _at_most(job: Job) -> str:
-    return " at most" if job.source.streams else ""
 
 
 def _each(job: Job) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,11 +26,12 @@ from dask_logits.capture.items import make_items
 from dask_logits.capture.tokens import sample_documents
 from dask_logits.compose import override
 from dask_logits.config import Config, parse_bytes
-from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.job.assemble import consolidate_run, tidy
 from dask_logits.job.cluster import Cluster, leave_out_misfits, open_cluster
 from dask_logits.job.committed import cached_rows_of, committed, covers, is_complete, open_run_cache
 from dask_logits.job.failures import read_failures
+from dask_logits.job.launch import check_launcher
 from dask_logits.job.manifest import (
     CONSOLIDATION_LOCK,
     FORMAT,
@@ -43,9 +45,11 @@ from dask_logits.job.manifest import (
 )
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
-from dask_logits.job.score import Done, Reporter, score, teacher_spec
+from dask_logits.job.reporter import Reporter, reported
+from dask_logits.job.score import Done, score, teacher_spec
 from dask_logits.job.single import run_one
 from dask_logits.job.watch import watched
+from dask_logits.observe.progress import Steps, plural
 from dask_logits.records import Array, Statistics
 from dask_logits.store.durable import Json, create_json, expanded, read_json, room
 from dask_logits.store.lease import lease
@@ -140,10 +144,12 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
 
 
 def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = None, bisects: bool = False) -> Path:
+    check_launcher(config.teacher.generation, os.environ)
     run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
     with room(run.path, begun=run.manifest_path.exists):
         # Not watched: what is downloaded here is written by threads, for which this one waits.
-        job = prepare(config, dataset)
+        with Steps("preparing", is_live=False) as steps:
+            job = prepare(config, dataset, on_step=steps.show)
         check_folder(job)
         with watched(config.job.stall_seconds):
             return _do(job, only, bisects)
@@ -163,26 +169,31 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
             return _complete_path(job)
         done = Done() if start == "replace" else _done(job, log)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
-        if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
-            failed = _run_cluster(job, start, done, only, bisects)
-            if failed:
-                with _ran():
-                    raise _failure(failed, job)
-        if job.share.total > 1:
-            logger.info("share %d of %d of %s is complete", job.share.worker, job.share.total, job.run.path)
-            return job.run.path
-        with _ran():
-            reporter = Reporter(job, "consolidating")
-            limit = config.cache.max_file_size
-            cache = consolidate_run(
-                job.run,
-                keep_partitions=config.job.keep_partitions,
-                max_file_bytes=None if limit is None else parse_bytes(limit),
-                takeover=config.job.takeover,
-                on_piece=reporter.tick,
-            )
-            reporter.report("done")
-            return cache
+        with reported(job) as reporter:
+            if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
+                failed = _run_cluster(job, start, done, reporter, only, bisects)
+                if failed:
+                    with _ran():
+                        raise _failure(failed, job)
+            return _finish(job, reporter)
+
+
+def _finish(job: Job, reporter: Reporter) -> Path:
+    """Write the cache; a static worker leaves that to the merge."""
+    config = job.config
+    if job.share.total > 1:
+        logger.info("share %d of %d of %s is complete", job.share.worker, job.share.total, job.run.path)
+        return job.run.path
+    with _ran():
+        reporter.report("consolidating")
+        limit = config.cache.max_file_size
+        return consolidate_run(
+            job.run,
+            keep_partitions=config.job.keep_partitions,
+            max_file_bytes=None if limit is None else parse_bytes(limit),
+            takeover=config.job.takeover,
+            on_piece=reporter.tick,
+        )
 
 
 def _complete_path(job: Job) -> Path:
@@ -295,7 +306,9 @@ def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:
     return log.end is not None and not _grows(job, log) and len(done.indices) == job.share.count(log.n_partitions)
 
 
-def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None, bisects: bool) -> dict[int, str]:
+def _run_cluster(
+    job: Job, start: Start, done: Done, reporter: Reporter, only: frozenset[int] | None, bisects: bool
+) -> dict[int, str]:
     """Calibrate if need be and score what is missing; return what failed."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
@@ -305,10 +318,11 @@ def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None
         retries=config.job.retries,
         stall_seconds=config.job.stall_seconds,
     ) as cluster:
+        reporter.cluster = cluster
         if cluster.dashboard:
             logger.info("dashboard: %s", cluster.dashboard)
         _check_environment(job, calibration, cluster)
-        calibration = calibration or _calibrate(job, cluster)
+        calibration = calibration or _calibrate(job, cluster, reporter)
         _check_device(job, calibration, cluster)
         if start == "replace":
             with _alone(job):
@@ -318,7 +332,7 @@ def _run_cluster(job: Job, start: Start, done: Done, only: frozenset[int] | None
             # Another static worker's, if it was first.
             _check_device(job, calibration, cluster)
             _check_environment(job, calibration, cluster)
-            return score(job, cluster, calibration, done, only=only, bisects=bisects)
+            return score(job, cluster, calibration, done, reporter, only=only, bisects=bisects)
 
 
 def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
@@ -331,8 +345,9 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
     )
 
 
-def _calibrate(job: Job, cluster: Cluster) -> Json:
+def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
     """Settle the numerics on a worker."""
+    reporter.report("calibrating")
     generation = job.config.teacher.generation
     batch_tokens, head_rows = auto_budgets(cluster.device, generation.batch_tokens, generation.head_rows)
     documents: list[Array] = []
@@ -368,9 +383,41 @@ def _calibrate(job: Job, cluster: Cluster) -> Json:
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )
     logger.info(
-        "calibrating on %d sequences; a long plan tries larger batches and compiled layers, too", len(task.documents)
+        "calibrating on %s; a long plan also tries larger batches and compiled layers",
+        plural(len(task.documents), "sequence"),
     )
-    return run_one(cluster.client, calibrate, task, job.config.job, roster=cluster.roster)
+    with Steps("calibrating") as steps:
+
+        def on_step(step: str) -> None:
+            steps.show(step)
+            reporter.report("calibrating", step=step)
+
+        return run_one(
+            cluster.client,
+            calibrate,
+            task,
+            job.config.job,
+            roster=cluster.roster,
+            on_step=on_step,
+            on_turn=reporter.tick,
+        )
+
+
+def _log_calibration(calibration: Json) -> None:
+    numerics = calibration["numerics"]
+    path = numerics["path"]
+    logger.info(
+        "calibrated: %s on %s, %.0f tokens/s for each worker, MFU %s, batches of %d tokens",
+        numerics["dtype"],
+        numerics["device"],
+        calibration["tokens_per_second"],
+        "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
+        numerics["batch_tokens"],
+    )
+    layers = "compiled" if path["compiled"] else "eager"
+    logger.info("scoring path: %s layers, attention %s, head %s", layers, path["attention"], path["head"])
+    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in calibration["kept_mass_by_k"].items())
+    logger.info("kept mass by k: %s", masses or "no tokens")
 
 
 def _is_compact(job: Job) -> bool:
@@ -464,15 +511,6 @@ def _record(job: Job, calibration: Json) -> Json:
     }
     calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
     if create_json(job.run.calibration_path, calibration):
-        logger.info(
-            "calibrated: %s on %s, path %s, batches of %d tokens, %.0f tokens/s, MFU %s, kept mass by k %s",
-            calibration["numerics"]["dtype"],
-            calibration["numerics"]["device"],
-            calibration["numerics"]["path"],
-            calibration["numerics"]["batch_tokens"],
-            calibration["tokens_per_second"],
-            "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
-            calibration["kept_mass_by_k"],
-        )
+        _log_calibration(calibration)
     logger.info("%s run in %s", "new" if created else "resumed", job.run.path)
     return read_json(job.run.calibration_path) or calibration

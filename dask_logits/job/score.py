@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,24 +13,20 @@ from dask_logits.capture.rows import Planned
 from dask_logits.capture.scoring import ScoringSettings
 from dask_logits.capture.task import PartitionTask
 from dask_logits.capture.teacher import ScoringPath
-from dask_logits.errors import CacheError, ClusterError, RunConflictError
+from dask_logits.errors import RunConflictError
 from dask_logits.job.ahead import ReadAhead
 from dask_logits.job.bisect import bisect
-from dask_logits.job.calls import call_scheduler
 from dask_logits.job.cluster import Cluster
 from dask_logits.job.failures import Failure, forget_failure, note_failure
 from dask_logits.job.planlog import PlanLog
 from dask_logits.job.prepare import Job
+from dask_logits.job.reporter import Reporter
 from dask_logits.job.window import run_partitions
 from dask_logits.observe.progress import JobProgress, add_seconds, shares
-from dask_logits.observe.status import RUNS_TOPIC
 from dask_logits.records import Statistics
-from dask_logits.store.durable import Json, read_json, replace_json
+from dask_logits.store.durable import Json
 
 logger = logging.getLogger(__name__)
-
-_REPORT_SECONDS = 10.0
-_EVENT_SECONDS = 5
 
 
 @dataclasses.dataclass
@@ -49,6 +43,7 @@ def score(
     cluster: Cluster,
     calibration: Json,
     done: Done,
+    reporter: Reporter,
     *,
     only: frozenset[int] | None = None,
     bisects: bool = False,
@@ -61,6 +56,8 @@ def score(
         What to do, where, and with which numerics.
     done
         What is committed.
+    reporter
+        Writes the driver's status record.
     only
         Partitions to take up; None: all that are missing.
     bisects
@@ -72,7 +69,7 @@ def score(
         Partition index → reason, of those that failed or could not be read.
     """
     with _progress(job, done) as progress:
-        driver = _Driver(job, cluster, done, progress, only, bisects)
+        driver = _Driver(job, done, progress, reporter, only, bisects)
         try:
             run_partitions(
                 cluster.client,
@@ -108,9 +105,15 @@ class _Driver:
     """What is kept while partitions run: the plan as it grows, the stream read ahead, failures, figures."""
 
     def __init__(
-        self, job: Job, cluster: Cluster, done: Done, progress: JobProgress, only: frozenset[int] | None, bisects: bool
+        self,
+        job: Job,
+        done: Done,
+        progress: JobProgress,
+        reporter: Reporter,
+        only: frozenset[int] | None,
+        bisects: bool,
     ) -> None:
-        self.failed: dict[int, str] = {}
+        self.failed = reporter.failed
         self.suspects: list[Failure] = []
         self._only = only
         self._bisects = bisects
@@ -121,8 +124,9 @@ class _Driver:
         self._ahead: ReadAhead | None = None
         self._passed = 0
         self._seconds: dict[str, float] = {}
-        self._reporter = Reporter(job, "running", cluster, progress, self.failed)
-        self._reporter.report()
+        self._reporter = reporter
+        reporter.progress = progress
+        reporter.report("running")
 
     def planned(self) -> Iterator[Planned | None]:
         """Yield the partitions that are due; None where a stream has not come so far."""
@@ -175,12 +179,11 @@ class _Driver:
         return self._passed != before
 
     def close(self) -> None:
-        """End the reading, say where the time went, and that nobody is at work."""
+        """End the reading and log where the time went."""
         if self._seconds:
             logger.info("time of the workers: %s", shares(self._seconds))
         if self._ahead is not None:
             self._ahead.stop()
-        self._reporter.report("stopped")
 
     def _is_wanted(self, index: int) -> bool:
         anew = self._log.replanned_from is not None and index >= self._log.replanned_from
@@ -196,58 +199,6 @@ class _Driver:
         if self._log.end is not None:
             self._progress.partitions = self._job.share.count(self._log.n_partitions)
         self._reporter.report()
-
-
-class Reporter:
-    """Leaves a sign of life and the figures in the run folder and, while there is a cluster, as Dask events."""
-
-    def __init__(
-        self,
-        job: Job,
-        state: str,
-        cluster: Cluster | None = None,
-        progress: JobProgress | None = None,
-        failed: dict[int, str] | None = None,
-    ) -> None:
-        self.job = job
-        self.state = state
-        self.cluster = cluster
-        self.progress = progress
-        self.failed = {} if failed is None else failed
-        self._path = job.run.status_path(job.share)
-        self._at = 0.0
-
-    def tick(self) -> None:
-        """Report, unless that was done a moment ago."""
-        if time.monotonic() - self._at >= _REPORT_SECONDS:
-            self.report()
-
-    def report(self, state: str | None = None) -> None:
-        """Write the figures."""
-        self._at = time.monotonic()
-        before = None
-        # It is for the eye: one that a crash of the machine left empty is written anew.
-        with contextlib.suppress(CacheError):
-            before = read_json(self._path)
-        facts = {
-            **(before or {}),
-            **({"dashboard": self.cluster.dashboard} if self.cluster else {}),
-            **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
-            "at": time.time(),
-            "state": state or self.state,
-            "failed": {str(index): reason for index, reason in self.failed.items()},
-            **({"left_out": self.cluster.roster.named()} if self.cluster else {}),
-        }
-        # A disk that is full is what the writing of partitions tells of.
-        with contextlib.suppress(OSError):
-            replace_json(self._path, facts)
-        if self.cluster is not None and self.cluster.client.status == "running":
-            # For those who know the scheduler and not the folder. Whether it is lost is the window's to say.
-            client, message = self.cluster.client, {"run": str(self.job.run.path), **facts}
-            with contextlib.suppress(ClusterError):
-                call_scheduler(
-                    client, lambda: client.scheduler.log_event(topic=RUNS_TOPIC, msg=message), _EVENT_SECONDS
-                )
 
 
 def tasks(

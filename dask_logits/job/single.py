@@ -7,6 +7,7 @@ first result counts. The number of attempts is bounded by ``distillation.job.ret
 from __future__ import annotations
 
 import logging
+import queue
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import dask
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, get_worker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
@@ -33,6 +34,7 @@ from dask_logits.store.durable import Json, no_room
 
 logger = logging.getLogger(__name__)
 
+_STEPS_TOPIC = "dask_logits.steps."
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _SILENT_SECONDS = 30.0
@@ -41,7 +43,14 @@ _TWICE = 2
 
 
 def run_one(
-    client: Client, function: Callable[[Any], Json], argument: Any, job: JobConfig, *, roster: Roster | None = None
+    client: Client,
+    function: Callable[[Any, Callable[[str], None]], Json],
+    argument: Any,
+    job: JobConfig,
+    *,
+    roster: Roster | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> Json:
     """Run one function on one worker and wait for it in bounded time.
 
@@ -49,12 +58,18 @@ def run_one(
     ----------
     client
         A connected client.
-    function, argument
-        What to run.
+    function
+        Takes the argument and a function that it calls with a description of each of its steps.
+    argument
+        Its argument.
     job
         ``retries`` and ``stall_seconds``.
     roster
         Workers that get no work; None: all get it.
+    on_step
+        Called in this thread with each step.
+    on_turn
+        Called in this thread several times a second.
 
     Raises
     ------
@@ -64,14 +79,24 @@ def run_one(
         What the function raised on each worker it was tried on.
     """
     task = _Task(client, function, argument, job, Roster() if roster is None else roster)
+    steps: queue.SimpleQueue[str] = queue.SimpleQueue()
+    client.subscribe_topic(task.topic, lambda event: steps.put(event[1]))
+
+    def turn() -> None:
+        while not steps.empty():
+            on_step(steps.get())
+        on_turn()
+
     try:
-        return task.run()
+        return task.run(turn)
     except SchedulerLostError as error:
         error.ran = True
         raise
     finally:
         for attempt in task.attempts:
             attempt.future.release()
+        if client.status == "running":
+            client.unsubscribe_topic(task.topic)
 
 
 class _View(NamedTuple):
@@ -93,10 +118,11 @@ class _Attempt:
 @dataclass
 class _Task:
     client: Client
-    function: Callable[[Any], Json]
+    function: Callable[[Any, Callable[[str], None]], Json]
     argument: Any
     job: JobConfig
     roster: Roster
+    topic: str = field(default_factory=lambda: _STEPS_TOPIC + uuid.uuid4().hex[:8])
     attempts: list[_Attempt] = field(default_factory=list)
     # Workers that are not given it again.
     _tried: set[str] = field(default_factory=set)
@@ -107,10 +133,11 @@ class _Task:
     def name(self) -> str:
         return self.function.__name__
 
-    def run(self) -> Json:
+    def run(self, on_turn: Callable[[], None]) -> Json:
         """Run it to the end."""
         started, looked = time.monotonic(), 0.0
         while True:
+            on_turn()
             try:
                 if not self.attempts:
                     self._submit(self._look())
@@ -157,7 +184,7 @@ class _Task:
         chosen = self._others(view)
         workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
         key = f"{self.name}-{uuid.uuid4().hex[:8]}"
-        delayed = dask.delayed(_in_scorer, pure=False)(self.function, self.argument, dask_key_name=key)
+        delayed = dask.delayed(_in_scorer, pure=False)(self.function, self.argument, self.topic, dask_key_name=key)
         future = self.client.compute(delayed, workers=workers and sorted(workers))
         self.attempts.append(_Attempt(future, workers))
 
@@ -257,6 +284,7 @@ def _ran(message: str) -> ClusterError:
     return error
 
 
-def _in_scorer(function: Callable[[Any], Json], argument: Any) -> Json:
-    result: Json = SCORER.submit(function, argument).result()
+def _in_scorer(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, topic: str) -> Json:
+    worker = get_worker()
+    result: Json = SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()
     return result

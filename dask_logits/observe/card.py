@@ -19,6 +19,39 @@ from dask_logits.store.profile import Compact
 
 # Tokens from which the curve is taken where the calibration left none.
 _SAMPLE_TOKENS = 100_000
+_SHOWN_FILES = 3
+# Figure → its label for people, in this order. One meaning each: rows are those of the dataset, documents what
+# tokenization made of them; of windows and packed blocks see `card_lines`.
+_LABELS = {
+    "file": "file",
+    "teacher": "teacher",
+    "teacher_revision": "teacher revision",
+    "dtype": "teacher dtype",
+    "device": "scored on",
+    "dataset": "dataset",
+    "dataset_settings": "read with",
+    "rows": "dataset rows",
+    "documents": "documents",
+    "empty_documents": "empty documents",
+    "items": "blocks",
+    "tokens": "tokens",
+    "top_k": "top k",
+    "vocab_size": "vocabulary",
+    "kept_mass": "kept mass",
+    "kept_mass_by_k": "kept mass by k",
+    "perplexity": "teacher perplexity",
+    "profile": "profile",
+    "precision": "bits of a log-prob",
+    "format_version": "format version",
+    "files": "files",
+    "bytes": "bytes",
+    "bytes_per_token": "bytes/token",
+    "partial": "part of a job",
+    "teacher_identity": "teacher identity",
+    "tokenizer_map_digest": "tokenizer",
+    "plan_digest": "plan",
+    "content_digest": "content",
+}
 
 
 def card(path: str | Path) -> dict[str, Any]:
@@ -49,7 +82,12 @@ def card(path: str | Path) -> dict[str, Any]:
     sums = [Statistics.from_json(one.attributes["statistics"]) for one in readers if "statistics" in one.attributes]
     statistics = sum(sums, Statistics()) if sums else None
     teacher = said.get("teacher") or {}
+    named: Any = said.get("dataset")
     data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
+    data = {
+        **(named if isinstance(named, dict) else {}),
+        **{name: value for name, value in data.items() if value is not None},
+    }
     return {
         "file": str(reader.path if len(readers) == 1 else path),
         "files": len(readers),
@@ -84,25 +122,54 @@ def card(path: str | Path) -> dict[str, Any]:
 
 
 def card_lines(found: dict[str, Any]) -> list[str]:
-    """Return a card for people.
+    """Return a card for people: what it was made of, how much it holds, and how it is stored.
 
-    >>> card_lines({"tokens": 1200, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
-    ['tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
+    >>> card_lines({"tokens": 1200, "rows": 3, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
+    ['dataset rows      3', 'tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
     """
+    settings = dict(found.get("dataset") or {})
+    is_packed = settings.get("packing") == "concat"
+    is_cut = settings.get("long_documents") == "window"
+    noun = "segments" if is_packed else "windows" if is_cut else "documents"
+    labels = {**_LABELS, "documents": noun, "empty_documents": f"empty {noun}"}
+    if not is_packed:
+        del labels["items"]
+    shown = {**found, "dataset": _dataset_text(settings), "dataset_settings": settings}
     lines = []
-    for name, value in found.items():
-        if value is None or value == {}:
+    for name, label in labels.items():
+        value = shown.get(name)
+        if value is None or value == {} or value == "":
             continue
-        if name == "kept_mass_by_k":
-            text = "  ".join(f"{k}: {mass:.3f}" for k, mass in value.items())
-        elif isinstance(value, dict):
-            text = json.dumps(value, ensure_ascii=False)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            text = f"{value:,}"
-        else:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        lines.append(f"{name.replace('_', ' '):17} {text}")
+        lines.append(f"{label:17} {_text(name, value)}")
     return lines
+
+
+def _dataset_text(settings: dict[str, Any]) -> str:
+    """Name the dataset, and take what names it out of its settings."""
+    named = {name: settings.pop(name, None) for name in ("name", "config_name", "split", "revision", "data_files")}
+    files = named.pop("data_files") or []
+    more = f", +{len(files) - _SHOWN_FILES} files" if len(files) > _SHOWN_FILES else ""
+    of_files = f"({', '.join(map(str, files[:_SHOWN_FILES]))}{more})" if files else ""
+    texts = [str(named["name"] or ""), str(named["config_name"] or ""), of_files]
+    split = f"split {named['split']}" if named["split"] and named["name"] else ""
+    revision = f"revision {named['revision']}" if named["revision"] else ""
+    return ", ".join(filter(None, (" ".join(filter(None, texts)), split, revision)))
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "kept_mass_by_k":
+        return "  ".join(f"{k}: {mass:.3f}" for k, mass in value.items())
+    if name == "dataset_settings":
+        return ", ".join(
+            f"{key} {str(item).lower() if isinstance(item, bool) else item}" for key, item in value.items()
+        )
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> float | None:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import html
 import re
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dask_logits.errors import CacheError, ClusterError, ConfigError, RunConflictError
+from dask_logits.errors import CacheError, ClusterError, ConfigError, DaskLogitsError, RunConflictError
+from dask_logits.job.manifest import WORKING_STATES, RunFolder
 from dask_logits.observe.status import RUNS_TOPIC, Status, read_status
 from dask_logits.store.durable import Json, expanded, read_json
 
@@ -72,6 +74,7 @@ class Monitor:
             expected = "expected exactly one of run, scheduler and scheduler_file"
             raise ConfigError(f"Monitor: {expected}, got {' and '.join(names) or 'none'}")
         self._wait_seconds = wait_seconds
+        self._stop_background = threading.Event()
         # Only where the files cannot be read.
         self._scheduler: str | None = None
         if run:
@@ -80,7 +83,8 @@ class Monitor:
             return
         address = scheduler or _address(Path(str(scheduler_file)), wait_seconds)
         self.run = _choose(_announced(address, wait_seconds), address)
-        if not (Path(self.run) / "run.json").exists():
+        folder = RunFolder(Path(self.run))
+        if not folder.manifest_path.exists() and not folder.driver_statuses():
             self._scheduler = address
 
     def __repr__(self) -> str:
@@ -116,20 +120,55 @@ class Monitor:
         Status
             What was shown last; None where the run folder is not visible on this machine.
         """
-        status: Status | None = None
-        started = worked = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):
-            show = _screen()
-            while True:
-                status, lines, at_work = self._look()
-                show(lines)
-                now = time.monotonic()
-                worked = now if at_work else worked
-                left = float("inf") if until is None else started + until - now
-                if (status and status.state == "complete") or now - worked >= _GRACE_SECONDS or left <= 0:
-                    break
-                time.sleep(min(seconds, left))
-        return status
+            return self._watch(_screen(), seconds, until, threading.Event())
+        return None if self._scheduler else self.status()
+
+    def watch_in_background(self, seconds: float = 2.0) -> threading.Thread:
+        """Show the run again and again from a thread, so that the cell ends at once and others can be executed.
+
+        The next call, or :meth:`stop`, ends it.
+
+        Parameters
+        ----------
+        seconds
+            Between two looks.
+
+        Returns
+        -------
+        threading.Thread
+            The thread; it ends when the run is over.
+        """
+        self.stop()
+        self._stop_background = threading.Event()
+        arguments = (_screen(), seconds, self._stop_background)
+        thread = threading.Thread(target=self._in_background, args=arguments, daemon=True, name="dask_logits-monitor")
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        """End the watching in the background."""
+        self._stop_background.set()
+
+    def _in_background(self, show: Callable[[list[str]], object], seconds: float, stop: threading.Event) -> None:
+        try:
+            self._watch(show, seconds, None, stop)
+        except DaskLogitsError as error:
+            show([f"error         {error.message}"])
+
+    def _watch(
+        self, show: Callable[[list[str]], object], seconds: float, until: float | None, stop: threading.Event
+    ) -> Status | None:
+        started = worked = time.monotonic()
+        while True:
+            status, lines, at_work = self._look()
+            show(lines)
+            now = time.monotonic()
+            worked = now if at_work else worked
+            left = float("inf") if until is None else started + until - now
+            is_over = status is not None and status.state == "complete"
+            if is_over or now - worked >= _GRACE_SECONDS or left <= 0 or stop.wait(min(seconds, left)):
+                return status
 
     def _look(self) -> tuple[Status | None, list[str], bool]:
         """Return the status if there are files, the lines to show, and whether a driver is at work."""
@@ -186,8 +225,8 @@ def _choose(runs: dict[str, Json], address: str) -> str:
     """Return the one run that is at work, else the one whose driver spoke last."""
     if not runs:
         raise ClusterError(
-            f"{address}: expected a run to be announced at this scheduler, got none; a driver announces its run after "
-            "the calibration: wait for it, or give the run folder"
+            f"{address}: expected a run to be announced at this scheduler, got none; a driver announces its run as "
+            "soon as it has joined: wait for it, or give the run folder"
         )
     working = sorted(run for run, event in runs.items() if _at_work(event))
     if len(working) > 1:
@@ -198,7 +237,7 @@ def _choose(runs: dict[str, Json], address: str) -> str:
 
 
 def _at_work(event: Json) -> bool:
-    return bool(event["state"] == "running" and time.time() - event["at"] < _SILENT_SECONDS)
+    return bool(event["state"] in WORKING_STATES and time.time() - event["at"] < _SILENT_SECONDS)
 
 
 def _lines(event: Json) -> list[str]:

@@ -1,20 +1,63 @@
-"""Progress of a job on the terminal: a live line where there is one, plain lines in a log file."""
+"""Progress of a job on stderr: a live display on a terminal, plain lines in a log file.
+
+The log and the progress share one console. With two, every log line would leave a dead copy of the bar behind.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 from dask_logits.records import Statistics
 
 _PLAIN_SECONDS = 10.0
 # Stages inside of `score`.
 _SCORING = ("trunk", "head", "tail", "refine", "transfer")
+
+
+@functools.cache
+def stderr_console() -> Console:
+    """Return the console that the log and the progress of this process share."""
+    return Console(stderr=True)
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> plural(1, "driver"), plural(1200, "row")
+    ('1 driver', '1,200 rows')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def each_of(workers: int) -> str:
+    """Write for how many workers a figure holds.
+
+    >>> each_of(1), each_of(4)
+    ('1 worker', 'each of 4 workers')
+    """
+    return "1 worker" if workers == 1 else f"each of {workers:,} workers"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people.
+
+    >>> duration(7.4), duration(95), duration(7260)
+    ('7 s', '1 min 35 s', '2 h 01 min')
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
 
 
 def add_seconds(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
@@ -36,6 +79,64 @@ def shares(seconds: Mapping[str, float]) -> str:
     ranked = sorted(parts.items(), key=lambda part: -part[1])
     shown = [(stage, value) for stage, value in ranked if value >= 0.005 * total] + [("rest", rest)]
     return ", ".join(f"{stage} {100 * value / max(total, 1e-9):.0f} %" for stage, value in shown)
+
+
+class Steps:
+    """Shows the steps of something that takes a while: a live line on a terminal, else a line for each step.
+
+    Parameters
+    ----------
+    title
+        What takes a while.
+    is_live
+        Whether a terminal shows a live line; not where other libraries write to the terminal meanwhile.
+    console
+        Where to show it; None: stderr.
+    """
+
+    def __init__(self, title: str, *, is_live: bool = True, console: Console | None = None) -> None:
+        self._title = title
+        self._is_live = is_live
+        self._console = console or stderr_console()
+        self._live: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Steps:
+        if self._is_live and self._console.is_terminal:
+            text = TextColumn("{task.description}", table_column=_one_line())
+            time_column = TimeElapsedColumn(Column(no_wrap=True, min_width=7))
+            self._live = Progress(SpinnerColumn(), time_column, text, console=self._console, transient=True)
+            self._task = self._live.add_task(self._title, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, step: str) -> None:
+        """Show the step that begins."""
+        line = f"{self._title}: {step}"
+        if self._live is not None:
+            self._live.update(self._task, description=line)
+        else:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _one_line() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
+
+
+class _TwoLines(Progress):
+    """A bar with a line of figures below it, so that both fit into 80 columns."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.line, no_wrap=True, overflow="ellipsis")
 
 
 class JobProgress:
@@ -72,18 +173,18 @@ class JobProgress:
         self._expected = None if expected_tokens is None else max(expected_tokens, done.tokens)
         self._started = time.monotonic()
         self._printed = self._started
-        self._console = console or Console(stderr=True)
-        self._live: Progress | None = None
+        self._console = console or stderr_console()
+        self._live: _TwoLines | None = None
         self._task: Any = None
 
     def __enter__(self) -> JobProgress:
         self._started = self._printed = time.monotonic()
         if self._console.is_terminal:
-            self._live = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"),
-                console=self._console,
+            self._live = _TwoLines(
+                TextColumn("scoring"), BarColumn(bar_width=None), TextColumn("{task.description}"),
+                console=self._console, expand=True,
             )  # fmt: skip
-            self._task = self._live.add_task("scoring", total=self._expected, text="")
+            self._task = self._live.add_task("", total=self._expected)
             self._live.start()
         self._show()
         return self
@@ -127,24 +228,29 @@ class JobProgress:
 
     def line(self) -> str:
         """Return the figures as one line."""
-        facts = self.facts()
-        left = "–" if facts["seconds_left"] is None else _duration(facts["seconds_left"])
-        mass = "–" if not self._sums.tokens else f"{self._sums.mean_kept_mass:.4f}"
-        partitions = "–" if self.partitions is None else self.partitions
+        mass = f" · kept mass {self._sums.mean_kept_mass:.4f}" if self._sums.tokens else ""
+        return f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s · {self._left()}{mass}"
+
+    def _counts(self) -> str:
+        partitions = "–" if self.partitions is None else f"{self.partitions:,}"
+        tokens = self._sums.tokens + self._running
         return (
-            f"{self._committed}/{partitions} partitions · {self._sums.documents:,} documents · "
-            f"{facts['tokens']:,} tokens · {facts['tokens_per_second']:,.0f} tokens/s · {left} left · kept mass {mass}"
+            f"{self._committed:,}/{partitions} partitions · {plural(self._sums.documents, 'document')} · "
+            f"{plural(tokens, 'token')}"
         )
+
+    def _left(self) -> str:
+        if self._committed == self.partitions:
+            return "all scored"
+        left = self.facts()["seconds_left"]
+        return "time left unknown" if left is None else f"{duration(left)} left"
 
     def _show(self, force: bool = False) -> None:
         if self._live is not None:
-            self._live.update(self._task, completed=self._sums.tokens + self._running, text=self.line())
+            scored = self._sums.tokens + self._running
+            self._live.line = f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s"
+            percent = f"{min(100, 100 * scored // self._expected)} % · " if self._expected else ""
+            self._live.update(self._task, completed=scored, description=f"{percent}{self._left()}")
         elif force or time.monotonic() - self._printed >= _PLAIN_SECONDS or self._printed == self._started:
             self._printed = time.monotonic()
             self._console.print(self.line(), highlight=False, soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

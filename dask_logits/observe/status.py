@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+from dask_logits.compose import generate_command
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.job.committed import cache_state, counts, covers, open_run_cache
 from dask_logits.job.failures import read_failures
-from dask_logits.job.manifest import RunFolder
+from dask_logits.job.manifest import WORKING_STATES, RunFolder
 from dask_logits.job.planlog import PlanLog
-from dask_logits.observe.progress import add_seconds, shares
+from dask_logits.observe.drivers import Drivers, State
+from dask_logits.observe.progress import add_seconds, duration, plural, shares
 from dask_logits.records import Statistics
-from dask_logits.store.durable import NUMBER, OBJECT, TEXT, Json, check_fields, expanded, read_json
+from dask_logits.store.durable import Json, expanded
 
 logger = logging.getLogger(__name__)
 
 # Dask event topic on which drivers say where their run folder is, with the figures of its status file.
 RUNS_TOPIC = "dask_logits.runs"
-# A driver that has written nothing for so long is not counted as running.
-_ALIVE_SECONDS = 120.0
-# What a driver leaves as a sign of life.
-_FACTS = {
-    "state": TEXT,
-    "at": NUMBER,
-    "tokens_per_second": NUMBER,
-    "seconds_left": NUMBER.or_none(),
-    "dashboard": TEXT.or_none(),
-    "left_out": OBJECT.or_none(),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +36,19 @@ class Status:
     run
         Its folder.
     state
-        ``complete``, ``scored`` (all partitions committed, no cache yet), ``unfinished``, or ``damaged`` (there is a
-        cache that cannot be read).
+        Of a driver at work: ``starting``, ``calibrating``, ``running`` or ``consolidating``. Without one: ``stopped``,
+        ``failed`` (partitions failed, or the driver did), ``scored`` (all partitions committed, no cache yet),
+        ``complete``, or ``damaged`` (there is a cache that cannot be read).
+    since
+        When the driver at work started (Unix time); None without one.
+    step
+        Step of a calibration; None outside it.
+    reason
+        Why the last driver failed; None if it did not.
+    next_command
+        What to run next.
+    items_noun
+        What dataset rows became: ``documents``, ``windows`` of them, or ``segments`` of packed blocks.
     partitions, committed
         Planned so far and done.
     planned_all
@@ -65,7 +69,7 @@ class Status:
     splits
         Batches that did not fit into memory and were split.
     running
-        Drivers that are at work, by the sign of life they left in the folder.
+        Drivers that are at work, by their status records and locks.
     running_tokens_per_second, seconds_left
         Of all drivers at work, by the clock; 0 and None without one, or where the amount of work is unknown.
     failed
@@ -85,7 +89,12 @@ class Status:
     """
 
     run: str
-    state: str
+    state: State
+    since: float | None
+    step: str | None
+    reason: str | None
+    next_command: str
+    items_noun: str
     partitions: int
     committed: int
     planned_all: bool
@@ -123,40 +132,62 @@ class Status:
 
     def lines(self) -> list[str]:
         """Write it for people."""
-        sums = self.statistics
-        out = [
-            f"run           {self.run}",
-            f"state         {self.state}",
+        out = [f"run           {self.run}", f"state         {self._state_text()}"]
+        if self.reason is not None:
+            out.append(f"reason        {self.reason}")
+        if self.partitions or not self.planned_all:
+            out += self._count_lines()
+        out += self._speed_lines()
+        if self.cache is not None:
+            out.append(f"bytes/token   {self.bytes_per_token:.1f}")
+            out.append(f"content       {self.content_digest}")
+            out.append(f"cache         {self.cache}")
+        first, *more = self.next_command.splitlines()
+        if self.state == "complete":
+            more = [
+                f"dask-logits verify {shlex.quote(self.run)}",
+                f"training: CachedLogitsDataset({self.run!r}), see docs/DISTILLATION.md",
+            ]
+        return [*out, f"next          {first}", *(f"              {line.strip()}" for line in more)]
+
+    def _count_lines(self) -> list[str]:
+        return [
             f"partitions    {self.committed} of {self.partitions} committed"
             f"{'' if self.planned_all else ', the plan is still growing'}",
             f"rows          {self.committed_rows:,} of {self.rows:,}",
-            f"documents     {sums.documents:,}",
-            f"tokens        {sums.tokens:,}",
+            f"{self.items_noun:13} {self.statistics.documents:,}",
+            f"tokens        {self.statistics.tokens:,}",
         ]
+
+    def _speed_lines(self) -> list[str]:
+        sums, out = self.statistics, []
         if sums.tokens:
             out.append(f"tokens/s      {self.tokens_per_second:,.0f} per worker, while scoring")
             out.append(f"time          {shares(self.seconds)}")
             if self.mfu == self.mfu:
                 out.append(f"MFU           {self.mfu:.2f} of the rate of a large matrix product")
             if self.splits:
-                out.append(f"splits        {self.splits} batches did not fit into memory; lower batch_tokens")
+                out.append(f"splits        {plural(self.splits, 'batch')} did not fit into memory; lower batch_tokens")
             out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")
-        if self.running:
-            left = "unknown" if self.seconds_left is None else f"{self.seconds_left:,.0f} s"
-            out.append(
-                f"running       {self.running} drivers, {self.running_tokens_per_second:,.0f} tokens/s, {left} left"
-            )
+        if self.running and self.state in ("running", "consolidating"):
+            left = "time left unknown" if self.seconds_left is None else f"{duration(self.seconds_left)} left"
+            rate = f"{self.running_tokens_per_second:,.0f} tokens/s, " if self.running_tokens_per_second else ""
+            out.append(f"running       {plural(self.running, 'driver')}, {rate}{left}")
         for index, reason in sorted(self.failed.items()):
             out.append(f"failed        partition {index:06d}: {reason.splitlines()[0]}")
         for worker, reason in sorted(self.left_out.items()):
             out.append(f"no work for   {worker}: {reason.splitlines()[0]}")
-        if self.cache is not None:
-            out.append(f"bytes/token   {self.bytes_per_token:.1f}")
-            out.append(f"content       {self.content_digest}")
-            out.append(f"cache         {self.cache}")
         return out
+
+    def _state_text(self) -> str:
+        if self.since is None:
+            return self.state
+        started = datetime.fromtimestamp(self.since)
+        form = "%H:%M:%S" if started.date() == datetime.now().date() else "%Y-%m-%d %H:%M"
+        step = f": {self.step}" if self.step else ""
+        return f"{self.state} since {started:{form}} ({duration(max(0.0, time.time() - self.since))}){step}"
 
 
 def read_status(path: Path | str) -> Status:
@@ -183,8 +214,9 @@ def read_status(path: Path | str) -> Status:
 
 def _read_status(run: RunFolder) -> Status:
     manifest = run.manifest()
+    drivers = Drivers.of(run)
     if manifest is None:
-        raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
+        return _before_manifest(run, drivers)
     log = PlanLog(run)
     damaged = False
     try:
@@ -210,18 +242,33 @@ def _read_status(run: RunFolder) -> Status:
             rows += receipt["n_rows"]
     if lacking:
         logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", len(lacking))
-    if cache is not None and log.end is not None and not log.n_unread and cache.n_rows == log.n_rows:
-        state = "complete"
-    else:
-        state = "damaged" if damaged else "scored" if _is_scored(log, count) else "unfinished"
+    is_complete = cache is not None and log.end is not None and not log.n_unread and cache.n_rows == log.n_rows
+    if not is_complete:
         cache = None
     scoring, peak = seconds.get("score", 0.0), ((run.calibration() or {}).get("cost") or {}).get("peak_flops", 0.0)
-    drivers = _drivers(run)
-    alive = [] if state == "complete" else [driver for driver in drivers if _is_alive(driver)]
-    left = [driver["seconds_left"] for driver in alive]
+    failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
+    state: State
+    if is_complete and (not drivers.alive or drivers.state() == "consolidating"):
+        state, drivers = "complete", Drivers()
+    elif drivers.alive:
+        state = drivers.state()
+    elif damaged:
+        state = "damaged"
+    elif log.end is not None and count == log.n_partitions:
+        state = "scored"
+    else:
+        state = "failed" if failed or drivers.reason else "stopped"
+    n_open = log.n_partitions - count - len(failed)
     return Status(
         run=str(run.path),
         state=state,
+        since=drivers.since,
+        step=drivers.step,
+        reason=None if state in ("complete", "scored") else drivers.reason,
+        next_command=_next_command(
+            run, state, manifest, only_failed=bool(failed) and not n_open and log.end is not None
+        ),
+        items_noun=_items_noun(manifest["what"]),
         partitions=log.n_partitions,
         committed=count,
         planned_all=log.end is not None,
@@ -232,14 +279,12 @@ def _read_status(run: RunFolder) -> Status:
         seconds=seconds,
         mfu=flops / scoring / peak if scoring and peak else float("nan"),
         splits=splits,
-        running=len(alive),
-        running_tokens_per_second=sum(driver["tokens_per_second"] for driver in alive),
-        seconds_left=max(left) if left and None not in left else None,
-        failed={} if state == "complete" else {i: _reason(entry) for i, entry in read_failures(run).items()},
-        left_out={
-            str(worker): str(why) for driver in drivers for worker, why in (driver.get("left_out") or {}).items()
-        },
-        dashboard=next((driver["dashboard"] for driver in alive if driver.get("dashboard")), None),
+        left_out=drivers.left_out,
+        running=len(drivers.alive),
+        running_tokens_per_second=drivers.tokens_per_second,
+        seconds_left=drivers.seconds_left,
+        failed=failed,
+        dashboard=drivers.dashboard,
         cache=str(cache.path) if cache else None,
         bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,
         content_digest=cache.content_digest if cache else None,
@@ -247,28 +292,68 @@ def _read_status(run: RunFolder) -> Status:
     )
 
 
-def _is_scored(log: PlanLog, committed: int) -> bool:
-    return log.end is not None and committed == log.n_partitions
+def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
+    """Return the status of a run that has no manifest yet: its driver starts or calibrates, or was killed meanwhile."""
+    if not drivers.records:
+        raise RunConflictError(
+            f"{run.path}: expected a run folder with run.json, got none; check the path: it is the value of "
+            "distillation.teacher.cache_dir"
+        )
+    state = drivers.state() if drivers.alive else "stopped"
+    return Status(
+        run=str(run.path),
+        state=state,
+        since=drivers.since,
+        step=drivers.step,
+        reason=None if drivers.alive else "the driver ended during the calibration; nothing is scored yet",
+        next_command=_next_command(run, state, None),
+        items_noun="documents",
+        partitions=0,
+        committed=0,
+        planned_all=True,
+        rows=0,
+        committed_rows=0,
+        statistics=Statistics(),
+        tokens_per_second=float("nan"),
+        seconds={},
+        mfu=float("nan"),
+        splits=0,
+        running=len(drivers.alive),
+        running_tokens_per_second=0.0,
+        seconds_left=None,
+        failed={},
+        left_out=drivers.left_out,
+        dashboard=drivers.dashboard,
+        cache=None,
+        bytes_per_token=None,
+        content_digest=None,
+        kept_mass_by_k={},
+    )
+
+
+def _next_command(run: RunFolder, state: State, manifest: Json | None, *, only_failed: bool = False) -> str:
+    path = shlex.quote(str(run.path))
+    if state in WORKING_STATES:
+        return f"dask-logits status {path}"
+    if state == "complete":
+        return f"dask-logits show {path}"
+    total = manifest["total_workers"] if manifest else 1
+    if state == "scored" and total > 1:
+        return f"dask-logits merge --input-dir {path} --num-workers {total}"
+    if state == "failed" and only_failed:
+        return f"dask-logits retry {path}"
+    how = manifest["how"] if manifest else None
+    command = generate_command(how) if how and total == 1 and state != "damaged" else None
+    return command or "start the job again with the same command"
+
+
+def _items_noun(what: Json) -> str:
+    """Name what the rows of the dataset became: whole documents, windows of them, or segments of packed blocks."""
+    if what.get("dataset.packing") == "concat":
+        return "segments"
+    return "windows" if what.get("dataset.long_documents") == "window" else "documents"
 
 
 def _reason(entry: Json) -> str:
     rows = ", ".join(str(row) for row in entry["rows"])
     return f"{entry['kind']}: {entry['reason']}" + (f" (dataset rows {rows})" if rows else "")
-
-
-def _drivers(run: RunFolder) -> list[Json]:
-    found = []
-    for path in sorted(run.path.glob("status*.json")):
-        try:
-            facts = read_json(path)
-            if facts is not None:
-                check_fields(path, facts, _FACTS)
-                found.append(facts)
-        except CacheError as error:
-            # A crash of the machine may leave one empty: it is for the eye, and never waited for.
-            logger.warning("left out: %s", error)
-    return found
-
-
-def _is_alive(driver: Json) -> bool:
-    return bool(driver["state"] in ("running", "consolidating") and time.time() - driver["at"] < _ALIVE_SECONDS)

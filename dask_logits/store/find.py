@@ -44,7 +44,9 @@ def find_caches(path: Path) -> list[Path]:
     found = sorted([*path.glob("*.h5"), *path.glob(f"[!.]*/{CACHE_NAME}")])
     # A run folder without a cache may hold an older one, set aside.
     if not found or (path / "run.json").exists():
-        raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none", str(path))
+        is_run = (path / "run.json").exists() or any(path.glob("status*.json"))
+        cure = f"the run is not complete: see `dask-logits status {path}`" if is_run else "correct the path"
+        raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none; {cure}", str(path))
     return found
 
 

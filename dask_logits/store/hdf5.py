@@ -9,6 +9,7 @@ One of the three homes of ``h5py``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ _FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})
 _MOST_RATIO = 1100
 _MOST_CHUNK_BYTES = 64 << 20
 _MOST_TEXT_BYTES = 64 << 20
+# The first bytes of an HDF5 file; our writer puts nothing before them.
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_LOCKED = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 # What h5py makes of HDF5's errors, which of them depends on where a file is damaged.
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
@@ -42,24 +46,64 @@ def open_file(path: Path) -> h5py.File:
     CacheError
         If there is none, or it is no HDF5 file.
     """
+    _check_kind(path)
     try:
-        if not path.exists():
-            raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
-        if not path.is_file():
-            raise CacheError(f"{path}: expected a file, got something else; correct the path", str(path))
         try:
             return h5py.File(path, "r", locking=False)
         except OSError:
             # A handle that someone in this process opened with locks does not allow one without.
             return h5py.File(path, "r")
-    except CacheError:
-        raise
     except _HDF5_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in _LOCKED:
+            raise CacheError(
+                f"{path}: expected a cache that can be read, but another process has locked it; close the program that "
+                "writes it, then try again",
+                str(path),
+            ) from error
         raise CacheError(
-            f"{path}: expected an HDF5 file, got a truncated or foreign one ({error}); copy it again, "
-            "or delete it and run the job again",
+            f"{path}: expected a complete HDF5 file, got a truncated or damaged one ({first_line(error)}); copy it "
+            "again; if a job wrote it and no copy exists, delete it and run the job again",
             str(path),
         ) from error
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a path that is absent, not a file, not readable, or a file of another kind."""
+    try:
+        if not path.exists():
+            raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
+        if not path.is_file():
+            raise CacheError(f"{path}: expected a file, got something else; correct the path", str(path))
+        with path.open("rb") as file:
+            start = file.read(len(_SIGNATURE))
+    except CacheError:
+        raise
+    except PermissionError as error:
+        raise CacheError(
+            f"{path}: expected a cache that can be read, but permission is denied; ask its owner, or change its mode",
+            str(path),
+        ) from error
+    except OSError as error:
+        raise CacheError(
+            f"{path}: expected a cache that can be read, got {error}; check the disk", str(path)
+        ) from error
+    if start != _SIGNATURE:
+        raise CacheError(
+            f"{path}: expected a cache (an HDF5 file), got {_kind_of(path, start)}; give the path of a cache or of a "
+            "run folder",
+            str(path),
+        )
+
+
+def _kind_of(path: Path, start: bytes) -> str:
+    """Say what a file is that does not begin like HDF5."""
+    if not start:
+        return "an empty file"
+    try:
+        start.decode("ascii")
+    except UnicodeDecodeError:
+        return f"a file of another kind ({path.suffix or 'without a suffix'})"
+    return f"a text file ({path.suffix or 'without a suffix'})"
 
 
 def root_attributes(file: h5py.File, path: Path) -> dict[str, Any]:

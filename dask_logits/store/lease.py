@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from dask_logits.errors import RunConflictError
 from dask_logits.store.durable import Json
 
@@ -78,6 +80,21 @@ def lease(path: Path, *, wait: bool = False, takeover: bool = False) -> Iterator
             beating.join()
             if (_read(path) or {}).get("token") == mine["token"]:
                 os.truncate(path, 0)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether nobody holds a lease, as far as its file shows: it was released, or its process has ended.
+
+    Only reads the file. A holder on another machine is taken to be alive.
+    """
+    try:
+        is_released = path.stat().st_size == 0
+    except OSError:
+        return False
+    holder = _read(path)
+    if holder is None:
+        return is_released
+    return bool(holder["host"] == socket.gethostname() and not psutil.pid_exists(int(holder["process"])))
 
 
 def _opened(path: Path) -> IO[bytes]:

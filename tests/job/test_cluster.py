@@ -53,7 +53,7 @@ def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overri
     with contextlib.suppress(ProcessLookupError):
         os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
-    assert read_status(run_folder).state == "unfinished"
+    assert read_status(run_folder).state == "stopped"
     untouched = {path: path.read_text() for path in receipts.rglob("*.json")}
 
     subprocess.run([*COMMAND, *mine], check=True, capture_output=True, text=True)
@@ -80,7 +80,7 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
     assert cuda == digest(generate(load_config([*joined, elsewhere])))
 
 
-def _forbidden(argument: None) -> dict:
+def _forbidden(argument: None, on_step) -> dict:
     raise PermissionError(13, "weights")
 
 

@@ -25,7 +25,7 @@ def test_partitions_that_are_gone_are_not_counted(joined, cache) -> None:
     whole = digest(cache)
     cache.unlink()
     status = read_status(cache_dir(joined))
-    assert (status.state, status.committed, status.committed_rows, status.statistics.tokens) == ("unfinished", 0, 0, 0)
+    assert (status.state, status.committed, status.committed_rows, status.statistics.tokens) == ("stopped", 0, 0, 0)
     assert digest(run(joined)) == whole
 
 

@@ -125,7 +125,7 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
             "evidence"
         ]
         status = read_status(run)
-        assert (status.state, status.committed, status.failed) == ("unfinished", 9, {4: f"{kind}: {reason}"})
+        assert (status.state, status.committed, status.failed) == ("failed", 9, {4: f"{kind}: {reason}"})
         before = {name: data for name, data in tree(run).items() if name.startswith("receipts")}
 
         if act != "hang":

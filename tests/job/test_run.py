@@ -104,7 +104,7 @@ def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
     first.unlink()
     (receipts / "000001.json").unlink()
     (receipts / "000003.json").unlink()
-    assert read_status(cache_dir(joined)).state == "unfinished"
+    assert read_status(cache_dir(joined)).state == "stopped"
     assert digest(run(joined, keep)) == whole
     after = {path.name: path.read_text() for path in receipts.iterdir()}
     assert {name for name in kept if kept[name] != after[name]} == {"000001.json", "000003.json"}
@@ -203,7 +203,7 @@ def test_a_status_file_that_a_crash_left_empty_is_written_anew(joined, cache) ->
     cache.unlink()
     status.write_text("")
     (cache_dir(joined) / "receipts" / "000" / "000001.json").unlink()
-    assert read_status(cache_dir(joined)).state == "unfinished"
+    assert read_status(cache_dir(joined)).state == "stopped"
     assert digest(run(joined))
     assert json.loads(status.read_text())["state"] == "done"
 

@@ -24,10 +24,10 @@ LONG_TASK = """
 import sys
 from dask_logits.cli import run
 from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
-from dask_logits.job.calls import run_one
+from dask_logits.job.single import run_one
 from dask_logits.job.cluster import open_cluster
 
-def task(seconds):
+def task(seconds, on_step):
     import time
     if seconds:
         print("the task runs", flush=True)
@@ -71,7 +71,7 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path)
     assert left == []
     assert (run / ".driver.lock").read_bytes() == b""
     before = read_status(run)
-    assert before.state == "unfinished"
+    assert before.state == "stopped"
     kept = {path: path.read_text() for path in (run / "receipts").rglob("*.json")}
     assert 1 <= before.committed == len(kept) < 60
     resumed = generate(load_config([*joined, *many]))

@@ -38,19 +38,19 @@ def _calls(folder: Path) -> int:
     return len(list(folder.iterdir()))
 
 
-def _unreadable_at_first(folder: Path) -> dict:
+def _unreadable_at_first(folder: Path, on_step) -> dict:
     if _calls(folder) == 1:
         raise FileNotFoundError(2, "no such file", "/teacher")
     return {"pid": os.getpid()}
 
 
-def _silent_at_first(folder: Path) -> dict:
+def _silent_at_first(folder: Path, on_step) -> dict:
     if _calls(folder) == 1:
         time.sleep(300)
     return {"pid": os.getpid()}
 
 
-def _deadly(folder: Path) -> dict:
+def _deadly(folder: Path, on_step) -> dict:
     _calls(folder)
     # Longer than the scheduler is looked at.
     time.sleep(4)

@@ -219,7 +219,7 @@ def test_an_interrupted_stream_resumes_exactly(source, samples, parquet, stream,
             stop_after(patched, receipts)
             with pytest.raises(StopError):
                 run(mine)
-        assert read_status(cache_dir(stream)).state in ("unfinished", "scored")
+        assert read_status(cache_dir(stream)).state in ("failed", "scored")
     assert digest(run(mine)) == whole
     assert plan_of(cache_dir(stream)) == plan_of(tmp_path / "undisturbed")
 
@@ -239,7 +239,7 @@ def test_a_stream_whose_driver_was_killed_equals_an_undisturbed_one(parquet, ove
     with contextlib.suppress(ProcessLookupError):
         os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
-    assert read_status(cache_dir(parquet)).state == "unfinished"
+    assert read_status(cache_dir(parquet)).state == "stopped"
     assert digest(run([*mine, joined])) == whole
     assert plan_of(cache_dir(parquet)) == plan_of(tmp_path / "undisturbed")
 
@@ -291,7 +291,7 @@ def test_a_damaged_parquet_file_is_reported_and_the_rest_completes(parquet, llam
             run(parquet)
         assert list(caught.value.reasons) == [2]
         status = read_status(cache_dir(parquet))
-        assert (status.committed, status.partitions, status.state) == (6, 7, "unfinished")
+        assert (status.committed, status.partitions, status.state) == (6, 7, "failed")
         assert list(status.failed) == [2]
     file.write_bytes(whole)
     assert_holds(run(parquet), TEXTS, llama)
@@ -320,7 +320,7 @@ def test_a_grown_stream_whose_further_rows_cannot_be_read_is_not_complete(parque
         with pytest.raises(dask_logits.PartitionsFailedError, match="expected readable Parquet"):
             run(parquet)
         status = read_status(cache_dir(parquet))
-        assert (status.state, len(status.failed)) == ("unfinished", 2)
+        assert (status.state, len(status.failed)) == ("failed", 2)
         assert verify(cache_dir(parquet)).unfinished is not None
     for name, file in files.items():
         file.write_bytes(whole[name])

@@ -142,8 +142,8 @@ def test_notebooks_watch_a_running_job_and_leave_it_alone(overrides, tmp_path, j
     for shown in (by_folder, by_scheduler):
         assert figures(shown["attach"])["run"] == str(run)
         last = figures(shown["watch"])
-        assert last["state"] == "unfinished"
-        assert re.fullmatch(r"1 drivers, [1-9][\d,]* tokens/s, [1-9][\d,]* s left", last["running"])
+        assert last["state"].startswith("running since ")
+        assert re.fullmatch(r"1 driver, [1-9][\d,]* tokens/s, .* left", last["running"])
         assert float(last["kept mass"]) > 0
         assert 0 < committed(shown["attach"]) < committed(shown["watch"]) < 3000
         assert last["dashboard"].startswith('<a href="http://127.0.0.1:')
@@ -162,6 +162,28 @@ def test_watching_a_complete_run_ends_at_once(joined) -> None:
     assert (status.state, status.committed, status.failed) == ("complete", 4, {})
     assert time.monotonic() - started < 300
     assert figures(Monitor(run)._repr_html_())["cache"] == str(run / "teacher_logits.h5")
+
+
+def test_all_cells_can_be_executed_while_a_run_calibrates(tmp_path, jupyter, monkeypatch) -> None:
+    record = {**FACTS, "at": time.time(), "since": time.time(), "state": "calibrating", "step": "loading the teacher"}
+    (tmp_path / "run").mkdir()
+    replace_json(tmp_path / "run" / "status.json", record)
+    monkeypatch.setenv("DASK_LOGITS_RUN", str(tmp_path / "run"))
+    shown = execute()
+    assert figures(shown["attach"])["state"].startswith("calibrating since ")
+    assert shown["failures"] == "{}"
+
+
+def test_watching_in_the_background_ends_with_the_run_or_when_it_is_stopped(tmp_path, monkeypatch) -> None:
+    monitor = Monitor(run_folder(tmp_path / "run"))
+    thread = monitor.watch_in_background(seconds=0.01)
+    assert thread.is_alive()
+    again = monitor.watch_in_background(seconds=0.01)
+    thread.join(60)
+    assert not thread.is_alive()
+    monitor.stop()
+    again.join(60)
+    assert not again.is_alive()
 
 
 def test_the_notebook_is_saved_clean() -> None:
@@ -260,7 +282,7 @@ def test_watching_ends_in_time_on_an_interrupt_or_without_a_driver(tmp_path, mon
     status = Monitor(run).watch(seconds=60, until=0.3)
     assert status is not None
     assert status.running == 1
-    assert capsys.readouterr().out.count("running       1 drivers, 56 tokens/s, 78 s left") == 2
+    assert capsys.readouterr().out.count("running       1 driver, 56 tokens/s, 1 min 18 s left") == 2
 
     monitor = Monitor(run)
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -1,0 +1,131 @@
+"""The state of a run as its files show it: who is at work, since when, and what to run next."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import cache_dir
+from test_monitor import FACTS, run_folder
+
+from dask_logits import Monitor, RunConflictError, generate, load_config, read_status
+from dask_logits.compose import generate_command
+from dask_logits.job.failures import Failure, note_failure
+from dask_logits.job.manifest import RunFolder, Share, lock_name
+from dask_logits.store.durable import replace_json
+from dask_logits.store.lease import lease
+
+CALIBRATING = {"state": "calibrating", "step": "loading the teacher", "since": time.time() - 80}
+
+
+def driver_record(folder: Path, **facts) -> None:
+    """Write what a driver leaves before its calibration has ended."""
+    folder.mkdir(exist_ok=True)
+    replace_json(RunFolder(folder).status_path(Share()), {**FACTS, "at": time.time(), **facts})
+
+
+def test_a_run_is_visible_while_it_calibrates(tmp_path) -> None:
+    folder = tmp_path / "run"
+    driver_record(folder, **CALIBRATING)
+    status = read_status(folder)
+    assert (status.state, status.step, status.running) == ("calibrating", "loading the teacher", 1)
+    assert "\nstate         calibrating since " in "\n".join(status.lines())
+    assert re.search(r"\(\d min \d+ s\): loading the teacher$", status.lines()[1])
+    assert status.next_command == f"dask-logits status {folder}"
+    shown = Monitor(folder).watch(seconds=0.01, until=0)
+    assert shown is not None
+    assert shown.state == "calibrating"
+
+
+def test_a_driver_that_was_killed_is_not_taken_to_be_at_work(tmp_path) -> None:
+    folder = tmp_path / "run"
+    driver_record(folder, **CALIBRATING)
+    lock = folder / lock_name(Share())
+    with lease(lock):
+        assert read_status(folder).state == "calibrating"
+    status = read_status(folder)
+    assert (status.state, status.running) == ("stopped", 0)
+    assert status.reason == "the driver ended during the calibration; nothing is scored yet"
+    held = f"from dask_logits.store.lease import lease\nwith lease(Path({str(lock)!r})):\n print(flush=True)\n input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"from pathlib import Path\n{held}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert read_status(folder).state == "calibrating"
+    holder.kill()
+    holder.communicate()
+    assert lock.stat().st_size
+    assert read_status(folder).state == "stopped"
+
+
+def test_stopped_and_failed_runs_name_the_next_command(tmp_path) -> None:
+    stopped = read_status(run_folder(tmp_path / "stopped", state="stopped"))
+    assert (stopped.state, stopped.next_command) == ("stopped", "start the job again with the same command")
+    folder = run_folder(tmp_path / "failed", state="failed", reason="no space left")
+    failed = read_status(folder)
+    assert (failed.state, failed.reason) == ("failed", "no space left")
+    assert "reason        no space left" in failed.lines()
+    note_failure(RunFolder(folder), Failure(index=0, kind="data", reason="a row"))
+    assert read_status(folder).state == "failed"
+
+
+def test_the_command_that_goes_on_is_made_of_the_settings_of_the_run(joined, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.score", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(load_config(joined))
+    status = read_status(cache_dir(joined))
+    assert status.state == "stopped"
+    words = shlex.split(status.next_command.replace("\\\n", " "))
+    assert words[:2] == ["dask-logits", "generate"]
+    assert load_config(words[2:]) == load_config(joined)
+    generate(load_config(words[2:]))
+    complete = read_status(cache_dir(joined))
+    assert (complete.state, complete.since) == ("complete", None)
+    run = cache_dir(joined)
+    assert complete.lines()[-3:] == [
+        f"next          dask-logits show {run}",
+        f"              dask-logits verify {run}",
+        f"              training: CachedLogitsDataset('{run}'), see docs/DISTILLATION.md",
+    ]
+
+
+def test_settings_with_special_characters_survive_the_command() -> None:
+    overrides = [
+        "distillation.teacher.model_path=\"my 'teacher', v1\"",
+        "distillation.dataset.name=json",
+        'distillation.dataset.data_files=["a=b.jsonl","true"]',
+        'distillation.teacher.generation.devices="0,1"',
+        'distillation.dataset.split="train[:10%]"',
+    ]
+    config = load_config(overrides)
+    command = generate_command(dataclasses.asdict(config))
+    assert command is not None
+    assert load_config(shlex.split(command.replace("\\\n", " "))[2:]) == config
+    assert generate_command({"dataset": {"name": None}}) is None
+
+
+def test_a_start_that_is_refused_leaves_no_record(overrides, tmp_path) -> None:
+    nowhere = ["distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1"]
+    with pytest.raises(Exception, match="expected a scheduler at"):
+        generate(load_config([*overrides, *nowhere]))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RunConflictError, match=r"expected a run folder with run\.json, got none"):
+        read_status(cache_dir(overrides))
+
+
+def test_a_record_of_a_killed_driver_does_not_keep_the_next_one_out(joined) -> None:
+    folder = cache_dir(joined)
+    driver_record(folder, **CALIBRATING)
+    (folder / lock_name(Share())).touch()
+    assert generate(load_config(joined)).exists()
