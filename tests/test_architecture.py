@@ -49,7 +49,9 @@ LAYERS = {
     "capture.teacher": 3,
     "capture.placement": 3,
     "capture.checkpoint": 4,
-    "capture.selfcheck": 4,
+    "capture.oracle": 4,
+    "capture.probe": 4,
+    "capture.selfcheck": 5,
     "capture.meter": 4,
     "capture.tokens": 3,
     "capture.load": 4,
@@ -90,7 +92,8 @@ LAYERS = {
 }
 HOMES = {
     "torch": {"capture.attention", "capture.fused", "capture.kernels", "capture.transfer", "capture.topk",
-              "capture.teacher", "capture.checkpoint", "capture.placement", "capture.selfcheck", "capture.meter",
+              "capture.teacher", "capture.checkpoint", "capture.placement", "capture.oracle", "capture.probe",
+              "capture.selfcheck", "capture.meter",
               "capture.scoring", "capture.calibrate", "job.cluster", "train.dataset",
               "train.decode", "train.losses", "train.sampler"},
     "transformers": {"capture.attention", "capture.checkpoint", "capture.teacher", "capture.tokens"},
