@@ -6,8 +6,10 @@ the heads that share keys are one product, and everything runs as large batched 
 have the teacher's dtype, the softmax is computed in float32: what transformers' eager attention does.
 
 It is offered to transformers as one more attention implementation, so every family that asks its registry can use it;
-the self-check decides whether a teacher does. As ``fused`` it leaves what :mod:`dask_logits.capture.fused` can do to
-that: bfloat16 without a mask, a soft cap or sinks.
+the self-check decides whether a teacher does. A family may pass arguments that only its own code knows (a position
+bias, the indices of sparse attention): every keyword outside :data:`IGNORED` refuses the call, because attention that
+dropped it would compute something else without an error. The kind ``fused`` uses :mod:`dask_logits.capture.fused` where
+that applies: bfloat16 without a mask, a soft cap or sinks.
 
 Dimension letters: B sequences, T tokens, H query heads, G query heads per key head, N = B·H/G, C queries of a block,
 D width of a head.
@@ -25,6 +27,14 @@ from torch import Tensor, nn
 from dask_logits.capture import fused
 
 Kind = Literal["blocks", "fused"]
+
+# Keywords that cannot change the result of a causal forward pass in evaluation mode without a key-value cache. The
+# window is part of the mask, positions are part of queries and keys, and the rest asks for further outputs.
+IGNORED = frozenset({
+    "cache_position", "deterministic", "is_causal", "layer_idx", "logits_to_keep", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
+    "sliding_window", "use_cache",
+})  # fmt: skip
 
 # Queries per block: more waste the masked half, fewer make small products. 32, 128 and 256 were slower.
 _BLOCK = 64
@@ -74,17 +84,32 @@ def attention_layer(
         [B, T, H, D of the values].
     None
         The weights are not kept.
+
+    Raises
+    ------
+    ValueError
+        If the family passes an argument that may change the result and is not supported here.
     """
+    unknown = sorted(name for name, value in settings.items() if not _is_ignorable(name, value))
+    if unknown:
+        raise ValueError(f"{type(module).__name__}: block attention does not support {', '.join(unknown)}")
     causal = settings.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) or key.shape[2] != query_BHTD.shape[2]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if softcap is not None or s_aux is not None:
+            raise ValueError(f"{type(module).__name__}: SDPA does not support softcap or s_aux")
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query_BHTD, key, value, attention_mask, scaling=scaling, **settings
         )
         return out
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query_BHTD, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _is_ignorable(name: str, value: Any) -> bool:
+    """Whether a keyword leaves the result as it is; dropout does where its probability is 0."""
+    return value is None or name in IGNORED or (name == "dropout" and value == 0.0)
 
 
 def block_attention(

@@ -1,8 +1,18 @@
-"""The self-check: a teacher's fast paths are compared with its own plain forward, and the fastest that agrees is taken.
+"""The self-check: compare a teacher's fast paths with its own forward, and take the fastest that agrees.
 
-No table of families: what a family does after its head (factors, soft caps, biases) is tried out with the numbers its
-configuration names, and where none fits its own code is replayed. Tokens are random, so mistakes do not hide behind
-a prediction that is obvious either way.
+There is no table of families. What a family does after its head (factors, soft caps) is tried with the numbers that its
+configuration names, and where none fits the family's own code is replayed. The model's own forward decides.
+
+*How far may a path be off?* As far as the model's own rounding moves it, and no absolute figure. The yardstick is the
+same forward with the input of every layer moved by one unit in the last place (:mod:`dask_logits.capture.oracle`).
+Over 122 families, float32 and bfloat16, good paths were at most 1.2 times the yardstick off, and the model's own
+bfloat16 forward 0.3 to 1.5 times from its float32 one; so 4 times is the limit. A scale of 1.01 in attention, a lost
+window, sink, soft cap or position bias were 30 to 10⁶ times the yardstick off.
+
+*On what?* Where the weights allow it, on a :mod:`dask_logits.capture.probe`: the first layers in float32 with short
+windows, where a document of 150 tokens reaches beyond every window, chunk and ``index_topk``, and where what rounding
+hides in bfloat16 is visible. Then once more on the teacher itself, in its own dtype and with all layers. Hidden states
+are also multiplied by 8 and 64, so that a soft cap which random tokens never reach is seen.
 
 Dimension letters: B sequences, T tokens, R rows, D hidden width, V vocabulary.
 """
@@ -12,28 +22,74 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dask_logits.capture import fused
+from dask_logits.capture.oracle import Oracle, head_logits, random_tokens, rms
+from dask_logits.capture.probe import SHORT, make_probe, reaches, set_reach
 from dask_logits.capture.teacher import HEADS, Head, ScoringPath, Teacher
-from dask_logits.errors import TeacherError
+from dask_logits.errors import TeacherError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Largest RMS difference in log-probs (nats) that rounding alone explains, between two orders of the same sums.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
-_LENGTHS = (17, 9, 4)
-# Long enough for several blocks of attention, the last one not whole.
-_LONG = 150
-_ROWS = 30
+# Documents of the probe: several blocks of attention and many windows; each is padded on the right.
+_WIDTH, _LENGTHS = 150, (100, 40)
+# Documents of the teacher itself: two blocks.
+_OWN_WIDTH, _OWN_LENGTHS = 70, (66, 17)
+# Longest document where a window cannot be shortened.
+_LONGEST = 2_200
+# Factors on hidden states; the largest drives logits of usual size far into a soft cap.
+_LOUDNESS = (1.0, 8.0, 64.0)
+# Relative RMS difference of raw logits between two orders of the same sums, in units of the dtype's epsilon.
+_RAW_EPSILONS = {torch.float32: 100.0}
+_RAW_EPSILONS_HALF = 0.75
+# What a family's code raises where it does not fit.
+_MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The result of a self-check.
+
+    Parameters
+    ----------
+    path
+        The fastest path that agrees, not compiled.
+    errors
+        Way → RMS difference in log-probs (nats); ``padding``: that of right padding without a mask; ``rounding``: the
+        yardstick on the teacher; infinite where a way does not apply.
+    refusals
+        Way → why it was not taken.
+    """
+
+    path: ScoringPath
+    errors: dict[str, float]
+    refusals: dict[str, str]
+
+
 def choose_path(
     teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS
 ) -> tuple[ScoringPath, dict[str, float]]:
+    """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
+
+    Parameters
+    ----------
+    teacher, exact, heads
+        As for :func:`check`.
+
+    Returns
+    -------
+    path, errors
+        As in :class:`Choice`.
+    """
+    choice = check(teacher, exact=exact, heads=heads)
+    return choice.path, choice.errors
+
+
+@torch.inference_mode()
+def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> Choice:
     """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
 
     Parameters
@@ -45,49 +101,38 @@ def choose_path(
     heads
         Ways from hidden states to logits to try, in order.
 
-    Returns
-    -------
-    path
-        The first that agrees, not compiled.
-    errors
-        Way → RMS difference in log-probs (nats); ``padding`` → that of right padding without a mask.
-
     Raises
     ------
     TeacherError
         If right padding changes the teacher's output (it is not causal), its logits are not finite, or no way agrees.
     """
     teacher.take(ScoringPath())
-    tolerance = TOLERANCE[_dtype_name(teacher)]
-    generator = torch.Generator().manual_seed(20_260_101)
-    tokens_BT = torch.randint(teacher.vocab_size, (len(_LENGTHS), _LENGTHS[0]), generator=generator)
-    tokens_BT = tokens_BT.to(teacher.device)
-    plain_BTV = teacher.logits_forward(tokens_BT).float().log_softmax(-1)
-    # Some checkpoints hold NaN for ids that never occur; a document that has one is refused when it is scored.
-    usable_BT = plain_BTV.isfinite().all(-1)
-    if not usable_BT.any():
-        raise TeacherError(
-            "teacher: expected finite logits on random tokens, got NaN or infinity everywhere; "
-            "set distillation.teacher.dtype=float32, or use another checkpoint"
-        )
-    errors = {"padding": _padding_error(teacher, tokens_BT, plain_BTV, usable_BT, generator)}
-    if not errors["padding"] <= tolerance:
-        raise TeacherError(
-            f"teacher: expected a causal model, which right padding cannot change, got an RMS difference of "
-            f"{errors['padding']:.2g} nats (tolerance {tolerance:.2g}); use a decoder-only teacher"
-        )
-    path = _choose_head(teacher, heads, tokens_BT, plain_BTV, usable_BT, tolerance / 10, errors)
+    own = Oracle(teacher, random_tokens(teacher, _OWN_WIDTH), _OWN_LENGTHS)
+    choice = Choice(path=ScoringPath(), errors={"rounding": own.noise}, refusals={})
+    probe, reach_untested = _probe_oracle(teacher, choice)
+    _require_causal(probe, choice)
+    path = _choose_head(probe, heads, choice)
     if teacher.device.type == "cpu":
-        path = _choose_attention(teacher, path, generator, tolerance, errors)
+        path = _choose_attention(probe, path, reach_untested, choice)
     path = dataclasses.replace(path, exact=exact and path.head == "linear" and teacher.dtype != torch.float32)
+    path = _confirm(own, path, heads, choice)
     teacher.take(path)
-    logger.info("path %s, RMS differences in nats from the plain forward: %s", path, errors)
-    return path, errors
+    logger.info("path %s, RMS differences in nats from the plain forward: %s", path, choice.errors)
+    for way, reason in choice.refusals.items():
+        logger.info("%s is not used: %s", way, reason)
+    return dataclasses.replace(choice, path=path)
 
 
 @torch.inference_mode()
-def try_compiled(teacher: Teacher) -> float:
+def try_compiled(teacher: Teacher, longest: int = _WIDTH) -> float:
     """Compile the path a teacher is on, with fused attention if that agrees, and compare it with what it was.
+
+    Parameters
+    ----------
+    teacher
+        A teacher after :func:`check`.
+    longest
+        Tokens of the longest document of the data: windows that it does not reach beyond are not tested.
 
     Returns
     -------
@@ -99,58 +144,100 @@ def try_compiled(teacher: Teacher) -> float:
     RuntimeError
         If it cannot be compiled, or the difference is more than rounding; the teacher is on the path it was.
     """
-    generator = torch.Generator().manual_seed(20_260_102)
-    tokens_BT = _long_tokens(teacher, generator)
-    eager = teacher.path
-    plain_RV = _logprobs(teacher, tokens_BT)
-    compiled = dataclasses.replace(eager, compiled=True)
-    if eager.attention == "blocks" and teacher.dtype == torch.bfloat16 and fused.available():
+    crossed = [window for window in reaches(teacher).values() if window < min(longest, _LONGEST)]
+    if crossed:
+        # Layers are compiled anew where a mask appears, which is beyond a window.
+        tokens_BT = random_tokens(teacher, max(crossed) + 3 * SHORT)[:1]
+        oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1],))
+    else:
+        oracle = Oracle(teacher, random_tokens(teacher, _WIDTH), _LENGTHS)
+    compiled = dataclasses.replace(teacher.path, compiled=True)
+    if teacher.path.attention == "blocks" and teacher.dtype == torch.bfloat16 and fused.available():
         try:
-            return _take_compiled(teacher, dataclasses.replace(compiled, attention="fused"), tokens_BT, plain_RV)
+            return _take_compiled(oracle, dataclasses.replace(compiled, attention="fused"))
         except RuntimeError as error:
             logger.info("fused attention does not apply: %s", error)
-    return _take_compiled(teacher, compiled, tokens_BT, plain_RV)
+    return _take_compiled(oracle, compiled)
 
 
-def _take_compiled(teacher: Teacher, path: ScoringPath, tokens_BT: Tensor, plain_RV: Tensor) -> float:
-    eager = teacher.path
-    teacher.take(path)
-    error = _rms(_logprobs(teacher, tokens_BT) - plain_RV)
-    if not error <= TOLERANCE[_dtype_name(teacher)]:
-        teacher.take(eager)
-        raise RuntimeError(f"compiled layers differ by {error:.2g} nats RMS")
+def _take_compiled(oracle: Oracle, path: ScoringPath) -> float:
+    eager = oracle.teacher.path
+    oracle.teacher.take(path)
+    error = rms(oracle.logprobs() - oracle.plain_RV)
+    if not error <= oracle.limit:
+        oracle.teacher.take(eager)
+        raise RuntimeError(f"compiled layers differ by {error:.2g} nats RMS, the limit is {oracle.limit:.2g}")
     return error
 
 
-def _padding_error(
-    teacher: Teacher, tokens_BT: Tensor, plain_BTV: Tensor, usable_BT: Tensor, generator: torch.Generator
-) -> float:
-    """Score the same shapes with other padding: a causal model gives the same numbers left of it."""
-    padding_BT = (torch.arange(_LENGTHS[0]) >= torch.tensor(_LENGTHS)[:, None]).to(teacher.device)
-    other_BT = torch.randint(teacher.vocab_size, tokens_BT.shape, generator=generator).to(teacher.device)
-    repadded_BTV = teacher.logits_forward(torch.where(padding_BT, other_BT, tokens_BT)).float().log_softmax(-1)
-    compared_BT = usable_BT & ~padding_BT
-    return _rms(repadded_BTV[compared_BT] - plain_BTV[compared_BT])
+def _probe_oracle(teacher: Teacher, choice: Choice) -> tuple[Oracle, str | None]:
+    """Return what paths are compared on, and which window could not be reached beyond, if any."""
+    for whole in (False, True):
+        try:
+            probe = make_probe(teacher, whole=whole)
+            return _shortened(probe)
+        except (*_MISFITS, TeacherError) as error:
+            logger.info("no float32 copy of %s: %s", "the teacher" if whole else "its first layers", first_line(error))
+            reason = first_line(error)
+    choice.refusals["float32"] = reason
+    return _at_length(teacher, reaches(teacher))
 
 
-def _choose_head(
-    teacher: Teacher,
-    heads: tuple[Head, ...],
-    tokens_BT: Tensor,
-    plain_BTV: Tensor,
-    usable_BT: Tensor,
-    tolerance: float,
-    errors: dict[str, float],
-) -> ScoringPath:
-    for path in (path for head in heads for path in _ways(teacher, head)):
-        errors[path.head] = min(
-            errors.get(path.head, float("inf")), _head_error(teacher, path, tokens_BT, plain_BTV, usable_BT)
+def _shortened(probe: Teacher) -> tuple[Oracle, str | None]:
+    """Shorten each window of a probe; where that changes nothing, it may be kept elsewhere and stays as it is."""
+    tokens_BT = random_tokens(probe, _WIDTH)
+    oracle = Oracle(probe, tokens_BT, _LENGTHS)
+    untested = {}
+    for name, value in reaches(probe).items():
+        set_reach(probe, name, value, SHORT)
+        try:
+            shorter = Oracle(probe, tokens_BT, _LENGTHS)
+            works = rms(shorter.plain_RV - oracle.plain_RV) > oracle.limit
+        except (*_MISFITS, TeacherError) as error:
+            logger.info("%s cannot be shortened to %d: %s", name, SHORT, first_line(error))
+            works = False
+        if works:
+            oracle = shorter
+        else:
+            set_reach(probe, name, SHORT, value)
+            untested[name] = value
+    return (oracle, None) if not untested else _at_length(probe, untested)
+
+
+def _at_length(teacher: Teacher, windows: dict[str, int]) -> tuple[Oracle, str | None]:
+    """Return documents that reach beyond windows as they are, as far as that is affordable."""
+    longest = max(windows.values(), default=0)
+    width = max(_WIDTH, min(_LONGEST, longest + 3 * SHORT))
+    tokens_BT = random_tokens(teacher, width)
+    oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1] - SHORT, _LENGTHS[-1]))
+    # A window as long as the model's positions is one that no document reaches beyond.
+    positions = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    beyond = [f"{name}={value}" for name, value in windows.items() if oracle.lengths[0] <= value < positions]
+    reason = f"documents of {oracle.lengths[0]} tokens do not reach beyond {', '.join(beyond)}"
+    return oracle, reason if beyond else None
+
+
+def _require_causal(probe: Oracle, choice: Choice) -> None:
+    choice.errors["padding"] = error = probe.padding_error()
+    if not error <= probe.limit:
+        raise TeacherError(
+            f"teacher: expected a causal model, which right padding cannot change, got an RMS difference of "
+            f"{error:.2g} nats (its own rounding: {probe.noise:.2g}); use a decoder-only teacher"
         )
-        if errors[path.head] <= tolerance:
+
+
+def _choose_head(probe: Oracle, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
+    for path in (path for head in heads for path in _ways(probe.teacher, head)):
+        error = _head_error(probe, path)
+        choice.errors[path.head] = min(choice.errors.get(path.head, float("inf")), error)
+        if error <= probe.limit:
+            choice.refusals.pop(path.head, None)
             return path
+        choice.refusals[path.head] = f"off by {choice.errors[path.head]:.2g} nats, the limit is {probe.limit:.2g}"
     raise TeacherError(
         f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward within "
-        f"{tolerance:.2g} nats, got {errors}; run again with distillation.teacher.generation.force_regenerate=true"
+        f"{probe.limit:.2g} nats, got {choice.errors}; run again with "
+        "distillation.teacher.generation.force_regenerate=true"
     )
 
 
@@ -173,65 +260,73 @@ def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
             yield ScoringPath(head="linear", scale=scale, softcap=cap)
 
 
-def _head_error(teacher: Teacher, path: ScoringPath, tokens_BT: Tensor, plain_BTV: Tensor, usable_BT: Tensor) -> float:
+def _head_error(probe: Oracle, path: ScoringPath) -> float:
+    """Return a head path's error; infinite where raw logits differ from those of the model's own code."""
     if path.head == "forward":
         return 0.0
     try:
-        teacher.take(path)
-        hidden_RD = teacher.hidden_states(tokens_BT).flatten(0, 1)
-        logits_RV = torch.empty(len(hidden_RD), teacher.vocab_size, dtype=teacher.dtype, device=teacher.device)
-        teacher.logits(hidden_RD, logits_RV)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        logger.info("head path %s does not apply: %s", path.head, error)
+        error = probe.error(path)
+    except _MISFITS as misfit:
+        logger.info("head path %s does not apply: %s", path.head, misfit)
         return float("inf")
-    finally:
+    if path.head == "replay" or error > probe.limit:
+        return error
+    teacher, hidden_RD = probe.teacher, probe.hidden_states()
+    for loudness in _LOUDNESS:
+        loud_RD = hidden_RD * loudness
+        teacher.take(ScoringPath(head="replay"))
+        try:
+            wanted_RV = head_logits(teacher, loud_RD).float()
+        except _MISFITS:
+            # The family's code after the trunk cannot be run alone; the forward has been compared.
+            return error
+        finally:
+            teacher.take(ScoringPath())
+        teacher.take(path)
+        found_RV = head_logits(teacher, loud_RD).float()
         teacher.take(ScoringPath())
-    finished_RV = path.finish(logits_RV) if path.head == "linear" else logits_RV
-    return _rms(finished_RV.float().log_softmax(-1)[usable_BT.flatten()] - plain_BTV[usable_BT])
+        if not rms(found_RV - wanted_RV) <= _raw_limit(teacher.dtype) * rms(wanted_RV):
+            return float("inf")
+    return error
 
 
-def _choose_attention(
-    teacher: Teacher, path: ScoringPath, generator: torch.Generator, tolerance: float, errors: dict[str, float]
-) -> ScoringPath:
-    tokens_BT = _long_tokens(teacher, generator)
-    teacher.take(path)
-    plain_RV = _logprobs(teacher, tokens_BT)
+def _raw_limit(dtype: torch.dtype) -> float:
+    return _RAW_EPSILONS.get(dtype, _RAW_EPSILONS_HALF) * torch.finfo(dtype).eps
+
+
+def _choose_attention(probe: Oracle, path: ScoringPath, untested: str | None, choice: Choice) -> ScoringPath:
     blocks = dataclasses.replace(path, attention="blocks")
+    choice.errors["blocks"] = float("inf")
     try:
-        teacher.take(blocks)
-        errors["blocks"] = _rms(_logprobs(teacher, tokens_BT) - plain_RV)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        logger.info("block attention does not apply: %s", error)
-        errors["blocks"] = float("inf")
-    if errors["blocks"] <= tolerance:
+        choice.errors["blocks"] = error = probe.error(blocks)
+    except _MISFITS as misfit:
+        choice.refusals["blocks"] = first_line(misfit)
+        return path
+    if untested:
+        choice.refusals["blocks"] = untested
+    elif not error <= probe.limit:
+        choice.refusals["blocks"] = f"off by {error:.2g} nats, the limit is {probe.limit:.2g}"
+    else:
         return blocks
-    teacher.take(path)
     return path
 
 
-def _long_tokens(teacher: Teacher, generator: torch.Generator) -> Tensor:
-    config = teacher.model.config.get_text_config()
-    length = min(_LONG, getattr(config, "max_position_embeddings", None) or _LONG)
-    return torch.randint(teacher.vocab_size, (2, length), generator=generator).to(teacher.device)
-
-
-def _logprobs(teacher: Teacher, tokens_BT: Tensor) -> Tensor:
-    """Return the log-probs of some positions, those with NaN left at 0."""
-    rows_R = torch.linspace(0, tokens_BT.numel() - 1, _ROWS).long().to(teacher.device)
-    if teacher.path.head == "forward":
-        logits_RV = teacher.logits_forward(tokens_BT).flatten(0, 1)[rows_R]
-    else:
-        hidden_RD = teacher.hidden_states(tokens_BT).flatten(0, 1)[rows_R]
-        logits_RV = torch.empty(_ROWS, teacher.vocab_size, dtype=teacher.logits_dtype, device=teacher.device)
-        teacher.logits(hidden_RD, logits_RV)
-        if teacher.path.head == "linear":
-            logits_RV = teacher.path.finish(logits_RV)
-    return logits_RV.float().log_softmax(-1).nan_to_num(nan=0.0)
-
-
-def _rms(difference: Tensor) -> float:
-    return float(difference.double().square().mean().sqrt())
-
-
-def _dtype_name(teacher: Teacher) -> str:
-    return str(teacher.dtype).removeprefix("torch.")
+def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
+    """Compare the chosen path with the forward of the whole teacher in its own dtype; give up what does not agree."""
+    ways = [path, dataclasses.replace(path, attention="model")]
+    ways += [ScoringPath(head=head) for head in HEADS[1:] if head in heads]
+    for way in ways:
+        given_up = "blocks" if way.attention == "blocks" else way.head
+        try:
+            error = 0.0 if way == ScoringPath() else own.error(way)
+        except _MISFITS as misfit:
+            choice.refusals[given_up] = first_line(misfit)
+            continue
+        if error <= own.limit:
+            choice.errors["path"] = error
+            return way
+        choice.refusals[given_up] = f"off by {error:.2g} nats in {own.teacher.dtype}, the limit is {own.limit:.2g}"
+    raise TeacherError(
+        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward, got "
+        f"{choice.refusals}; run again with distillation.teacher.generation.force_regenerate=true"
+    )

@@ -88,7 +88,10 @@ class Teacher:
     def __init__(self, model: Any, vocab_size: int) -> None:
         self.model = model
         self.vocab_size = vocab_size
-        self.trunk: Any = self.model.base_model
+        # Llama 4's class names a trunk that it does not have, so base_model is the whole model.
+        prefix: str = self.model.base_model_prefix
+        self._trunk_name = prefix if hasattr(self.model, prefix) else "model"
+        self.trunk: Any = getattr(self.model, self._trunk_name, self.model)
         self.head: Any = self.model.get_output_embeddings()
         # Of inputs and results; accelerate's hooks bring activations to the layers of a teacher that is spread.
         self.device: torch.device = self.head.weight.device
@@ -169,6 +172,8 @@ class Teacher:
 
     def _linear(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
         weight_DV = self.head.weight[: self.vocab_size].t()
+        # Some families keep the residual stream in float32 and round it here.
+        hidden_RD = hidden_RD.to(weight_DV.dtype)
         if out_RV.dtype != weight_DV.dtype:
             # Half-precision factors, float32 sums and results; CUDA only (PyTorch 150812).
             torch.mm(hidden_RD, weight_DV, out_dtype=out_RV.dtype, out=out_RV)
@@ -180,15 +185,14 @@ class Teacher:
     def _replay(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        name: str = self.model.base_model_prefix
         tokens = torch.zeros(1, len(hidden_RD), dtype=torch.int64, device=self.device)
         output = BaseModelOutputWithPast(last_hidden_state=hidden_RD[None])
         # The attribute is swapped, not the module's forward, so that hooks on the trunk do not run again.
-        setattr(self.model, name, _Stub(output))
+        setattr(self.model, self._trunk_name, _Stub(output))
         try:
             logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
         finally:
-            setattr(self.model, name, self.trunk)
+            setattr(self.model, self._trunk_name, self.trunk)
         out_RV.copy_(logits_1RV[0, :, : self.vocab_size])
 
     def logits_forward(self, input_ids_BT: Tensor) -> Tensor:

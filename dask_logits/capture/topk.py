@@ -139,7 +139,8 @@ def topk_with_tail(
         highest_R1 = torch.maximum(maxima_RN.amax(-1, keepdim=True), kept_RK[:, :1])
         left_R = (values_RC[:, k:] - highest_R1).exp().sum(-1)
     sums_RN.scatter_(1, chosen_RC, 0.0)
-    rest_RG = sums_RN.view(*bases_RG.shape, -1).sum(-1) * (bases_RG - highest_R1).exp()
+    # No base exceeds the highest value but that of a group of −inf, which is 0 and may lie far above: 0 · inf is NaN.
+    rest_RG = sums_RN.view(*bases_RG.shape, -1).sum(-1) * (bases_RG - highest_R1).clamp(max=0.0).exp()
     candidates.scatter_(1, place_RK, -torch.inf)
     left_R = left_R + rest_RG.sum(-1) + _sum_exp(path.compiled)(candidates, highest_R1, path)
     total_R = left_R + (kept_RK - highest_R1).exp().sum(-1)

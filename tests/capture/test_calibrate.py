@@ -61,6 +61,27 @@ def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeyp
     assert found["numerics"]["batch_tokens"] == (256 if faster else 128)
 
 
+@pytest.mark.parametrize(("minutes", "tries_compiled"), [(1.4, False), (9, True), (60, True)])
+def test_its_cost_is_a_small_part_of_the_plan(task, monkeypatch, minutes: float, tries_compiled: bool) -> None:
+    rate, spent = 230, []
+
+    def slowly(*args, **settings):
+        scored = score_items(*args, **settings)
+        spent.append(scored.records.n_tokens / rate)
+        return dataclasses.replace(scored, seconds=scored.seconds | {"score": spent[-1]})
+
+    monkeypatch.setattr(calibration, "score_items", slowly)
+    # Compiling takes real time; here it changes nothing, and is timed like the rest.
+    monkeypatch.setattr(calibration, "try_compiled", lambda teacher, longest: 0.0)
+    draw = np.random.default_rng(0)
+    documents = tuple(draw.integers(VOCAB_SIZE, size=250).astype(np.int32) for _ in range(40))
+    plan_tokens = round(60 * minutes * rate)
+    found = calibrate(task(documents=documents, plan_tokens=plan_tokens, batch_tokens_fixed=False))
+    assert sum(spent) <= 0.1 * 60 * minutes
+    assert ("compiled" in found["trials_tokens_per_second"]) == tries_compiled
+    assert 0 <= found["tokens"] - calibration.sample_tokens(plan_tokens) < 250
+
+
 def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
     bounded = calibrate(task(batch_tokens_fixed=False, plan_tokens=10**9, most_trial_seconds=1e-3))
     monkeypatch.setattr(calibration, "_UNKNOWN_SECONDS", 1e-3)
@@ -73,7 +94,7 @@ def test_compiled_layers_are_kept_if_they_pay(task) -> None:
     found = calibrate(task(compile="always"))
     assert found["numerics"]["path"]["compiled"]
     assert found["compile_seconds"] > 0
-    assert found["errors_nats"]["compiled"] < 0.15
+    assert found["errors_nats"]["compiled"] <= 4 * found["errors_nats"]["rounding"]
     assert set(found["trials_tokens_per_second"]) == {"eager", "compiled"}
 
 

@@ -70,6 +70,19 @@ def test_the_whole_vocabulary_leaves_no_tail() -> None:
     assert (top.tail_logmass_R == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [-100.0, -1e4, -1e30])
+def test_very_low_logits_beside_blocks_of_minus_infinity_are_summed(level: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    exact = torch.full((3, 2048), -torch.inf, dtype=torch.float64)
+    exact[:, :512] = (level + torch.randn(3, 512)).to(dtype)
+    refine = (lambda ids: exact.gather(1, ids).float()) if dtype == torch.bfloat16 else None
+    top = topk_with_tail(exact.to(dtype), 8, refine=refine)
+    torch.testing.assert_close(top.logsumexp_R.double(), exact.logsumexp(-1), rtol=1e-5, atol=1e-4)
+    tail = exact.log_softmax(-1).scatter(1, top.ids_RK, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(top.tail_logmass_R.double(), tail, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_rows_that_are_not_finite_show_in_logsumexp(bad: float) -> None:
     logits = np.zeros((3, 130), np.float32)

@@ -159,7 +159,7 @@ def test_a_sharded_checkpoint_loads(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_the_dtype_of_a_wrapper_is_that_of_its_text_part(name: str, tmp_path) -> None:
-    from families import BY_TYPE, save_family
+    from popular import BY_TYPE, save_family
 
     save_family(tmp_path, BY_TYPE["qwen3_vl"], "bfloat16")
     path = tmp_path / "config.json"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders import VOCAB_SIZE, run
-from families import BY_TYPE, FAMILIES, Family, save_family
+from popular import BY_TYPE, FAMILIES, Family, save_family
 from test_scoring import K, assert_targets_match, plain_targets, settings
 
 from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
