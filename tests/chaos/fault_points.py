@@ -45,7 +45,12 @@ def make_run(folder: Path) -> RunFolder:
     """Make a run folder whose partitions are planned and not computed."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    how = {"job": {"keep_partitions": False}, "cache": {"max_file_size": None}, "teacher": {"model_path": "t"}}
+    how = {
+        "job": {"keep_partitions": False},
+        "cache": {"max_file_size": None},
+        "teacher": {"model_path": "t"},
+        "dataset": {},
+    }
     said = {"fingerprint": "f", "what": WHAT, "numerics": {}, "total_workers": 1, "how": how, "teacher": {}}
     tokenizer = {"tokenizer_map_digest": None, "tokenizer_ids": 0}
     create_json(run.manifest_path, {"format": FORMAT, "version": VERSION, "run_id": "r", **said, **tokenizer})
@@ -66,6 +71,7 @@ def publish(folder: Path, index: int = 0) -> None:
         "read_rows": lambda files, column: [],
         "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
         "make_items": lambda documents, settings, first_row: [],
+        "environment": lambda device: {},
         "load_teacher": lambda spec, vocab_size: None,
         "score_items": lambda *_, **__: Scored(records=made, seconds={}, splits={}, padded_tokens=0),
     }
@@ -78,7 +84,7 @@ def publish(folder: Path, index: int = 0) -> None:
         column="text",
         tokenizer=None,
         items=SimpleNamespace(packing="none"),
-        teacher=None,
+        teacher=SimpleNamespace(device="cpu"),
         scoring=SimpleNamespace(vocab_size=VOCAB_SIZE),
         profile=run.profile(),
         cost=Cost(),
