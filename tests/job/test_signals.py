@@ -21,6 +21,12 @@ from dask_logits.store.cache import CacheReader
 BOUND_SECONDS = 300
 # What a calibration does, as far as a signal is concerned: a task on a worker that takes long.
 LONG_TASK = """
+import signal
+
+# A test run in the background of a shell, or under nohup, would pass on that it ignores them.
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
 import sys
 from dask_logits.cli import run
 from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
