@@ -23,6 +23,7 @@ from dask_logits.errors import TeacherError
 # How many times the model's own rounding a path may be off.
 FACTOR = 4.0
 _ROWS = 64
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -142,7 +143,18 @@ def random_tokens(teacher: Teacher, width: int) -> Tensor:
     config = teacher.model.config.get_text_config()
     generator = torch.Generator().manual_seed(20_260_101)
     width = min(width, getattr(config, "max_position_embeddings", None) or width)
-    return torch.randint(teacher.vocab_size, (2, width), generator=generator).to(teacher.device)
+    ids_V = _finite_ids(teacher)
+    return ids_V[torch.randint(len(ids_V), (2, width), generator=generator)].to(teacher.device)
+
+
+def _finite_ids(teacher: Teacher) -> Tensor:
+    """Return the ids whose embeddings are finite, [V]; NaN would reach every position of its document."""
+    ids_V = torch.arange(teacher.vocab_size)
+    weight_VD = getattr(teacher.model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight_VD, Tensor) or weight_VD.dtype not in _FLOATS or len(weight_VD) < len(ids_V):
+        return ids_V
+    usable_V = weight_VD[: len(ids_V)].isfinite().all(-1).cpu()
+    return ids_V[usable_V] if usable_V.any() else ids_V
 
 
 def rms(difference: Tensor) -> float:
