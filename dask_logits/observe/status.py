@@ -247,6 +247,7 @@ def _read_status(run: RunFolder) -> Status:
         cache = None
     scoring, peak = seconds.get("score", 0.0), ((run.calibration() or {}).get("cost") or {}).get("peak_flops", 0.0)
     failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
+    left_out = drivers.left_out
     state: State
     if is_complete and (not drivers.alive or drivers.state() == "consolidating"):
         state, drivers = "complete", Drivers()
@@ -279,7 +280,7 @@ def _read_status(run: RunFolder) -> Status:
         seconds=seconds,
         mfu=flops / scoring / peak if scoring and peak else float("nan"),
         splits=splits,
-        left_out=drivers.left_out,
+        left_out=left_out,
         running=len(drivers.alive),
         running_tokens_per_second=drivers.tokens_per_second,
         seconds_left=drivers.seconds_left,
