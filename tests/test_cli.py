@@ -74,7 +74,7 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
         (("generate", "distillation.teacher.generation.top_k=zero"), "expected int, got 'zero'"),
         (("generate", "teacher_logits.top_k=3"), "use distillation.teacher.generation.top_k=3"),
         (("generate", "cluster=lokal"), "Could not find 'cluster/lokal'"),
-        (("plan", "distillation.dataset.data_files=~/a"), "=~/a: expected SETTING=VALUE, got a value that Hydra's"),
+        (("plan", "distillation.job.retries=~a"), "=~a: expected SETTING=VALUE, got a value that Hydra's"),
         (("generate", "--cfg", "job", "distillation.teacher.top=1"), "unknown setting"),
         (("status", "no/such/run"), "expected a run folder with run.json, got none"),
         (("status", "~nobody-here/run"), "expected a path, got one whose home folder is not known"),

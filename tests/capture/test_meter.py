@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from builders import HEAD_WIDTH, VOCAB_SIZE, tiny_model
-from families import BY_TYPE, Family, build_family
+from popular import BY_TYPE, Family, build_family
 
 from dask_logits.capture.meter import Cost, Stopwatch, _peak_flops, measure_cost
 from dask_logits.capture.teacher import Teacher

@@ -34,11 +34,11 @@ class Poison(WorkerPlugin):
         self.flag, self.row, self.act = flag, row, act
 
     def setup(self, worker) -> None:
-        from dask_logits.capture import task
+        from dask_logits.capture import task, tokens
 
-        tokenize, write, flag, row, act = task.tokenize, task.write_partition, self.flag, self.row, self.act
+        read, write, flag, row, act = tokens.read_documents, task.write_partition, self.flag, self.row, self.act
 
-        def tokenize_poison(rows, spec, first_row=0):
+        def read_poison(rows, spec, *, first_row=0):
             if flag.exists() and first_row <= row < first_row + len(rows):
                 import time
 
@@ -51,7 +51,7 @@ class Poison(WorkerPlugin):
                     re.match("(a+)+$", "a" * 64 + "b")
                 if act == "raise":
                     raise ValueError("odd text")
-            return tokenize(rows, spec, first_row=first_row)
+            return read(rows, spec, first_row=first_row)
 
         def write_full(attempt, records, profile):
             files = write(attempt, records, profile)
@@ -59,7 +59,8 @@ class Poison(WorkerPlugin):
                 raise OSError(28, "No space left on device")
             return files
 
-        task.tokenize, task.write_partition = tokenize_poison, write_full
+        task.read_documents = tokens.read_documents = read_poison
+        task.write_partition = write_full
 
 
 @contextlib.contextmanager

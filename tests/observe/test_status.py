@@ -36,7 +36,7 @@ def test_a_run_is_visible_while_it_calibrates(tmp_path) -> None:
     status = read_status(folder)
     assert (status.state, status.step, status.running) == ("calibrating", "loading the teacher", 1)
     assert "\nstate         calibrating since " in "\n".join(status.lines())
-    assert re.search(r"\(\d min \d+ s\): loading the teacher$", status.lines()[1])
+    assert re.search(r"\(\d+ min \d+ s\): loading the teacher$", status.lines()[1])
     assert status.next_command == f"dask-logits status {folder}"
     shown = Monitor(folder).watch(seconds=0.01, until=0)
     assert shown is not None
