@@ -69,6 +69,14 @@ def test_scoring_runs(llama, corpus, tmp_path) -> None:
     assert found["accuracy"]["rms_nats_bfloat16"] < 0.01
 
 
+def test_capture_runs(llama, corpus, tmp_path, capsys) -> None:
+    run("capture.py", "--tiny", "--model", llama, "--corpus", corpus, "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [round_["tokens"] for round_ in found["rounds"]["loop"]] == [found["tokens"]]
+    assert found["ratio"].keys() == {"loop"}
+    assert "padded batch-4 loop" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "package", "arguments"),
     [
