@@ -34,7 +34,7 @@ def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dask_logits.capture.task import peak_rss_bytes
+    from dask_logits.worker.task import peak_rss_bytes
 
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -73,9 +73,9 @@ def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
 def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Run the job in this process, with its worker in another."""
     from dask_logits import generate, load_config
-    from dask_logits.capture.tokens import tokenize
+    from dask_logits.data.tokens import tokenize
     from dask_logits.job import run as job_run
-    from dask_logits.observe.progress import add_seconds
+    from dask_logits.run.timings import add_seconds
 
     spans: dict[str, float] = {}
     score, consolidate = job_run.score, job_run.consolidate_run
@@ -280,7 +280,7 @@ def main() -> None:
 
 def report(found: dict[str, Any], out: Path | None) -> None:
     """Print the table and keep the figures."""
-    from dask_logits.observe.progress import shares
+    from dask_logits.run.timings import shares
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

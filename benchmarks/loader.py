@@ -33,9 +33,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dask_logits import CachedLogitsDataset, ItemOrder, collate
-from dask_logits.store.cache import CacheReader
-from dask_logits.store.profile import Compact, Plain, Profile, id_table
-from dask_logits.store.writer import CacheWriter
+from dask_logits.cache.profile import Compact, Plain, Profile, id_table
+from dask_logits.cache.reader import CacheReader
+from dask_logits.cache.writer import CacheWriter
 
 Reader = Callable[[int], int]
 

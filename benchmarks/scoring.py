@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from dask.system import CPU_COUNT
 
-from dask_logits.capture.calibrate import auto_budgets
-from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
-from dask_logits.capture.items import plain_items
-from dask_logits.capture.meter import measure_cost
-from dask_logits.capture.scoring import ScoringSettings, score_items
-from dask_logits.capture.selfcheck import choose_path, try_compiled
-from dask_logits.capture.teacher import Teacher
 from dask_logits.config import TeacherConfig
+from dask_logits.data.items import plain_items
 from dask_logits.records import Array
+from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.teacher.meter import measure_cost
+from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.teacher.selfcheck import choose_path, try_compiled
+from dask_logits.worker.calibrate import auto_budgets
 
 MODEL = "output/models/SmolLM2-135M-Instruct"
 CORPUS = "output/corpus/python-reference.jsonl"

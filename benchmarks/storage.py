@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from dask_logits.cache.partition import write_partition
+from dask_logits.cache.pieces import PartitionPiece, consolidate
+from dask_logits.cache.profile import PRECISIONS, Compact, Plain, id_table
+from dask_logits.cache.reader import CacheReader
 from dask_logits.records import TOKEN_ARRAYS, Array, Records
-from dask_logits.store.cache import CacheReader
-from dask_logits.store.consolidate import PartitionPiece, consolidate
-from dask_logits.store.partition import write_partition
-from dask_logits.store.profile import PRECISIONS, Compact, Plain, id_table
 
 PILOT_TOKENS = 10_000
 BLOCK_TOKENS = 4_096

@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dask_logits.capture.row_stream import RowStream
-from dask_logits.capture.tokens import encode
-from dask_logits.job.manifest import RunFolder
-from dask_logits.job.planlog import PlanLog
+from dask_logits.data.stream import RowStream
+from dask_logits.data.tokens import encode
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
 
 MODEL = "output/models/SmolLM2-135M-Instruct"
 CORPUS = "output/corpus/python-reference.jsonl"

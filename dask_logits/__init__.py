@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dask_logits.api import generate_teacher_logits
-    from dask_logits.capture.load import prepare_dataset
-    from dask_logits.compose import load_config
     from dask_logits.config import Config
+    from dask_logits.data.load import prepare_dataset
     from dask_logits.errors import (
         CacheError,
         CapacityError,
@@ -24,12 +23,13 @@ if TYPE_CHECKING:
         RunConflictError,
         TeacherError,
     )
-    from dask_logits.job.convert import convert
-    from dask_logits.job.merge import merge
+    from dask_logits.hydra_config import load_config
+    from dask_logits.job.recompute import verify
     from dask_logits.job.run import generate, retry
-    from dask_logits.job.verify import verify
     from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.status import read_status
+    from dask_logits.ops.convert import convert
+    from dask_logits.ops.merge import merge
     from dask_logits.train.batches import collate, collate_flat
     from dask_logits.train.dataset import CachedLogitsDataset
     from dask_logits.train.losses import distillation_loss
@@ -57,16 +57,16 @@ _HOMES = {
     "TeacherError": "errors",
     "collate": "train.batches",
     "collate_flat": "train.batches",
-    "convert": "job.convert",
+    "convert": "ops.convert",
     "distillation_loss": "train.losses",
     "generate": "job.run",
     "generate_teacher_logits": "api",
-    "load_config": "compose",
-    "merge": "job.merge",
-    "prepare_dataset": "capture.load",
+    "load_config": "hydra_config",
+    "merge": "ops.merge",
+    "prepare_dataset": "data.load",
     "read_status": "observe.status",
     "retry": "job.run",
-    "verify": "job.verify",
+    "verify": "job.recompute",
 }
 
 __all__ = [

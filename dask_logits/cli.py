@@ -106,14 +106,14 @@ def _print_help(command: str, arguments: Sequence[str]) -> bool:
 
 
 def _generate(overrides: list[str]) -> None:
-    from dask_logits.compose import load_config, run_hydra_app
     from dask_logits.config import Config
+    from dask_logits.hydra_config import load_config, run_hydra_app
 
     if _print_help("generate", overrides):
         return
 
     def one(config: Config) -> None:
-        from dask_logits.observe.progress import Steps
+        from dask_logits.job.progress import Steps
 
         _log_to_stderr(config.job.log_level)
         with Steps("preparing", is_live=False) as steps:
@@ -133,15 +133,16 @@ def _generate(overrides: list[str]) -> None:
 def _plan(overrides: list[str]) -> None:
     if _print_help("plan", overrides):
         return
-    from dask_logits.compose import load_config
-    from dask_logits.observe.progress import Steps
+    from dask_logits.hydra_config import load_config
+    from dask_logits.job.progress import Steps
 
     config = load_config(overrides)
     _log_to_stderr(config.job.log_level)
     with Steps("planning", is_live=False) as steps:
         steps.show("loading libraries")
+        from dask_logits.job.capacity import plan_lines
         from dask_logits.job.forecast import forecast_lines
-        from dask_logits.job.prepare import check_folder, plan_lines, prepare
+        from dask_logits.job.prepare import check_folder, prepare
 
         job = prepare(config, on_step=steps.show, count_seconds=_COUNT_SECONDS)
         check_folder(job)
@@ -176,7 +177,7 @@ def _retry(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
-    from dask_logits.job.verify import verify
+    from dask_logits.job.recompute import verify
 
     parser = _Parser(prog="dask-logits verify", description="Check every checksum and every row.")
     parser.add_argument("path", help="a cache, an index, or a run folder")
@@ -194,7 +195,7 @@ def _verify(arguments: list[str]) -> None:
 def _show(arguments: list[str]) -> None:
     import json
 
-    from dask_logits.observe.card import card, card_lines
+    from dask_logits.ops.show import card, card_lines
 
     parser = _Parser(prog="dask-logits show", description="Say what a cache is.")
     parser.add_argument("cache", help="the cache, or the run folder it lies in")
@@ -205,7 +206,7 @@ def _show(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
-    from dask_logits.job.convert import convert
+    from dask_logits.ops.convert import convert
 
     parser = _Parser(prog="dask-logits convert", description="Write a cache in another profile.")
     parser.add_argument("cache", help="the cache file")
@@ -223,7 +224,7 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _merge(arguments: list[str]) -> None:
-    from dask_logits.job.merge import merge
+    from dask_logits.ops.merge import merge
 
     parser = _Parser(prog="dask-logits merge", description="Make one cache of the parts of a job.")
     parser.add_argument("parts", nargs="*", help="run folders or caches")
@@ -262,7 +263,7 @@ def _log_to_stderr(level: str) -> None:
     from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
-    from dask_logits.observe.progress import stderr_console
+    from dask_logits.job.progress import stderr_console
 
     console = stderr_console()
     handler: logging.Handler

@@ -1,6 +1,6 @@
 """The one configuration: frozen dataclasses that say, bound by bound, what a job may be asked for.
 
-Hydra composes the YAML tree (:mod:`dask_logits.compose`); this module validates it without Hydra, so that workers
+Hydra composes the YAML tree (:mod:`dask_logits.hydra_config`); this module validates it without Hydra, so that workers
 and tests need neither. Every problem is reported at once, each with the dotted path of its setting.
 
 A setting is of one of three kinds:

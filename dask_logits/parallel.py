@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _launch(count: int, devices: str, overrides: list[str], *, merge: bool) -> int:
-    from dask_logits.compose import load_config
-    from dask_logits.job.cluster import cores
+    from dask_logits.hydra_config import load_config
+    from dask_logits.job.gpus import cores
 
     config = load_config(overrides)
     gpus = [gpu for gpu in (devices or _gpus()).split(",") if gpu]

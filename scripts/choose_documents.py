@@ -35,7 +35,7 @@ def measure(teacher: str, ids: list[int]) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dask_logits.capture.checkpoint import resolve_dtype
+    from dask_logits.teacher.checkpoint import resolve_dtype
 
     model = AutoModelForCausalLM.from_pretrained(
         teacher, dtype=getattr(torch, resolve_dtype("auto", "bfloat16", "cpu"))

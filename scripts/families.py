@@ -30,7 +30,7 @@ compared with the model's own forward of each document alone.
   decides which expert is chosen and a few tokens move the figure.
 - **Refused**: why a faster way is not taken. The model's own code is used instead, which is slower and as exact.
 
-`python scripts/families.py` writes this page; `tests/capture/test_families.py` checks it.
+`python scripts/families.py` writes this page; `tests/teacher/test_families.py` checks it.
 
 | family | path | float32 | bfloat16 | refused |
 |---|---|---|---|---|

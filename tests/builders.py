@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dask_logits.cache.profile import Compact, Plain, Profile, as_kept
+from dask_logits.cache.reader import CacheReader
+from dask_logits.cache.writer import CacheWriter
 from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
-from dask_logits.store.cache import CacheReader
-from dask_logits.store.profile import Compact, Plain, Profile, as_kept
-from dask_logits.store.writer import CacheWriter
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"

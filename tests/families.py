@@ -137,8 +137,8 @@ def measure(family: str, dtype: Any) -> Result:
     """Run the self-check on a tiny model and score documents of :data:`LENGTHS` in one padded batch."""
     import torch
 
-    from dask_logits.capture.selfcheck import check
-    from dask_logits.capture.teacher import ScoringPath, Teacher
+    from dask_logits.teacher.model import ScoringPath, Teacher
+    from dask_logits.teacher.selfcheck import check
 
     model = family_model(family).to(dtype)
     truth = Teacher(family_model(family).to(dtype).float(), VALID)

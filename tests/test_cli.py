@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from builders import tree
 
+from dask_logits.cache.reader import CacheReader
 from dask_logits.config import settings
-from dask_logits.store.cache import CacheReader
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "store" / "golden" / "v1.3-plain.h5"
+GOLDEN = ROOT / "tests" / "cache" / "golden" / "v1.3-plain.h5"
 
 
 def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=None) -> subprocess.CompletedProcess:

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.compose import check_overrides, config_dir, load_config
 from dask_logits.config import Config, settings
 from dask_logits.errors import ConfigError
+from dask_logits.hydra_config import check_overrides, config_dir, load_config
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]

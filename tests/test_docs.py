@@ -11,9 +11,9 @@ import pytest
 import torch
 from builders import compact, plain, records, save_tokenizer, sentences, tiny_model, write_cache, write_json_lines
 
-from dask_logits.compose import load_config
+from dask_logits.cache.profile import as_kept
+from dask_logits.hydra_config import load_config
 from dask_logits.records import TOKEN_ARRAYS
-from dask_logits.store.profile import as_kept
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -31,9 +31,9 @@ from builders import HEAD_WIDTH, finish, save_tokenizer, sentences, tiny_model, 
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
+from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
 from dask_logits.config import settings
-from dask_logits.store.cache import CacheReader
 
 ROOT = Path(__file__).parents[1]
 ADVANCED = ROOT / "docs" / "TEACHER_LOGITS_ADVANCED.md"
@@ -376,8 +376,8 @@ def test_messages_in_the_troubleshooting_table_are_real() -> None:
 
 
 def test_sizes_in_the_advanced_document_are_those_of_the_format() -> None:
-    from dask_logits.capture.calibrate import auto_budgets
     from dask_logits.records import bytes_per_token
+    from dask_logits.worker.calibrate import auto_budgets
 
     text = ADVANCED.read_text()
     rows = [tuple(map(int, row)) for row in re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)]

@@ -12,7 +12,7 @@ import pytest
 from builders import sentences
 from fake_hub import FakeHub, fake_hub, make_hub_repos
 
-from dask_logits.store.cache import CacheReader
+from dask_logits.cache.reader import CacheReader
 
 TEXTS = sentences(60, seed=11, longest=12)
 RUNNER = """

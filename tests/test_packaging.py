@@ -41,7 +41,7 @@ def test_the_wheel_holds_types_configuration_and_launchers(wheel) -> None:
     assert {
         "dask_logits/py.typed",
         "dask_logits/conf/config.yaml",
-        "dask_logits/capture/fused.cpp",
+        "dask_logits/teacher/cpu/fused.cpp",
         f"{data}/slurm_teacher_logits.sh",
         f"{data}/monitor.ipynb",
     } <= names.keys()

@@ -31,11 +31,11 @@ exists = pathlib.Path.exists
 pathlib.Path.exists = lambda path, **named: not str(path).startswith(("/proc", "/sys")) and exists(path, **named)
 
 from dask_logits import CachedLogitsDataset
-from dask_logits.capture.task import process_partition, peak_rss_bytes
-from dask_logits.capture.checkpoint import set_memory
+from dask_logits.worker.task import process_partition, peak_rss_bytes
+from dask_logits.teacher.checkpoint import set_memory
 from dask_logits.cli import main
-from dask_logits.job.cluster import cores
-from dask_logits.job.prepare import free_memory_bytes
+from dask_logits.job.gpus import cores
+from dask_logits.job.capacity import free_memory_bytes
 
 teacher, corpus, run = sys.argv[1:]
 set_memory()

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 from builders import ROOT, SMOLLM2
-from test_scoring import assert_targets_match, plain_targets
+from plain_forward import assert_targets_match, plain_targets
 
 from dask_logits import generate, load_config
-from dask_logits.store.cache import CacheReader, items
+from dask_logits.cache.reader import CacheReader, items
 
 CORPUS = ROOT / "output" / "corpus" / "python-reference.jsonl"
 

@@ -1,1 +1,1 @@
-"""The job around the teacher: its plan, its record on disk, its cluster, its driver."""
+"""The driver: makes a run happen. The only home of Dask."""

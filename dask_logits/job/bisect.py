@@ -12,13 +12,13 @@ from typing import Any
 import dask
 from distributed import Client
 
-from dask_logits.capture.task import PartitionTask, try_rows
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.calls import CALL_SECONDS, call_scheduler, holders, restart_worker, scheduler_lost
-from dask_logits.job.failures import Failure
+from dask_logits.job.dispatch import STAGES
 from dask_logits.job.roster import Roster
-from dask_logits.job.window import STAGES
+from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, holders, restart_worker, scheduler_lost
+from dask_logits.run.failures import Failure
+from dask_logits.worker.task import PartitionTask, try_rows
 
 logger = logging.getLogger(__name__)
 

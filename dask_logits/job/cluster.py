@@ -19,19 +19,28 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Security, rpc
 
-from dask_logits.capture.environment import Environment, describe, differences, environment, fix_for
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import CacheError, ClusterError
-from dask_logits.job.calls import CALL_SECONDS, call_scheduler
+from dask_logits.files.atomic import read_json
+from dask_logits.job.gpus import (
+    WorkerFacts,
+    check_groups,
+    cores,
+    gpu_groups,
+    grouped_cluster,
+    local_device,
+    named_gpus,
+    worker_facts,
+)
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
-from dask_logits.store.durable import read_json
+from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler
+from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
 
 logger = logging.getLogger(__name__)
 
@@ -72,53 +81,6 @@ class Cluster:
         return sorted(self.roster.usable(self.environments))
 
 
-def visible_gpus() -> int:
-    """Count the GPUs this process may use, without starting CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None and named.strip() in ("", "-1", "NoDevFiles"):
-        return 0
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except ImportError:
-        return 0
-    except pynvml.NVMLError:
-        return 0
-    count = int(pynvml.nvmlDeviceGetCount())
-    # Named devices may be slices of a GPU, which NVML does not count.
-    return count if named is None or count == 0 else len(named.split(","))
-
-
-def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
-    """Return the device of a cluster made on this machine.
-
-    Raises
-    ------
-    ClusterError
-        If a GPU is asked for and none is visible.
-    """
-    if generation.device == "cpu" or cluster.kind == "local_cpu":
-        return "cpu"
-    gpus = visible_gpus()
-    if generation.gpus_per_worker > max(gpus, 1):
-        raise ClusterError(
-            f"distillation.teacher.generation.gpus_per_worker: expected {generation.gpus_per_worker} visible GPUs, got "
-            f"{gpus}; lower it, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    if generation.device == "cuda" and gpus == 0:
-        raise ClusterError(
-            "distillation.teacher.generation.device: expected a visible GPU for 'cuda', got none; "
-            "set distillation.teacher.generation.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    if generation.devices is not None and gpus == 0:
-        raise ClusterError(
-            f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
-            "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    return "cuda" if gpus else "cpu"
-
-
 def joins_scheduler(cluster: ClusterConfig) -> bool:
     """Whether the configuration names an existing scheduler."""
     return cluster.kind == "scheduler" or (cluster.kind == "auto" and bool(cluster.scheduler or cluster.scheduler_file))
@@ -131,15 +93,8 @@ def local_workers(generation: GenerationConfig, device: str) -> int:
     if generation.worker_id is not None:
         return 1
     if device == "cuda":
-        return max(1, len(_visible(generation)) // generation.gpus_per_worker)
+        return max(1, len(named_gpus(generation)) // generation.gpus_per_worker)
     return max(1, cores() // 2)
-
-
-def cores() -> int:
-    """Return the CPU cores this process may use, by its affinity and its control group."""
-    from dask.system import CPU_COUNT
-
-    return int(CPU_COUNT)
 
 
 @contextlib.contextmanager
@@ -254,56 +209,12 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
 
     try:
         settings = common | {"groups": gpu_groups(generation), "device_memory_limit": None}
-        return start_cluster(_grouped(LocalCUDACluster), settings)
+        return start_cluster(grouped_cluster(LocalCUDACluster), settings)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "
             "set cluster=local_cpu, or repair the driver"
         ) from error
-
-
-def _visible(generation: GenerationConfig) -> list[str]:
-    """Return the GPUs of this machine that may be used: those named, or all that are visible."""
-    named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
-
-
-def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
-    """Return each worker's GPUs; a static worker takes one group.
-
-    Raises
-    ------
-    ClusterError
-        If there are fewer than one worker needs.
-    """
-    visible, size = _visible(generation), generation.gpus_per_worker
-    groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
-    if not groups:
-        raise ClusterError(
-            f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
-            f"{len(visible)} ({','.join(visible)}); lower it, or name more in distillation.teacher.generation.devices"
-        )
-    if len(visible) % size:
-        logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
-    return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
-
-
-def _grouped(base: type) -> Any:
-    """Make a cluster whose workers see their own GPUs and no others; dask-cuda lets each see all, its own first."""
-
-    class GroupedCUDACluster(base):  # type: ignore[misc]
-        def __init__(self, groups: list[list[str]], **settings: Any) -> None:
-            self._groups = [",".join(group) for group in groups]
-            super().__init__(CUDA_VISIBLE_DEVICES=[group[0] for group in groups], **settings)
-
-        def new_worker_spec(self) -> dict[Any, Any]:
-            spec: dict[Any, Any] = super().new_worker_spec()
-            for name, worker in spec.items():
-                group = self._groups[self.cuda_visible_devices.index(name)]
-                worker["options"]["env"]["CUDA_VISIBLE_DEVICES"] = group
-            return spec
-
-    return GroupedCUDACluster
 
 
 @contextlib.contextmanager
@@ -451,27 +362,6 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
         ) from error
 
 
-class WorkerFacts(NamedTuple):
-    """What a worker has.
-
-    Parameters
-    ----------
-    host
-        Its machine.
-    cores
-        CPU cores it may use; other workers of the machine may use them too.
-    gpus
-        GPUs it sees, the one it uses first.
-    environments
-        Device → environment in which it would score there.
-    """
-
-    host: str
-    cores: int
-    gpus: tuple[str, ...]
-    environments: Mapping[str, Environment] = MappingProxyType({})
-
-
 def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:
     """Return what each worker has that answers in time, and a roster with those that cannot be given work.
 
@@ -485,7 +375,7 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     async def ask() -> dict[str, Any]:
         addresses = list((await scheduler.identity(n_workers=-1))["workers"])
         calls = (
-            asyncio.wait_for(client.run(_worker_facts, workers=[address], asynchronous=True), seconds)
+            asyncio.wait_for(client.run(worker_facts, workers=[address], asynchronous=True), seconds)
             for address in addresses
         )
         return dict(zip(addresses, await asyncio.gather(*calls, return_exceptions=True), strict=True))
@@ -516,18 +406,6 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
 def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
     """Return the environments of the workers that have the device; loading the teacher is refused by others."""
     return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
-
-
-def _worker_facts() -> WorkerFacts:
-    import socket
-
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
-    environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
-    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments)
 
 
 def choose_environment(workers: Mapping[str, Environment], own: Environment) -> Environment | None:
@@ -578,25 +456,6 @@ def leave_out_misfits(cluster: Cluster, expected: Environment | None) -> None:
             "(distillation.cluster.allow_mixed_workers=true would allow it):\n%s",
             cluster.roster.listed(),
         )
-
-
-def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
-    """Refuse workers that would need each other's GPUs, or have too few."""
-    if gpus_per_worker == 1:
-        return
-    cure = (
-        "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
-        "--nthreads 2` (`dask cuda worker` starts one for each GPU)"
-    )
-    used: set[tuple[str, str]] = set()
-    for worker in workers:
-        group = {(worker.host, gpu) for gpu in worker.gpus[:gpus_per_worker]}
-        if len(group) < gpus_per_worker or group & used:
-            raise ClusterError(
-                f"distillation.teacher.generation.gpus_per_worker: expected {gpus_per_worker} GPUs for each worker and "
-                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {cure}"
-            )
-        used |= group
 
 
 def _threads(generation: GenerationConfig, workers: int) -> int:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from dask_logits.capture.checkpoint import resolve_dtype
-from dask_logits.job.cluster import cores
+from dask_logits.job.gpus import cores
 from dask_logits.job.prepare import Job
-from dask_logits.observe.progress import duration, each_of
+from dask_logits.run.timings import duration, each_of
+from dask_logits.teacher.checkpoint import resolve_dtype
 
 # Share of the rate of a large matrix product that scoring reaches.
 _TYPICAL_SHARE = 0.4

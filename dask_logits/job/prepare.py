@@ -9,44 +9,39 @@ import dataclasses
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from dask_logits.capture.calibrate import auto_budgets
-from dask_logits.capture.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
-from dask_logits.capture.corpus import open_corpus
-from dask_logits.capture.items import ItemSettings
-from dask_logits.capture.parquet_stream import ParquetStream
-from dask_logits.capture.rows import Source
-from dask_logits.capture.stream import is_stream, open_stream
-from dask_logits.capture.tokens import (
+from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, stride_problems
+from dask_logits.data.arrow import open_corpus
+from dask_logits.data.items import ItemSettings
+from dask_logits.data.open import is_stream, open_stream
+from dask_logits.data.parquet import ParquetStream
+from dask_logits.data.source import Source
+from dask_logits.data.tokens import (
     Documents,
     Tokenizer,
     TokenizerSpec,
     inspect_tokenizer,
     sample_documents,
 )
-from dask_logits.capture.topk import scratch_rows
-from dask_logits.capture.values import BadRow
-from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, stride_problems
-from dask_logits.errors import CapacityError, ConfigError, DatasetError, RunConflictError
-from dask_logits.job.cluster import joins_scheduler, local_device, local_workers
-from dask_logits.job.manifest import RUN_NAMES, RunFolder, Share, check_previous, compare
-from dask_logits.job.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
-from dask_logits.job.planlog import PlanLog
-from dask_logits.observe.progress import each_of, plural
-from dask_logits.store.durable import Json
+from dask_logits.data.values import BadRow
+from dask_logits.errors import ConfigError, DatasetError, RunConflictError
+from dask_logits.files.atomic import Json
+from dask_logits.job.cluster import joins_scheduler, local_workers
+from dask_logits.job.gpus import local_device
+from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
+from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.teacher.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
+from dask_logits.teacher.topk import scratch_rows
+from dask_logits.worker.calibrate import auto_budgets
 
 logger = logging.getLogger(__name__)
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Left to the machine when memory is compared.
-_HEADROOM = 0.95
 # Rows in which a column must have something.
 _LOOKED_AT_ROWS = 10_000
 
@@ -390,70 +385,6 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
         job.source.check(PlanLog(job.run))
 
 
-def check_capacity(job: Job, done: float = 0.0) -> None:
-    """Refuse a job that cannot fit.
-
-    Parameters
-    ----------
-    job
-        The job.
-    done
-        Share of its rows that is committed already.
-
-    Raises
-    ------
-    CapacityError
-        With the arithmetic.
-    """
-    whole = job.estimate.peak_disk_bytes if job.share.total == 1 else job.estimate.cache_bytes / job.share.total
-    need = round(whole - job.estimate.cache_bytes * done)
-    free = free_disk_bytes(job.run.path)
-    if need > free:
-        raise CapacityError(
-            f"distillation.teacher.cache_dir: expected {gib(need)} free for {_amount(job)} (partitions "
-            f"and cache side by side), got {gib(free)}; free space, or lower top_k or dataset.max_samples",
-            need,
-            free,
-        )
-    if job.device == "cpu" and job.n_workers:
-        need = job.estimate.worker_bytes * job.n_workers
-        free = free_memory_bytes()
-        if need > free * _HEADROOM:
-            raise CapacityError(
-                f"distillation.teacher.generation.num_workers: expected {gib(need)} of memory for {job.n_workers} "
-                f"workers of {gib(job.estimate.worker_bytes)}, got {gib(free)}; use fewer workers, a smaller "
-                "batch_tokens or partition.rows, or a smaller teacher",
-                need,
-                free,
-            )
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Return what is free on the disk a folder lies (or would lie) on."""
-    parent = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(parent).free
-
-
-def free_memory_bytes() -> int:
-    """Return the memory processes may still take, by the machine and by its control group."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        available = min(available, int(limit) - used)
-    return available
-
-
-def gib(count: float) -> str:
-    """Write bytes for people.
-
-    >>> gib(3 << 30), gib(5 << 20)
-    ('3.0 GiB', '5.0 MiB')
-    """
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> None:
     problems = []
     if config.teacher.generation.top_k > vocab_size:
@@ -472,35 +403,3 @@ def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> Non
         )
     if problems:
         raise ConfigError.from_problems(problems)
-
-
-def plan_lines(job: Job) -> list[str]:
-    """Write a plan for people: rows, partitions, and what they take beside what is free."""
-    cost = job.estimate
-    memory = (
-        f"{gib(cost.worker_bytes)} for {each_of(job.n_workers)}, {gib(free_memory_bytes())} free here"
-        if job.device == "cpu" and job.n_workers
-        else f"{gib(cost.worker_bytes)} for each worker's device"
-    )
-    rows = job.n_rows
-    partitions = "" if rows is None else f"{-(-rows // job.partition_rows):,} "
-    return [
-        f"run           {job.run.path}",
-        f"teacher       {job.config.teacher.model_path}: {job.teacher.parameters / 1e6:,.0f} M parameters, "
-        f"{job.teacher.head_width:,} logits, {job.tokenizer_spec.vocab_size:,} valid",
-        f"rows          {'all of a stream' if rows is None else f'{rows:,}{job.rows_note}'}",
-        f"tokens        {'unknown' if cost.tokens is None else f'{cost.tokens:,} (from a sample)'}",
-        f"partitions    {partitions}of {plural(job.partition_rows, 'row')}",
-        f"cache         {gib(cost.cache_bytes)}{_each(job)}",
-        f"peak disk     {gib(cost.peak_disk_bytes)}{_each(job)}, {gib(free_disk_bytes(job.run.path))} free",
-        f"peak memory   {memory}",
-    ]
-
-
-def _amount(job: Job) -> str:
-    tokens = job.estimate.tokens
-    return "a partition" if tokens is None else f"{tokens:,} tokens"
-
-
-def _each(job: Job) -> str:
-    return " for each partition" if job.estimate.tokens is None else ""

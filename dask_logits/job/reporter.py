@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 
 from dask_logits.errors import ClusterError, DaskLogitsError, first_line
-from dask_logits.job.calls import call_scheduler
+from dask_logits.files.atomic import replace_json
 from dask_logits.job.cluster import Cluster
 from dask_logits.job.prepare import Job
-from dask_logits.observe.progress import JobProgress
-from dask_logits.observe.status import RUNS_TOPIC
-from dask_logits.store.durable import replace_json
+from dask_logits.job.progress import JobProgress
+from dask_logits.job.scheduler import call_scheduler
+from dask_logits.run.folder import RUNS_TOPIC
 
 _REPORT_SECONDS = 10.0
 _EVENT_SECONDS = 5

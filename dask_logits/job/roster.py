@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dask_logits.job.failures import Kind
+from dask_logits.run.failures import Kind
 
 _FIRST_REST_SECONDS = 2.0
 _LONGEST_REST_SECONDS = 60.0

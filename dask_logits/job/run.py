@@ -19,20 +19,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dask_logits.capture.calibrate import TOKENS as CALIBRATION_TOKENS
-from dask_logits.capture.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
-from dask_logits.capture.checkpoint import resolve_dtype
-from dask_logits.capture.items import make_items
-from dask_logits.capture.tokens import sample_documents
-from dask_logits.compose import override
+from dask_logits.cache.profile import earns, save_array, save_id_table
 from dask_logits.config import Config, parse_bytes
+from dask_logits.data.items import make_items
+from dask_logits.data.tokens import sample_documents
 from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
-from dask_logits.job.assemble import consolidate_run, tidy
+from dask_logits.files.atomic import Json, create_json, expanded, read_json, room
+from dask_logits.files.lock import lease
+from dask_logits.hydra_config import override
+from dask_logits.job.capacity import check_capacity
 from dask_logits.job.cluster import Cluster, leave_out_misfits, open_cluster
-from dask_logits.job.committed import cached_rows_of, committed, covers, is_complete, open_run_cache
-from dask_logits.job.failures import read_failures
+from dask_logits.job.driver import Done, score, teacher_spec
 from dask_logits.job.launch import check_launcher
-from dask_logits.job.manifest import (
+from dask_logits.job.prepare import Job, check_folder, prepare, settings_of
+from dask_logits.job.progress import Steps
+from dask_logits.job.reporter import Reporter, reported
+from dask_logits.job.single import run_one
+from dask_logits.job.watchdog import watched
+from dask_logits.records import Array, Statistics
+from dask_logits.run.consolidate import consolidate_run, tidy
+from dask_logits.run.failures import read_failures
+from dask_logits.run.folder import (
     CONSOLIDATION_LOCK,
     FORMAT,
     VERSION,
@@ -43,17 +50,12 @@ from dask_logits.job.manifest import (
     set_aside,
     undo_setting_aside,
 )
-from dask_logits.job.planlog import PlanLog
-from dask_logits.job.prepare import Job, check_capacity, check_folder, prepare, settings_of
-from dask_logits.job.reporter import Reporter, reported
-from dask_logits.job.score import Done, score, teacher_spec
-from dask_logits.job.single import run_one
-from dask_logits.job.watch import watched
-from dask_logits.observe.progress import Steps, plural
-from dask_logits.records import Array, Statistics
-from dask_logits.store.durable import Json, create_json, expanded, read_json, room
-from dask_logits.store.lease import lease
-from dask_logits.store.profile import earns, save_array, save_id_table
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.state import cached_rows_of, committed, covers, is_complete, open_run_cache
+from dask_logits.run.timings import plural
+from dask_logits.teacher.checkpoint import resolve_dtype
+from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
+from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
 
 logger = logging.getLogger(__name__)
 

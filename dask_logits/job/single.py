@@ -19,7 +19,9 @@ from distributed import Client, Future, KilledWorker, get_worker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
-from dask_logits.job.calls import (
+from dask_logits.files.atomic import Json, no_room
+from dask_logits.job.roster import Roster
+from dask_logits.job.scheduler import (
     CALL_SECONDS,
     SCORER,
     SchedulerLostError,
@@ -29,8 +31,6 @@ from dask_logits.job.calls import (
     result_of,
     wait_for_scheduler,
 )
-from dask_logits.job.roster import Roster
-from dask_logits.store.durable import Json, no_room
 
 logger = logging.getLogger(__name__)
 

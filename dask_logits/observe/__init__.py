@@ -1,1 +1,1 @@
-"""What people watch: progress on the terminal and the state of a run read from its files."""
+"""The state of a run, read from its files alone."""

@@ -23,9 +23,9 @@ from typing import Any
 from rich.console import Console
 
 from dask_logits.errors import CacheError, ClusterError, ConfigError, DaskLogitsError, RunConflictError
-from dask_logits.job.manifest import WORKING_STATES, RunFolder
-from dask_logits.observe.status import RUNS_TOPIC, Status, read_status
-from dask_logits.store.durable import Json, expanded, read_json
+from dask_logits.files.atomic import Json, expanded, read_json
+from dask_logits.observe.status import Status, read_status
+from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES, RunFolder
 
 # A driver that has announced nothing for so long is not counted as working.
 _SILENT_SECONDS = 120.0

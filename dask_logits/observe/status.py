@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dask_logits.compose import generate_command
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.job.committed import cache_state, counts, covers, open_run_cache
-from dask_logits.job.failures import read_failures
-from dask_logits.job.manifest import WORKING_STATES, RunFolder
-from dask_logits.job.planlog import PlanLog
-from dask_logits.observe.drivers import Drivers, State
-from dask_logits.observe.progress import add_seconds, duration, plural, shares
+from dask_logits.files.atomic import Json, expanded
+from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
-from dask_logits.store.durable import Json, expanded
+from dask_logits.run.drivers import Drivers, State
+from dask_logits.run.failures import read_failures
+from dask_logits.run.folder import WORKING_STATES, RunFolder
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.state import cache_state, counts, covers, open_run_cache
+from dask_logits.run.timings import add_seconds, duration, plural, shares
 
 logger = logging.getLogger(__name__)
-
-# Dask event topic on which drivers say where their run folder is, with the figures of its status file.
-RUNS_TOPIC = "dask_logits.runs"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dask_logits.cache.find import check_one_job, check_whole, find_caches
+from dask_logits.cache.profile import Compact
+from dask_logits.cache.reader import ENGINES, CacheReader, Engine
 from dask_logits.errors import CacheError, ConfigError, DatasetError, first_line
+from dask_logits.files.atomic import expanded
 from dask_logits.records import total_digest
-from dask_logits.store.cache import ENGINES, CacheReader, Engine
-from dask_logits.store.durable import expanded
-from dask_logits.store.find import check_one_job, check_whole, find_caches
-from dask_logits.store.profile import Compact
-from dask_logits.tokenmap import HasVocabulary, check_tokenizer
 from dask_logits.train.batches import CachedItem, collate
 from dask_logits.train.decode import Decoder
 from dask_logits.train.order import is_integer
+from dask_logits.vocabulary import HasVocabulary, check_tokenizer
 
 # In the file's dtype, except that torch has no arithmetic on unsigned 16 and 32 bit integers.
 _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}

@@ -1,7 +1,7 @@
 """A compact cache's codes as tensors, decoded where the student is.
 
 What limits a loader with worker processes is the transport between them, not the decoding; codes are a third of decoded
-entries. The operations are those of :class:`dask_logits.store.profile.Compact`, on whichever device the batch is.
+entries. The operations are those of :class:`dask_logits.cache.profile.Compact`, on whichever device the batch is.
 
 Dimension letters: N tokens (any leading dimensions), K kept entries.
 """
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dask_logits.store.profile import Compact
+from dask_logits.cache.profile import Compact
 from dask_logits.train.targets import CodedTargets, SparseTargets
 
 

@@ -25,12 +25,12 @@ from text_inputs import (
 )
 
 from dask_logits import DatasetError, prepare_dataset
-from dask_logits.capture import tokens
-from dask_logits.capture.corpus import open_corpus
-from dask_logits.capture.stream import open_stream
-from dask_logits.capture.tokens import encode, inspect_tokenizer, read_documents, tokenize
-from dask_logits.capture.values import BadRow, row_value
 from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.data import tokens
+from dask_logits.data.arrow import open_corpus
+from dask_logits.data.open import open_stream
+from dask_logits.data.tokens import encode, inspect_tokenizer, read_documents, tokenize
+from dask_logits.data.values import BadRow, row_value
 
 TEXTS = documents(12, 80)
 PADDED = {

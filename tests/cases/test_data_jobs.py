@@ -13,10 +13,10 @@ from text_inputs import write_lines
 
 import dask_logits
 from dask_logits import ConfigError, PartitionsFailedError, load_config, read_status
+from dask_logits.cache.reader import CacheReader, items
 from dask_logits.job.prepare import prepare
 from dask_logits.job.run import retry
-from dask_logits.observe.card import card
-from dask_logits.store.cache import CacheReader, items
+from dask_logits.ops.show import card
 
 TEXTS = sentences(40, seed=3)
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from builders import VOCAB_SIZE, run
+from plain_forward import K, assert_targets_match, plain_targets, settings
 from popular import BY_TYPE, FAMILIES, Family, save_family
-from test_scoring import K, assert_targets_match, plain_targets, settings
 
-from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
-from dask_logits.capture.items import plain_items
-from dask_logits.capture.meter import measure_cost
-from dask_logits.capture.scoring import score_items
-from dask_logits.capture.selfcheck import choose_path
 from dask_logits.config import TeacherConfig
-from dask_logits.job.verify import verify
+from dask_logits.data.items import plain_items
+from dask_logits.job.recompute import verify
+from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.teacher.meter import measure_cost
+from dask_logits.teacher.scoring import score_items
+from dask_logits.teacher.selfcheck import choose_path
 from dask_logits.train.dataset import CachedLogitsDataset
 
 # Beyond every window, chunk and index_topk of the tiny configurations.

@@ -14,9 +14,9 @@ import torch
 from builders import VOCAB_SIZE, tiny_model, tree
 from safetensors.torch import save_file
 
-from dask_logits.capture.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import TeacherError
+from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 
 TOKENS = torch.arange(2, 42).view(2, 20)
 
@@ -128,7 +128,7 @@ def test_the_identity_covers_the_adapter_and_its_base(tmp_path) -> None:
 
 def test_an_adapter_without_peft_is_refused_with_what_to_install(tmp_path, monkeypatch) -> None:
     path = teacher_inputs.adapter_beside(tmp_path)
-    monkeypatch.setattr("dask_logits.capture.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("dask_logits.teacher.adapters.find_spec", lambda name: None)
     with pytest.raises(TeacherError, match=r"peft is not installed; install it \(pip install 'dask-logits\[adapters"):
         inspect(path)
 
@@ -208,7 +208,7 @@ def test_masks_and_frequencies_of_old_checkpoints_are_ignored(family: str, names
 @pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
 def test_a_path_that_looks_local_is_refused_at_once(path: str, monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr("dask_logits.capture.checkpoint.hub_is_reachable", pytest.fail)
+    monkeypatch.setattr("dask_logits.teacher.checkpoint.hub_is_reachable", pytest.fail)
     with pytest.raises(TeacherError, match="which does not exist; correct the path or give a hub name"):
         inspect(path)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 from builders import VOCAB_SIZE
 
-from dask_logits.capture.corpus import Corpus, open_corpus, slice_files
-from dask_logits.capture.rows import read_rows
-from dask_logits.capture.tokens import TokenizerSpec
 from dask_logits.config import DatasetConfig
+from dask_logits.data.arrow import Corpus, open_corpus, slice_files
+from dask_logits.data.source import read_rows
+from dask_logits.data.tokens import TokenizerSpec
 
 
 def documents(count: int, longest: int = 10**9) -> list[str]:

@@ -18,19 +18,19 @@ from types import SimpleNamespace
 
 from builders import compact, records
 
-from dask_logits.capture import task as task_module
-from dask_logits.capture.meter import Cost
-from dask_logits.capture.scoring import Scored
-from dask_logits.capture.task import PartitionTask, process_partition
-from dask_logits.capture.tokens import Documents
-from dask_logits.job.assemble import consolidate_run
-from dask_logits.job.manifest import FORMAT, VERSION, RunFolder
-from dask_logits.job.plan import Partition
-from dask_logits.job.planlog import PlanLog
-from dask_logits.store import durable
-from dask_logits.store.durable import create_json
-from dask_logits.store.profile import save_id_table
-from dask_logits.store.writer import CacheWriter
+from dask_logits.cache.profile import save_id_table
+from dask_logits.cache.writer import CacheWriter
+from dask_logits.data.tokens import Documents
+from dask_logits.files import atomic
+from dask_logits.files.atomic import create_json
+from dask_logits.run.consolidate import consolidate_run
+from dask_logits.run.folder import FORMAT, VERSION, RunFolder
+from dask_logits.run.plan import Partition
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.teacher.meter import Cost
+from dask_logits.teacher.scoring import Scored
+from dask_logits.worker import task as task_module
+from dask_logits.worker.task import PartitionTask, process_partition
 
 ROWS, K, VOCAB_SIZE, PARTITIONS = 5, 3, 50, 3
 WHAT = {
@@ -122,7 +122,7 @@ def die_at(step: int, folder: Path) -> None:
 
         return call
 
-    durable.os = SimpleNamespace(**{**vars(os), "fsync": counted(os.fsync, "fsync")})
+    atomic.os = SimpleNamespace(**{**vars(os), "fsync": counted(os.fsync, "fsync")})
     for name in ("append", "append_chunks", "finish"):
         setattr(CacheWriter, name, counted(getattr(CacheWriter, name), name))
     sys.addaudithook(hook)

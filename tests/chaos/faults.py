@@ -22,7 +22,7 @@ def note(what: str) -> None:
 
 def dask_setup(worker: object) -> None:
     """Patch the task, as Dask's preload does in every worker process."""
-    from dask_logits.capture import task
+    from dask_logits.worker import task
 
     write, create = task.write_partition, task.create_json
 

@@ -14,13 +14,13 @@ from builders import tree
 from fault_points import PARTITIONS, consolidate, make_run, publish
 
 from dask_logits import CachedLogitsDataset, CacheError
-from dask_logits.capture import task as task_module
-from dask_logits.job.committed import committed
-from dask_logits.job.manifest import RunFolder
-from dask_logits.job.planlog import PlanLog
-from dask_logits.store.cache import CacheReader
-from dask_logits.store.partition import PartitionReader
-from dask_logits.store.profile import load_profile
+from dask_logits.cache.partition import PartitionReader
+from dask_logits.cache.profile import load_profile
+from dask_logits.cache.reader import CacheReader
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.state import committed
+from dask_logits.worker import task as task_module
 
 SCRIPT = Path(__file__).with_name("fault_points.py")
 
@@ -122,7 +122,7 @@ def test_an_attempt_whose_receipt_cannot_be_written_is_not_left(tmp_path, linked
 import sys; sys.path[:0] = {[str(SCRIPT.parent), str(SCRIPT.parents[1])]!r}
 from pathlib import Path
 import fault_points
-from dask_logits.capture import task
+from dask_logits.worker import task
 create = task.create_json
 def fail(path, value):
     if {linked}:

@@ -16,8 +16,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.store.heaps import broken_heap
-from dask_logits.store.layout import BlockCrc
+from dask_logits.cache.heaps import broken_heap
+from dask_logits.cache.layout import BlockCrc
 
 # A whole number from 0, below what is given.
 Pick = Callable[[int], int]

@@ -15,9 +15,9 @@ from builders import compact, records, write_cache
 from damage import NESTED, reseal
 
 from dask_logits import read_status
+from dask_logits.cache.chunks import compress
 from dask_logits.errors import CacheError, DaskLogitsError
-from dask_logits.job.checks import check_files
-from dask_logits.store.planes import compress
+from dask_logits.ops.check import check_files
 
 PLANE = "topk_gaps_b0"
 

@@ -16,11 +16,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from dask_logits.cache.reader import CacheReader, items
 from dask_logits.errors import DaskLogitsError
-from dask_logits.job.checks import check_files
-from dask_logits.observe.card import card
 from dask_logits.observe.status import read_status
-from dask_logits.store.cache import CacheReader, items
+from dask_logits.ops.check import check_files
+from dask_logits.ops.show import card
 
 # Beyond what the process has when it begins.
 MOST_BYTES = 512 << 20

@@ -16,10 +16,11 @@ import torch
 from builders import cache_dir, dask_processes, digest, finish, sentences, start_worker, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
+from dask_logits.cache.reader import CacheReader
 from dask_logits.config import GenerationConfig, JobConfig
-from dask_logits.job.cluster import WorkerFacts, check_groups, gpu_groups, local_workers, open_cluster, visible_gpus
+from dask_logits.job.cluster import local_workers, open_cluster
+from dask_logits.job.gpus import WorkerFacts, check_groups, gpu_groups, visible_gpus
 from dask_logits.job.single import run_one
-from dask_logits.store.cache import CacheReader
 
 COMMAND = [sys.executable, "-m", "dask_logits", "generate"]
 

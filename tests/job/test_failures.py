@@ -18,11 +18,11 @@ from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
 from dask_logits import CacheError, CapacityError, PartitionsFailedError, generate, load_config, read_status, retry
+from dask_logits.cache import partition
+from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
-from dask_logits.job.failures import read_failures
-from dask_logits.job.manifest import RunFolder
-from dask_logits.store import partition
-from dask_logits.store.cache import CacheReader
+from dask_logits.run.failures import read_failures
+from dask_logits.run.folder import RunFolder
 
 SMALL = "distillation.partition.rows=4"
 
@@ -34,7 +34,8 @@ class Poison(WorkerPlugin):
         self.flag, self.row, self.act = flag, row, act
 
     def setup(self, worker) -> None:
-        from dask_logits.capture import task, tokens
+        from dask_logits.data import tokens
+        from dask_logits.worker import task
 
         read, write, flag, row, act = tokens.read_documents, task.write_partition, self.flag, self.row, self.act
 

@@ -10,10 +10,11 @@ import pytest
 from builders import cache_dir, sentences
 
 from dask_logits import load_config
+from dask_logits.files.atomic import replace_json
+from dask_logits.job.capacity import plan_lines
 from dask_logits.job.forecast import Forecast, forecast, forecast_lines, matrix_flops
-from dask_logits.job.manifest import RunFolder
-from dask_logits.job.prepare import plan_lines, prepare
-from dask_logits.store.durable import replace_json
+from dask_logits.job.prepare import prepare
+from dask_logits.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from test_cluster import COMMAND
 SCHEDULER, WORKERS, DRIVER = 0, (1, 2), 3
 _SLOW = """
 import time
-from dask_logits.capture import calibrate, task
+from dask_logits.worker import calibrate, task
 write = task.write_partition
 def dask_setup(worker):
     def slow(*given):

@@ -13,9 +13,9 @@ from dask.utils import key_split
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from dask_logits.config import JobConfig
-from dask_logits.job import window
-from dask_logits.job.plan import Partition
-from dask_logits.job.window import run_partitions
+from dask_logits.job import dispatch
+from dask_logits.job.dispatch import run_partitions
+from dask_logits.run.plan import Partition
 
 PARTITIONS = 100_000
 WARM = 5_000
@@ -26,9 +26,9 @@ class Pretender(WorkerPlugin):
     """Has workers return receipts at once."""
 
     def setup(self, worker) -> None:
-        from dask_logits.job import window
+        from dask_logits.job import dispatch
 
-        window.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
+        dispatch.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
 
 
 class Task:
@@ -62,7 +62,7 @@ def kept(dask_scheduler) -> int:
 def test_the_scheduler_forgets_partitions(monkeypatch) -> None:
     with pretending() as client:
         for every, least, most in ((1000, 20, 100), (10, 1, 25)):
-            monkeypatch.setattr(window, "_FORGET_EVERY", every)
+            monkeypatch.setattr(dispatch, "_FORGET_EVERY", every)
             run_partitions(client, map(Task, range(100)), JobConfig(), run_id="r", on_receipt=lambda receipt: None)
             assert least <= client.run_on_scheduler(kept) <= most
         # The scheduler's process is this one.

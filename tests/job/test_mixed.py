@@ -64,7 +64,7 @@ def patched(tmp_path_factory) -> dict[str, str]:
     """Environment of a worker with another release: the same version number, other scoring sources."""
     folder = tmp_path_factory.mktemp("release")
     shutil.copytree(PACKAGE, folder / "dask_logits", ignore=shutil.ignore_patterns("__pycache__"))
-    source = folder / "dask_logits" / "capture" / "scoring.py"
+    source = folder / "dask_logits" / "teacher" / "scoring.py"
     source.write_text(source.read_text() + "\n_OTHER = True\n")
     return {"PYTHONPATH": str(folder)}
 
@@ -128,8 +128,8 @@ class Hole(WorkerPlugin):
     def setup(self, worker) -> None:
         import socket
 
-        from dask_logits.capture import checkpoint
-        from dask_logits.job import window
+        from dask_logits.job import dispatch
+        from dask_logits.teacher import checkpoint
 
         if worker.name != 0:
             return
@@ -140,7 +140,7 @@ class Hole(WorkerPlugin):
                 raise OSError(30, "Read-only file system")
             raise FileNotFoundError(2, "no such file", "/data/corpus.jsonl")
 
-        window.process_partition = fail
+        dispatch.process_partition = fail
         if act == "hole":
             # The calibration fails there, too.
             checkpoint._load = fail

@@ -13,14 +13,14 @@ import pytest
 import torch
 from builders import VOCAB_SIZE, cache_dir, digest, nan_teacher, run, save_tokenizer, tiny_model, tree, write_json_lines
 from datasets import Dataset, load_dataset
-from test_scoring import assert_targets_match, plain_targets
+from plain_forward import assert_targets_match, plain_targets
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
-from dask_logits.job.manifest import RunFolder
-from dask_logits.job.planlog import PlanLog
-from dask_logits.store.cache import CacheReader, items
-from dask_logits.store.profile import load_profile
+from dask_logits.cache.profile import load_profile
+from dask_logits.cache.reader import CacheReader, items
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_an_io_error_is_tried_again(joined, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.score.run_partitions", stop)
+        patched.setattr("dask_logits.job.driver.run_partitions", stop)
         with pytest.raises(KeyboardInterrupt):
             run(joined)
     blocker = cache_dir(joined) / "partitions"
@@ -325,12 +325,12 @@ def test_a_folder_with_another_purpose_is_refused(joined) -> None:
 
 
 def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> None:
-    monkeypatch.setattr("dask_logits.job.prepare.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("dask_logits.job.capacity.free_disk_bytes", lambda path: 1000)
     with pytest.raises(dask_logits.CapacityError, match=r"free for .* tokens") as caught:
         run(joined)
     assert caught.value.needed_bytes > caught.value.free_bytes == 1000
     monkeypatch.undo()
-    monkeypatch.setattr("dask_logits.job.prepare.free_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("dask_logits.job.capacity.free_memory_bytes", lambda: 1 << 20)
     with pytest.raises(dask_logits.CapacityError, match="use fewer workers"):
         run(overrides)
     assert not cache_dir(joined).exists()
@@ -339,8 +339,8 @@ def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> Non
 def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
     import pickle
 
+    from dask_logits.job.driver import tasks
     from dask_logits.job.prepare import prepare
-    from dask_logits.job.score import tasks
 
     job = prepare(load_config(joined))
     calibration = RunFolder(cache_dir(joined)).calibration()

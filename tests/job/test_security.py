@@ -16,8 +16,8 @@ import torch
 from builders import cache_dir, tree, wait_for
 
 from dask_logits import ClusterError, ConfigError, TeacherError, generate, load_config
-from dask_logits.job.score import score
-from dask_logits.store.cache import CacheReader
+from dask_logits.cache.reader import CacheReader
+from dask_logits.job.driver import score
 
 DASK = [sys.executable, "-m", "dask"]
 

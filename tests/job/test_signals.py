@@ -15,7 +15,7 @@ from builders import cache_dir, finish, sentences, wait_for, write_json_lines
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config, read_status
-from dask_logits.store.cache import CacheReader
+from dask_logits.cache.reader import CacheReader
 
 # For what takes seconds on an idle machine.
 BOUND_SECONDS = 300

@@ -17,13 +17,13 @@ from datasets import Dataset
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, merge, read_status
-from dask_logits.capture.corpus import open_corpus
+from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
-from dask_logits.job.failures import Failure, note_failure
-from dask_logits.job.manifest import CONSOLIDATION_LOCK, RunFolder
-from dask_logits.store.cache import CacheReader
-from dask_logits.store.lease import lease
+from dask_logits.data.arrow import open_corpus
+from dask_logits.files.lock import lease
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "scripts" / "generate_teacher_logits_parallel.sh"

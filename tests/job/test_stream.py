@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 import dask_logits
 from dask_logits import read_status, verify
-from dask_logits.job.manifest import RunFolder
-from dask_logits.store.cache import CacheReader, items
+from dask_logits.cache.reader import CacheReader, items
+from dask_logits.run.folder import RunFolder
 
 CHUNK = "distillation.dataset.streaming_chunk_size=10"
 
@@ -195,7 +195,7 @@ class StopError(Exception):
 
 def stop_after(monkeypatch, receipts: int) -> None:
     """Let the driver fail at its n-th receipt, as if it had been killed there."""
-    from dask_logits.observe.progress import JobProgress
+    from dask_logits.job.progress import JobProgress
 
     original, counted = JobProgress.partition, itertools.count(1)
 
@@ -254,7 +254,7 @@ def test_the_first_partition_is_committed_before_the_stream_is_read_beyond_the_w
             drawn = next(read) + 1
             yield {"text": f"w{i % 50} red"}
 
-    from dask_logits.observe.progress import JobProgress
+    from dask_logits.job.progress import JobProgress
 
     original = JobProgress.partition
     monkeypatch.setattr(JobProgress, "partition", lambda self, s: (seen.append(drawn), original(self, s)))
@@ -267,15 +267,15 @@ def test_the_first_partition_is_committed_before_the_stream_is_read_beyond_the_w
 
 
 def test_of_many_files_only_those_that_are_needed_are_opened(stream, tmp_path, monkeypatch) -> None:
-    from dask_logits.capture import parquet_stream
+    from dask_logits.data import parquet
 
     (tmp_path / "many").mkdir()
     write_parquet(tmp_path / "many" / "00000.parquet", TEXTS, [50, 50])
     for i in range(1, 1000):
         shutil.copyfile(tmp_path / "many" / "00000.parquet", tmp_path / "many" / f"{i:05d}.parquet")
     opened = set()
-    original = parquet_stream.read_footer
-    monkeypatch.setattr(parquet_stream, "read_footer", lambda path: (opened.add(path), original(path))[1])
+    original = parquet.read_footer
+    monkeypatch.setattr(parquet, "read_footer", lambda path: (opened.add(path), original(path))[1])
     many = [*stream, "distillation.dataset.name=parquet", f"distillation.dataset.data_files={tmp_path}/many/*.parquet"]
     cache = run(many, "distillation.dataset.max_samples=60")
     assert CacheReader(cache).n_documents == 60
@@ -424,10 +424,10 @@ def test_a_stream_takes_its_time_to_come_to_where_it_was(stream, monkeypatch) ->
 
 
 def test_a_source_that_does_not_answer_is_asked_again_and_loses_nothing(parquet, llama, monkeypatch) -> None:
-    from dask_logits.capture import parquet as home
-    from dask_logits.capture import parquet_stream
+    from dask_logits.data import parquet
+    from dask_logits.data import parquet_files as home
 
-    original, asked = parquet_stream.read_footer, itertools.count(1)
+    original, asked = parquet.read_footer, itertools.count(1)
 
     def flaky(refusals: int):
         def read_footer(path: str):
@@ -438,7 +438,7 @@ def test_a_source_that_does_not_answer_is_asked_again_and_loses_nothing(parquet,
         return read_footer
 
     monkeypatch.setattr(home, "_WAIT_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(parquet_stream, "read_footer", flaky(5))
+    monkeypatch.setattr(parquet, "read_footer", flaky(5))
     with pytest.raises(dask_logits.DatasetError, match=r"b0.parquet: expected to read it, got peer; see that it can"):
         run(parquet)
     assert_holds(run(parquet), TEXTS, llama)

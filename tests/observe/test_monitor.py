@@ -22,12 +22,11 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 from dask_logits import ClusterError, ConfigError, RunConflictError, generate, load_config
-from dask_logits.job.failures import Failure, note_failure
-from dask_logits.job.manifest import FORMAT, VERSION, RunFolder, Share
+from dask_logits.files.atomic import replace_json
 from dask_logits.observe import monitor as module
 from dask_logits.observe.monitor import Monitor
-from dask_logits.observe.status import RUNS_TOPIC
-from dask_logits.store.durable import replace_json
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import FORMAT, RUNS_TOPIC, VERSION, RunFolder, Share
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "monitor.ipynb"
 FACTS = {

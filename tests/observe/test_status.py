@@ -15,11 +15,11 @@ from builders import cache_dir
 from test_monitor import FACTS, run_folder
 
 from dask_logits import Monitor, RunConflictError, generate, load_config, read_status
-from dask_logits.compose import generate_command
-from dask_logits.job.failures import Failure, note_failure
-from dask_logits.job.manifest import RunFolder, Share, lock_name
-from dask_logits.store.durable import replace_json
-from dask_logits.store.lease import lease
+from dask_logits.files.atomic import replace_json
+from dask_logits.files.lock import lease
+from dask_logits.hydra_config import generate_command
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import RunFolder, Share, lock_name
 
 CALIBRATING = {"state": "calibrating", "step": "loading the teacher", "since": time.time() - 80}
 
@@ -52,7 +52,7 @@ def test_a_driver_that_was_killed_is_not_taken_to_be_at_work(tmp_path) -> None:
     status = read_status(folder)
     assert (status.state, status.running) == ("stopped", 0)
     assert status.reason == "the driver ended during the calibration; nothing is scored yet"
-    held = f"from dask_logits.store.lease import lease\nwith lease(Path({str(lock)!r})):\n print(flush=True)\n input()"
+    held = f"from dask_logits.files.lock import lease\nwith lease(Path({str(lock)!r})):\n print(flush=True)\n input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"from pathlib import Path\n{held}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -23,7 +23,7 @@ from dask_logits import (
     collate,
     convert,
 )
-from dask_logits.tokenmap import map_digest, token_crcs
+from dask_logits.vocabulary import map_digest, token_crcs
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
 

@@ -1,0 +1,1 @@
+"""The file format: one partition as Zarr, one cache as HDF5, and the reader of both."""

@@ -1,0 +1,312 @@
+"""One partition as one Zarr group: written whole by one worker, read back in blocks.
+
+Chosen: a group per *attempt*, so that two writers never share an array and nothing is ever resized (parallel appends
+and writes smaller than a shard lose data without an error); one shard per array, so that a partition is a dozen
+files; core codecs only (zstd with its own checksum), so that any Zarr reader opens it. A missing chunk reads as zeros
+in Zarr and so may a damaged one, so the CRC-32 of every file goes into the receipt and is compared before anything is
+read.
+
+This is the home of ``zarr``.
+
+Dimension letters: N tokens, K kept entries.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.chunks import decompress
+from dask_logits.cache.profile import Profile, Stored, encode_all
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import COUNT, is_there, read_json, sync_tree
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records, schema
+
+FORMAT = "dask_logits.partition"
+VERSION = 2
+BLOCK_TOKENS = 16_384
+_LEVEL = 1
+_METADATA = "zarr.json"
+
+
+def write_partition(path: Path, records: Records, profile: Profile) -> dict[str, list[int]]:
+    """Write a partition into a new group and make it durable.
+
+    Parameters
+    ----------
+    path
+        Folder of this attempt; must not exist.
+    records
+        The partition.
+    profile
+        How its token arrays are stored.
+
+    Returns
+    -------
+    dict
+        File → its bytes and their CRC-32, for the receipt.
+    """
+    import zarr
+
+    attributes = {"format": FORMAT, "version": VERSION, "profile": profile.name}
+    group = zarr.create_group(str(path), zarr_format=3, attributes=attributes)
+    arrays = dict(records.arrays())
+    for name, array in encode_all({name: arrays[name] for name in TOKEN_ARRAYS}, profile).items():
+        chunked = profile.arrays[name].chunked
+        # Bytes of ranks do not compress; whatever is not chunked in the cache is copied from here decoded.
+        level = None if name == "topk_ids_b0" else _LEVEL
+        _write_array(group, name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
+    for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+        if name in arrays:
+            _write_array(group, name, arrays[name], BLOCK_TOKENS, _LEVEL)
+    sync_tree(path)
+    return {
+        str(file.relative_to(path)): [file.stat().st_size, _crc32(file)]
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _write_array(group: Any, name: str, array: Array, rows: int, level: int | None) -> None:
+    from zarr.codecs import ZstdCodec
+
+    stored = group.create_array(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(rows, *array.shape[1:]),
+        shards=(max(1, -(-len(array) // rows)) * rows, *array.shape[1:]),
+        compressors=None if level is None else [ZstdCodec(level=level, checksum=True)],
+        # Else chunks of zeros are left out, and nobody could tell them from lost ones.
+        config={"write_empty_chunks": True},
+    )
+    if len(array):
+        stored[:] = array
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: int
+    compressed: bool
+
+
+class PartitionReader:
+    """Reads one committed partition, in constant memory, past Zarr: it was checked by its receipt.
+
+    Parameters
+    ----------
+    path
+        Folder of the committed attempt.
+    profile
+        How it was stored.
+
+    Raises
+    ------
+    CacheError
+        If it is missing, not a partition of this version, or of another profile.
+    """
+
+    def __init__(self, path: Path, profile: Profile) -> None:
+        self.path = path
+        self.profile = profile
+        self._layouts: dict[str, _Layout] = {}
+        self._real_path = os.path.realpath(path)
+        metadata = None if path.is_symlink() else read_json(self._inside(_METADATA))
+        if metadata is None:
+            raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path))
+        attributes = metadata.get("attributes")
+        keys = ("format", "version", "profile")
+        found = tuple(attributes.get(key) for key in keys) if isinstance(attributes, dict) else None
+        if found != (FORMAT, VERSION, profile.name):
+            raise CacheError(
+                f"{path}: expected {FORMAT} version {VERSION}, {profile.name}, got {str(found)[:200]}; run the job "
+                "again",
+                str(path),
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, N."""
+        return self._layout("input_ids").shape[0]
+
+    @property
+    def n_documents(self) -> int:
+        """Documents, D."""
+        return self._layout("document_row").shape[0]
+
+    @property
+    def n_blocks(self) -> int:
+        """Packed blocks, B; 0 where documents were not packed."""
+        return self._layout("block_length").shape[0] if self._has("block_length") else 0
+
+    def _has(self, name: str) -> bool:
+        return is_there(self._inside(name))
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of a file of this partition, which no link leads out of."""
+        path = self.path / name
+        if not Path(os.path.realpath(path)).is_relative_to(self._real_path):
+            raise self._unreadable(name, "a path that leads elsewhere")
+        return path
+
+    def check(self, files: Mapping[str, Sequence[int]]) -> None:
+        """Compare every file with the receipt.
+
+        Raises
+        ------
+        CacheError
+            At the first that is missing or differs.
+        """
+        for name, (size, crc) in files.items():
+            file = self._inside(name)
+            try:
+                try:
+                    status = file.stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    status = None
+                found = [status.st_size, 0] if status and stat.S_ISREG(status.st_mode) else None
+                if found is not None and found[0] == size:
+                    found[1] = _crc32(file)
+            except OSError as error:
+                raise CacheError(
+                    f"{file}: expected to read it, got {error}; look after the disk, then run the same command again",
+                    str(self.path),
+                ) from error
+            if found != [size, crc]:
+                raise CacheError(
+                    f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "
+                    f"{'nothing' if found is None else f'{found[0]} with {found[1]:08x}'}: the data are damaged; "
+                    "delete the partition's receipt and run the job again",
+                    str(self.path),
+                )
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """Yield one stored array in blocks of at most 16,384 entries."""
+        layout = self._layout(name)
+        shape = (layout.rows, *layout.shape[1:])
+        rows: list[Array] = []
+        left = layout.shape[0]
+        for frame in self._frames(name):
+            try:
+                if layout.compressed:
+                    block = np.empty(shape, layout.dtype)
+                    decompress(frame, block)
+                else:
+                    block = np.frombuffer(frame, layout.dtype).reshape(shape)
+                rows.append(block[: min(left, layout.rows)])
+            except ValueError as error:
+                raise self._unreadable(name, error) from error
+            left -= layout.rows
+            if len(rows) * layout.rows >= BLOCK_TOKENS or left <= 0:
+                yield rows[0] if len(rows) == 1 else np.concatenate(rows)
+                rows = []
+
+    def tokens(self) -> Iterator[dict[str, Array]]:
+        """Yield the logical token arrays in blocks of at most 16,384 tokens."""
+        names = list(self.profile.arrays)
+        for parts in zip(*(self.blocks(name) for name in names), strict=True):
+            yield self.profile.decode(dict(zip(names, parts, strict=True)))
+
+    def chunks(self, name: str) -> list[memoryview]:
+        """Return the compressed chunks of a chunked array as they are."""
+        return self._frames(name)
+
+    def _frames(self, name: str) -> list[memoryview]:
+        """Return the chunks of an array's shard.
+
+        It ends with the (offset, bytes) of each chunk and a checksum of 4 bytes (Zarr v3, ``sharding_indexed``).
+        """
+        layout = self._layout(name)
+        count = -(-layout.shape[0] // layout.rows)
+        if not count:
+            return []
+        # What frames of noise take, twice, and the index.
+        raw_bytes = count * layout.rows * layout.dtype.itemsize * math.prod(layout.shape[1:])
+        most, least = 2 * raw_bytes + 1024 * count, 16 * count + 4
+        try:
+            file = self._inside("/".join((name, "c", *("0",) * len(layout.shape))))
+            if not least <= file.stat().st_size <= most:
+                raise ValueError(f"a shard of {file.stat().st_size} bytes for {layout.shape}")
+            shard = memoryview(file.read_bytes())
+            index = np.frombuffer(shard, "<u8", 2 * count, len(shard) - least).reshape(count, 2).tolist()
+            if any(offset + size > len(shard) - least for offset, size in index):
+                raise ValueError("chunks beyond its shard")
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+        return [shard[offset : offset + size] for offset, size in index]
+
+    def _layout(self, name: str) -> _Layout:
+        """Read an array's metadata; Zarr does it, too, in half a millisecond for each array."""
+        if name not in self._layouts:
+            kind = self._kind(name)
+            rows = self.profile.alignment if kind.chunked else BLOCK_TOKENS
+            found = read_json(self._inside(f"{name}/{_METADATA}")) or {}
+            try:
+                (sharding,) = found["codecs"]
+                inner = sharding["configuration"]
+                codecs = [codec["name"] for codec in inner["codecs"]]
+                length, *entry = found["shape"]
+                described = (entry, found["data_type"], inner["chunk_shape"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._unreadable(name, f"metadata without {error}") from error
+            expected = ([*kind.shape], kind.dtype.name, [rows, *kind.shape])
+            if described != expected or not COUNT.holds(length) or codecs not in (["bytes"], ["bytes", "zstd"]):
+                raise self._unreadable(name, f"{str((length, described, codecs))[:200]} instead of {expected}")
+            self._layouts[name] = _Layout(
+                shape=(length, *kind.shape),
+                dtype=kind.dtype.newbyteorder("<"),
+                rows=rows,
+                compressed="zstd" in codecs,
+            )
+            if name in self.profile.arrays and length != self.n_tokens:
+                raise self._unreadable(name, f"{length} tokens instead of {self.n_tokens}")
+        return self._layouts[name]
+
+    def _kind(self, name: str) -> Stored:
+        return self.profile.arrays.get(name) or Stored(*schema(self.profile.top_k, self.profile.vocab_size)[name])
+
+    def _unreadable(self, name: str, error: Exception | str) -> CacheError:
+        return CacheError(
+            f"{self.path}: expected to read {name}, got {error}; delete its receipt and run the job again",
+            str(self.path),
+        )
+
+    def records(self) -> Records:
+        """Read the whole partition."""
+        blocks = list(self.tokens())
+        if not blocks:
+            none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
+            blocks = [self.profile.decode(none)]
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in TOKEN_ARRAYS}
+        for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+            if self._has(name):
+                parts = list(self.blocks(name))
+                columns[name] = np.concatenate(parts) if parts else np.empty(0, self._layout(name).dtype)
+        try:
+            return Records(**columns)
+        except (TypeError, ValueError) as error:
+            raise self._unreadable("its documents", error) from error
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def remove_partition(path: Path) -> None:
+    """Delete one attempt's folder; missing is fine."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,384 @@
+"""Committed partitions, and caches made before → one cache: a single writer, constant memory, all or nothing.
+
+Every file of a partition is compared with the checksums of its receipt before it is copied, a cache with its own. Where
+both sides store alike, compressed chunks are copied as they are; else token arrays are decoded and encoded anew. The
+file is written aside, its completeness flag last, flushed, read back, and only then renamed over an older one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dask_logits.cache.layout import round_up
+from dask_logits.cache.partition import BLOCK_TOKENS, PartitionReader
+from dask_logits.cache.profile import Profile, as_kept
+from dask_logits.cache.reader import CacheReader
+from dask_logits.cache.writer import CacheWriter
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import sync
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records
+
+# Of a document's row, offset, start and length; of a block's start and length; and what the index and HDF5's own keep
+# of a chunk.
+_DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
+# Chunks of a cache that are copied at a time.
+_CHUNKS = 256
+
+
+class Piece(Protocol):
+    """Targets of consecutive dataset rows that lie somewhere, without a gap between documents."""
+
+    @property
+    def path(self) -> Path:
+        """Where, for messages."""
+
+    @property
+    def profile(self) -> Profile:
+        """How token arrays are stored there."""
+
+    @property
+    def first_row(self) -> int:
+        """First dataset row."""
+
+    @property
+    def n_rows(self) -> int:
+        """Dataset rows."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes it takes there."""
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return tokens, documents and blocks."""
+
+    def content_digest(self) -> str:
+        """Return the content digest."""
+
+    def runs(self) -> Iterator[Records]:
+        """Yield the targets some documents at a time."""
+
+    def check(self) -> None:
+        """Raise CacheError if it is not what was committed."""
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """Yield a stored array that is not chunked, piece by piece."""
+
+    def frames(self) -> Iterator[Mapping[str, Sequence[bytes | memoryview]]]:
+        """Yield the compressed chunks of the chunked arrays, some at a time."""
+
+    def tokens(self) -> Iterator[dict[str, Array]]:
+        """Yield the logical token arrays, :data:`BLOCK_TOKENS` tokens at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionPiece:
+    """A committed partition.
+
+    Parameters
+    ----------
+    path
+        The attempt that its receipt names.
+    receipt
+        Its receipt.
+    profile
+        How the run stores token arrays.
+    """
+
+    path: Path
+    receipt: Mapping[str, Any]
+    profile: Profile
+
+    @property
+    def first_row(self) -> int:
+        """First dataset row."""
+        return int(self.receipt["first_row"])
+
+    @property
+    def n_rows(self) -> int:
+        """Dataset rows."""
+        return int(self.receipt["n_rows"])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes it takes in a cache: chunks as they are, all else unpacked."""
+        tokens, documents, blocks = self.counts()
+        entries, n_bytes = round_up(tokens, self.profile.alignment), documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
+        for name, stored in self.profile.arrays.items():
+            if stored.chunked:
+                files = (size for file, (size, _) in self.receipt["files"].items() if file.startswith(f"{name}/c/"))
+                n_bytes += sum(files) + entries // self.profile.alignment * _CHUNK_BYTES
+            else:
+                n_bytes += entries * stored.dtype.itemsize * math.prod(stored.shape)
+        return n_bytes
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return tokens, documents and blocks."""
+        sums = self.receipt["statistics"]
+        return sums["tokens"], sums["documents"], sums.get("blocks", 0)
+
+    def content_digest(self) -> str:
+        """Return what the worker found."""
+        return str(self.receipt["content_digest"])
+
+    def runs(self) -> Iterator[Records]:
+        """Yield the whole partition."""
+        yield self._reader.records()
+
+    @cached_property
+    def _reader(self) -> PartitionReader:
+        return PartitionReader(self.path, self.profile)
+
+    def check(self) -> None:
+        """Compare every file with the receipt."""
+        self._reader.check(self.receipt["files"])
+        found = (self._reader.n_tokens, self._reader.n_documents, self._reader.n_blocks)
+        if found != self.counts():
+            raise CacheError(
+                f"{self.path}: expected {self.counts()} tokens, documents and blocks, got {found}; delete the "
+                "partition's receipt and run the job again",
+                str(self.path),
+            )
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """Yield a stored array piece by piece."""
+        yield from self._reader.blocks(name)
+
+    def frames(self) -> Iterator[Mapping[str, Sequence[memoryview]]]:
+        """Yield all chunks of the chunked arrays."""
+        yield {name: self._reader.chunks(name) for name, stored in self.profile.arrays.items() if stored.chunked}
+
+    def tokens(self) -> Iterator[dict[str, Array]]:
+        """Yield the logical token arrays piece by piece."""
+        yield from self._reader.tokens()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePiece:
+    """Consecutive rows of a cache whose checksums were verified.
+
+    Parameters
+    ----------
+    reader
+        The cache.
+    first_row, n_rows
+        Dataset rows.
+    documents, tokens, packed
+        Their ranges (start, stop) on the document, token and block axes.
+    """
+
+    reader: CacheReader
+    first_row: int
+    n_rows: int
+    documents: tuple[int, int]
+    token_range: tuple[int, int]
+    packed: tuple[int, int]
+
+    @property
+    def path(self) -> Path:
+        """Where, for messages."""
+        return self.reader.path
+
+    @property
+    def profile(self) -> Profile:
+        """How the cache stores token arrays."""
+        return self.reader.profile
+
+    @property
+    def n_bytes(self) -> int:
+        """Its share of the file."""
+        start, stop = self.token_range
+        return -(-self.path.stat().st_size * (stop - start) // max(1, self.reader.n_entries))
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return tokens, documents and blocks."""
+        ranges = (self.token_range, self.documents, self.packed)
+        tokens, documents, blocks = (stop - start for start, stop in ranges)
+        return tokens, documents, blocks
+
+    def content_digest(self) -> str:
+        """Compute the content digest of these rows."""
+        digest = ContentDigest()
+        for records in self.runs():
+            digest.update(records)
+        return digest.hexdigest()
+
+    def runs(self) -> Iterator[Records]:
+        """Yield the targets some documents at a time."""
+        yield from self.reader.runs(self.documents, self.packed)
+
+    def check(self) -> None:
+        """Do nothing: the whole cache was verified when it was cut into pieces."""
+
+    def blocks(self, name: str) -> Iterator[Array]:
+        """Yield a stored array piece by piece."""
+        axis = self.packed if name in BLOCK_ARRAYS else self.documents if name in DOCUMENT_ARRAYS else self.token_range
+        for first in range(*axis, BLOCK_TOKENS):
+            yield np.asarray(self.reader.arrays[name][first : min(first + BLOCK_TOKENS, axis[1])])
+
+    def frames(self) -> Iterator[Mapping[str, Sequence[memoryview]]]:
+        """Yield chunks of the chunked arrays, some at a time."""
+        step = _CHUNKS * self.profile.alignment
+        for first in range(*self.token_range, step):
+            yield self.reader.frames(first, min(first + step, self.token_range[1]))
+
+    def tokens(self) -> Iterator[dict[str, Array]]:
+        """Yield the logical token arrays piece by piece."""
+        for first in range(*self.token_range, BLOCK_TOKENS):
+            yield self.reader.tokens(first, min(first + BLOCK_TOKENS, self.token_range[1]))
+
+
+def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
+    """Verify a cache and cut it into runs of consecutive rows without a gap between their tokens.
+
+    Raises
+    ------
+    CacheError
+        If it is damaged.
+    """
+    reader.verify_checksums(trailers=False)
+    rows = np.asarray(reader.arrays["document_row"]).astype(np.int64)
+    if not len(rows):
+        return
+    starts = np.asarray(reader.arrays["document_start"]).astype(np.int64)
+    ends = starts + np.asarray(reader.arrays["document_length"])
+    cut = (np.diff(rows) > 1) | (starts[1:] != ends[:-1])
+    cuts = [0, *(np.flatnonzero(cut) + 1).tolist(), len(rows)]
+    for first, stop in itertools.pairwise(cuts):
+        tokens = (int(starts[first]), int(ends[stop - 1]))
+        yield CachePiece(
+            reader=reader,
+            first_row=int(rows[first]),
+            n_rows=int(rows[stop - 1] - rows[first]) + 1,
+            documents=(first, stop),
+            token_range=tokens,
+            packed=reader.blocks_between(*tokens),
+        )
+
+
+def consolidate(
+    cache_path: Path,
+    pieces: Callable[[], Iterable[Piece]],
+    *,
+    profile: Profile,
+    packed: bool,
+    attributes: Mapping[str, Any],
+    n_rows: int | None = None,
+    on_piece: Callable[[], None] = lambda: None,
+) -> str:
+    """Write a cache from pieces.
+
+    Parameters
+    ----------
+    cache_path
+        Where the cache goes.
+    pieces
+        Gives the pieces in dataset order, as often as it is called.
+    profile
+        How the cache stores token arrays.
+    packed
+        Whether documents were packed into blocks.
+    attributes
+        Further attributes of the file.
+    n_rows
+        Rows from 0 that must be there, without a gap; None: any, in order.
+    on_piece
+        Called after each piece.
+
+    Returns
+    -------
+    str
+        The content digest.
+
+    Raises
+    ------
+    CacheError
+        If a piece is missing or damaged, or rows are not consecutive. An older cache stays as it was.
+    """
+    n_entries, n_tokens, n_documents, n_blocks = _sizes(cache_path, pieces(), n_rows, profile)
+    for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
+        stale.unlink()
+    aside = cache_path.with_name(f".{cache_path.name}.{os.getpid()}.tmp")
+    digest = ContentDigest()
+    with CacheWriter(
+        aside,
+        profile=profile,
+        n_tokens=n_tokens,
+        n_entries=n_entries,
+        n_documents=n_documents,
+        n_blocks=n_blocks if packed else None,
+    ) as writer:
+        start = 0
+        for piece in pieces():
+            piece.check()
+            digest.add(_copy(writer, piece, start, packed=packed))
+            start += round_up(piece.counts()[0], profile.alignment)
+            on_piece()
+        writer.finish({**attributes, "content_digest": digest.hexdigest()})
+        CacheReader(aside).verify_checksums(trailers=False)
+    aside.replace(cache_path)
+    sync(cache_path.parent)
+    return digest.hexdigest()
+
+
+def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str:
+    """Copy one piece to where it begins on the token axis; return its content digest, as the cache will hold it."""
+    profile = writer.profile
+    alike = profile.equals(piece.profile)
+    if alike:
+        for name, stored in profile.arrays.items():
+            if not stored.chunked:
+                for block in piece.blocks(name):
+                    writer.append(name, block)
+        for frames in piece.frames():
+            writer.append_chunks(frames)
+    else:
+        for tokens in piece.tokens():
+            writer.append_tokens(tokens)
+    writer.align()
+    for name in (*DOCUMENT_ARRAYS, *(BLOCK_ARRAYS if packed else ())):
+        at = start
+        for block in piece.blocks(name):
+            writer.append(name, block)
+            if name.endswith("_length"):
+                ends = at + np.cumsum(block, dtype=np.uint64)
+                writer.append(name.replace("_length", "_start"), (ends - block).astype(np.uint64))
+                at = int(ends[-1])
+    return piece.content_digest() if alike else _digest(piece.runs(), profile)
+
+
+def _digest(runs: Iterable[Records], profile: Profile) -> str:
+    """Return the content digest of targets as a profile keeps them."""
+    digest = ContentDigest()
+    for records in runs:
+        digest.update(as_kept(records, profile))
+    return digest.hexdigest()
+
+
+def _sizes(
+    cache_path: Path, pieces: Iterable[Piece], n_rows: int | None, profile: Profile
+) -> tuple[int, int, int, int]:
+    """Check that rows follow each other; return entries of the token axis, tokens, documents and blocks."""
+    sums = (0, 0, 0, 0)
+    row = 0
+    for piece in pieces:
+        if piece.first_row < row or (n_rows is not None and piece.first_row != row):
+            raise CacheError(
+                f"{cache_path}: expected targets from row {row}, got {piece.path} from row {piece.first_row}",
+                str(cache_path),
+            )
+        row = piece.first_row + piece.n_rows
+        tokens, documents, blocks = piece.counts()
+        entries = round_up(tokens, profile.alignment)
+        sums = (sums[0] + entries, sums[1] + tokens, sums[2] + documents, sums[3] + blocks)
+    if n_rows is not None and row != n_rows:
+        raise CacheError(f"{cache_path}: expected {n_rows} rows, got {row}", str(cache_path))
+    return sums

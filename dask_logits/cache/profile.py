@@ -1,0 +1,425 @@
+"""How token arrays are stored: *plain* as they are, or *compact* as byte planes. ``docs/FORMAT.md`` specifies both.
+
+Compact, at K = 64 about 124 instead of 270 bytes per token:
+
+* **ids**: ``rank = id_rank[id]``, by how often an id was among the top-k of the calibration, so that the upper byte of
+  most ranks is 0; the bytes of all ranks of a chunk are separate planes, because two planes in one zstd block would
+  share one code table. The lowest plane does not compress and is left alone.
+* **log-probs**: the most probable entry's as float16; the others as gaps below it, rounded on a scale that is fine for
+  small gaps and coarse for large ones (``code = round(c · log1p(gap))``, companding as in ITU-T G.711), and stored as
+  differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
+* ``logsumexp``, ``tail_logmass`` and ``label_logprob`` as float16, which is what plain log-probs have.
+
+Dimension letters: N tokens, K kept entries, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import COUNT, DIGEST, NUMBERS, OBJECT, Kind, check_fields, create_bytes
+from dask_logits.records import TOKEN_ARRAYS, Array, Records, id_dtype, schema
+
+Precision = Literal[8, 10, 12]
+PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
+# Bytes of a plane's chunk, about: more gain nothing, and a short document's reader has to decode its neighbours too.
+_CHUNK_BYTES = 32 << 10
+_MOST_CHUNK_BYTES = 1 << 20
+# Gaps beyond are stored as this; a kept entry e^-32 as probable as the first matters to nobody.
+_RANGE_NATS = 32.0
+# Tokens that are encoded at a time: what is between is eight times the codes.
+_BLOCK_TOKENS = 16_384
+# Of an array of one dimension, at most.
+_NPY_HEADER_BYTES = 4096
+_HALVED = ("logsumexp", "tail_logmass", "label_logprob")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored array.
+
+    Parameters
+    ----------
+    dtype, shape
+        Of an entry.
+    chunked
+        Stored in chunks of the profile's ``alignment`` entries, compressed by zstd; else contiguous.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...] = ()
+    chunked: bool = False
+
+
+def _half(array: Array) -> Array:
+    return array.astype(np.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Logical arrays as they are.
+
+    Parameters
+    ----------
+    top_k, vocab_size
+        Of the records.
+    """
+
+    top_k: int
+    vocab_size: int
+    name: ClassVar[Literal["plain"]] = "plain"
+    alignment: ClassVar[int] = 1
+
+    def equals(self, other: Profile) -> bool:
+        """Whether stored arrays mean the same under another profile."""
+        return self == other
+
+    @property
+    def arrays(self) -> dict[str, Stored]:
+        """Name → how it is stored, of the token axis."""
+        entries = schema(self.top_k, self.vocab_size)
+        return {name: Stored(*entries[name]) for name in TOKEN_ARRAYS}
+
+    @property
+    def tables(self) -> dict[str, Array]:
+        """Name → array that decoding needs."""
+        return {}
+
+    def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the stored arrays of logical ones."""
+        return dict(tokens)
+
+    def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] | None = None) -> dict[str, Array]:
+        """Return the logical arrays of stored ones."""
+        return dict(stored)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Compact:
+    """Byte planes of ranks and companded gaps.
+
+    Parameters
+    ----------
+    top_k, vocab_size
+        Of the records.
+    precision
+        Bits of a gap's code.
+    id_table
+        [V], ids by falling frequency; a permutation, so every id stays representable.
+    gap_table
+        [2^precision] float32, gap in nats of each code; None: the table of this version.
+    chunk_tokens
+        Tokens of a chunk; None: about 32 KiB of each plane.
+
+    Raises
+    ------
+    ValueError
+        If the precision is unknown, the id table no permutation, the gap table of another size, or a chunk empty or
+        beyond 1 MiB.
+    """
+
+    top_k: int
+    vocab_size: int
+    precision: Precision
+    id_table: Array
+    gap_table: Array | None = None
+    chunk_tokens: int | None = None
+    name: ClassVar[Literal["compact"]] = "compact"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
+        if self.id_table.shape != (self.vocab_size,) or not self._is_permutation():
+            raise ValueError(f"id_table: expected every id below {self.vocab_size} once, got {self.id_table.shape}")
+        if self.gap_table is not None and self.gap_table.shape != (1 << self.precision,):
+            raise ValueError(f"gap_table: expected {1 << self.precision} gaps, got {self.gap_table.shape}")
+        if not 0 < self.alignment * self.top_k <= _MOST_CHUNK_BYTES:
+            raise ValueError(f"chunk_tokens: expected chunks of at most 1 MiB, got {self.alignment} tokens")
+
+    def _is_permutation(self) -> bool:
+        if self.id_table.max(initial=0) >= self.vocab_size:
+            return False
+        return bool((np.bincount(self.id_table.astype(np.int64), minlength=self.vocab_size) == 1).all())
+
+    def equals(self, other: Profile) -> bool:
+        """Whether stored arrays mean the same under another profile."""
+        return (
+            isinstance(other, Compact)
+            and (self.top_k, self.vocab_size, self.precision) == (other.top_k, other.vocab_size, other.precision)
+            and self.alignment == other.alignment
+            and np.array_equal(self.id_table, other.id_table)
+            and np.array_equal(self.gaps, other.gaps)
+        )
+
+    @property
+    def alignment(self) -> int:
+        """Tokens of a chunk; every partition starts at one."""
+        return self.alignment_for(self.top_k) if self.chunk_tokens is None else self.chunk_tokens
+
+    @staticmethod
+    def alignment_for(top_k: int) -> int:
+        """Tokens whose planes take about 32 KiB each, a power of two."""
+        least = 3 if top_k << 3 <= _MOST_CHUNK_BYTES else 0
+        return 1 << max(least, min(12, (_CHUNK_BYTES // top_k).bit_length() - 1))
+
+    @cached_property
+    def id_rank(self) -> Array:
+        """[V] uint32, place of each id in the table."""
+        rank = np.empty(self.vocab_size, np.uint32)
+        rank[self.id_table] = np.arange(self.vocab_size, dtype=np.uint32)
+        return rank
+
+    @cached_property
+    def gaps(self) -> Array:
+        """[2^precision] float32, gap in nats of each code; the last stands for probability 0."""
+        if self.gap_table is not None:
+            return self.gap_table.astype(np.float32)
+        table = np.expm1(np.arange(1 << self.precision) / self._codes_per_log).astype(np.float32)
+        table[-1] = np.inf
+        return table
+
+    @property
+    def _codes_per_log(self) -> float:
+        return float(((1 << self.precision) - 2) / np.log1p(_RANGE_NATS))
+
+    @property
+    def n_id_planes(self) -> int:
+        """Bytes of a rank."""
+        return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
+
+    @property
+    def n_gap_planes(self) -> int:
+        """Bytes of a code."""
+        return 1 if self.precision == 8 else 2
+
+    @property
+    def arrays(self) -> dict[str, Stored]:
+        """Name → how it is stored, of the token axis."""
+        byte, f16 = np.dtype(np.uint8), np.dtype(np.float16)
+        return {
+            "input_ids": Stored(id_dtype(self.vocab_size)),
+            "topk_ids_b0": Stored(byte, (self.top_k,)),
+            **{f"topk_ids_b{i}": Stored(byte, (self.top_k,), chunked=True) for i in range(1, self.n_id_planes)},
+            **{f"topk_gaps_b{i}": Stored(byte, (self.top_k,), chunked=True) for i in range(self.n_gap_planes)},
+            "top1_logprob": Stored(f16),
+            "logsumexp": Stored(f16),
+            "tail_logmass": Stored(f16),
+            "label_logprob": Stored(f16),
+        }
+
+    @property
+    def tables(self) -> dict[str, Array]:
+        """Name → array that decoding needs."""
+        return {"id_table": self.id_table.astype(np.uint32), "gap_table": self.gaps}
+
+    def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the stored arrays of logical ones."""
+        rank_NK = np.take(self.id_rank, tokens["topk_ids"])
+        logprobs_NK = tokens["topk_logprobs"].astype(np.float32)
+        gap_NK = logprobs_NK[:, :1] - logprobs_NK
+        highest = (1 << self.precision) - 2
+        code_NK = np.minimum(np.rint(self._codes_per_log * np.log1p(np.minimum(gap_NK, _RANGE_NATS))), highest)
+        code_NK = np.where(np.isposinf(gap_NK), highest + 1, code_NK).astype(np.uint16)
+        step_NK = np.diff(code_NK, axis=1, prepend=np.zeros((len(code_NK), 1), np.uint16))
+        return {
+            "input_ids": tokens["input_ids"],
+            **{f"topk_ids_b{i}": (rank_NK >> 8 * i).astype(np.uint8) for i in range(self.n_id_planes)},
+            **{f"topk_gaps_b{i}": (step_NK >> 8 * i).astype(np.uint8) for i in range(self.n_gap_planes)},
+            "top1_logprob": tokens["topk_logprobs"][:, 0].astype(np.float16),
+            **{name: tokens[name].astype(np.float16) for name in _HALVED},
+        }
+
+    def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] = _half) -> dict[str, Array]:
+        """Return the logical arrays of stored ones.
+
+        Parameters
+        ----------
+        stored
+            Stored arrays.
+        half
+            What rounds float32 to float16; numpy's takes a quarter of the time that all of this does.
+        """
+        return {
+            "input_ids": stored["input_ids"],
+            "topk_ids": self._ids(stored),
+            "topk_logprobs": half(self._logprobs(stored)),
+            **{name: stored[name].astype(np.float32) for name in _HALVED},
+        }
+
+    @cached_property
+    def _narrow_table(self) -> Array:
+        return self.id_table.astype(id_dtype(self.vocab_size))
+
+    def _ids(self, stored: Mapping[str, Array]) -> Array:
+        rank_NK: Array = stored["topk_ids_b0"].astype(np.uint16 if self.n_id_planes <= 2 else np.uint32)
+        for i in range(1, self.n_id_planes):
+            plane_NK = stored[f"topk_ids_b{i}"].astype(rank_NK.dtype)
+            np.bitwise_or(rank_NK, plane_NK << 8 * i, out=rank_NK)
+        # Clipped, because checking costs more than looking up; that ranks are valid is what checksums are for.
+        ids: Array = np.take(self._narrow_table, rank_NK, mode="clip")
+        return ids
+
+    def _logprobs(self, stored: Mapping[str, Array]) -> Array:
+        step_NK = stored["topk_gaps_b0"]
+        if self.n_gap_planes == 2:
+            step_NK = step_NK | stored["topk_gaps_b1"].astype(np.uint16) << 8
+        # Codes fit into a byte with 8 bits too, but numpy adds bytes at a third of the speed.
+        code_NK = np.add.accumulate(step_NK, axis=1, dtype=np.uint16)
+        gap_NK = np.take(self.gaps, code_NK, mode="clip")
+        top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
+        logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK)
+        return logprobs_NK
+
+
+Profile = Plain | Compact
+
+
+def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array]:
+    """Return the stored arrays of a whole partition's tokens, encoded some at a time."""
+    if isinstance(profile, Plain):
+        return profile.encode(tokens)
+    n = len(tokens["input_ids"])
+    out = {name: np.empty((n, *kind.shape), kind.dtype) for name, kind in profile.arrays.items()}
+    for first in range(0, n, _BLOCK_TOKENS):
+        part = profile.encode({name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()})
+        for name, array in part.items():
+            out[name][first : first + _BLOCK_TOKENS] = array
+    return out
+
+
+def as_kept(records: Records, profile: Profile) -> Records:
+    """Return records as they will be read back."""
+    if isinstance(profile, Plain):
+        return records
+    arrays = dict(records.arrays())
+    tokens = {name: arrays.pop(name) for name in TOKEN_ARRAYS}
+    out = {name: np.empty_like(array) for name, array in tokens.items()}
+    for first in range(0, records.n_tokens, _BLOCK_TOKENS):
+        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()}
+        for name, array in profile.decode(profile.encode(part)).items():
+            out[name][first : first + _BLOCK_TOKENS] = array
+    return Records(**out, **arrays)
+
+
+def id_table(topk_ids: Array, vocab_size: int) -> Array:
+    """Return all ids by falling frequency in a sample, ties and unseen ones by lower id: [V] uint32.
+
+    >>> id_table(np.array([[3, 1], [3, 0]]), 5).tolist()
+    [3, 0, 1, 2, 4]
+    """
+    counts = np.bincount(topk_ids.reshape(-1).astype(np.int64), minlength=vocab_size)
+    return np.argsort(-counts, kind="stable").astype(np.uint32)
+
+
+# What a calibration says of how targets are stored.
+_STORAGE = {
+    "profile": Kind("'plain' or 'compact'", lambda value: value in ("plain", "compact")),
+    "precision": Kind(f"one of {PRECISIONS}", lambda value: COUNT.holds(value) and value in PRECISIONS),
+    "id_table": DIGEST.or_none(),
+}
+_CALIBRATION = {
+    "numerics": OBJECT,
+    "storage": OBJECT.or_none(),
+    "cost": NUMBERS.or_none(),
+    "kept_mass_by_k": NUMBERS.or_none(),
+    "environment": OBJECT.or_none(),
+}
+
+
+def check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
+    """Refuse numerics that nobody here wrote.
+
+    Raises
+    ------
+    CacheError
+        Naming the file and the first field that is wrong.
+    """
+    check_fields(path, calibration, _CALIBRATION)
+    if calibration.get("storage") is not None:
+        check_fields(path, calibration["storage"], _STORAGE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSpec:
+    """What it takes to make a profile in another process.
+
+    Parameters
+    ----------
+    name, top_k, vocab_size, precision
+        As of the profile.
+    id_table
+        File of the compact profile's id table, named by its SHA-256.
+    """
+
+    name: Literal["plain", "compact"]
+    top_k: int
+    vocab_size: int
+    precision: Precision = 8
+    id_table: str | None = None
+
+
+@lru_cache(maxsize=4)
+def load_profile(spec: ProfileSpec) -> Profile:
+    """Make a profile.
+
+    Raises
+    ------
+    CacheError
+        If the id table is missing or damaged.
+    """
+    if spec.name == "plain":
+        return Plain(top_k=spec.top_k, vocab_size=spec.vocab_size)
+    path = Path(str(spec.id_table))
+    table_bytes = spec.vocab_size * np.dtype(np.uint32).itemsize
+    is_table = path.is_file() and table_bytes < path.stat().st_size <= table_bytes + _NPY_HEADER_BYTES
+    data = path.read_bytes() if is_table else b""
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise CacheError(
+            f"{path}: expected the id table with this SHA-256, got {'another' if path.exists() else 'nothing'}; "
+            "restore it, or run again with distillation.teacher.generation.force_regenerate=true",
+            str(path),
+        )
+    # Its header is known, so it need not be believed.
+    table = np.frombuffer(data[-table_bytes:], "<u4")
+    try:
+        return Compact(top_k=spec.top_k, vocab_size=spec.vocab_size, precision=spec.precision, id_table=table)
+    except ValueError as error:
+        raise CacheError(f"{path}: expected an id table, got {error}; restore it", str(path)) from error
+
+
+def save_id_table(folder: Path, table: Array) -> str:
+    """Write an id table under its SHA-256, unless it is there; return that."""
+    table = table.astype(np.uint32)
+    digest = hashlib.sha256(_npy(table)).hexdigest()
+    save_array(folder / f"{digest}.npy", table)
+    return digest
+
+
+def save_array(path: Path, array: Array) -> None:
+    """Write an array as ``.npy``, unless it is there."""
+    create_bytes(path, _npy(array))
+
+
+def _npy(array: Array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def earns(top_k: int, vocab_size: int, tokens: int | None, partition_tokens: float) -> bool:
+    """Whether compact makes a job's cache smaller: its table costs up to 4 V bytes, a partition half a chunk.
+
+    >>> earns(64, 49_152, 100_000, 100_000), earns(64, 49_152, 1_000, 1_000), earns(64, 49_152, None, 300)
+    (True, False, False)
+    """
+    chunk = Compact.alignment_for(top_k)
+    return top_k > 1 and partition_tokens >= 8 * chunk and (tokens is None or tokens * top_k >= 8 * vocab_size)

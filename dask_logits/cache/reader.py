@@ -1,0 +1,510 @@
+"""Reads a cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
+
+Two profiles (:mod:`dask_logits.cache.profile`): *plain*, contiguous and uncompressed, which any HDF5 reader opens and
+ours maps into memory; and *compact*, in which all but the lowest byte planes are chunked and compressed by zstd behind
+a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
+processes, threads or forks.
+
+One of the three homes of ``h5py``.
+
+Dimension letters: N tokens, D documents, B blocks, K kept entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from dask_logits.cache.chunks import ChunkIndex, PlaneReader, fletcher32
+from dask_logits.cache.hdf5 import (
+    SlowArray,
+    check_dataset,
+    damaged,
+    find_dataset,
+    is_critical,
+    open_file,
+    root_attributes,
+    translated,
+)
+from dask_logits.cache.layout import (
+    BLOCKS,
+    DOCUMENTS,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    MOST_ROWS,
+    BlockCrc,
+)
+from dask_logits.cache.profile import Compact, Plain, Profile, check_calibration
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import COUNT, DIGEST, OBJECT, TEXT, check_fields
+from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
+
+Engine = Literal["fast", "h5py"]
+ENGINES: tuple[Engine, ...] = ("fast", "h5py")
+# Tokens whose documents are hashed together.
+_DIGEST_TOKENS = 1 << 16
+# Bytes of an array that are checked together.
+_READ_BYTES = 8 << 20
+_SIZES = ("n_tokens", "n_documents", "top_k", "vocab_size")
+_COMPACT_SIZES = ("n_entries", "precision", "chunk_tokens")
+# Attributes that may be absent.
+_SAID = {
+    **dict.fromkeys(("n_entries", "n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
+    **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
+    **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
+    "content_digest": DIGEST,
+}
+
+
+class CacheReader:
+    """Reads documents of a cache; with the fast engine safe to use from several threads and after a fork.
+
+    Parameters
+    ----------
+    path
+        The HDF5 file.
+    engine
+        ``fast``: memory maps and our own chunk index; ``h5py``: everything through HDF5 (a compact cache then needs
+        the package ``hdf5plugin``), which also reads files that were repacked.
+
+    Raises
+    ------
+    CacheError
+        If it is missing, truncated, incomplete, not a cache, of a newer format, or its chunk index does not match.
+
+    Attributes
+    ----------
+    attributes : dict
+        The file's attributes; JSON ones decoded.
+    profile : Plain or Compact
+        How token arrays are stored.
+    n_tokens, n_entries, n_documents, top_k, vocab_size : int
+        Sizes; the token axis has ``n_entries``, some of which may belong to no document.
+    arrays : dict
+        Stored name → array: a memory map, or an open HDF5 dataset. Chunked arrays are absent with the fast engine.
+    """
+
+    def __init__(self, path: Path, engine: Engine = "fast") -> None:
+        self.path = path
+        self.engine = engine
+        file = open_file(path)
+        with translated(path, "to open it"):
+            self._read_header(file)
+
+    def _read_header(self, file: h5py.File) -> None:
+        self.attributes = root_attributes(file, self.path)
+        self._check_header()
+        self.n_tokens = int(self.attributes["n_tokens"])
+        self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
+        self.n_documents = int(self.attributes["n_documents"])
+        self.top_k = int(self.attributes["top_k"])
+        self.vocab_size = int(self.attributes["vocab_size"])
+        self.profile = self._profile(file)
+        datasets = self._check_arrays(file)
+        chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
+        self.names = tuple(name for name in datasets if name not in chunked)
+        self.crcs: dict[str, Array] = {
+            name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
+        }
+        # Of the file that is mapped; another may have its name later.
+        self._status = self.path.stat()
+        self._offsets: dict[str, int] = {}
+        self.arrays: dict[str, Any] = {name: self._opened(name, datasets[name]) for name in self.names}
+        self._planes: PlaneReader | None = None
+        if chunked and self.engine == "fast":
+            self._planes = self._opened_planes(datasets, chunked)
+        elif chunked:
+            with contextlib.suppress(ImportError):
+                # Importing it is what makes its filters known to HDF5.
+                import hdf5plugin  # noqa: F401
+            self.arrays |= {name: self._opened(name, datasets[name]) for name in chunked}
+        if not any(isinstance(array, SlowArray) for array in self.arrays.values()):
+            file.close()
+        self._block_start: Array | None = None
+        if "block_start" in self.arrays:
+            self._block_start = np.asarray(self.arrays["block_start"]).astype(np.int64)
+        elif self.is_packed:
+            lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
+            self._block_start = np.cumsum(lengths) - lengths
+        if self.is_packed and self.n_items and not self.n_documents:
+            raise damaged(self.path, "segments of its blocks", "none")
+
+    def said(self) -> dict[str, Any]:
+        """Return what a writer is given as attributes: the file's, and a byte of each id's token where it has them."""
+        crcs = {"token_crcs": np.asarray(self.arrays["token_crcs"])} if "token_crcs" in self.arrays else {}
+        return {**self.attributes, **crcs}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether documents were packed into blocks."""
+        return "block_length" in self.names
+
+    @property
+    def n_items(self) -> int:
+        """Items: blocks of a packed cache, else documents (windows count each)."""
+        return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
+
+    @property
+    def n_empty(self) -> int:
+        """Documents without a token: their rows were null or empty."""
+        return self.n_documents - int(np.count_nonzero(np.asarray(self.arrays["document_length"])))
+
+    def stored(self, start: int, stop: int) -> dict[str, Array]:
+        """Return the stored token arrays of entries [start, stop), still encoded.
+
+        Raises
+        ------
+        CacheError
+            If a chunk is damaged.
+        """
+        found = {name: self._read(name, start, stop) for name in self.profile.arrays if name in self.arrays}
+        return found if self._planes is None else {**found, **self._planes.rows(start, stop)}
+
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        return np.asarray(self.arrays[name][start:stop])
+
+    def tokens(self, start: int, stop: int) -> dict[str, Array]:
+        """Return the logical token arrays of entries [start, stop)."""
+        return self.profile.decode(self.stored(start, stop))
+
+    def frames(self, start: int, stop: int) -> dict[str, list[memoryview]]:
+        """Return the verified compressed chunks of all chunked arrays that hold entries [start, stop)."""
+        if self._planes is None:
+            return {}
+        return self._planes.frames(start // self.profile.alignment, -(-stop // self.profile.alignment))
+
+    def place(self, index: int) -> tuple[int, int, slice]:
+        """Return an item's first entry, its end, and which documents (or segments of a block) it holds.
+
+        Raises
+        ------
+        CacheError
+            If it does not lie in the file.
+        """
+        if self._block_start is None:
+            start = int(self.arrays["document_start"][index])
+            stop = start + int(self.arrays["document_length"][index])
+            documents = slice(index, index + 1)
+        else:
+            start = int(self._block_start[index])
+            stop = start + int(self.arrays["block_length"][index])
+            ends = np.array([max(0, start), max(0, stop)], np.uint64)
+            first, last = np.searchsorted(self.arrays["document_start"], ends)
+            documents = slice(int(first), int(last))
+            if first >= last:
+                raise damaged(self.path, f"segments of block {index}", "none")
+        if not 0 <= start <= stop <= self.n_entries:
+            raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
+        return start, stop, documents
+
+    def item(self, index: int) -> dict[str, Array]:
+        """Return the logical token arrays of one item, and its segments.
+
+        Parameters
+        ----------
+        index
+            Item in dataset order, from 0.
+
+        Returns
+        -------
+        dict
+            The token arrays; ``segments`` [S, 3] int64, (row, offset, length) of each run of one row's tokens; ``row``,
+            the first segment's.
+        """
+        start, stop, documents = self.place(index)
+        return {**self.tokens(start, stop), **self.segments(documents)}
+
+    def segments(self, documents: slice) -> dict[str, Array]:
+        """Return ``segments`` [S, 3] int64 and ``row`` of some documents."""
+        segments = np.stack([self.arrays[name][documents].astype(np.int64) for name in DOCUMENT_ARRAYS], 1)
+        return {"segments": segments, "row": segments[0, 0]}
+
+    def item_lengths(self) -> Array:
+        """Return the tokens of each item: [items] int64."""
+        name = "block_length" if self.is_packed else "document_length"
+        return np.asarray(self.arrays[name]).astype(np.int64)
+
+    def item_starts(self) -> Array:
+        """Return the first entry of each item: [items] int64."""
+        starts = self.arrays["document_start"] if self._block_start is None else self._block_start
+        return np.asarray(starts).astype(np.int64)
+
+    def item_places(self) -> tuple[Array, Array]:
+        """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
+        rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])
+        if self._block_start is None:
+            return rows, offsets
+        starts = np.asarray(self.arrays["document_start"])
+        first = np.searchsorted(starts, self._block_start.astype(starts.dtype), side="right") - 1
+        return rows[first], offsets[first]
+
+    @property
+    def document_start(self) -> Array:
+        """[D] uint64, first entry of each document."""
+        start: Array = self.arrays["document_start"]
+        return start
+
+    def blocks_between(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the packed blocks [first, stop) that begin in a range of entries; (0, 0) without packing."""
+        if self._block_start is None:
+            return 0, 0
+        first, last = np.searchsorted(self._block_start, [start, stop])
+        return int(first), int(last)
+
+    def runs(self, documents: tuple[int, int], blocks: tuple[int, int]) -> Iterator[Records]:
+        """Yield documents [first, stop), between which there is no gap, and the blocks they make up, some at a time."""
+        columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in DOCUMENTS}
+        starts = columns.pop("document_start").astype(np.int64)
+        ends = starts + columns["document_length"]
+        lengths = np.asarray(self.arrays["block_length"][slice(*blocks)]) if self.is_packed else None
+        # Where a run may end: after a document, or a block.
+        stops = ends if lengths is None else starts[:1] + np.cumsum(lengths, dtype=np.int64)
+        first = first_stop = 0
+        while first < len(starts):
+            begin = int(starts[first])
+            n_stops = int(np.searchsorted(stops[first_stop:], begin + _DIGEST_TOKENS, side="right"))
+            last_stop = min(len(stops), first_stop + max(1, n_stops))
+            end = int(stops[last_stop - 1]) if len(stops) else begin
+            whole = last_stop == len(stops)
+            last = len(starts) if whole else last_stop if lengths is None else int(np.searchsorted(starts, end))
+            yield Records(
+                **self.tokens(begin, end),
+                **{name: column[first:last] for name, column in columns.items()},
+                block_length=None if lengths is None else lengths[first_stop:last_stop],
+            )
+            first, first_stop = last, last_stop
+
+    def verify_checksums(self, *, trailers: bool = True) -> None:
+        """Compare every array and every chunk with its stored CRC-32, and documents and blocks with each other.
+
+        Parameters
+        ----------
+        trailers
+            Compare the Fletcher-32 behind each chunk, too, which only readers through HDF5 look at.
+
+        Raises
+        ------
+        CacheError
+            Naming the first damaged array and the entries.
+        """
+        for name in self.names:
+            crc = BlockCrc()
+            for piece in self._pieces(name):
+                crc.update(piece)
+            found, expected = crc.values(), self.crcs[name].tolist()
+            if found != expected:
+                block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
+                raise CacheError(
+                    f"{self.path}: expected CRC-32 {expected[block : block + 1]} for {name}, MiB {block}, got "
+                    f"{found[block : block + 1]}: the file is damaged; restore it, or delete it and run the job again",
+                    str(self.path),
+                )
+        step = 256 * self.profile.alignment
+        for first in range(0, self.n_entries, step):
+            stop = min(first + step, self.n_entries)
+            if self._planes is not None:
+                self._planes.check(*(at // self.profile.alignment for at in (first, stop)), trailers=trailers)
+            else:
+                # HDF5 compares the Fletcher-32 of what it reads.
+                for name in self.profile.arrays.keys() - set(self.names):
+                    self._read(name, first, stop)
+        self._check_places()
+
+    def _pieces(self, name: str) -> Iterator[Array]:
+        """Yield an array in pieces, a mapped one past its map: there, a disk that fails would end the process."""
+        array = self.arrays[name]
+        try:
+            file = self._opened_again() if name in self._offsets else None
+            if file is not None:
+                with file:
+                    for at in range(0, array.nbytes, _READ_BYTES):
+                        count = min(_READ_BYTES, array.nbytes - at)
+                        yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
+                return
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: expected to read {name}, got {error}; look after the disk", str(self.path)
+            ) from error
+        rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
+        for first in range(0, len(array), rows):
+            yield self._read(name, first, first + rows)
+
+    def _opened_again(self) -> io.FileIO | None:
+        """Open the file that is mapped; None where its name is gone, or another's: a job may have made a new one."""
+        try:
+            file = io.FileIO(self.path)
+        except FileNotFoundError:
+            return None
+        if os.path.samestat(os.fstat(file.fileno()), self._status):
+            return file
+        file.close()
+        return None
+
+    def _check_places(self) -> None:
+        """Refuse documents and blocks that overlap, leave the file, or do not add up."""
+        columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
+        row, _, length, start = (
+            np.minimum(column.astype(np.uint64), np.uint64(MOST_ROWS)).astype(np.int64) for column in columns
+        )
+        end = start + length
+        if (np.diff(row) < 0).any() or (row >= MOST_ROWS).any():
+            raise damaged(self.path, "document_row to rise", "another order")
+        if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
+            raise damaged(
+                self.path,
+                f"documents of {self.n_tokens} tokens, one after the other in {self.n_entries} entries",
+                f"{length.sum()} tokens, which end at {end.max(initial=0)}, or overlap",
+            )
+        if self._block_start is None:
+            return
+        lengths = self.item_lengths()
+        stops = self._block_start + lengths
+        firsts, lasts = (np.searchsorted(start, at) for at in (self._block_start, stops))
+        before = np.concatenate([[0], np.cumsum(length)])
+        held = before[lasts] - before[firsts]
+        if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
+            raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
+
+    def _check_header(self) -> None:
+        found = self.attributes.get("format")
+        if found != FORMAT:
+            raise CacheError(
+                f"{self.path}: expected a dask_logits cache, got format {found!r}; give the teacher_logits.h5 of a run",
+                str(self.path),
+            )
+        version, profile = str(self.attributes.get("format_version"))[:80], self.attributes.get("profile")
+        if version.split(".")[0] != FORMAT_VERSION.split(".")[0] or profile not in ("plain", "compact"):
+            raise CacheError(
+                f"{self.path}: expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain' or 'compact', "
+                f"got {version}, {profile!r}; install a newer dask_logits",
+                str(self.path),
+            )
+        if not self.attributes.get("complete"):
+            raise CacheError(
+                f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
+                str(self.path),
+            )
+        needed = _SIZES + (_COMPACT_SIZES if profile == "compact" else ())
+        lacking = [name for name in needed if name not in self.attributes]
+        if lacking:
+            raise damaged(self.path, ", ".join(lacking), "none")
+        said = self.attributes
+        check_fields(self.path, said, {**_SAID, **dict.fromkeys(needed, COUNT)})
+        if said.get("calibration") is not None:
+            check_calibration(self.path, said["calibration"])
+        if said.get("partial") and said.get("n_rows") is None:
+            raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
+        if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
+            raise damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
+        entries, step = said.get("n_entries", said["n_tokens"]), said["chunk_tokens"] if profile == "compact" else 1
+        if entries < said["n_tokens"] or not step or entries % step:
+            raise damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
+
+    def _profile(self, file: h5py.File) -> Profile:
+        if self.attributes["profile"] == "plain":
+            return Plain(top_k=self.top_k, vocab_size=self.vocab_size)
+        try:
+            profile = Compact(
+                top_k=self.top_k,
+                vocab_size=self.vocab_size,
+                precision=self.attributes["precision"],
+                id_table=self._table(file, "id_table", self.vocab_size, np.dtype(np.uint32)),
+                gap_table=self._table(
+                    file, "gap_table", 1 << min(16, self.attributes["precision"]), np.dtype(np.float32)
+                ),
+                chunk_tokens=self.attributes["chunk_tokens"],
+            )
+        except ValueError as error:
+            raise damaged(self.path, "the tables of a compact cache", str(error)) from error
+        return profile
+
+    def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
+        dataset = find_dataset(file, self.path, name)
+        if dataset is None:
+            raise damaged(self.path, name, "none")
+        check_dataset(dataset, self.path, name, (dataset.size if length is None else length,), dtype)
+        return np.asarray(SlowArray(self.path, name, dataset))
+
+    def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
+        """Compare names, shapes and dtypes with the profile's; return the arrays, contiguous or not."""
+        entries = schema(self.top_k, self.vocab_size)
+        u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        for name, stored in self.profile.arrays.items():
+            expected[name] = ((self.n_entries, *stored.shape), stored.dtype)
+            if stored.chunked:
+                n_chunks = self.n_entries // self.profile.alignment
+                for part in INDEX:
+                    expected[f"chunks/{name}/{part}"] = ((n_chunks,), u64 if part == "offset" else u32)
+        for name in DOCUMENTS:
+            expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
+        root = h5py.h5g.open(file.id, b"/")
+        if root.links.exists(b"block_start") and not root.links.exists(b"block_length"):
+            raise damaged(self.path, "block_length beside block_start", "none")
+        for name in (name for name in BLOCKS if root.links.exists(name.encode())):
+            expected[name] = ((self.attributes.get("n_blocks", -1),), u64 if name == "block_start" else u32)
+        for name, table in self.profile.tables.items():
+            expected[name] = (table.shape, table.dtype)
+        if root.links.exists(b"token_crcs"):
+            expected["token_crcs"] = ((self.attributes.get("tokenizer_ids", -1),), np.dtype(np.uint8))
+        found = {name: find_dataset(file, self.path, name) for name in expected}
+        if lacking := [name for name, dataset in found.items() if dataset is None]:
+            raise damaged(self.path, ", ".join(lacking), "none")
+        for name, (shape, dtype) in expected.items():
+            stored_as = self.profile.arrays.get(name)
+            fast = self.engine == "fast" and stored_as is not None and stored_as.chunked
+            check_dataset(found[name], self.path, name, shape, dtype, indexed=fast)
+        known = {name.encode() for name in expected}
+        for key in root:
+            if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and is_critical(file[key]):
+                raise CacheError(
+                    f"{self.path}: expected only known arrays, got the critical array {key.decode(errors='replace')!r};"
+                    " install a newer dask_logits",
+                    str(self.path),
+                )
+        return found
+
+    def _opened_planes(self, datasets: dict[str, h5py.Dataset], chunked: Sequence[str]) -> PlaneReader:
+        indices = {}
+        for name in chunked:
+            indices[name] = ChunkIndex(*(np.asarray(self.arrays[f"chunks/{name}/{part}"]) for part in INDEX))
+            if len(indices[name]):
+                self._check_index(datasets[name], name, indices[name])
+        return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k))
+
+    def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
+        """Refuse an index whose ends are not where HDF5 has the chunks."""
+        for chunk in {0, len(index) - 1}:
+            found = dataset.id.get_chunk_info_by_coord((chunk * self.profile.alignment, 0))
+            expected = (int(index.offset[chunk]), int(index.size[chunk]) + len(fletcher32(b"")))
+            if (found.byte_offset, found.size) != expected:
+                raise CacheError(
+                    f"{self.path}: expected chunk {chunk} of {name} at (offset, bytes) {expected}, as the index says, "
+                    f"got {(found.byte_offset, found.size)}: the file was repacked; read it with engine='h5py', or "
+                    "restore it",
+                    str(self.path),
+                )
+
+    def _opened(self, name: str, dataset: h5py.Dataset) -> Any:
+        if dataset.size == 0:
+            return np.empty(dataset.shape, dataset.dtype)
+        offset = dataset.id.get_offset()
+        if offset is None or self.engine == "h5py":
+            return SlowArray(self.path, name, dataset)
+        self._offsets[name] = offset
+        # An ndarray over the map: np.memmap itself costs microseconds a slice.
+        return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
+
+
+def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
+    """Yield every item in order."""
+    for index in range(reader.n_items):
+        yield reader.item(index)

@@ -1,0 +1,253 @@
+"""Writes a cache: one HDF5 file, aside, its completeness flag last. ``docs/FORMAT.md`` specifies it.
+
+Contiguous arrays go through h5py, compressed chunks past its filters, as they are. A CRC-32 per MiB of every contiguous
+array, and per chunk, is stored beside it.
+
+One of the three homes of ``h5py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dask_logits.cache.chunks import compress, fletcher32
+from dask_logits.cache.layout import (
+    CRC_BLOCK_BYTES,
+    DOCUMENTS,
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    ZSTD_FILTER,
+    BlockCrc,
+    round_up,
+)
+from dask_logits.cache.profile import Compact, Profile
+from dask_logits.cache.sink import Sink
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import sync
+from dask_logits.records import Array, schema
+
+_LEVEL = 1
+
+
+class CacheWriter:
+    """Writes a cache aside, piece by piece, and finishes it.
+
+    Parameters
+    ----------
+    path
+        Temporary name; the caller renames it once :meth:`finish` has returned.
+    profile
+        How token arrays are stored.
+    n_tokens, n_documents
+        Final sizes.
+    n_entries
+        Final length of the token axis: the tokens of every piece, rounded up to the profile's alignment.
+    n_blocks
+        Packed blocks; None where documents were not packed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        profile: Profile,
+        n_tokens: int,
+        n_documents: int,
+        n_entries: int | None = None,
+        n_blocks: int | None = None,
+    ) -> None:
+        self.path = path
+        self.profile = profile
+        # Looking one up by its name costs more than writing a chunk.
+        self._datasets: dict[str, h5py.Dataset] = {}
+        self._filled: dict[str, int] = {}
+        self._crcs: dict[str, BlockCrc] = {}
+        # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
+        self._sink = Sink(path)
+        self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
+        length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
+        self._sizes = {
+            "n_tokens": n_tokens,
+            "n_entries": length,
+            "n_documents": n_documents,
+            "top_k": profile.top_k,
+            "vocab_size": profile.vocab_size,
+            **({} if n_blocks is None else {"n_blocks": n_blocks}),
+        }
+        self._chunk_sizes: dict[str, list[int]] = {}
+        self._chunk_crcs: dict[str, list[int]] = {}
+        for name, stored in profile.arrays.items():
+            if stored.chunked:
+                self._create_chunked(name, (length, *stored.shape))
+            else:
+                self._create(name, (length, *stored.shape), stored.dtype)
+        entries = schema(profile.top_k, profile.vocab_size)
+        for name in DOCUMENTS:
+            self._create(name, (n_documents,), entries[name][0] if name in entries else np.dtype(np.uint64))
+        if n_blocks is not None:
+            self._create("block_length", (n_blocks,), entries["block_length"][0])
+            self._create("block_start", (n_blocks,), np.dtype(np.uint64))
+            # Who does not know it would take segments of blocks for documents that were scored alone.
+            self._file["block_length"].attrs["critical"] = True
+        for name, table in profile.tables.items():
+            self._create(name, table.shape, table.dtype)
+            self.append(name, table)
+
+    def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._datasets[name] = self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
+        self._filled[name] = 0
+        self._crcs[name] = BlockCrc()
+
+    def _create_chunked(self, name: str, shape: tuple[int, ...]) -> None:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((self.profile.alignment, *shape[1:]))
+        # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
+        properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
+        properties.set_fletcher32()
+        # The same targets give the same bytes, whenever they are written.
+        properties.set_obj_track_times(False)
+        space = h5py.h5s.create_simple(shape)
+        created = h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
+        self._datasets[name] = h5py.Dataset(created)
+        self._filled[name] = 0
+        self._chunk_sizes[name] = []
+        self._chunk_crcs[name] = []
+
+    def append(self, name: str, block: Array) -> None:
+        """Write the next entries of one contiguous array."""
+        first = self._filled[name]
+        dataset = self._datasets[name]
+        if block.dtype != dataset.dtype:
+            raise CacheError(f"{self.path}: expected {name} as {dataset.dtype}, got {block.dtype}", str(self.path))
+        if len(block):
+            dataset[first : first + len(block)] = block
+        self._sink.check()
+        self._filled[name] = first + len(block)
+        self._crcs[name].update(block)
+
+    def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+        """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
+        datasets = {name: self._datasets[name].id for name in frames}
+        for parts in zip(*frames.values(), strict=True):
+            for name, frame in zip(frames, parts, strict=True):
+                data = bytes(frame)
+                first = self._filled[name]
+                datasets[name].write_direct_chunk((first, 0), data + fletcher32(data))
+                self._filled[name] = first + self.profile.alignment
+                self._chunk_sizes[name].append(len(data))
+                self._chunk_crcs[name].append(zlib.crc32(data))
+        self._sink.check()
+
+    def append_tokens(self, tokens: Mapping[str, Array]) -> None:
+        """Encode and write the next tokens; all but the last block of a piece fill whole chunks."""
+        step = self.profile.alignment
+        stored = self.profile.encode(tokens)
+        frames: dict[str, list[bytes]] = {}
+        for name, kind in self.profile.arrays.items():
+            if not kind.chunked:
+                self.append(name, stored[name])
+                continue
+            short = -len(stored[name]) % step
+            rows = np.concatenate([stored[name], np.zeros((short, *kind.shape), kind.dtype)]) if short else stored[name]
+            frames[name] = [compress(rows[first : first + step]) for first in range(0, len(rows), step)]
+        self.append_chunks(frames)
+
+    def align(self) -> None:
+        """Fill contiguous token arrays with zeros up to the next chunk, where the next piece begins."""
+        for name, kind in self.profile.arrays.items():
+            short = -self._filled[name] % self.profile.alignment
+            if short:
+                self.append(name, np.zeros((short, *kind.shape), kind.dtype))
+
+    def finish(self, attributes: Mapping[str, Any]) -> None:
+        """Write the index, checksums and attributes, the completeness flag last, and flush to the disk.
+
+        ``token_crcs`` among the attributes is written as an array.
+
+        Raises
+        ------
+        CacheError
+            If an array was not filled.
+        OSError
+            If there is no room, as of :meth:`append` and :meth:`append_chunks`.
+        """
+        for name, filled in self._filled.items():
+            if filled != len(self._datasets[name]):
+                raise CacheError(
+                    f"{self.path}: expected {len(self._datasets[name])} entries of {name}, got {filled}",
+                    str(self.path),
+                )
+        if "token_crcs" in attributes:
+            crcs = attributes["token_crcs"]
+            self._create("token_crcs", crcs.shape, crcs.dtype)
+            self.append("token_crcs", crcs)
+        for name in self._chunk_sizes:
+            places: list[tuple[int, int]] = []
+            self._datasets[name].id.chunk_iter(functools.partial(_note_place, places))
+            offsets = np.array([offset for _, offset in sorted(places)], np.uint64)
+            columns = (offsets, np.array(self._chunk_sizes[name], np.uint32), self._chunk_crcs[name])
+            for part, column in zip(INDEX, columns, strict=True):
+                values = np.asarray(column, np.uint64 if part == "offset" else np.uint32)
+                self._create(f"chunks/{name}/{part}", values.shape, values.dtype)
+                self.append(f"chunks/{name}/{part}", values)
+        for name, crc in self._crcs.items():
+            self._file.create_dataset(f"crc32/{name}", data=np.array(crc.values(), np.uint32))
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "profile": self.profile.name,
+            **self._sizes,
+            "crc32_block_bytes": CRC_BLOCK_BYTES,
+            "temperature": 1.0,
+            "target_shift": 1,
+            "order": "logprob descending, ties by lower id",
+        }
+        if isinstance(self.profile, Compact):
+            header |= {"precision": self.profile.precision, "chunk_tokens": self.profile.alignment}
+        for key, value in {**header, **attributes}.items():
+            if isinstance(value, np.ndarray):
+                continue
+            value = json.dumps(value) if isinstance(value, dict | list) else value
+            self._file.attrs[key] = _fixed(value) if isinstance(value, str) else value
+        self._file.flush()
+        self._file.attrs["complete"] = True
+        self._file.close()
+        self._sink.check()
+        sync(self.path)
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except Exception:
+            # HDF5 does not close what an interrupt left half flushed; the interrupt is what counts.
+            if kind is None:
+                raise
+        finally:
+            self._sink.close()
+            if kind is not None:
+                self.path.unlink(missing_ok=True)
+
+
+def _fixed(text: str) -> Array:
+    """Return a text of fixed length: one of variable length lies in a heap (:mod:`dask_logits.cache.heaps`)."""
+    data = text.encode()
+    return np.array(data, h5py.string_dtype("utf-8", max(1, len(data))))
+
+
+def _note_place(places: list[tuple[int, int]], chunk: Any) -> None:
+    places.append((chunk.chunk_offset[0], chunk.byte_offset))

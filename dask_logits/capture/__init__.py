@@ -1,1 +1,0 @@
-"""From dataset rows to targets: corpus, batches, teacher, scoring, and the task that does it for one partition."""

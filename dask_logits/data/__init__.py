@@ -1,0 +1,1 @@
+"""Rows of any dataset to items: the token sequences that the teacher reads."""

@@ -1,0 +1,353 @@
+"""A regular dataset → slices of its Arrow files, which each worker reads itself.
+
+The driver opens the dataset, finds the column, hashes the rows that are used and cuts them into slices of files. No row
+passes through Dask. A dataset whose rows are not plainly those of its files (in memory, selected, shuffled, sliced) is
+written once into the run folder.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dask_logits.config import DatasetConfig
+from dask_logits.data.load import load_rows, refuse_splits
+from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values
+from dask_logits.data.values import IDS, MASK, PROBLEM, TEXT, choose_column, row_value, type_problem, value_table
+from dask_logits.errors import DatasetError
+from dask_logits.files.lock import lease
+from dask_logits.run.folder import RunFolder, conflict
+from dask_logits.run.plan import Segment, uniform_cuts
+from dask_logits.run.plan_log import PlanLog
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_HASH_ROWS = 10_000
+_SAMPLE_ROWS = 256
+_DATASET_LOCK = ".materialise.lock"
+
+
+class Corpus:
+    """An opened dataset: the rows that are used, and where workers find them.
+
+    Parameters
+    ----------
+    dataset
+        All rows.
+    n_rows
+        Rows used, from the first.
+    column
+        ``input_ids`` or the text column.
+    repairs
+        Whether rows that could not be used may have been repaired since they were planned.
+    """
+
+    streams = False
+    commit: str | None = None
+    file_states: tuple[str, ...] = ()
+
+    def __init__(self, dataset: Dataset, n_rows: int, column: str, *, repairs: bool = False) -> None:
+        self.dataset = dataset
+        self.n_rows = n_rows
+        self.column = column
+        self.repairs = repairs
+        names = dataset.column_names
+        # Whose content tells rows from others; beside it a reader's notes on bad rows.
+        self._content = [column, MASK] if column == IDS and MASK in names else [column]
+        self._used = [*self._content, *(name for name in (PROBLEM,) if name in names)]
+        # Partitions passed so far, wanted or not.
+        self.passed = 0
+        self._digests: dict[tuple[int, int], str] = {}
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows must be tokenised."""
+        return self.column != IDS
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of the used rows of the used column, however they are chunked or stored."""
+        return self._digest(0, self.n_rows)
+
+    def _digest(self, first: int, n_rows: int) -> str:
+        """Hash a range of rows, once."""
+        if (first, n_rows) not in self._digests:
+            self._digests[first, n_rows] = hash_rows(self.dataset, self._content, first, n_rows)
+        return self._digests[first, n_rows]
+
+    @functools.cached_property
+    def files(self) -> list[FileRows] | None:
+        """The files whose first rows are exactly the used rows, or None if there are none.
+
+        Compared by content: a selected, renamed or concatenated dataset may name files that hold other rows.
+        """
+        from datasets import concatenate_datasets
+
+        if self.dataset._indices is not None or not self.dataset.cache_files:
+            return None
+        paths = [entry["filename"] for entry in self.dataset.cache_files]
+        mapped = [open_arrow(path) for path in paths]
+        if any(set(self._used) - set(part.column_names) for part in mapped) or sum(map(len, mapped)) < self.n_rows:
+            return None
+        whole = concatenate_datasets([part.select_columns(self._used) for part in mapped])
+        if hash_rows(whole, self._content, 0, self.n_rows) != self.content_digest:
+            return None
+        return [FileRows(path=path, first=0, n_rows=len(part)) for path, part in zip(paths, mapped, strict=True)]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this dataset from others beside its rows, which the plan knows by their content."""
+        return {}
+
+    def check(self, log: PlanLog) -> None:
+        """Refuse rows that are not the ones a run was planned with.
+
+        Raises
+        ------
+        RunConflictError
+            If rows differ, or there are fewer or more than the run allows for.
+        """
+        for segment in log.segments():
+            last = segment.first_row + segment.n_rows
+            if last > self.n_rows:
+                raise conflict(log.run.path, {"dataset.max_samples": (last, self.n_rows)})
+            found = self._digest(segment.first_row, segment.n_rows)
+            if found != segment.source["content"] and not self._is_repaired(segment):
+                raise conflict(log.run.path, {"dataset.content": (segment.source["content"], found)})
+        if log.end == "exhausted" and self.n_rows > log.n_rows:
+            raise conflict(log.run.path, {"dataset.rows": (log.n_rows, self.n_rows)})
+
+    def _bad_rows(self, first: int, n_rows: int) -> list[int]:
+        """Return the rows of a range that a reader found to be bad."""
+        if PROBLEM not in self._used:
+            return []
+        problems = self.dataset.with_format("arrow").select_columns([PROBLEM])[first : first + n_rows][PROBLEM]
+        return [first + i for i, problem in enumerate(problems.to_pylist()) if problem is not None]
+
+    def _is_repaired(self, segment: Segment) -> bool:
+        """Whether only rows that could not be used differ from what was planned."""
+        bad = segment.source.get("bad_rows")
+        if not bad or not self.repairs:
+            return False
+        found = hash_rows(self.dataset, self._content, segment.first_row, segment.n_rows, without=frozenset(bad))
+        return bool(found == segment.source["content"])
+
+    def _source(self, first: int, n_rows: int) -> dict[str, Any]:
+        source: dict[str, Any] = {"kind": "rows", "content": self._digest(first, n_rows)}
+        bad = self._bad_rows(first, n_rows)
+        return {**source, "bad_rows": bad} if bad else source
+
+    def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
+        """Plan all rows, and yield the partitions that are wanted.
+
+        Parameters
+        ----------
+        log
+            The plan; what it lacks is appended.
+        partition_rows
+            Rows of a partition.
+        wanted
+            Whether a partition of this index is to be computed now.
+        """
+        for segment in list(log.segments()):
+            if (
+                self._is_repaired(segment)
+                and self._digest(segment.first_row, segment.n_rows) != segment.source["content"]
+            ):
+                logger.warning("rows that could not be used have been repaired: their partitions are computed")
+                log.mend(segment, self._source(segment.first_row, segment.n_rows))
+                shutil.rmtree(log.run.dataset_path, ignore_errors=True)
+        if log.n_rows < self.n_rows:
+            count = self.n_rows - log.n_rows
+            log.append(uniform_cuts(count, partition_rows), self._source(log.n_rows, count))
+        log.close("exhausted" if self.n_rows == len(self.dataset) else "max_samples")
+        files: list[FileRows] = []
+        for partition in log.partitions():
+            self.passed += 1
+            if wanted(partition.index):
+                files = files or self.files or self._materialise(log.run)
+                yield Planned(
+                    partition=partition,
+                    files=slice_files(files, partition.first_row, partition.n_rows),
+                    column=self.column,
+                )
+
+    def sample(self) -> list[tuple[int, Any]]:
+        """Return a fixed sample of (row number, row), spread evenly, for estimates."""
+        count = min(self.n_rows, _SAMPLE_ROWS)
+        rows = [i * self.n_rows // count for i in range(count)]
+        return list(zip(rows, self._values(rows), strict=True))
+
+    def head(self) -> Iterator[Any]:
+        """Yield the used rows from the first, for the calibration."""
+        for first in range(0, self.n_rows, _SAMPLE_ROWS):
+            yield from self._values(range(first, min(first + _SAMPLE_ROWS, self.n_rows)))
+
+    def _values(self, rows: Sequence[int]) -> list[Any]:
+        """Return texts, token ids or bad rows."""
+        return table_values(self._plain().with_format("arrow")[rows], self.column)
+
+    def _plain(self) -> Dataset:
+        """The used columns, without a format that was set on the dataset."""
+        return self.dataset.with_format(None).select_columns(self._used)
+
+    def _materialise(self, run: RunFolder) -> list[FileRows]:
+        # Static workers may all need it at once.
+        with lease(run.path / _DATASET_LOCK, wait=True):
+            return self.materialise(run.dataset_path)
+
+    def materialise(self, folder: Path) -> list[FileRows]:
+        """Write the used rows to a folder, or take the ones that are there, and return their files.
+
+        Raises
+        ------
+        DatasetError
+            If the folder holds other rows.
+        """
+        from datasets import load_from_disk
+
+        there = 0
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            # What is there may be cut off, or only a part of it.
+            there = len(load_from_disk(str(folder)))
+        if there < self.n_rows:
+            for stale in folder.parent.glob(f".{folder.name}.*"):
+                shutil.rmtree(stale)
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+            self._plain().select(range(self.n_rows)).save_to_disk(str(aside))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.replace(folder)
+        written = Corpus(load_from_disk(str(folder)), self.n_rows, self.column)
+        if written.content_digest != self.content_digest or written.files is None:
+            raise DatasetError(f"{folder}: expected the rows this run was made with, got others; delete the folder")
+        return written.files
+
+
+def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus:
+    """Open a regular dataset and find its column.
+
+    Parameters
+    ----------
+    config
+        Which dataset and column; only the column settings matter if `dataset` is given.
+    dataset
+        An opened dataset.
+
+    Raises
+    ------
+    DatasetError
+        If the dataset is missing or empty or lacks the column.
+    """
+    from datasets import Dataset as RegularDataset
+
+    if dataset is None:
+        opened = load_rows(
+            str(config.name),
+            config_name=config.config_name,
+            split=config.split,
+            data_files=config.data_files,
+            revision=config.revision,
+            text_column=config.text_column,
+            num_proc=config.num_proc,
+        )
+    else:
+        opened = _from_rows(dataset, config.text_column) if isinstance(dataset, list | tuple) else dataset
+    refuse_splits(opened)
+    if not isinstance(opened, RegularDataset):
+        raise DatasetError(
+            f"dataset: expected a datasets.Dataset, a list or a stream of rows, got {type(opened).__name__}; make a "
+            "dataset of it, for instance with datasets.Dataset.from_pandas"
+        )
+    if opened.format["type"] == "custom":
+        raise DatasetError("dataset: expected plain rows, got a dataset with a transform; apply it with .map() first")
+    n_rows = len(opened) if config.max_samples in (None, "all") else min(len(opened), int(config.max_samples))
+    if n_rows == 0:
+        raise DatasetError(
+            "distillation.dataset.name: expected at least one row, got an empty dataset; check the split"
+        )
+    column = choose_column([name for name in opened.column_names if name != PROBLEM], config.text_column)
+    if column not in opened.column_names:
+        opened = opened.flatten()
+        if column not in opened.column_names:
+            raise DatasetError(
+                f"distillation.dataset.text_column: expected one of the fields {opened.column_names}, got {column!r}"
+            )
+    problem = type_problem(opened.data.schema.field(column).type, column)
+    if problem is not None:
+        first = opened.with_format(None).select_columns([column])[0][column]
+        expected = "lists of integers" if column == IDS else "texts"
+        reason = row_value({column: first}, column)
+        raise DatasetError(
+            f"distillation.dataset.text_column: expected {expected} in the column {column!r}, got {problem}; dataset "
+            f"row 0: {getattr(reason, 'reason', repr(first)[:80])}"
+        )
+    return Corpus(opened, n_rows, column, repairs=config.on_bad_row == "fail")
+
+
+def _from_rows(rows: Sequence[Any], text_column: str | None) -> Dataset:
+    """Make a dataset of a list of texts or of mappings; of mappings only the column that is used."""
+    from datasets import Dataset as RegularDataset
+
+    wrong = next((row for row in rows if not isinstance(row, str | Mapping)), None)
+    if wrong is not None:
+        raise DatasetError(
+            f"dataset: expected a list of texts or of dicts, got {type(wrong).__name__} {wrong!r:.80} in it; make each "
+            "row a text, or a dict with a text or input_ids column"
+        )
+    names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
+    column = choose_column(list(names), text_column) if names else text_column or TEXT
+    return RegularDataset(value_table([row_value(row, column) for row in rows], column))
+
+
+def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[FileRows, ...]:
+    """Cut the range of rows [first, first + n_rows) out of consecutive files.
+
+    >>> parts = [FileRows(path="a", first=0, n_rows=3), FileRows(path="b", first=0, n_rows=4)]
+    >>> [(part.path, part.first, part.n_rows) for part in slice_files(parts, 2, 3)]
+    [('a', 2, 1), ('b', 0, 2)]
+    """
+    starts = [0, *itertools.accumulate(file.n_rows for file in files)]
+    pieces = []
+    i = bisect.bisect_right(starts, first) - 1
+    while n_rows > 0 and i < len(files):
+        skip = first - starts[i]
+        taken = min(n_rows, files[i].n_rows - skip)
+        if taken > 0:
+            pieces.append(FileRows(path=files[i].path, first=files[i].first + skip, n_rows=taken))
+        first, n_rows, i = first + taken, n_rows - taken, i + 1
+    return tuple(pieces)
+
+
+def hash_rows(
+    dataset: Dataset, columns: Sequence[str], first: int, n_rows: int, *, without: frozenset[int] = frozenset()
+) -> str:
+    """Digest a range of rows of some columns by content; rows in `without` count as rows without a value."""
+    digests = [RowsDigest() for _ in columns]
+    narrow = dataset.select_columns(list(columns)).with_format("arrow")
+    for start in range(first, first + n_rows, _HASH_ROWS):
+        table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
+        places = [row - start for row in without if start <= row < start + len(table)]
+        for name, digest in zip(columns, digests, strict=True):
+            digest.update(_without(table[name], places) if places else table[name])
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256("".join(digest.hexdigest() for digest in digests).encode()).hexdigest()
+
+
+def _without(column: Any, places: Sequence[int]) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kept = pa.array([i not in set(places) for i in range(len(column))])
+    return pc.if_else(kept, column, pa.scalar(None, column.type))

@@ -1,0 +1,188 @@
+"""JSON, CSV, text and Parquet files → one Arrow file of the column that is used, in the cache of ``datasets``.
+
+``datasets`` casts every column of every file to the types that the first rows happen to have, and gives up at the first
+damaged line. Here only the used column is read, as text or as token ids, and a bad row costs one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dask_logits.data.parquet_files import file_state, parquet_batches, read_footer
+from dask_logits.data.text_files import Format, located, read_file
+from dask_logits.data.values import (
+    IDS,
+    MASK,
+    PROBLEM,
+    TEXT,
+    BadRow,
+    Value,
+    arrow_values,
+    both_columns,
+    choose_column,
+    row_value,
+    value_table,
+)
+from dask_logits.errors import DatasetError, first_line
+
+_VERSION = 1
+_BATCH_ROWS = 1_000
+# Rows whose columns are looked at before the column is chosen.
+_LOOKED_AT_ROWS = 100
+
+
+def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str | None, text_column: str | None) -> Path:
+    """Return the Arrow file of some files, written if it is not there yet.
+
+    Parameters
+    ----------
+    folder
+        Where such files are kept.
+    reader
+        ``json``, ``csv``, ``text`` or ``parquet``.
+    files
+        Local paths or URLs, in order.
+    separator
+        Of CSV fields; None: by the header.
+    text_column
+        The column that was asked for.
+
+    Raises
+    ------
+    DatasetError
+        If a file cannot be read to its end, or the column is missing.
+    """
+    column = choose_column(_columns(reader, files, separator), text_column)
+    states = [[file, *vars(file_state(file)).values()] for file in files]
+    key = json.dumps([_VERSION, reader, separator, column, text_column, states])
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    empty = value_table([], column)
+    n_rows = 0
+    try:
+        with aside.open("wb") as sink:
+            with pa.ipc.new_stream(sink, empty.schema) as writer:
+                for table in _tables(reader, files, separator, column, chosen=text_column is not None):
+                    writer.write_table(table)
+                    n_rows += len(table)
+            os.fsync(sink.fileno())
+        if not n_rows:
+            raise _no_rows(files)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def file_rows(path: str, reader: Format, separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
+    """Yield the rows of a text file; translate what its libraries say of damage.
+
+    Raises
+    ------
+    DatasetError
+        If the file cannot be read to its end.
+    """
+    try:
+        yield from read_file(path, reader, separator)
+    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        raise _cut_off(path, error) from error
+    except OSError as error:
+        # Arrow says so of damaged Zstandard, gzip of damaged gzip, both without a system's error number.
+        if error.errno is not None or isinstance(error, FileNotFoundError):
+            raise
+        raise _cut_off(path, error) from error
+
+
+def _cut_off(path: str, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{path}: expected to read the file to its end, got {type(error).__name__}: {first_line(error)}; restore the "
+        "file"
+    )
+
+
+def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[str]:
+    if reader == "parquet":
+        return list(dict.fromkeys(name for file in files for name in read_footer(file).columns))
+    rows = (row for file in files for row in file_rows(file, _format(reader), separator))
+    bad: BadRow | None = None
+    names: dict[str, None] = {}
+    n_rows = 0
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad = bad or row
+            continue
+        names |= dict.fromkeys(row)
+        n_rows += 1
+        if n_rows == _LOOKED_AT_ROWS:
+            break
+    if not n_rows:
+        raise _no_rows(files, bad)
+    return list(names)
+
+
+def _no_rows(files: Sequence[str], bad: BadRow | None = None) -> DatasetError:
+    found = f"none in {len(files)} files such as {files[0]!r}" if bad is None else bad.reason
+    return DatasetError(
+        f"distillation.dataset.data_files: expected a dataset with at least one row, got {found}; check the files"
+    )
+
+
+def _format(reader: str) -> Format:
+    match reader:
+        case "json" | "csv" | "text":
+            return reader
+    raise ValueError(reader)
+
+
+def _tables(
+    reader: str, files: Sequence[str], separator: str | None, column: str, *, chosen: bool
+) -> Iterator[pa.Table]:
+    if reader == "parquet":
+        for file in files:
+            for batch in parquet_batches(file, column):
+                yield _narrow(batch, column)
+        return
+    values = (
+        value
+        for file in files
+        for row in file_rows(file, _format(reader), separator)
+        for value in (row if isinstance(row, BadRow) else _value(row, column, chosen=chosen),)
+    )
+    while batch := list(itertools.islice(values, _BATCH_ROWS)):
+        yield value_table(batch, column)
+
+
+def _value(row: Mapping[str, Any], column: str, *, chosen: bool) -> Value:
+    other = {TEXT: IDS, IDS: TEXT}.get(column)
+    if not chosen and other is not None and row.get(other) is not None:
+        # Rows further down have a second column that the first ones lack.
+        raise both_columns()
+    value: Value = located(row, row_value(row, column))
+    return value
+
+
+def _narrow(batch: pa.RecordBatch, column: str) -> pa.Table:
+    """Return the used column of Parquet rows; without a look at each row where its type allows."""
+    kind = batch.schema.field(0).type
+    plain = column in batch.schema.names and MASK not in batch.schema.names
+    if plain and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        texts = batch.column(0).cast(pa.large_string())
+        try:
+            texts.validate(full=True)
+        except pa.ArrowInvalid:
+            return value_table(arrow_values(batch, column), column)
+        return pa.table({column: texts, PROBLEM: pa.nulls(len(texts), pa.string())})
+    return value_table(arrow_values(batch, column), column)

@@ -1,0 +1,537 @@
+"""Datasets by name: opened as a regular dataset or as a stream, and, for those who want it, tokenised.
+
+:func:`prepare_dataset` is the public way in. Text and Parquet files are read by :mod:`dask_logits.data.arrow_cache`;
+everything else is loaded by ``datasets``.
+
+This is the home of ``datasets`` and ``huggingface_hub``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dask_logits.config import nearest
+from dask_logits.data.arrow_cache import arrow_file
+from dask_logits.data.parquet_files import needed_for
+from dask_logits.data.tokens import encode
+from dask_logits.data.values import IDS, PROBLEM, BadRow, arrow_values, choose_column, with_problems
+from dask_logits.errors import DatasetError, first_line
+
+logger = logging.getLogger(__name__)
+
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+_OWN_READERS = ("json", "csv", "text", "parquet")
+_READERS = (*_OWN_READERS, "tsv", "arrow", "pandas", "webdataset", "xml", "hdf5")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
+_FILE_SUFFIXES = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".md": "text",
+    ".parquet": "parquet", ".arrow": "arrow",
+}  # fmt: skip
+_COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
+_ENDLESS = 1 << 62
+_HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundFiles:
+    """The files of a dataset, none of them read.
+
+    Parameters
+    ----------
+    reader
+        ``json``, ``csv``, ``text``, ``parquet``, or another of ``datasets``.
+    files
+        Split → paths or URLs in order; those of a hub are pinned to a commit.
+    separator
+        Of CSV fields; None: by the header.
+    is_configured
+        Whether the dataset brings options of its own for its reader.
+    """
+
+    reader: str
+    files: Mapping[str, list[str]]
+    separator: str | None
+    is_configured: bool
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this package reads them itself."""
+        names = [file for files in self.files.values() for file in files]
+        ours = self.reader in _OWN_READERS and not self.is_configured
+        return ours and bool(names) and not any(name.endswith(_ARCHIVES) for name in names)
+
+
+def prepare_dataset(
+    name: str,
+    tokenizer: Any = None,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    data_files: Sequence[str] | None = None,
+    revision: str | None = None,
+    text_column: str | None = None,
+    max_length: int | None = 2048,
+    max_samples: int | str | None = None,
+    add_special_tokens: bool = True,
+    streaming: bool = False,
+    num_proc: int | None = None,
+) -> Any:
+    """Load a dataset and tokenise it for language modelling.
+
+    Parameters
+    ----------
+    name
+        Hub name, a ``save_to_disk`` folder, a folder of files, or ``json``, ``csv``, ``text``, ``parquet``, … with
+        `data_files`.
+    tokenizer
+        A Hugging Face tokenizer; None: rows stay as they are.
+    config_name, split, data_files, revision
+        Which rows.
+    text_column
+        Column with the documents; None: ``text``, or ``input_ids`` where only that is there.
+    max_length
+        Tokens kept of a document; None: all.
+    max_samples
+        Rows kept, from the first; None or ``all``: all.
+    add_special_tokens
+        Let the tokenizer add its special tokens.
+    streaming
+        Return an ``IterableDataset``, which reads while it is iterated over.
+    num_proc
+        Processes that download and tokenise; None: this one.
+
+    Returns
+    -------
+    datasets.Dataset or datasets.IterableDataset
+        With a single column ``input_ids`` if a tokenizer is given.
+
+    Raises
+    ------
+    DatasetError
+        If there is no such dataset, split or column.
+    """
+    if tokenizer is None:
+        loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
+        return _first(loaded, max_samples, streaming)
+    if streaming:
+        loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
+    else:
+        loaded = load_rows(
+            name,
+            config_name=config_name,
+            split=split,
+            data_files=data_files,
+            revision=revision,
+            text_column=text_column,
+            num_proc=num_proc,
+        )
+    loaded = _first(loaded, max_samples, streaming)
+    columns = loaded.column_names or list(next(iter(loaded), {}))
+    column = choose_column([name for name in columns if name != PROBLEM], text_column)
+
+    def tokens(rows: Any) -> pa.Table:
+        values = arrow_values(rows, column)
+        if PROBLEM in rows.column_names:
+            values = with_problems(values, rows[PROBLEM].to_pylist())
+        bad = next((value for value in values if isinstance(value, BadRow)), None)
+        if bad is not None:
+            raise DatasetError(f"{bad.reason}; fix the row")
+        if column == IDS:
+            return _ids_table([value if isinstance(value, list) else [] for value in values])
+        texts = [value for value in values if isinstance(value, str) and value]
+        ids = iter(encode(tokenizer, texts, add_special_tokens, max_length))
+        return _ids_table([next(ids) if value else [] for value in values])
+
+    workers = {} if streaming else {"num_proc": num_proc, "desc": "tokenising"}
+    return (
+        loaded.with_format("arrow").map(tokens, batched=True, remove_columns=list(columns), **workers).with_format(None)
+    )
+
+
+def _ids_table(ids: list[list[int]]) -> pa.Table:
+    return pa.table({IDS: pa.array(ids, pa.list_(pa.int64()))})
+
+
+def _first(loaded: Any, max_samples: int | str | None, streaming: bool) -> Any:
+    if max_samples in (None, "all"):
+        return loaded
+    count = int(str(max_samples))
+    return loaded.take(count) if streaming else loaded.select(range(min(count, len(loaded))))
+
+
+def is_saved(name: str) -> bool:
+    """Whether a name is a ``save_to_disk`` folder."""
+    folder = Path(name).expanduser()
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def find_files(
+    name: str, config_name: str | None, data_files: Sequence[str] | None, revision: str | None
+) -> FoundFiles:
+    """Find the files of a dataset without reading them.
+
+    Raises
+    ------
+    DatasetError
+        If there is no such dataset.
+    """
+    from datasets import load_dataset_builder
+
+    reader = "csv" if name == "tsv" else name
+    with _hub(name):
+        builder = _translated(
+            name,
+            lambda: load_dataset_builder(
+                _expanded(reader), config_name, data_files=_listed(data_files), revision=revision
+            ),
+            data_files,
+        )
+    files = {str(key): [str(file) for file in value] for key, value in (builder.config.data_files or {}).items()}
+    separator = getattr(builder.config, "sep", None)
+    return FoundFiles(
+        reader=builder.name,
+        files=files,
+        # The default of ``datasets`` says nothing about a file; a dataset's own configuration does.
+        separator="\t" if name == "tsv" else None if separator == "," else separator,
+        is_configured=_has_options(builder.config),
+    )
+
+
+def _has_options(config: Any) -> bool:
+    """Whether a reader's options differ from its defaults, but for the separator."""
+    plain = type(config)()
+    known = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
+    names = {field.name for field in dataclasses.fields(config)} - known
+    return any(getattr(config, name) != getattr(plain, name) for name in names)
+
+
+def check_name(name: str, data_files: Sequence[str] | None) -> None:
+    """Refuse a name that can only be meant as a path, and is none, before a hub is asked for it.
+
+    Raises
+    ------
+    DatasetError
+        If a local file is named where a reader belongs, or a path does not exist.
+    """
+    where = "distillation.dataset.name"
+    if name in _READERS:
+        return
+    path = Path(name).expanduser()
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
+    reader = _FILE_SUFFIXES.get(suffixes[-1] if suffixes else "")
+    if path.is_file():
+        raise DatasetError(
+            f"{where}: expected a dataset, got the file {name!r}; set {where}={reader or 'json'} and "
+            f"distillation.dataset.data_files={name}"
+        )
+    if path.exists():
+        return
+    parts = path.parts
+    is_local = (
+        name.startswith((".", "/", "~"))
+        or reader is not None
+        or len(parts) > 2
+        or (len(parts) > 1 and Path(parts[0]).is_dir())
+    )
+    if is_local and "://" not in name:
+        raise DatasetError(
+            f"{where}: expected a dataset, got {name!r}, which looks like a path and does not exist; check it"
+        )
+
+
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """Give up a hub that does not answer within seconds, where ``datasets`` retries for most of a minute.
+
+    What was downloaded before is used without it.
+    """
+    import datasets.config
+    from huggingface_hub import constants
+
+    if name in _READERS or Path(name).expanduser().exists() or constants.is_offline_mode():
+        yield
+        return
+    reason = _unreachable(constants.ENDPOINT)
+    if reason is None:
+        yield
+        return
+    logger.warning("%s cannot be reached (%s): only downloaded datasets are used", constants.ENDPOINT, reason)
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(
+            f"distillation.dataset.name: {constants.ENDPOINT} cannot be reached, and {name!r} was not downloaded "
+            f"before; check the network or the name ({error})"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _unreachable(address: str) -> str | None:
+    """Return why a server cannot be reached; None if it answers, whatever it says."""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except OSError as error:
+        # Certificates are the hub library's business.
+        cause = getattr(error, "reason", error)
+        return None if isinstance(cause, ssl.SSLError) else str(cause)
+
+
+def stream_parts(split: str, splits: Sequence[str]) -> list[tuple[str, int, int | None]]:
+    """Return the parts of a stream's split: (name, first row, row after the last; None: to the end).
+
+    Raises
+    ------
+    DatasetError
+        If there is no such split, or a slice depends on the number of rows, which a stream does not know.
+
+    Examples
+    --------
+    >>> stream_parts("train[:5]+test", ["train", "test"])
+    [('train', 0, 5), ('test', 0, None)]
+    """
+    if split in splits:
+        return [(split, 0, None)]
+    if re.search(r"\[[^\]]*[-%]", split):
+        raise DatasetError(
+            f"distillation.dataset.split: expected slices by row numbers such as 'train[100:200]' for a stream, whose "
+            f"length is unknown, got {split!r}; set distillation.dataset.streaming=false for others"
+        )
+    parts = _absolute(split, dict.fromkeys(splits, _ENDLESS))
+    return [(name, first, None if last == _ENDLESS else last) for name, first, last in parts]
+
+
+def _names_in(split: str) -> list[str]:
+    """Return the splits that slices and sums are made of."""
+    return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
+
+
+def _absolute(split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    from datasets import ReadInstruction
+
+    for name in _names_in(split):
+        if name not in lengths:
+            raise DatasetError(
+                f"distillation.dataset.split: expected one of {sorted(lengths)}, or slices and sums of them, got "
+                f"{split!r}{nearest(name, list(lengths))}"
+            )
+    try:
+        found = ReadInstruction.from_spec(split).to_absolute(dict(lengths))
+    except (ValueError, AssertionError) as error:
+        raise DatasetError(
+            f"distillation.dataset.split: expected slices such as 'train[:500]' or 'train[10%:20%]', got {split!r}: "
+            f"{first_line(error)}"
+        ) from error
+    return [(part.splitname, part.from_, part.to) for part in found]
+
+
+def refuse_splits(dataset: Any) -> None:
+    """Refuse an object that holds several splits; iterated over, it would give their names.
+
+    Raises
+    ------
+    DatasetError
+        Naming the splits.
+    """
+    if isinstance(dataset, Mapping):
+        splits = list(dataset)
+        raise DatasetError(
+            f"dataset: expected one split, got a {type(dataset).__name__} with the splits {splits}; pass one of them, "
+            f"such as dataset[{splits[0] if splits else 'train'!r}]"
+        )
+
+
+def pinned_commit(files: Sequence[str]) -> str | None:
+    """Return the commit that hub URLs are pinned to.
+
+    >>> pinned_commit(["hf://datasets/a/b@" + "0" * 40 + "/x.parquet"]) == "0" * 40, pinned_commit(["/tmp/x.parquet"])
+    (True, None)
+    """
+    match = _COMMIT.search(files[0]) if files else None
+    return match.group(1) if match else None
+
+
+def shards(stream: Any) -> Iterator[Any]:
+    """Yield the parts of a stream that can be read on their own, in its order: for most readers, its files."""
+    count = stream.num_shards
+    for index in range(count):
+        yield stream.shard(count, index) if count > 1 else stream
+
+
+def load_rows(
+    name: str,
+    *,
+    config_name: str | None,
+    split: str,
+    data_files: Sequence[str] | None,
+    revision: str | None,
+    text_column: str | None,
+    num_proc: int | None,
+) -> Any:
+    """Load a regular dataset; of text and Parquet files only the column that is used.
+
+    Returns
+    -------
+    datasets.Dataset
+
+    Raises
+    ------
+    DatasetError
+        If there is no such dataset, split or column.
+    """
+    from datasets import Dataset, concatenate_datasets
+    from datasets import config as datasets_config
+
+    if is_saved(name):
+        return _load(name, config_name, split, data_files, revision, False, num_proc)
+    check_name(name, data_files)
+    folder = Path(datasets_config.HF_DATASETS_CACHE) / "dask_logits"
+    is_hub = name not in _READERS and not Path(name).expanduser().exists()
+    asked = json.dumps([name, config_name, revision, data_files, text_column])
+    memory = folder / "hub" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+    try:
+        found = find_files(name, config_name, data_files, revision)
+    except DatasetError:
+        if not is_hub:
+            raise
+        known = _remembered(memory)
+        if not set(_names_in(split)) <= known.keys():
+            # The library may have prepared it before.
+            return _load(name, config_name, split, data_files, revision, False, num_proc)
+        return _picked(split, list(known), lambda key: Dataset.from_file(known[key]), concatenate_datasets)
+    if not found.is_ours or (is_hub and found.reader == "parquet"):
+        return _load(name, config_name, split, data_files, revision, False, num_proc)
+
+    def part(key: str) -> Any:
+        files = _translated(name, lambda: _downloaded(found.files[key], num_proc))
+        path = str(arrow_file(folder, found.reader, files, found.separator, text_column))
+        if is_hub:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps({**_remembered(memory), key: path}))
+        return Dataset.from_file(path)
+
+    return _picked(split, list(found.files), part, concatenate_datasets)
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    """Return split → Arrow file, of a hub's dataset that was read before and for which the hub is now unavailable."""
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(path) for key, path in known.items() if Path(path).exists()}
+
+
+def _downloaded(files: Sequence[str], num_proc: int | None) -> list[str]:
+    """Return local copies of a hub's files, from the cache of ``datasets``."""
+    from datasets import DownloadConfig, DownloadManager
+
+    if not files[0].startswith("hf://"):
+        return list(files)
+    manager = DownloadManager(download_config=DownloadConfig(num_proc=num_proc))
+    paths: list[str] = manager.download(list(files))
+    return paths
+
+
+def _picked(split: str, splits: Sequence[str], load: Callable[[str], Any], join: Callable[[list[Any]], Any]) -> Any:
+    """Return a split, or slices and sums of splits."""
+    if split in splits:
+        return load(split)
+    names = dict.fromkeys(_names_in(split))
+    loaded = {name: load(name) for name in names if name in splits}
+    lengths = {name: len(loaded[name]) if name in loaded else 0 for name in splits}
+    parts = [loaded[name].select(range(first, max(first, last))) for name, first, last in _absolute(split, lengths)]
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def _load(
+    name: str,
+    config_name: str | None,
+    split: str,
+    data_files: Sequence[str] | None,
+    revision: str | None,
+    streaming: bool,
+    num_proc: int | None,
+) -> Any:
+    from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+
+    if not is_saved(name):
+        check_name(name, data_files)
+        local = data_files is not None or Path(name).expanduser().is_dir()
+        separator: dict[str, Any] = {"sep": "\t"} if name == "tsv" else {}
+        # Texts such as "NA" and "null" are no missing values.
+        separator |= {"keep_default_na": False} if name in ("csv", "tsv") else {}
+        with _hub(name):
+            return _translated(
+                name,
+                lambda: load_dataset(
+                    "csv" if name == "tsv" else _expanded(name),
+                    config_name,
+                    split=split,
+                    data_files=_listed(data_files),
+                    revision=revision,
+                    streaming=streaming,
+                    num_proc=None if local or streaming else num_proc,
+                    **separator,
+                ),
+            )
+    saved = _translated(name, lambda: load_from_disk(str(Path(name).expanduser())))
+    splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    if isinstance(saved, Dataset) and split.split("[")[0] != "train":
+        raise DatasetError(
+            f"distillation.dataset.split: expected 'train', or a slice of it, for the saved dataset {name!r}, which "
+            f"has no splits, got {split!r}"
+        )
+    loaded = _picked(split, list(splits), lambda key: splits[key], concatenate_datasets)
+    return loaded.to_iterable_dataset() if streaming else loaded
+
+
+def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | None = None) -> Any:
+    """Run a call of ``datasets``; say its errors in terms of the settings."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    where = f"distillation.dataset.name: expected a dataset, got {name!r}"
+    try:
+        return call()
+    except DatasetError:
+        raise
+    except StopIteration as error:
+        # datasets 5.2 says so of JSON files without a row.
+        raise DatasetError(f"{where} without a single row; check data_files") from error
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        remote = next((file for file in data_files or () if "://" in file), None)
+        if remote is not None and isinstance(cause, ImportError):
+            raise DatasetError(f"{where}, which cannot read {remote!r}: {needed_for(remote, cause)}") from error
+        raise DatasetError(
+            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files"
+        ) from error
+
+
+def _listed(data_files: Sequence[str] | None) -> list[str] | None:
+    return [_expanded(file) for file in data_files] if data_files else None
+
+
+def _expanded(path: str) -> str:
+    """Return a path with its ``~`` resolved; anything else, such as a URL, as it is."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path

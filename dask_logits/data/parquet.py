@@ -1,0 +1,235 @@
+"""A stream of Parquet files, local or remote, read in place by the workers.
+
+The planner reads footers in file order, only as far as partitions are asked for. A partition is a range of rows of one
+file: whole row groups, or a part of a huge one. Each file is a segment of the plan, which says what it is known by
+(size, etag, footer), so that a later start finds the same files or refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dask_logits.data.load import pinned_commit
+from dask_logits.data.parquet_files import (
+    FileState,
+    Footer,
+    file_state,
+    patiently,
+    read_footer,
+    read_parquet,
+    unreachable,
+)
+from dask_logits.data.source import FileRows, Planned
+from dask_logits.data.values import IDS, choose_column
+from dask_logits.errors import DatasetError
+from dask_logits.run.folder import conflict
+from dask_logits.run.plan import Segment, group_cuts
+from dask_logits.run.plan_log import PlanLog
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 256
+
+
+class ParquetStream:
+    """Parquet files, local or remote, read in place.
+
+    Parameters
+    ----------
+    files
+        Paths or URLs, in order.
+    text_column
+        Column that was asked for.
+    limit
+        Rows used, from the first; None: all.
+    identity
+        What tells the dataset from others.
+    """
+
+    streams = True
+    file_states: tuple[str, ...] = ()
+
+    def __init__(self, files: list[str], text_column: str | None, limit: int | None, identity: dict[str, Any]) -> None:
+        self.files = files
+        self.limit = limit
+        self.commit = pinned_commit(files)
+        # Partitions passed so far, wanted or not.
+        self.passed = 0
+        self._identity = identity
+        self._footers: dict[str, Footer] = {}
+        self._broken: dict[str, str] = {}
+        first = next((footer for file in files if (footer := self._footer(file)) and sum(footer.row_groups)), None)
+        if first is None:
+            raise DatasetError(
+                f"distillation.dataset.name: expected a Parquet file with rows, got none in {len(files)} files such as "
+                f"{files[0]!r}; restore the files"
+            )
+        self.column = choose_column(first.columns, text_column)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows must be tokenised."""
+        return self.column != IDS
+
+    @property
+    def n_rows(self) -> int | None:
+        """Upper bound of the rows, None if there is none: files are not counted before they are due."""
+        return self.limit
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this dataset from others."""
+        return {**self._identity, "dataset.stream": "parquet", "dataset.n_files": len(self.files)}
+
+    def sample(self) -> list[tuple[int, Any]]:
+        """Return (row number, row) of the first rows, for estimates."""
+        return list(enumerate(itertools.islice(self.head(), SAMPLE_ROWS)))
+
+    def head(self) -> Iterator[Any]:
+        """Yield the rows from the first; damaged files are left to the workers to report."""
+        left = self.limit
+        for file in self.files:
+            footer = self._footer(file)
+            for first in range(0, sum(footer.row_groups) if footer else 0, SAMPLE_ROWS):
+                count = min(SAMPLE_ROWS, sum(footer.row_groups) - first if footer else 0, left or SAMPLE_ROWS)
+                try:
+                    rows = patiently(file, functools.partial(read_parquet, file, self.column, first, count))
+                except DatasetError:
+                    break
+                except OSError as error:
+                    raise unreachable(file, error) from error
+                yield from rows
+                left = None if left is None else left - count
+                if left == 0:
+                    return
+
+    def count_rows(self, seconds: float) -> tuple[int, int]:
+        """Count rows by the footers, in file order, until the limit is reached or the time is over.
+
+        Returns
+        -------
+        tuple
+            Rows counted, and the files they lie in.
+        """
+        rows, deadline = 0, time.monotonic() + seconds
+        for n_files, file in enumerate(self.files):
+            if (self.limit is not None and rows >= self.limit) or (n_files and time.monotonic() > deadline):
+                return rows, n_files
+            footer = self._footer(file)
+            rows += sum(footer.row_groups) if footer else 0
+        return rows, len(self.files)
+
+    def check(self, log: PlanLog) -> None:
+        """Refuse files that are not the ones a run was planned with.
+
+        Raises
+        ------
+        RunConflictError
+            Naming the first file whose size, etag or footer differs.
+        """
+        if self.limit is not None and self.limit < log.n_rows:
+            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.limit)})
+        for segment in log.segments():
+            source = segment.source
+            place = source["ordinal"]
+            file = self.files[place] if place < len(self.files) else None
+            if file is None or Path(file).name != Path(source["file"]).name:
+                raise conflict(log.run.path, {f"dataset file {place}": (source["file"], file)})
+            if "error" not in source:
+                _check_state(log, file, source)
+
+    def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
+        """Yield the partitions that are wanted; read footers and append to the plan only as they are asked for.
+
+        Parameters
+        ----------
+        log
+            The plan.
+        partition_rows
+            Rows a partition aims at.
+        wanted
+            Whether a partition of this index is to be computed now.
+        """
+        place, done = 0, 0
+        for segment in log.segments():
+            source = segment.source
+            if "error" in source and self._footer(self.files[source["ordinal"]]):
+                logger.warning("%s can be read now: what follows it is planned anew", source["file"])
+                log.drop_from(segment)
+                break
+            place, done = source["ordinal"], source["first"] + segment.n_rows
+            if "error" in source:
+                place, done = place + 1, 0
+            yield from self._planned(segment, wanted)
+        if log.end == "exhausted" or (log.end and log.n_rows == self.limit):
+            return
+        while place < len(self.files) and (self.limit is None or log.n_rows < self.limit):
+            left = None if self.limit is None else self.limit - log.n_rows
+            entry = self._next(place, done, partition_rows, left)
+            place, done = place + 1, 0
+            if entry is not None:
+                yield from self._planned(log.append(*entry), wanted)
+        log.close("max_samples" if self.limit is not None and log.n_rows >= self.limit else "exhausted")
+
+    def _next(
+        self, ordinal: int, first: int, partition_rows: int, left: int | None
+    ) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]] | None:
+        """Return the cuts of what is left of a file, and what it is known by; None if nothing is left."""
+        file = self.files[ordinal]
+        source: dict[str, Any] = {"kind": "parquet", "ordinal": ordinal, "file": file, "first": first}
+        footer = self._footer(file)
+        if footer is None:
+            return ((1, 0),), {**source, "error": self._broken[file]}
+        count = sum(footer.row_groups) - first
+        count = count if left is None else min(count, left)
+        if count == 0:
+            return None
+        state = file_state(file)
+        source |= {"size": state.size, "etag": state.etag, "modified": state.modified, "footer": footer.digest}
+        self._footers.pop(file, None)
+        return group_cuts(footer.row_groups, first, count, partition_rows), source
+
+    def _planned(self, segment: Segment, wanted: Callable[[int], bool]) -> Iterator[Planned]:
+        source = segment.source
+        for partition in segment.partitions():
+            self.passed += 1
+            if wanted(partition.index):
+                rows = FileRows(
+                    path=self.files[source["ordinal"]],
+                    first=source["first"] + partition.first_row - segment.first_row,
+                    n_rows=partition.n_rows,
+                    kind="parquet",
+                    digest=source.get("footer"),
+                )
+                yield Planned(partition=partition, files=(rows,), column=self.column, error=source.get("error"))
+
+    def _footer(self, file: str) -> Footer | None:
+        """Read a footer, once while it is needed; None if it is damaged."""
+        if file not in self._footers:
+            try:
+                self._footers[file] = patiently(file, functools.partial(read_footer, file))
+            except DatasetError as error:
+                self._broken[file] = str(error)
+                return None
+            except OSError as error:
+                raise unreachable(file, error) from error
+        return self._footers[file]
+
+
+def _check_state(log: PlanLog, file: str, source: Mapping[str, Any]) -> None:
+    """Compare a file with what was planned: by its listing, by its footer if only the time of change differs."""
+    old = FileState(size=source["size"], etag=source["etag"], modified=source["modified"])
+    state = file_state(file)
+    same = state.size == old.size and (not old.etag or not state.etag or old.etag == state.etag)
+    if same and state.modified != old.modified:
+        same = read_footer(file).digest == source["footer"]
+    if not same:
+        raise conflict(
+            log.run.path,
+            {f"dataset file {file}": (f"{old.size} bytes, etag {old.etag}", f"{state.size} bytes, etag {state.etag}")},
+        )

@@ -1,0 +1,322 @@
+"""Parquet files read in place: footers by the planner, ranges of rows by the workers, local or remote.
+
+A worker keeps the one file open that it read last and goes on where it stopped, so that a huge row group that was split
+between partitions is decoded once per worker, not once per partition, a thousand rows at a time.
+
+This is the home of ``fsspec`` and of ``pyarrow.parquet``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dask_logits.data.values import IDS, MASK, Value, arrow_values
+from dask_logits.errors import DatasetError, first_line
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_BATCH_ROWS = 1_000
+# Between attempts to reach a file.
+_WAIT_SECONDS = (1.0, 4.0, 15.0)
+_READ_BYTES = 4 << 20
+# Of file-system facts: what changes whenever the content does.
+_TAGS = ("etag", "ETag", "blob_id", "oid", "md5Hash")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileState:
+    """What a listing says of a file, without opening it.
+
+    Parameters
+    ----------
+    size
+        Bytes.
+    etag
+        The store's tag of the content; None where it has none.
+    modified
+        Time of the last change of a local file; None elsewhere.
+    """
+
+    size: int
+    etag: str | None
+    modified: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footer:
+    """What the end of a Parquet file says.
+
+    Parameters
+    ----------
+    digest
+        SHA-256 of the footer: row groups, their places, sizes and statistics.
+    row_groups
+        Rows of each row group.
+    columns
+        Names.
+    """
+
+    digest: str
+    row_groups: tuple[int, ...]
+    columns: tuple[str, ...]
+
+
+def file_state(path: str) -> FileState:
+    """Ask the file system about a file.
+
+    Raises
+    ------
+    DatasetError
+        If it is not there, or does not answer.
+    """
+    system, inside = _file_system(path)
+    try:
+        facts = patiently(path, lambda: system.info(inside))
+    except OSError as error:
+        raise unreachable(path, error) from error
+    tag = next((str(facts[name]) for name in _TAGS if facts.get(name)), None)
+    return FileState(size=int(facts.get("size") or 0), etag=tag, modified=facts.get("mtime"))
+
+
+def patiently(path: str, call: Callable[[], _T]) -> _T:
+    """Try a call again when the store does not answer.
+
+    Raises
+    ------
+    DatasetError
+        If the bytes that came are damaged: that is not tried again.
+    OSError
+        If the file is gone, or there was no answer several times.
+    """
+    for wait in _WAIT_SECONDS:
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError as error:
+            logger.warning("%s: %s; again in %.0f s", path, error, wait)
+            time.sleep(wait)
+    return call()
+
+
+def unreachable(path: str, error: OSError) -> DatasetError:
+    """Make the error for a file that cannot be read now, though nothing is known to be wrong with it."""
+    return DatasetError(
+        f"{path}: expected to read it, got {error}; see that it can be reached, then run the same command again"
+    )
+
+
+def read_footer(path: str) -> Footer:
+    """Read the end of a Parquet file.
+
+    Raises
+    ------
+    DatasetError
+        If it is not a whole Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    system, inside = _file_system(path)
+    with _readable(path), system.open(inside, "rb", block_size=_READ_BYTES) as file:
+        size = file.seek(0, 2)
+        if size < 12:
+            raise pa.ArrowInvalid(f"{size} bytes are too few")
+        file.seek(size - 8)
+        length = int.from_bytes(file.read(8)[:4], "little")
+        file.seek(max(0, size - 8 - length))
+        digest = hashlib.sha256(file.read(length + 8)).hexdigest()
+        metadata = pq.read_metadata(file)
+    return Footer(
+        digest=digest,
+        row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        columns=tuple(metadata.schema.to_arrow_schema().names),
+    )
+
+
+def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str | None = None) -> list[Value]:
+    """Read a range of rows of one column; of token ids without their padding.
+
+    Parameters
+    ----------
+    path
+        Path or URL.
+    column
+        Its name, or the path of a field inside a struct.
+    first, n_rows
+        The range, in rows of the file.
+    footer
+        Digest of the footer the range was planned with; None: not checked.
+
+    Raises
+    ------
+    DatasetError
+        If the file is damaged, is another one than planned, or lacks the column.
+    OSError
+        If it cannot be read now.
+    """
+    global _OPEN
+    cursor, _OPEN = _OPEN, None
+    if cursor is None or cursor.key != (path, column, footer) or cursor.position > first:
+        if cursor is not None:
+            cursor.close()
+        cursor = _Cursor(path, column, footer)
+    try:
+        rows = cursor.read(first, n_rows)
+    except BaseException:
+        cursor.close()
+        raise
+    _OPEN = cursor
+    return rows
+
+
+def parquet_batches(path: str, column: str) -> Iterator[Any]:
+    """Yield all rows of a file, of the column that is used and, for token ids, their mask.
+
+    Raises
+    ------
+    DatasetError
+        If the file is damaged or lacks the column.
+    """
+    import pyarrow.parquet as pq
+
+    columns = _used_columns(path, column, read_footer(path))
+    with open_bytes(path) as file, _readable(path):
+        yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS, columns=columns)
+
+
+def all_batches(path: str) -> Iterator[Any]:
+    """Yield all rows of a file with all columns, read as they are asked for."""
+    import pyarrow.parquet as pq
+
+    with open_bytes(path) as file, _readable(path):
+        yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS)
+
+
+def _used_columns(path: str, column: str, footer: Footer) -> list[str]:
+    """Return the columns to read; of a struct only the field that is used."""
+    head = column if column in footer.columns else column.split(".")[0]
+    if head not in footer.columns:
+        raise DatasetError(f"{path}: expected a column {column!r}, got {list(footer.columns)}; take the file out")
+    return [column, MASK] if column == IDS and MASK in footer.columns else [column]
+
+
+class _Cursor:
+    """Reads one column of one file forward."""
+
+    def __init__(self, path: str, column: str, footer: str | None) -> None:
+        import pyarrow.parquet as pq
+
+        self.key = (path, column, footer)
+        found = read_footer(path)
+        if footer is not None and found.digest != footer:
+            raise DatasetError(
+                f"{path}: expected the file that was planned, got another one in its place; restore it, or start anew "
+                "with distillation.teacher.generation.force_regenerate=true"
+            )
+        self._columns = _used_columns(path, column, found)
+        self._starts = [0, *itertools.accumulate(found.row_groups)]
+        system, inside = _file_system(path)
+        with _readable(path):
+            self._file = system.open(inside, "rb", block_size=_READ_BYTES)
+            self._reader = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_READ_BYTES)
+        self._batches: Iterator[Any] = iter(())
+        self._rest: list[Value] = []
+        self._group_end = 0
+        self.position = 0
+
+    def read(self, first: int, n_rows: int) -> list[Value]:
+        path, column, _ = self.key
+        rows: list[Value] = []
+        with _readable(f"{path}, rows {first} to {first + n_rows - 1}"):
+            while len(rows) < n_rows:
+                self._seek(first + len(rows), column)
+                taken = self._rest[: n_rows - len(rows)]
+                rows += taken
+                self._rest = self._rest[len(taken) :]
+                self.position += len(taken)
+        return rows
+
+    def _seek(self, row: int, column: str) -> None:
+        """Move to a row: within the row group at hand by reading on, else to the beginning of its own."""
+        if row >= self._group_end:
+            if row >= self._starts[-1]:
+                raise DatasetError(f"{self.key[0]}: expected row {row}, got {self._starts[-1]} rows; restore the file")
+            group = bisect.bisect_right(self._starts, row) - 1
+            self._batches = self._reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
+            self._rest, self.position, self._group_end = [], self._starts[group], self._starts[group + 1]
+        while self.position + len(self._rest) <= row:
+            self.position += len(self._rest)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DatasetError(f"{self.key[0]}: expected row {row}, got the end of its row group; restore the file")
+            self._rest = arrow_values(batch, column)
+        self._rest = self._rest[row - self.position :]
+        self.position = row
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# The file this process read last.
+_OPEN: _Cursor | None = None
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[Any]:
+    """Open a file for reading, local or remote."""
+    system, inside = _file_system(path)
+    with system.open(inside, "rb", block_size=_READ_BYTES) as file:
+        yield file
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        system, inside = url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise DatasetError(
+            f"distillation.dataset.data_files: cannot read {path!r}: {needed_for(path, error)}"
+        ) from error
+    return system, str(inside)
+
+
+def needed_for(path: str, error: Exception) -> str:
+    """Return what has to be installed to read a URL, or what else is wrong with it.
+
+    >>> needed_for("s3://bucket/a.parquet", ImportError("Install s3fs to access S3"))
+    "install support for s3:// with `pip install 'dask-logits[s3]'`"
+    """
+    scheme = path.split("://")[0]
+    extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}.get(scheme)
+    if extra and isinstance(error, ImportError):
+        return f"install support for {scheme}:// with `pip install 'dask-logits[{extra}]'`"
+    return f"{first_line(error)}; install an fsspec file system for {scheme}://" if "://" in path else first_line(error)
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Say what Arrow finds wrong with a file's bytes."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise DatasetError(f"{where}: expected readable Parquet, got {first_line(error)}; restore the file") from error
+    except OSError as error:
+        # Arrow says so of broken pages and thrift, without a system's error number.
+        if type(error) is OSError and error.errno is None:
+            raise DatasetError(
+                f"{where}: expected readable Parquet, got {first_line(error)}; restore the file"
+            ) from error
+        raise

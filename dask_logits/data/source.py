@@ -1,0 +1,207 @@
+"""Where rows lie, how a worker reads them, and the digest that tells them from others.
+
+Three kinds of files: Arrow files of a regular dataset, spooled chunks of a stream, and Parquet files read in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+
+from dask_logits.data.parquet_files import read_parquet
+from dask_logits.data.values import PROBLEM, arrow_values, with_problems
+from dask_logits.errors import DatasetError
+from dask_logits.records import Array
+from dask_logits.run.plan import Partition
+from dask_logits.run.plan_log import PlanLog
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRows:
+    """A range of rows of one file.
+
+    Parameters
+    ----------
+    path
+        Path, or URL of a Parquet file.
+    first, n_rows
+        The range.
+    kind
+        ``arrow``, ``spool`` or ``parquet``.
+    digest
+        What the file must be known by: of a Parquet footer, or of spooled rows; None: not checked.
+    """
+
+    path: str
+    first: int
+    n_rows: int
+    kind: Literal["arrow", "spool", "parquet"] = "arrow"
+    digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A partition that is due, and where its rows are.
+
+    Parameters
+    ----------
+    partition
+        Its place in the plan.
+    files, column
+        What a worker reads.
+    error
+        Why it cannot be computed; None: it can.
+    n_bytes
+        What it takes in the spool.
+    """
+
+    partition: Partition
+    files: tuple[FileRows, ...]
+    column: str
+    error: str | None = None
+    n_bytes: int = 0
+
+
+class Source(Protocol):
+    """A dataset of any kind, as the job sees it."""
+
+    column: str
+    streams: bool
+    # Hub commit it is pinned to.
+    commit: str | None
+    # What a listing says of its files, where the plan does not know each file.
+    file_states: tuple[str, ...]
+    # Grows while it is read, whether or not anything is due.
+    passed: int
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows that are used; an upper bound for a stream, None where it has none."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows must be tokenised."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells it from others, beside the content of its rows."""
+
+    def check(self, log: PlanLog) -> None:
+        """Refuse a source that is not the one a run was planned with."""
+
+    def sample(self) -> list[tuple[int, Any]]:
+        """Return (row number, row) of a sample, for estimates."""
+
+    def head(self) -> Iterator[Any]:
+        """Yield the rows from the first, for the calibration."""
+
+    def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
+        """Yield the partitions that are wanted, appending to the plan what it lacks."""
+
+
+class RowsDigest:
+    """SHA-256 of rows by content: lengths and values in order, however they are chunked or stored."""
+
+    def __init__(self) -> None:
+        self._lengths, self._values = hashlib.sha256(), hashlib.sha256()
+
+    def update(self, column: Any) -> None:
+        """Feed an Arrow array or chunked array of texts or of lists of ids."""
+        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+            if any(is_list(chunk.type) for is_list in _LISTS):
+                rows = chunk.cast(pa.large_list(pa.int64()))
+                self._lengths.update(_lengths(rows).tobytes())
+                self._values.update(rows.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            elif pa.types.is_null(chunk.type):
+                self._lengths.update(_lengths(chunk.cast(pa.large_binary())).tobytes())
+            else:
+                binary = pa.types.is_binary(chunk.type)
+                rows = chunk.cast(pa.large_binary()) if binary else chunk.cast(pa.large_string())
+                self._lengths.update(_lengths(rows.cast(pa.large_binary())).tobytes())
+                for value in rows:
+                    if value.is_valid:
+                        self._values.update(value.as_buffer())
+
+    def hexdigest(self) -> str:
+        """Return the digest of what it was fed."""
+        return hashlib.sha256(self._lengths.digest() + self._values.digest()).hexdigest()
+
+
+def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
+    """Read consecutive rows: texts, or token ids without their padding; a row that cannot be used is a ``BadRow``.
+
+    Raises
+    ------
+    DatasetError
+        If a file is damaged, has changed since it was planned, or lacks the column.
+    OSError
+        If it cannot be read now.
+    """
+    rows: list[Any] = []
+    for file in files:
+        match file.kind:
+            case "arrow":
+                table = open_arrow(file.path).with_format("arrow")[file.first : file.first + file.n_rows]
+                rows += table_values(table, column)
+            case "spool":
+                rows += _read_spool(file)
+            case "parquet":
+                rows += read_parquet(file.path, column, file.first, file.n_rows, footer=file.digest)
+    return rows
+
+
+def table_values(table: Any, column: str) -> list[Any]:
+    """Return the values of Arrow rows, with the bad rows that a reader found."""
+    values = arrow_values(table, column)
+    return with_problems(values, table[PROBLEM].to_pylist()) if PROBLEM in table.column_names else values
+
+
+def open_arrow(path: str) -> Any:
+    """Map an Arrow file as a dataset."""
+    state = Path(path).stat()
+    return _map_arrow(path, state.st_ino, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _map_arrow(path: str, inode: int, changed: int) -> Any:
+    """Map an Arrow file; the state is part of the key, because a worker may outlive the file of an earlier run."""
+    from datasets import Dataset
+
+    return Dataset.from_file(path)
+
+
+def write_spool(path: Path, rows: Any) -> None:
+    """Write a table of values of a stream where workers find them, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        writer.write_table(rows)
+    aside.replace(path)
+
+
+def _read_spool(file: FileRows) -> list[Any]:
+    with pa.OSFile(file.path, "rb") as source, pa.ipc.open_stream(source) as reader:
+        table = reader.read_all()
+    digest = RowsDigest()
+    digest.update(table.column(0))
+    if digest.hexdigest() != file.digest:
+        raise DatasetError(
+            f"{file.path}: expected rows with SHA-256 {str(file.digest)[:16]}…, got {digest.hexdigest()[:16]}…; run "
+            "the same command again: the stream is read anew"
+        )
+    return with_problems(table.column(0).to_pylist(), table[PROBLEM].to_pylist())
+
+
+def _lengths(rows: Any) -> Array:
+    import pyarrow.compute as pc
+
+    counts = pc.binary_length(rows) if pa.types.is_large_binary(rows.type) else pc.list_value_length(rows)
+    filled: Array = counts.fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
+    return filled

@@ -1,0 +1,173 @@
+"""Rows of JSON, CSV, TSV and text files, local or remote, compressed or not.
+
+Only the column that is used is looked at, so other columns may differ between files. A line that cannot be read is one
+bad row, named by file and line, and the next line is read all the same. Texts are never interpreted: ``NA`` and
+``null`` in a CSV file stay texts.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+
+from dask_logits.data.parquet_files import open_bytes
+from dask_logits.data.values import TEXT, BadRow
+from dask_logits.errors import DatasetError
+
+Format = Literal["json", "csv", "text"]
+_READ_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_file(path: str, kind: Format, separator: str | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+    """Yield the rows of a file in order.
+
+    Parameters
+    ----------
+    path
+        Path or URL. gzip, bzip2, xz and Zstandard are recognised by their first bytes.
+    kind
+        ``json`` (lines, or one array of objects), ``csv`` (with a header line), or ``text`` (a row for each line).
+    separator
+        Of CSV fields; None: a tab if the header has one and no comma, else a comma.
+
+    Raises
+    ------
+    DatasetError
+        If the file as a whole is not of this kind.
+    OSError, EOFError
+        If it cannot be read to its end.
+    """
+    with open_bytes(path) as raw, _decompressed(raw) as stream:
+        match kind:
+            case "json":
+                yield from _json_rows(path, stream)
+            case "csv":
+                yield from _csv_rows(path, stream, separator)
+            case "text":
+                for number, line in _numbered(stream):
+                    text = _text(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
+                    yield text if isinstance(text, BadRow) else {TEXT: text}
+
+
+def _decompressed(raw: Any) -> Any:
+    buffered: Any = raw if hasattr(raw, "peek") else io.BufferedReader(raw, _READ_BYTES)
+    head = buffered.peek(8)[:8]
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.open(buffered)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.open(buffered)
+    if head.startswith(b"BZh") and head[4:8] == b"1AY&":
+        return bz2.open(buffered)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        # Arrow reads all frames of a file, and refuses one that is cut off.
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd"), _READ_BYTES)
+    if head.startswith(b"PK\x03\x04"):
+        raise DatasetError("expected text, got a zip archive; unpack it first")
+    return buffered
+
+
+def _numbered(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(stream, 1):
+        yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+def _text(path: str, number: int, line: bytes) -> str | BadRow:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        return _bad(path, number, f"expected UTF-8, got {error}")
+
+
+def _bad(path: str, number: int, reason: str) -> BadRow:
+    return BadRow(reason=f"{path}, line {number}: {reason}")
+
+
+def _json_rows(path: str, stream: IO[bytes]) -> Iterator[Mapping[str, Any] | BadRow]:
+    for number, line in _numbered(stream):
+        stripped = line.strip()
+        if not stripped:
+            continue
+        if number == 1 and (stripped.startswith(b"[") or stripped == b"{"):
+            yield from _json_document(path, line + stream.read())
+            return
+        text = _text(path, number, stripped)
+        yield text if isinstance(text, BadRow) else _json_row(path, number, text)
+
+
+def _json_row(path: str, number: int, text: str) -> Mapping[str, Any] | BadRow:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _bad(path, number, f"expected a JSON object, got {error} in {text!r:.60}")
+    if isinstance(row, Mapping):
+        return _Located(row, path, number)
+    return _bad(path, number, f"expected a JSON object, got {type(row).__name__} {text!r:.60}")
+
+
+def _json_document(path: str, content: bytes) -> Iterator[Mapping[str, Any] | BadRow]:
+    """Yield the rows of a file that is one JSON value: an array of objects."""
+    try:
+        rows = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"{path}: expected JSON lines, or one JSON array of objects, got {error}; fix the file"
+        ) from error
+    if isinstance(rows, Mapping):
+        raise DatasetError(
+            f"{path}: expected JSON lines, or one JSON array of objects, got one object with the keys "
+            f"{sorted(rows)!r:.200}; write each row as one line"
+        )
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            yield row
+        else:
+            yield BadRow(reason=f"{path}, entry {number}: expected a JSON object, got {type(row).__name__}")
+
+
+class _Located(dict[str, Any]):
+    """A row that knows its line, for messages about its values."""
+
+    def __init__(self, row: Mapping[str, Any], path: str, number: int) -> None:
+        super().__init__(row)
+        self.where = f"{path}, line {number}"
+
+
+def located(row: Any, value: Any) -> Any:
+    """Add file and line to the reason of a bad value, where the row knows them."""
+    if isinstance(value, BadRow) and isinstance(row, _Located):
+        return BadRow(reason=f"{row.where}: {value.reason}")
+    return value
+
+
+def _csv_rows(path: str, stream: IO[bytes], separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
+    # The library's bound of 128 KiB is for columns, not for documents.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # Bytes that are no UTF-8 become lone surrogates, which the check of the value finds.
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header_line = lines.readline()
+        if separator is None:
+            separator = "\t" if "\t" in header_line and "," not in header_line else ","
+        header = next(csv.reader([header_line], delimiter=separator), [])
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _bad(path, reader.line_num + 1, f"expected {len(header)} fields, got {error}")
+                continue
+            if len(fields) == len(header):
+                yield _Located(dict(zip(header, fields, strict=True)), path, reader.line_num + 1)
+            elif fields:
+                yield _bad(path, reader.line_num + 1, f"expected {len(header)} fields, got {len(fields)}")

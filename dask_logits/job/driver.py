@@ -1,0 +1,269 @@
+"""Score what is missing: planned partitions through the cluster, receipts and failures into the figures of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dask_logits.data.source import Planned
+from dask_logits.errors import RunConflictError
+from dask_logits.files.atomic import Json
+from dask_logits.job.bisect import bisect
+from dask_logits.job.cluster import Cluster
+from dask_logits.job.dispatch import run_partitions
+from dask_logits.job.prepare import Job
+from dask_logits.job.progress import JobProgress
+from dask_logits.job.read_ahead import ReadAhead
+from dask_logits.job.reporter import Reporter
+from dask_logits.records import Statistics
+from dask_logits.run.failures import Failure, forget_failure, note_failure
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.timings import add_seconds, shares
+from dask_logits.teacher.checkpoint import TeacherSpec
+from dask_logits.teacher.meter import Cost
+from dask_logits.teacher.model import ScoringPath
+from dask_logits.teacher.scoring import ScoringSettings
+from dask_logits.worker.task import PartitionTask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Done:
+    """What this driver's share holds already: partitions, their rows and sums."""
+
+    indices: set[int] = dataclasses.field(default_factory=set)
+    rows: int = 0
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
+
+
+def score(
+    job: Job,
+    cluster: Cluster,
+    calibration: Json,
+    done: Done,
+    reporter: Reporter,
+    *,
+    only: frozenset[int] | None = None,
+    bisects: bool = False,
+) -> dict[int, str]:
+    """Score what is missing of this driver's share.
+
+    Parameters
+    ----------
+    job, cluster, calibration
+        What to do, where, and with which numerics.
+    done
+        What is committed.
+    reporter
+        Writes the driver's status record.
+    only
+        Partitions to take up; None: all that are missing.
+    bisects
+        Look for the rows that make a partition fail.
+
+    Returns
+    -------
+    dict
+        Partition index → reason, of those that failed or could not be read.
+    """
+    with _progress(job, done) as progress:
+        driver = _Driver(job, done, progress, reporter, only, bisects)
+        try:
+            run_partitions(
+                cluster.client,
+                tasks(job, calibration, driver.planned(), driver.on_failure),
+                job.config.job,
+                run_id=run_id(job),
+                roster=cluster.roster,
+                on_receipt=driver.on_receipt,
+                on_failure=driver.on_failure,
+                on_tokens=progress.tokens,
+                on_turn=driver.on_turn,
+            )
+            for failure in driver.suspects:
+                driver.on_rows(bisect(cluster.client, failure, job.config.job, cluster.roster))
+        finally:
+            driver.close()
+    return driver.failed
+
+
+def _progress(job: Job, done: Done) -> JobProgress:
+    log, share, expected = PlanLog(job.run), job.share, job.estimate.tokens
+    rows_left = (job.source.n_rows or 0) - log.n_rows
+    known = None if job.source.streams else log.n_partitions - (-rows_left // job.partition_rows)
+    return JobProgress(
+        partitions=None if known is None else share.count(known),
+        committed=len(done.indices),
+        done=done.statistics,
+        expected_tokens=None if expected is None else expected // share.total,
+    )
+
+
+class _Driver:
+    """What is kept while partitions run: the plan as it grows, the stream read ahead, failures, figures."""
+
+    def __init__(
+        self,
+        job: Job,
+        done: Done,
+        progress: JobProgress,
+        reporter: Reporter,
+        only: frozenset[int] | None,
+        bisects: bool,
+    ) -> None:
+        self.failed = reporter.failed
+        self.suspects: list[Failure] = []
+        self._only = only
+        self._bisects = bisects
+        self._job = job
+        self._done = done
+        self._progress = progress
+        self._log = PlanLog(job.run)
+        self._ahead: ReadAhead | None = None
+        self._passed = 0
+        self._seconds: dict[str, float] = {}
+        self._reporter = reporter
+        reporter.progress = progress
+        reporter.report("running")
+
+    def planned(self) -> Iterator[Planned | None]:
+        """Yield the partitions that are due; None where a stream has not come so far."""
+        job = self._job
+        due = job.source.plan(self._log, job.partition_rows, self._is_wanted)
+        if not job.source.streams:
+            return due
+        spooled = max(0, job.config.dataset.streaming_buffer_size - job.partition_rows)
+        self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
+        return iter(self._ahead)
+
+    def on_receipt(self, receipt: Json) -> None:
+        """Note a committed partition."""
+        statistics = Statistics.from_json(receipt["statistics"])
+        self._progress.partition(statistics)
+        logger.info(
+            "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %s%s",
+            receipt["partition"],
+            statistics.documents,
+            statistics.tokens,
+            statistics.tokens / max(receipt["seconds"]["score"], 1e-9),
+            "unknown" if receipt["mfu"] is None else f"{receipt['mfu']:.2f}",
+            f", {len(receipt['splits'])} batches split for lack of memory" if receipt["splits"] else "",
+        )
+        self._seconds = add_seconds(self._seconds, receipt["seconds"])
+        forget_failure(self._job.run, receipt["partition"])
+        self._settle(receipt["partition"])
+
+    def on_failure(self, failure: Failure) -> None:
+        """Note a partition that failed for good."""
+        self.failed[failure.index] = failure.reason
+        note_failure(self._job.run, failure)
+        if self._bisects and failure.task is not None and not failure.rows:
+            self.suspects.append(failure)
+        else:
+            self._settle(failure.index)
+
+    def on_rows(self, failure: Failure) -> None:
+        """Note which rows are the cause of a failure."""
+        if failure.rows:
+            rows = ", ".join(str(row) for row in failure.rows)
+            self.failed[failure.index] = f"{failure.reason}; because of dataset rows {rows}"
+            note_failure(self._job.run, failure)
+        self._settle(failure.index)
+
+    def on_turn(self) -> bool:
+        """Give a sign of life; return whether the source was read on."""
+        self._reporter.tick()
+        before, self._passed = self._passed, self._job.source.passed
+        return self._passed != before
+
+    def close(self) -> None:
+        """End the reading and log where the time went."""
+        if self._seconds:
+            logger.info("time of the workers: %s", shares(self._seconds))
+        if self._ahead is not None:
+            self._ahead.stop()
+
+    def _is_wanted(self, index: int) -> bool:
+        anew = self._log.replanned_from is not None and index >= self._log.replanned_from
+        # What is planned anew was not in the ledger of failures under its new number.
+        chosen = self._only is None or index in self._only or anew
+        return chosen and self._job.share.owns(index) and (anew or index not in self._done.indices)
+
+    def _settle(self, index: int) -> None:
+        # A partition that failed is spooled anew when it is taken up.
+        (self._job.run.spool_path / f"{index:06d}.arrow").unlink(missing_ok=True)
+        if self._ahead is not None:
+            self._ahead.settle(index)
+        if self._log.end is not None:
+            self._progress.partitions = self._job.share.count(self._log.n_partitions)
+        self._reporter.report()
+
+
+def tasks(
+    job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[Failure], None]
+) -> Iterator[PartitionTask | None]:
+    """Yield the tasks of all partitions that are due, in order; None where a stream has not come so far."""
+    numerics = calibration["numerics"]
+    of_run = run_id(job)
+    teacher = teacher_spec(
+        job, dtype=numerics["dtype"], device=numerics["device"], torch_threads=numerics["torch_threads"]
+    )
+    scoring = ScoringSettings(
+        top_k=job.config.teacher.generation.top_k,
+        vocab_size=job.tokenizer_spec.vocab_size,
+        batch_tokens=numerics["batch_tokens"],
+        batch_size=numerics["batch_size"],
+        head_rows=numerics["head_rows"],
+        path=ScoringPath(**numerics["path"]),
+    )
+    cost = Cost(**calibration["cost"])
+    profile = job.run.profile()
+    for due in planned:
+        if due is None:
+            yield None
+        elif due.error is not None:
+            logger.error("partition %s cannot be read: %s", due.partition.name, due.error)
+            on_failure(Failure(index=due.partition.index, kind="unreadable", reason=due.error))
+        else:
+            yield PartitionTask(
+                run=str(job.run.path),
+                run_id=of_run,
+                partition=due.partition,
+                files=due.files,
+                column=due.column,
+                tokenizer=job.tokenizer_spec,
+                items=job.items,
+                teacher=teacher,
+                scoring=scoring,
+                profile=profile,
+                cost=cost,
+                environment=calibration.get("environment"),
+                allow_mixed=job.config.cluster.allow_mixed_workers,
+            )
+
+
+def run_id(job: Job) -> str:
+    """Return the id of the run in the folder."""
+    manifest = job.run.manifest()
+    if manifest is None:
+        raise RunConflictError(f"{job.run.path}: expected run.json, got none: it was deleted while the job ran")
+    return str(manifest["run_id"])
+
+
+def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:
+    """Say which teacher a worker loads, and how."""
+    folder = Path(str(job.config.teacher.model_path)).expanduser()
+    return TeacherSpec(
+        path=str(folder.absolute()) if folder.is_dir() else str(job.config.teacher.model_path),
+        revision=job.teacher.revision,
+        identity=job.teacher.identity,
+        dtype=dtype,
+        device=device,
+        torch_threads=torch_threads,
+        n_gpus=job.config.teacher.generation.gpus_per_worker if device == "cuda" else 1,
+        trust_remote_code=job.config.teacher.trust_remote_code,
+        allow_pickle=job.config.teacher.allow_pickle,
+    )

@@ -1,0 +1,166 @@
+"""GPUs of this machine and of workers: count them, group them, and refuse groups that overlap."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.errors import ClusterError
+from dask_logits.worker.environment import Environment, environment
+
+logger = logging.getLogger(__name__)
+
+
+def visible_gpus() -> int:
+    """Count the GPUs this process may use, without starting CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None and named.strip() in ("", "-1", "NoDevFiles"):
+        return 0
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return 0
+    except pynvml.NVMLError:
+        return 0
+    count = int(pynvml.nvmlDeviceGetCount())
+    # Named devices may be slices of a GPU, which NVML does not count.
+    return count if named is None or count == 0 else len(named.split(","))
+
+
+def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
+    """Return the device of a cluster made on this machine.
+
+    Raises
+    ------
+    ClusterError
+        If a GPU is asked for and none is visible.
+    """
+    if generation.device == "cpu" or cluster.kind == "local_cpu":
+        return "cpu"
+    gpus = visible_gpus()
+    if generation.gpus_per_worker > max(gpus, 1):
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected {generation.gpus_per_worker} visible GPUs, got "
+            f"{gpus}; lower it, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if generation.device == "cuda" and gpus == 0:
+        raise ClusterError(
+            "distillation.teacher.generation.device: expected a visible GPU for 'cuda', got none; "
+            "set distillation.teacher.generation.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if generation.devices is not None and gpus == 0:
+        raise ClusterError(
+            f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
+            "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return "cuda" if gpus else "cpu"
+
+
+def cores() -> int:
+    """Return the CPU cores this process may use, by its affinity and its control group."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
+
+
+def named_gpus(generation: GenerationConfig) -> list[str]:
+    """Return the GPUs of this machine that may be used: those named, or all that are visible."""
+    named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
+
+
+def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
+    """Return each worker's GPUs; a static worker takes one group.
+
+    Raises
+    ------
+    ClusterError
+        If there are fewer than one worker needs.
+    """
+    visible, size = named_gpus(generation), generation.gpus_per_worker
+    groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
+    if not groups:
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
+            f"{len(visible)} ({','.join(visible)}); lower it, or name more in distillation.teacher.generation.devices"
+        )
+    if len(visible) % size:
+        logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
+    return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
+
+
+def grouped_cluster(base: type) -> Any:
+    """Make a cluster whose workers see their own GPUs and no others; dask-cuda lets each see all, its own first."""
+
+    class GroupedCUDACluster(base):  # type: ignore[misc]
+        def __init__(self, groups: list[list[str]], **settings: Any) -> None:
+            self._groups = [",".join(group) for group in groups]
+            super().__init__(CUDA_VISIBLE_DEVICES=[group[0] for group in groups], **settings)
+
+        def new_worker_spec(self) -> dict[Any, Any]:
+            spec: dict[Any, Any] = super().new_worker_spec()
+            for name, worker in spec.items():
+                group = self._groups[self.cuda_visible_devices.index(name)]
+                worker["options"]["env"]["CUDA_VISIBLE_DEVICES"] = group
+            return spec
+
+    return GroupedCUDACluster
+
+
+class WorkerFacts(NamedTuple):
+    """What a worker has.
+
+    Parameters
+    ----------
+    host
+        Its machine.
+    cores
+        CPU cores it may use; other workers of the machine may use them too.
+    gpus
+        GPUs it sees, the one it uses first.
+    environments
+        Device → environment in which it would score there.
+    """
+
+    host: str
+    cores: int
+    gpus: tuple[str, ...]
+    environments: Mapping[str, Environment] = MappingProxyType({})
+
+
+def worker_facts() -> WorkerFacts:
+    """Return what this process has, called on a worker."""
+    import socket
+
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
+    environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
+    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments)
+
+
+def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
+    """Refuse workers that would need each other's GPUs, or have too few."""
+    if gpus_per_worker == 1:
+        return
+    cure = (
+        "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
+        "--nthreads 2` (`dask cuda worker` starts one for each GPU)"
+    )
+    used: set[tuple[str, str]] = set()
+    for worker in workers:
+        group = {(worker.host, gpu) for gpu in worker.gpus[:gpus_per_worker]}
+        if len(group) < gpus_per_worker or group & used:
+            raise ClusterError(
+                f"distillation.teacher.generation.gpus_per_worker: expected {gpus_per_worker} GPUs for each worker and "
+                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {cure}"
+            )
+        used |= group

@@ -1,0 +1,203 @@
+"""Progress of a job on stderr: a live display on a terminal, plain lines in a log file.
+
+The log and the progress share one console. With two, every log line would leave a dead copy of the bar behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+from dask_logits.records import Statistics
+from dask_logits.run.timings import duration, plural
+
+_PLAIN_SECONDS = 10.0
+
+
+@functools.cache
+def stderr_console() -> Console:
+    """Return the console that the log and the progress of this process share."""
+    return Console(stderr=True)
+
+
+class Steps:
+    """Shows the steps of something that takes a while: a live line on a terminal, else a line for each step.
+
+    Parameters
+    ----------
+    title
+        What takes a while.
+    is_live
+        Whether a terminal shows a live line; not where other libraries write to the terminal meanwhile.
+    console
+        Where to show it; None: stderr.
+    """
+
+    def __init__(self, title: str, *, is_live: bool = True, console: Console | None = None) -> None:
+        self._title = title
+        self._is_live = is_live
+        self._console = console or stderr_console()
+        self._live: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Steps:
+        if self._is_live and self._console.is_terminal:
+            text = TextColumn("{task.description}", table_column=_one_line())
+            time_column = TimeElapsedColumn(Column(no_wrap=True, min_width=7))
+            self._live = Progress(SpinnerColumn(), time_column, text, console=self._console, transient=True)
+            self._task = self._live.add_task(self._title, total=None)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, step: str) -> None:
+        """Show the step that begins."""
+        line = f"{self._title}: {step}"
+        if self._live is not None:
+            self._live.update(self._task, description=line)
+        else:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _one_line() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
+
+
+class _TwoLines(Progress):
+    """A bar with a line of figures below it, so that both fit into 80 columns."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.line, no_wrap=True, overflow="ellipsis")
+
+
+class JobProgress:
+    """Shows partitions, documents, tokens, tokens/s, time left and kept mass.
+
+    Parameters
+    ----------
+    partitions
+        In the plan; None while nobody knows, as the attribute may be set later.
+    done
+        Sums over what was committed before.
+    committed
+        Partitions committed before.
+    expected_tokens
+        Estimate for the whole job; None: nobody knows.
+    console
+        Where to; None: stderr.
+    """
+
+    def __init__(
+        self,
+        *,
+        partitions: int | None,
+        committed: int,
+        done: Statistics,
+        expected_tokens: int | None,
+        console: Console | None = None,
+    ) -> None:
+        self.partitions = partitions
+        self._committed = committed
+        self._sums = done
+        self._before = done.tokens
+        self._running = 0
+        self._expected = None if expected_tokens is None else max(expected_tokens, done.tokens)
+        self._started = time.monotonic()
+        self._printed = self._started
+        self._console = console or stderr_console()
+        self._live: _TwoLines | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> JobProgress:
+        self._started = self._printed = time.monotonic()
+        if self._console.is_terminal:
+            self._live = _TwoLines(
+                TextColumn("scoring"), BarColumn(bar_width=None), TextColumn("{task.description}"),
+                console=self._console, expand=True,
+            )  # fmt: skip
+            self._task = self._live.add_task("", total=self._expected)
+            self._live.start()
+        self._show()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tokens(self, count: int) -> None:
+        """Note tokens scored in a partition that is still running."""
+        self._running += count
+        self._show()
+
+    def partition(self, statistics: Statistics) -> None:
+        """Note a committed partition."""
+        self._committed += 1
+        self._sums += statistics
+        self._running = max(0, self._running - statistics.tokens)
+        self._show(force=self._committed == self.partitions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens committed or scored since the start, by the clock."""
+        elapsed = time.monotonic() - self._started
+        return (self._sums.tokens - self._before + self._running) / elapsed if elapsed > 0 else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """Return the figures for a file: counts, tokens/s by the clock, seconds left (None: nobody knows)."""
+        scored = self._sums.tokens + self._running
+        rate = self.tokens_per_second
+        known = self._expected is not None and rate > 0
+        return {
+            "partitions": self.partitions,
+            "committed": self._committed,
+            "tokens": scored,
+            "tokens_per_second": round(rate, 1),
+            "seconds_left": round(max(0, (self._expected or 0) - scored) / rate, 1) if known else None,
+        }
+
+    def line(self) -> str:
+        """Return the figures as one line."""
+        mass = f" · kept mass {self._sums.mean_kept_mass:.4f}" if self._sums.tokens else ""
+        return f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s · {self._left()}{mass}"
+
+    def _counts(self) -> str:
+        partitions = "–" if self.partitions is None else f"{self.partitions:,}"
+        tokens = self._sums.tokens + self._running
+        return (
+            f"{self._committed:,}/{partitions} partitions · {plural(self._sums.documents, 'document')} · "
+            f"{plural(tokens, 'token')}"
+        )
+
+    def _left(self) -> str:
+        if self._committed == self.partitions:
+            return "all scored"
+        left = self.facts()["seconds_left"]
+        return "time left unknown" if left is None else f"{duration(left)} left"
+
+    def _show(self, force: bool = False) -> None:
+        if self._live is not None:
+            scored = self._sums.tokens + self._running
+            self._live.line = f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s"
+            percent = f"{min(100, 100 * scored // self._expected)} % · " if self._expected else ""
+            self._live.update(self._task, completed=scored, description=f"{percent}{self._left()}")
+        elif force or time.monotonic() - self._printed >= _PLAIN_SECONDS or self._printed == self._started:
+            self._printed = time.monotonic()
+            self._console.print(self.line(), highlight=False, soft_wrap=True)

@@ -1,0 +1,262 @@
+"""Whether a cache or a run is good: its files are checked, and rows scored again if that is asked for.
+
+Dimension letters: N positions, K kept entries, V vocabulary, T = V − K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.find import find_caches
+from dask_logits.cache.profile import as_kept, load_profile
+from dask_logits.cache.reader import CacheReader
+from dask_logits.data.items import make_items, plain_items
+from dask_logits.data.source import read_rows
+from dask_logits.data.tokens import tokenize
+from dask_logits.errors import ConfigError, RunConflictError
+from dask_logits.files.atomic import expanded
+from dask_logits.hydra_config import override
+from dask_logits.job.driver import tasks
+from dask_logits.job.prepare import check_folder, prepare, settings_of
+from dask_logits.ops.check import Check, Report, check_files
+from dask_logits.records import Array, ContentDigest, Records
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.state import is_complete
+from dask_logits.teacher.checkpoint import load_teacher
+from dask_logits.teacher.scoring import score_items
+from dask_logits.worker.environment import describe, differences, environment
+from dask_logits.worker.task import PartitionTask
+
+# Positions of a row whose whole distribution is computed.
+_DENSE_TOKENS = 64
+# Root mean square difference up to which targets of another environment count as equal. The same text in another batch
+# moves log-probs by 0.03 nats in bfloat16; codes of the compact profile jump by a step where a value is near its edge.
+_NEAR_NATS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.1}
+
+
+def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
+    """Check a cache, an index over several, or a run folder.
+
+    Parameters
+    ----------
+    path
+        Which.
+    recompute
+        Dataset rows, drawn at random, that are scored again with the teacher; only of a run folder.
+    seed
+        What they are drawn from.
+
+    Returns
+    -------
+    Report
+        ``ok`` tells whether all is well.
+
+    Raises
+    ------
+    DaskLogitsError
+        If there is nothing to check, or the rows cannot be scored here.
+    """
+    if recompute < 0:
+        raise ConfigError(f"recompute: expected a number of rows from 0, got {recompute}")
+    path = expanded(path)
+    report = check_files(path)
+    if recompute and report.ok:
+        with tempfile.TemporaryDirectory(prefix="dask-logits-") as scratch:
+            report.recomputed, check, notes = _recompute(RunFolder(path), recompute, seed, Path(scratch))
+        report.checks.append(check)
+        report.notes += notes
+    return report
+
+
+def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], Check, list[str]]:
+    """Score random rows again with the run's teacher and frozen numerics.
+
+    The rows' whole partitions are scored, in the batches they were scored in. "Live" is what comes out before it is
+    stored; it is compared with the cache, and with the same rows scored one by one, which is the noise floor: the same
+    text in another batch moves the last bits. The cost of keeping K entries is KL(p ‖ q) in nats, p the teacher's
+    distribution and q its kept entries with the rest of the mass spread evenly over the other ids, at the first
+    positions of each row.
+
+    Parameters
+    ----------
+    run
+        A complete run whose dataset and teacher can be read here.
+    n_rows
+        Rows, drawn without replacement.
+    seed
+        What they are drawn from.
+    scratch
+        A folder for rows of a stream; the run's stays as it is.
+
+    Returns
+    -------
+    dict
+        Figures.
+    Check
+        Whether the cache holds exactly what comes out now; of partitions that were scored in another environment than
+        this process has, whether it is near.
+    list
+        Partitions that are near only, with what differs between the environments.
+
+    Raises
+    ------
+    RunConflictError
+        If the run has no cache, was scored on another device, or its settings do not fit any more.
+    """
+    manifest, calibration = run.manifest(), run.calibration()
+    log = PlanLog(dataclasses.replace(run, scratch=scratch))
+    if manifest is None or calibration is None or not is_complete(run, log):
+        raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
+    job = prepare(override(settings_of(run, log), []))
+    check_folder(job, writes=False)
+    draw = np.random.default_rng(seed)
+    chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
+    rows_of = {
+        partition.index: [row for row in chosen if 0 <= row - partition.first_row < partition.n_rows]
+        for partition in log.partitions()
+    }
+    planned = job.source.plan(log, job.partition_rows, lambda index: bool(rows_of.get(index)))
+    readers = [CacheReader(file) for file in find_caches(run.path)]
+    check = Check("partitions that come out the same now")
+    here = environment(calibration["numerics"]["device"])
+    near: Counter[str] = Counter()
+    cached, noise, truncation = _Differences(), _Differences(), []
+    for task in tasks(job, calibration, planned, lambda failure: None):
+        if task is None:
+            continue
+        live, alone, dense = _score(task, rows_of[task.partition.index])
+        kept = as_kept(live, load_profile(task.profile))
+        digest = ContentDigest()
+        digest.update(kept)
+        check.looked_at += 1
+        receipt = run.receipt(task.partition.index) or {}
+        if digest.hexdigest() != receipt.get("content_digest"):
+            made_in = receipt.get("environment") or calibration.get("environment") or here
+            differing = describe(differences(made_in, here))
+            off = _Differences()
+            for row in rows_of[task.partition.index]:
+                off.add(_cached_document(readers, row), _document(kept, row))
+            if differing and off.is_near(_NEAR_NATS.get(calibration["numerics"]["dtype"], 0.01)):
+                near[differing] += 1
+            else:
+                cause = f"; the environment differs, which is the likely cause: {differing}" if differing else ""
+                check.found(
+                    [f"partition {task.partition.name}: expected the content of its receipt, got another{cause}"]
+                )
+        for row in rows_of[task.partition.index]:
+            now = _document(live, row)
+            cached.add(_cached_document(readers, row), now)
+            if task.items.packing == "none":
+                noise.add(alone[row], now)
+            truncation += _truncation(dense[row], task.scoring.top_k)
+    figures = {
+        "rows_scored_again": len(chosen),
+        "positions": cached.positions,
+        **cached.figures("cached_against_live"),
+        **noise.figures("live_against_live"),
+        "nats_lost_by_keeping_k": float(np.mean(truncation)) if truncation else 0.0,
+    }
+    notes = [
+        f"{count} of {check.looked_at} partitions come out within the rounding of another environment, not bit for bit "
+        f"({differing}); for an exact comparison run verify where they were scored"
+        for differing, count in near.items()
+    ]
+    return figures, check, notes
+
+
+Targets = tuple[Array, Array]
+
+
+class _Differences:
+    """How far two sets of targets for the same positions are apart, at the ids that both keep."""
+
+    def __init__(self) -> None:
+        self.positions = self.same_top1 = self.n_pairs = 0
+        self.most = self.squares = 0.0
+
+    def add(self, one: Targets, other: Targets) -> None:
+        """Compare (ids, log-probs) [N, K] with others of the same positions."""
+        for ids_K, logprobs_K, others_K, other_logprobs_K in zip(*one, *other, strict=True):
+            _, at, other_at = np.intersect1d(ids_K, others_K, assume_unique=True, return_indices=True)
+            off = np.abs(logprobs_K[at].astype(np.float64) - other_logprobs_K[other_at].astype(np.float64))
+            off = off[np.isfinite(off)]
+            self.positions += 1
+            self.same_top1 += int(ids_K[0] == others_K[0])
+            self.n_pairs += len(off)
+            self.most = max(self.most, float(off.max(initial=0.0)))
+            self.squares += float((off**2).sum())
+
+    def is_near(self, nats: float) -> bool:
+        """Whether the root mean square difference is at most so much."""
+        return self.n_pairs == 0 or (self.squares / self.n_pairs) ** 0.5 <= nats
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Return the largest and the root mean square difference in nats, and the share of equal first ids."""
+        if not self.positions:
+            return {}
+        return {
+            f"{name}_max": self.most,
+            f"{name}_rms": (self.squares / max(1, self.n_pairs)) ** 0.5,
+            f"{name}_same_top_1": self.same_top1 / self.positions,
+        }
+
+
+def _score(task: PartitionTask, rows: list[int]) -> tuple[Records, dict[int, Targets], dict[int, Array]]:
+    """Score a partition as it was scored; and rows of it one by one, as they are and with the whole distribution."""
+    texts = read_rows(task.files, task.column)
+    documents = tokenize(texts, task.tokenizer, first_row=task.partition.first_row)
+    teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+    items = make_items(documents, task.items, first_row=task.partition.first_row)
+    live = score_items(teacher, items, task.scoring, packed=task.items.packing == "concat").records
+    whole = dataclasses.replace(task.scoring, top_k=task.scoring.vocab_size)
+    alone: dict[int, Targets] = {}
+    dense: dict[int, Array] = {}
+    for row in rows:
+        tokens = documents[row - task.partition.first_row]
+        if task.items.packing == "none":
+            found = score_items(teacher, make_items([tokens], task.items, first_row=row), task.scoring).records
+            alone[row] = _document(found, row)
+        few = plain_items([tokens[:_DENSE_TOKENS]], row)
+        dense[row] = score_items(teacher, few, whole).records.topk_logprobs
+    return live, alone, dense
+
+
+def _document(records: Records, row: int) -> Targets:
+    """Return the targets of a row."""
+    ends = np.cumsum(records.document_length, dtype=np.int64)
+    mine = [
+        np.arange(ends[i] - int(records.document_length[i]), ends[i])
+        for i in np.flatnonzero(records.document_row == row)
+    ]
+    at = np.concatenate(mine)
+    return records.topk_ids[at], records.topk_logprobs[at]
+
+
+def _cached_document(readers: list[CacheReader], row: int) -> Targets:
+    """Return the targets of a row from the cache."""
+    ids, logprobs = [], []
+    for reader in readers:
+        for i in np.flatnonzero(np.asarray(reader.arrays["document_row"]) == row):
+            start = int(reader.document_start[i])
+            tokens = reader.tokens(start, start + int(reader.arrays["document_length"][i]))
+            ids.append(tokens["topk_ids"])
+            logprobs.append(tokens["topk_logprobs"])
+    return np.concatenate(ids), np.concatenate(logprobs)
+
+
+def _truncation(logprobs_NV: Array, top_k: int) -> list[float]:
+    """Return KL(p ‖ q) of each position: sum over the tail of p log(p / (tail mass / (V − K)))."""
+    tail_NT = logprobs_NV[:, top_k:].astype(np.float64)
+    if not tail_NT.shape[1]:
+        return [0.0] * len(tail_NT)
+    p_NT = np.exp(tail_NT)
+    spread_N1 = np.log(np.maximum(p_NT.sum(1, keepdims=True), np.finfo(np.float64).tiny) / tail_NT.shape[1])
+    terms_NT = np.where(p_NT > 0, p_NT * (np.where(p_NT > 0, tail_NT, 0.0) - spread_N1), 0.0)
+    return [float(nats) for nats in np.maximum(terms_NT.sum(1), 0.0)]

@@ -1,0 +1,234 @@
+"""Calls to the scheduler and to one worker that come back, whatever happened to either.
+
+distributed goes on connecting for minutes to a scheduler that is gone, and waits for ever for a result that nobody
+computes any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from distributed import Client, Future
+from distributed.client import FutureCancelledError
+from distributed.comm import get_address_host_port
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+
+from dask_logits.errors import ClusterError
+from dask_logits.files.atomic import Json
+
+logger = logging.getLogger(__name__)
+
+CALL_SECONDS = 20
+_RESTART_SECONDS = 60
+_POLL_SECONDS = 0.5
+_PROBE_SECONDS = 5.0
+# The thread of a worker that computes. Dask's, whose threads do not keep a process from ending.
+SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
+
+
+class SchedulerLostError(ClusterError):
+    """The client has no connection to its scheduler at the moment."""
+
+
+def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+    """Call the scheduler, and stop waiting when the client has lost it: distributed goes on connecting for minutes.
+
+    Raises
+    ------
+    SchedulerLostError
+        If the scheduler is lost, or does not answer in ``seconds``.
+    """
+
+    async def call() -> Any:
+        if client.status != "running":
+            raise scheduler_lost()
+        async with asyncio.timeout(seconds):
+            task = asyncio.ensure_future(function())
+            try:
+                while not task.done():
+                    await asyncio.wait([task], timeout=_POLL_SECONDS)
+                    if client.status != "running" and not task.done():
+                        raise scheduler_lost()
+                return task.result()
+            finally:
+                task.cancel()
+
+    try:
+        return client.sync(call)
+    except (OSError, FutureCancelledError) as error:
+        raise scheduler_lost() from error
+
+
+def holders(client: Client) -> dict[str, str]:
+    """Return key → address of the worker that it was sent to, of all tasks that are with one."""
+    scheduler = client.scheduler
+    found = call_scheduler(client, lambda: scheduler.processing(workers=None), CALL_SECONDS)
+    return {key: worker for worker, keys in found.items() for key in keys}
+
+
+def restart_worker(client: Client, address: str) -> None:
+    """Have a worker's nanny end it and start another; without a nanny it is closed.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost.
+    """
+    scheduler = client.scheduler
+    found = call_scheduler(
+        client,
+        lambda: scheduler.restart_workers(
+            workers=[address],
+            timeout=_RESTART_SECONDS,
+            wait_for_workers=False,
+            on_error="return",
+            stimulus_id=f"dask_logits-hung-{uuid.uuid4().hex[:8]}",
+        ),
+        2 * _RESTART_SECONDS,
+    )
+    logger.warning("worker %s: %s", address, found.get(address, "gone"))
+
+
+def forget_submissions(client: Client) -> None:
+    """Have the scheduler drop what it keeps of every task that was ever submitted (distributed 2026.7.1).
+
+    That is an entry in the metadata of a span, without a bound, and one in dask's cache of 100,000 names.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or does not answer.
+    """
+
+    # Inside, so that it is sent whole: the scheduler may not have this package.
+    def drop(dask_scheduler: Any) -> None:
+        from dask.utils import key_split
+
+        key_split.cache_clear()
+        spans = getattr(dask_scheduler.extensions.get("spans"), "spans_search_by_name", {})
+        for span in spans.get(("default",), ()):
+            if span.metadata:
+                del span.metadata["collections"][1:]
+
+    call_scheduler(client, lambda: client.run_on_scheduler(drop, asynchronous=True), CALL_SECONDS)
+
+
+def result_of(client: Client, future: Future, seconds: float) -> Json:
+    """Fetch a result; where its worker has just died, another computes it first.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler is lost, or it took more than ``seconds``.
+    """
+    receipt: Json = call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
+    return receipt
+
+
+def exception_of(future: Future) -> BaseException:
+    """Return what a future failed with.
+
+    Raises
+    ------
+    ClusterError
+        If nothing did: the scheduler is lost.
+    """
+    error: BaseException | None = future.exception() if future.status == "error" else None
+    if error is None or isinstance(error, FutureCancelledError):
+        raise scheduler_lost()
+    return error
+
+
+def erred_on(client: Client, future: Future) -> str | None:
+    """Return the worker on which a task raised its exception; None if the scheduler does not know.
+
+    Raises
+    ------
+    SchedulerLostError
+        If the scheduler is lost.
+    """
+
+    # Inside, so that it is sent whole: the scheduler may not have this package. (distributed 2026.7.1)
+    def look_up(key: str, dask_scheduler: Any) -> str | None:
+        state = dask_scheduler.tasks.get(key)
+        return next(iter((state and state.erred_on) or ()), None)
+
+    found: str | None = call_scheduler(
+        client, lambda: client.run_on_scheduler(look_up, future.key, asynchronous=True), CALL_SECONDS
+    )
+    return found
+
+
+def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], object] = lambda: None) -> None:
+    """Wait until the scheduler answers again.
+
+    A scheduler whose machine refuses connections has ended, and that is noticed within 20 s. A machine that does not
+    answer may be cut off for a while, so it is waited for.
+
+    Parameters
+    ----------
+    client
+        The client; it reconnects by itself.
+    seconds
+        How long to wait.
+    on_turn
+        Called about once a second.
+
+    Raises
+    ------
+    ClusterError
+        If it has not come back.
+    """
+    address = str(client.scheduler.address if client.scheduler is not None else client)
+    logger.warning(
+        "no connection to the scheduler at %s; waiting for it up to distillation.job.stall_seconds=%g s",
+        address,
+        seconds,
+    )
+    started = heard = time.monotonic()
+    while (now := time.monotonic()) - started <= seconds:
+        on_turn()
+        if client.status not in ("running", "connecting"):
+            raise scheduler_lost()
+        if client.status == "running":
+            with contextlib.suppress(SchedulerLostError):
+                call_scheduler(client, lambda: client.scheduler.identity(n_workers=0), CALL_SECONDS)
+                logger.warning("the scheduler at %s answers again after %.0f s", address, time.monotonic() - started)
+                return
+        if not _refuses(address):
+            heard = time.monotonic()
+        if now - heard > CALL_SECONDS:
+            raise scheduler_lost()
+        time.sleep(_POLL_SECONDS)
+    raise ClusterError(
+        f"distillation.job.stall_seconds: expected the scheduler at {address} to answer within {seconds:g} s, got no "
+        "answer; check the network between this machine and the scheduler. Everything committed is kept: run the same "
+        "command again"
+    )
+
+
+def _refuses(address: str) -> bool:
+    """Whether the scheduler's machine answers, but nothing listens at its port."""
+    try:
+        host, port = get_address_host_port(address, strict=True)
+        with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def scheduler_lost() -> SchedulerLostError:
+    """Return the error of a scheduler that is gone."""
+    return SchedulerLostError(
+        "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection was "
+        "lost; everything committed is kept, run the same command again"
+    )

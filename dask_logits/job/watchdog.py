@@ -1,0 +1,115 @@
+"""Ends a driver that hangs in a system call: a file system that does not answer gives neither an error nor a time-out.
+
+Such a thread uses no processor time, and whatever else a driver does uses some, if only to look at a clock. So nothing
+has to give signs of life, and work that takes long is not taken for hanging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from dask_logits.errors import ClusterError
+from dask_logits.files.lock import interrupt_main_thread
+
+logger = logging.getLogger(__name__)
+
+# distributed waits for 10 s in one piece.
+LEAST_SECONDS = 60.0
+# Looks within the time that is allowed, so that a process that was stopped and goes on is not blamed for the gap.
+_LOOKS = 20
+_FRAMES = 3
+_LAST_WORDS_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def watched(stall_seconds: float) -> Iterator[None]:
+    """Interrupt this thread where it hangs.
+
+    A main thread that cannot be interrupted, because the kernel does not let it, takes its process with it, exit
+    status 1; of another thread it is only said that it hangs.
+
+    Parameters
+    ----------
+    stall_seconds
+        How long it may use no processor time; a minute at least.
+
+    Raises
+    ------
+    ClusterError
+        Saying where it hung.
+    """
+    watch = _Watch(max(stall_seconds, LEAST_SECONDS))
+    thread = threading.Thread(target=watch.run, daemon=True, name="dask_logits-watch")
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if watch.diagnosis is None:
+            raise
+        error = ClusterError(watch.diagnosis)
+        error.ran = True
+        raise error from None
+    finally:
+        watch.stopped.set()
+        thread.join()
+
+
+class _Watch:
+    """Looks at the processor time of the thread that made it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.diagnosis: str | None = None
+        self.stopped = threading.Event()
+        self._seconds = seconds
+        self._thread = threading.current_thread()
+
+    def run(self) -> None:
+        """Look until it is stopped."""
+        ident = self._thread.ident
+        if ident is None or not hasattr(time, "pthread_getcpuclockid"):
+            return
+        clock = time.pthread_getcpuclockid(ident)
+        used, alike = time.clock_gettime_ns(clock), 0
+        while not self.stopped.wait(self._seconds / _LOOKS):
+            before, used = used, time.clock_gettime_ns(clock)
+            alike = alike + 1 if used == before else 0
+            if alike == _LOOKS:
+                self._act(ident)
+                alike = 0
+
+    def _act(self, ident: int) -> None:
+        is_main = self._thread is threading.main_thread()
+        if self.diagnosis is not None and is_main:
+            _log(logging.CRITICAL, f"{self.diagnosis}; it cannot be interrupted: ending the process")
+            time.sleep(_LAST_WORDS_SECONDS)
+            os._exit(1)
+        self.diagnosis = _diagnosis(ident, self._seconds)
+        _log(logging.ERROR, self.diagnosis)
+        if is_main:
+            interrupt_main_thread()
+
+
+def _log(level: int, message: str) -> None:
+    """Log without waiting: the thread that hangs may hold the lock of a log handler whose output nobody reads."""
+    threading.Thread(target=logger.log, args=(level, "%s", message), daemon=True).start()
+
+
+def _diagnosis(ident: int, seconds: float) -> str:
+    top = sys._current_frames().get(ident)
+    frames = [] if top is None else list(traceback.walk_stack(top))
+    where = " < ".join(
+        f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{line})" for frame, line in frames[:_FRAMES]
+    )
+    paths = (value for frame, _ in frames for value in frame.f_locals.values() if isinstance(value, Path))
+    return (
+        f"distillation.job.stall_seconds: expected the driver to move within {seconds:g} s, got one that hangs in "
+        f"{where}, with {next(paths, 'no file')}; look at the file system it waits for, then run the same command again"
+    )

@@ -1,0 +1,1 @@
+"""Operations on finished runs and caches: merge, convert, check, show. No Dask."""

@@ -1,0 +1,401 @@
+"""Whether a cache or a run is what it says: every checksum, what must hold of every row, and each dataset row once.
+
+Dimension letters: N tokens, D documents, K kept entries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.find import find_caches, is_index
+from dask_logits.cache.pieces import PartitionPiece, cache_pieces
+from dask_logits.cache.profile import Compact, Profile
+from dask_logits.cache.reader import CacheReader
+from dask_logits.errors import CacheError
+from dask_logits.files.atomic import Json
+from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.parts import RunPart
+from dask_logits.run.state import cache_state, counts, covers, fits, open_run_cache
+from dask_logits.worker.environment import Environment, describe, differences
+
+# Violations of one kind that are written out.
+_NAMED = 5
+# Half a unit in the last place of float16.
+_FLOAT16 = 2.0**-11
+# Sums of many rounded terms, and the teacher's own softmax.
+_SLACK = 1e-4
+
+
+@dataclass
+class Check:
+    """One thing that must hold.
+
+    Parameters
+    ----------
+    name
+        What.
+    looked_at
+        How many things were compared.
+    n_problems, problems
+        How many violations were found, and the first of them.
+    """
+
+    name: str
+    looked_at: int = 0
+    n_problems: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def found(self, problems: Iterable[str], n_problems: int | None = None) -> None:
+        """Add violations."""
+        named = list(problems)
+        self.n_problems += len(named) if n_problems is None else n_problems
+        self.problems = [*self.problems, *named][:_NAMED]
+
+
+# Figure of rows that were scored again → its label. Noise floor: the same text in another batch moves the last bits.
+_LABELS = {
+    "rows_scored_again": "rows scored again",
+    "positions": "positions compared",
+    "cached_against_live_max": "cache and new scores, largest difference (nats)",
+    "cached_against_live_rms": "cache and new scores, root mean square difference (nats)",
+    "cached_against_live_same_top_1": "cache and new scores, share with the same first token",
+    "live_against_live_max": "noise floor, largest difference (nats)",
+    "live_against_live_rms": "noise floor, root mean square difference (nats)",
+    "live_against_live_same_top_1": "noise floor, share with the same first token",
+    "nats_lost_by_keeping_k": "KL of keeping k entries and the mass of the rest (nats)",
+}
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Parameters
+    ----------
+    path
+        What was looked at.
+    checks
+        In order.
+    unfinished
+        What is left to do of a run; None: nothing.
+    notes
+        What is not wrong and should be known.
+    recomputed
+        Figures of the rows that were scored again; None: none were.
+    """
+
+    path: str
+    checks: list[Check] = field(default_factory=list)
+    unfinished: str | None = None
+    notes: list[str] = field(default_factory=list)
+    recomputed: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong with what is there."""
+        return not any(check.n_problems for check in self.checks)
+
+    def lines(self) -> list[str]:
+        """Write it for people."""
+        out = [f"verify        {self.path}"]
+        for check in self.checks:
+            verdict = f"{check.n_problems:,} WRONG" if check.n_problems else "good"
+            out.append(f"{check.name:36} {check.looked_at:>14,}  {verdict}")
+            out += [f"    {problem}" for problem in check.problems]
+        if self.recomputed is not None:
+            out += [f"{_LABELS[name]:60} {value:>12,.6g}" for name, value in self.recomputed.items()]
+        out += [f"note          {note}" for note in self.notes]
+        if self.unfinished is not None:
+            out.append(f"unfinished    {self.unfinished}")
+        out.append("everything that is there is good" if self.ok else "DAMAGED")
+        return out
+
+    def to_json(self) -> str:
+        """Write it for programs."""
+        checks = [vars(check) for check in self.checks]
+        values = {"path": self.path, "ok": self.ok, "unfinished": self.unfinished, "recomputed": self.recomputed}
+        return json.dumps({**values, "notes": self.notes, "checks": checks}, indent=1)
+
+
+def check_files(path: Path) -> Report:
+    """Check a cache, an index over several, or a run folder, from their files.
+
+    Raises
+    ------
+    DaskLogitsError
+        If there is nothing to check.
+    """
+    if not path.exists():
+        raise CacheError(
+            f"{path}: expected a cache, an index over several or a run folder, got nothing; check the path"
+        )
+    run = RunFolder(path)
+    checker = _Checker()
+    report = Report(str(path))
+    if path.is_dir() and run.manifest() is not None:
+        before = cache_state(run)
+        checker.expected = (run.calibration() or {}).get("environment") or {}
+        report.unfinished = _check_run(run, checker)
+        if cache_state(run) != before:
+            # The job wrote its cache meanwhile, and took its partitions away.
+            checker = _Checker(checker.expected)
+            report.unfinished = _check_run(run, checker)
+        report.notes += checker.notes()
+    else:
+        readers = list(_opened(find_caches(path), checker))
+        _check_caches(readers, checker)
+        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
+    checks = [check for check in vars(checker).values() if isinstance(check, Check)]
+    report.checks = [check for check in checks if check.looked_at or check.n_problems]
+    return report
+
+
+class _Checker:
+    """All checks, by what they look at."""
+
+    def __init__(self, expected: Environment | None = None) -> None:
+        self.expected: Environment = expected or {}
+        # Environments other than the calibration's → partitions.
+        self.others: Counter[str] = Counter()
+        self.n_receipts = 0
+        self.checksums = Check("files whole, with right checksums")
+        self.receipts = Check("receipts that fit run and plan")
+        self.digests = Check("content digests, computed again")
+        self.ids = Check("token ids valid, kept ids distinct")
+        self.order = Check("log-probs descending, at most 0")
+        self.mass = Check("kept and tail mass sum to 1")
+        self.labels = Check("labels' log-probs fit the kept ones")
+        self.finite = Check("nothing NaN or infinite")
+        self.documents = Check("documents, each row once and whole")
+
+    def environment(self, receipt: Json) -> None:
+        """Note in which environment a partition was scored, where that is recorded."""
+        self.n_receipts += 1
+        if "environment" in receipt:
+            self.others[describe(differences(self.expected, receipt["environment"]))] += 1
+
+    def notes(self) -> list[str]:
+        """Write which partitions were scored in another environment than the run's."""
+        return [
+            f"{count} of {self.n_receipts} partitions were scored in another environment than the run was calibrated "
+            f"in, as distillation.cluster.allow_mixed_workers allowed; their last bits may differ: {what}"
+            for what, count in self.others.items()
+        ]
+
+    def records(self, records: Records, profile: Profile) -> None:
+        """Check every position of some documents."""
+        if not records.n_tokens:
+            return
+        ids_NK, logprobs_NK = records.topk_ids, records.topk_logprobs.astype(np.float64)
+        tail_N, label_N = (array.astype(np.float64) for array in (records.tail_logmass, records.label_logprob))
+        places = _Places(records)
+        sorted_NK = np.sort(ids_NK, axis=1)
+        bad = (records.input_ids >= profile.vocab_size) | (sorted_NK[:, -1] >= profile.vocab_size)
+        twice = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
+        self._add(self.ids, bad | twice, places, f"expected distinct ids below {profile.vocab_size}")
+        rising = (np.diff(logprobs_NK, axis=1) > 0).any(1) | (logprobs_NK[:, 0] > _SLACK)
+        self._add(self.order, rising, places, "expected log-probs that descend from at most 0")
+        # −inf is the log of no probability, NaN a label that is not there.
+        odd = np.isnan(logprobs_NK).any(1) | (logprobs_NK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
+        odd |= np.isnan(tail_N) | (tail_N > _SLACK) | (label_N > _SLACK)
+        self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
+        error_NK = _rounding(logprobs_NK, profile)
+        p_NK, tail_p_N = np.exp(logprobs_NK), np.exp(tail_N)
+        mass_N = p_NK.sum(1) + tail_p_N
+        with np.errstate(invalid="ignore"):
+            tail_error_N = np.nan_to_num(tail_p_N * np.abs(tail_N) * _FLOAT16)
+        with np.errstate(over="ignore", invalid="ignore"):
+            allowed_N = (p_NK * np.expm1(error_NK)).sum(1) + tail_error_N + _SLACK
+        self._add(self.mass, ~(np.abs(mass_N - 1) <= allowed_N), places, "expected a mass of 1", mass_N)
+        next_N = np.append(records.input_ids[1:], 0).astype(np.int64)
+        inside_N = ~places.is_last & ~np.isnan(label_N)
+        match_NK = ids_NK.astype(np.int64) == next_N[:, None]
+        kept_N = match_NK.any(1)
+        at_N = match_NK.argmax(1)
+        rows = np.arange(len(at_N))
+        expected_N = np.where(kept_N, logprobs_NK[rows, at_N], logprobs_NK[:, -1])
+        allowed_N = error_NK[rows, np.where(kept_N, at_N, -1)] + np.abs(label_N) * _FLOAT16 + _SLACK
+        with np.errstate(invalid="ignore"):
+            off_N = label_N - expected_N
+        wrong_N = np.where(kept_N, np.abs(off_N) > allowed_N, off_N > allowed_N) & inside_N & np.isfinite(expected_N)
+        self._add(self.labels, wrong_N, places, "expected the kept entry's log-prob, or less than the last's", label_N)
+
+    def _add(self, check: Check, wrong_N: Array, places: _Places, text: str, values_N: Array | None = None) -> None:
+        check.looked_at += len(wrong_N)
+        bad = np.flatnonzero(wrong_N)
+        got = ["" if values_N is None else f", got {values_N[at]:.6g}" for at in bad[:_NAMED].tolist()]
+        check.found([f"{places.name(int(at))}: {text}{end}" for at, end in zip(bad, got, strict=False)], len(bad))
+
+
+class _Places:
+    """Where positions of some documents lie in the dataset."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._ends = np.cumsum(records.document_length, dtype=np.int64)
+        self.is_last = np.zeros(records.n_tokens, bool)
+        self.is_last[self._ends[records.document_length > 0] - 1] = True
+
+    def name(self, position: int) -> str:
+        """Name a position."""
+        document = int(np.searchsorted(self._ends, position, side="right"))
+        start = int(self._ends[document]) - int(self._records.document_length[document])
+        token = int(self._records.document_offset[document]) + position - start
+        return f"row {int(self._records.document_row[document])}, token {token}"
+
+
+def _rounding(logprobs_NK: Array, profile: Profile) -> Array:
+    """Return how far stored log-probs may be from the teacher's: float16, and half a step of the gap table."""
+    error_NK: Array = np.abs(np.where(np.isfinite(logprobs_NK), logprobs_NK, 0.0)) * _FLOAT16
+    if isinstance(profile, Compact):
+        table = profile.tables["gap_table"][:-1].astype(np.float64)
+        steps = np.diff(table, append=table[-1] + (table[-1] - table[-2]))
+        gaps_NK = logprobs_NK[:, :1] - np.where(np.isfinite(logprobs_NK), logprobs_NK, logprobs_NK[:, :1])
+        error_NK = error_NK + np.interp(gaps_NK, table, steps) / 2
+    return error_NK
+
+
+def _opened(files: Sequence[Path], checker: _Checker) -> Iterator[CacheReader]:
+    for file in files:
+        checker.checksums.looked_at += 1
+        try:
+            reader = CacheReader(file)
+            reader.verify_checksums()
+        except CacheError as error:
+            checker.checksums.found([error.message])
+        else:
+            yield reader
+
+
+def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
+    """Check every position of caches whose checksums are right."""
+    for reader in readers:
+        digest = ContentDigest()
+        for piece in cache_pieces(reader):
+            for records in piece.runs():
+                checker.records(records, reader.profile)
+                digest.update(records)
+        # Up to 1.1 it was another digest.
+        if str(reader.attributes["format_version"]) not in ("1.0", "1.1"):
+            _compare_digest(checker, str(reader.path), reader.attributes["content_digest"], digest.hexdigest())
+
+
+def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> None:
+    checker.digests.looked_at += 1
+    if said != found:
+        checker.digests.found([f"{where}: expected {said}, got {found}"])
+
+
+def _check_cover(readers: Sequence[CacheReader], checker: _Checker, *, lone: bool) -> None:
+    """Check that documents are the dataset's rows, each once, windows without a gap.
+
+    A file that says it is a part may leave rows out where it is looked at alone, but not as what an index lists.
+    """
+    if not readers:
+        return
+    n_rows = readers[0].attributes.get("n_rows")
+    lone = lone and bool(readers[0].attributes.get("partial"))
+    columns = {
+        name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
+        for name in DOCUMENT_ARRAYS
+    }
+    _check_rows(checker.documents, columns, None if lone or n_rows is None else int(n_rows))
+
+
+def _check_rows(check: Check, columns: dict[str, Array], n_rows: int | None) -> None:
+    rows_D, offsets_D, lengths_D = (columns[name] for name in DOCUMENT_ARRAYS)
+    order = np.lexsort((offsets_D, rows_D))
+    rows_D, offsets_D, lengths_D = rows_D[order], offsets_D[order], lengths_D[order]
+    check.looked_at += len(rows_D)
+    before_D = np.append(-1, rows_D)[: len(rows_D)]
+    first_D = rows_D != before_D
+    expected_D = np.where(first_D, 0, np.append(0, offsets_D + lengths_D)[: len(rows_D)])
+    bad = np.flatnonzero(offsets_D != expected_D)
+    check.found(
+        [f"row {rows_D[i]}: expected a document from token {expected_D[i]}, got {offsets_D[i]}" for i in bad[:_NAMED]],
+        len(bad),
+    )
+    if n_rows is not None:
+        there = rows_D[first_D]
+        # A damaged file may claim any number of rows, so they are not listed.
+        edges = np.concatenate([[-1], there[there < n_rows], [n_rows]])
+        before = np.flatnonzero(np.diff(edges) > 1)[:_NAMED].tolist()
+        missing = [row for at in before for row in range(edges[at] + 1, min(edges[at + 1], edges[at] + 1 + _NAMED))]
+        check.found(
+            [f"row {row}: expected its document, got none" for row in missing[:_NAMED]], n_rows - (len(edges) - 2)
+        )
+        beyond = there[there >= n_rows]
+        check.found([f"row {row}: expected rows below {n_rows}" for row in beyond[:_NAMED]], len(beyond))
+
+
+def _check_run(run: RunFolder, checker: _Checker) -> str | None:
+    """Check a run folder; return what is left to do."""
+    part: RunPart | None = None
+    readers: list[CacheReader] = []
+    try:
+        part = RunPart.open(run)
+        cache = part.cache
+    except CacheError as error:
+        checker.checksums.looked_at += 1
+        checker.checksums.found([error.message])
+        return None
+    if cache is not None:
+        readers = list(_opened([reader.path for reader in cache.readers], checker))
+        _check_caches(readers, checker)
+        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
+    keeps = bool(part.manifest["how"]["job"]["keep_partitions"])
+    missing = 0
+    digests: list[str] = []
+    for partition in part.log.partitions():
+        cached = covers(part.n_cached, partition)
+        got = "others"
+        try:
+            receipt = run.receipt(partition.index)
+        except CacheError as error:
+            receipt, got = {}, error.message
+        if receipt is None and not cached:
+            missing += 1
+            continue
+        checker.receipts.looked_at += 1
+        counted = receipt and fits(receipt, partition) and counts(run, part.manifest, receipt, part.n_cached)
+        if not receipt or not counted:
+            missing += not cached
+            got = "none; its rows are in the cache" if receipt is None else got
+            checker.receipts.found(
+                [f"partition {partition.name}: expected a receipt for its rows and arrays, got {got}"]
+            )
+            continue
+        digests.append(receipt["content_digest"])
+        checker.environment(receipt)
+        path = run.partitions_path / receipt["attempt"]
+        if partition.n_rows and (partition.first_row >= part.n_cached or (keeps and path.exists())):
+            _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
+    whole = open_run_cache(run)
+    if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.log.n_partitions:
+        _compare_digest(checker, "receipts", whole.content_digest, total_digest(digests))
+    if part.log.end is None:
+        return "the plan is still growing"
+    if missing:
+        return f"{missing} of {part.log.n_partitions} partitions are not committed"
+    return None if whole is not None and whole.n_rows == part.n_rows else "the cache is not written"
+
+
+def _check_partition(piece: PartitionPiece, checker: _Checker) -> None:
+    checker.checksums.looked_at += 1
+    try:
+        piece.check()
+        for records in piece.runs():
+            checker.records(records, piece.profile)
+            digest = ContentDigest()
+            digest.update(records)
+            _compare_digest(checker, str(piece.path), piece.content_digest(), digest.hexdigest())
+    except CacheError as error:
+        checker.checksums.found([error.message])

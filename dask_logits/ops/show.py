@@ -1,0 +1,183 @@
+"""What a cache is, on one screen: from its header alone, but for the curve of kept mass when it has none.
+
+Dimension letters: N tokens, K kept entries.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.find import find_caches
+from dask_logits.cache.profile import Compact
+from dask_logits.cache.reader import CacheReader
+from dask_logits.files.atomic import expanded
+from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
+
+# Tokens from which the curve is taken where the calibration left none.
+_SAMPLE_TOKENS = 100_000
+_SHOWN_FILES = 3
+# Figure → its label for people, in this order. One meaning each: rows are those of the dataset, documents what
+# tokenization made of them; of windows and packed blocks see `card_lines`.
+_LABELS = {
+    "file": "file",
+    "teacher": "teacher",
+    "teacher_revision": "teacher revision",
+    "dtype": "teacher dtype",
+    "device": "scored on",
+    "dataset": "dataset",
+    "dataset_settings": "read with",
+    "rows": "dataset rows",
+    "documents": "documents",
+    "empty_documents": "empty documents",
+    "items": "blocks",
+    "tokens": "tokens",
+    "top_k": "top k",
+    "vocab_size": "vocabulary",
+    "kept_mass": "kept mass",
+    "kept_mass_by_k": "kept mass by k",
+    "perplexity": "teacher perplexity",
+    "profile": "profile",
+    "precision": "bits of a log-prob",
+    "format_version": "format version",
+    "files": "files",
+    "bytes": "bytes",
+    "bytes_per_token": "bytes/token",
+    "partial": "part of a job",
+    "teacher_identity": "teacher identity",
+    "tokenizer_map_digest": "tokenizer",
+    "plan_digest": "plan",
+    "content_digest": "content",
+}
+
+
+def card(path: str | Path) -> dict[str, Any]:
+    """Return what a cache says of itself.
+
+    Parameters
+    ----------
+    path
+        A cache file, an index over several, or the run folder it lies in.
+
+    Returns
+    -------
+    dict
+        JSON values: sizes, profile, teacher, tokenizer, data, content digest, statistics, kept mass by k.
+
+    Raises
+    ------
+    CacheError
+        If it is not a complete cache.
+    """
+    path = expanded(path)
+    readers = [CacheReader(file) for file in find_caches(path)]
+    reader = readers[0]
+    said = reader.attributes
+    n_bytes, n_tokens = sum(one.path.stat().st_size for one in readers), sum(one.n_tokens for one in readers)
+    what, calibration = said.get("what") or {}, said.get("calibration") or {}
+    numerics = calibration.get("numerics") or {}
+    sums = [Statistics.from_json(one.attributes["statistics"]) for one in readers if "statistics" in one.attributes]
+    statistics = sum(sums, Statistics()) if sums else None
+    teacher = said.get("teacher") or {}
+    named: Any = said.get("dataset")
+    data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
+    data = {
+        **(named if isinstance(named, dict) else {}),
+        **{name: value for name, value in data.items() if value is not None},
+    }
+    return {
+        "file": str(reader.path if len(readers) == 1 else path),
+        "files": len(readers),
+        "bytes": n_bytes,
+        "format_version": str(said["format_version"]),
+        "profile": said["profile"],
+        "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
+        "documents": sum(one.n_documents for one in readers),
+        "empty_documents": sum(one.n_empty for one in readers),
+        "skipped_rows": statistics.skipped_rows or None if statistics else None,
+        "double_bos_rows": statistics.double_bos_rows or None if statistics else None,
+        "items": sum(one.n_items for one in readers),
+        "tokens": n_tokens,
+        "top_k": reader.top_k,
+        "vocab_size": reader.vocab_size,
+        "bytes_per_token": round(n_bytes / max(1, n_tokens), 1),
+        "rows": said.get("n_rows"),
+        "partial": bool(said.get("partial")) and len(readers) == 1,
+        "teacher": said.get("teacher_path"),
+        "teacher_identity": teacher.get("identity"),
+        "teacher_revision": teacher.get("revision"),
+        "dtype": numerics.get("dtype"),
+        "device": numerics.get("device"),
+        "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
+        "dataset": {name: value for name, value in data.items() if value is not None},
+        "plan_digest": said.get("plan_digest"),
+        "content_digest": total_digest(one.attributes["content_digest"] for one in readers),
+        "kept_mass": _number(statistics.mean_kept_mass) if statistics else None,
+        "perplexity": _number(statistics.perplexity) if statistics else None,
+        "kept_mass_by_k": calibration.get("kept_mass_by_k") or kept_mass_by_k(_sample(reader)),
+    }
+
+
+def card_lines(found: dict[str, Any]) -> list[str]:
+    """Return a card for people: what it was made of, how much it holds, and how it is stored.
+
+    >>> card_lines({"tokens": 1200, "rows": 3, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
+    ['dataset rows      3', 'tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
+    """
+    settings = dict(found.get("dataset") or {})
+    is_packed = settings.get("packing") == "concat"
+    is_cut = settings.get("long_documents") == "window"
+    noun = "segments" if is_packed else "windows" if is_cut else "documents"
+    labels = {**_LABELS, "documents": noun, "empty_documents": f"empty {noun}"}
+    if not is_packed:
+        del labels["items"]
+    shown = {**found, "dataset": _dataset_text(settings), "dataset_settings": settings}
+    lines = []
+    for name, label in labels.items():
+        value = shown.get(name)
+        if value is None or value == {} or value == "":
+            continue
+        lines.append(f"{label:17} {_text(name, value)}")
+    return lines
+
+
+def _dataset_text(settings: dict[str, Any]) -> str:
+    """Name the dataset, and take what names it out of its settings."""
+    named = {name: settings.pop(name, None) for name in ("name", "config_name", "split", "revision", "data_files")}
+    files = named.pop("data_files") or []
+    more = f", +{len(files) - _SHOWN_FILES} files" if len(files) > _SHOWN_FILES else ""
+    of_files = f"({', '.join(map(str, files[:_SHOWN_FILES]))}{more})" if files else ""
+    texts = [str(named["name"] or ""), str(named["config_name"] or ""), of_files]
+    split = f"split {named['split']}" if named["split"] and named["name"] else ""
+    revision = f"revision {named['revision']}" if named["revision"] else ""
+    return ", ".join(filter(None, (" ".join(filter(None, texts)), split, revision)))
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "kept_mass_by_k":
+        return "  ".join(f"{k}: {mass:.3f}" for k, mass in value.items())
+    if name == "dataset_settings":
+        return ", ".join(
+            f"{key} {str(item).lower() if isinstance(item, bool) else item}" for key, item in value.items()
+        )
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _sample(reader: CacheReader) -> Array:
+    """Return the log-probs of the first items."""
+    count = int(np.searchsorted(np.cumsum(reader.item_lengths()), _SAMPLE_TOKENS)) + 1
+    rows = [reader.item(index)["topk_logprobs"] for index in range(min(reader.n_items, count))]
+    return np.concatenate(rows) if rows else np.empty((0, reader.top_k))

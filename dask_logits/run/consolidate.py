@@ -1,0 +1,379 @@
+"""Pieces of a job → its cache: one file, or numbered ones with an index.
+
+A cache is a single writer's: whoever writes holds :data:`~dask_logits.run.folder.CONSOLIDATION_LOCK`. What is there
+already, made of the very same pieces, is left as it is, so that doing it twice changes nothing and doing it again after
+a crash does only the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION
+from dask_logits.cache.partition import remove_partition
+from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, consolidate
+from dask_logits.cache.profile import Profile
+from dask_logits.cache.reader import CacheReader
+from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
+from dask_logits.files.atomic import read_json, replace_json, unreadable
+from dask_logits.files.lock import lease
+from dask_logits.records import Statistics, total_digest
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, drop_previous
+from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
+from dask_logits.run.plan_log import PlanLog
+
+logger = logging.getLogger(__name__)
+
+# What a file needs beside its pieces and tables: HDF5's own structures and the attributes.
+_FILE_BYTES = 1 << 17
+_NUMBERED = "[0-9][0-9][0-9][0-9][0-9]-*.h5"
+
+Pieces = Callable[[], Iterable[Piece]]
+
+
+def consolidate_run(
+    run: RunFolder,
+    *,
+    keep_partitions: bool = False,
+    max_file_bytes: int | None = None,
+    takeover: bool = False,
+    on_piece: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the cache of a run whose partitions are all committed, and tidy up.
+
+    Parameters
+    ----------
+    run
+        The run.
+    keep_partitions
+        Keep the Zarr partitions.
+    max_file_bytes
+        Make numbered files of at most so many bytes (or one partition) if one would be larger; None: one file.
+    takeover
+        Take the lease of a process on another machine that gives no sign of life.
+    on_piece
+        Called after each partition.
+
+    Returns
+    -------
+    Path
+        The cache, or the index over its files.
+
+    Raises
+    ------
+    RunConflictError
+        If partitions are missing, with their numbers.
+    PartitionsFailedError
+        If some have changed on disk since they were committed: they are taken back, and computed again by the next run.
+    CacheError
+        If something else is damaged.
+    """
+    with lease(run.path / CONSOLIDATION_LOCK, takeover=takeover):
+        part = RunPart.open(run)
+        check_cover(part, part.pieces())
+        try:
+            written = write_cache(run.cache_path, part, part.pieces, max_file_bytes=max_file_bytes, on_piece=on_piece)
+        except CacheError as error:
+            _refuse_damaged(run, part, error)
+            raise
+        tidy(run, keep_partitions=keep_partitions)
+    return written
+
+
+def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
+    """Take back partitions whose files are not those of their receipts."""
+    reasons: dict[int, str] = {}
+    for piece in part.pieces():
+        if isinstance(piece, PartitionPiece):
+            try:
+                piece.check()
+            except CacheError as damage:
+                if unreadable(damage):
+                    continue
+                reasons[int(piece.receipt["partition"])] = damage.message
+    for index, reason in reasons.items():
+        note_failure(run, Failure(index=index, kind="damaged", reason=reason))
+        run.receipt_path(index).unlink()
+    if reasons:
+        lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
+        failed = PartitionsFailedError(
+            f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
+            "they were taken back: run the job again, which computes them anew; and look after the disk",
+            reasons,
+        )
+        failed.ran = True
+        raise failed from error
+
+
+def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
+    """Delete what a complete cache makes superfluous: partitions (unless kept), lost attempts, a replaced run."""
+    if keep_partitions:
+        named = {receipt["partition"]: receipt["attempt"] for receipt in run.receipts(PlanLog(run).n_partitions)}
+        for attempt in run.partitions_path.glob("*.zarr"):
+            # Without its receipt nobody knows which attempt counts.
+            index = attempt.name.split(".")[0]
+            if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
+                remove_partition(attempt)
+    else:
+        shutil.rmtree(run.partitions_path, ignore_errors=True)
+    for path in (run.dataset_path, run.spool_path):
+        shutil.rmtree(path, ignore_errors=True)
+    drop_previous(run)
+
+
+def index_path(cache_path: Path) -> Path:
+    """Return where the index over a cache's numbered files lies.
+
+    >>> index_path(Path("teacher_logits.h5")).name
+    'teacher_logits.index.json'
+    """
+    return cache_path.with_suffix(".index.json")
+
+
+def write_cache(
+    target: Path,
+    part: Part,
+    pieces: Pieces,
+    *,
+    partial: bool = False,
+    max_file_bytes: int | None = None,
+    on_piece: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a cache, or numbered files and their index, unless that is there already, made of the very same pieces.
+
+    Parameters
+    ----------
+    target
+        The cache; numbered files go into a folder of that name without ``.h5``, their index beside it.
+    part
+        Whose job it is, and how its targets are stored.
+    pieces
+        Gives the pieces in dataset order, as often as it is called.
+    partial
+        Whether it holds a part of the job only.
+    max_file_bytes
+        Make numbered files of at most so many bytes (or one piece) if one would be larger; None: one file.
+    on_piece
+        Called after each piece.
+
+    Returns
+    -------
+    Path
+        The file or the index.
+
+    Raises
+    ------
+    RunConflictError
+        If a cache of another job lies where this one, its index or its numbered files go.
+    """
+    profile, attributes = part.profile(), {**part.attributes(), **({"partial": True} if partial else {})}
+    index, folder = index_path(target), target.with_suffix("")
+    check_replaceable(target, part)
+    stale = _numbered(target)
+    if max_file_bytes is None or next(_groups(pieces(), profile, max_file_bytes))[1]:
+        _write(target, pieces, profile, attributes, on_piece)
+        if stale:
+            # An earlier start had another limit; readers prefer the file.
+            index.unlink(missing_ok=True)
+            _remove(folder, stale)
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, (group, _) in enumerate(_groups(pieces(), profile, max_file_bytes)):
+        said = {**attributes, "partial": True, "shard": number}
+        name = hashlib.sha256(json.dumps([_digest(group), said["plan_digest"], number]).encode()).hexdigest()[:8]
+        files.append(folder / f"{number:05d}-{name}.h5")
+        _write(files[-1], group.__iter__, profile, said, on_piece)
+    write_index(index, files, n_rows=attributes["n_rows"])
+    target.unlink(missing_ok=True)
+    _remove(folder, stale - set(files))
+    return index
+
+
+def check_replaceable(target: Path, part: Part) -> None:
+    """Refuse to write over, or to delete, what is not a cache of this job, made when no more was planned than now.
+
+    Parameters
+    ----------
+    target
+        A cache, with its index and numbered files; or an index over caches. It need not exist.
+    part
+        Whose job it is.
+
+    Raises
+    ------
+    RunConflictError
+        If it is another.
+    """
+    is_list = target.suffix == ".json"
+    for path in _listed(target) if is_list else [target, *_listed(index_path(target)), *_numbered(target)]:
+        if path.exists() and not _is_earlier(path, part):
+            raise RunConflictError(f"{path}: expected no file, or an older cache of this job, got another; move it")
+
+
+def _is_earlier(path: Path, part: Part) -> bool:
+    try:
+        old = CacheReader(path)
+    except CacheError:
+        return False
+    if any(name not in old.attributes for name in JOB_ATTRIBUTES):
+        return False
+    earlier = CachePart(cache=old)
+    return (
+        earlier.job() == part.job()
+        and earlier.n_rows <= part.n_rows
+        and old.attributes["plan_digest"] == part.plan_digest(earlier.n_rows)
+    )
+
+
+def _listed(index: Path) -> list[Path]:
+    """Return the caches that an index names; one that is no index of ours counts as what it says it is: another."""
+    if not index.exists():
+        return []
+    try:
+        entries = (read_json(index) or {})["caches"]
+        return [index.parent / entry["path"] for entry in entries]
+    except (CacheError, KeyError, TypeError):
+        return [index]
+
+
+def _numbered(target: Path) -> set[Path]:
+    """Return the numbered files of a cache: those its index names, in a run folder whatever lies in their folder."""
+    folder = target.with_suffix("")
+    found = set(folder.glob(_NUMBERED))
+    return found if (target.parent / "run.json").exists() else found & set(_listed(index_path(target)))
+
+
+def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
+    """Write the list of the files that make up a cache, unless it is there.
+
+    Parameters
+    ----------
+    index
+        The file to write.
+    files
+        Caches, in order; those below the index's folder are named relative to it.
+    n_rows
+        Dataset rows of the whole job.
+    """
+    entries = []
+    for path in files:
+        cache = CacheReader(path)
+        inside = path.is_relative_to(index.parent)
+        entries.append(
+            {
+                "path": str(path.relative_to(index.parent) if inside else path),
+                "documents": cache.n_documents,
+                "tokens": cache.n_tokens,
+                "content_digest": cache.attributes["content_digest"],
+            }
+        )
+    value = {
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "n_rows": n_rows,
+        "content_digest": total_digest(entry["content_digest"] for entry in entries),
+        "caches": entries,
+    }
+    if not index.exists() or read_json(index) != value:
+        replace_json(index, value, durable=True)
+
+
+def _groups(pieces: Iterable[Piece], profile: Profile, max_file_bytes: int) -> Iterator[tuple[list[Piece], bool]]:
+    """Yield the pieces of one file after the other, and whether they are all there are."""
+    overhead = _FILE_BYTES + sum(table.nbytes for table in profile.tables.values())
+    group: list[Piece] = []
+    n_bytes, first = overhead, True
+    for piece in pieces:
+        if group and n_bytes + piece.n_bytes > max_file_bytes:
+            yield group, False
+            group, n_bytes, first = [], overhead, False
+        group.append(piece)
+        n_bytes += piece.n_bytes
+    yield group, first
+
+
+def _remove(folder: Path, numbered: Iterable[Path]) -> None:
+    for path in numbered:
+        path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _write(
+    target: Path,
+    pieces: Pieces,
+    profile: Profile,
+    attributes: dict[str, Any],
+    on_piece: Callable[[], None],
+) -> None:
+    """Write one file, unless it is there already, made of the very same pieces."""
+    made_of = _digest(pieces())
+    if target.exists():
+        old = CacheReader(target)
+        same = bool(old.attributes.get("partial")) == bool(attributes.get("partial"))
+        if same and old.attributes.get("made_of") == made_of:
+            logger.info("%s is made of the same parts: nothing to do", target)
+            return
+    started = time.perf_counter()
+    statistics = _statistics(pieces())
+    what = attributes["what"]
+    digest = consolidate(
+        target,
+        pieces,
+        profile=profile,
+        packed=what["dataset.packing"] == "concat",
+        attributes={**attributes, "made_of": made_of, "statistics": statistics},
+        n_rows=attributes["n_rows"] if not attributes.get("partial") else None,
+        on_piece=on_piece,
+    )
+    logger.info("cache %s in %.1f s, content %s", target, time.perf_counter() - started, digest)
+    reader = CacheReader(target)
+    if reader.n_empty:
+        logger.warning(
+            "%d of %d documents have no token: their rows are null or empty", reader.n_empty, reader.n_documents
+        )
+    if statistics["skipped_rows"]:
+        logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics["skipped_rows"])
+    if statistics["double_bos_rows"]:
+        logger.warning(
+            "%d texts begin with the token that the tokenizer adds at the beginning, and have it twice; if that was "
+            "not meant, score them anew with distillation.dataset.add_special_tokens=false",
+            statistics["double_bos_rows"],
+        )
+
+
+def _digest(pieces: Iterable[Piece]) -> str:
+    """SHA-256 of what pieces say of their content."""
+    lines = hashlib.sha256()
+    for piece in pieces:
+        if isinstance(piece, PartitionPiece):
+            known: Any = piece.content_digest()
+        else:
+            assert isinstance(piece, CachePiece)
+            known = [piece.reader.attributes["content_digest"], *piece.documents]
+        lines.update(json.dumps([piece.first_row, piece.n_rows, known], sort_keys=True).encode())
+    return lines.hexdigest()
+
+
+def _statistics(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Add up what receipts and caches say of their partitions."""
+    sums = Statistics()
+    seen: set[Path] = set()
+    for piece in pieces:
+        if isinstance(piece, PartitionPiece):
+            sums += Statistics.from_json(piece.receipt["statistics"])
+        elif piece.path not in seen:
+            assert isinstance(piece, CachePiece)
+            seen.add(piece.path)
+            sums += Statistics.from_json(piece.reader.attributes["statistics"])
+    return vars(sums)

@@ -1,0 +1,83 @@
+"""Which drivers of a run are at work, by the status records and the locks in its folder.
+
+A record alone is not enough: a driver that was killed leaves one that says "running". Its lock tells that it has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from dask_logits.files.atomic import Json
+from dask_logits.files.lock import is_abandoned
+from dask_logits.run.folder import WORKING_STATES, RunFolder
+
+# A driver that has written nothing for so long is not counted as running.
+_ALIVE_SECONDS = 120.0
+
+State = Literal[
+    "starting", "calibrating", "running", "consolidating", "stopped", "failed", "scored", "complete", "damaged"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drivers:
+    """The status records of a run's drivers, and which of these drivers are at work."""
+
+    records: tuple[Json, ...] = ()
+    alive: tuple[Json, ...] = ()
+
+    @classmethod
+    def of(cls, run: RunFolder) -> Drivers:
+        """Read them."""
+        found = run.driver_statuses()
+        alive = [
+            record
+            for name, record in found.items()
+            if record["state"] in WORKING_STATES
+            and time.time() - record["at"] < _ALIVE_SECONDS
+            and not is_abandoned(run.path / name.replace("status", ".driver").replace(".json", ".lock"))
+        ]
+        return cls(records=tuple(found.values()), alive=tuple(alive))
+
+    def state(self) -> State:
+        """Return the most advanced state of the drivers at work."""
+        state: State = max((record["state"] for record in self.alive), key=WORKING_STATES.index)
+        return state
+
+    @property
+    def since(self) -> float | None:
+        """Start of the first driver at work."""
+        return min((record["since"] for record in self.alive if record.get("since")), default=None)
+
+    @property
+    def step(self) -> str | None:
+        """Step of a calibration."""
+        return next((record["step"] for record in self.alive if record.get("step")), None)
+
+    @property
+    def reason(self) -> str | None:
+        """Why a driver failed that does not work any more."""
+        return next((record["reason"] for record in self.records if record["state"] == "failed"), None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all drivers at work, by the clock."""
+        return float(sum(record["tokens_per_second"] for record in self.alive))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last driver at work has finished; None where that is unknown."""
+        left = [record["seconds_left"] for record in self.alive]
+        return max(left) if left and None not in left else None
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Worker → why it gets no work."""
+        return {worker: why for record in self.records for worker, why in (record.get("left_out") or {}).items()}
+
+    @property
+    def dashboard(self) -> str | None:
+        """Address of the dashboard of a driver at work."""
+        return next((record["dashboard"] for record in self.alive if record.get("dashboard")), None)

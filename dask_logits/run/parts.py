@@ -1,0 +1,237 @@
+"""What a run folder or a cache file holds of a job: its pieces, what it says of the job, what is missing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, cache_pieces
+from dask_logits.cache.profile import Profile, load_profile
+from dask_logits.cache.reader import CacheReader
+from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.files.atomic import Json, is_there
+from dask_logits.records import Array
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.state import RunCache, committed, open_run_cache
+
+_NAMED = 8
+# Settings that name a dataset for people; the plan knows its rows by their content.
+_DATASET_NAMES = ("name", "config_name", "split", "revision", "data_files", "streaming")
+# What a cache says of its job.
+JOB_ATTRIBUTES = (
+    "fingerprint", "run_id", "what", "plan_digest", "plan_end", "n_rows", "total_workers", "calibration", "teacher",
+    "teacher_path", "dataset", "tokenizer_map_digest",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RunPart:
+    """What a run folder holds of a job."""
+
+    run: RunFolder
+    manifest: Json
+    calibration: Json
+    log: PlanLog
+    cache: RunCache | None
+    _cached: list[CachePiece] | None = None
+
+    @classmethod
+    def open(cls, run: RunFolder) -> RunPart:
+        """Open a run that has begun.
+
+        Raises
+        ------
+        RunConflictError
+            If it has not.
+        """
+        manifest, calibration = run.manifest(), run.calibration()
+        if manifest is None or calibration is None:
+            raise RunConflictError(f"{run.path}: expected a run that has begun, got no run.json or calibration.json")
+        return cls(run=run, manifest=manifest, calibration=calibration, log=PlanLog(run), cache=open_run_cache(run))
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run.path
+
+    @property
+    def n_cached(self) -> int:
+        """Rows of its cache; later ones are in partitions."""
+        return 0 if self.cache is None else self.cache.n_rows
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the whole job."""
+        return self.log.n_rows
+
+    @property
+    def end(self) -> str | None:
+        """Why its plan ends; None: it does not."""
+        return self.log.end
+
+    @property
+    def total_workers(self) -> int:
+        """Static workers that share the job."""
+        return int(self.manifest["total_workers"])
+
+    def job(self) -> dict[str, Any]:
+        """Return what must be equal in all parts of a job."""
+        return _job(self.manifest["what"], self.calibration)
+
+    def profile(self) -> Profile:
+        """Return how it stores targets."""
+        return load_profile(self.run.profile())
+
+    def plan_digest(self, n_rows: int) -> str:
+        """Return the digest of its plan as far as some row."""
+        return self.log.digest(n_rows)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield what it holds, in dataset order."""
+        if self.cache is not None and self._cached is None:
+            self._cached = [piece for reader in self.cache.readers for piece in cache_pieces(reader)]
+        yield from self._cached or ()
+        for receipt in committed(self.run, self.log):
+            if receipt["first_row"] >= self.n_cached and receipt["n_rows"]:
+                path = self.run.partitions_path / receipt["attempt"]
+                yield PartitionPiece(path=path, receipt=receipt, profile=self.profile())
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the attributes of a cache of this job."""
+        manifest = self.manifest
+        crcs = self.run.token_crcs_path
+        return {
+            **({"token_crcs": _load(crcs)} if is_there(crcs) else {}),
+            "fingerprint": manifest["fingerprint"],
+            "run_id": manifest["run_id"],
+            "what": manifest["what"],
+            "plan_digest": self.log.digest(),
+            "plan_end": self.log.end or "",
+            "n_rows": self.log.n_rows,
+            "total_workers": manifest["total_workers"],
+            "calibration": self.calibration,
+            "teacher": manifest["teacher"],
+            "teacher_path": str(manifest["how"]["teacher"]["model_path"]),
+            "dataset": {name: manifest["how"]["dataset"].get(name) for name in _DATASET_NAMES},
+            "tokenizer_map_digest": manifest["tokenizer_map_digest"] or "",
+            "tokenizer_ids": manifest["tokenizer_ids"],
+        }
+
+    def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
+        """Name the partitions that are not in ranges of rows, and the static workers they belong to."""
+        total = self.manifest["total_workers"]
+        names = []
+        i = 0
+        for partition in self.log.partitions():
+            while i + 1 < len(covered) and covered[i][1] <= partition.first_row:
+                i += 1
+            worker = f" (worker {partition.index % total} of {total})" if total > 1 else ""
+            if not partition.n_rows:
+                names.append(f"partition {partition.name}, which could not be read{worker}")
+            elif not covered[i][0] <= partition.first_row < covered[i][1]:
+                names.append(f"partition {partition.name}{worker}")
+        return names
+
+
+@dataclass(kw_only=True)
+class CachePart:
+    """A cache file on its own."""
+
+    cache: CacheReader
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.cache.path
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the whole job."""
+        return int(self.cache.attributes["n_rows"])
+
+    @property
+    def end(self) -> str | None:
+        """Why its plan ends; None: it does not."""
+        return self.cache.attributes["plan_end"] or None
+
+    @property
+    def total_workers(self) -> int:
+        """Static workers that share the job."""
+        return int(self.cache.attributes["total_workers"])
+
+    def job(self) -> dict[str, Any]:
+        """Return what must be equal in all parts of a job."""
+        return _job(self.cache.attributes["what"], self.cache.attributes["calibration"])
+
+    def profile(self) -> Profile:
+        """Return how it stores targets."""
+        return self.cache.profile
+
+    def plan_digest(self, n_rows: int) -> str:
+        """Return the digest of the plan it was made from."""
+        return str(self.cache.attributes["plan_digest"])
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield what it holds, in dataset order."""
+        yield from cache_pieces(self.cache)
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what it says of its job."""
+        said = self.cache.said()
+        return {name: said[name] for name in (*JOB_ATTRIBUTES, "tokenizer_ids", "token_crcs") if name in said}
+
+    def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
+        """Name the rows that are not in ranges of rows."""
+        ends = [*covered, (self.n_rows, self.n_rows)]
+        return [f"rows {a[1]} to {b[0] - 1}" for a, b in itertools.pairwise(ends) if b[0] > a[1]]
+
+
+Part = RunPart | CachePart
+
+
+def _load(path: Path) -> Array:
+    try:
+        loaded: Array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CacheError(f"{path}: expected an array, got {error}; restore the file", str(path)) from error
+    return loaded
+
+
+def _job(what: Json, calibration: Json) -> dict[str, Any]:
+    """Return what is equal in all parts of a job; the id table is not: targets are recoded where it differs."""
+    storage = calibration.get("storage", {"profile": "plain"})
+    kept = storage["precision"] if storage["profile"] == "compact" else None
+    # Parts of run folders of their own were each calibrated.
+    mixed = calibration.get("mixed_workers", False)
+    environment = {} if mixed else calibration.get("environment") or {}
+    named = {f"environment.{name}": value for name, value in environment.items()}
+    return {**what, **calibration["numerics"], "cache.precision": kept, **named}
+
+
+def check_cover(part: Part, pieces: Iterable[Piece]) -> None:
+    """Refuse a job with gaps, naming them."""
+    covered = [[0, 0]]
+    for piece in pieces:
+        if piece.first_row > covered[-1][1]:
+            covered.append([piece.first_row, piece.first_row])
+        covered[-1][1] = max(covered[-1][1], piece.first_row + piece.n_rows)
+    gaps = part.gaps([(first, last) for first, last in covered])
+    if part.end is None:
+        gaps.append("the plan has not ended")
+    if gaps:
+        raise RunConflictError(
+            f"{part.path}: expected the targets of all {part.n_rows} rows, got gaps: {some(gaps)}; run the job, or "
+            "the workers that are named, to the end"
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of many names."""
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -1,0 +1,183 @@
+"""Adapters (PEFT) beside or on top of a teacher: find them, merge them into the weights, or refuse them.
+
+An adapter that is ignored gives the targets of another model. One that can be merged exactly is merged once, when the
+teacher is loaded: scoring then costs nothing more. Adapters that add tokens, layers or state cannot be merged and are
+refused. Home of peft, which is optional.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dask_logits.errors import TeacherError, first_line
+from dask_logits.teacher.weights import file_tensors, prefix_renames, weight_files
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# Kinds that change weights by a term or a factor that does not depend on the input; each is tested.
+MERGEABLE = ("LORA", "LOHA", "LOKR", "IA3", "OFT")
+# Options of LoRA with which the change depends on the input, or layers are repeated.
+_NOT_MERGEABLE_OPTIONS = ("alora_invocation_tokens", "layer_replication", "arrow_config")
+_WHERE = "distillation.teacher.model_path"
+_CURE = "merge it into its base model (peft: model.merge_and_unload()), save that, and give its folder"
+_INSTALL = "pip install 'dask-logits[adapters]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter in a folder.
+
+    Parameters
+    ----------
+    folder
+        Folder of the adapter.
+    kind
+        Its type, e.g. ``LORA``.
+    base
+        Folder or hub name of the model it belongs to.
+    """
+
+    folder: Path
+    kind: str
+    base: str
+
+
+def find_adapter(folder: Path) -> Adapter | None:
+    """Return the adapter in a teacher's folder, None if there is none.
+
+    Raises
+    ------
+    TeacherError
+        If there is one that cannot be merged exactly, is incomplete, or whose base model is missing.
+    """
+    config_path = folder / CONFIG
+    if not config_path.is_file():
+        stray = sorted(path.name for path in folder.glob("adapter_model.*"))
+        if stray:
+            raise TeacherError(
+                f"{_WHERE}: {folder} holds adapter weights ({stray[0]}) but no {CONFIG}; add that file, or remove the "
+                "adapter weights to score the base model"
+            )
+        return None
+    try:
+        config: dict[str, Any] = json.loads(config_path.read_text())
+        kind = str(config.get("peft_type"))
+    except (ValueError, AttributeError) as error:
+        raise TeacherError(f"{_WHERE}: {config_path} cannot be read ({first_line(error)}); save it again") from error
+    _require_mergeable(config_path, kind, config)
+    if not (folder / WEIGHTS).is_file():
+        raise TeacherError(
+            f"{_WHERE}: expected the weights of the adapter in {folder / WEIGHTS}, got no such file; {_CURE}"
+        )
+    file_tensors(folder / WEIGHTS)
+    return Adapter(folder=folder, kind=kind, base=_base_of(folder, config.get("base_model_name_or_path")))
+
+
+def require_peft(adapter: Adapter) -> None:
+    """Refuse an adapter where peft is not installed.
+
+    Raises
+    ------
+    TeacherError
+        With what to install.
+    """
+    if find_spec("peft") is None:
+        raise TeacherError(
+            f"{_WHERE}: {adapter.folder} holds an adapter ({adapter.kind}), which the package peft merges into the "
+            f"teacher, and peft is not installed; install it ({_INSTALL}), or {_CURE}"
+        )
+
+
+def merge_adapter(model: Any, adapter: Adapter) -> Any:
+    """Merge an adapter into its loaded base model.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model with changed weights, without adapter layers.
+
+    Raises
+    ------
+    TeacherError
+        If peft is missing, or the adapter does not fit the model.
+    """
+    require_peft(adapter)
+    from peft import PeftModel, get_peft_model_state_dict
+
+    stored = set(file_tensors(adapter.folder / WEIGHTS))
+    if renames := prefix_renames(stored):
+        raise TeacherError(
+            f"{_WHERE}: the names of the adapter's weights in {adapter.folder} start with a prefix that peft does not "
+            f"know ({', '.join(renames)}); save the adapter again without it"
+        )
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 only warns of weights that are missing, which are looked for below.
+            warnings.simplefilter("ignore", UserWarning)
+            adapted = PeftModel.from_pretrained(model, adapter.folder)
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        # An adapter may also hold weights of the base model itself, such as embeddings of new tokens.
+        surplus, absent = sorted(stored - expected - set(adapted.state_dict())), sorted(expected - stored)
+        if surplus or absent:
+            raise TeacherError(
+                f"{_WHERE}: the adapter in {adapter.folder} does not fit its base model {adapter.base}: "
+                f"{len(surplus)} of its weights have no place{_example(surplus)}, {len(absent)} are missing"
+                f"{_example(absent)}; give the base model that it was trained on"
+            )
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        if isinstance(error, TeacherError):
+            raise
+        raise TeacherError(
+            f"{_WHERE}: the adapter in {adapter.folder} cannot be merged into {adapter.base}: {first_line(error)}; "
+            f"{_CURE}"
+        ) from error
+    logger.info("adapter %s of %s merged into the weights of %s", adapter.kind, adapter.folder, adapter.base)
+    return merged
+
+
+def _require_mergeable(config_path: Path, kind: str, config: dict[str, Any]) -> None:
+    if kind not in MERGEABLE:
+        raise TeacherError(
+            f"{_WHERE}: {config_path} names an adapter of type {kind!r}, which cannot be merged exactly into the "
+            f"teacher's weights (those that can: {', '.join(MERGEABLE)}); train such an adapter, or use a full model"
+        )
+    for option in _NOT_MERGEABLE_OPTIONS:
+        if config.get(option):
+            raise TeacherError(
+                f"{_WHERE}: {config_path} sets {option}, with which an adapter cannot be merged exactly; use a full "
+                "model"
+            )
+
+
+def _base_of(folder: Path, named: Any) -> str:
+    """Return the base model: the folder itself if it holds one, else what the adapter names."""
+    has_weights = weight_files(folder) or any(folder.glob("pytorch_model*.bin"))
+    if (folder / "config.json").is_file() and has_weights:
+        return str(folder)
+    if not isinstance(named, str) or not named:
+        raise TeacherError(
+            f"{_WHERE}: {folder / CONFIG} names no base model; set base_model_name_or_path in it to the folder or hub "
+            "name of the model that the adapter was trained on"
+        )
+    for candidate in (folder / named, Path(named).expanduser()):
+        if candidate.is_dir():
+            return str(candidate.absolute())
+    if named.startswith((".", "/", "~")) or named.count("/") > 1:
+        raise TeacherError(
+            f"{_WHERE}: the adapter in {folder} belongs to {named!r}, which does not exist; set "
+            f"base_model_name_or_path in {folder / CONFIG} to the base model's folder or hub name"
+        )
+    return named
+
+
+def _example(names: list[str]) -> str:
+    return f" (e.g. {names[0]})" if names else ""

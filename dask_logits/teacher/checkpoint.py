@@ -1,0 +1,403 @@
+"""The teacher's checkpoint: looked at by the driver without its weights, loaded once per worker process.
+
+The driver learns sizes and a fingerprint of the files; a worker loads only files with that fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import gc
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dask_logits.config import TeacherConfig
+from dask_logits.errors import CapacityError, TeacherError, first_line
+from dask_logits.teacher.adapters import merge_adapter
+from dask_logits.teacher.architecture import (
+    Architecture,
+    configured_dtype,
+    read_architecture,
+)
+from dask_logits.teacher.locate import Location, hub_is_reachable, locate_teacher, refuse_hub_adapter
+from dask_logits.teacher.matching import require_complete, require_matching_tensors
+from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
+from dask_logits.teacher.weights import main_dtype, prefix_renames
+
+# glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
+_MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
+# PyTorch and oneDNN keep 0.3 MB of code for every shape of a matrix product that occurs, up to 1,024 of them each. One
+# batch uses at most some 260: attention has two for each of its blocks.
+_KEPT_SHAPES = 384
+# What the identity of a teacher in a folder begins with; one of the hub has a commit.
+_FOLDER_IDENTITY = "sha256:"
+# Teachers that one process holds at most.
+_MOST_TEACHERS = 4
+_SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """All a worker needs to load the teacher; hashable, so that it keys the worker's one slot.
+
+    Parameters
+    ----------
+    path, revision
+        Folder, or hub name and commit.
+    identity
+        Digest of the weights and configuration (folder) or the commit (hub).
+    dtype, device
+        Resolved: ``float32``, ``bfloat16`` or ``float16``; ``cpu`` or ``cuda``.
+    torch_threads
+        CPU threads of the worker.
+    n_gpus
+        Over how many of the worker's GPUs the layers are spread.
+    trust_remote_code
+        Run model code that comes with the checkpoint.
+    allow_pickle
+        Load weights that are not in safetensors.
+    """
+
+    path: str
+    revision: str | None
+    identity: str
+    dtype: str
+    device: str
+    torch_threads: int
+    n_gpus: int = 1
+    trust_remote_code: bool
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts:
+    """What the driver learns of a teacher without loading its weights.
+
+    Parameters
+    ----------
+    identity
+        As in :class:`TeacherSpec`.
+    revision
+        Commit on the hub, None for a folder.
+    parameters, head_parameters
+        Counts; tied weights count once in the first.
+    hidden_width, head_width, layers
+        D, the logits' width, and the depth.
+    checkpoint_dtype
+        Dtype the checkpoint names, e.g. ``bfloat16``.
+    max_positions
+        Longest input the architecture takes and whose targets do not depend on its batch; None where unbounded.
+    """
+
+    identity: str
+    revision: str | None
+    parameters: int
+    head_parameters: int
+    hidden_width: int
+    head_width: int
+    layers: int
+    checkpoint_dtype: str
+    max_positions: int | None
+
+
+def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
+    """Read a teacher's configuration and the headers of its weights, and fingerprint its files.
+
+    The weights of a folder are matched against the model by transformers' own loading, with shapes in place of values.
+
+    Raises
+    ------
+    TeacherError
+        If there is no such model, it is not a decoder-only language model, or its files do not make that model.
+    """
+    path = str(config.model_path)
+    location = locate_teacher(path, allow_pickle=config.allow_pickle)
+    if config.trust_remote_code:
+        logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
+    revision = config.revision if location.adapter is None else None
+    only_cached = location.folder is None and not hub_is_reachable(location.base)
+    try:
+        if location.folder is None and not only_cached:
+            refuse_hub_adapter(location.base, revision)
+        architecture = read_architecture(
+            location.base, revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
+            f"{'the model hub does not answer and its cache has no such model' if only_cached else first_line(error)}; "
+            "correct the name, or download it and give its folder"
+        ) from error
+    require_matching_tensors(location, architecture)
+    model = architecture.model
+    head = model.get_output_embeddings()
+    commit = None if location.folder else getattr(architecture.config, "_commit_hash", None)
+    return TeacherFacts(
+        identity=_identity(location, commit),
+        revision=commit,
+        parameters=sum(p.numel() for p in model.parameters()),
+        head_parameters=head.weight.numel(),
+        hidden_width=head.weight.shape[1],
+        head_width=head.weight.shape[0],
+        layers=int(getattr(architecture.text_config, "num_hidden_layers", 1)),
+        checkpoint_dtype=_checkpoint_dtype(location, architecture),
+        max_positions=_max_positions(architecture.text_config),
+    )
+
+
+def _checkpoint_dtype(location: Location, architecture: Architecture) -> str:
+    """Return the dtype that the configuration names, else the one that the weights are stored in."""
+    named, stored = configured_dtype(architecture), main_dtype(location.tensors)
+    if named and stored and named != stored:
+        logger.warning(
+            "%s: config.json names dtype %s and the weights are stored in %s; dtype=auto follows config.json, "
+            "set distillation.teacher.dtype to choose",
+            location.base,
+            named,
+            stored,
+        )
+    return named or stored or "float32"
+
+
+def _max_positions(text_config: Any) -> int | None:
+    """Return the longest input whose targets do not depend on what it is batched with.
+
+    Rotary embeddings of type ``longrope`` and ``dynamic`` change with the width of the batch beyond the length they
+    were first trained for (Phi-3 long-context models), so a padded document would get other targets there.
+    """
+    longest: int | None = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text_config, "original_max_position_embeddings", None
+        )
+        return original or longest
+    return longest
+
+
+def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
+    """Return the dtype the weights are run in.
+
+    On a CPU without bfloat16 units half precision is slower than float32 (and less exact), so ``auto`` takes float32.
+    """
+    if setting != "auto":
+        return setting
+    if checkpoint_dtype == "float32" or device == "cuda":
+        return checkpoint_dtype if checkpoint_dtype in DTYPES else "float32"
+    return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
+
+
+# The teachers this process holds, the one that was used last at the end. Runs may share a scheduler, and loading and
+# hashing takes longer than a partition; a GPU holds one, whose memory the calibration gave away.
+_LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
+
+
+def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
+    """Load the teacher, or return the one this process already holds; others are dropped if memory is short.
+
+    Raises
+    ------
+    TeacherError
+        If the checkpoint cannot be loaded, lacks weights, is not the one the driver saw, or there is no such device.
+    CapacityError
+        If it does not fit the device.
+    """
+    # Of the calling thread: each has its own number.
+    torch.set_num_threads(spec.torch_threads)
+    key = (spec, vocab_size)
+    if key not in _LOADED:
+        _make_room(spec)
+        _LOADED[key] = _load(spec, vocab_size)
+    teacher = _LOADED[key] = _LOADED.pop(key)
+    if teacher.device.type == "cuda":
+        # Of the calling thread too: where events and kernels go. A head may lie on another GPU than the first.
+        torch.cuda.set_device(teacher.device)
+    return teacher
+
+
+def _make_room(spec: TeacherSpec) -> None:
+    """Drop teachers, the longest unused first, until another fits into memory beside those that remain."""
+    while _LOADED and (spec.device == "cuda" or len(_LOADED) >= _MOST_TEACHERS or not _fits_beside(spec)):
+        _LOADED.pop(next(iter(_LOADED)))
+        gc.collect()
+    if spec.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _fits_beside(spec: TeacherSpec) -> bool:
+    """Whether a folder's weights take at most half of this worker's share of the free memory."""
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        # The size of a checkpoint in the hub's cache is not known here.
+        return False
+    stored_bytes = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    needed_bytes = stored_bytes * (2 if spec.dtype == "float32" else 1)
+    workers = max(1, (psutil.cpu_count() or 1) // spec.torch_threads)
+    return needed_bytes <= psutil.virtual_memory().available / workers / 2
+
+
+def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    set_memory()
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise TeacherError(
+            "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
+            "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
+        )
+    folder = Path(spec.path)
+    if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
+        # A disk that is away for a moment, perhaps: unlike a teacher that is wrong, this is tried again.
+        raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
+    location = locate_teacher(spec.path, allow_pickle=spec.allow_pickle)
+    if folder.is_dir() and (identity := _identity(location, spec.revision)) != spec.identity:
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
+            f"{identity[:23]}… in {spec.path!r}; give every machine the same files"
+        )
+    try:
+        architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
+        model, loading = _load_weights(spec, location, architecture)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
+    except TeacherError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise TeacherError(
+            f"distillation.teacher.model_path: expected to load {spec.path!r}, got {first_line(error)}; "
+            "check that this worker sees the model's folder or the hub's cache"
+        ) from error
+    require_complete(loading, location.base, architecture)
+    if location.adapter is not None:
+        model = merge_adapter(model, location.adapter)
+    model.requires_grad_(False)
+    model.eval()
+    if spec.n_gpus > 1:
+        return Teacher(model, vocab_size)
+    if spec.device == "cuda":
+        require_room(model, *torch.cuda.mem_get_info())
+    try:
+        model.to("cuda:0" if spec.device == "cuda" else "cpu")
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"teacher: expected to fit on the GPU, got {first_line(error)}; use a smaller teacher or dtype"
+        ) from error
+    return Teacher(model, vocab_size)
+
+
+def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
+    """Load the full model; return it and what transformers reports of the loading."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, spec.dtype)
+    device_map = spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype) if spec.n_gpus > 1 else None
+    use_safetensors = None if spec.allow_pickle else True
+    with contextlib.ExitStack() as stack:
+        source = location.base
+        if location.adapter is not None and location.folder == location.adapter.folder:
+            source = stack.enter_context(_without_adapter(location.adapter.folder))
+        loaded: tuple[Any, Mapping[str, Any]]
+        if architecture.is_remote:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=spec.revision,
+                dtype=dtype,
+                trust_remote_code=True,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                device_map=device_map,
+            )
+        else:
+            loaded = type(architecture.model).from_pretrained(
+                source,
+                config=architecture.load_config,
+                revision=spec.revision,
+                dtype=dtype,
+                use_safetensors=use_safetensors,
+                output_loading_info=True,
+                device_map=device_map,
+                key_mapping=prefix_renames(location.tensors) or None,
+                # Reported, with the shapes, where the library raises without them.
+                ignore_mismatched_sizes=True,
+            )
+    return loaded
+
+
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[str]:
+    """Yield a folder with links to all files but the adapter's: transformers 5.23 would load that unmerged."""
+    with tempfile.TemporaryDirectory() as view:
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(view) / path.name).symlink_to(path.absolute())
+        yield view
+
+
+def set_memory() -> None:
+    """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and bound code kept by shape.
+
+    Activations of some MiB are mapped and unmapped at every operation otherwise; page faults were a fifth of the time.
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    for name in _SHAPE_CACHES:
+        os.environ.setdefault(name, str(_KEPT_SHAPES))
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in _MALLOC:
+            mallopt(option, value)
+
+
+def _identity(location: Location, commit: str | None) -> str:
+    """Digest the files that define a teacher: weights, configuration, code, and an adapter with its base model."""
+    if location.adapter is None:
+        return _fingerprint(_defining_files(location.folder)) if location.folder else f"commit:{commit}"
+    files = _defining_files(location.adapter.folder)
+    if location.folder is None:
+        return _fingerprint(files, f"base {location.base}@{commit}\n")
+    if location.folder != location.adapter.folder:
+        files |= {f"base/{name}": path for name, path in _defining_files(location.folder).items()}
+    return _fingerprint(files)
+
+
+def _defining_files(folder: Path) -> dict[str, Path]:
+    patterns = ("*.safetensors", "*.bin", "config.json", "*.py", "*.index.json", "adapter_config.json")
+    return {path.name: path for pattern in patterns for path in folder.glob(pattern)}
+
+
+def _fingerprint(files: Mapping[str, Path], more: str = "") -> str:
+    # In the order that runs of earlier releases recorded.
+    names = sorted(files, key=lambda name: files[name])
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        digests = list(pool.map(_file_digest, (files[name] for name in names)))
+    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)) + more
+    return _FOLDER_IDENTITY + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return "AVX512" in capabilities and ("avx512_bf16" in text or "amx_bf16" in text)

@@ -1,0 +1,92 @@
+"""Causal attention in bfloat16 as one loop of native code, for CPUs with AVX512-BF16.
+
+As several operators of torch, attention took 43 % of the trunk's time for a document of 1,664 tokens, 13 of them the
+softmax alone. One loop over blocks of queries that keeps scores in registers and caches is 2.2 to 2.7 times as fast as
+:mod:`dask_logits.teacher.cpu.attention`, and its error is a third: scores and sums stay in float32, only the weights
+are rounded to bfloat16. ``fused.cpp`` is compiled by PyTorch's own builder within a second, and kept in its cache.
+
+Dimension letters: B sequences, T tokens, H query heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+# Floats of a register: values are handled in whole registers, queries in pairs.
+_LANES = 16
+
+
+def available() -> bool:
+    """Return whether this machine's CPU has the instructions; compiling needs a C++ compiler besides."""
+    return platform.system() == "Linux" and torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache
+
+    library: ctypes.CDLL = CppCodeCache.load(_SOURCE.read_text(), extra_flags=("-march=native",))
+    library.attention_scratch.restype = ctypes.c_int64
+    return library
+
+
+def fits(query_BHTD: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether the code is made for such tensors: bfloat16, equal lengths, whole registers of values."""
+    return (
+        {part.dtype for part in (query_BHTD, key, value)} == {torch.bfloat16}
+        and query_BHTD.device.type == "cpu"
+        and query_BHTD.shape[2] == key.shape[2]
+        and query_BHTD.shape[-1] % 2 == 0
+        and value.shape[-1] % _LANES == 0
+    )
+
+
+def fused_attention(query_BHTD: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attend causally; a row's bits do not depend on the batch or the number of threads.
+
+    Parameters
+    ----------
+    query_BHTD, key, value
+        bfloat16 [B, H, T, D], and [B, H/G, T, D] twice; the values' width may differ. See :func:`fits`.
+    scaling
+        Factor on the scores.
+
+    Returns
+    -------
+    Tensor
+        [B, T, H, D of the values].
+
+    Raises
+    ------
+    torch._inductor.exc.InductorError, RuntimeError
+        On first use, without a C++ compiler.
+    """
+    library = _library()
+    B, H, T, D = query_BHTD.shape
+    threads = torch.get_num_threads()
+    sizes = [ctypes.c_int64(size) for size in (B, H, key.shape[1], T, D, value.shape[-1])]
+    scratch = torch.empty(library.attention_scratch(*sizes, ctypes.c_int64(threads)), dtype=torch.uint8)
+    out_BTHD = query_BHTD.new_empty(B, T, H, value.shape[-1])
+    # A head's numbers have to lie side by side; the rest is told by strides.
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query_BHTD, key, value)]
+    pointers = [
+        argument
+        for part in parts
+        for argument in (ctypes.c_void_p(part.data_ptr()), (ctypes.c_int64 * 3)(*part.stride()[:3]))
+    ]
+    library.attention(
+        *pointers,
+        ctypes.c_void_p(out_BTHD.data_ptr()),
+        *sizes,
+        ctypes.c_float(scaling),
+        ctypes.c_void_p(scratch.data_ptr()),
+        ctypes.c_int64(threads),
+    )
+    return out_BTHD

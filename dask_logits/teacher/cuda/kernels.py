@@ -1,0 +1,143 @@
+"""The tail as Triton kernels for CUDA: one read of the logits, and the selection of the largest.
+
+:mod:`dask_logits.teacher.topk` has the same in torch, their oracle and fallback; the calibration decides whether a
+run uses them. With ``TRITON_INTERPRET=1`` they run on a CPU, which is how they are tested where there is no GPU.
+
+Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, W values to choose from, C chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 64
+# Blocks of one program: 4,096 logits, 8 or 16 KiB.
+_BLOCKS_EACH = 64
+# Most values that one program holds.
+MOST_VALUES = 1 << 14
+
+
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def block_statistics(
+    logits_RV: Tensor, scale: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the logits once; as :func:`dask_logits.teacher.topk.block_statistics`.
+
+    Parameters
+    ----------
+    logits_RV
+        Floating, contiguous, width a multiple of 64; on CUDA, or on the CPU under Triton's interpreter.
+    scale, softcap
+        Logits become ``scale · x``, then ``softcap · tanh(x / softcap)`` unless that is None.
+
+    Returns
+    -------
+    maxima_RN, sums_RN, bases_RN
+        float32; each block has a base of its own.
+    """
+    rows, width = logits_RV.shape
+    blocks = width // _BLOCK
+    maxima_RN = torch.empty(rows, blocks, dtype=torch.float32, device=logits_RV.device)
+    sums_RN, bases_RN = torch.empty_like(maxima_RN), torch.empty_like(maxima_RN)
+    grid = (rows, -(-blocks // _BLOCKS_EACH))
+    arrays = (logits_RV, maxima_RN, sums_RN, bases_RN)
+    _statistics_kernel()[grid](*arrays, blocks, scale, softcap or 0.0, EACH=_BLOCKS_EACH, WIDTH=_BLOCK)
+    return maxima_RN, sums_RN, bases_RN
+
+
+def largest(values_RW: Tensor, count: int) -> Tensor:
+    """Return the places of each row's largest values in ascending order, of equal values the first.
+
+    The count-th largest value is found bit by bit, 32 comparisons of a row that stays in registers.
+
+    Parameters
+    ----------
+    values_RW
+        float32, contiguous, at most :data:`MOST_VALUES` wide; on CUDA, or on the CPU under Triton's interpreter.
+    count
+        C, at most W.
+
+    Returns
+    -------
+    Tensor
+        int64 [R, C].
+    """
+    rows, width = values_RW.shape
+    places_RC = torch.empty(rows, count, dtype=torch.int32, device=values_RW.device)
+    lanes = 1 << max(0, width - 1).bit_length()
+    _largest_kernel()[(rows,)](values_RW, places_RC, width, count, LANES=lanes)
+    return places_RC.long()
+
+
+@functools.cache
+def _largest_kernel() -> Any:
+    import triton
+    from triton import language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def choose(values: Any, places: Any, width: Any, count: Any, LANES: tl.constexpr) -> None:
+        row = tl.program_id(0).to(tl.int64)
+        lane = tl.arange(0, LANES)
+        inside = lane < width
+        # Adding 0.0 makes the two zeros equal; then integers sort like the values.
+        bits = (tl.load(values + row * width + lane, mask=inside, other=0.0) + 0.0).to(tl.int32, bitcast=True)
+        lowest = -2147483648
+        key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), lowest)
+        least = tl.where(tl.sum((key >= 0).to(tl.int32), axis=0) >= count, 0, lowest)
+        for step in range(31):
+            higher = least + (1 << (30 - step))
+            least = tl.where(tl.sum((key >= higher).to(tl.int32), axis=0) >= count, higher, least)
+        above = (key > least).to(tl.int32)
+        equal = ((key == least) & inside).to(tl.int32)
+        open_places = count - tl.sum(above, axis=0)
+        taken = above + equal * (tl.cumsum(equal, axis=0) <= open_places).to(tl.int32)
+        tl.store(places + row * count + tl.cumsum(taken, axis=0) - 1, lane, mask=taken > 0)
+
+    return choose
+
+
+@functools.cache
+def _statistics_kernel() -> Any:
+    import triton
+    from triton import language as tl
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def statistics(
+        logits: Any,
+        maxima: Any,
+        sums: Any,
+        bases: Any,
+        blocks: Any,
+        scale: Any,
+        softcap: Any,
+        EACH: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ) -> None:
+        row = tl.program_id(0).to(tl.int64)
+        block = tl.program_id(1) * EACH + tl.arange(0, EACH)
+        inside = block < blocks
+        place = (row * blocks + block[:, None]) * WIDTH + tl.arange(0, WIDTH)[None, :]
+        values = tl.load(logits + place, mask=inside[:, None], other=float("-inf")).to(tl.float32)
+        values = values * scale
+        if softcap > 0:
+            # tanh(x) = 2 / (1 + e⁻²ˣ) − 1; −inf columns are padding and stay what they are.
+            capped = softcap * (2.0 / (1.0 + tl.exp(-2.0 * values / softcap)) - 1.0)
+            values = tl.where(values == float("-inf"), values, capped)
+        highest = tl.max(values, axis=1)
+        # −inf less −inf would be NaN.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        total = tl.sum(tl.exp(values - base[:, None]), axis=1)
+        tl.store(maxima + row * blocks + block, highest, mask=inside)
+        tl.store(sums + row * blocks + block, total, mask=inside)
+        tl.store(bases + row * blocks + block, base, mask=inside)
+
+    return statistics

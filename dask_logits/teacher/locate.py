@@ -1,0 +1,167 @@
+"""Locate a teacher: a folder of this machine or a name of the model hub, without waiting for a hub in vain."""
+
+from __future__ import annotations
+
+import logging
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from dask_logits.errors import TeacherError, first_line
+from dask_logits.teacher.adapters import CONFIG, Adapter, find_adapter, require_peft
+from dask_logits.teacher.weights import StoredTensor, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+# A hub that does not answer a small request within this time is taken for unreachable.
+_HUB_SECONDS = 5.0
+_WHERE = "distillation.teacher.model_path"
+_GGUF_CURE = (
+    "convert it once to a folder of safetensors: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, "
+    "quantization_config=GgufConfig(dequantize=True)).save_pretrained(new_folder), and the tokenizer alike "
+    "(scripts/prepare_quickstart.py does this for the quickstart's teacher); then give the new folder"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """Where a teacher's files are.
+
+    Parameters
+    ----------
+    base
+        Folder or hub name of the full model.
+    folder
+        The full model's folder; None for a hub name.
+    adapter
+        The adapter that is merged into it.
+    tensors
+        What the folder's safetensors files hold; empty for a hub name or pickled weights.
+    """
+
+    base: str
+    folder: Path | None
+    adapter: Adapter | None
+    tensors: dict[str, StoredTensor]
+
+
+def locate_teacher(path: str, *, allow_pickle: bool) -> Location:
+    """Find a teacher's files and check those that are on this machine.
+
+    Raises
+    ------
+    TeacherError
+        If the path does not exist, or its files are incomplete or of a kind that is not loaded.
+    """
+    folder = Path(path).expanduser()
+    _refuse_gguf(path, folder)
+    if not folder.is_dir():
+        _require_hub_name(path, folder)
+        return Location(base=path, folder=None, adapter=None, tensors={})
+    adapter = find_adapter(folder)
+    if adapter is not None:
+        require_peft(adapter)
+        folder = Path(adapter.base)
+        if not folder.is_dir():
+            return Location(base=adapter.base, folder=None, adapter=adapter, tensors={})
+        if adapter.folder != folder and (folder / CONFIG).is_file():
+            raise TeacherError(
+                f"{_WHERE}: the base model {str(folder)!r} of the adapter in {adapter.folder} holds an adapter itself; "
+                "merge that one first"
+            )
+    tensors = stored_tensors(folder)
+    if not tensors and (folder / "config.json").is_file():
+        _require_weights(path, folder, allow_pickle=allow_pickle)
+    return Location(base=str(folder), folder=folder, adapter=adapter, tensors=tensors)
+
+
+def hub_is_reachable(name: str) -> bool:
+    """Whether the model hub answers; False, with a warning, where only its cache can be used.
+
+    In offline mode (``HF_HUB_OFFLINE=1``) nothing is asked, and the library uses its cache by itself.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return True
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "the model hub %s does not answer (%s); looking for %s in its cache",
+            constants.ENDPOINT,
+            first_line(error),
+            name,
+        )
+        return False
+
+
+def refuse_hub_adapter(name: str, revision: str | None) -> None:
+    """Refuse a hub name that is an adapter: transformers would load it unmerged, or ignore it.
+
+    Raises
+    ------
+    TeacherError
+        With the way to use it.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name,
+        CONFIG,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
+        raise TeacherError(
+            f"{_WHERE}: {name!r} on the hub holds an adapter; download it (hf download {name} --local-dir adapter) and "
+            "give that folder, so that it is merged into its base model"
+        )
+
+
+def _refuse_gguf(path: str, folder: Path) -> None:
+    if folder.is_dir():
+        names = sorted(file.name for file in folder.glob("*.gguf"))
+        if not names or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+            return
+        raise TeacherError(
+            f"{_WHERE}: expected weights in safetensors, got only the GGUF file {names[0]} in {path!r}; {_GGUF_CURE}"
+        )
+    if path.lower().endswith(".gguf"):
+        raise TeacherError(f"{_WHERE}: expected a folder with a model, got the GGUF file {path!r}; {_GGUF_CURE}")
+
+
+def _require_hub_name(path: str, folder: Path) -> None:
+    if folder.is_file():
+        raise TeacherError(
+            f"{_WHERE}: expected a folder with a model, got the file {path!r}; give the folder that holds it and "
+            "config.json"
+        )
+    first, _, rest = path.partition("/")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or (rest and Path(first).is_dir())
+    if looks_local:
+        raise TeacherError(
+            f"{_WHERE}: expected a folder with a model, got {path!r}, which does not exist; correct the path or give a "
+            "hub name"
+        )
+
+
+def _require_weights(path: str, folder: Path, *, allow_pickle: bool) -> None:
+    if not any(folder.glob("*.bin")):
+        raise TeacherError(
+            f"{_WHERE}: expected weights (model.safetensors, or model.safetensors.index.json and its files) in "
+            f"{path!r}, got none; download the model again, or save it with model.save_pretrained"
+        )
+    if not allow_pickle:
+        raise TeacherError(
+            f"{_WHERE}: expected weights in safetensors, got pickled ones in {path!r}, which may be made to run code; "
+            "convert them (model.save_pretrained writes safetensors), or set distillation.teacher.allow_pickle=true if "
+            "you trust where they come from"
+        )

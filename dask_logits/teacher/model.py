@@ -1,0 +1,245 @@
+"""A loaded teacher cut in two, trunk and head, and the path by which tokens become logits.
+
+Three ways lead from hidden states to logits:
+
+* ``linear``: one matrix product with the head's weight (and bias) into a buffer that is reused, and where the family
+  asks for it a factor and a soft cap;
+* ``replay``: the model's own ``forward`` over a stub that returns our hidden states, so whatever a family does after
+  its head is done by the family's code;
+* ``forward``: the whole model per batch. Its logits exist for one whole batch; the last resort.
+
+On CPU the trunk may use the attention of :mod:`dask_logits.teacher.cpu.attention`; on any device its layers may be
+compiled, each on its own and for all shapes at once: 10 s for a family instead of minutes for a model, and with them
+the attention of :mod:`dask_logits.teacher.cpu.fused`. Which path a run takes is found by
+:mod:`dask_logits.teacher.selfcheck` and frozen with the run.
+
+Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden width, V vocabulary (logit width), C ids.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dask_logits.errors import TeacherError
+from dask_logits.teacher.cpu import attention, fused
+from dask_logits.teacher.cuda import kernels
+
+Head = Literal["linear", "replay", "forward"]
+HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
+
+# Compiled code is made for one and for several sequences; every process starts from these shapes, so all run the same.
+_WARM_SHAPES = ((2, 64), (1, 64))
+# Kinds of layers times the two shapes, with room.
+_RECOMPILE_LIMIT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringPath:
+    """How a run gets from tokens to logits; part of its numerics.
+
+    Parameters
+    ----------
+    attention
+        ``blocks`` (:mod:`dask_logits.teacher.cpu.attention`), ``fused``: that with native code where it applies, or
+        ``model``: whatever the family uses.
+    head
+        One of :data:`HEADS`.
+    scale, softcap
+        With ``linear``: logits are ``scale · x``, then ``softcap · tanh(x / softcap)`` unless that is None.
+    exact
+        Logits in float32 (with ``linear``), or rounded as the model rounds them.
+    compiled
+        Layers and targets run as compiled code.
+    kernels
+        Targets come from :mod:`dask_logits.teacher.cuda.kernels`.
+    """
+
+    attention: Literal["fused", "blocks", "model"] = "model"
+    head: Head = "forward"
+    scale: float = 1.0
+    softcap: float | None = None
+    exact: bool = False
+    compiled: bool = False
+    kernels: bool = False
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Apply factor and soft cap to products with the head's weight; −inf marks what takes no part, and stays."""
+        out = raw if self.scale == 1.0 else raw * self.scale
+        if self.softcap is None:
+            return out
+        return torch.where(out == -torch.inf, out, self.softcap * torch.tanh(out / self.softcap))
+
+
+class Teacher:
+    """A causal language model in evaluation mode, and the path it is on.
+
+    Parameters
+    ----------
+    model
+        The model.
+    vocab_size
+        Valid vocabulary: the columns of the logits that are kept.
+    """
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        # Llama 4's class names a trunk that it does not have, so base_model is the whole model.
+        prefix: str = self.model.base_model_prefix
+        self._trunk_name = prefix if hasattr(self.model, prefix) else "model"
+        self.trunk: Any = getattr(self.model, self._trunk_name, self.model)
+        self.head: Any = self.model.get_output_embeddings()
+        # Of inputs and results; accelerate's hooks bring activations to the layers of a teacher that is spread.
+        self.device: torch.device = self.head.weight.device
+        placed = getattr(self.model, "hf_device_map", {}).values()
+        self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
+        self.dtype: torch.dtype = self.head.weight.dtype
+        self.path = ScoringPath()
+        self._own_attention = getattr(self.model.config, "_attn_implementation", None)
+
+    def take(self, path: ScoringPath) -> None:
+        """Put the model on a path.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the family has no replaceable attention, or its layers cannot be compiled here.
+        TeacherError
+            If the run was calibrated with Triton's kernels or the fused attention, which cannot run here.
+        """
+        if path.kernels and not kernels.available():
+            raise TeacherError(
+                "teacher: expected Triton in this worker, as in the one where the run was calibrated, got none; "
+                "install the same packages for every worker (pip install triton)"
+            )
+        if path.attention == "fused" and not fused.available():
+            raise TeacherError(
+                "teacher: expected a CPU with AVX512-BF16, as that of the worker where the run was calibrated, got one "
+                "without; use machines of one kind, or set distillation.scoring.compile=never"
+            )
+        try:
+            if path.attention != self.path.attention:
+                self._attend_by(path.attention)
+            if path.compiled != self.path.compiled:
+                self._compile() if path.compiled else self._uncompile()
+        except Exception:
+            self._attend_by(self.path.attention)
+            raise
+        self.path = path
+
+    def _attend_by(self, kind: Literal["fused", "blocks", "model"]) -> None:
+        name = self._own_attention if kind == "model" else attention.offer(kind)
+        self.model.set_attn_implementation(name)
+        if self.model.config.get_text_config()._attn_implementation != name:
+            raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
+
+    def layers(self) -> list[nn.Module]:
+        """Return the trunk's repeated layers: its longest list of modules, of a multimodal one its language model's."""
+        text: nn.Module = getattr(self.trunk, "language_model", self.trunk)
+        lists = [list(module) for module in text.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len, default=[])
+
+    def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
+        """Run the trunk on right-padded tokens, without a mask: what stands to the right cannot reach the left.
+
+        Returns
+        -------
+        Tensor
+            [B, T, D].
+        """
+        with self.strict():
+            output = self.trunk(input_ids=input_ids_BT, use_cache=False, return_dict=True)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD.to(self.device, non_blocking=True)
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Dtype of a buffer for logits; exact ones of a CPU are refined afterwards (:meth:`logits_of`)."""
+        return torch.float32 if self.path.exact and self.device.type == "cuda" else self.dtype
+
+    @property
+    def refines(self) -> bool:
+        """Whether logits are first rounded and have to be computed anew in float32 for those that are kept."""
+        return self.path.exact and self.logits_dtype != torch.float32
+
+    def logits(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
+        """Write R positions' logits into a buffer; with ``linear`` before :meth:`ScoringPath.finish`."""
+        (self._linear if self.path.head == "linear" else self._replay)(hidden_RD, out_RV)
+
+    def _linear(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
+        weight_DV = self.head.weight[: self.vocab_size].t()
+        # Some families keep the residual stream in float32 and round it here.
+        hidden_RD = hidden_RD.to(weight_DV.dtype)
+        if out_RV.dtype != weight_DV.dtype:
+            # Half-precision factors, float32 sums and results; CUDA only (PyTorch 150812).
+            torch.mm(hidden_RD, weight_DV, out_dtype=out_RV.dtype, out=out_RV)
+        else:
+            torch.mm(hidden_RD, weight_DV, out=out_RV)
+        if getattr(self.head, "bias", None) is not None:
+            out_RV += self.head.bias[: self.vocab_size]
+
+    def _replay(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        tokens = torch.zeros(1, len(hidden_RD), dtype=torch.int64, device=self.device)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden_RD[None])
+        # The attribute is swapped, not the module's forward, so that hooks on the trunk do not run again.
+        setattr(self.model, self._trunk_name, _Stub(output))
+        try:
+            logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        finally:
+            setattr(self.model, self._trunk_name, self.trunk)
+        out_RV.copy_(logits_1RV[0, :, : self.vocab_size])
+
+    def logits_forward(self, input_ids_BT: Tensor) -> Tensor:
+        """Return the whole model's logits, [B, T, valid V]."""
+        with self.strict():
+            logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, return_dict=True).logits
+        return logits_BTV[:, :, : self.vocab_size].to(self.device, non_blocking=True)
+
+    def _compile(self) -> None:
+        layers = self.layers()
+        if len(self.devices) > 1:
+            raise RuntimeError("expected a teacher on one device to compile its layers, got several GPUs")
+        if not layers:
+            raise RuntimeError(f"{type(self.model).__name__}: expected a list of layers to compile, got none")
+        for layer in layers:
+            layer.compile(dynamic=True)
+        try:
+            with self.strict(compiled=True), torch.inference_mode():
+                for shape in _WARM_SHAPES:
+                    self.hidden_states(torch.ones(shape, dtype=torch.int64, device=self.device))
+        except Exception:
+            self._uncompile()
+            raise
+
+    def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
+        """Let the compiler raise where it would give up and run uncompiled: that would change a run's bits midway."""
+        if not (compiled or self.path.compiled):
+            return nullcontext()
+        import torch._dynamo
+
+        patched: AbstractContextManager[object] = torch._dynamo.config.patch(
+            recompile_limit=_RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True
+        )
+        return patched
+
+    def _uncompile(self) -> None:
+        for layer in self.layers():
+            layer._compiled_call_impl = None
+
+
+class _Stub(nn.Module):
+    """Stands in for the trunk and returns an output made beforehand."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output

@@ -1,0 +1,162 @@
+"""A model's own forward on random documents, and the yardstick for what differs from it.
+
+Two orders of the same sums differ by rounding, and how far that moves the log-probs depends on the model: 4e-7 nats for
+a tiny Llama in float32, 1e-5 for a Mamba, 0.002 to 0.1 in bfloat16. So the yardstick is measured: the same forward with
+the input of every layer, of the head, and the logits moved by up to one unit in the last place.
+
+Dimension letters: B sequences, T tokens, R rows, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dask_logits.errors import TeacherError
+from dask_logits.teacher.model import ScoringPath, Teacher
+
+# How many times the model's own rounding a path may be off.
+FACTOR = 4.0
+_ROWS = 64
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Oracle:
+    """A model's own forward on random documents, and how far its own rounding moves it.
+
+    Tokens are random, so mistakes do not hide behind a prediction that is obvious either way.
+
+    Parameters
+    ----------
+    teacher
+        The model.
+    tokens_BT
+        Documents, padded on the right with other random tokens.
+    lengths
+        Of the documents.
+    """
+
+    teacher: Teacher
+    tokens_BT: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        T = self.tokens_BT.shape[1]
+        self.lengths = tuple(min(length, T) for length in self.lengths)
+        places = [b * T + t for b, length in enumerate(self.lengths) for t in range(length)]
+        step = -(-len(places) // _ROWS)
+        # The last positions of the longest document reach furthest.
+        self.rows_R = torch.tensor(sorted({*places[::step], self.lengths[0] - 1}), device=self.teacher.device)
+        plain_RV = self.logprobs()
+        # Some checkpoints hold NaN for ids that never occur; a document that has one is refused when it is scored.
+        usable_R = plain_RV.isfinite().all(-1)
+        if not usable_R.any():
+            raise TeacherError(
+                "teacher: expected finite logits on random tokens, got NaN or infinity everywhere; "
+                "set distillation.teacher.dtype=float32, or use another checkpoint"
+            )
+        self.rows_R, self.plain_RV = self.rows_R[usable_R], plain_RV[usable_R]
+        with _nudged(self.teacher):
+            self.noise = rms(_jittered(self._logits()).float().log_softmax(-1) - self.plain_RV)
+
+    @property
+    def limit(self) -> float:
+        """Largest error that counts as rounding."""
+        return FACTOR * self.noise
+
+    def error(self, path: ScoringPath) -> float:
+        """Return a path's RMS difference in log-probs (nats); the model is left on the path it was."""
+        before = self.teacher.path
+        try:
+            self.teacher.take(path)
+            return rms(self.logprobs() - self.plain_RV)
+        finally:
+            self.teacher.take(before)
+
+    def logprobs(self) -> Tensor:
+        """Return the log-probs of the compared positions on the model's present path, [R, V]."""
+        return self._logits().float().log_softmax(-1)
+
+    def hidden_states(self) -> Tensor:
+        """Return the trunk's output at the compared positions, [R, D]."""
+        return self.teacher.hidden_states(self.tokens_BT).flatten(0, 1)[self.rows_R]
+
+    def _logits(self) -> Tensor:
+        if self.teacher.path.head == "forward":
+            return self.teacher.logits_forward(self.tokens_BT).flatten(0, 1)[self.rows_R]
+        return head_logits(self.teacher, self.hidden_states())
+
+    def padding_error(self) -> float:
+        """Return how far right padding moves the plain forward: each document alone against the padded batch."""
+        T = self.tokens_BT.shape[1]
+        total = count = 0.0
+        for b, length in enumerate(self.lengths):
+            chosen_R = self.rows_R // T == b
+            places_R = self.rows_R[chosen_R] % T
+            alone_RV = self.teacher.logits_forward(self.tokens_BT[b : b + 1, :length])[0, places_R].float()
+            difference_RV = alone_RV.log_softmax(-1) - self.plain_RV[chosen_R]
+            total += float(difference_RV.double().square().sum())
+            count += difference_RV.numel()
+        return float((total / count) ** 0.5)
+
+
+@contextlib.contextmanager
+def _nudged(teacher: Teacher) -> Iterator[None]:
+    """Move the input of every layer and of the head by up to one unit in the last place."""
+
+    def nudge(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (_jittered(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _jittered(kwargs["hidden_states"])}
+
+    modules = [*teacher.layers(), teacher.head]
+    handles = [module.register_forward_pre_hook(nudge, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _jittered(values: Tensor) -> Tensor:
+    generator = torch.Generator(values.device).manual_seed(20_260_104)
+    noise = torch.rand(values.shape, generator=generator, device=values.device) * 2 - 1
+    # In double precision: 1 plus a float32 epsilon would itself be rounded.
+    return (values.double() * (1 + noise.double() * torch.finfo(values.dtype).eps)).to(values.dtype)
+
+
+def head_logits(teacher: Teacher, hidden_RD: Tensor) -> Tensor:
+    """Return the logits of hidden states by a teacher's present head path, [R, V]."""
+    logits_RV = torch.empty(len(hidden_RD), teacher.vocab_size, dtype=teacher.logits_dtype, device=teacher.device)
+    teacher.logits(hidden_RD, logits_RV)
+    return teacher.path.finish(logits_RV) if teacher.path.head == "linear" else logits_RV
+
+
+def random_tokens(teacher: Teacher, width: int) -> Tensor:
+    """Return two rows of random tokens, shorter where the model has fewer positions."""
+    config = teacher.model.config.get_text_config()
+    generator = torch.Generator().manual_seed(20_260_101)
+    width = min(width, getattr(config, "max_position_embeddings", None) or width)
+    ids_V = _finite_ids(teacher)
+    return ids_V[torch.randint(len(ids_V), (2, width), generator=generator)].to(teacher.device)
+
+
+def _finite_ids(teacher: Teacher) -> Tensor:
+    """Return the ids whose embeddings are finite, [V]; NaN would reach every position of its document."""
+    ids_V = torch.arange(teacher.vocab_size)
+    weight_VD = getattr(teacher.model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight_VD, Tensor) or weight_VD.dtype not in _FLOATS or len(weight_VD) < len(ids_V):
+        return ids_V
+    usable_V = weight_VD[: len(ids_V)].isfinite().all(-1).cpu()
+    return ids_V[usable_V] if usable_V.any() else ids_V
+
+
+def rms(difference: Tensor) -> float:
+    """Return the root of the mean square."""
+    return float(difference.double().square().mean().sqrt())

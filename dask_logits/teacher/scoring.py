@@ -1,0 +1,358 @@
+"""Items → targets: batches through the trunk, valid positions through the head in row chunks, top-k of each.
+
+The logits of a whole batch never exist: beside the weights, memory holds one budgeted batch and one chunk of
+``head_rows`` × V logits, whose buffer is reused. Results leave the device in their stored dtypes, through a ring.
+
+A batch that does not fit the device's memory is halved, and its halves again: always at the same places, so that what
+was computed can be told from the receipt.
+
+Dimension letters: B sequences, T tokens, M valid positions of a batch, R of a chunk, C ids of a row, D hidden width,
+V vocabulary, K kept entries, N tokens of the partition.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dask_logits.data.items import Item, plain_items
+from dask_logits.errors import CapacityError, TeacherError, first_line
+from dask_logits.records import TOKEN_ARRAYS, Array, Records, schema
+from dask_logits.teacher.batching import plan_batches
+from dask_logits.teacher.meter import Stopwatch
+from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.teacher.topk import padded_width, topk_with_tail
+from dask_logits.teacher.transfer import OutputRing, to_device
+
+# Compiled code is made for sequences of at least two tokens.
+_SHORTEST = 2
+# Rows whose candidates' weights exist at one time where refinement is not compiled.
+_REFINED_ROWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """The numerics of a run, resolved; equal settings on equal hardware give equal bytes.
+
+    Parameters
+    ----------
+    top_k
+        K.
+    vocab_size
+        Valid vocabulary.
+    batch_tokens, batch_size
+        Bounds of a batch.
+    head_rows
+        Positions whose logits exist at one time.
+    path
+        Way from tokens to logits.
+    """
+
+    top_k: int
+    vocab_size: int
+    batch_tokens: int
+    batch_size: int | None
+    head_rows: int
+    path: ScoringPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Targets, and what it took.
+
+    Parameters
+    ----------
+    records
+        The targets.
+    seconds
+        Stage → seconds: ``trunk``, ``head``, ``tail`` (logsumexp, top-k), ``refine`` (kept logits in float32),
+        ``transfer``; ``score``: all.
+    splits
+        Batch → numbers of items in the parts it was split into because it did not fit into memory.
+    padded_tokens
+        Tokens computed, padding included.
+    """
+
+    records: Records
+    seconds: dict[str, float]
+    splits: dict[int, list[int]]
+    padded_tokens: int
+
+
+@torch.inference_mode()
+def score_items(
+    teacher: Teacher,
+    items: Sequence[Item],
+    settings: ScoringSettings,
+    *,
+    packed: bool = False,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Scored:
+    """Score the items of a partition.
+
+    Parameters
+    ----------
+    teacher
+        A loaded teacher; it is put on the settings' path.
+    items
+        What it reads, in dataset order; empty ones are kept as documents of no tokens.
+    settings
+        The run's numerics.
+    packed
+        Whether items are blocks, whose lengths are recorded.
+    on_tokens
+        Called after each batch with the tokens kept since the last call.
+
+    Raises
+    ------
+    TeacherError
+        If an item's logits hold NaN or +inf (names its row), or the path cannot be compiled on this machine.
+    CapacityError
+        If a single item does not fit into memory.
+    """
+    started = time.perf_counter()
+    try:
+        teacher.take(settings.path)
+    except TeacherError:
+        raise
+    except RuntimeError as error:
+        raise TeacherError(
+            "teacher: expected a C++ compiler on this worker, as on the one where the run was calibrated, got "
+            f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"
+        ) from error
+    run = _Run(teacher, items, settings)
+    batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
+    with teacher.strict():
+        for number, batch in enumerate(batches):
+            for part in run.parts(number, batch):
+                on_tokens(run.score(part))
+    run.ring.drain()
+    spans = [span for item in items for span in item.spans]
+    records = Records(
+        **run.out,
+        document_row=np.array([span.row for span in spans], np.uint64),
+        document_offset=np.array([span.offset for span in spans], np.uint32),
+        document_length=np.array([span.length for span in spans], np.uint32),
+        block_length=run.lengths[run.lengths > 0].astype(np.uint32) if packed else None,
+    )
+    bad = ~np.isfinite(records.logsumexp)
+    if bad.any():
+        row = _row_of(items, run.starts, int(np.flatnonzero(bad)[0]))
+        raise TeacherError(
+            f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
+            "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
+            row=row,
+        )
+    seconds = run.watch.seconds() | {"score": round(time.perf_counter() - started, 4)}
+    return Scored(records=records, seconds=seconds, splits=run.splits, padded_tokens=run.padded_tokens)
+
+
+def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
+    """Return the dataset row of a kept token."""
+    i = int(np.searchsorted(starts, place, side="right")) - 1
+    ends = starts[i] + np.cumsum([span.length for span in items[i].spans])
+    return items[i].spans[int(np.searchsorted(ends, place, side="right"))].row
+
+
+@dataclass
+class _Run:
+    """One partition on its way: where each position goes, the buffers that every chunk reuses, what was split."""
+
+    teacher: Teacher
+    items: Sequence[Item]
+    settings: ScoringSettings
+    splits: dict[int, list[int]] = field(default_factory=dict)
+    padded_tokens: int = 0
+    _too_large: int | None = None
+    _fits: bool = True
+
+    def __post_init__(self) -> None:
+        settings, device = self.settings, self.teacher.device
+        self.lengths = np.array([len(item.tokens) for item in self.items], dtype=np.int64)
+        self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
+        entries = schema(settings.top_k, settings.vocab_size)
+        n_tokens = int(self.starts[-1])
+        self.out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in TOKEN_ARRAYS}
+        self.watch = Stopwatch(device)
+        self.ring = OutputRing(device)
+        width = padded_width(settings.vocab_size)
+        self.logits_RV = torch.full(
+            (settings.head_rows, width), -torch.inf, dtype=self.teacher.logits_dtype, device=device
+        )
+
+    def parts(self, number: int, batch: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Yield a batch, or in order the parts of it that fit into memory; halves are made where one did not."""
+        waiting = [batch]
+        sizes = []
+        while waiting:
+            part = waiting.pop()
+            if len(part) > 1 and self._too_large is not None and self._padded_size(part) >= self._too_large:
+                fits = False
+            else:
+                self._fits = True
+                yield part
+                fits = self._fits
+            if fits:
+                sizes.append(len(part))
+            elif len(part) == 1:
+                item = self.items[part[0]]
+                raise CapacityError(
+                    f"dataset row {item.spans[0].row}: expected {len(item.tokens):,} tokens to fit into the memory of "
+                    f"the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
+                    "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype"
+                )
+            else:
+                self._too_large = min(self._too_large or self._padded_size(part), self._padded_size(part))
+                half = -(-len(part) // 2)
+                waiting += [part[half:], part[:half]]
+        if len(sizes) > 1:
+            self.splits[number] = sizes
+
+    def score(self, part: tuple[int, ...]) -> int:
+        """Score some items; return the tokens kept, or 0 where memory was short and :meth:`parts` will halve it."""
+        try:
+            return self._score(part)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+        self._fits = False
+        gc.collect()
+        if self.teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return 0
+
+    def _score(self, part: tuple[int, ...]) -> int:
+        device, path = self.teacher.device, self.settings.path
+        tokens_BT, labels_BT = _padded([self.items[i] for i in part])
+        chosen = list(part)
+        place_T = np.arange(tokens_BT.shape[1])
+        kept_BT = (place_T < self.lengths[chosen][:, None]) & (place_T >= self.contexts[chosen][:, None])
+        where_M = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
+        input_ids_BT = to_device(tokens_BT, device)
+        valid_M = to_device(np.flatnonzero(kept_BT), device)
+        labels_M = to_device(labels_BT[kept_BT], device)
+        with self.watch.span("trunk"):
+            whole = path.head == "forward"
+            states = self.teacher.logits_forward(input_ids_BT) if whole else self.teacher.hidden_states(input_ids_BT)
+            rows_M = states.flatten(0, 1)
+        for first in range(0, len(where_M), self.settings.head_rows):
+            chunk = slice(first, first + self.settings.head_rows)
+            targets = self._targets(rows_M.index_select(0, valid_M[chunk]), labels_M[chunk])
+            with self.watch.span("transfer"):
+                self.ring.put(targets, functools.partial(self._deliver, where_M[chunk]))
+        self.out["input_ids"][where_M] = tokens_BT[kept_BT]
+        self.padded_tokens += tokens_BT.size
+        return len(where_M)
+
+    def _targets(self, rows_R: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+        """Return the targets of a chunk in their stored dtypes; columns beyond the vocabulary stay at −inf."""
+        teacher, path = self.teacher, self.settings.path
+        logits_RV = self.logits_RV[: len(rows_R)]
+        valid_RV = logits_RV[:, : self.settings.vocab_size]
+        with self.watch.span("head"):
+            if path.head == "forward":
+                valid_RV.copy_(rows_R)
+            else:
+                teacher.logits(rows_R, valid_RV)
+        with self.watch.span("tail"):
+            top = topk_with_tail(
+                logits_RV,
+                self.settings.top_k,
+                labels_R=labels_R,
+                vocab_size=self.settings.vocab_size,
+                path=path,
+                refine=functools.partial(self._refined, rows_R) if teacher.refines else None,
+            )
+            label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
+            return {
+                "topk_ids": top.ids_RK.int(),
+                "topk_logprobs": (top.logits_RK - top.logsumexp_R[:, None]).half(),
+                "logsumexp": top.logsumexp_R,
+                "tail_logmass": top.tail_logmass_R,
+                "label_logprob": label_logprobs_R,
+            }
+
+    def _refined(self, rows_R: Tensor, ids_RC: Tensor) -> Tensor:
+        with self.watch.span("refine"):
+            return refined_logits(self.teacher, rows_R, ids_RC)
+
+    def _deliver(self, where_M: Array, results: dict[str, Array]) -> None:
+        for name, values in results.items():
+            self.out[name][where_M] = values
+
+    def _padded_size(self, part: tuple[int, ...]) -> int:
+        return len(part) * int(self.lengths[part[0]])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell a failed allocation, which torch reports on CPU as a RuntimeError and on CUDA as a kind of it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tensor:
+    """Compute some logits of each row in float32 from the rounded hidden states and weights.
+
+    Parameters
+    ----------
+    teacher
+        On a ``linear`` path.
+    hidden_RD
+        Hidden states.
+    ids_RC
+        int64, which logits.
+
+    Returns
+    -------
+    Tensor
+        float32 [R, C].
+    """
+    weight_VD, bias_V = teacher.head.weight, getattr(teacher.head, "bias", None)
+    if teacher.path.compiled:
+        raw_RC = _compiled_products()(hidden_RD, weight_VD, ids_RC)
+    else:
+        parts = [slice(first, first + _REFINED_ROWS) for first in range(0, len(hidden_RD), _REFINED_ROWS)]
+        raw_RC = torch.cat([_products(hidden_RD[part], weight_VD, ids_RC[part]) for part in parts])
+    if bias_V is not None:
+        raw_RC += bias_V[ids_RC].float()
+    return teacher.path.finish(raw_RC)
+
+
+def _products(hidden_RD: Tensor, weight_VD: Tensor, ids_RC: Tensor) -> Tensor:
+    return (weight_VD[ids_RC].float() * hidden_RD[:, None].float()).sum(-1)
+
+
+@functools.cache
+def _compiled_products() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_products, dynamic=True)
+
+
+def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
+    """Return the batch's tokens, right-padded with id 0, and each position's next token (−1 where there is none)."""
+    width = max(_SHORTEST, len(batch[0].tokens))
+    tokens_BT = np.zeros((len(batch), width), np.int64)
+    labels_BT = np.full((len(batch), width), -1, np.int64)
+    for b, item in enumerate(batch):
+        length = len(item.tokens)
+        tokens_BT[b, :length] = item.tokens
+        labels_BT[b, : length - 1] = item.tokens[1:]
+        labels_BT[b, length - 1] = item.next_token
+    return tokens_BT, labels_BT
+
+
+def measure(teacher: Teacher, documents: Sequence[Array], settings: ScoringSettings) -> tuple[Records, float]:
+    """Score documents and time it.
+
+    Returns
+    -------
+    records, tokens_per_second
+    """
+    scored = score_items(teacher, plain_items(documents), settings)
+    return scored.records, scored.records.n_tokens / max(scored.seconds["score"], 1e-9)

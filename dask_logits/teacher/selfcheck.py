@@ -1,0 +1,332 @@
+"""The self-check: compare a teacher's fast paths with its own forward, and take the fastest that agrees.
+
+There is no table of families. What a family does after its head (factors, soft caps) is tried with the numbers that its
+configuration names, and where none fits the family's own code is replayed. The model's own forward decides.
+
+*How far may a path be off?* As far as the model's own rounding moves it, and no absolute figure. The yardstick is the
+same forward with the input of every layer moved by one unit in the last place (:mod:`dask_logits.teacher.oracle`).
+Over 122 families, float32 and bfloat16, good paths were at most 1.2 times the yardstick off, and the model's own
+bfloat16 forward 0.3 to 1.5 times from its float32 one; so 4 times is the limit. A scale of 1.01 in attention, a lost
+window, sink, soft cap or position bias were 30 to 10⁶ times the yardstick off.
+
+*On what?* Where the weights allow it, on a :mod:`dask_logits.teacher.probe`: the first layers in float32 with short
+windows, where a document of 150 tokens reaches beyond every window, chunk and ``index_topk``, and where what rounding
+hides in bfloat16 is visible. Then once more on the teacher itself, in its own dtype and with all layers. Hidden states
+are also multiplied by 8 and 64, so that a soft cap which random tokens never reach is seen.
+
+Dimension letters: B sequences, T tokens, R rows, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dask_logits.errors import TeacherError, first_line
+from dask_logits.teacher.cpu import fused
+from dask_logits.teacher.model import HEADS, Head, ScoringPath, Teacher
+from dask_logits.teacher.oracle import Oracle, head_logits, random_tokens, rms
+from dask_logits.teacher.probe import SHORT, make_probe, reaches, set_reach
+
+logger = logging.getLogger(__name__)
+
+# Documents of the probe: several blocks of attention and many windows; each is padded on the right.
+_WIDTH, _LENGTHS = 150, (100, 40)
+# Documents of the teacher itself: two blocks.
+_OWN_WIDTH, _OWN_LENGTHS = 70, (66, 17)
+# Longest document where a window cannot be shortened.
+_LONGEST = 2_200
+# Factors on hidden states; the largest drives logits of usual size far into a soft cap.
+_LOUDNESS = (1.0, 8.0, 64.0)
+# Relative RMS difference of raw logits between two orders of the same sums, in units of the dtype's epsilon.
+_RAW_EPSILONS = {torch.float32: 100.0}
+_RAW_EPSILONS_HALF = 0.75
+# What a family's code raises where it does not fit.
+_MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The result of a self-check.
+
+    Parameters
+    ----------
+    path
+        The fastest path that agrees, not compiled.
+    errors
+        Way → RMS difference in log-probs (nats); ``padding``: that of right padding without a mask; ``rounding``: the
+        yardstick on the teacher; infinite where a way does not apply.
+    refusals
+        Way → why it was not taken.
+    """
+
+    path: ScoringPath
+    errors: dict[str, float]
+    refusals: dict[str, str]
+
+
+def choose_path(
+    teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS
+) -> tuple[ScoringPath, dict[str, float]]:
+    """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
+
+    Parameters
+    ----------
+    teacher, exact, heads
+        As for :func:`check`.
+
+    Returns
+    -------
+    path, errors
+        As in :class:`Choice`.
+    """
+    choice = check(teacher, exact=exact, heads=heads)
+    return choice.path, choice.errors
+
+
+@torch.inference_mode()
+def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> Choice:
+    """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
+
+    Parameters
+    ----------
+    teacher
+        A loaded teacher.
+    exact
+        Logits in float32 are wanted where the teacher's dtype is narrower.
+    heads
+        Ways from hidden states to logits to try, in order.
+
+    Raises
+    ------
+    TeacherError
+        If right padding changes the teacher's output (it is not causal), its logits are not finite, or no way agrees.
+    """
+    teacher.take(ScoringPath())
+    own = Oracle(teacher, random_tokens(teacher, _OWN_WIDTH), _OWN_LENGTHS)
+    choice = Choice(path=ScoringPath(), errors={"rounding": own.noise}, refusals={})
+    probe, reach_untested = _probe_oracle(teacher, choice)
+    _require_causal(probe, choice)
+    path = _choose_head(probe, heads, choice)
+    if teacher.device.type == "cpu":
+        path = _choose_attention(probe, path, reach_untested, choice)
+    path = dataclasses.replace(path, exact=exact and path.head == "linear" and teacher.dtype != torch.float32)
+    path = _confirm(own, path, heads, choice)
+    teacher.take(path)
+    logger.info("path %s, RMS differences in nats from the plain forward: %s", path, choice.errors)
+    for way, reason in choice.refusals.items():
+        logger.info("%s is not used: %s", way, reason)
+    return dataclasses.replace(choice, path=path)
+
+
+@torch.inference_mode()
+def try_compiled(teacher: Teacher, longest: int = _WIDTH) -> float:
+    """Compile the path a teacher is on, with fused attention if that agrees, and compare it with what it was.
+
+    Parameters
+    ----------
+    teacher
+        A teacher after :func:`check`.
+    longest
+        Tokens of the longest document of the data: windows that it does not reach beyond are not tested.
+
+    Returns
+    -------
+    float
+        RMS difference in log-probs (nats); the teacher is on the compiled path.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be compiled, or the difference is more than rounding; the teacher is on the path it was.
+    """
+    crossed = [window for window in reaches(teacher).values() if window < min(longest, _LONGEST)]
+    if crossed:
+        # Layers are compiled anew where a mask appears, which is beyond a window.
+        tokens_BT = random_tokens(teacher, max(crossed) + 3 * SHORT)[:1]
+        oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1],))
+    else:
+        oracle = Oracle(teacher, random_tokens(teacher, _WIDTH), _LENGTHS)
+    compiled = dataclasses.replace(teacher.path, compiled=True)
+    if teacher.path.attention == "blocks" and teacher.dtype == torch.bfloat16 and fused.available():
+        try:
+            return _take_compiled(oracle, dataclasses.replace(compiled, attention="fused"))
+        except RuntimeError as error:
+            logger.info("fused attention does not apply: %s", error)
+    return _take_compiled(oracle, compiled)
+
+
+def _take_compiled(oracle: Oracle, path: ScoringPath) -> float:
+    eager = oracle.teacher.path
+    oracle.teacher.take(path)
+    error = rms(oracle.logprobs() - oracle.plain_RV)
+    if not error <= oracle.limit:
+        oracle.teacher.take(eager)
+        raise RuntimeError(f"compiled layers differ by {error:.2g} nats RMS, the limit is {oracle.limit:.2g}")
+    return error
+
+
+def _probe_oracle(teacher: Teacher, choice: Choice) -> tuple[Oracle, str | None]:
+    """Return what paths are compared on, and which window could not be reached beyond, if any."""
+    for whole in (False, True):
+        try:
+            probe = make_probe(teacher, whole=whole)
+            return _shortened(probe)
+        except (*_MISFITS, TeacherError) as error:
+            logger.info("no float32 copy of %s: %s", "the teacher" if whole else "its first layers", first_line(error))
+            reason = first_line(error)
+    choice.refusals["float32"] = reason
+    return _at_length(teacher, reaches(teacher))
+
+
+def _shortened(probe: Teacher) -> tuple[Oracle, str | None]:
+    """Shorten each window of a probe; where that changes nothing, it may be kept elsewhere and stays as it is."""
+    tokens_BT = random_tokens(probe, _WIDTH)
+    oracle = Oracle(probe, tokens_BT, _LENGTHS)
+    untested = {}
+    for name, value in reaches(probe).items():
+        set_reach(probe, name, value, SHORT)
+        try:
+            shorter = Oracle(probe, tokens_BT, _LENGTHS)
+            works = rms(shorter.plain_RV - oracle.plain_RV) > oracle.limit
+        except (*_MISFITS, TeacherError) as error:
+            logger.info("%s cannot be shortened to %d: %s", name, SHORT, first_line(error))
+            works = False
+        if works:
+            oracle = shorter
+        else:
+            set_reach(probe, name, SHORT, value)
+            untested[name] = value
+    return (oracle, None) if not untested else _at_length(probe, untested)
+
+
+def _at_length(teacher: Teacher, windows: dict[str, int]) -> tuple[Oracle, str | None]:
+    """Return documents that reach beyond windows as they are, as far as that is affordable."""
+    longest = max(windows.values(), default=0)
+    width = max(_WIDTH, min(_LONGEST, longest + 3 * SHORT))
+    tokens_BT = random_tokens(teacher, width)
+    oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1] - SHORT, _LENGTHS[-1]))
+    # A window as long as the model's positions is one that no document reaches beyond.
+    positions = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    beyond = [f"{name}={value}" for name, value in windows.items() if oracle.lengths[0] <= value < positions]
+    reason = f"documents of {oracle.lengths[0]} tokens do not reach beyond {', '.join(beyond)}"
+    return oracle, reason if beyond else None
+
+
+def _require_causal(probe: Oracle, choice: Choice) -> None:
+    choice.errors["padding"] = error = probe.padding_error()
+    if not error <= probe.limit:
+        raise TeacherError(
+            f"teacher: expected a causal model, which right padding cannot change, got an RMS difference of "
+            f"{error:.2g} nats (its own rounding: {probe.noise:.2g}); use a decoder-only teacher"
+        )
+
+
+def _choose_head(probe: Oracle, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
+    for path in (path for head in heads for path in _ways(probe.teacher, head)):
+        error = _head_error(probe, path)
+        choice.errors[path.head] = min(choice.errors.get(path.head, float("inf")), error)
+        if error <= probe.limit:
+            choice.refusals.pop(path.head, None)
+            return path
+        choice.refusals[path.head] = f"off by {choice.errors[path.head]:.2g} nats, the limit is {probe.limit:.2g}"
+    raise TeacherError(
+        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward within "
+        f"{probe.limit:.2g} nats, got {choice.errors}; run again with "
+        "distillation.teacher.generation.force_regenerate=true"
+    )
+
+
+def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
+    """Yield the ways of one kind: of ``linear`` every factor and soft cap that the configuration could mean."""
+    if head != "linear":
+        yield ScoringPath(head=head)
+        return
+    config = teacher.model.config.get_text_config()
+    named = {
+        name: float(value)
+        for name, value in config.to_dict().items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if "logit" in name or "lm_head" in name or "output_multiplier" in name
+    }
+    caps = [None, *(value for name, value in named.items() if "cap" in name)]
+    factors = [value for name, value in named.items() if "cap" not in name]
+    for scale in (1.0, *factors, *(1 / factor for factor in factors)):
+        for cap in caps:
+            yield ScoringPath(head="linear", scale=scale, softcap=cap)
+
+
+def _head_error(probe: Oracle, path: ScoringPath) -> float:
+    """Return a head path's error; infinite where raw logits differ from those of the model's own code."""
+    if path.head == "forward":
+        return 0.0
+    try:
+        error = probe.error(path)
+    except _MISFITS as misfit:
+        logger.info("head path %s does not apply: %s", path.head, misfit)
+        return float("inf")
+    if path.head == "replay" or error > probe.limit:
+        return error
+    teacher, hidden_RD = probe.teacher, probe.hidden_states()
+    for loudness in _LOUDNESS:
+        loud_RD = hidden_RD * loudness
+        teacher.take(ScoringPath(head="replay"))
+        try:
+            wanted_RV = head_logits(teacher, loud_RD).float()
+        except _MISFITS:
+            # The family's code after the trunk cannot be run alone; the forward has been compared.
+            return error
+        finally:
+            teacher.take(ScoringPath())
+        teacher.take(path)
+        found_RV = head_logits(teacher, loud_RD).float()
+        teacher.take(ScoringPath())
+        if not rms(found_RV - wanted_RV) <= _raw_limit(teacher.dtype) * rms(wanted_RV):
+            return float("inf")
+    return error
+
+
+def _raw_limit(dtype: torch.dtype) -> float:
+    return _RAW_EPSILONS.get(dtype, _RAW_EPSILONS_HALF) * torch.finfo(dtype).eps
+
+
+def _choose_attention(probe: Oracle, path: ScoringPath, untested: str | None, choice: Choice) -> ScoringPath:
+    blocks = dataclasses.replace(path, attention="blocks")
+    choice.errors["blocks"] = float("inf")
+    try:
+        choice.errors["blocks"] = error = probe.error(blocks)
+    except _MISFITS as misfit:
+        choice.refusals["blocks"] = first_line(misfit)
+        return path
+    if untested:
+        choice.refusals["blocks"] = untested
+    elif not error <= probe.limit:
+        choice.refusals["blocks"] = f"off by {error:.2g} nats, the limit is {probe.limit:.2g}"
+    else:
+        return blocks
+    return path
+
+
+def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
+    """Compare the chosen path with the forward of the whole teacher in its own dtype; give up what does not agree."""
+    ways = [path, dataclasses.replace(path, attention="model")]
+    ways += [ScoringPath(head=head) for head in HEADS[1:] if head in heads]
+    for way in ways:
+        given_up = "blocks" if way.attention == "blocks" else way.head
+        try:
+            error = 0.0 if way == ScoringPath() else own.error(way)
+        except _MISFITS as misfit:
+            choice.refusals[given_up] = first_line(misfit)
+            continue
+        if error <= own.limit:
+            choice.errors["path"] = error
+            return way
+        choice.refusals[given_up] = f"off by {error:.2g} nats in {own.teacher.dtype}, the limit is {own.limit:.2g}"
+    raise TeacherError(
+        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward, got "
+        f"{choice.refusals}; run again with distillation.teacher.generation.force_regenerate=true"
+    )

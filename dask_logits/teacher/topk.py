@@ -1,0 +1,288 @@
+"""Logits → exact top-k, logsumexp, tail and label log-prob: tensors only.
+
+Chosen: blocks of 64 columns. One read of the logits leaves for each block its maximum and the sum of its exponentials,
+relative to the highest value of some neighbouring blocks (to its own would take a second reduction of each block). The
+k blocks with the largest maxima contain the k largest values, so only k·64 candidates are sorted, and the sums of all
+other blocks are ready. Values and ids are packed into one int64 key, which makes the order total: larger value
+first, equal values by lower id (``torch.topk`` leaves ties open, and bfloat16 logits tie at the k-th place in most
+rows). The tail is summed from the terms that are left, never as 1 − Σp, which cancels when K covers almost all mass.
+
+Where logits were rounded to half precision, the k + 32 best are computed anew in float32 by the caller (`refine`), and
+the best k of those are kept. The error left is that of rounding the other terms of the logsumexp, which averages out.
+
+Cost per row at V = 49,152, k = 64 on two Zen 5 cores, compiled: 11 µs statistics, 5 µs selection, 3 µs
+refinement, 3 µs order, 10 µs sums and small steps. ``torch.topk`` and ``log_softmax`` in float32 take six times as
+much.
+
+Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, G groups of neighbouring blocks, C candidates,
+K kept entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.model import ScoringPath
+
+BLOCK = 64
+# Candidates beyond k that are refined: the k best by float32 logits were always among so many by bfloat16 logits.
+SPARE = 32
+# Most neighbouring blocks whose sums are relative to one value.
+_MOST_BLOCKS = 8
+# Rows whose float32 logits exist at one time where nothing is compiled: 16 rows × 49k × 4 bytes stay in the caches.
+_CPU_TILE = 16
+
+PLAIN = ScoringPath()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Targets of R positions.
+
+    Parameters
+    ----------
+    ids_RK
+        int64, most probable first, ties by lower id.
+    logits_RK
+        float32, their logits.
+    logsumexp_R
+        float32, over the whole row; NaN for a row that holds a NaN or +inf.
+    tail_logmass_R
+        float32, log of the probability outside the K entries.
+    label_logits_R
+        float32, the labels' logits; arbitrary where there is no label.
+    """
+
+    ids_RK: Tensor
+    logits_RK: Tensor
+    logsumexp_R: Tensor
+    tail_logmass_R: Tensor
+    label_logits_R: Tensor
+
+
+def padded_width(vocab_size: int) -> int:
+    """Return the vocabulary rounded up to whole blocks.
+
+    >>> padded_width(49_152), padded_width(50_257)
+    (49152, 50304)
+    """
+    return -(-vocab_size // BLOCK) * BLOCK
+
+
+def scratch_rows(rows: int, device: str) -> int:
+    """Return how many rows exist in float32 beside the logits.
+
+    >>> scratch_rows(256, "cpu"), scratch_rows(256, "cuda")
+    (16, 256)
+    """
+    return min(rows, _CPU_TILE) if device == "cpu" else rows
+
+
+def topk_with_tail(
+    logits_RV: Tensor,
+    k: int,
+    *,
+    labels_R: Tensor | None = None,
+    vocab_size: int | None = None,
+    path: ScoringPath = PLAIN,
+    refine: Callable[[Tensor], Tensor] | None = None,
+) -> TopK:
+    """Compute the targets of R positions from their logits.
+
+    Parameters
+    ----------
+    logits_RV
+        Floating, contiguous, width a multiple of 64; columns beyond the valid vocabulary hold −inf.
+    k
+        Kept entries, at most the valid vocabulary.
+    labels_R
+        int64, true next tokens; −1 where there is none. None: no labels.
+    vocab_size
+        Valid vocabulary; None: the whole width.
+    path
+        Factor and soft cap to apply to every logit, and whether passes over the logits run as compiled code.
+    refine
+        int64 ids [R, C] → float32 finished logits [R, C]. None: the logits are exact as they are.
+    """
+    rows, width = logits_RV.shape
+    labels_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device) if labels_R is None else labels_R
+    labels_R1 = labels_R.clamp(min=0)[:, None]
+    count = k if refine is None else min(k + SPARE, vocab_size or width)
+    maxima_RN, sums_RN, bases_RG = block_statistics(logits_RV, path)
+    blocks = width // BLOCK
+    chosen_RC = _largest_blocks(maxima_RN, min(count, blocks), path)
+    rows_R1 = torch.arange(rows, device=logits_RV.device)[:, None]
+    candidates = logits_RV.view(-1, BLOCK).index_select(0, (chosen_RC + rows_R1 * blocks).view(-1)).view(rows, -1)
+    if refine is None:
+        values = path.finish(candidates.float())
+        ids = (chosen_RC[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits_RV.device)).view(rows, -1)
+        place_RK = _ordered(values, ids, width, k, path)
+        ids_RK, kept_RK = ids.gather(1, place_RK), values.gather(1, place_RK)
+        label_logits_R = path.finish(logits_RV.gather(1, labels_R1).float())[:, 0]
+        highest_R1 = maxima_RN.amax(-1, keepdim=True)
+        left_R = torch.zeros(rows, device=logits_RV.device)
+    else:
+        place_RK = _largest_halves(candidates, count, path)
+        ids_RC = chosen_RC.gather(1, place_RK // BLOCK) * BLOCK + place_RK % BLOCK
+        refined = refine(torch.cat([ids_RC, labels_R1], 1))
+        values_RC, label_logits_R = refined[:, :-1].contiguous(), refined[:, -1]
+        order_RC = _ordered(values_RC, ids_RC, width, count, PLAIN)
+        values_RC = values_RC.gather(1, order_RC)
+        ids_RK, kept_RK = ids_RC.gather(1, order_RC[:, :k]), values_RC[:, :k].contiguous()
+        highest_R1 = torch.maximum(maxima_RN.amax(-1, keepdim=True), kept_RK[:, :1])
+        left_R = (values_RC[:, k:] - highest_R1).exp().sum(-1)
+    sums_RN.scatter_(1, chosen_RC, 0.0)
+    # No base exceeds the highest value but that of a group of −inf, which is 0 and may lie far above: 0 · inf is NaN.
+    rest_RG = sums_RN.view(*bases_RG.shape, -1).sum(-1) * (bases_RG - highest_R1).clamp(max=0.0).exp()
+    candidates.scatter_(1, place_RK, -torch.inf)
+    left_R = left_R + rest_RG.sum(-1) + _sum_exp(path.compiled)(candidates, highest_R1, path)
+    total_R = left_R + (kept_RK - highest_R1).exp().sum(-1)
+    return TopK(
+        ids_RK=ids_RK,
+        logits_RK=kept_RK,
+        logsumexp_R=highest_R1[:, 0] + total_R.log(),
+        tail_logmass_R=left_R.log() - total_R.log(),
+        label_logits_R=label_logits_R,
+    )
+
+
+def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:
+    """Tell whether the Triton kernels find here what torch finds: the same ids, sums within rounding.
+
+    Parameters
+    ----------
+    logits_RV, k
+        As for :func:`topk_with_tail`.
+    path
+        One without kernels.
+    """
+    wanted = topk_with_tail(logits_RV, k, path=path)
+    found = topk_with_tail(logits_RV, k, path=dataclasses.replace(path, kernels=True))
+    close = torch.allclose(found.logsumexp_R, wanted.logsumexp_R, atol=1e-4, rtol=1e-6)
+    return close and torch.equal(found.ids_RK, wanted.ids_RK)
+
+
+def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the logits once: for every block of 64 its maximum and the sum of its exponentials.
+
+    Parameters
+    ----------
+    logits_RV, path
+        As for :func:`topk_with_tail`.
+
+    Returns
+    -------
+    maxima_RN, sums_RN
+        float32. A block of −inf has the sum 0; NaN or +inf in a block makes its maximum or sum NaN.
+    bases_RG
+        float32, finite unless there is NaN or +inf: what the sums of the group's N / G blocks are relative to.
+    """
+    rows, width = logits_RV.shape
+    blocks = width // BLOCK
+    groups = blocks // max(count for count in range(1, _MOST_BLOCKS + 1) if blocks % count == 0)
+    if path.kernels:
+        return kernels.block_statistics(logits_RV, path.scale, path.softcap)
+    if path.compiled or logits_RV.is_cuda:
+        found: tuple[Tensor, Tensor, Tensor] = _statistics_function(path.compiled)(logits_RV, path, groups)
+        return found
+    found = torch.empty(rows, blocks), torch.empty(rows, blocks), torch.empty(rows, groups)
+    for first in range(0, rows, _CPU_TILE):
+        part = slice(first, first + _CPU_TILE)
+        for whole, tile in zip(found, _statistics(logits_RV[part], path, groups), strict=True):
+            whole[part] = tile
+    return found
+
+
+def _statistics(logits_RV: Tensor, path: ScoringPath, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = len(logits_RV)
+    values_RGNB = path.finish(logits_RV.float()).view(rows, groups, -1, BLOCK)
+    maxima_RGN = values_RGNB.amax(-1)
+    bases_RG = _finite(maxima_RGN.amax(-1))
+    sums_RGN = (values_RGNB - bases_RG[..., None, None]).exp().sum(-1)
+    return maxima_RGN.view(rows, -1), sums_RGN.view(rows, -1), bases_RG
+
+
+@functools.cache
+def _statistics_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_statistics, dynamic=True) if compiled else _statistics
+
+
+def _exp_sum(values: Tensor, highest_R1: Tensor, path: ScoringPath) -> Tensor:
+    return (path.finish(values.float()) - highest_R1).exp().sum(-1)
+
+
+@functools.cache
+def _sum_exp(compiled: bool) -> Callable[..., Tensor]:
+    return torch.compile(_exp_sum, dynamic=True) if compiled else _exp_sum
+
+
+def _finite(maxima: Tensor) -> Tensor:
+    """Replace −inf, from which nothing can be subtracted."""
+    return maxima.masked_fill(maxima == -torch.inf, 0.0)
+
+
+def _largest_blocks(maxima_RN: Tensor, count: int, path: ScoringPath) -> Tensor:
+    """Return the ids of the blocks with the largest maxima, equal ones by lower id; with kernels ascending."""
+    blocks = maxima_RN.shape[1]
+    if path.kernels and blocks <= kernels.MOST_VALUES:
+        return kernels.largest(maxima_RN, count)
+    keys = _order_preserving(maxima_RN) | torch.arange(blocks - 1, -1, -1, device=maxima_RN.device)
+    chosen_RC = (blocks - 1) - (_largest_keys(keys, count) & 0xFFFFFFFF)
+    return chosen_RC.sort(1).values if path.kernels else chosen_RC
+
+
+def _largest_halves(candidates: Tensor, count: int, path: ScoringPath) -> Tensor:
+    """Return the places of the largest of each row's half-precision values, equal ones by first place, in no order."""
+    width = candidates.shape[1]
+    wide = width > 1 << 16
+    keys = _half_keys_function(path.compiled)(candidates, wide)
+    return (width - 1) - (_largest_keys(keys, count).long() & (0xFFFFFFFF if wide else 0xFFFF))
+
+
+def _half_keys(candidates: Tensor, wide: bool) -> Tensor:
+    """Pack half-precision values and their places into integers that sort by value, then by first place."""
+    bits = candidates.view(torch.int16).int()
+    # Half-precision floats sort like sign and magnitude.
+    ordered = bits ^ ((bits >> 15) & 0x7FFF)
+    places = torch.arange(candidates.shape[1] - 1, -1, -1, dtype=torch.int32, device=candidates.device)
+    return (ordered.long() << 32) | places if wide else (ordered << 16) | places
+
+
+@functools.cache
+def _half_keys_function(compiled: bool) -> Callable[..., Tensor]:
+    return torch.compile(_half_keys, dynamic=True) if compiled else _half_keys
+
+
+def _largest_keys(keys: Tensor, count: int) -> Tensor:
+    """Return each row's largest keys in no order; `keys` are used up.
+
+    On CPUs numpy's partition (AVX-512 or AVX2) takes a tenth of ``torch.topk``'s time.
+    """
+    if keys.device.type != "cpu":
+        return torch.topk(keys, count, sorted=False).values
+    least = keys.shape[1] - count
+    keys.numpy().partition(least, axis=1)
+    return keys[:, least:]
+
+
+def _ordered(values: Tensor, ids: Tensor, width: int, count: int, path: ScoringPath) -> Tensor:
+    """Return the places of the largest values, equal ones by lower id, in order."""
+    if path.kernels and ids.shape[1] <= kernels.MOST_VALUES:
+        # Blocks are chosen in ascending order, so the first place is the lowest id.
+        places = kernels.largest(values, count)
+        return places.gather(1, values.gather(1, places).sort(stable=True, dim=1, descending=True).indices)
+    keys = _order_preserving(values) | (width - 1 - ids)
+    return torch.topk(keys, count).indices
+
+
+def _order_preserving(values: Tensor) -> Tensor:
+    """Map float32 to int64 whose upper half sorts like the value; −0.0 and 0.0 are equal."""
+    bits = (values + 0.0).view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32

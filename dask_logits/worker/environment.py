@@ -1,0 +1,121 @@
+"""The software and hardware that decide the last bits of the targets, compared between workers.
+
+Two workers give the same bits only with the same release of this package, of torch, transformers and tokenizers, and
+with the same instruction set or GPU model. The release number alone is not enough: the digest of the package's own
+scoring sources tells a patched copy from the original.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from dask_logits import __version__
+
+Environment = Mapping[str, str]
+
+# Everything that turns rows into stored targets.
+_SOURCES = (
+    "data/*.py",
+    "teacher/**/*.py",
+    "teacher/**/*.cpp",
+    "worker/*.py",
+    "records.py",
+    "cache/profile.py",
+    "cache/chunks.py",
+)
+_LIBRARIES = ("transformers", "tokenizers")
+# Units that oneDNN uses and torch's capability does not name.
+_CPU_FLAGS = ("avx512_bf16", "amx_bf16")
+_FIXES = {
+    "cpu": "use machines with one instruction set, and unset ATEN_CPU_CAPABILITY",
+    "gpu": "use GPUs of one model",
+}
+_INSTALL = "install the same packages on every machine"
+
+
+@functools.cache
+def _shared() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "dask_logits": f"{__version__} (sources {_source_digest()[:12]})",
+        "torch": torch.__version__,
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the environment of this process for a device.
+
+    Parameters
+    ----------
+    device
+        ``cpu`` or ``cuda``.
+
+    Returns
+    -------
+    dict
+        Name → value: the packages, and ``cpu`` (architecture and instruction set) or ``gpu`` (model and compute
+        capability).
+    """
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    # A lower capability that the user forces leaves the units unused.
+    units = _cpu_flags() if capability.startswith("AVX512") else ()
+    return {**_shared(), "cpu": " ".join([platform.machine(), capability, *units])}
+
+
+def differences(expected: Environment, got: Environment) -> dict[str, tuple[str, str]]:
+    """Return what differs between two environments: name → (expected, got).
+
+    >>> differences({"torch": "2.13.0", "cpu": "x86_64 AVX2"}, {"torch": "2.12.0", "cpu": "x86_64 AVX2"})
+    {'torch': ('2.13.0', '2.12.0')}
+    """
+    names = sorted(expected.keys() | got.keys())
+    pairs = {name: (expected.get(name, "none"), got.get(name, "none")) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def describe(differing: Mapping[str, tuple[str, str]]) -> str:
+    """Write differences for people.
+
+    >>> describe({"torch": ("2.13.0", "2.12.0")})
+    'torch: expected 2.13.0, got 2.12.0'
+    """
+    return "; ".join(f"{name}: expected {expected}, got {got}" for name, (expected, got) in differing.items())
+
+
+def fix_for(names: Iterable[str]) -> str:
+    """Return what to do about differences of some names.
+
+    >>> fix_for(["torch"])
+    'install the same packages on every machine'
+    """
+    return "; ".join(dict.fromkeys(_FIXES.get(name, _INSTALL) for name in sorted(names)))
+
+
+def _source_digest() -> str:
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in package.glob(pattern)):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _cpu_flags() -> tuple[str, ...]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return tuple(flag for flag in _CPU_FLAGS if flag in line)

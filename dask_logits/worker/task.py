@@ -1,0 +1,276 @@
+"""The unit of work: read, score, write and commit one partition. A plain function; Dask only carries it.
+
+Its last act is one small atomic write, the receipt. A partition whose receipt exists is never computed again, and any
+number of attempts, even at the same time, leaves exactly one committed result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dask_logits.cache.partition import remove_partition, write_partition
+from dask_logits.cache.profile import ProfileSpec, as_kept, load_profile
+from dask_logits.data.items import ItemSettings, make_items
+from dask_logits.data.source import FileRows, read_rows
+from dask_logits.data.tokens import TokenizerSpec, read_documents, tokenize
+from dask_logits.errors import ClusterError, RunConflictError
+from dask_logits.files.atomic import Json, create_json
+from dask_logits.records import ContentDigest, Records, Statistics
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan import Partition
+from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
+from dask_logits.teacher.meter import Cost
+from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
+from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What a worker's threads take turns at, so that one partition is read or written while another is scored.
+
+    Parameters
+    ----------
+    text
+        Held while rows are read and tokenised; a tokenizer serves one thread at a time.
+    teacher
+        Held while the teacher is loaded and at work.
+    scorer
+        One thread in which it works: each thread has an OpenMP team of its own, and with two teams neither runs at full
+        speed. None: the calling thread.
+    """
+
+    text: AbstractContextManager[object]
+    teacher: AbstractContextManager[object]
+    scorer: Executor | None = None
+
+    def run(self, function: Callable[[], _T]) -> _T:
+        """Call a function in the scorer's thread."""
+        return function() if self.scorer is None else self.scorer.submit(function).result()
+
+
+ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionTask:
+    """What a worker needs to compute one partition: some hundred bytes, no rows.
+
+    Parameters
+    ----------
+    run
+        The run folder, as the worker sees it.
+    run_id
+        Of the run; a folder whose run was replaced meanwhile takes no more of the old one.
+    partition, files, column
+        Which rows, and where they are.
+    tokenizer, items, teacher, scoring
+        How they become targets.
+    profile
+        How they are stored.
+    cost
+        What the teacher computes, for the meter.
+    environment
+        Software and hardware of the worker that calibrated the run; None: not recorded, so not compared.
+    allow_mixed
+        Score in another environment, too, and record it in the receipt.
+    """
+
+    run: str
+    run_id: str
+    partition: Partition
+    files: tuple[FileRows, ...]
+    column: str
+    tokenizer: TokenizerSpec
+    items: ItemSettings
+    teacher: TeacherSpec
+    scoring: ScoringSettings
+    profile: ProfileSpec
+    cost: Cost
+    environment: Environment | None = None
+    allow_mixed: bool = False
+
+
+def process_partition(
+    task: PartitionTask,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+    stages: Stages = ALONE,
+) -> Json:
+    """Compute and commit one partition, or return its receipt if it is committed already.
+
+    Parameters
+    ----------
+    task
+        The partition.
+    on_tokens
+        Called after each batch with the tokens scored since the last call.
+    stages
+        What other threads of this process take turns at.
+
+    Returns
+    -------
+    dict
+        The receipt.
+
+    Raises
+    ------
+    DatasetError
+        If a row cannot be used.
+    TeacherError
+        If the teacher cannot be loaded or its logits are not finite.
+    ClusterError
+        If this worker's environment is not that of the run.
+    RunConflictError
+        If the run was replaced while this partition was computed.
+    """
+    run = RunFolder(Path(task.run))
+    receipt = run.receipt(task.partition.index)
+    if receipt is not None and receipt["run_id"] == task.run_id:
+        if (receipt["first_row"], receipt["n_rows"]) == (task.partition.first_row, task.partition.n_rows):
+            return receipt
+        # Left by a worker that was still busy when the plan was made anew from here on.
+        run.receipt_path(task.partition.index).unlink(missing_ok=True)
+    here = environment(task.teacher.device)
+    differing = {} if task.environment is None else differences(task.environment, here)
+    if differing and not task.allow_mixed:
+        raise ClusterError(
+            f"expected the environment that the run was calibrated in, got another ({describe(differing)}); "
+            f"{fix_for(differing)}"
+        )
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name] = round(seconds.get(name, 0.0) + now - clock, 4)
+        clock = now
+
+    with stages.text:
+        lap("wait")
+        rows = read_rows(task.files, task.column)
+        lap("read")
+        documents = read_documents(rows, task.tokenizer, first_row=task.partition.first_row)
+        items = make_items(documents.tokens, task.items, first_row=task.partition.first_row)
+        lap("tokenize")
+    packed = task.items.packing == "concat"
+
+    def score() -> Scored:
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        lap("load")
+        return score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+
+    with stages.teacher:
+        lap("wait")
+        scored = stages.run(score)
+        lap("score")
+    profile = load_profile(task.profile)
+    statistics, content_digest = _said_of(as_kept(scored.records, profile))
+    statistics = dataclasses.replace(
+        statistics, skipped_rows=len(documents.skipped), double_bos_rows=documents.n_double_bos
+    )
+    for reason in documents.skipped.values():
+        logger.warning("skipped %s", reason)
+    flops = task.cost.flops(len(item.tokens) for item in items)
+    attempt = run.attempt_path(task.partition.index)
+    try:
+        files = write_partition(attempt, scored.records, profile)
+    except BaseException:
+        remove_partition(attempt)
+        raise
+    lap("write")
+    receipt = {
+        "partition": task.partition.index,
+        "first_row": task.partition.first_row,
+        "n_rows": task.partition.n_rows,
+        "run_id": task.run_id,
+        "attempt": attempt.name,
+        "statistics": dataclasses.asdict(statistics),
+        "content_digest": content_digest,
+        "files": files,
+        "seconds": scored.seconds | seconds,
+        "flops": flops,
+        "mfu": task.cost.mfu(flops, seconds["score"]),
+        "padded_tokens": scored.padded_tokens,
+        "splits": {str(batch): sizes for batch, sizes in scored.splits.items()},
+        "finished": time.time(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "peak_rss_bytes": peak_rss_bytes(),
+        **({"environment": here} if differing else {}),
+    }
+    manifest = run.manifest()
+    ours = manifest is not None and manifest["run_id"] == task.run_id
+    try:
+        if ours and create_json(run.receipt_path(task.partition.index), receipt):
+            return receipt
+    except OSError:
+        # The receipt may be there all the same, and its folder not flushed.
+        if (run.receipt(task.partition.index) or {}).get("attempt") != attempt.name:
+            remove_partition(attempt)
+        raise
+    remove_partition(attempt)
+    winner = run.receipt(task.partition.index)
+    if winner is None or winner["run_id"] != task.run_id:
+        raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
+    return winner
+
+
+def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALONE) -> None:
+    """Read, tokenise and score some rows of a partition, and keep nothing.
+
+    Parameters
+    ----------
+    task
+        The partition.
+    first, n_rows
+        The rows, counted from the partition's first.
+    stages
+        What other threads of this process take turns at.
+
+    Raises
+    ------
+    DatasetError, TeacherError
+        As :func:`process_partition` would, for these rows.
+    """
+    first_row = task.partition.first_row + first
+    rows = read_rows(task.files, task.column)[first : first + n_rows]
+    items = make_items(tokenize(rows, task.tokenizer, first_row=first_row), task.items, first_row=first_row)
+
+    def score() -> Scored:
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        return score_items(teacher, items, task.scoring, packed=task.items.packing == "concat")
+
+    with stages.teacher:
+        stages.run(score)
+
+
+def _said_of(kept: Records) -> tuple[Statistics, str]:
+    """Return the statistics and the content digest of targets, which are not needed after."""
+    digest = ContentDigest()
+    digest.update(kept)
+    return Statistics.of(kept), digest.hexdigest()
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux KiB.
+    return peak if sys.platform == "darwin" else peak << 10

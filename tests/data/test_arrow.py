@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from builders import HEAD_WIDTH, VOCAB_SIZE, save_tokenizer, sentences, write_json_lines
+from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenate_datasets, load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.data.arrow import open_corpus, slice_files
+from dask_logits.data.source import FileRows, read_rows
+from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, tokenize
+from dask_logits.errors import DatasetError, TeacherError
+
+
+def ids_spec(**changes) -> TokenizerSpec:
+    values = {
+        "path": None,
+        "revision": None,
+        "trust_remote_code": False,
+        "identity": None,
+        "add_special_tokens": True,
+        "max_length": 10,
+        "vocab_size": VOCAB_SIZE,
+    }
+    return TokenizerSpec(**{**values, **changes})
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.data())
+def test_slices_of_files_cover_a_range_exactly(sizes: list[int], data) -> None:
+    rows = [(str(f), r) for f, size in enumerate(sizes) for r in range(size)]
+    first = data.draw(st.integers(0, len(rows)))
+    count = data.draw(st.integers(0, len(rows) - first))
+    files = [FileRows(path=str(f), first=0, n_rows=size) for f, size in enumerate(sizes)]
+    found = [(part.path, r) for part in slice_files(files, first, count) for r in
+             range(part.first, part.first + part.n_rows)]  # fmt: skip
+    assert found == rows[first : first + count]
+
+
+def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:
+    opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),)))
+    assert (opened.n_rows, opened.column, opened.is_text) == (40, "text", True)
+    files = opened.files
+    assert files is not None
+    assert sum(file.n_rows for file in files) == 40
+
+
+@pytest.mark.parametrize("reader", ["text", "parquet"])
+def test_other_local_readers(reader: str, tmp_path) -> None:
+    texts = sentences(9)
+    path = tmp_path / f"data.{reader}"
+    if reader == "text":
+        path.write_text("\n".join(texts))
+    else:
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    opened = open_corpus(DatasetConfig(name=reader, data_files=(str(tmp_path / "*"),)))
+    assert list(opened.head()) == texts
+
+
+def test_saved_folders_and_their_splits(tmp_path) -> None:
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
+    DatasetDict({"left": Dataset.from_dict({"text": ["c"]})}).save_to_disk(tmp_path / "many")
+    assert list(open_corpus(DatasetConfig(name=str(tmp_path / "one"))).head()) == ["a", "b"]
+    assert list(open_corpus(DatasetConfig(name=str(tmp_path / "many"), split="left")).head()) == ["c"]
+    with pytest.raises(
+        DatasetError, match=r"dataset\.split: expected one of \['left'\], .*got 'lefd', did you mean 'left'"
+    ):
+        open_corpus(DatasetConfig(name=str(tmp_path / "many"), split="lefd"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ds: ds.select([3, 1, 2]),
+        lambda ds: ds.shuffle(seed=0),
+        lambda ds: ds.select(range(2, 9)),
+        lambda ds: Dataset.from_dict({"text": ds["text"][:]}),
+        lambda ds: ds.rename_column("text", "body").rename_column("body", "text"),
+        lambda ds: ds.map(lambda row: {"text": row["text"] + " red"}),
+        lambda ds: concatenate_datasets([ds, ds]),
+        lambda ds: concatenate_datasets([Dataset.from_dict({"text": ["sea"] * 5}), ds.select(range(35))]),
+        lambda ds: ds.add_column("body", ["moon"] * 40).remove_columns("text").rename_column("body", "text"),
+        lambda ds: ds.with_format("torch"),
+    ],
+    ids=["select", "shuffle", "slice", "in-memory", "renamed", "mapped", "concatenated", "mixed", "swapped", "torch"],
+)
+def test_any_dataset_object_is_read_back_row_by_row(change, llama, corpus, tmp_path) -> None:
+    dataset = change(load_dataset("json", data_files=str(corpus), split="train"))
+    opened = open_corpus(DatasetConfig(), dataset)
+    _, spec = inspect_tokenizer(
+        TeacherConfig(model_path=str(llama)),
+        DatasetConfig(),
+        is_text=opened.is_text,
+        head_width=HEAD_WIDTH,
+        max_length=2048,
+    )
+    files = opened.files or opened.materialise(tmp_path / "dataset")
+    found = tokenize(read_rows(slice_files(files, 0, opened.n_rows), opened.column), spec)
+    expected = tokenize(list(dataset["text"]), spec)
+    assert [d.tolist() for d in found] == [d.tolist() for d in expected]
+
+
+def test_ids_of_fixed_length_are_read(tmp_path) -> None:
+    features = Features({"input_ids": Sequence(Value("int32"), length=3)})
+    opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features))
+    files = opened.materialise(tmp_path / "dataset")
+    found = tokenize(read_rows(files, "input_ids"), ids_spec())
+    assert [d.tolist() for d in found] == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ds: DatasetDict({"left": ds}), r"expected one split, got a DatasetDict .* such as dataset\['left'\]"),
+        (lambda ds: [3], "expected a list of texts or of dicts, got int 3"),
+        (lambda ds: ds.to_pandas(), "expected a datasets.Dataset, a list or a stream of rows, got DataFrame"),
+        (lambda ds: ds.with_transform(lambda rows: rows), "got a dataset with a transform"),
+    ],
+    ids=["dict", "list", "frame", "transform"],
+)
+def test_objects_that_are_no_regular_dataset_are_refused(make, message) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_corpus(DatasetConfig(), make(Dataset.from_dict({"text": ["red"]})))
+
+
+def test_a_saved_dataset_without_splits_takes_no_other_split(tmp_path) -> None:
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "one")
+    assert open_corpus(DatasetConfig(name=str(tmp_path / "one"), split="train[:1]")).n_rows == 1
+    with pytest.raises(DatasetError, match=r"split: expected 'train', or a slice of it, .* got 'test\[:1\]'"):
+        open_corpus(DatasetConfig(name=str(tmp_path / "one"), split="test[:1]"))
+
+
+def test_a_slice_of_a_split_is_not_mistaken_for_its_files(corpus) -> None:
+    opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),), split="train[10:30]"))
+    assert opened.n_rows == 20
+    assert opened.files is None
+
+
+def test_a_materialised_dataset_is_checked_when_it_is_used_again(tmp_path) -> None:
+    one = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["a", "b"]}))
+    other = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["a", "c"]}))
+    assert one.materialise(tmp_path / "d") == one.materialise(tmp_path / "d")
+    with pytest.raises(DatasetError, match="expected the rows this run was made with"):
+        other.materialise(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["*.arrow", "dataset_info.json", "state.json"])
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_materialised_dataset_that_was_cut_or_lost_files_is_written_again(tmp_path, name, is_cut) -> None:
+    opened = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["a", "b"]}))
+    before = opened.materialise(tmp_path / "d")
+    file = next((tmp_path / "d").glob(name))
+    if is_cut:
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink()
+    again = opened.materialise(tmp_path / "d")
+    assert [(rows.path, rows.n_rows) for rows in again] == [(rows.path, rows.n_rows) for rows in before]
+
+
+def test_content_digest_is_of_the_rows_not_of_their_storage() -> None:
+    texts = [*sentences(30), None]
+    whole = Dataset.from_dict({"text": texts})
+    cut = concatenate_datasets([Dataset.from_dict({"text": texts[:11]}), Dataset.from_dict({"text": texts[11:]})])
+    digest = open_corpus(DatasetConfig(), whole).content_digest
+    assert open_corpus(DatasetConfig(), cut).content_digest == digest
+    assert open_corpus(DatasetConfig(), whole.add_column("n", list(range(31)))).content_digest == digest
+    assert open_corpus(DatasetConfig(max_samples=30), whole).content_digest != digest
+    joined = Dataset.from_dict({"text": ["".join(texts[:2]), "", *texts[2:]]})
+    assert open_corpus(DatasetConfig(), joined).content_digest != digest
+
+
+def test_content_digest_of_ids() -> None:
+    one = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
+    same = open_corpus(
+        DatasetConfig(text_column="input_ids"), Dataset.from_dict({"input_ids": [[1, 2], [3]], "text": ["x", "y"]})
+    )
+    moved = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1], [2, 3]]}))
+    assert one.content_digest == same.content_digest != moved.content_digest
+
+
+def test_ids_are_taken_as_they_are_and_cut() -> None:
+    found = tokenize([[1, 2, 3], [], None, list(range(20))], ids_spec())
+    assert [len(d) for d in found] == [3, 0, 0, 10]
+    assert found[0].dtype == np.int32
+
+
+def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
+    _, spec = inspect_tokenizer(
+        TeacherConfig(model_path=str(llama)), DatasetConfig(), is_text=True, head_width=HEAD_WIDTH, max_length=2
+    )
+    found = tokenize(["red green blue", "", None, "red"], spec)
+    assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "message"),
+    [
+        (["a", 5], {"path": "t"}, r"dataset row 101: expected a text, got int 5"),
+        ([[1], "x"], {}, r"dataset row 101: expected a list of token ids, got str 'x'"),
+        ([[1], [2, 104]], {}, r"dataset row 101: expected token ids in \[0, 104\), got 104"),
+        ([[1], [2, None]], {}, r"dataset row 101: expected a flat list of token ids"),
+        ([[1], [-3]], {}, r"dataset row 101: expected token ids in \[0, 104\), got -3"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(rows, spec, message) -> None:
+    with pytest.raises(DatasetError, match=message) as caught:
+        tokenize(rows, ids_spec(**spec), first_row=100)
+    assert caught.value.row == 101
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "no-such-dataset-anywhere"}, r"dataset\.name: expected a dataset, got 'no-such-dataset-anywhere'"),
+        ({"name": "json", "data_files": ("/no/such.jsonl",)}, r"dataset\.name: expected a dataset, got 'json'"),
+        ({"name": "json", "split": "validatoin"}, r"dataset\.split: expected one of \['train'\], or slices"),
+        ({"name": "json", "text_column": "txt"}, r"dataset\.text_column: expected one of .*'txt', did you mean 'text'"),
+    ],
+)
+def test_a_missing_dataset_split_or_column_is_refused(config, message, corpus) -> None:
+    with pytest.raises(DatasetError, match=message):
+        open_corpus(DatasetConfig(**{"data_files": (str(corpus),), **config}))
+
+
+def test_an_empty_dataset_is_refused(tmp_path) -> None:
+    empty = Dataset.from_dict({"text": []})
+    with pytest.raises(DatasetError, match="expected at least one row, got an empty dataset"):
+        open_corpus(DatasetConfig(), empty)
+
+
+def test_max_samples_takes_the_first_rows() -> None:
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
+    assert list(open_corpus(DatasetConfig(max_samples=2), dataset).head()) == ["a", "b"]
+    assert open_corpus(DatasetConfig(max_samples=9), dataset).n_rows == 3
+    assert open_corpus(DatasetConfig(max_samples="all"), dataset).n_rows == 3
+
+
+class TestTokenizerMatch:
+    corpus = Dataset.from_dict({"text": ["red"]})
+
+    def settle(self, path, head_width=HEAD_WIDTH, dataset=None, **config):
+        opened = open_corpus(DatasetConfig(), dataset or self.corpus)
+        return inspect_tokenizer(
+            TeacherConfig(model_path=str(path)),
+            DatasetConfig(**config),
+            is_text=opened.is_text,
+            head_width=head_width,
+            max_length=2048,
+        )
+
+    def test_a_padded_head_is_fine(self, llama) -> None:
+        tokenizer, spec = self.settle(llama)
+        assert (tokenizer.vocab_size, spec.vocab_size) == (VOCAB_SIZE, VOCAB_SIZE)
+
+    @pytest.mark.parametrize("head_width", [VOCAB_SIZE - 1, 2 * VOCAB_SIZE])
+    def test_another_models_tokenizer_is_refused(self, llama, head_width) -> None:
+        with pytest.raises(TeacherError, match=rf"for the teacher's {head_width} logits, got .* with {VOCAB_SIZE} ids"):
+            self.settle(llama, head_width)
+
+    def test_unless_the_valid_ids_are_said(self, llama) -> None:
+        assert self.settle(llama, 2 * VOCAB_SIZE, vocab_size=150)[1].vocab_size == 150
+        with pytest.raises(TeacherError, match="expected at most the teacher's logit width 112, got 113"):
+            self.settle(llama, vocab_size=113)
+
+    def test_text_without_a_tokenizer_is_refused(self, tmp_path) -> None:
+        with pytest.raises(TeacherError, match=r"teacher\.tokenizer_path: expected a tokenizer"):
+            self.settle(tmp_path)
+
+    def test_ids_need_none(self, tmp_path) -> None:
+        tokenizer, spec = self.settle(tmp_path, dataset=Dataset.from_dict({"input_ids": [[1]]}))
+        assert tokenizer is None
+        assert (spec.path, spec.vocab_size) == (None, HEAD_WIDTH)
+
+    def test_its_identity_is_its_map_and_rules(self, llama, tmp_path) -> None:
+        save_tokenizer(tmp_path)
+        first, spec = self.settle(llama)
+        tokenize(["red " * 50], spec)
+        assert self.settle(llama)[0] == first == self.settle(tmp_path)[0]
+        save_tokenizer(tmp_path / "other", VOCAB_SIZE - 1)
+        assert self.settle(tmp_path / "other")[0].map_digest != first.map_digest
+
+
+def test_another_tokenizer_at_the_same_path_is_refused(llama) -> None:
+    with pytest.raises(TeacherError, match="expected the tokenizer abc… that the driver saw"):
+        tokenize(["red"], ids_spec(path=str(llama), identity="abc"))
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
+    for texts in (["red", "green"], ["blue", "cat"]):
+        opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[len(text)] for text in texts]}))
+        files = opened.materialise(tmp_path / "dataset")
+        found = tokenize(read_rows(files, "input_ids"), ids_spec())
+        assert [d.tolist() for d in found] == [[len(text)] for text in texts]
+        shutil.rmtree(tmp_path / "dataset")
+
+
+def test_rows_written_as_json_with_null_text(tmp_path) -> None:
+    path = write_json_lines(tmp_path / "x.jsonl", ["red", None, "blue"])
+    opened = open_corpus(DatasetConfig(name="json", data_files=(str(path),)))
+    assert list(opened.head()) == ["red", None, "blue"]

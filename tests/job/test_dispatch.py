@@ -1,0 +1,147 @@
+"""Workers that die, hang or lose their scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import dask
+import pytest
+from builders import cache_dir, dask_processes, finish, wait_for
+from distributed import Client, LocalCluster, WorkerPlugin
+from test_cluster import COMMAND
+
+from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
+from dask_logits.config import JobConfig
+from dask_logits.job.bisect import _passes, _two_deaths_are_enough
+from dask_logits.job.cluster import _facts
+from dask_logits.job.dispatch import _Window
+from dask_logits.run.plan import Partition
+
+
+class Saboteur(WorkerPlugin):
+    """Replaces the partition task in every worker, restarted ones too."""
+
+    def __init__(self, act: str) -> None:
+        self.act = act
+
+    def setup(self, worker) -> None:
+        from dask_logits.job import dispatch
+
+        act = self.act
+
+        def sabotaged(task, on_tokens, stages):
+            import os
+            import time
+
+            if act == "die":
+                os._exit(1)
+            time.sleep(60)
+
+        dispatch.process_partition = sabotaged
+
+
+@contextlib.contextmanager
+def sabotaged(act: str) -> Iterator[str]:
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}):
+        cluster = LocalCluster(
+            n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+        )
+    try:
+        with Client(cluster) as client:
+            client.register_plugin(Saboteur(act))
+            yield cluster.scheduler_address
+    finally:
+        # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
+        with contextlib.suppress(TimeoutError):
+            cluster.close(timeout=10)
+
+
+def test_what_kills_every_worker_stops_early(overrides) -> None:
+    with sabotaged("die") as address:
+        more = [f"distillation.cluster.scheduler={address}", "distillation.job.max_failures=2"]
+        with pytest.raises(PartitionsFailedError, match="the first 2 partitions all failed, so the job was stopped"):
+            generate(load_config([*overrides, *more]))
+    assert read_status(cache_dir(overrides)).committed == 0
+
+
+def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
+    # Calibrated in peace.
+    generate(load_config(joined)).unlink()
+    shutil.rmtree(cache_dir(overrides) / "receipts")
+    with sabotaged("hang") as address:
+        more = [f"distillation.cluster.scheduler={address}", "distillation.job.stall_seconds=5"]
+        with pytest.raises(
+            ClusterError, match=r"expected progress within 5 s, got none for .* workers and partitions 00000\d"
+        ):
+            generate(load_config([*overrides, *more]))
+
+
+def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
+    held = SimpleNamespace(status="running")
+    window = _Window(held, iter(()), JobConfig(stall_seconds=1), lambda failure: None, last_progress=-1e9)
+    monkeypatch.setattr(_Window, "_workers", lambda self: {})
+    window._later.append((math.inf, None))
+    window.check_stall()
+    for later in ([], [(0.0, None)], [(math.inf, None), (0.0, None)]):
+        window.last_progress = -1e9
+        window._later[:] = later
+        with pytest.raises(ClusterError, match="expected progress within 1 s"):
+            window.check_stall()
+
+
+def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
+    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
+    with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        client = Client(cluster)
+
+        def lose_it() -> None:
+            with _two_deaths_are_enough(client):
+                client.close()
+                _passes(client, task, 0, 4, 1.0)
+
+        for _ in range(2):
+            with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
+                lose_it()
+
+
+def _of_another_environment() -> None:
+    raise ModuleNotFoundError("No module named 'gone'")
+
+
+def test_a_worker_that_does_not_answer_is_gone_on_without(caplog, monkeypatch) -> None:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+        Client(cluster) as client,
+    ):
+        stopped, _ = client.run(os.getpid).values()
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            assert len(_facts(client, 15)[0]) == 1
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert "no answer from tcp://" in caplog.text
+        assert len(_facts(client, 30)[0]) == 2
+        monkeypatch.setattr("dask_logits.job.cluster.worker_facts", _of_another_environment)
+        with pytest.raises(
+            ClusterError, match=r"(?s)expected workers with this environment, got none:.*No module named 'gone'"
+        ):
+            _facts(client, 30)
+
+
+def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:
+    with dask_processes(tmp_path) as (file, scheduler):
+        mine = [*overrides, "distillation.partition.rows=1", f"distillation.cluster.scheduler_file={file}"]
+        driver = subprocess.Popen([*COMMAND, *mine], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: list((cache_dir(overrides) / "receipts").rglob("*.json")), driver)
+        scheduler.kill()
+        log = finish(driver)
+    assert driver.returncode == 1
+    assert "expected a running scheduler, got none" in log
+    assert read_status(cache_dir(overrides)).committed >= 1

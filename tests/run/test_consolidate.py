@@ -1,0 +1,215 @@
+"""A cache in several files: what it is made of, what a crash leaves, what readers and commands make of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import cache_dir, compact, plain, records, sentences, tree, write_json_lines
+
+from dask_logits import (
+    CachedLogitsDataset,
+    CacheError,
+    ConfigError,
+    RunConflictError,
+    convert,
+    generate,
+    load_config,
+    merge,
+    read_status,
+)
+from dask_logits.cache.partition import write_partition
+from dask_logits.cache.pieces import PartitionPiece, consolidate
+from dask_logits.cache.reader import CacheReader
+from dask_logits.cli import main
+from dask_logits.ops.show import card
+from dask_logits.records import Statistics, total_digest
+from dask_logits.run import consolidate as run_consolidate
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.parts import RunPart
+
+SMALL = "distillation.cache.max_file_size=1KB"
+KEEP = "distillation.job.keep_partitions=true"
+
+
+def run(overrides: list[str], *more: str) -> Path:
+    return generate(load_config([*overrides, *more]))
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "teacher_logits").iterdir())}
+
+
+def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, capsys) -> None:
+    folder = cache_dir(joined)
+    single = run(joined, KEEP)
+    expected = list(CachedLogitsDataset(single, keep_empty=True))
+    whole = read_status(folder)
+    single.unlink()
+    index = run(joined, SMALL, KEEP)
+    assert index == folder / "teacher_logits.index.json"
+    assert not single.exists()
+    assert [name[:6] for name in files(folder)] == ["00000-", "00001-", "00002-", "00003-"]
+    for path in (index, folder, folder / "teacher_logits"):
+        found = list(CachedLogitsDataset(path, keep_empty=True))
+        assert len(found) == len(expected) == 40
+        for one, other in zip(found, expected, strict=True):
+            assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in other)
+    status = read_status(folder)
+    assert (status.state, status.cache) == ("complete", str(index))
+    assert (status.content_digest, status.statistics) == (whole.content_digest, whole.statistics)
+    shown = card(folder)
+    assert shown["files"] == 4
+    assert {name: shown[name] for name in ("tokens", "content_digest", "kept_mass")} == {
+        name: card_of_one for name, card_of_one in card(convert(index, folder / "one.h5", profile="plain")).items()
+        if name in ("tokens", "content_digest", "kept_mass")
+    }  # fmt: skip
+    assert "shard" not in CacheReader(folder / "one.h5").attributes
+    before = tree(folder)
+    assert run(joined, SMALL, KEEP) == index
+    assert merge([folder]) == index
+    assert {**tree(folder), ".consolidate.lock": b"", ".driver.lock": b""} == {
+        **before, ".consolidate.lock": b"", ".driver.lock": b"",
+    }  # fmt: skip
+    main(["merge", str(folder), "--output", str(folder / "again.h5"), "--max-file-size", "1KB"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "again.index.json")
+    assert json.loads((folder / "again.index.json").read_text())["content_digest"] == whole.content_digest
+
+
+def test_files_are_as_large_as_allowed(joined) -> None:
+    folder = cache_dir(joined)
+    single = run(joined, KEEP)
+    single.unlink()
+    assert run(joined, KEEP, "distillation.cache.max_file_size=1GB") == single
+    single.unlink()
+    limit = (
+        run_consolidate._FILE_BYTES + sum(piece.n_bytes for piece in RunPart.open(RunFolder(folder)).pieces()) * 3 // 4
+    )
+    run(joined, KEEP, f"distillation.cache.max_file_size={limit}")
+    assert len(files(folder)) == 2
+    assert all(path.stat().st_size <= limit for path in (folder / "teacher_logits").iterdir())
+
+
+def test_what_a_crash_left_is_taken_up_and_nothing_looks_complete_before_the_index(joined, monkeypatch) -> None:
+    folder = cache_dir(joined)
+    write, written = run_consolidate._write, []
+
+    def crash(*given) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(given[0])
+        write(*given)
+
+    monkeypatch.setattr(run_consolidate, "_write", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(joined, SMALL)
+    assert read_status(folder).state == "scored"
+    with pytest.raises(CacheError, match=r"expected the parts of all 40 rows of the job, got 24 rows in 2 parts"):
+        CachedLogitsDataset(folder / "teacher_logits")
+    before = files(folder)
+    monkeypatch.setattr(run_consolidate, "_write", write)
+    run(joined, SMALL)
+    after = files(folder)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 4
+    assert read_status(folder).state == "complete"
+
+
+def test_a_grown_run_and_another_limit_leave_no_old_files(joined) -> None:
+    folder = cache_dir(joined)
+    run(joined, SMALL, "distillation.dataset.max_samples=24")
+    old = files(folder)
+    assert len(CachedLogitsDataset(folder, keep_empty=True)) == 24
+    index = run(joined, SMALL)
+    assert not old.keys() & files(folder).keys()
+    assert len(CachedLogitsDataset(folder, keep_empty=True)) == 40
+    digest = read_status(folder).content_digest
+    assert {path.name for path in folder.glob("teacher_logits*")} == {"teacher_logits", index.name}
+    run(joined, "distillation.teacher.generation.force_regenerate=true")
+    assert {path.name for path in folder.glob("teacher_logits*")} == {"teacher_logits.h5"}
+    assert read_status(folder).content_digest == digest
+    assert not (folder / "previous").exists()
+
+
+def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
+    folder = cache_dir(joined)
+    index = run(joined, SMALL)
+    first, second, *_ = sorted((folder / "teacher_logits").iterdir())
+    bytes_of_second = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CacheError, match="merge again"):
+        CachedLogitsDataset(index)
+    assert read_status(folder).state == "damaged"
+    second.unlink()
+    with pytest.raises(CacheError, match="expected a cache, got nothing"):
+        run(joined, SMALL)
+    second.write_bytes(bytes_of_second)
+    said = json.loads(index.read_text())
+    index.write_text(json.dumps({**said, "version": 2}))
+    with pytest.raises(CacheError, match=r"expected dask_logits\.index version 1, got 'dask_logits\.index' version 2"):
+        CachedLogitsDataset(index)
+    index.write_text(json.dumps({**said, "n_rows": 41}))
+    with pytest.raises(CacheError, match=r"expected parts of a job of 41 rows, got .* of one of 40; merge again"):
+        CachedLogitsDataset(index)
+    fewer = {**said, "caches": said["caches"][:3]}
+    index.write_text(json.dumps(fewer))
+    with pytest.raises(CacheError, match=r"expected caches with content .* in all, got"):
+        CachedLogitsDataset(index)
+    fewer["content_digest"] = total_digest(entry["content_digest"] for entry in fewer["caches"])
+    index.write_text(json.dumps(fewer))
+    with pytest.raises(CacheError, match="expected the parts of all 40 rows"):
+        CachedLogitsDataset(index)
+
+
+def test_a_size_that_is_none_is_refused(joined) -> None:
+    for size in ("20 apples", "0", "-1GB"):
+        with pytest.raises(ConfigError, match=r"distillation\.cache\.max_file_size: expected a size such as '20GB'"):
+            load_config([*joined, f"distillation.cache.max_file_size='{size}'"])
+    with pytest.raises(ConfigError, match="expected a size"):
+        merge([cache_dir(joined)], max_file_size="much")
+
+
+@pytest.mark.parametrize("profile", ["plain", "compact"])
+def test_how_large_a_file_becomes_is_known_before(tmp_path, profile) -> None:
+    made = records((400, 1_000, 30), k=16, vocab_size=5_000)
+    stored = plain(16, 5_000) if profile == "plain" else compact(16, 5_000, chunk_tokens=512)
+    files = write_partition(tmp_path / "p.zarr", made, stored)
+    receipt = {"first_row": 0, "n_rows": 3, "files": files, "statistics": vars(Statistics.of(made))}
+    piece = PartitionPiece(path=tmp_path / "p.zarr", receipt={**receipt, "content_digest": "0"}, profile=stored)
+    consolidate(tmp_path / "c.h5", lambda: [piece], profile=stored, packed=False, attributes={})
+    tables = sum(table.nbytes for table in stored.tables.values())
+    size = (tmp_path / "c.h5").stat().st_size
+    assert size <= piece.n_bytes + tables + run_consolidate._FILE_BYTES
+    assert piece.n_bytes + tables == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize("theirs", [None, "1KB"])
+@pytest.mark.parametrize("ours", [None, "1KB"])
+def test_a_cache_of_another_job_is_never_written_over(joined, tmp_path, theirs, ours) -> None:
+    other = write_json_lines(tmp_path / "other.jsonl", sentences(40, seed=9))
+    folders = [tmp_path / name for name in ("mine", "theirs")]
+    run(joined, f"distillation.teacher.cache_dir={folders[0]}", KEEP)
+    more = [f"distillation.dataset.data_files={other}", f"distillation.teacher.cache_dir={folders[1]}"]
+    run(joined, *more, *([] if theirs is None else [SMALL]))
+    before = tree(folders[1])
+    for wanted in ("teacher_logits.h5", "teacher_logits.index.json"):
+        indexed = wanted.endswith(".json")
+        if indexed and not (folders[1] / wanted).exists():
+            continue
+        with pytest.raises(RunConflictError, match="expected no file, or an older cache of this job, got another"):
+            merge([folders[0]], output=folders[1] / wanted, max_file_size=ours, index=indexed)
+    assert tree(folders[1]).items() >= before.items()
+
+
+def test_numbered_files_that_a_cache_is_made_of_are_left(joined, tmp_path) -> None:
+    folder = cache_dir(joined)
+    run(joined, SMALL)
+    parts = tmp_path / "parts"
+    shutil.copytree(folder / "teacher_logits", parts)
+    before = tree(parts)
+    merge([parts], output=tmp_path / "parts.h5")
+    assert tree(parts).items() >= before.items()
+    assert len(CachedLogitsDataset(tmp_path / "parts.h5", keep_empty=True)) == 40

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import VOCAB_SIZE, tiny_model
+
+from dask_logits.config import TeacherConfig
+from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.job.dispatch import classify
+from dask_logits.teacher import checkpoint
+from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.selfcheck import choose_path
+
+
+def spec(path, **changes) -> TeacherSpec:
+    identity = inspect_teacher(TeacherConfig(model_path=str(path))).identity if path.exists() else "x"
+    values = {
+        "path": str(path),
+        "revision": None,
+        "identity": identity,
+        "dtype": "float32",
+        "device": "cpu",
+        "torch_threads": 1,
+        "trust_remote_code": False,
+    }
+    return TeacherSpec(**{**values, **changes})
+
+
+def test_inspection_counts_without_loading(llama) -> None:
+    facts = inspect_teacher(TeacherConfig(model_path=str(llama)))
+    model = tiny_model("llama")
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert (facts.hidden_width, facts.head_width, facts.layers) == (32, 112, 2)
+    assert (facts.max_positions, facts.checkpoint_dtype, facts.revision) == (256, "float32", None)
+
+
+def test_identity_is_the_content_of_the_files(llama, tmp_path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(llama, copy)
+    here, there = (inspect_teacher(TeacherConfig(model_path=str(path))).identity for path in (llama, copy))
+    assert here == there
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert inspect_teacher(TeacherConfig(model_path=str(copy))).identity != here
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", "no-such-model-anywhere"])
+def test_a_missing_model_is_refused(path: str) -> None:
+    with pytest.raises(TeacherError, match=r"distillation\.teacher\.model_path: expected a .*got '") as caught:
+        inspect_teacher(TeacherConfig(model_path=path))
+    assert path in str(caught.value)
+
+
+def test_a_worker_without_the_teacher_says_what_to_check(tmp_path) -> None:
+    with pytest.raises(TeacherError, match="which does not exist; correct"):
+        load_teacher(spec(tmp_path / "gone"), VOCAB_SIZE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_folder_that_is_away_for_a_moment_is_an_error_of_its_disk(llama, tmp_path) -> None:
+    seen = spec(llama)
+    with pytest.raises(FileNotFoundError, match="the teacher's folder is not here") as caught:
+        load_teacher(dataclasses.replace(seen, path=str(tmp_path / "gone")), VOCAB_SIZE)
+    assert classify(caught.value) == "transient"
+
+
+def test_a_missing_device_names_the_setting(llama) -> None:
+    with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
+        load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+
+
+def test_weights_that_do_not_fit_the_gpu_are_refused_with_the_arithmetic(llama, monkeypatch) -> None:
+    free, total = 1 << 10, 80 << 30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    with pytest.raises(
+        CapacityError, match=r"values, most of 4 bytes\), got 0\.00 of 80\.00 GiB; use a smaller"
+    ) as caught:
+        load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+    assert caught.value.free_bytes == free
+    assert caught.value.needed_bytes >= 4 * inspect_teacher(TeacherConfig(model_path=str(llama))).parameters
+
+
+def test_a_teacher_the_driver_did_not_see_is_refused(llama) -> None:
+    with pytest.raises(TeacherError, match="expected the teacher sha256:0… that the driver saw, got sha256:"):
+        load_teacher(spec(llama, identity="sha256:0"), VOCAB_SIZE)
+
+
+def test_a_process_holds_as_many_teachers_as_fit(llama, teacher_folder, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "_LOADED", {})
+    first = load_teacher(spec(llama), VOCAB_SIZE)
+    other = load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE)
+    # Two runs that take turns on a worker load nothing again.
+    assert load_teacher(spec(llama), VOCAB_SIZE) is first
+    assert load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE) is other
+    gone = weakref.ref(first)
+    del first
+    monkeypatch.setattr(checkpoint, "_MOST_TEACHERS", 2)
+    load_teacher(spec(llama, torch_threads=2), VOCAB_SIZE)
+    assert gone() is None
+    assert load_teacher(spec(teacher_folder("gpt2")), VOCAB_SIZE) is other
+    memory = SimpleNamespace(available=1)
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: memory)
+    load_teacher(spec(llama), VOCAB_SIZE)
+    assert len(checkpoint._LOADED) == 1
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(llama).save_pretrained(tmp_path / "trunk")
+    with pytest.raises(TeacherError, match=r"expected all weights .* got none for lm_head\.weight \(1 in all\)"):
+        inspect_teacher(TeacherConfig(model_path=str(tmp_path / "trunk")))
+
+
+def test_a_truncated_checkpoint_is_refused(llama, tmp_path) -> None:
+    shutil.copytree(llama, tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(TeacherError, match=r"is incomplete: expected .* bytes, got .*; download the file again"):
+        inspect_teacher(TeacherConfig(model_path=str(tmp_path / "cut")))
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_bound_the_length(tmp_path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    factors = [1.0] * 4
+    config = AutoConfig.for_model(
+        "phi3", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=128, original_max_position_embeddings=32, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 1e4,
+                         "original_max_position_embeddings": 32},
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert inspect_teacher(TeacherConfig(model_path=str(tmp_path))).max_positions == 32
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(vocab_size=VOCAB_SIZE, is_decoder=False, **small)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0)
+    with pytest.raises(TeacherError, match="expected a causal model"):
+        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
+
+
+def test_a_teacher_of_nan_is_refused_at_once() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(TeacherError, match="got NaN or infinity everywhere"):
+        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
+
+
+def test_a_frozen_path_that_no_longer_agrees_is_refused() -> None:
+    with pytest.raises(TeacherError, match="expected one of the head paths linear"):
+        choose_path(Teacher(tiny_model("minicpm3"), VOCAB_SIZE), exact=True, heads=("linear",))
+
+
+@pytest.mark.parametrize(
+    ("setting", "checkpoint", "device", "expected"),
+    [
+        ("float32", "bfloat16", "cpu", "float32"),
+        ("bfloat16", "float32", "cpu", "bfloat16"),
+        ("auto", "float32", "cpu", "float32"),
+        ("auto", "bfloat16", "cuda", "bfloat16"),
+        ("auto", "float16", "cuda", "float16"),
+        ("auto", "float64", "cuda", "float32"),
+    ],
+)
+def test_dtype_resolution(setting: str, checkpoint: str, device: str, expected: str) -> None:
+    assert resolve_dtype(setting, checkpoint, device) == expected
+
+
+def test_half_precision_on_a_cpu_without_the_units_becomes_float32(monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.teacher.checkpoint._cpu_has_bfloat16", lambda: False)
+    assert resolve_dtype("auto", "bfloat16", "cpu") == "float32"
+    monkeypatch.setattr("dask_logits.teacher.checkpoint._cpu_has_bfloat16", lambda: True)
+    assert resolve_dtype("auto", "bfloat16", "cpu") == "bfloat16"

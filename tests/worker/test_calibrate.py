@@ -1,0 +1,129 @@
+"""The calibration: what it settles, when it tries what, and what it does when that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from builders import VOCAB_SIZE
+
+from dask_logits.config import TeacherConfig
+from dask_logits.data.items import plain_items
+from dask_logits.errors import TeacherError
+from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.teacher.model import ScoringPath
+from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.worker import calibrate as calibration
+from dask_logits.worker.calibrate import CalibrationTask, calibrate
+
+
+@pytest.fixture
+def task(llama):
+    draw = np.random.default_rng(0)
+    documents = tuple(draw.integers(VOCAB_SIZE, size=n).astype(np.int32) for n in (30, 4, 17, 60, 9) * 4)
+    spec = TeacherSpec(
+        path=str(llama), revision=None, identity=inspect_teacher(TeacherConfig(model_path=str(llama))).identity,
+        dtype="bfloat16", device="cpu", torch_threads=1, trust_remote_code=False,
+    )  # fmt: skip
+
+    def make(**changes) -> CalibrationTask:
+        values = {
+            "teacher": spec, "documents": documents, "plan_tokens": 1_000, "top_k": 8, "vocab_size": VOCAB_SIZE,
+            "batch_size": None, "batch_tokens": 128, "batch_tokens_fixed": True, "head_rows": 16, "logits": "exact",
+            "compile": "auto",
+        }  # fmt: skip
+        return CalibrationTask(**{**values, **changes})
+
+    return make
+
+
+def test_a_short_plan_is_scored_as_it_is(task) -> None:
+    found = calibrate(task(batch_tokens_fixed=False))
+    assert ScoringPath(**found["numerics"]["path"]) == ScoringPath(attention="blocks", head="linear", exact=True)
+    assert found["numerics"]["batch_tokens"] == 128
+    assert found["trials_tokens_per_second"] == {}
+    assert found["compile_seconds"] is None
+    assert 0 < found["mfu"] < 1
+
+
+def test_model_logits_are_asked_for(task) -> None:
+    assert not calibrate(task(logits="model"))["numerics"]["path"]["exact"]
+
+
+def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeypatch) -> None:
+    monkeypatch.setitem(calibration._MOST_BATCH_TOKENS, "cpu", 256)
+    found = calibrate(task(batch_tokens_fixed=False, plan_tokens=None, compile="never"))
+    rates = found["trials_tokens_per_second"]
+    assert set(rates) == {"batch_tokens=128", "batch_tokens=256"}
+    faster = rates["batch_tokens=256"] >= 1.03 * rates["batch_tokens=128"]
+    assert found["numerics"]["batch_tokens"] == (256 if faster else 128)
+
+
+@pytest.mark.parametrize(("minutes", "tries_compiled"), [(1.4, False), (9, True), (60, True)])
+def test_its_cost_is_a_small_part_of_the_plan(task, monkeypatch, minutes: float, tries_compiled: bool) -> None:
+    rate, spent = 230, []
+
+    def slowly(*args, **settings):
+        scored = score_items(*args, **settings)
+        spent.append(scored.records.n_tokens / rate)
+        return dataclasses.replace(scored, seconds=scored.seconds | {"score": spent[-1]})
+
+    monkeypatch.setattr(calibration, "score_items", slowly)
+    # Compiling takes real time; here it changes nothing, and is timed like the rest.
+    monkeypatch.setattr(calibration, "try_compiled", lambda teacher, longest: 0.0)
+    draw = np.random.default_rng(0)
+    documents = tuple(draw.integers(VOCAB_SIZE, size=250).astype(np.int32) for _ in range(40))
+    plan_tokens = round(60 * minutes * rate)
+    found = calibrate(task(documents=documents, plan_tokens=plan_tokens, batch_tokens_fixed=False))
+    assert sum(spent) <= 0.1 * 60 * minutes
+    assert ("compiled" in found["trials_tokens_per_second"]) == tries_compiled
+    assert 0 <= found["tokens"] - calibration.sample_tokens(plan_tokens) < 250
+
+
+def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
+    bounded = calibrate(task(batch_tokens_fixed=False, plan_tokens=10**9, most_trial_seconds=1e-3))
+    monkeypatch.setattr(calibration, "_UNKNOWN_SECONDS", 1e-3)
+    for found in (bounded, calibrate(task(batch_tokens_fixed=False, plan_tokens=None))):
+        assert found["trials_tokens_per_second"] == {}
+        assert not found["numerics"]["path"]["compiled"]
+
+
+def test_compiled_layers_are_kept_if_they_pay(task) -> None:
+    found = calibrate(task(compile="always"))
+    assert found["numerics"]["path"]["compiled"]
+    assert found["compile_seconds"] > 0
+    assert found["errors_nats"]["compiled"] <= 4 * found["errors_nats"]["rounding"]
+    assert set(found["trials_tokens_per_second"]) == {"eager", "compiled"}
+
+
+def test_a_worker_that_calibrates_again_still_runs_what_it_compiled(task) -> None:
+    # A worker of a standing cluster, which holds the teacher of the run before.
+    chosen = ScoringPath(**calibrate(task(compile="always"))["numerics"]["path"])
+    asked = task()
+    teacher = load_teacher(asked.teacher, VOCAB_SIZE)
+    settings = ScoringSettings(
+        top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=128, batch_size=None, head_rows=16, path=chosen
+    )  # fmt: skip
+
+    def logsumexp(path: ScoringPath) -> np.ndarray:
+        given = dataclasses.replace(settings, path=path)
+        return score_items(teacher, plain_items(asked.documents), given).records.logsumexp
+
+    before = logsumexp(chosen)
+    calibrate(task(compile="always"))
+    assert load_teacher(asked.teacher, VOCAB_SIZE) is teacher
+    np.testing.assert_array_equal(logsumexp(chosen), before)
+    assert (logsumexp(dataclasses.replace(chosen, compiled=False)) != before).any()
+
+
+def _broken(*_: object, **__: object) -> None:
+    raise RuntimeError("no C++ compiler\nand more")
+
+
+def test_where_nothing_can_be_compiled_auto_goes_on_and_always_is_refused(task, monkeypatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", _broken)
+    assert not calibrate(task(plan_tokens=None))["numerics"]["path"]["compiled"]
+    with pytest.raises(TeacherError, match=r"scoring\.compile: expected to compile .* got no C\+\+ compiler; install"):
+        calibrate(task(compile="always"))
