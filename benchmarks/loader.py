@@ -101,8 +101,6 @@ def readers(folder: Path, window: int) -> dict[str, tuple[Reader, int, Path]]:
         found[f"{profile}, blocks"] = (of_dataset(windows), len(windows), path)
     codes = CachedLogitsDataset(folder / "compact.h5", decode="device", window=window)
     found["compact, blocks of codes"] = (of_dataset(codes), len(codes), folder / "compact.h5")
-    slow = CachedLogitsDataset(folder / "compact.h5", engine="h5py")
-    found["compact through h5py, documents"] = (of_dataset(slow), len(slow), folder / "compact.h5")
 
     ends = np.load(folder / "ends.npy")
     k = CacheReader(folder / "plain.h5").top_k

@@ -17,7 +17,7 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.config import settings
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "cache" / "golden" / "v1.3-plain.h5"
+GOLDEN = ROOT / "tests" / "cache" / "golden" / "v1.0-plain.h5"
 
 
 def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=None) -> subprocess.CompletedProcess:

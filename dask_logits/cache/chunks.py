@@ -177,7 +177,7 @@ class PlaneReader:
             return os.pread(self._descriptor, size, offset)
         except OSError as error:
             raise CacheError(
-                f"{self.path}: expected to read {size} bytes at {offset}, got {error}; look after the disk",
+                f"{self.path}: expected to read {size} bytes at {offset}, got {error}; check the disk",
                 str(self.path),
             ) from error
 

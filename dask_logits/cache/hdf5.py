@@ -1,17 +1,13 @@
-"""HDF5 files that somebody may have made to do harm: opened and read without believing what they claim.
+"""Defensive reading of HDF5 files that may come from strangers.
 
-Nothing outside the file is read (links, external and virtual storage), nothing takes more memory than the file's size
-can justify, and what h5py raises becomes this package's error.
-
-One of the three homes of ``h5py``.
+Nothing outside the file is read (links, external and virtual storage). Sizes in the header must match the arrays, and
+arrays must lie inside the file. Errors of h5py become :class:`~dask_logits.errors.CacheError`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,17 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.chunks import content_bytes, fletcher32
-from dask_logits.cache.heaps import broken_heap
-from dask_logits.cache.layout import ZSTD_FILTER
 from dask_logits.errors import CacheError, first_line
 from dask_logits.files.atomic import parse_json
-from dask_logits.records import Array
 
-# Deflate, shuffle, Fletcher-32, LZF: none makes more than about a thousand bytes of one.
-_FILTERS = frozenset({1, 2, 3, 32_000, ZSTD_FILTER})
-_MOST_RATIO = 1100
-_MOST_CHUNK_BYTES = 64 << 20
 _MOST_TEXT_BYTES = 64 << 20
 # The first bytes of an HDF5 file; our writer puts nothing before them.
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -106,18 +94,8 @@ def _kind_of(path: Path, start: bytes) -> str:
     return f"a text file ({path.suffix or 'without a suffix'})"
 
 
-def root_attributes(file: h5py.File, path: Path) -> dict[str, Any]:
-    """Return the scalar attributes of the root; no other has a meaning.
-
-    Raises
-    ------
-    CacheError
-        If texts of variable length, which our writer made up to 1.2, lie where HDF5 would not come back from.
-    """
-    if any(_is_in_heap(file.attrs.get_id(name)) for name in file.attrs):
-        at = broken_heap(path) if file.id.get_create_plist().get_sizes() == (8, 8) else 0
-        if at is not None:
-            raise damaged(path, "texts one after the other", f"a heap at byte {at} where they are not")
+def root_attributes(file: h5py.File) -> dict[str, Any]:
+    """Return the scalar attributes of the root; others have no meaning."""
     found = {name: _scalar(file.attrs, name) for name in file.attrs}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -137,99 +115,49 @@ def find_dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
 
 
 def check_dataset(
-    dataset: h5py.Dataset,
-    path: Path,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    *,
-    indexed: bool = False,
+    dataset: h5py.Dataset, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, chunked: bool = False
 ) -> None:
-    """Compare a dataset's shape and dtype with what is expected, and its claims with the size of the file.
+    """Compare a dataset's shape, dtype and storage with the format's.
 
     Parameters
     ----------
     dataset
-        It.
+        The dataset to check.
     path, name
         For messages.
     shape, dtype
-        What is expected.
-    indexed
-        Its chunks are found by an index of ours, which is compared with the file where they are read.
+        The shape and dtype that the header implies.
+    chunked
+        Whether the format stores it in compressed chunks. All others are contiguous and unfiltered.
 
     Raises
     ------
     CacheError
-        If it is another, or does not lie in the file.
+        If they differ, or the array does not lie inside the file.
     """
-    found, file_bytes = (dataset.shape, dataset.dtype), path.stat().st_size
+    found = (dataset.shape, dataset.dtype)
     if found != (shape, dtype):
         raise damaged(path, f"{name} with {shape} of {dtype}", str(found))
     properties = dataset.id.get_create_plist()
-    layout, filters = properties.get_layout(), set(_filters(properties))
-    if layout == h5py.h5d.VIRTUAL or properties.get_external_count() or not filters <= _FILTERS:
-        raise damaged(path, f"{name} in the file itself, behind known filters", f"another file, or {filters}")
-    end = 0 if indexed else dataset.nbytes // _MOST_RATIO
-    if layout == h5py.h5d.CONTIGUOUS and dataset.nbytes:
-        offset = dataset.id.get_offset()
-        end = dataset.nbytes + (file_bytes if offset is None else offset)
-    elif layout == h5py.h5d.CHUNKED and math.prod(dataset.chunks) * dtype.itemsize > _MOST_CHUNK_BYTES:
-        raise damaged(path, f"{name} in chunks of at most 64 MiB", f"chunks of {dataset.chunks}")
-    if end > file_bytes:
-        raise damaged(path, f"{name} in {file_bytes} bytes", f"{dataset.nbytes} bytes, to {end}")
-
-
-class SlowArray:
-    """An array that is read through HDF5, because it is chunked or that is asked for.
-
-    HDF5's zstd plugin makes room for as many bytes as a frame says it holds, so that is compared with the chunk first.
-
-    Parameters
-    ----------
-    path, name
-        For messages.
-    dataset
-        The array.
-    """
-
-    def __init__(self, path: Path, name: str, dataset: h5py.Dataset) -> None:
-        self.path, self.name = path, name
-        self.shape, self.dtype = dataset.shape, dataset.dtype
-        self._dataset = dataset
-        self._is_zstd = ZSTD_FILTER in _filters(dataset.id.get_create_plist())
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        found: Array = self[:]
-        return found if dtype is None else found.astype(dtype)
-
-    def __getitem__(self, rows: Any) -> Any:
-        with translated(self.path, f"to read {self.name} (with the package hdf5plugin, if it is compressed)"):
-            if self._is_zstd:
-                self._check_frames(*(rows.indices(len(self))[:2] if isinstance(rows, slice) else (rows, rows + 1)))
-            return self._dataset[rows]
-
-    def _check_frames(self, start: int, stop: int) -> None:
-        steps = self._dataset.chunks
-        most = math.prod(steps) * self.dtype.itemsize + len(fletcher32(b""))
-        # HDF5 would make room for what the file says that a chunk takes; this is all that one can.
-        room = bytearray(2 * most + 1024)
-        first = int(start) // steps[0] * steps[0]
-        sides = (range(0, size, step) for size, step in zip(self.shape[1:], steps[1:], strict=True))
-        for place in itertools.product(range(first, int(stop), steps[0]), *sides):
-            found = content_bytes(self._dataset.id.read_direct_chunk(place, out=room)[1])
-            if found is None or found > most:
-                raise ValueError(f"a frame of {found} bytes in chunk {place} of {most}")
+    layout = h5py.h5d.CHUNKED if chunked else h5py.h5d.CONTIGUOUS
+    if properties.get_layout() != layout or properties.get_external_count():
+        raise CacheError(
+            f"{path}: expected {name} {'in chunks' if chunked else 'contiguous'} in the file itself, got another "
+            "layout: the file was repacked or damaged; restore the original, or read this one with h5py as "
+            "docs/FORMAT.md shows",
+            str(path),
+        )
+    if not chunked and dataset.nbytes:
+        end, file_bytes = dataset.nbytes + (dataset.id.get_offset() or 0), path.stat().st_size
+        if dataset.id.get_offset() is None or end > file_bytes:
+            raise damaged(path, f"{name} in {file_bytes} bytes", f"{dataset.nbytes} bytes, to {end}")
 
 
 def is_critical(item: h5py.HLObject) -> bool:
     """Whether an array or group says so; in a way that is not understood, too."""
     if "critical" not in item.attrs:
         return False
-    return _is_in_heap(item.attrs.get_id("critical")) or _scalar(item.attrs, "critical") not in (False, 0)
+    return _scalar(item.attrs, "critical") not in (False, 0)
 
 
 @contextlib.contextmanager
@@ -256,22 +184,13 @@ def damaged(path: Path, expected: str, found: str) -> CacheError:
     )
 
 
-def _filters(properties: Any) -> list[int]:
-    return [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
-
-
-def _is_in_heap(held: h5py.h5a.AttrID) -> bool:
-    """Whether a text is of variable length."""
-    text = h5py.check_string_dtype(held.dtype)
-    return text is not None and text.length is None
-
-
 def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
-    """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else."""
+    """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else.
+
+    Texts of variable length are something else: HDF5 2.0 loops for ever on some damaged heaps of them.
+    """
     held = attributes.get_id(name)
-    if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES:
-        return None
-    if held.dtype.kind not in "biufS" and not _is_in_heap(held):
+    if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES or held.dtype.kind not in "biufS":
         return None
     return _decoded(attributes[name])
 

@@ -9,7 +9,7 @@ import numpy as np
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array
 
 FORMAT = "dask_logits"
-FORMAT_VERSION = "1.3"
+FORMAT_VERSION = "1.0"
 CRC_BLOCK_BYTES = 1 << 20
 DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")

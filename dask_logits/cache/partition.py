@@ -180,7 +180,7 @@ class PartitionReader:
                     found[1] = _crc32(file)
             except OSError as error:
                 raise CacheError(
-                    f"{file}: expected to read it, got {error}; look after the disk, then run the same command again",
+                    f"{file}: expected to read it, got {error}; check the disk, then run the same command again",
                     str(self.path),
                 ) from error
             if found != [size, crc]:

@@ -1,30 +1,26 @@
-"""Reads a cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
+"""Read a cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
 
 Two profiles (:mod:`dask_logits.cache.profile`): *plain*, contiguous and uncompressed, which any HDF5 reader opens and
 ours maps into memory; and *compact*, in which all but the lowest byte planes are chunked and compressed by zstd behind
 a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
 processes, threads or forks.
 
-One of the three homes of ``h5py``.
-
 Dimension letters: N tokens, D documents, B blocks, K kept entries.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
 
 from dask_logits.cache.chunks import ChunkIndex, PlaneReader, fletcher32
 from dask_logits.cache.hdf5 import (
-    SlowArray,
     check_dataset,
     damaged,
     find_dataset,
@@ -47,17 +43,15 @@ from dask_logits.errors import CacheError
 from dask_logits.files.atomic import COUNT, DIGEST, OBJECT, TEXT, check_fields
 from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
 
-Engine = Literal["fast", "h5py"]
-ENGINES: tuple[Engine, ...] = ("fast", "h5py")
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
 # Bytes of an array that are checked together.
 _READ_BYTES = 8 << 20
-_SIZES = ("n_tokens", "n_documents", "top_k", "vocab_size")
-_COMPACT_SIZES = ("n_entries", "precision", "chunk_tokens")
+_SIZES = ("n_tokens", "n_entries", "n_documents", "top_k", "vocab_size")
+_COMPACT_SIZES = ("precision", "chunk_tokens")
 # Attributes that may be absent.
 _SAID = {
-    **dict.fromkeys(("n_entries", "n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
+    **dict.fromkeys(("n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
     **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
     **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
     "content_digest": DIGEST,
@@ -65,20 +59,17 @@ _SAID = {
 
 
 class CacheReader:
-    """Reads documents of a cache; with the fast engine safe to use from several threads and after a fork.
+    """Reads documents of a cache; safe to use from several threads and after a fork.
 
     Parameters
     ----------
     path
         The HDF5 file.
-    engine
-        ``fast``: memory maps and our own chunk index; ``h5py``: everything through HDF5 (a compact cache then needs
-        the package ``hdf5plugin``), which also reads files that were repacked.
 
     Raises
     ------
     CacheError
-        If it is missing, truncated, incomplete, not a cache, of a newer format, or its chunk index does not match.
+        If it is missing, truncated, incomplete, repacked, not a cache, or of a newer format.
 
     Attributes
     ----------
@@ -89,21 +80,19 @@ class CacheReader:
     n_tokens, n_entries, n_documents, top_k, vocab_size : int
         Sizes; the token axis has ``n_entries``, some of which may belong to no document.
     arrays : dict
-        Stored name → array: a memory map, or an open HDF5 dataset. Chunked arrays are absent with the fast engine.
+        Stored name → memory map, of every array that is not chunked.
     """
 
-    def __init__(self, path: Path, engine: Engine = "fast") -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.engine = engine
-        file = open_file(path)
-        with translated(path, "to open it"):
+        with open_file(path) as file, translated(path, "to open it"):
             self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
-        self.attributes = root_attributes(file, self.path)
+        self.attributes = root_attributes(file)
         self._check_header()
         self.n_tokens = int(self.attributes["n_tokens"])
-        self.n_entries = int(self.attributes.get("n_entries", self.n_tokens))
+        self.n_entries = int(self.attributes["n_entries"])
         self.n_documents = int(self.attributes["n_documents"])
         self.top_k = int(self.attributes["top_k"])
         self.vocab_size = int(self.attributes["vocab_size"])
@@ -117,23 +106,9 @@ class CacheReader:
         # Of the file that is mapped; another may have its name later.
         self._status = self.path.stat()
         self._offsets: dict[str, int] = {}
-        self.arrays: dict[str, Any] = {name: self._opened(name, datasets[name]) for name in self.names}
-        self._planes: PlaneReader | None = None
-        if chunked and self.engine == "fast":
-            self._planes = self._opened_planes(datasets, chunked)
-        elif chunked:
-            with contextlib.suppress(ImportError):
-                # Importing it is what makes its filters known to HDF5.
-                import hdf5plugin  # noqa: F401
-            self.arrays |= {name: self._opened(name, datasets[name]) for name in chunked}
-        if not any(isinstance(array, SlowArray) for array in self.arrays.values()):
-            file.close()
-        self._block_start: Array | None = None
-        if "block_start" in self.arrays:
-            self._block_start = np.asarray(self.arrays["block_start"]).astype(np.int64)
-        elif self.is_packed:
-            lengths = np.asarray(self.arrays["block_length"]).astype(np.int64)
-            self._block_start = np.cumsum(lengths) - lengths
+        self.arrays: dict[str, Array] = {name: self._mapped(name, datasets[name]) for name in self.names}
+        self._planes = self._opened_planes(datasets, chunked) if chunked else None
+        self._block_start = self.arrays["block_start"].astype(np.int64) if self.is_packed else None
         if self.is_packed and self.n_items and not self.n_documents:
             raise damaged(self.path, "segments of its blocks", "none")
 
@@ -312,14 +287,10 @@ class CacheReader:
             stop = min(first + step, self.n_entries)
             if self._planes is not None:
                 self._planes.check(*(at // self.profile.alignment for at in (first, stop)), trailers=trailers)
-            else:
-                # HDF5 compares the Fletcher-32 of what it reads.
-                for name in self.profile.arrays.keys() - set(self.names):
-                    self._read(name, first, stop)
         self._check_places()
 
     def _pieces(self, name: str) -> Iterator[Array]:
-        """Yield an array in pieces, a mapped one past its map: there, a disk that fails would end the process."""
+        """Yield an array in pieces, read with ``pread``: an I/O error in a memory map would end the process."""
         array = self.arrays[name]
         try:
             file = self._opened_again() if name in self._offsets else None
@@ -331,7 +302,7 @@ class CacheReader:
                 return
         except OSError as error:
             raise CacheError(
-                f"{self.path}: expected to read {name}, got {error}; look after the disk", str(self.path)
+                f"{self.path}: expected to read {name}, got {error}; check the disk", str(self.path)
             ) from error
         rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
         for first in range(0, len(array), rows):
@@ -404,7 +375,7 @@ class CacheReader:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
         if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
             raise damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
-        entries, step = said.get("n_entries", said["n_tokens"]), said["chunk_tokens"] if profile == "compact" else 1
+        entries, step = said["n_entries"], said["chunk_tokens"] if profile == "compact" else 1
         if entries < said["n_tokens"] or not step or entries % step:
             raise damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
 
@@ -431,10 +402,10 @@ class CacheReader:
         if dataset is None:
             raise damaged(self.path, name, "none")
         check_dataset(dataset, self.path, name, (dataset.size if length is None else length,), dtype)
-        return np.asarray(SlowArray(self.path, name, dataset))
+        return np.asarray(dataset[...])
 
     def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
-        """Compare names, shapes and dtypes with the profile's; return the arrays, contiguous or not."""
+        """Compare names, shapes and dtypes with the profile's; return the datasets."""
         entries = schema(self.top_k, self.vocab_size)
         u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
         expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
@@ -447,10 +418,9 @@ class CacheReader:
         for name in DOCUMENTS:
             expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
         root = h5py.h5g.open(file.id, b"/")
-        if root.links.exists(b"block_start") and not root.links.exists(b"block_length"):
-            raise damaged(self.path, "block_length beside block_start", "none")
-        for name in (name for name in BLOCKS if root.links.exists(name.encode())):
-            expected[name] = ((self.attributes.get("n_blocks", -1),), u64 if name == "block_start" else u32)
+        if any(root.links.exists(name.encode()) for name in BLOCKS):
+            n_blocks = (self.attributes.get("n_blocks", -1),)
+            expected |= {name: (n_blocks, u64 if name == "block_start" else u32) for name in BLOCKS}
         for name, table in self.profile.tables.items():
             expected[name] = (table.shape, table.dtype)
         if root.links.exists(b"token_crcs"):
@@ -460,8 +430,8 @@ class CacheReader:
             raise damaged(self.path, ", ".join(lacking), "none")
         for name, (shape, dtype) in expected.items():
             stored_as = self.profile.arrays.get(name)
-            fast = self.engine == "fast" and stored_as is not None and stored_as.chunked
-            check_dataset(found[name], self.path, name, shape, dtype, indexed=fast)
+            chunked = stored_as is not None and stored_as.chunked
+            check_dataset(found[name], self.path, name, shape, dtype, chunked=chunked)
         known = {name.encode() for name in expected}
         for key in root:
             if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and is_critical(file[key]):
@@ -488,18 +458,15 @@ class CacheReader:
             if (found.byte_offset, found.size) != expected:
                 raise CacheError(
                     f"{self.path}: expected chunk {chunk} of {name} at (offset, bytes) {expected}, as the index says, "
-                    f"got {(found.byte_offset, found.size)}: the file was repacked; read it with engine='h5py', or "
-                    "restore it",
+                    f"got {(found.byte_offset, found.size)}: the file was repacked; restore the original, or read this "
+                    "one with h5py as docs/FORMAT.md shows",
                     str(self.path),
                 )
 
-    def _opened(self, name: str, dataset: h5py.Dataset) -> Any:
+    def _mapped(self, name: str, dataset: h5py.Dataset) -> Array:
         if dataset.size == 0:
             return np.empty(dataset.shape, dataset.dtype)
-        offset = dataset.id.get_offset()
-        if offset is None or self.engine == "h5py":
-            return SlowArray(self.path, name, dataset)
-        self._offsets[name] = offset
+        offset = self._offsets[name] = dataset.id.get_offset()
         # An ndarray over the map: np.memmap itself costs microseconds a slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
 

@@ -2,8 +2,6 @@
 
 Contiguous arrays go through h5py, compressed chunks past its filters, as they are. A CRC-32 per MiB of every contiguous
 array, and per chunk, is stored beside it.
-
-One of the three homes of ``h5py``.
 """
 
 from __future__ import annotations
@@ -244,7 +242,7 @@ class CacheWriter:
 
 
 def _fixed(text: str) -> Array:
-    """Return a text of fixed length: one of variable length lies in a heap (:mod:`dask_logits.cache.heaps`)."""
+    """Return a text of fixed length: HDF5 2.0 does not survive damaged heaps of texts of variable length."""
     data = text.encode()
     return np.array(data, h5py.string_dtype("utf-8", max(1, len(data))))
 

@@ -332,7 +332,7 @@ def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[
             raise
         expected, cure = f"to be able to write {file}, got {reason!r}", "make room, or choose another folder"
         if reason is None:
-            expected, cure = f"disks that can be read and written, got {error}", "look after the disk"
+            expected, cure = f"disks that can be read and written, got {error}", "check the disk"
         failed = CapacityError(
             f"{folder}: expected {expected}; whatever was complete before is good: {cure}, and run the same command "
             "again"

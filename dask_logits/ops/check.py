@@ -283,9 +283,7 @@ def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
             for records in piece.runs():
                 checker.records(records, reader.profile)
                 digest.update(records)
-        # Up to 1.1 it was another digest.
-        if str(reader.attributes["format_version"]) not in ("1.0", "1.1"):
-            _compare_digest(checker, str(reader.path), reader.attributes["content_digest"], digest.hexdigest())
+        _compare_digest(checker, str(reader.path), reader.attributes["content_digest"], digest.hexdigest())
 
 
 def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> None:

@@ -107,7 +107,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
         failed = PartitionsFailedError(
             f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
-            "they were taken back: run the job again, which computes them anew; and look after the disk",
+            "they were taken back: run the job again, which computes them anew; and check the disk",
             reasons,
         )
         failed.ran = True

@@ -10,7 +10,6 @@ Dimension letters: T tokens, S segments of an item, K kept entries.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 
 from dask_logits.cache.find import check_one_job, check_whole, find_caches
 from dask_logits.cache.profile import Compact
-from dask_logits.cache.reader import ENGINES, CacheReader, Engine
+from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, ConfigError, DatasetError, first_line
 from dask_logits.files.atomic import expanded
 from dask_logits.records import total_digest
@@ -67,8 +66,6 @@ class CachedLogitsDataset(Dataset[CachedItem]):
     decode
         ``worker``: items hold ids and log-probs. ``device``: items hold a compact cache's codes, a third of the bytes,
         and :meth:`decoder` decodes a batch of them on the student's device.
-    engine
-        ``fast``: memory maps and positional reads without a lock; ``h5py``: everything through HDF5.
     student_tokenizer
         The student's tokenizer, or the folder or hub name to load it from. One that maps ids to other tokens than the
         teacher's is refused.
@@ -99,7 +96,6 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         max_tokens: int | None = None,
         keep_empty: bool = False,
         decode: Literal["worker", "device"] = "worker",
-        engine: Engine = "fast",
         student_tokenizer: HasVocabulary | str | Path | None = None,
         student_vocab_size: int | None = None,
         skip_unrepresentable: bool = False,
@@ -107,16 +103,13 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         given = [path] if isinstance(path, str | Path) else list(path)
         if not given:
             raise ConfigError("path: expected a cache, or several, got an empty list")
-        _check_choice("engine", engine, ENGINES)
         _check_choice("decode", decode, ("worker", "device"))
         self.paths = tuple(file for one in given for file in find_caches(expanded(one)))
-        self.engine: Engine = engine
         self.decode = decode
         self.window = window
         self.max_tokens = max_tokens
         self.student_vocab_size = student_vocab_size
         self._readers: list[CacheReader] | None = None
-        self._process = 0
         readers = self._opened()
         first = readers[0]
         check_one_job(readers)
@@ -210,11 +203,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return {**self.__dict__, "_readers": None}
 
     def _opened(self) -> list[CacheReader]:
-        # Handles of HDF5 must not cross a fork.
-        forked = self.engine == "h5py" and self._process != os.getpid()
-        if self._readers is None or forked:
-            self._readers = [CacheReader(file, self.engine) for file in self.paths]
-            self._process = os.getpid()
+        if self._readers is None:
+            self._readers = [CacheReader(file) for file in self.paths]
         return self._readers
 
     def _place(self, index: int) -> tuple[CacheReader, int]:

@@ -51,17 +51,16 @@ def run(path, pieces, profile=PROFILES["plain"], **settings) -> str:
 
 def check(path, expected: list[Records]) -> None:
     """Compare a cache with the records it should hold, document by document."""
-    for engine in ("fast", "h5py"):
-        reader = CacheReader(path, engine)
-        reader.verify_checksums()
-        found = list(items(reader))
-        assert [int(item["row"]) for item in found] == list(range(len(found)))
-        for name in ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
-            joined = np.concatenate([item[name] for item in found])
-            np.testing.assert_array_equal(joined, np.concatenate([getattr(made, name) for made in expected]))
-        assert [len(item["input_ids"]) for item in found] == [
-            length for made in expected for length in made.document_length
-        ]
+    reader = CacheReader(path)
+    reader.verify_checksums()
+    found = list(items(reader))
+    assert [int(item["row"]) for item in found] == list(range(len(found)))
+    for name in ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
+        joined = np.concatenate([item[name] for item in found])
+        np.testing.assert_array_equal(joined, np.concatenate([getattr(made, name) for made in expected]))
+    assert [len(item["input_ids"]) for item in found] == [
+        length for made in expected for length in made.document_length
+    ]
 
 
 @pytest.mark.parametrize("before", PROFILES)

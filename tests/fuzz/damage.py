@@ -16,7 +16,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.heaps import broken_heap
 from dask_logits.cache.layout import BlockCrc
 
 # A whole number from 0, below what is given.
@@ -116,9 +115,6 @@ def _json(path: Path, pick: Pick) -> None:
 
 
 def _hdf5(path: Path, pick: Pick) -> None:
-    if broken_heap(path) is not None:
-        # HDF5 would not come back.
-        return
     with h5py.File(path, "r+") as file:
         names: list[str] = []
         file.visit(names.append)
@@ -127,7 +123,8 @@ def _hdf5(path: Path, pick: Pick) -> None:
             case 0 | 1:
                 attribute = sorted(file.attrs)[pick(len(file.attrs))]
                 value = HOSTILE[pick(len(HOSTILE))] if pick(2) else pick(1 << 16)
-                file.attrs[attribute] = json.dumps(value) if isinstance(value, list | dict) else value
+                text = json.dumps(value) if isinstance(value, list | dict) else value
+                file.attrs[attribute] = np.bytes_(text.encode()) if isinstance(text, str) and pick(4) else text
             case 2:
                 del file.attrs[sorted(file.attrs)[pick(len(file.attrs))]]
             case 3 | 4:

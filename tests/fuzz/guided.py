@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "chaos")]
 def bases(folder: Path, run: Path) -> list[Path]:
     """Return the folders that are damaged: of one cache each, of a run, and of one whose cache is not written."""
     made = []
-    for golden in sorted((HERE.parent / "store" / "golden").glob("*.h5")):
+    for golden in sorted((HERE.parent / "cache" / "golden").glob("*.h5")):
         made.append(folder / golden.stem)
         made[-1].mkdir(parents=True)
         shutil.copy(golden, made[-1])

@@ -78,7 +78,7 @@ def test_a_shape_that_the_file_cannot_hold(cache, refused, name, chunks) -> None
         file.create_dataset(name, (1 << 40,), dtype, chunks=chunks, compression="gzip")
         for attribute in {"input_ids": ["n_tokens", "n_entries"], "document_row": ["n_documents"]}.get(name, []):
             file.attrs[attribute] = 1 << 40
-    refused(cache, r"expected [\w/]+ (with|in) ")
+    refused(cache, r"expected [\w/]+ (with|contiguous) ")
 
 
 @pytest.mark.parametrize("how", ["external", "soft", "cycle", "group", "virtual", "raw"])
@@ -148,25 +148,16 @@ def test_places_outside_the_file(cache, refused, name, value) -> None:
 def test_attributes_that_are_too_deep_or_of_another_kind(cache, refused, name) -> None:
     for value in ("[" * 60_000, json.dumps({"a": NESTED}), "[1]", "7"):
         with h5py.File(cache, "r+") as file:
-            file.attrs[name] = value
+            file.attrs[name] = np.bytes_(value)
         refused(cache, f"expected {name} to be a JSON object")
 
 
-@pytest.mark.parametrize("size", [0, 2**64 - 16, 2**64 - 8, 2**64 - 1, 2**32, 4096])
-@pytest.mark.parametrize("which", ["first", "second", "free"])
-def test_a_heap_of_texts_that_hdf5_does_not_come_back_from(tmp_path, refused, which, size) -> None:
-    folder = tmp_path / "old"
-    folder.mkdir()
-    data = bytearray((Path(__file__).parents[1] / "store" / "golden" / "v1.2-plain.h5").read_bytes())
-    places = [data.index(b"GCOL") + 16]
-    while data[places[-1] : places[-1] + 2] != b"\0\0":
-        places.append(places[-1] + 16 + -(-int.from_bytes(data[places[-1] + 8 : places[-1] + 16], "little") // 8) * 8)
-    at = {"first": places[0], "second": places[1], "free": places[-1]}[which]
-    # Of object 0, which is what is free, the size counts the header, and may not be 0.
-    data[at : at + 2] = b"\0\0" if size == 0 else data[at : at + 2]
-    data[at + 8 : at + 16] = size.to_bytes(8, "little")
-    (folder / "c.h5").write_bytes(data)
-    refused(folder / "c.h5", r"expected texts one after the other, got a heap at byte \d+")
+def test_texts_of_variable_length_are_not_read(cache, refused) -> None:
+    # HDF5 2.0 loops for ever on some damaged heaps of them.
+    with h5py.File(cache, "r+") as file:
+        del file.attrs["format"]
+        file.attrs["format"] = "dask_logits"
+    refused(cache, "expected a dask_logits cache, got format None")
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "..", "a/b", "", "a\0", None, 3, ["x"]])
@@ -274,5 +265,5 @@ def test_a_cache_without_its_content_digest(cache, refused, value) -> None:
     with h5py.File(cache, "r+") as file:
         del file.attrs["content_digest"]
         if value is not None:
-            file.attrs["content_digest"] = value
+            file.attrs["content_digest"] = np.bytes_(value) if isinstance(value, str) else value
     refused(cache, "expected content_digest to be 64 hexadecimal digits")

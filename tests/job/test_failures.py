@@ -223,7 +223,7 @@ def test_partitions_that_cannot_be_read_for_a_while_are_not_taken_back(joined, e
     run = cache_dir(joined)
     with monkeypatch.context() as patched:
         patched.setattr(partition, "_crc32", fail)
-        with pytest.raises(CacheError, match=r"expected to read it, got \[Errno 5\].*look after the disk") as caught:
+        with pytest.raises(CacheError, match=r"expected to read it, got \[Errno 5\].*check the disk") as caught:
             # Workers write in another process, where nothing fails.
             generate(load_config([*joined, SMALL]))
     assert caught.value.ran

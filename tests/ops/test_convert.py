@@ -56,7 +56,7 @@ def test_a_source_that_cannot_be_read_leaves_nothing_behind(tmp_path, profile, m
     monkeypatch.setattr(chunks.os, "pread", fail)
     if profile is None:
         monkeypatch.setattr(CacheReader, "tokens", fail)
-    with pytest.raises(DaskLogitsError, match=r"got \[Errno 5\] Input/output error; .*look after the disk"):
+    with pytest.raises(DaskLogitsError, match=r"got \[Errno 5\] Input/output error; .*check the disk"):
         convert(tmp_path / "a.h5", tmp_path / "new" / "b.h5", profile="plain")
     assert not list((tmp_path / "new").glob("*.h5"))
 
