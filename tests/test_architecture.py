@@ -43,7 +43,6 @@ HOMES = {
     "pyarrow": {"data"},
     "fsspec": {"data.parquet_files"},
     "h5py": {"cache"},
-    "hdf5plugin": {"cache.reader"},
     "numcodecs": {"cache"},
     "zarr": {"cache.partition"},
     "dask": {"config", "job"},

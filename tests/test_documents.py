@@ -269,6 +269,19 @@ def digest(path: str) -> str:
     return CacheReader(Path(path) / "teacher_logits.h5").attributes["content_digest"]
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_every_job_of_the_documents_composes(document) -> None:
+    jobs = [
+        words[2:]
+        for words in all_commands(document)
+        if words[:2] in (["dask-logits", "generate"], ["dask-logits", "plan"])
+    ]
+    jobs += [words[words.index("--") + 1 :] for words in all_commands(document) if "--" in words]
+    for overrides in jobs:
+        assert load_config(overrides).teacher.model_path
+
+
+@pytest.mark.slow
 def test_every_command_and_every_example_of_the_documents_runs(checkout) -> None:
     # One test, because the documents share the cluster and the caches that the first of them makes.
     check_advanced(run_document(ADVANCED, checkout))

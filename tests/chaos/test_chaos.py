@@ -1,4 +1,4 @@
-"""A job whose processes are killed at random ends as an undisturbed one: one run here, three of the long tier."""
+"""A job whose processes are killed at random ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def end_alike(folder: Path, *, partitions: int, kills: int, seeds: range) -> Non
         assert chaos.killed.total() > 0
 
 
+@pytest.mark.slow
 def test_a_job_survives_its_processes(tmp_path) -> None:
     end_alike(tmp_path, partitions=40, kills=3, seeds=range(1))
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,12 +146,16 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
 
 
 @pytest.mark.parametrize("act", ["hold", pytest.param("hang", marks=pytest.mark.slow)])
-def test_a_hanging_partition_does_not_hold_up_other_workers(overrides, tmp_path, act) -> None:
+def test_a_hanging_partition_does_not_hold_up_other_workers(joined, overrides, tmp_path, act) -> None:
     # Two workers: while one hangs, the other goes on, and the stall is seen all the same.
+    single = "distillation.partition.rows=1"
+    # The calibration is not what must be soon.
+    generate(load_config([*joined, single])).unlink()
+    shutil.rmtree(cache_dir(overrides) / "receipts")
     with poisoned(tmp_path, 3, act, workers=2, threads=1) as (address, _):
-        more = [f"distillation.cluster.scheduler={address}", "distillation.partition.rows=1"]
+        more = [f"distillation.cluster.scheduler={address}", single, "distillation.job.stall_seconds=25"]
         with pytest.raises(PartitionsFailedError) as caught:
-            generate(load_config([*overrides, *more, "distillation.job.stall_seconds=15"]))
+            generate(load_config([*overrides, *more]))
         assert list(caught.value.reasons) == [3]
     assert read_status(cache_dir(overrides)).committed == 39
 

@@ -211,7 +211,9 @@ def test_model_logits_are_rounded_as_the_model_rounds_them() -> None:
     np.testing.assert_allclose(records.topk_logprobs, plain["logp"][:, :K], atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3_moe", "gpt2"))]
+)
 def test_compiled_targets_equal_the_plain_forward(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher(model, VOCAB_SIZE)
