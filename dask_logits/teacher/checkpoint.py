@@ -30,7 +30,7 @@ from dask_logits.teacher.architecture import (
     configured_dtype,
     read_architecture,
 )
-from dask_logits.teacher.locate import Location, hub_is_reachable, locate_teacher, refuse_hub_adapter
+from dask_logits.teacher.locate import Location, hub_commit, hub_is_reachable, locate_teacher, refuse_hub_adapter
 from dask_logits.teacher.matching import require_complete, require_matching_tensors
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
@@ -132,11 +132,13 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
         logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
     revision = config.revision if location.adapter is None else None
     only_cached = location.folder is None and not hub_is_reachable(location.base)
+    commit = None
     try:
-        if location.folder is None and not only_cached:
-            refuse_hub_adapter(location.base, revision)
+        if location.folder is None:
+            refuse_hub_adapter(location.base, revision, local_files_only=only_cached)
+            commit = hub_commit(location.base, revision, local_files_only=only_cached)
         architecture = read_architecture(
-            location.base, revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
+            location.base, commit or revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(
@@ -147,7 +149,6 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     require_matching_tensors(location, architecture)
     model = architecture.model
     head = model.get_output_embeddings()
-    commit = None if location.folder else getattr(architecture.config, "_commit_hash", None)
     return TeacherFacts(
         identity=_identity(location, commit),
         revision=commit,
