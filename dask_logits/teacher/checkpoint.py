@@ -28,10 +28,18 @@ from dask_logits.teacher.adapters import merge_adapter
 from dask_logits.teacher.architecture import (
     Architecture,
     configured_dtype,
+    is_quantized,
     read_architecture,
 )
-from dask_logits.teacher.locate import Location, hub_commit, hub_is_reachable, locate_teacher, refuse_hub_adapter
-from dask_logits.teacher.matching import require_complete, require_matching_tensors
+from dask_logits.teacher.locate import (
+    Location,
+    hub_commit,
+    hub_is_reachable,
+    hub_tensors,
+    locate_teacher,
+    refuse_hub_adapter,
+)
+from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
 from dask_logits.teacher.weights import main_dtype, prefix_renames
@@ -277,6 +285,9 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         model, loading = _load_weights(spec, location, architecture)
+        if location.folder is None and not is_quantized(architecture):
+            # Of a folder the driver has looked at the headers.
+            refuse_quantized(location.base, hub_tensors(location.base, spec.revision))
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
     except TeacherError:

@@ -121,6 +121,19 @@ def hub_commit(name: str, revision: str | None, *, local_files_only: bool) -> st
     return commit[1]
 
 
+def hub_tensors(name: str, revision: str | None) -> dict[str, StoredTensor]:
+    """Return what the safetensors files of a model on the hub hold that were downloaded when it was loaded.
+
+    Raises
+    ------
+    TeacherError
+        If a file is incomplete.
+    """
+    from transformers.utils import cached_file
+
+    return stored_tensors(Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent)
+
+
 def refuse_hub_adapter(name: str, revision: str | None, *, local_files_only: bool) -> None:
     """Refuse a hub name that is an adapter: transformers would load it unmerged, or ignore it.
 

@@ -236,6 +236,19 @@ def test_a_teacher_of_the_hub_is_known_by_its_commit_and_loaded_from_it(tmp_path
     torch.testing.assert_close(logits(load_teacher(spec, VOCAB_SIZE).model), logits(tiny_model("llama")))
 
 
+@pytest.mark.parametrize("case", [teacher_inputs.fp8_without_scales, teacher_inputs.left_over_weights])
+def test_weights_of_the_hub_that_are_another_teacher_are_refused_where_they_are_loaded(
+    case, tmp_path, in_the_hubs_cache
+) -> None:
+    name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
+    spec = TeacherSpec(
+        path=name, revision="a" * 40, identity=inspect(name).identity, dtype="float32", device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    with pytest.raises(TeacherError, match=teacher_inputs.REFUSED[case]):
+        load_teacher(spec, VOCAB_SIZE)
+
+
 @pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
 def test_an_adapter_on_the_hub_is_refused_with_what_to_do(case, tmp_path, in_the_hubs_cache) -> None:
     name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
