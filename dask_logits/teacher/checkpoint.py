@@ -136,6 +136,10 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     """
     path = str(config.model_path)
     location = locate_teacher(path, allow_pickle=config.allow_pickle)
+    if location.adapter is not None:
+        # Workers merge it, and nobody reads their logs.
+        adapter = location.adapter
+        logger.info("the %s adapter in %s is merged into the weights of %s", adapter.kind, adapter.folder, adapter.base)
     if config.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
     revision = config.revision if location.adapter is None else None

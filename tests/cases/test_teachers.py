@@ -92,6 +92,15 @@ def test_an_adapter_is_merged_and_logged(case, tmp_path, caplog) -> None:
     assert (expected - unadapted).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
+def test_the_driver_says_that_an_adapter_is_merged(case, tmp_path, caplog) -> None:
+    path = case(tmp_path)
+    caplog.set_level("INFO", "dask_logits")
+    inspect(path)
+    said = f"the LORA adapter in {path} is merged into the weights of {tmp_path}"
+    assert [record.message.startswith(said) for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
