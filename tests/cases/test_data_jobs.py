@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir, digest, run, sentences
+from builders import cache_dir, digest, run, sentences, tiny_model
 from datasets import Dataset
-from text_inputs import write_lines
+from text_inputs import byte_level_tokenizer, write_lines
 
 import dask_logits
 from dask_logits import ConfigError, PartitionsFailedError, load_config, read_status
 from dask_logits.cache.reader import CacheReader, items
 from dask_logits.job.prepare import prepare
 from dask_logits.job.run import retry
-from dask_logits.ops.show import card
+from dask_logits.ops.show import card, card_lines
 
 TEXTS = sentences(40, seed=3)
 
@@ -83,8 +83,22 @@ def test_skipped_rows_are_documents_without_tokens_and_counted(base, tmp_path: P
     assert [int(item["row"]) for item in found] == list(range(40))
     assert [row for row, item in enumerate(found) if not len(item["input_ids"])] == [30]
     made = card(cache)
+    assert "skipped rows      1" in card_lines(made)
     assert (made["skipped_rows"], made["dataset"]["column"], made["dataset"]["on_bad_row"]) == (1, "text", "skip")
     assert "1 rows could not be used and were skipped" in caplog.text
+
+
+def test_a_second_bos_is_warned_of_and_counted(base, tmp_path: Path, caplog) -> None:
+    tokenizer = byte_level_tokenizer(bos="<|end|>")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    mine = [o for o in base if "model_path" not in o] + [f"distillation.teacher.model_path={tmp_path / 'teacher'}"]
+    cache = run(mine, dataset=[f"<|end|>{text}" for text in TEXTS[:6]] + TEXTS[6:])
+    found = [record for record in caplog.records if "have it twice" in record.getMessage()]
+    assert {record.levelname for record in found} == {"WARNING"}
+    assert [record.getMessage().partition(" texts ")[0] for record in found] == ["6 of 40", "6"]
+    assert all("distillation.dataset.add_special_tokens=false" in record.getMessage() for record in found)
+    assert "rows with 2 BOS   6" in card_lines(card(cache))
 
 
 def test_padded_ids_give_the_cache_of_the_ids_alone(base, tmp_path: Path) -> None:
