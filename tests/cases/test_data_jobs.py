@@ -17,6 +17,7 @@ from dask_logits.cache.reader import CacheReader, items
 from dask_logits.job.prepare import prepare
 from dask_logits.job.run import retry
 from dask_logits.ops.show import card, card_lines
+from dask_logits.run.folder import RunFolder
 
 TEXTS = sentences(40, seed=3)
 
@@ -112,6 +113,19 @@ def test_padded_ids_give_the_cache_of_the_ids_alone(base, tmp_path: Path) -> Non
         base, f"distillation.teacher.cache_dir={tmp_path / 'plain'}", dataset=[{"input_ids": row} for row in ids]
     )
     assert digest(padded) == digest(plain)
+
+
+@pytest.mark.parametrize("column", ["text", "input_ids"])
+def test_the_column_that_is_used_is_said_everywhere(column: str, base, caplog) -> None:
+    rows = [{"text": text, "input_ids": [1 + i % 5] * (1 + i % 7)} for i, text in enumerate(TEXTS)]
+    caplog.set_level("INFO", "dask_logits")
+    cache = run(base, f"distillation.dataset.text_column={column}", dataset=rows)
+    assert f"documents are taken from the column {column!r}" in caplog.messages
+    assert RunFolder(cache_dir(base)).manifest()["what"]["dataset.column"] == column
+    (shown,) = (line for line in card_lines(card(cache)) if line.startswith("read with "))
+    assert f"column {column}, " in shown
+    lengths = [len(item["input_ids"]) for item in items(CacheReader(cache))]
+    assert lengths == [min(16, len(row["text"].split()) if column == "text" else len(row["input_ids"])) for row in rows]
 
 
 def test_max_length_fits_the_teacher_by_default(base, tmp_path: Path) -> None:
