@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import teacher_inputs
 from builders import cache_dir, digest, run, sentences, tiny_model
 from datasets import Dataset
 from text_inputs import byte_level_tokenizer, write_lines
@@ -137,6 +138,20 @@ def test_max_length_fits_the_teacher_by_default(base, tmp_path: Path) -> None:
     windows = ["distillation.dataset.long_documents=window", "distillation.dataset.window_stride=300"]
     with pytest.raises(ConfigError, match="window_stride: expected at most max_length 256, got 300"):
         prepare(load_config([*mine, *windows], dataset_given=True), TEXTS)
+
+
+def test_max_length_is_at_most_2048_by_default_and_an_argument_of_the_call(tmp_path: Path, monkeypatch) -> None:
+    folder = teacher_inputs.teacher(tmp_path / "teacher", max_position_embeddings=4096)
+    settled = []
+
+    def settle(config, dataset):
+        settled.append(prepare(config, dataset).items.max_length)
+        return tmp_path
+
+    monkeypatch.setattr("dask_logits.job.run.generate", settle)
+    for more in ({}, {"max_length": 3000}):
+        dask_logits.generate_teacher_logits(str(folder), TEXTS, tmp_path / "run", device="cpu", **more)
+    assert settled == [2048, 3000]
 
 
 def test_a_resumed_run_keeps_the_max_length_it_was_begun_with(base, tmp_path: Path) -> None:
