@@ -175,10 +175,14 @@ def test_retry_completes_a_stream_whose_damaged_parquet_file_was_restored(base, 
         "distillation.dataset.max_samples=all",
         "distillation.dataset.streaming_chunk_size=5",
     ]
-    with pytest.raises(PartitionsFailedError, match=r"1\.parquet: expected readable Parquet"):
+    with pytest.raises(PartitionsFailedError, match=r"(?s)1\.parquet: expected readable Parquet.*`dask-logits retry "):
         run(mine)
+    before = receipts(cache_dir(base))
+    assert len(before) == 3
     file.write_bytes(whole)
     assert pq.ParquetFile(file).metadata.num_rows == 10
     restored = digest(retry(cache_dir(base)))
+    # What comes after the file has other row numbers now, and is scored anew.
+    assert receipts(cache_dir(base))["000000.json"] == before["000000.json"]
     assert read_status(cache_dir(base)).state == "complete"
     assert restored == digest(run(mine, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
