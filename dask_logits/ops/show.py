@@ -33,6 +33,8 @@ _LABELS = {
     "rows": "dataset rows",
     "documents": "documents",
     "empty_documents": "empty documents",
+    "skipped_rows": "skipped rows",
+    "double_bos_rows": "rows with 2 BOS",
     "items": "blocks",
     "tokens": "tokens",
     "top_k": "top k",

@@ -28,10 +28,18 @@ from dask_logits.teacher.adapters import merge_adapter
 from dask_logits.teacher.architecture import (
     Architecture,
     configured_dtype,
+    is_quantized,
     read_architecture,
 )
-from dask_logits.teacher.locate import Location, hub_is_reachable, locate_teacher, refuse_hub_adapter
-from dask_logits.teacher.matching import require_complete, require_matching_tensors
+from dask_logits.teacher.locate import (
+    Location,
+    hub_commit,
+    hub_is_reachable,
+    hub_tensors,
+    locate_teacher,
+    refuse_hub_adapter,
+)
+from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
 from dask_logits.teacher.weights import main_dtype, prefix_renames
@@ -128,15 +136,21 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     """
     path = str(config.model_path)
     location = locate_teacher(path, allow_pickle=config.allow_pickle)
+    if location.adapter is not None:
+        # Workers merge it, and nobody reads their logs.
+        adapter = location.adapter
+        logger.info("the %s adapter in %s is merged into the weights of %s", adapter.kind, adapter.folder, adapter.base)
     if config.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
     revision = config.revision if location.adapter is None else None
     only_cached = location.folder is None and not hub_is_reachable(location.base)
+    commit = None
     try:
-        if location.folder is None and not only_cached:
-            refuse_hub_adapter(location.base, revision)
+        if location.folder is None:
+            refuse_hub_adapter(location.base, revision, local_files_only=only_cached)
+            commit = hub_commit(location.base, revision, local_files_only=only_cached)
         architecture = read_architecture(
-            location.base, revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
+            location.base, commit or revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(
@@ -147,7 +161,6 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     require_matching_tensors(location, architecture)
     model = architecture.model
     head = model.get_output_embeddings()
-    commit = None if location.folder else getattr(architecture.config, "_commit_hash", None)
     return TeacherFacts(
         identity=_identity(location, commit),
         revision=commit,
@@ -276,6 +289,9 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         model, loading = _load_weights(spec, location, architecture)
+        if location.folder is None and not is_quantized(architecture):
+            # Of a folder the driver has looked at the headers.
+            refuse_quantized(location.base, hub_tensors(location.base, spec.revision))
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
     except TeacherError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -101,7 +102,39 @@ def hub_is_reachable(name: str) -> bool:
         return False
 
 
-def refuse_hub_adapter(name: str, revision: str | None) -> None:
+def hub_commit(name: str, revision: str | None, *, local_files_only: bool) -> str:
+    """Return the commit that a revision of a model on the hub names now; its files are then taken from this commit.
+
+    The library keeps files of the hub under their commits; a configuration no longer tells its own (transformers 5.23).
+
+    Raises
+    ------
+    OSError
+        If there is no such model, or it has no commit.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(name, "config.json", revision=revision, local_files_only=local_files_only)
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", Path(str(found)).as_posix())
+    if commit is None:
+        raise OSError(f"its files have no commit of the hub ({found})")
+    return commit[1]
+
+
+def hub_tensors(name: str, revision: str | None) -> dict[str, StoredTensor]:
+    """Return what the safetensors files of a model on the hub hold that were downloaded when it was loaded.
+
+    Raises
+    ------
+    TeacherError
+        If a file is incomplete.
+    """
+    from transformers.utils import cached_file
+
+    return stored_tensors(Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent)
+
+
+def refuse_hub_adapter(name: str, revision: str | None, *, local_files_only: bool) -> None:
     """Refuse a hub name that is an adapter: transformers would load it unmerged, or ignore it.
 
     Raises
@@ -115,6 +148,7 @@ def refuse_hub_adapter(name: str, revision: str | None) -> None:
         name,
         CONFIG,
         revision=revision,
+        local_files_only=local_files_only,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

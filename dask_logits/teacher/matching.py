@@ -19,7 +19,7 @@ import torch
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.architecture import Architecture, is_quantized, surplus_weights
 from dask_logits.teacher.locate import Location
-from dask_logits.teacher.weights import prefix_renames, quantized_names
+from dask_logits.teacher.weights import StoredTensor, prefix_renames, quantized_names
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,7 @@ def require_matching_tensors(location: Location, architecture: Architecture) -> 
     """
     if not location.tensors or is_quantized(architecture):
         return
-    if names := quantized_names(location.tensors):
-        raise TeacherError(
-            f"{_WHERE}: {location.base!r} holds quantized weights of type {location.tensors[names[0]].dtype}, "
-            f"{_some(names)}, and its config.json has no quantization_config that says how to read them; use the "
-            "complete checkpoint, or one that is not quantized"
-        )
+    refuse_quantized(location.base, location.tensors)
     if architecture.is_remote or find_spec("accelerate") is None:
         # Code of the checkpoint's own may need the values; without accelerate there is no device for shapes alone. The
         # worker that loads the weights checks the same.
@@ -62,6 +57,22 @@ def require_matching_tensors(location: Location, architecture: Architecture) -> 
             output_loading_info=True,
         )
     require_complete(loading, location.base, architecture)
+
+
+def refuse_quantized(base: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse quantized weights of a checkpoint whose configuration does not say how to read them.
+
+    Raises
+    ------
+    TeacherError
+        With some of the names.
+    """
+    if names := quantized_names(tensors):
+        raise TeacherError(
+            f"{_WHERE}: {base!r} holds quantized weights of type {tensors[names[0]].dtype}, {_some(names)}, and its "
+            "config.json has no quantization_config that says how to read them; use the complete checkpoint, or one "
+            "that is not quantized"
+        )
 
 
 def require_complete(loading: Mapping[str, Any], base: str, architecture: Architecture) -> None:

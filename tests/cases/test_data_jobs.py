@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir, digest, run, sentences
+import teacher_inputs
+from builders import cache_dir, digest, run, sentences, tiny_model
 from datasets import Dataset
-from text_inputs import write_lines
+from text_inputs import byte_level_tokenizer, write_lines
 
 import dask_logits
 from dask_logits import ConfigError, PartitionsFailedError, load_config, read_status
 from dask_logits.cache.reader import CacheReader, items
 from dask_logits.job.prepare import prepare
 from dask_logits.job.run import retry
-from dask_logits.ops.show import card
+from dask_logits.ops.show import card, card_lines
+from dask_logits.run.folder import RunFolder
 
 TEXTS = sentences(40, seed=3)
 
@@ -83,8 +85,22 @@ def test_skipped_rows_are_documents_without_tokens_and_counted(base, tmp_path: P
     assert [int(item["row"]) for item in found] == list(range(40))
     assert [row for row, item in enumerate(found) if not len(item["input_ids"])] == [30]
     made = card(cache)
+    assert "skipped rows      1" in card_lines(made)
     assert (made["skipped_rows"], made["dataset"]["column"], made["dataset"]["on_bad_row"]) == (1, "text", "skip")
     assert "1 rows could not be used and were skipped" in caplog.text
+
+
+def test_a_second_bos_is_warned_of_and_counted(base, tmp_path: Path, caplog) -> None:
+    tokenizer = byte_level_tokenizer(bos="<|end|>")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
+    mine = [o for o in base if "model_path" not in o] + [f"distillation.teacher.model_path={tmp_path / 'teacher'}"]
+    cache = run(mine, dataset=[f"<|end|>{text}" for text in TEXTS[:6]] + TEXTS[6:])
+    found = [record for record in caplog.records if "have it twice" in record.getMessage()]
+    assert {record.levelname for record in found} == {"WARNING"}
+    assert [record.getMessage().partition(" texts ")[0] for record in found] == ["6 of 40", "6"]
+    assert all("distillation.dataset.add_special_tokens=false" in record.getMessage() for record in found)
+    assert "rows with 2 BOS   6" in card_lines(card(cache))
 
 
 def test_padded_ids_give_the_cache_of_the_ids_alone(base, tmp_path: Path) -> None:
@@ -100,6 +116,19 @@ def test_padded_ids_give_the_cache_of_the_ids_alone(base, tmp_path: Path) -> Non
     assert digest(padded) == digest(plain)
 
 
+@pytest.mark.parametrize("column", ["text", "input_ids"])
+def test_the_column_that_is_used_is_said_everywhere(column: str, base, caplog) -> None:
+    rows = [{"text": text, "input_ids": [1 + i % 5] * (1 + i % 7)} for i, text in enumerate(TEXTS)]
+    caplog.set_level("INFO", "dask_logits")
+    cache = run(base, f"distillation.dataset.text_column={column}", dataset=rows)
+    assert f"documents are taken from the column {column!r}" in caplog.messages
+    assert RunFolder(cache_dir(base)).manifest()["what"]["dataset.column"] == column
+    (shown,) = (line for line in card_lines(card(cache)) if line.startswith("read with "))
+    assert f"column {column}, " in shown
+    lengths = [len(item["input_ids"]) for item in items(CacheReader(cache))]
+    assert lengths == [min(16, len(row["text"].split()) if column == "text" else len(row["input_ids"])) for row in rows]
+
+
 def test_max_length_fits_the_teacher_by_default(base, tmp_path: Path) -> None:
     mine = [o for o in base if "max_length" not in o]
     job = prepare(load_config(mine, dataset_given=True), TEXTS)
@@ -109,6 +138,20 @@ def test_max_length_fits_the_teacher_by_default(base, tmp_path: Path) -> None:
     windows = ["distillation.dataset.long_documents=window", "distillation.dataset.window_stride=300"]
     with pytest.raises(ConfigError, match="window_stride: expected at most max_length 256, got 300"):
         prepare(load_config([*mine, *windows], dataset_given=True), TEXTS)
+
+
+def test_max_length_is_at_most_2048_by_default_and_an_argument_of_the_call(tmp_path: Path, monkeypatch) -> None:
+    folder = teacher_inputs.teacher(tmp_path / "teacher", max_position_embeddings=4096)
+    settled = []
+
+    def settle(config, dataset):
+        settled.append(prepare(config, dataset).items.max_length)
+        return tmp_path
+
+    monkeypatch.setattr("dask_logits.job.run.generate", settle)
+    for more in ({}, {"max_length": 3000}):
+        dask_logits.generate_teacher_logits(str(folder), TEXTS, tmp_path / "run", device="cpu", **more)
+    assert settled == [2048, 3000]
 
 
 def test_a_resumed_run_keeps_the_max_length_it_was_begun_with(base, tmp_path: Path) -> None:
@@ -132,10 +175,14 @@ def test_retry_completes_a_stream_whose_damaged_parquet_file_was_restored(base, 
         "distillation.dataset.max_samples=all",
         "distillation.dataset.streaming_chunk_size=5",
     ]
-    with pytest.raises(PartitionsFailedError, match=r"1\.parquet: expected readable Parquet"):
+    with pytest.raises(PartitionsFailedError, match=r"(?s)1\.parquet: expected readable Parquet.*`dask-logits retry "):
         run(mine)
+    before = receipts(cache_dir(base))
+    assert len(before) == 3
     file.write_bytes(whole)
     assert pq.ParquetFile(file).metadata.num_rows == 10
     restored = digest(retry(cache_dir(base)))
+    # What comes after the file has other row numbers now, and is scored anew.
+    assert receipts(cache_dir(base))["000000.json"] == before["000000.json"]
     assert read_status(cache_dir(base)).state == "complete"
     assert restored == digest(run(mine, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))

@@ -92,6 +92,15 @@ def test_an_adapter_is_merged_and_logged(case, tmp_path, caplog) -> None:
     assert (expected - unadapted).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
+def test_the_driver_says_that_an_adapter_is_merged(case, tmp_path, caplog) -> None:
+    path = case(tmp_path)
+    caplog.set_level("INFO", "dask_logits")
+    inspect(path)
+    said = f"the LORA adapter in {path} is merged into the weights of {tmp_path}"
+    assert [record.message.startswith(said) for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -205,6 +214,57 @@ def test_masks_and_frequencies_of_old_checkpoints_are_ignored(family: str, names
 
 
 # --- paths and the hub ---
+@pytest.fixture
+def in_the_hubs_cache(tmp_path, monkeypatch):
+    """Return a function that puts a folder into the hub's cache, as a commit that its branch names then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    # Each test has commits of the same names.
+    monkeypatch.setattr("dask_logits.teacher.checkpoint._LOADED", {})
+
+    def put(folder: Path, commit: str) -> str:
+        kept = tmp_path / "hub" / "models--organisation--model"
+        shutil.copytree(folder, kept / "snapshots" / commit)
+        (kept / "refs").mkdir(exist_ok=True)
+        (kept / "refs" / "main").write_text(commit)
+        return "organisation/model"
+
+    return put
+
+
+def test_a_teacher_of_the_hub_is_known_by_its_commit_and_loaded_from_it(tmp_path, in_the_hubs_cache) -> None:
+    name = in_the_hubs_cache(teacher_inputs.teacher(tmp_path / "first"), "a" * 40)
+    facts = inspect(name)
+    assert (facts.identity, facts.revision) == ("commit:" + "a" * 40, "a" * 40)
+    # The branch moves on to other weights; a worker that loads later takes those that the driver saw.
+    in_the_hubs_cache(teacher_inputs.teacher(tmp_path / "second", "gemma"), "b" * 40)
+    assert inspect(name).identity == "commit:" + "b" * 40
+    spec = TeacherSpec(
+        path=name, revision=facts.revision, identity=facts.identity, dtype="float32", device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    torch.testing.assert_close(logits(load_teacher(spec, VOCAB_SIZE).model), logits(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("case", [teacher_inputs.fp8_without_scales, teacher_inputs.left_over_weights])
+def test_weights_of_the_hub_that_are_another_teacher_are_refused_where_they_are_loaded(
+    case, tmp_path, in_the_hubs_cache
+) -> None:
+    name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
+    spec = TeacherSpec(
+        path=name, revision="a" * 40, identity=inspect(name).identity, dtype="float32", device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    with pytest.raises(TeacherError, match=teacher_inputs.REFUSED[case]):
+        load_teacher(spec, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
+def test_an_adapter_on_the_hub_is_refused_with_what_to_do(case, tmp_path, in_the_hubs_cache) -> None:
+    name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
+    with pytest.raises(TeacherError, match=r"'organisation/model' on the hub holds an adapter; download it \(hf downl"):
+        inspect(name)
+
+
 @pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
 def test_a_path_that_looks_local_is_refused_at_once(path: str, monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])

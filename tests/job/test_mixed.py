@@ -17,7 +17,7 @@ from builders import cache_dir, digest, run, sentences, write_json_lines
 from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
-from dask_logits import ClusterError, RunConflictError, generate, load_config, read_status, verify
+from dask_logits import CapacityError, ClusterError, RunConflictError, generate, load_config, read_status, verify
 
 MANY = "distillation.partition.rows=2"
 PACKAGE = Path(dask_logits.__file__).parent
@@ -120,7 +120,7 @@ def test_verify_names_the_environment_where_targets_come_out_otherwise(joined) -
 
 
 class Hole(WorkerPlugin):
-    """Makes one worker fail: at once with an I/O error, or as on a machine with a read-only mount."""
+    """Makes one worker fail: at once with an I/O error, or as on a machine with a read-only mount; or all of them."""
 
     def __init__(self, act: str) -> None:
         self.act = act
@@ -131,12 +131,12 @@ class Hole(WorkerPlugin):
         from dask_logits.job import dispatch
         from dask_logits.teacher import checkpoint
 
-        if worker.name != 0:
-            return
         act = self.act
+        if worker.name != 0 and act != "read-only everywhere":
+            return
 
         def fail(*_, **__):
-            if act == "read-only":
+            if act.startswith("read-only"):
                 raise OSError(30, "Read-only file system")
             raise FileNotFoundError(2, "no such file", "/data/corpus.jsonl")
 
@@ -144,7 +144,7 @@ class Hole(WorkerPlugin):
         if act == "hole":
             # The calibration fails there, too.
             checkpoint._load = fail
-        socket.gethostname = lambda: "node7"
+        socket.gethostname = lambda: f"node{7 + worker.name}"
 
 
 @pytest.mark.parametrize("act", ["hole", "read-only"])
@@ -164,6 +164,20 @@ def test_a_worker_that_fails_costs_a_few_attempts_and_no_partition(overrides, jo
         (named,) = read_status(cache_dir(overrides)).left_out.items()
         assert named[0].endswith(" on node7")
         assert "cannot write to the run folder (Read-only file system)" in named[1]
+
+
+def test_the_job_stops_if_all_hosts_see_the_run_folder_read_only(overrides) -> None:
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1", memory_limit=None
+    ) as cluster:
+        with Client(cluster) as client:
+            client.register_plugin(Hole("read-only everywhere"))
+        with pytest.raises(CapacityError, match="expected a worker that can score, got none:") as caught:
+            run(overrides, MANY, f"distillation.cluster.scheduler={cluster.scheduler_address}")
+    assert caught.value.ran
+    for host in ("node7", "node8"):
+        assert f" on {host}: it cannot write to the run folder (Read-only file system)" in str(caught.value)
+    assert not list((cache_dir(overrides) / "failures").glob("*"))
 
 
 def test_an_adaptive_cluster_without_workers_starts(overrides) -> None:
