@@ -1,4 +1,4 @@
-"""The one-call entry point, with the parameter names that scripts of this kind have long used."""
+"""The one-call entry point, with the parameter names commonly used by scripts of this kind."""
 
 from __future__ import annotations
 
@@ -30,53 +30,53 @@ def generate_teacher_logits(
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
-    For every other setting use :func:`dask_logits.load_config` and :func:`dask_logits.generate`. It can be called from
-    a script, a notebook or an interactive session; worker processes do not import the calling module.
+    For every other setting, use :func:`dask_logits.load_config` and :func:`dask_logits.generate`. The function can be
+    called from a script, a notebook or an interactive session. Worker processes do not import the calling module.
 
     Parameters
     ----------
     teacher_model_path
         Folder or hub name of a causal language model.
     dataset
-        An opened dataset with a ``text`` or ``input_ids`` column, or the name of one; a list of texts or of dicts; or
-        a stream of rows: an ``IterableDataset``, an iterator or a generator.
+        One of: an opened dataset with a ``text`` or ``input_ids`` column, its name, a list of texts or dicts, or a
+        stream of rows (an ``IterableDataset``, an iterator or a generator).
     cache_dir
         The run folder.
     top_k
         Entries kept per position.
     batch_size
-        Bound on documents per batch; None: only the token budget bounds it.
+        Maximum number of documents per batch. None: only the token budget limits a batch.
     device
         ``auto``, ``cpu`` or ``cuda``.
     force_regenerate
-        Compute a run that is in this folder anew.
+        Recompute the run in this folder.
     num_workers
-        Dask workers; None: one per GPU, or one per 2 cores on CPU.
+        Dask workers. None: one per GPU, or one per 2 cores on CPU.
     devices
-        GPUs to use; None: all that are visible.
+        GPUs to use. None: all visible ones.
     worker_id, total_workers
-        This process is one of so many static workers that share the job, each started on its own; once all are done,
-        :func:`dask_logits.merge` makes their cache.
+        Index of this static worker, and the number of static workers that share the job. Each is started separately.
+        Once all are done, :func:`dask_logits.merge` builds the cache.
     streaming, streaming_chunk_size
-        Read the dataset as a stream, in partitions of so many documents. A stream that is given as an object is always
-        read as one.
+        Read the dataset as a stream, in partitions of ``streaming_chunk_size`` documents. A stream object is always
+        read as a stream.
     max_samples
-        Rows used, from the first; None: all. A stream needs a number, or ``"all"``.
+        Number of rows to use, from the first. None: all. A stream needs a number, or ``"all"``.
     max_length
-        Most tokens of a document; None: 2,048, or the teacher's positions if these are fewer.
+        Maximum tokens of a document. None: 2,048, or the teacher's positions if fewer.
     text_column
-        Column with the documents, or a field of a struct such as ``doc.text``; None: ``text``, or ``input_ids`` where
-        only that is there.
+        Column with the documents, or a field of a struct such as ``doc.text``. None: ``text``, or ``input_ids`` if
+        there is no ``text``.
 
     Returns
     -------
     Path
-        ``<cache_dir>/teacher_logits.h5``; of a static worker the run folder.
+        ``<cache_dir>/teacher_logits.h5``, or the run folder for a static worker.
 
     Raises
     ------
     DaskLogitsError
-        If something has to change first, or some partitions failed.
+        If an input must be changed first, or some partitions failed.
     """
     from dask_logits.config import Config
     from dask_logits.job.run import generate

@@ -26,11 +26,11 @@ from dask_logits.usage import HELP, HYDRA_OPTIONS, USAGE, settings_help
 
 # SIGHUP is sent when a terminal closes, SIGUSR1 by Slurm as a warning (--signal=B:USR1@120).
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Launchers pass on a Ctrl-C that the terminal has sent to the job, too.
+# Launchers also forward a Ctrl-C that the terminal has already sent to the job.
 _SAME_SECONDS = 1.0
 _LAST_WORDS_SECONDS = 0.2
 
-# Seconds for which `plan` counts the rows of a Parquet stream.
+# Time limit in seconds for counting the rows of a Parquet stream in `plan`.
 _COUNT_SECONDS = 10.0
 
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Run a command that signals may stop; turn this package's errors into a message and an exit status."""
+    """Run a command that signals can stop. Turn this package's errors into a message and an exit status."""
     with unblocked_stderr(), _stoppable():
         _exit_on_error(command)
 
@@ -82,7 +82,7 @@ def _exit_on_error(command: Callable[[], None]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser of one command's arguments that names the nearest option where one is unknown."""
+    """An argument parser for one command that suggests the nearest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         for option in re.findall(r"unrecognized arguments: (-[\w-]+)", message):
@@ -92,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _print_help(command: str, arguments: Sequence[str]) -> bool:
-    """Print the help of a command that takes settings, if it is asked for; refuse options that do not exist."""
+    """Print the help of a command that takes settings, if requested. Refuse unknown options."""
     if any(argument in ("-h", "--help") for argument in arguments):
         _say(f"{HELP[command]}\n{settings_help(min(100, shutil.get_terminal_size().columns))}".rstrip())
         return True
@@ -124,7 +124,7 @@ def _generate(overrides: list[str]) -> None:
         _say("\n".join(read_status(config.teacher.cache_dir).lines()))
 
     if any(override.startswith("-") for override in overrides):
-        # Hydra reports exceptions of its task itself, with a trace; ours are messages.
+        # Hydra prints a traceback for exceptions of its task. Ours are printed as messages.
         run_hydra_app(overrides, lambda tree: _exit_on_error(lambda: one(Config.from_mapping(tree))))
     else:
         one(load_config(overrides))
@@ -251,11 +251,11 @@ def _merge(arguments: list[str]) -> None:
 
 
 def _say(answer: object) -> None:
-    """Print the answer; whoever reads it may have had enough, as `head` has."""
+    """Print the answer. Ignore a reader that closes the pipe early, such as `head`."""
     try:
         print(answer, flush=True)
     except BrokenPipeError:
-        # Or the interpreter would complain again when it flushes at its end.
+        # Otherwise the interpreter would report the closed pipe again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -270,11 +270,11 @@ def _log_to_stderr(level: str) -> None:
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format="%X", highlighter=NullHighlighter())
     else:
-        # Bars of the libraries below are for terminals.
+        # Progress bars of other libraries are for terminals.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # distributed takes another port for the dashboard then, and its address is logged.
+    # distributed then uses another port for the dashboard and logs its address.
     warnings.filterwarnings("ignore", message=r"Port \d+ is already in use")
     package = logging.getLogger("dask_logits")
     package.handlers = [handler]
@@ -284,7 +284,7 @@ def _log_to_stderr(level: str) -> None:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn the signals that stop a job into KeyboardInterrupt; those that are ignored stay so, as with ``nohup``."""
+    """Turn the signals that stop a job into KeyboardInterrupt. Ignored signals stay ignored, as with ``nohup``."""
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     stop = _Stop()
     for number, handler in before.items():
@@ -298,7 +298,7 @@ def _stoppable() -> Iterator[None]:
 
 
 class _Stop:
-    """Interrupts the job at the first signal and ends the process at a later one."""
+    """Interrupts the job at the first signal and ends the process at the next one."""
 
     def __init__(self) -> None:
         self._since: float | None = None

@@ -1,13 +1,13 @@
-"""The one configuration: frozen dataclasses that say, bound by bound, what a job may be asked for.
+"""The configuration: frozen dataclasses that declare every setting, its type and its bounds.
 
-Hydra composes the YAML tree (:mod:`dask_logits.hydra_config`); this module validates it without Hydra, so that workers
-and tests need neither. Every problem is reported at once, each with the dotted path of its setting.
+Hydra composes the YAML tree (:mod:`dask_logits.hydra_config`). This module validates it without Hydra, so that workers
+and tests need neither. All problems are reported at once, each with the dotted path of its setting.
 
-A setting is of one of three kinds:
+A setting has one of three kinds:
 
-* ``what`` is computed: part of the run's identity, another value in the same run folder is refused;
-* ``numerics``: moves the last bits of the result; resolved once by the calibration and frozen for the run;
-* ``how`` it is run: free to change on resume.
+* ``what`` is computed: part of the run's identity. Another value in the same run folder is refused.
+* ``numerics``: affects the last bits of the result. Resolved once by the calibration and frozen for the run.
+* ``how`` it is run: may change on resume.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNBOUNDED_STREAM = (
     "nobody would know what the job takes: set a number, or distillation.dataset.max_samples=all to read it to its end"
 )
 
-# A name in a web address, a password in another (it may hold slashes; a port is none), or a query with a token, a key
+# A user name in a web address, a password (it may contain slashes, a port is not one), or a query with a token, a key
 # or a signature.
 _CREDENTIALS = re.compile(
     r"https?://[^/\s@?#]*@|://[^/\s@:]*:(?!\d+/)[^\s@]*@"
@@ -37,7 +37,7 @@ _CREDENTIALS = re.compile(
     re.IGNORECASE,
 )
 
-# Of `dataset.max_length`, for teachers that take more.
+# Default of `dataset.max_length`, for teachers with more positions.
 DEFAULT_MAX_LENGTH = 2048
 
 Kind = Literal["what", "numerics", "how"]
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 
 
 def _setting(default: Any, kind: Kind, doc: str, *, low: float | None = None) -> Any:
-    """Declare one setting: its default, its kind, one sentence, and its lower bound (inclusive)."""
+    """Declare a setting with its default, kind, one-sentence description and lower bound (inclusive)."""
     return field(default=default, metadata={"kind": kind, "doc": doc, "low": low})
 
 
@@ -90,7 +90,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """``distillation.teacher``: which model is run, and where its targets go."""
+    """``distillation.teacher``: the model to run, and the folder for its targets."""
 
     model_path: str | None = _setting(None, "what", "Folder or hub name of a causal language model. Required.")
     revision: str | None = _setting(None, "what", "Branch, tag or commit on the hub; pinned to a commit in the run.")
@@ -211,7 +211,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
-    """``distillation.cluster.security``: TLS between scheduler, workers and driver. All three files, or none."""
+    """``distillation.cluster.security``: TLS between scheduler, workers and driver. All three files or none."""
 
     ca_file: str | None = _setting(None, "how", "Certificate (PEM) of the authority that signed everybody's.")
     cert: str | None = _setting(None, "how", "Certificate (PEM) of this side; of all sides in a cluster we make.")
@@ -243,7 +243,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """``distillation.job``: how failures are met."""
+    """``distillation.job``: failure handling."""
 
     retries: int = _setting(
         2, "how", "Further attempts for a partition after an I/O error, or after its worker died.", low=0
@@ -282,14 +282,14 @@ class Config:
         Parameters
         ----------
         tree
-            Nested mappings; what is left out takes its default.
+            Nested mappings. Missing settings take their defaults.
         dataset_given
-            A dataset object comes from elsewhere, so ``dataset.name`` may be left out.
+            Whether a dataset object is passed separately, so that ``dataset.name`` may be missing.
 
         Raises
         ------
         ConfigError
-            With every problem found.
+            With all problems.
 
         Examples
         --------
@@ -308,7 +308,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Setting:
-    """One leaf of the tree, as the documentation lists it."""
+    """One leaf of the configuration tree, as listed in the documentation."""
 
     path: str
     type: str
@@ -334,7 +334,7 @@ def settings(cls: type = Config, prefix: str = "distillation") -> Iterator[Setti
 
 
 def parse_bytes(size: int | str) -> int:
-    """Return a size in bytes.
+    """Return a size in bytes from a number or a text with a unit.
 
     >>> parse_bytes("20GB"), parse_bytes("1 KiB"), parse_bytes(7)
     (20000000000, 1024, 7)
@@ -342,7 +342,7 @@ def parse_bytes(size: int | str) -> int:
     Raises
     ------
     ConfigError
-        If it is not one.
+        If the text is not a size.
     """
     from dask.utils import parse_bytes as parse
 
@@ -497,7 +497,7 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
 
 
 def stride_problems(window_stride: int, max_length: int) -> list[str]:
-    """Return what is wrong with a stride for windows of a width."""
+    """Return the problems of a window stride for a window length."""
     if window_stride <= max_length:
         return []
     return [
@@ -507,7 +507,7 @@ def stride_problems(window_stride: int, max_length: int) -> list[str]:
 
 
 def _check_secrets(config: Config) -> list[str]:
-    """Refuse credentials in addresses: settings are written into the run folder and the log."""
+    """Refuse credentials in addresses, because settings are written to the run folder and the log."""
     return [
         f"{name}: expected an address without credentials, got one with (not shown here); settings are kept in the run "
         "folder: give tokens and passwords in the environment (HF_TOKEN, or as fsspec reads them)"
@@ -517,7 +517,7 @@ def _check_secrets(config: Config) -> list[str]:
 
 
 def _check_homes(config: Config) -> list[str]:
-    """Refuse paths in the home folder of a user who is not here."""
+    """Refuse paths in the home folder of a user unknown on this machine."""
     problems = []
     for name, text in _texts(config, "distillation"):
         try:
@@ -528,7 +528,7 @@ def _check_homes(config: Config) -> list[str]:
 
 
 def _texts(group: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield the path and the value of every setting that is a text, or a list of them."""
+    """Yield the path and value of every setting that is a text or a list of texts."""
     for name, value in vars(group).items():
         if dataclasses.is_dataclass(value):
             yield from _texts(value, f"{path}.{name}")

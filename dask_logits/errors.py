@@ -1,18 +1,18 @@
-"""What can go wrong, told apart by what the user does next.
+"""Exception hierarchy, grouped by the action the user should take.
 
 The tree::
 
     DaskLogitsError
     ├── ConfigError (ValueError)          change a setting
-    ├── DatasetError (ValueError)         change the data, or how it is named
+    ├── DatasetError (ValueError)         change the data, or the settings that name it
     ├── TeacherError (RuntimeError)       change the teacher, its dtype or its tokenizer
-    ├── RunConflictError (ValueError)     use another run folder, or the settings it was made with
-    ├── CacheError (OSError)              make the file again, or point to the right one
+    ├── RunConflictError (ValueError)     use another run folder, or its original settings
+    ├── CacheError (OSError)              recreate the file, or point to the right one
     ├── CapacityError (OSError)           free disk or memory, or ask for less
     ├── ClusterError (RuntimeError)       start or repair the Dask cluster
-    └── PartitionsFailedError (RuntimeError)   read why, then run again: only those are taken up
+    └── PartitionsFailedError (RuntimeError)   read the reasons, then rerun: only failed partitions are retried
 
-Every error survives pickling with its facts, because Dask replaces one that does not by a bare ``Exception``.
+Every error keeps its attributes when pickled, because Dask replaces an unpicklable one by a bare ``Exception``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 
 def first_line(error: BaseException) -> str:
-    """Return what another library's error says first, or what it is.
+    """Return the first line of another library's error message, or the error's type if it has none.
 
     >>> first_line(ValueError("too large\\nsee the manual")), first_line(KeyError())
     ('too large', 'KeyError')
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 class DaskLogitsError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of all errors that this package raises deliberately.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class DaskLogitsError(Exception):
         ``where: expected X, got Y; do Z``.
     """
 
-    # Whether the job had begun to score when it was raised: then it failed, before it was refused.
+    # Whether scoring had begun when the error was raised: "failed" rather than "refused".
     ran: bool = False
 
     def __init__(self, message: str) -> None:
@@ -63,7 +63,7 @@ class ConfigError(DaskLogitsError, ValueError):
 
     @classmethod
     def from_problems(cls, problems: Sequence[str]) -> ConfigError:
-        """Make one error of every problem found.
+        """Build one error from all problems.
 
         >>> print(ConfigError.from_problems(["a.b: expected int, got 'x'"]))
         1 problem in the configuration:
@@ -75,14 +75,14 @@ class ConfigError(DaskLogitsError, ValueError):
 
 
 class DatasetError(DaskLogitsError, ValueError):
-    """The dataset is missing, empty, lacks a column or holds a row that cannot be used.
+    """The dataset is missing, empty, lacks a column or contains an unusable row.
 
     Parameters
     ----------
     message
-        What was expected, what came, what to do.
+        The expected value, the actual value and the remedy.
     row
-        Dataset row the error is about, if it is about one.
+        Index of the dataset row at fault, if any.
     """
 
     def __init__(self, message: str, row: int | None = None) -> None:
@@ -91,14 +91,14 @@ class DatasetError(DaskLogitsError, ValueError):
 
 
 class TeacherError(DaskLogitsError, RuntimeError):
-    """The teacher is missing, does not match its tokenizer, or gave logits that are not finite.
+    """The teacher is missing, does not match its tokenizer, or returned non-finite logits.
 
     Parameters
     ----------
     message
-        What was expected, what came, what to do.
+        The expected value, the actual value and the remedy.
     row
-        Dataset row whose logits were refused, if the error is about one.
+        Index of the dataset row whose logits were refused, if any.
     """
 
     def __init__(self, message: str, row: int | None = None) -> None:
@@ -107,14 +107,14 @@ class TeacherError(DaskLogitsError, RuntimeError):
 
 
 class RunConflictError(DaskLogitsError, ValueError):
-    """The run folder was made with other settings, or another driver is at work in it.
+    """The run folder was made with other settings, or another driver is using it.
 
     Parameters
     ----------
     message
         The differences, one per line.
     differences
-        Dotted name of what differs → (value in the folder, value asked for).
+        Dotted name of each difference → (value in the folder, requested value).
     """
 
     def __init__(self, message: str, differences: Mapping[str, tuple[object, object]] | None = None) -> None:
@@ -128,7 +128,7 @@ class CacheError(DaskLogitsError, OSError):
     Parameters
     ----------
     message
-        The path, what was expected, what came, what to do.
+        The path, the expected value, the actual value and the remedy.
     path
         The file or folder.
     """
@@ -139,12 +139,12 @@ class CacheError(DaskLogitsError, OSError):
 
 
 class CapacityError(DaskLogitsError, OSError):
-    """The job cannot fit on this disk or in this memory, or the disk fails.
+    """The job does not fit on this disk or in this memory, or the disk fails.
 
     Parameters
     ----------
     message
-        The arithmetic and what to do.
+        The arithmetic and the remedy.
     needed_bytes, free_bytes
         Both sides of the comparison.
     """
@@ -156,11 +156,11 @@ class CapacityError(DaskLogitsError, OSError):
 
 
 class ClusterError(DaskLogitsError, RuntimeError):
-    """No Dask cluster could be made or joined, or it stopped making progress."""
+    """No Dask cluster could be started or joined, or it stopped making progress."""
 
 
 class PartitionsFailedError(DaskLogitsError, RuntimeError):
-    """Some partitions could not be scored; all others are committed.
+    """Some partitions could not be scored. All others are committed.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Hydra's home: the YAML tree plus the user's overrides become a validated :class:`~dask_logits.config.Config`.
+"""Hydra composition: YAML tree plus overrides, validated as :class:`~dask_logits.config.Config`.
 
-The composed tree is a plain mapping before it leaves this module, so nothing else knows Hydra or OmegaConf.
-Override keys are checked before Hydra sees them: Hydra stops at the first it does not know, a user wants them all.
+The composed tree leaves this module as a plain mapping, so no other module depends on Hydra or OmegaConf.
+Override keys are checked before Hydra sees them, because Hydra stops at the first unknown key and users want all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OLD_NAMES = {
 
 
 def config_dir() -> Path:
-    """Return the folder with ``config.yaml``: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder with ``config.yaml``: next to the package in a checkout, inside it in a wheel."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "config"
 
@@ -39,12 +39,12 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
     overrides
         Hydra overrides such as ``distillation.dataset.name=wikitext``.
     dataset_given
-        A dataset object comes from elsewhere, so ``dataset.name`` may be left out.
+        Whether a dataset object is passed separately, so that ``dataset.name`` may be missing.
 
     Raises
     ------
     ConfigError
-        With every problem found in the overrides, or else in the values.
+        With all problems of the overrides, or else all of the values.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException, OverrideParseException
@@ -76,13 +76,13 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], Non
     arguments
         The command line after the command's name.
     task
-        Called with each composed ``distillation`` tree, not yet validated. Under ``--multirun`` each has its own
+        Called with each composed ``distillation`` tree before validation. Under ``--multirun``, each tree has its own
         sub-folder of ``cache_dir``.
 
     Raises
     ------
     ConfigError
-        For override keys that do not exist.
+        If an override key does not exist.
     """
     import sys
 
@@ -110,9 +110,9 @@ def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], Non
 
 
 def quoted(overrides: Sequence[str]) -> list[str]:
-    """Put the values of text settings in the quotes that Hydra's grammar wants, so that nobody has to type them.
+    """Quote the values of text settings as Hydra's grammar requires, so that users do not have to.
 
-    Values that are quoted already, null, and interpolations stay as they are.
+    Quoted values, null and interpolations are unchanged.
 
     >>> quoted(["distillation.dataset.split=train[:5]+test[:5]", "distillation.partition.rows=4"])
     ["distillation.dataset.split='train[:5]+test[:5]'", 'distillation.partition.rows=4']
@@ -138,7 +138,7 @@ def quoted(overrides: Sequence[str]) -> list[str]:
 
 
 def _items(text: str) -> list[str]:
-    """Split a list at the commas that lie outside of quotes, braces and brackets."""
+    """Split a list at the commas outside quotes, braces and brackets."""
     return [item.strip() for item in re.findall(r"""(?:"[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|[^,])+""", text)]
 
 
@@ -149,7 +149,7 @@ def _quote(value: str) -> str:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse override keys that name no setting, all at once, each with the nearest spelling.
+    """Refuse unknown override keys, all at once, each with the nearest known spelling.
 
     >>> check_overrides(["distillation.dataset.nam=c4"])
     Traceback (most recent call last):
@@ -166,7 +166,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if key.startswith(_OLD_TREE):
             problems.append(f"{key}: this tree has gone; use {_new_name(key, value, known)}")
         elif key not in known and key not in heads and not key.startswith("hydra"):
-            # The right name in the wrong group, or in none, comes before a similar spelling.
+            # The right name in the wrong group, or in none, is preferred to a similar spelling.
             same_leaf = [path for path in known if path.endswith(f".{key.rsplit('.', 1)[-1]}")]
             guess = nearest(key, same_leaf, cutoff=0) or nearest(key, known)
             problems.append(f"{key}: unknown setting{guess}")
@@ -182,7 +182,7 @@ def _new_name(key: str, value: str, known: Sequence[str]) -> str:
 
 
 def generate_command(tree: Mapping[str, Any]) -> str | None:
-    """Return the command line that starts a job with these settings; None for a dataset that only Python can give.
+    """Return the command line that starts a job with these settings, or None if the dataset is a Python object.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def _changed(tree: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) 
 
 
 def _written(value: Any) -> str:
-    """Write a value as Hydra reads it.
+    """Format a value in Hydra's syntax.
 
     >>> _written(None), _written(True), _written("0,1"), _written(["a.jsonl", "b c"])
     ('null', 'true', '"0,1"', '[a.jsonl,"b c"]')
@@ -240,16 +240,16 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given
     Parameters
     ----------
     tree
-        Nested mappings, e.g. of a manifest.
+        Nested mappings, for example from a manifest.
     overrides
         ``distillation.….…=value``.
     dataset_given
-        A dataset object comes from elsewhere.
+        Whether a dataset object is passed separately.
 
     Raises
     ------
     ConfigError
-        With every problem found in the overrides, or else in the values.
+        With all problems of the overrides, or else all of the values.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

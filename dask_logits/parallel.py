@@ -1,7 +1,7 @@
-"""Run static workers side by side on this machine and merge what they make: the command ``dask-logits-parallel``.
+"""Run static workers in parallel on this machine and merge their results: the command ``dask-logits-parallel``.
 
 Each worker is a ``dask-logits generate`` process with its own GPU, or its share of the cores. It writes to its own log
-file, so it does not depend on this process. New lines of all logs are shown here, with the number of their worker.
+file, so it does not depend on this process. New lines of all logs are printed here, prefixed with the worker's number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Worker:
     log: Path
 
     def show(self, position: int) -> int:
-        """Print the complete lines of the log from a position on; return the position after them."""
+        """Print the complete lines of the log from a position on. Return the position after them."""
         with self.log.open("rb") as file:
             file.seek(position)
             lines = file.read().rpartition(b"\n")[0]
@@ -87,7 +87,7 @@ def _launch(count: int, devices: str, overrides: list[str], *, merge: bool) -> i
                 "distillation.cluster.dashboard_address=null",
             ]
             with log.open("wb") as file:
-                # In a group of its own: Ctrl-C reaches a worker once, through this process.
+                # In its own process group, so that Ctrl-C reaches a worker once, through this process.
                 process = subprocess.Popen(
                     [*command, "generate", *overrides, *share],
                     stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, process_group=0,
@@ -111,7 +111,7 @@ def _launch(count: int, devices: str, overrides: list[str], *, merge: bool) -> i
 
 
 def _wait(workers: list[_Worker]) -> bool:
-    """Show the logs until all workers have ended; return whether one failed."""
+    """Show the logs until all workers have ended. Return whether one failed."""
     positions = dict.fromkeys(range(len(workers)), 0)
     failed = False
     waiting = list(workers)
@@ -121,7 +121,7 @@ def _wait(workers: list[_Worker]) -> bool:
             positions[worker.number] = worker.show(positions[worker.number])
             if status is not None:
                 waiting.remove(worker)
-                # As a shell gives it: 128 and the signal.
+                # As shells report it: 128 plus the signal.
                 status = 128 - status if status < 0 else status
                 failed |= status != 0
                 _say(f"worker {worker.number}: " + ("done" if status == 0 else f"failed with exit status {status}"))
@@ -130,7 +130,7 @@ def _wait(workers: list[_Worker]) -> bool:
 
 
 def _gpus() -> str:
-    """Return the GPUs of this machine, with commas."""
+    """Return the GPUs of this machine, separated by commas."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible
     program = shutil.which("nvidia-smi")
@@ -142,7 +142,7 @@ def _gpus() -> str:
 
 
 def _say(line: str) -> None:
-    # The workers go on where nobody reads this any more.
+    # The workers continue when the reader of this output has gone.
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 

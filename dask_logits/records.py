@@ -1,7 +1,7 @@
-"""The arrays of one partition: what every layer hands to the next, and the digest that says two are the same.
+"""The arrays of one partition, passed between all layers, and the digest of their content.
 
-Ragged: a flat token axis with one entry per real token, and a document axis that cuts it. Padding is never stored.
-Plain integers and numpy; no teacher, no file format.
+The layout is ragged: a flat token axis with one entry per real token, and a document axis with bounds. Padding is never
+stored. Only plain integers and numpy are used, independent of teacher and file format.
 
 Dimension letters: N tokens, D documents, B blocks, K kept entries per position.
 """
@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
-# Only where documents were packed into blocks.
+# Only for documents packed into blocks.
 BLOCK_ARRAYS = ("block_length",)
 
 
@@ -58,7 +58,7 @@ def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[
 
 
 def bytes_per_token(top_k: int, vocab_size: int) -> int:
-    """Return the bytes the token arrays take per token in memory and in plain files; documents add 24 bytes each.
+    """Return the bytes per token of the token arrays, in memory and in plain files. Each document adds 24 bytes.
 
     >>> bytes_per_token(64, 49_152)
     270
@@ -68,7 +68,7 @@ def bytes_per_token(top_k: int, vocab_size: int) -> int:
 
 
 def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
-    """Return k → mean probability that the k most probable entries keep, for powers of two and K.
+    """Return k → mean probability of the k most probable entries, for powers of two and K.
 
     >>> kept_mass_by_k(np.log(np.array([[0.5, 0.25, 0.125]])))
     {'1': 0.5, '2': 0.75, '3': 0.875}
@@ -83,26 +83,26 @@ def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """Targets of a run of consecutive documents, or of windows or block segments of them.
+    """Targets of consecutive documents, or of text windows or block segments.
 
     Parameters
     ----------
     input_ids
-        [N], the tokens.
+        [N], token ids.
     topk_ids, topk_logprobs
-        [N, K], the K most probable next tokens, most probable first, ties by lower id; log-probs in nats at
+        [N, K], the K most probable next tokens, most probable first, ties by lower id. Log-probs are in nats at
         temperature 1, normalised over the whole valid vocabulary.
     logsumexp
         [N] float32, of the raw logits: raw logit = log-prob + logsumexp.
     tail_logmass
-        [N] float32, log of the probability outside the K entries; −inf where K is the whole vocabulary.
+        [N] float32, log of the probability outside the K entries. −inf if K is the whole vocabulary.
     label_logprob
-        [N] float32, log-prob of the true next token, a following window's or block's first included; NaN where there
+        [N] float32, log-prob of the true next token, including the first of a following window or block. NaN if there
         is none.
     document_row, document_offset, document_length
-        [D], dataset row, first token's place in it, tokens.
+        [D], dataset row, position of the first token in the row, number of tokens.
     block_length
-        [B], tokens of each packed block; None where documents were not packed.
+        [B], tokens of each packed block. None if documents were not packed.
 
     Raises
     ------
@@ -138,17 +138,17 @@ class Records:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens, N."""
+        """Number of tokens, N."""
         return len(self.input_ids)
 
     @property
     def n_documents(self) -> int:
-        """Documents, D; empty ones count."""
+        """Number of documents, D, including empty ones."""
         return len(self.document_row)
 
     @property
     def top_k(self) -> int:
-        """Kept entries per position, K."""
+        """Number of kept entries per position, K."""
         return int(self.topk_ids.shape[1])
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
@@ -159,12 +159,12 @@ class Records:
 
 
 class ContentDigest:
-    """Sum over documents of their SHA-256; equal sums mean the same targets for the same tokens.
+    """Sum of the SHA-256 of all documents. Equal sums mean the same targets for the same tokens.
 
-    A document's hash covers its row, offset and length and the bytes of all its token arrays; a packed block's, its
-    length and the place of its first token. So the sum depends neither on how documents were cut into partitions nor on
-    who computed them, when or in which order, and that of a whole is the sum of its parts'. It detects damage and
-    mistakes; it is no defence against someone who may choose the targets (sums of hashes can be steered).
+    A document's hash covers its row, offset and length and the bytes of all its token arrays. A packed block's hash
+    covers its length and the place of its first token. The sum therefore does not depend on partition boundaries, host,
+    time or order, and the sum of a whole is the sum of its parts. It detects damage and mistakes, but does not protect
+    against someone who can choose the targets, because sums of hashes can be steered.
 
     >>> digest = ContentDigest()
     >>> digest.add(f"{1:064x}"); digest.add(f"{2:064x}"); int(digest.hexdigest(), 16)
@@ -175,11 +175,11 @@ class ContentDigest:
         self._sum = 0
 
     def add(self, hexdigest: str) -> None:
-        """Add what another digest has summed up."""
+        """Add the sum of another digest."""
         self._sum = (self._sum + int(hexdigest, 16)) % (1 << 256)
 
     def update(self, records: Records) -> None:
-        """Add documents and blocks."""
+        """Add the documents and blocks of these records."""
         tokens = [
             (name, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
             for name, array in records.arrays()
@@ -204,12 +204,12 @@ class ContentDigest:
                 self.add(hashlib.sha256(f"block {place} {length}".encode()).hexdigest())
 
     def hexdigest(self) -> str:
-        """Return the sum, 64 hexadecimal digits."""
+        """Return the sum as 64 hexadecimal digits."""
         return f"{self._sum:064x}"
 
 
 def total_digest(digests: Iterable[str]) -> str:
-    """Return the content digest of a whole from its parts'."""
+    """Return the content digest of a whole from those of its parts."""
     total = ContentDigest()
     for digest in digests:
         total.add(digest)
@@ -218,22 +218,22 @@ def total_digest(digests: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Sums that add up over partitions to the figures a user reads first.
+    """Additive statistics, summed over partitions.
 
     Parameters
     ----------
     documents, tokens
-        Counts; windows and segments of blocks count as documents.
+        Counts. Windows and block segments count as documents.
     blocks
-        Packed blocks; 0 where documents were not packed.
+        Packed blocks, 0 if documents were not packed.
     kept_mass
         Sum over tokens of the probability inside the K entries.
     label_logprob, labels
         Sum of the log-probs of the true next tokens (nats), and their count.
     skipped_rows
-        Rows that could not be used and were skipped; they have no token.
+        Unusable rows that were skipped. They have no tokens.
     double_bos_rows
-        Texts that begin with the token that the tokenizer added, so that they have it twice.
+        Texts that begin with the tokenizer's BOS token, so that it occurs twice.
     """
 
     documents: int = 0
@@ -247,7 +247,7 @@ class Statistics:
 
     @classmethod
     def of(cls, records: Records) -> Statistics:
-        """Sum up one partition in float64."""
+        """Compute the sums of one partition in float64."""
         labelled = records.label_logprob[~np.isnan(records.label_logprob)]
         return cls(
             documents=records.n_documents,
@@ -260,12 +260,12 @@ class Statistics:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Statistics:
-        """Read back what ``dataclasses.asdict`` wrote.
+        """Parse the output of ``dataclasses.asdict``.
 
         Raises
         ------
         CacheError
-            If something else was written.
+            If the values are not valid statistics.
         """
         known = isinstance(values, Mapping) and values.keys() <= cls.__dataclass_fields__.keys()
         if known and all(map(cls._holds, values, values.values())):
@@ -279,7 +279,7 @@ class Statistics:
     @staticmethod
     def _holds(name: str, value: object) -> bool:
         if name in ("kept_mass", "label_logprob"):
-            # A true token may be impossible, so a sum may be infinite.
+            # A true token may have probability 0, so a sum may be infinite.
             return type(value) in (int, float) and abs(value) <= float("inf")  # type: ignore[arg-type]
         return type(value) is int and 0 <= value < 1 << 48
 
@@ -297,10 +297,10 @@ class Statistics:
 
     @property
     def mean_kept_mass(self) -> float:
-        """Mean probability inside the K entries; NaN without tokens."""
+        """Mean probability of the K entries, NaN without tokens."""
         return self.kept_mass / self.tokens if self.tokens else float("nan")
 
     @property
     def perplexity(self) -> float:
-        """Teacher's perplexity on the true next tokens, exp(−mean log-prob); NaN without labels."""
+        """Teacher's perplexity on the true next tokens, exp(−mean log-prob), NaN without labels."""
         return float(np.exp(-self.label_logprob / self.labels)) if self.labels else float("nan")

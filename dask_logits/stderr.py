@@ -1,8 +1,8 @@
-"""A standard error stream that never blocks: output that its reader does not take is dropped and counted.
+"""A standard error stream that never blocks: output that its reader does not accept is dropped and counted.
 
-A pipe that nobody reads, or a terminal that is stopped with Ctrl-S, blocks every write once it is full. A job would
-stop there, with its workers, its log and its watchdog. So the file descriptor becomes a pipe that one thread of this
-process reads, and another thread passes the output on. That covers the log, the progress display, other libraries and
+A pipe without a reader, or a terminal stopped with Ctrl-S, blocks every write once it is full. The job would hang,
+along with its workers, log and watchdog. Therefore the file descriptor is replaced by a pipe. One thread of this
+process reads the pipe and another writes the output. This covers the log, the progress display, other libraries and
 the workers, which inherit the descriptor. It costs two threads, and the last lines if the process is killed.
 """
 
@@ -19,19 +19,19 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 _CHUNK_BYTES = 4096
-# At most 16 MiB wait for a slow reader.
+# Up to 16 MiB are buffered for a slow reader.
 _MOST_CHUNKS = 4096
 _FLUSH_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def unblocked_stderr(descriptor: int = 2) -> Iterator[None]:
-    """Keep writes to standard error from blocking or failing.
+    """Prevent writes to standard error from blocking or failing.
 
     Parameters
     ----------
     descriptor
-        The file descriptor of standard error. Where ``sys.stderr`` is not on it, nothing is done.
+        The file descriptor of standard error. If ``sys.stderr`` does not use it, nothing is changed.
     """
     try:
         is_ours = sys.stderr is not None and sys.stderr.fileno() == descriptor
@@ -53,14 +53,14 @@ def unblocked_stderr(descriptor: int = 2) -> Iterator[None]:
 
 
 class _Terminal(io.TextIOWrapper):
-    """Text for a terminal, through a pipe.
+    """Terminal text stream that writes through a pipe.
 
     Parameters
     ----------
     binary
         The pipe.
     terminal
-        File descriptor of the terminal, which libraries ask for its kind and width.
+        File descriptor of the terminal, which libraries query for its type and width.
     """
 
     def __init__(self, binary: BinaryIO, terminal: int) -> None:
@@ -75,7 +75,7 @@ class _Terminal(io.TextIOWrapper):
 
 
 class _Pump:
-    """Passes on output: one thread always reads, another writes when the reader at the other end lets it.
+    """Forwards output: one thread always reads, another writes when the reader accepts output.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class _Pump:
         self._writer.start()
 
     def close(self) -> None:
-        """Restore the descriptor; where its reader is gone or does not read, later output is discarded."""
+        """Restore the descriptor. If its reader is gone or does not read, later output is discarded."""
         os.close(self._stop)
         self._reader.join()
         self._writer.join(_FLUSH_SECONDS)
@@ -133,7 +133,7 @@ class _Pump:
                 self._chunks.put_nowait(chunk)
             except queue.Full:
                 dropped_bytes += len(chunk)
-        # Where there is no room for it, nobody waits for the writer.
+        # The buffer is full: do not wait for the writer.
         with contextlib.suppress(queue.Full):
             self._chunks.put(None, timeout=_FLUSH_SECONDS)
 

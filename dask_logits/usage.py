@@ -1,4 +1,4 @@
-"""Texts of the command line: usage, and every setting with its default and meaning."""
+"""Texts of the command line: usage, and every setting with its default and description."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ partitions, time, disk and memory, beside what is free. Nothing is written.
 """
 
 HELP = {"generate": _GENERATE, "plan": _PLAN}
-# Options of Hydra that `generate` passes on.
+# Hydra options that `generate` passes on.
 HYDRA_OPTIONS = (
     "--help", "--hydra-help", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--info",
     "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "-h", "-c", "-p", "-r", "-m", "-sc", "-i",
@@ -74,7 +74,7 @@ HYDRA_OPTIONS = (
 
 
 def settings_help(width: int = 100) -> str:
-    """Return every setting in groups: path, default, and meaning.
+    """Return every setting in groups: path, default and description.
 
     >>> "  distillation.teacher.generation.top_k=64\\n      Entries kept per position" in settings_help()
     True
@@ -93,7 +93,7 @@ def settings_help(width: int = 100) -> str:
 
 
 def _groups(cls: type, path: str) -> Iterator[tuple[str, str]]:
-    """Yield the path of every group of settings, with its purpose."""
+    """Yield the path and purpose of every group of settings."""
     purpose = (cls.__doc__ or "").splitlines()[0].partition(": ")[2]
     yield path, purpose
     for field, hint in typing.get_type_hints(cls).items():

@@ -1,6 +1,6 @@
-"""Which id means which token: told apart by digest, the place of a difference by a byte for each id.
+"""Compare the id-to-token maps of tokenizers by digest, and locate a difference by one byte per id.
 
-The teacher's targets mean something to a student only if both map ids to the same tokens; whether two tokenizers split
+The teacher's targets are valid for a student only if both tokenizers map ids to the same tokens. Whether they split
 text alike does not matter, because the cache stores ids.
 
 Dimension letters: V vocabulary.
@@ -21,14 +21,14 @@ from dask_logits.errors import CacheError
 
 
 class HasVocabulary(Protocol):
-    """What is needed of a tokenizer, by the name that ``transformers`` and ``tokenizers`` give it."""
+    """Tokenizer interface, named as in ``transformers`` and ``tokenizers``."""
 
     def get_vocab(self) -> Mapping[str, int]:
         """Return token → id."""
 
 
 def map_digest(vocabulary: Mapping[str, int]) -> str:
-    """Return SHA-256 of an id → token map.
+    """Return the SHA-256 of an id → token map.
 
     >>> map_digest({"a": 0, "b": 1}) == map_digest({"b": 1, "a": 0})
     True
@@ -37,7 +37,7 @@ def map_digest(vocabulary: Mapping[str, int]) -> str:
 
 
 def token_crcs(vocabulary: Mapping[str, int]) -> npt.NDArray[np.uint8]:
-    """Return the lowest byte of the CRC-32 of each id's token in UTF-8, 0 where there is none: [V].
+    """Return the lowest byte of the CRC-32 of each id's token in UTF-8, 0 for missing ids: [V].
 
     >>> token_crcs({"a": 0, "b": 2})
     array([ 67,   0, 249], dtype=uint8)
@@ -51,27 +51,27 @@ def token_crcs(vocabulary: Mapping[str, int]) -> npt.NDArray[np.uint8]:
 def check_tokenizer(
     attributes: Mapping[str, Any], teacher_crcs: npt.NDArray[np.uint8] | None, tokenizer: HasVocabulary, where: str
 ) -> None:
-    """Refuse a student's tokenizer that maps ids to other tokens than the teacher's.
+    """Refuse a student's tokenizer that maps ids to different tokens than the teacher's.
 
     Parameters
     ----------
     attributes
-        Of a cache.
+        Attributes of a cache.
     teacher_crcs
-        :func:`token_crcs` of the teacher's tokenizer; None: unknown.
+        :func:`token_crcs` of the teacher's tokenizer. None: unknown.
     tokenizer
-        The student's.
+        The student's tokenizer.
     where
-        The cache, for the message.
+        The cache, for error messages.
 
     Raises
     ------
     CacheError
-        If it does, naming the first id whose byte differs; or if the cache does not say which tokenizer it is of.
+        If a token differs, naming the first id whose byte differs, or if the cache does not name its tokenizer.
     """
     whole = tokenizer.get_vocab()
     n_teacher = int(attributes.get("tokenizer_ids") or max(whole.values(), default=-1) + 1)
-    # Tokens that were added for the student behind the teacher's do no harm.
+    # Tokens added for the student after the teacher's are harmless.
     vocabulary = {token: i for token, i in whole.items() if i < n_teacher}
     expected = attributes.get("tokenizer_map_digest")
     if not expected:
@@ -87,7 +87,7 @@ def check_tokenizer(
     if teacher_crcs is not None:
         student_crcs = token_crcs(vocabulary)
         n_common = min(len(teacher_crcs), len(student_crcs))
-        # Bytes of different tokens are equal once in 256 times.
+        # Different tokens share a byte once in 256 cases.
         differing = np.flatnonzero(teacher_crcs[:n_common] != student_crcs[:n_common])
         first = int(differing[0]) if len(differing) else n_common
         if first < max(len(teacher_crcs), len(student_crcs)):

@@ -1,9 +1,9 @@
-"""Compressed chunks in an HDF5 file, read past HDF5: by their index, with ``pread``, without a lock.
+"""Direct reads of compressed chunks in an HDF5 file: by index, with ``pread``, without locks.
 
-h5py serialises all reads of a process, a handle must not cross a fork, and HDF5 looks a chunk up in a tree. Here the
-index of (offset, bytes, CRC-32) is memory-mapped, a file descriptor is all that is shared, and threads, forks and
-workers read at will. Every chunk is compared with its CRC-32 before it is decompressed, because HDF5's zstd plugin
-returns garbage for a damaged one without an error.
+h5py serialises all reads of a process, its handles must not cross a fork, and HDF5 looks chunks up in a tree. Here the
+index of (offset, bytes, CRC-32) is memory-mapped, only a file descriptor is shared, and threads, forks and worker
+processes read independently. Every chunk is checked against its CRC-32 before decompression, because HDF5's zstd
+plugin returns garbage for a damaged one without an error.
 
 Dimension letters: C chunks.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from dask_logits.errors import CacheError
 from dask_logits.records import Array
 
-# Bytes between two chunks that are read rather than asked for anew.
+# Gap between two chunks, in bytes, up to which both are read in one request.
 _GAP_BYTES = 1 << 16
 _LEVEL = 1
 _ZSTD_MAGIC = bytes.fromhex("28b52ffd")
@@ -30,16 +30,16 @@ _FRAME_HEADER_BYTES = 18
 
 
 def compress(chunk: Array) -> bytes:
-    """Return a chunk as a zstd frame with a checksum, as Zarr's zstd codec writes it."""
+    """Compress a chunk into a zstd frame with a checksum, as Zarr's zstd codec writes it."""
     from numcodecs.zstd import Zstd
 
     return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
 
 
 def content_bytes(frame: bytes | memoryview) -> int | None:
-    """Return how long a zstd frame says its content is, from its header alone; None if it does not say so.
+    """Return the content size in a zstd frame's header, or None if it has none.
 
-    A decoder makes room for as many bytes before it reads further (RFC 8878, 3.1.1.1).
+    A decoder allocates that many bytes before it reads further (RFC 8878, 3.1.1.1).
 
     >>> content_bytes(compress(np.zeros(70_000, np.uint8))), content_bytes(b"PK")
     (70000, None)
@@ -56,12 +56,12 @@ def content_bytes(frame: bytes | memoryview) -> int | None:
 
 
 def decompress(frame: bytes | memoryview, out: Array) -> None:
-    """Decode a zstd frame into an array that it fills exactly.
+    """Decode a zstd frame into an array of exactly its size.
 
     Raises
     ------
     ValueError
-        If it does not, or is damaged.
+        If the size differs or the frame is damaged.
     """
     from numcodecs.zstd import decompress as decode
 
@@ -74,10 +74,10 @@ def decompress(frame: bytes | memoryview, out: Array) -> None:
 
 
 def fletcher32(data: bytes) -> bytes:
-    """Return the trailer that HDF5's Fletcher-32 filter appends to a chunk: [4] bytes.
+    """Return the trailer appended by HDF5's Fletcher-32 filter: [4] bytes.
 
-    Sums of big-endian 16-bit words modulo 65,535, where a sum that is a multiple of it is written 65,535 unless all
-    words are 0 (HDF5 1.14, ``H5checksum.c``).
+    It holds sums of big-endian 16-bit words modulo 65,535. A sum that is a multiple of it is written as 65,535 unless
+    all words are 0 (HDF5 1.14, ``H5checksum.c``).
 
     >>> fletcher32(bytes([0, 1, 0, 2])).hex()
     '03000400'
@@ -89,12 +89,12 @@ def fletcher32(data: bytes) -> bytes:
 
 
 class ChunkIndex:
-    """Where the chunks of one array lie.
+    """Locations of the chunks of one array.
 
     Parameters
     ----------
     offset, size, crc32
-        [C] uint64, uint32, uint32: of each chunk's zstd frame, without the filter's trailer.
+        [C] uint64, uint32, uint32, for each chunk's zstd frame, without the filter's trailer.
     """
 
     def __init__(self, offset: Array, size: Array, crc32: Array) -> None:
@@ -105,16 +105,16 @@ class ChunkIndex:
 
 
 class PlaneReader:
-    """Reads rows of byte planes that share their chunks' bounds.
+    """Reads rows of byte planes with the same chunk bounds.
 
     Parameters
     ----------
     path
         The file.
     indices
-        Plane → where its chunks lie.
+        Plane → locations of its chunks.
     chunk_shape
-        (tokens, entries) of every chunk.
+        (tokens, entries) of each chunk.
     """
 
     def __init__(self, path: Path, indices: Mapping[str, ChunkIndex], chunk_shape: tuple[int, int]) -> None:
@@ -124,7 +124,7 @@ class PlaneReader:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._file_bytes = os.fstat(self._descriptor).st_size
         raw_bytes = chunk_shape[0] * chunk_shape[1]
-        # ZSTD_compressBound, and room for another encoder's.
+        # ZSTD_compressBound, plus a margin for other encoders.
         self._most_bytes = raw_bytes + (raw_bytes >> 7) + 1024
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -134,7 +134,7 @@ class PlaneReader:
         Raises
         ------
         CacheError
-            If one is damaged, or not where the index says.
+            If one is damaged or does not match the index.
         """
         places = [
             (int(index.offset[chunk]), int(index.size[chunk]), name, chunk)
@@ -152,7 +152,7 @@ class PlaneReader:
                     str(self.path),
                 )
         while at < len(places):
-            # A writer puts the planes of a chunk, and the next chunk, side by side: mostly one read.
+            # The writer stores the planes of a chunk, and the next chunk, side by side: usually one read.
             begin = end = places[at][0]
             stop_at = at
             while stop_at < len(places) and places[stop_at][0] <= end + _GAP_BYTES:
@@ -182,7 +182,7 @@ class PlaneReader:
             ) from error
 
     def check(self, first: int, stop: int, *, trailers: bool) -> None:
-        """Compare chunks [first, stop) of every plane with their checksums.
+        """Check chunks [first, stop) of every plane against their checksums.
 
         Raises
         ------

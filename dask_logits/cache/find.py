@@ -1,4 +1,4 @@
-"""From what a user names (a file, a run folder, an index, a folder of caches) to the cache files it stands for."""
+"""Resolve a user's path (a file, run folder, index or folder of caches) to cache files."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ INDEX_VERSION = 1
 
 
 def find_caches(path: Path) -> list[Path]:
-    """Return the cache files that a path stands for.
+    """Return the cache files that a path refers to.
 
     Parameters
     ----------
     path
-        A cache; an index over several; or a folder with one of these, or with several caches in it or in its folders.
+        A cache, an index over several, or a folder that contains one of these or several caches, directly or in
+        subfolders.
 
     Raises
     ------
     CacheError
-        If there is none, or an index names one that is missing or has changed.
+        If there is none, or a cache named by an index is missing or has changed.
     """
     if path.suffix == ".json":
         return _indexed(path)
@@ -42,7 +43,7 @@ def find_caches(path: Path) -> list[Path]:
     if is_index(path):
         return _indexed(path / INDEX_NAME)
     found = sorted([*path.glob("*.h5"), *path.glob(f"[!.]*/{CACHE_NAME}")])
-    # A run folder without a cache may hold an older one, set aside.
+    # A run folder without a cache may contain an older run that was set aside.
     if not found or (path / "run.json").exists():
         is_run = (path / "run.json").exists() or any(path.glob("status*.json"))
         cure = f"the run is not complete: see `dask-logits status {path}`" if is_run else "correct the path"
@@ -51,7 +52,7 @@ def find_caches(path: Path) -> list[Path]:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a path stands for what an index lists."""
+    """Whether a path refers to the caches listed in an index."""
     return path.suffix == ".json" or (not (path / CACHE_NAME).exists() and (path / INDEX_NAME).exists())
 
 
@@ -96,7 +97,7 @@ def _indexed(path: Path) -> list[Path]:
 
 
 def check_one_job(readers: Sequence[CacheReader]) -> None:
-    """Refuse caches that are not of one job.
+    """Refuse caches of different jobs.
 
     Raises
     ------
@@ -115,12 +116,12 @@ def check_one_job(readers: Sequence[CacheReader]) -> None:
 
 
 def check_whole(readers: Sequence[CacheReader]) -> None:
-    """Refuse parts of a job that leave rows out.
+    """Refuse parts of a job that do not cover all rows.
 
     Raises
     ------
     CacheError
-        If they do.
+        If rows are missing.
     """
     if not any(reader.attributes.get("partial") for reader in readers):
         return

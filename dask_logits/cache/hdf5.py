@@ -1,4 +1,4 @@
-"""Defensive reading of HDF5 files that may come from strangers.
+"""Defensive reading of untrusted HDF5 files.
 
 Nothing outside the file is read (links, external and virtual storage). Sizes in the header must match the arrays, and
 arrays must lie inside the file. Errors of h5py become :class:`~dask_logits.errors.CacheError`.
@@ -19,27 +19,27 @@ from dask_logits.errors import CacheError, first_line
 from dask_logits.files.atomic import parse_json
 
 _MOST_TEXT_BYTES = 64 << 20
-# The first bytes of an HDF5 file; our writer puts nothing before them.
+# The first bytes of an HDF5 file. The writer puts nothing before them.
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _LOCKED = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
-# What h5py makes of HDF5's errors, which of them depends on where a file is damaged.
+# Exceptions that h5py raises for HDF5 errors. Which one depends on where a file is damaged.
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
 
 def open_file(path: Path) -> h5py.File:
-    """Open a file to read it, without a lock.
+    """Open a file for reading, without a lock.
 
     Raises
     ------
     CacheError
-        If there is none, or it is no HDF5 file.
+        If the file is missing or not HDF5.
     """
     _check_kind(path)
     try:
         try:
             return h5py.File(path, "r", locking=False)
         except OSError:
-            # A handle that someone in this process opened with locks does not allow one without.
+            # A handle opened with locks in this process prevents opening without one.
             return h5py.File(path, "r")
     except _HDF5_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _LOCKED:
@@ -56,7 +56,7 @@ def open_file(path: Path) -> h5py.File:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse a path that is absent, not a file, not readable, or a file of another kind."""
+    """Refuse a path that is absent, not a file, not readable, or of another file type."""
     try:
         if not path.exists():
             raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
@@ -84,7 +84,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _kind_of(path: Path, start: bytes) -> str:
-    """Say what a file is that does not begin like HDF5."""
+    """Describe a file that lacks the HDF5 signature."""
     if not start:
         return "an empty file"
     try:
@@ -95,13 +95,13 @@ def _kind_of(path: Path, start: bytes) -> str:
 
 
 def root_attributes(file: h5py.File) -> dict[str, Any]:
-    """Return the scalar attributes of the root; others have no meaning."""
+    """Return the scalar attributes of the root. Others have no meaning."""
     found = {name: _scalar(file.attrs, name) for name in file.attrs}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def find_dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
-    """Return the dataset of a name, which no soft or external link leads to; None if there is none."""
+    """Return a dataset by name, or None if it is missing or behind a soft or external link."""
     at = h5py.h5g.open(file.id, b"/")
     for part in name.encode().split(b"/"):
         if not isinstance(at, h5py.h5g.GroupID) or not at.links.exists(part):
@@ -124,9 +124,9 @@ def check_dataset(
     dataset
         The dataset to check.
     path, name
-        For messages.
+        For error messages.
     shape, dtype
-        The shape and dtype that the header implies.
+        The shape and dtype implied by the header.
     chunked
         Whether the format stores it in compressed chunks. All others are contiguous and unfiltered.
 
@@ -154,7 +154,7 @@ def check_dataset(
 
 
 def is_critical(item: h5py.HLObject) -> bool:
-    """Whether an array or group says so; in a way that is not understood, too."""
+    """Whether an array or group is marked critical, including marks that cannot be interpreted."""
     if "critical" not in item.attrs:
         return False
     return _scalar(item.attrs, "critical") not in (False, 0)
@@ -162,7 +162,7 @@ def is_critical(item: h5py.HLObject) -> bool:
 
 @contextlib.contextmanager
 def translated(path: Path, what: str) -> Iterator[None]:
-    """Make a CacheError of what h5py raises meanwhile."""
+    """Convert h5py exceptions raised in this context to CacheError."""
     try:
         yield
     except CacheError:
@@ -176,7 +176,7 @@ def translated(path: Path, what: str) -> Iterator[None]:
 
 
 def damaged(path: Path, expected: str, found: str) -> CacheError:
-    """Return the error of a file whose parts do not fit each other."""
+    """Return the error for a file with inconsistent parts."""
     return CacheError(
         f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
         "again",
@@ -185,9 +185,9 @@ def damaged(path: Path, expected: str, found: str) -> CacheError:
 
 
 def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
-    """Return an attribute that is one text, number or truth value, JSON decoded; None if it is something else.
+    """Return a scalar text, number or boolean attribute, JSON decoded, or None for any other type.
 
-    Texts of variable length are something else: HDF5 2.0 loops for ever on some damaged heaps of them.
+    Variable-length texts count as other types, because HDF5 2.0 loops forever on some damaged heaps of them.
     """
     held = attributes.get_id(name)
     if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES or held.dtype.kind not in "biufS":

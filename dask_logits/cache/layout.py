@@ -1,4 +1,4 @@
-"""What writer and reader of a cache have to agree on: names, version, checksums. ``docs/FORMAT.md`` specifies it."""
+"""Names, version and checksums shared by the writer and reader of a cache. ``docs/FORMAT.md`` specifies them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FORMAT_VERSION = "1.0"
 CRC_BLOCK_BYTES = 1 << 20
 DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
-# HDF5's number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
+# HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
 ZSTD_FILTER = 32_015
-# No dataset has so many rows, and sums of a few such numbers fit into 64 bits.
+# Larger than any dataset, and sums of a few such numbers fit into 64 bits.
 MOST_ROWS = 1 << 48
-# Of each chunk of a chunked array.
+# For each chunk of a chunked array.
 INDEX = ("offset", "size", "crc32")
 
 
@@ -30,7 +30,7 @@ class BlockCrc:
         self._room = CRC_BLOCK_BYTES
 
     def update(self, block: Array) -> None:
-        """Take in the next entries."""
+        """Add the next entries."""
         data: memoryview = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         while len(data):
             piece = data[: self._room]
@@ -42,12 +42,12 @@ class BlockCrc:
                 self._crc, self._room = 0, CRC_BLOCK_BYTES
 
     def values(self) -> list[int]:
-        """Return what was found so far, the last block's as far as it goes."""
+        """Return the checksums so far, including that of a partial last block."""
         return self._done if self._room == CRC_BLOCK_BYTES else [*self._done, self._crc]
 
 
 def round_up(n: int, to: int) -> int:
-    """Return the next multiple.
+    """Round up to a multiple.
 
     >>> round_up(5, 4), round_up(8, 4)
     (8, 8)

@@ -1,12 +1,11 @@
-"""One partition as one Zarr group: written whole by one worker, read back in blocks.
+"""One partition as one Zarr group: written by a single worker, read back in blocks.
 
-Chosen: a group per *attempt*, so that two writers never share an array and nothing is ever resized (parallel appends
-and writes smaller than a shard lose data without an error); one shard per array, so that a partition is a dozen
-files; core codecs only (zstd with its own checksum), so that any Zarr reader opens it. A missing chunk reads as zeros
-in Zarr and so may a damaged one, so the CRC-32 of every file goes into the receipt and is compared before anything is
-read.
+Choices: one group per *attempt*, so that two writers never share an array and nothing is resized (parallel appends and
+writes smaller than a shard silently lose data). One shard per array, so that a partition is a dozen files. Core codecs
+only (zstd with its own checksum), so that any Zarr reader opens it. Zarr reads a missing chunk, and possibly a damaged
+one, as zeros. Therefore the CRC-32 of every file is stored in the receipt and checked before any read.
 
-This is the home of ``zarr``.
+This is the only module that imports ``zarr``.
 
 Dimension letters: N tokens, K kept entries.
 """
@@ -44,16 +43,16 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
     Parameters
     ----------
     path
-        Folder of this attempt; must not exist.
+        Folder of this attempt. It must not exist.
     records
         The partition.
     profile
-        How its token arrays are stored.
+        Storage of its token arrays.
 
     Returns
     -------
     dict
-        File → its bytes and their CRC-32, for the receipt.
+        File → its size in bytes and CRC-32, for the receipt.
     """
     import zarr
 
@@ -62,7 +61,7 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
     arrays = dict(records.arrays())
     for name, array in encode_all({name: arrays[name] for name in TOKEN_ARRAYS}, profile).items():
         chunked = profile.arrays[name].chunked
-        # Bytes of ranks do not compress; whatever is not chunked in the cache is copied from here decoded.
+        # Rank bytes do not compress. Arrays that are contiguous in the cache are decoded when they are copied.
         level = None if name == "topk_ids_b0" else _LEVEL
         _write_array(group, name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
     for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
@@ -86,7 +85,7 @@ def _write_array(group: Any, name: str, array: Array, rows: int, level: int | No
         chunks=(rows, *array.shape[1:]),
         shards=(max(1, -(-len(array) // rows)) * rows, *array.shape[1:]),
         compressors=None if level is None else [ZstdCodec(level=level, checksum=True)],
-        # Else chunks of zeros are left out, and nobody could tell them from lost ones.
+        # Otherwise chunks of zeros are omitted and look the same as lost ones.
         config={"write_empty_chunks": True},
     )
     if len(array):
@@ -102,14 +101,14 @@ class _Layout:
 
 
 class PartitionReader:
-    """Reads one committed partition, in constant memory, past Zarr: it was checked by its receipt.
+    """Reads one committed partition in constant memory, bypassing Zarr: its receipt has verified it.
 
     Parameters
     ----------
     path
         Folder of the committed attempt.
     profile
-        How it was stored.
+        Storage profile of the partition.
 
     Raises
     ------
@@ -137,36 +136,36 @@ class PartitionReader:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens, N."""
+        """Number of tokens, N."""
         return self._layout("input_ids").shape[0]
 
     @property
     def n_documents(self) -> int:
-        """Documents, D."""
+        """Number of documents, D."""
         return self._layout("document_row").shape[0]
 
     @property
     def n_blocks(self) -> int:
-        """Packed blocks, B; 0 where documents were not packed."""
+        """Number of packed blocks, B, 0 if documents were not packed."""
         return self._layout("block_length").shape[0] if self._has("block_length") else 0
 
     def _has(self, name: str) -> bool:
         return is_there(self._inside(name))
 
     def _inside(self, name: str) -> Path:
-        """Return the path of a file of this partition, which no link leads out of."""
+        """Return the path of a file of this partition. Links that lead out of the partition are refused."""
         path = self.path / name
         if not Path(os.path.realpath(path)).is_relative_to(self._real_path):
             raise self._unreadable(name, "a path that leads elsewhere")
         return path
 
     def check(self, files: Mapping[str, Sequence[int]]) -> None:
-        """Compare every file with the receipt.
+        """Check every file against the receipt.
 
         Raises
         ------
         CacheError
-            At the first that is missing or differs.
+            At the first missing or different file.
         """
         for name, (size, crc) in files.items():
             file = self._inside(name)
@@ -219,19 +218,19 @@ class PartitionReader:
             yield self.profile.decode(dict(zip(names, parts, strict=True)))
 
     def chunks(self, name: str) -> list[memoryview]:
-        """Return the compressed chunks of a chunked array as they are."""
+        """Return the compressed chunks of a chunked array unchanged."""
         return self._frames(name)
 
     def _frames(self, name: str) -> list[memoryview]:
         """Return the chunks of an array's shard.
 
-        It ends with the (offset, bytes) of each chunk and a checksum of 4 bytes (Zarr v3, ``sharding_indexed``).
+        A shard ends with the (offset, bytes) of each chunk and a checksum of 4 bytes (Zarr v3, ``sharding_indexed``).
         """
         layout = self._layout(name)
         count = -(-layout.shape[0] // layout.rows)
         if not count:
             return []
-        # What frames of noise take, twice, and the index.
+        # Twice the size of incompressible frames, plus the index.
         raw_bytes = count * layout.rows * layout.dtype.itemsize * math.prod(layout.shape[1:])
         most, least = 2 * raw_bytes + 1024 * count, 16 * count + 4
         try:
@@ -247,7 +246,7 @@ class PartitionReader:
         return [shard[offset : offset + size] for offset, size in index]
 
     def _layout(self, name: str) -> _Layout:
-        """Read an array's metadata; Zarr does it, too, in half a millisecond for each array."""
+        """Read an array's metadata directly. Zarr takes half a millisecond per array."""
         if name not in self._layouts:
             kind = self._kind(name)
             rows = self.profile.alignment if kind.chunked else BLOCK_TOKENS
@@ -308,5 +307,5 @@ def _crc32(file: Path) -> int:
 
 
 def remove_partition(path: Path) -> None:
-    """Delete one attempt's folder; missing is fine."""
+    """Delete one attempt's folder. A missing folder is ignored."""
     shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""Committed partitions, and caches made before → one cache: a single writer, constant memory, all or nothing.
+"""Consolidation of committed partitions and older caches into one cache: single writer, constant memory, atomic.
 
-Every file of a partition is compared with the checksums of its receipt before it is copied, a cache with its own. Where
-both sides store alike, compressed chunks are copied as they are; else token arrays are decoded and encoded anew. The
-file is written aside, its completeness flag last, flushed, read back, and only then renamed over an older one.
+Every file of a partition is checked against its receipt before it is copied, a cache against its own checksums. If
+both sides use the same storage, compressed chunks are copied unchanged. Otherwise token arrays are decoded and
+re-encoded. The file is written under a temporary name with its completeness flag last, flushed and read back. Only then
+does it replace an older one.
 """
 
 from __future__ import annotations
@@ -27,23 +28,22 @@ from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records
 
-# Of a document's row, offset, start and length; of a block's start and length; and what the index and HDF5's own keep
-# of a chunk.
+# Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
 _DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
-# Chunks of a cache that are copied at a time.
+# Chunks of a cache copied at a time.
 _CHUNKS = 256
 
 
 class Piece(Protocol):
-    """Targets of consecutive dataset rows that lie somewhere, without a gap between documents."""
+    """Targets of consecutive dataset rows at one location, without gaps between documents."""
 
     @property
     def path(self) -> Path:
-        """Where, for messages."""
+        """Location, for messages."""
 
     @property
     def profile(self) -> Profile:
-        """How token arrays are stored there."""
+        """Storage of its token arrays."""
 
     @property
     def first_row(self) -> int:
@@ -51,11 +51,11 @@ class Piece(Protocol):
 
     @property
     def n_rows(self) -> int:
-        """Dataset rows."""
+        """Number of dataset rows."""
 
     @property
     def n_bytes(self) -> int:
-        """Bytes it takes there."""
+        """Stored size in bytes."""
 
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""
@@ -64,13 +64,13 @@ class Piece(Protocol):
         """Return the content digest."""
 
     def runs(self) -> Iterator[Records]:
-        """Yield the targets some documents at a time."""
+        """Yield the targets, some documents at a time."""
 
     def check(self) -> None:
-        """Raise CacheError if it is not what was committed."""
+        """Raise CacheError if the data differs from the committed data."""
 
     def blocks(self, name: str) -> Iterator[Array]:
-        """Yield a stored array that is not chunked, piece by piece."""
+        """Yield a contiguous stored array, piece by piece."""
 
     def frames(self) -> Iterator[Mapping[str, Sequence[bytes | memoryview]]]:
         """Yield the compressed chunks of the chunked arrays, some at a time."""
@@ -86,11 +86,11 @@ class PartitionPiece:
     Parameters
     ----------
     path
-        The attempt that its receipt names.
+        Folder of the attempt named by its receipt.
     receipt
         Its receipt.
     profile
-        How the run stores token arrays.
+        Storage of the run's token arrays.
     """
 
     path: Path
@@ -104,12 +104,12 @@ class PartitionPiece:
 
     @property
     def n_rows(self) -> int:
-        """Dataset rows."""
+        """Number of dataset rows."""
         return int(self.receipt["n_rows"])
 
     @property
     def n_bytes(self) -> int:
-        """Bytes it takes in a cache: chunks as they are, all else unpacked."""
+        """Bytes in a cache: compressed chunks unchanged, all other arrays unpacked."""
         tokens, documents, blocks = self.counts()
         entries, n_bytes = round_up(tokens, self.profile.alignment), documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
         for name, stored in self.profile.arrays.items():
@@ -126,7 +126,7 @@ class PartitionPiece:
         return sums["tokens"], sums["documents"], sums.get("blocks", 0)
 
     def content_digest(self) -> str:
-        """Return what the worker found."""
+        """Return the digest computed by the worker."""
         return str(self.receipt["content_digest"])
 
     def runs(self) -> Iterator[Records]:
@@ -138,7 +138,7 @@ class PartitionPiece:
         return PartitionReader(self.path, self.profile)
 
     def check(self) -> None:
-        """Compare every file with the receipt."""
+        """Check every file against the receipt."""
         self._reader.check(self.receipt["files"])
         found = (self._reader.n_tokens, self._reader.n_documents, self._reader.n_blocks)
         if found != self.counts():
@@ -163,7 +163,7 @@ class PartitionPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePiece:
-    """Consecutive rows of a cache whose checksums were verified.
+    """Consecutive rows of a cache with verified checksums.
 
     Parameters
     ----------
@@ -184,17 +184,17 @@ class CachePiece:
 
     @property
     def path(self) -> Path:
-        """Where, for messages."""
+        """Location, for messages."""
         return self.reader.path
 
     @property
     def profile(self) -> Profile:
-        """How the cache stores token arrays."""
+        """Storage of the cache's token arrays."""
         return self.reader.profile
 
     @property
     def n_bytes(self) -> int:
-        """Its share of the file."""
+        """Its share of the file, in bytes."""
         start, stop = self.token_range
         return -(-self.path.stat().st_size * (stop - start) // max(1, self.reader.n_entries))
 
@@ -212,11 +212,11 @@ class CachePiece:
         return digest.hexdigest()
 
     def runs(self) -> Iterator[Records]:
-        """Yield the targets some documents at a time."""
+        """Yield the targets, some documents at a time."""
         yield from self.reader.runs(self.documents, self.packed)
 
     def check(self) -> None:
-        """Do nothing: the whole cache was verified when it was cut into pieces."""
+        """Do nothing: the whole cache was verified before it was cut into pieces."""
 
     def blocks(self, name: str) -> Iterator[Array]:
         """Yield a stored array piece by piece."""
@@ -237,12 +237,12 @@ class CachePiece:
 
 
 def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
-    """Verify a cache and cut it into runs of consecutive rows without a gap between their tokens.
+    """Verify a cache and cut it into ranges of consecutive rows without gaps between their tokens.
 
     Raises
     ------
     CacheError
-        If it is damaged.
+        If the cache is damaged.
     """
     reader.verify_checksums(trailers=False)
     rows = np.asarray(reader.arrays["document_row"]).astype(np.int64)
@@ -279,17 +279,17 @@ def consolidate(
     Parameters
     ----------
     cache_path
-        Where the cache goes.
+        Path of the new cache.
     pieces
-        Gives the pieces in dataset order, as often as it is called.
+        Returns the pieces in dataset order. It is called more than once.
     profile
-        How the cache stores token arrays.
+        Storage of the cache's token arrays.
     packed
         Whether documents were packed into blocks.
     attributes
         Further attributes of the file.
     n_rows
-        Rows from 0 that must be there, without a gap; None: any, in order.
+        Number of rows, from 0, that the pieces must cover without a gap. None: any rows in order.
     on_piece
         Called after each piece.
 
@@ -301,7 +301,7 @@ def consolidate(
     Raises
     ------
     CacheError
-        If a piece is missing or damaged, or rows are not consecutive. An older cache stays as it was.
+        If a piece is missing or damaged, or rows are not consecutive. An older cache is unchanged.
     """
     n_entries, n_tokens, n_documents, n_blocks = _sizes(cache_path, pieces(), n_rows, profile)
     for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
@@ -330,7 +330,7 @@ def consolidate(
 
 
 def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str:
-    """Copy one piece to where it begins on the token axis; return its content digest, as the cache will hold it."""
+    """Copy one piece to its place on the token axis. Return its content digest as stored in the cache."""
     profile = writer.profile
     alike = profile.equals(piece.profile)
     if alike:
@@ -356,7 +356,7 @@ def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str
 
 
 def _digest(runs: Iterable[Records], profile: Profile) -> str:
-    """Return the content digest of targets as a profile keeps them."""
+    """Return the content digest of targets as stored by a profile."""
     digest = ContentDigest()
     for records in runs:
         digest.update(as_kept(records, profile))
@@ -366,7 +366,7 @@ def _digest(runs: Iterable[Records], profile: Profile) -> str:
 def _sizes(
     cache_path: Path, pieces: Iterable[Piece], n_rows: int | None, profile: Profile
 ) -> tuple[int, int, int, int]:
-    """Check that rows follow each other; return entries of the token axis, tokens, documents and blocks."""
+    """Check that rows are consecutive. Return entries of the token axis, tokens, documents and blocks."""
     sums = (0, 0, 0, 0)
     row = 0
     for piece in pieces:

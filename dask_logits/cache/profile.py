@@ -1,14 +1,14 @@
-"""How token arrays are stored: *plain* as they are, or *compact* as byte planes. ``docs/FORMAT.md`` specifies both.
+"""Storage profiles of token arrays: *plain*, or *compact* as byte planes. ``docs/FORMAT.md`` specifies both.
 
-Compact, at K = 64 about 124 instead of 270 bytes per token:
+Compact takes about 124 instead of 270 bytes per token at K = 64:
 
-* **ids**: ``rank = id_rank[id]``, by how often an id was among the top-k of the calibration, so that the upper byte of
-  most ranks is 0; the bytes of all ranks of a chunk are separate planes, because two planes in one zstd block would
-  share one code table. The lowest plane does not compress and is left alone.
-* **log-probs**: the most probable entry's as float16; the others as gaps below it, rounded on a scale that is fine for
-  small gaps and coarse for large ones (``code = round(c · log1p(gap))``, companding as in ITU-T G.711), and stored as
-  differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
-* ``logsumexp``, ``tail_logmass`` and ``label_logprob`` as float16, which is what plain log-probs have.
+* **ids**: ``rank = id_rank[id]``, ordered by frequency among the top-k of the calibration, so that the upper byte of
+  most ranks is 0. The rank bytes of a chunk are separate planes, because two planes in one zstd block would share one
+  code table. The lowest plane does not compress and is stored uncompressed.
+* **log-probs**: the most probable entry as float16. The others are gaps below it, rounded on a scale that is fine for
+  small gaps and coarse for large ones (``code = round(c · log1p(gap))``, companding as in ITU-T G.711). They are stored
+  as differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
+* ``logsumexp``, ``tail_logmass`` and ``label_logprob`` as float16, the precision of plain log-probs.
 
 Dimension letters: N tokens, K kept entries, V vocabulary.
 """
@@ -31,14 +31,14 @@ from dask_logits.records import TOKEN_ARRAYS, Array, Records, id_dtype, schema
 
 Precision = Literal[8, 10, 12]
 PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
-# Bytes of a plane's chunk, about: more gain nothing, and a short document's reader has to decode its neighbours too.
+# Approximate size of a plane's chunk. Larger ones gain nothing and make readers of short documents decode neighbours.
 _CHUNK_BYTES = 32 << 10
 _MOST_CHUNK_BYTES = 1 << 20
-# Gaps beyond are stored as this; a kept entry e^-32 as probable as the first matters to nobody.
+# Larger gaps are clipped: a kept entry e^-32 times as probable as the first is irrelevant.
 _RANGE_NATS = 32.0
-# Tokens that are encoded at a time: what is between is eight times the codes.
+# Tokens encoded at a time. Intermediate arrays take eight times the size of the codes.
 _BLOCK_TOKENS = 16_384
-# Of an array of one dimension, at most.
+# Upper bound for an array of one dimension.
 _NPY_HEADER_BYTES = 4096
 _HALVED = ("logsumexp", "tail_logmass", "label_logprob")
 
@@ -50,9 +50,9 @@ class Stored:
     Parameters
     ----------
     dtype, shape
-        Of an entry.
+        Dtype and shape of an entry.
     chunked
-        Stored in chunks of the profile's ``alignment`` entries, compressed by zstd; else contiguous.
+        Stored in chunks of the profile's ``alignment`` entries, compressed by zstd. Otherwise contiguous.
     """
 
     dtype: np.dtype[Any]
@@ -66,12 +66,12 @@ def _half(array: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
-    """Logical arrays as they are.
+    """Logical arrays, stored unchanged.
 
     Parameters
     ----------
     top_k, vocab_size
-        Of the records.
+        Sizes of the records.
     """
 
     top_k: int
@@ -80,26 +80,26 @@ class Plain:
     alignment: ClassVar[int] = 1
 
     def equals(self, other: Profile) -> bool:
-        """Whether stored arrays mean the same under another profile."""
+        """Whether another profile decodes the stored arrays to the same values."""
         return self == other
 
     @property
     def arrays(self) -> dict[str, Stored]:
-        """Name → how it is stored, of the token axis."""
+        """Name → storage of each array of the token axis."""
         entries = schema(self.top_k, self.vocab_size)
         return {name: Stored(*entries[name]) for name in TOKEN_ARRAYS}
 
     @property
     def tables(self) -> dict[str, Array]:
-        """Name → array that decoding needs."""
+        """Name → array needed for decoding."""
         return {}
 
     def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the stored arrays of logical ones."""
+        """Encode logical arrays into stored ones."""
         return dict(tokens)
 
     def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] | None = None) -> dict[str, Array]:
-        """Return the logical arrays of stored ones."""
+        """Decode stored arrays into logical ones."""
         return dict(stored)
 
 
@@ -110,21 +110,21 @@ class Compact:
     Parameters
     ----------
     top_k, vocab_size
-        Of the records.
+        Sizes of the records.
     precision
         Bits of a gap's code.
     id_table
-        [V], ids by falling frequency; a permutation, so every id stays representable.
+        [V], ids by falling frequency. It is a permutation, so every id can be represented.
     gap_table
-        [2^precision] float32, gap in nats of each code; None: the table of this version.
+        [2^precision] float32, gap in nats of each code. None: the table of this version.
     chunk_tokens
-        Tokens of a chunk; None: about 32 KiB of each plane.
+        Tokens of a chunk. None: about 32 KiB of each plane.
 
     Raises
     ------
     ValueError
-        If the precision is unknown, the id table no permutation, the gap table of another size, or a chunk empty or
-        beyond 1 MiB.
+        If the precision is unknown, the id table is not a permutation, the gap table has the wrong size, or a chunk is
+        empty or larger than 1 MiB.
     """
 
     top_k: int
@@ -151,7 +151,7 @@ class Compact:
         return bool((np.bincount(self.id_table.astype(np.int64), minlength=self.vocab_size) == 1).all())
 
     def equals(self, other: Profile) -> bool:
-        """Whether stored arrays mean the same under another profile."""
+        """Whether another profile decodes the stored arrays to the same values."""
         return (
             isinstance(other, Compact)
             and (self.top_k, self.vocab_size, self.precision) == (other.top_k, other.vocab_size, other.precision)
@@ -162,25 +162,25 @@ class Compact:
 
     @property
     def alignment(self) -> int:
-        """Tokens of a chunk; every partition starts at one."""
+        """Tokens of a chunk. Every partition starts at a chunk boundary."""
         return self.alignment_for(self.top_k) if self.chunk_tokens is None else self.chunk_tokens
 
     @staticmethod
     def alignment_for(top_k: int) -> int:
-        """Tokens whose planes take about 32 KiB each, a power of two."""
+        """Number of tokens whose planes take about 32 KiB each, a power of two."""
         least = 3 if top_k << 3 <= _MOST_CHUNK_BYTES else 0
         return 1 << max(least, min(12, (_CHUNK_BYTES // top_k).bit_length() - 1))
 
     @cached_property
     def id_rank(self) -> Array:
-        """[V] uint32, place of each id in the table."""
+        """[V] uint32, position of each id in the table."""
         rank = np.empty(self.vocab_size, np.uint32)
         rank[self.id_table] = np.arange(self.vocab_size, dtype=np.uint32)
         return rank
 
     @cached_property
     def gaps(self) -> Array:
-        """[2^precision] float32, gap in nats of each code; the last stands for probability 0."""
+        """[2^precision] float32, gap in nats of each code. The last code means probability 0."""
         if self.gap_table is not None:
             return self.gap_table.astype(np.float32)
         table = np.expm1(np.arange(1 << self.precision) / self._codes_per_log).astype(np.float32)
@@ -193,17 +193,17 @@ class Compact:
 
     @property
     def n_id_planes(self) -> int:
-        """Bytes of a rank."""
+        """Number of bytes of a rank."""
         return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
 
     @property
     def n_gap_planes(self) -> int:
-        """Bytes of a code."""
+        """Number of bytes of a code."""
         return 1 if self.precision == 8 else 2
 
     @property
     def arrays(self) -> dict[str, Stored]:
-        """Name → how it is stored, of the token axis."""
+        """Name → storage of each array of the token axis."""
         byte, f16 = np.dtype(np.uint8), np.dtype(np.float16)
         return {
             "input_ids": Stored(id_dtype(self.vocab_size)),
@@ -218,11 +218,11 @@ class Compact:
 
     @property
     def tables(self) -> dict[str, Array]:
-        """Name → array that decoding needs."""
+        """Name → array needed for decoding."""
         return {"id_table": self.id_table.astype(np.uint32), "gap_table": self.gaps}
 
     def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the stored arrays of logical ones."""
+        """Encode logical arrays into stored ones."""
         rank_NK = np.take(self.id_rank, tokens["topk_ids"])
         logprobs_NK = tokens["topk_logprobs"].astype(np.float32)
         gap_NK = logprobs_NK[:, :1] - logprobs_NK
@@ -239,14 +239,14 @@ class Compact:
         }
 
     def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] = _half) -> dict[str, Array]:
-        """Return the logical arrays of stored ones.
+        """Decode stored arrays into logical ones.
 
         Parameters
         ----------
         stored
             Stored arrays.
         half
-            What rounds float32 to float16; numpy's takes a quarter of the time that all of this does.
+            Converts float32 to float16. numpy's conversion takes a quarter of the total decoding time.
         """
         return {
             "input_ids": stored["input_ids"],
@@ -264,7 +264,7 @@ class Compact:
         for i in range(1, self.n_id_planes):
             plane_NK = stored[f"topk_ids_b{i}"].astype(rank_NK.dtype)
             np.bitwise_or(rank_NK, plane_NK << 8 * i, out=rank_NK)
-        # Clipped, because checking costs more than looking up; that ranks are valid is what checksums are for.
+        # Clipped, because bounds checks cost more than the lookup. Checksums guarantee valid ranks.
         ids: Array = np.take(self._narrow_table, rank_NK, mode="clip")
         return ids
 
@@ -272,7 +272,7 @@ class Compact:
         step_NK = stored["topk_gaps_b0"]
         if self.n_gap_planes == 2:
             step_NK = step_NK | stored["topk_gaps_b1"].astype(np.uint16) << 8
-        # Codes fit into a byte with 8 bits too, but numpy adds bytes at a third of the speed.
+        # 8-bit codes fit into a byte, but numpy adds bytes at a third of the speed.
         code_NK = np.add.accumulate(step_NK, axis=1, dtype=np.uint16)
         gap_NK = np.take(self.gaps, code_NK, mode="clip")
         top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
@@ -284,7 +284,7 @@ Profile = Plain | Compact
 
 
 def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array]:
-    """Return the stored arrays of a whole partition's tokens, encoded some at a time."""
+    """Encode a whole partition's tokens, some at a time."""
     if isinstance(profile, Plain):
         return profile.encode(tokens)
     n = len(tokens["input_ids"])
@@ -297,7 +297,7 @@ def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array
 
 
 def as_kept(records: Records, profile: Profile) -> Records:
-    """Return records as they will be read back."""
+    """Return records with the precision lost by storing and reading them."""
     if isinstance(profile, Plain):
         return records
     arrays = dict(records.arrays())
@@ -311,7 +311,7 @@ def as_kept(records: Records, profile: Profile) -> Records:
 
 
 def id_table(topk_ids: Array, vocab_size: int) -> Array:
-    """Return all ids by falling frequency in a sample, ties and unseen ones by lower id: [V] uint32.
+    """Return all ids by falling frequency in a sample, ties and unseen ids by lower id: [V] uint32.
 
     >>> id_table(np.array([[3, 1], [3, 0]]), 5).tolist()
     [3, 0, 1, 2, 4]
@@ -320,7 +320,7 @@ def id_table(topk_ids: Array, vocab_size: int) -> Array:
     return np.argsort(-counts, kind="stable").astype(np.uint32)
 
 
-# What a calibration says of how targets are stored.
+# Storage fields of a calibration.
 _STORAGE = {
     "profile": Kind("'plain' or 'compact'", lambda value: value in ("plain", "compact")),
     "precision": Kind(f"one of {PRECISIONS}", lambda value: COUNT.holds(value) and value in PRECISIONS),
@@ -336,12 +336,12 @@ _CALIBRATION = {
 
 
 def check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
-    """Refuse numerics that nobody here wrote.
+    """Refuse a calibration with invalid fields.
 
     Raises
     ------
     CacheError
-        Naming the file and the first field that is wrong.
+            Naming the file and the first invalid field.
     """
     check_fields(path, calibration, _CALIBRATION)
     if calibration.get("storage") is not None:
@@ -350,12 +350,12 @@ def check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSpec:
-    """What it takes to make a profile in another process.
+    """Picklable description of a profile, for other processes.
 
     Parameters
     ----------
     name, top_k, vocab_size, precision
-        As of the profile.
+        Attributes of the profile.
     id_table
         File of the compact profile's id table, named by its SHA-256.
     """
@@ -369,7 +369,7 @@ class ProfileSpec:
 
 @lru_cache(maxsize=4)
 def load_profile(spec: ProfileSpec) -> Profile:
-    """Make a profile.
+    """Build a profile from its description.
 
     Raises
     ------
@@ -388,7 +388,7 @@ def load_profile(spec: ProfileSpec) -> Profile:
             "restore it, or run again with distillation.teacher.generation.force_regenerate=true",
             str(path),
         )
-    # Its header is known, so it need not be believed.
+    # The .npy header is known, so it is not parsed.
     table = np.frombuffer(data[-table_bytes:], "<u4")
     try:
         return Compact(top_k=spec.top_k, vocab_size=spec.vocab_size, precision=spec.precision, id_table=table)
@@ -397,7 +397,7 @@ def load_profile(spec: ProfileSpec) -> Profile:
 
 
 def save_id_table(folder: Path, table: Array) -> str:
-    """Write an id table under its SHA-256, unless it is there; return that."""
+    """Write an id table to a file named by its SHA-256, unless it exists. Return the SHA-256."""
     table = table.astype(np.uint32)
     digest = hashlib.sha256(_npy(table)).hexdigest()
     save_array(folder / f"{digest}.npy", table)
@@ -405,7 +405,7 @@ def save_id_table(folder: Path, table: Array) -> str:
 
 
 def save_array(path: Path, array: Array) -> None:
-    """Write an array as ``.npy``, unless it is there."""
+    """Write an array as ``.npy``, unless the file exists."""
     create_bytes(path, _npy(array))
 
 

@@ -1,8 +1,8 @@
-"""Read a cache: one HDF5 file with the targets of a whole run, in dataset order. ``docs/FORMAT.md`` specifies it.
+"""Reader of a cache: one HDF5 file with the targets of a run, in dataset order. ``docs/FORMAT.md`` specifies it.
 
-Two profiles (:mod:`dask_logits.cache.profile`): *plain*, contiguous and uncompressed, which any HDF5 reader opens and
-ours maps into memory; and *compact*, in which all but the lowest byte planes are chunked and compressed by zstd behind
-a Fletcher-32, with an index of our own. Once the header is read, h5py is closed and nothing is shared between
+There are two profiles (:mod:`dask_logits.cache.profile`). *Plain* is contiguous and uncompressed: any HDF5 reader opens
+it, and this one maps it into memory. In *compact*, all but the lowest byte planes are chunked and compressed by zstd
+behind a Fletcher-32, with an index of our own. h5py is closed after the header is read, and nothing is shared between
 processes, threads or forks.
 
 Dimension letters: N tokens, D documents, B blocks, K kept entries.
@@ -45,11 +45,11 @@ from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
 
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
-# Bytes of an array that are checked together.
+# Bytes of an array checked together.
 _READ_BYTES = 8 << 20
 _SIZES = ("n_tokens", "n_entries", "n_documents", "top_k", "vocab_size")
 _COMPACT_SIZES = ("precision", "chunk_tokens")
-# Attributes that may be absent.
+# Optional attributes.
 _SAID = {
     **dict.fromkeys(("n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
     **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
@@ -59,7 +59,7 @@ _SAID = {
 
 
 class CacheReader:
-    """Reads documents of a cache; safe to use from several threads and after a fork.
+    """Reads documents of a cache. Safe to use from several threads and after a fork.
 
     Parameters
     ----------
@@ -74,13 +74,13 @@ class CacheReader:
     Attributes
     ----------
     attributes : dict
-        The file's attributes; JSON ones decoded.
+        The file's attributes, JSON ones decoded.
     profile : Plain or Compact
-        How token arrays are stored.
+        Storage of token arrays.
     n_tokens, n_entries, n_documents, top_k, vocab_size : int
-        Sizes; the token axis has ``n_entries``, some of which may belong to no document.
+        Sizes. The token axis has ``n_entries``, some of which may belong to no document.
     arrays : dict
-        Stored name → memory map, of every array that is not chunked.
+        Stored name → memory map of every contiguous array.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class CacheReader:
         self.crcs: dict[str, Array] = {
             name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
         }
-        # Of the file that is mapped; another may have its name later.
+        # Identifies the mapped file. Another file may get its name later.
         self._status = self.path.stat()
         self._offsets: dict[str, int] = {}
         self.arrays: dict[str, Array] = {name: self._mapped(name, datasets[name]) for name in self.names}
@@ -113,7 +113,7 @@ class CacheReader:
             raise damaged(self.path, "segments of its blocks", "none")
 
     def said(self) -> dict[str, Any]:
-        """Return what a writer is given as attributes: the file's, and a byte of each id's token where it has them."""
+        """Return the attributes for a writer: the file's, plus a byte of each id's token if it has them."""
         crcs = {"token_crcs": np.asarray(self.arrays["token_crcs"])} if "token_crcs" in self.arrays else {}
         return {**self.attributes, **crcs}
 
@@ -124,16 +124,16 @@ class CacheReader:
 
     @property
     def n_items(self) -> int:
-        """Items: blocks of a packed cache, else documents (windows count each)."""
+        """Number of items: blocks of a packed cache, else documents (each window counts)."""
         return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
 
     @property
     def n_empty(self) -> int:
-        """Documents without a token: their rows were null or empty."""
+        """Number of documents without tokens, whose rows were null or empty."""
         return self.n_documents - int(np.count_nonzero(np.asarray(self.arrays["document_length"])))
 
     def stored(self, start: int, stop: int) -> dict[str, Array]:
-        """Return the stored token arrays of entries [start, stop), still encoded.
+        """Return the encoded token arrays of entries [start, stop).
 
         Raises
         ------
@@ -151,18 +151,18 @@ class CacheReader:
         return self.profile.decode(self.stored(start, stop))
 
     def frames(self, start: int, stop: int) -> dict[str, list[memoryview]]:
-        """Return the verified compressed chunks of all chunked arrays that hold entries [start, stop)."""
+        """Return the verified compressed chunks of all chunked arrays that contain entries [start, stop)."""
         if self._planes is None:
             return {}
         return self._planes.frames(start // self.profile.alignment, -(-stop // self.profile.alignment))
 
     def place(self, index: int) -> tuple[int, int, slice]:
-        """Return an item's first entry, its end, and which documents (or segments of a block) it holds.
+        """Return an item's first entry, its end, and the slice of its documents (or of a block's segments).
 
         Raises
         ------
         CacheError
-            If it does not lie in the file.
+            If it lies outside the file.
         """
         if self._block_start is None:
             start = int(self.arrays["document_start"][index])
@@ -191,8 +191,8 @@ class CacheReader:
         Returns
         -------
         dict
-            The token arrays; ``segments`` [S, 3] int64, (row, offset, length) of each run of one row's tokens; ``row``,
-            the first segment's.
+            The token arrays, ``segments`` [S, 3] int64 with (row, offset, length) of each stretch of one row's tokens,
+            and ``row``, the first segment's.
         """
         start, stop, documents = self.place(index)
         return {**self.tokens(start, stop), **self.segments(documents)}
@@ -213,7 +213,7 @@ class CacheReader:
         return np.asarray(starts).astype(np.int64)
 
     def item_places(self) -> tuple[Array, Array]:
-        """Return the dataset row of each item's first token, and its place in the row's tokens: [items] int64 each."""
+        """Return the dataset row of each item's first token, and its position in the row: [items] int64 each."""
         rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])
         if self._block_start is None:
             return rows, offsets
@@ -228,19 +228,19 @@ class CacheReader:
         return start
 
     def blocks_between(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the packed blocks [first, stop) that begin in a range of entries; (0, 0) without packing."""
+        """Return the packed blocks [first, stop) that begin in a range of entries, (0, 0) without packing."""
         if self._block_start is None:
             return 0, 0
         first, last = np.searchsorted(self._block_start, [start, stop])
         return int(first), int(last)
 
     def runs(self, documents: tuple[int, int], blocks: tuple[int, int]) -> Iterator[Records]:
-        """Yield documents [first, stop), between which there is no gap, and the blocks they make up, some at a time."""
+        """Yield contiguous documents [first, stop) with their blocks, some at a time."""
         columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in DOCUMENTS}
         starts = columns.pop("document_start").astype(np.int64)
         ends = starts + columns["document_length"]
         lengths = np.asarray(self.arrays["block_length"][slice(*blocks)]) if self.is_packed else None
-        # Where a run may end: after a document, or a block.
+        # Possible ends: after a document, or a block.
         stops = ends if lengths is None else starts[:1] + np.cumsum(lengths, dtype=np.int64)
         first = first_stop = 0
         while first < len(starts):
@@ -258,12 +258,12 @@ class CacheReader:
             first, first_stop = last, last_stop
 
     def verify_checksums(self, *, trailers: bool = True) -> None:
-        """Compare every array and every chunk with its stored CRC-32, and documents and blocks with each other.
+        """Check all arrays and chunks against their CRC-32, and documents against blocks.
 
         Parameters
         ----------
         trailers
-            Compare the Fletcher-32 behind each chunk, too, which only readers through HDF5 look at.
+            Also check the Fletcher-32 behind each chunk, which only HDF5 readers use.
 
         Raises
         ------
@@ -309,7 +309,7 @@ class CacheReader:
             yield self._read(name, first, first + rows)
 
     def _opened_again(self) -> io.FileIO | None:
-        """Open the file that is mapped; None where its name is gone, or another's: a job may have made a new one."""
+        """Reopen the mapped file. None if its name is gone or refers to another file, such as a new cache."""
         try:
             file = io.FileIO(self.path)
         except FileNotFoundError:
@@ -320,7 +320,7 @@ class CacheReader:
         return None
 
     def _check_places(self) -> None:
-        """Refuse documents and blocks that overlap, leave the file, or do not add up."""
+        """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
         columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
         row, _, length, start = (
             np.minimum(column.astype(np.uint64), np.uint64(MOST_ROWS)).astype(np.int64) for column in columns
@@ -405,7 +405,7 @@ class CacheReader:
         return np.asarray(dataset[...])
 
     def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
-        """Compare names, shapes and dtypes with the profile's; return the datasets."""
+        """Check names, shapes and dtypes against the profile's. Return the datasets."""
         entries = schema(self.top_k, self.vocab_size)
         u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
         expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
@@ -451,7 +451,7 @@ class CacheReader:
         return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k))
 
     def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
-        """Refuse an index whose ends are not where HDF5 has the chunks."""
+        """Refuse an index whose first or last entry differs from HDF5's own chunk locations."""
         for chunk in {0, len(index) - 1}:
             found = dataset.id.get_chunk_info_by_coord((chunk * self.profile.alignment, 0))
             expected = (int(index.offset[chunk]), int(index.size[chunk]) + len(fletcher32(b"")))
@@ -467,7 +467,7 @@ class CacheReader:
         if dataset.size == 0:
             return np.empty(dataset.shape, dataset.dtype)
         offset = self._offsets[name] = dataset.id.get_offset()
-        # An ndarray over the map: np.memmap itself costs microseconds a slice.
+        # An ndarray over the map, because np.memmap itself costs microseconds per slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
 
 

@@ -1,8 +1,8 @@
-"""A file that HDF5 writes to and that never fails it.
+"""A file object for h5py that records write errors instead of raising them inside HDF5.
 
-Where a write fails, HDF5 2.0 cannot close the file any more, and closing another one later crashes the process. So the
-first error is kept for us to raise, and what HDF5 writes after it goes nowhere. It costs a call to Python for each
-write, which is a chunk or a block of an array.
+After a failed write, HDF5 2.0 cannot close the file, and closing another one later crashes the process. Therefore the
+first error is stored for the caller to raise, and later writes are discarded. This costs a Python call for each write,
+which is a chunk or a block of an array.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 
 class Sink(io.RawIOBase):
-    """A new file, read and written at any place.
+    """A new file with random read and write access.
 
     Parameters
     ----------
     path
-        Its name; an older file there is replaced.
+        Path of the file. An older file is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,27 +30,27 @@ class Sink(io.RawIOBase):
         self._error: OSError | None = None
 
     def check(self) -> None:
-        """Raise the error that a write met.
+        """Raise the first write error.
 
         Raises
         ------
         OSError
-            With the number the system gave it, and the path.
+            With the system's error number and the path.
         """
         if self._error is not None:
             raise OSError(self._error.errno, self._error.strerror, str(self.path))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place."""
+        """Set the position."""
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence]
         return self._place
 
     def tell(self) -> int:
-        """Return the place."""
+        """Return the position."""
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is there."""
+        """Read available bytes."""
         view = memoryview(buffer).cast("B")
         data = os.pread(self._handle, len(view), self._place)
         view[: len(data)] = data
@@ -58,7 +58,7 @@ class Sink(io.RawIOBase):
         return len(data)
 
     def write(self, data: Any) -> int:
-        """Write, if nothing failed before; it is said to have been written in any case."""
+        """Write the data unless an earlier write failed. Report success in any case."""
         rest, place = memoryview(data).cast("B"), self._place
         size = len(rest)
         self._place += size
@@ -72,7 +72,7 @@ class Sink(io.RawIOBase):
         return size
 
     def truncate(self, size: int | None = None) -> int:
-        """Make the file as long as said."""
+        """Resize the file."""
         self._end = self._place if size is None else size
         try:
             if self._error is None:
@@ -82,7 +82,7 @@ class Sink(io.RawIOBase):
         return self._end
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         if not self.closed:
             os.close(self._handle)
         super().close()

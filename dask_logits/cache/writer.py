@@ -1,7 +1,7 @@
-"""Writes a cache: one HDF5 file, aside, its completeness flag last. ``docs/FORMAT.md`` specifies it.
+"""Writer of a cache: one HDF5 file under a temporary name, completeness flag last. ``docs/FORMAT.md`` specifies it.
 
-Contiguous arrays go through h5py, compressed chunks past its filters, as they are. A CRC-32 per MiB of every contiguous
-array, and per chunk, is stored beside it.
+Contiguous arrays are written by h5py. Compressed chunks bypass its filters. A CRC-32 is stored for each MiB of every
+contiguous array and for each chunk.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _LEVEL = 1
 
 
 class CacheWriter:
-    """Writes a cache aside, piece by piece, and finishes it.
+    """Writes a cache piece by piece under a temporary name.
 
     Parameters
     ----------
     path
-        Temporary name; the caller renames it once :meth:`finish` has returned.
+        Temporary name. The caller renames the file once :meth:`finish` has returned.
     profile
-        How token arrays are stored.
+        Storage of token arrays.
     n_tokens, n_documents
         Final sizes.
     n_entries
         Final length of the token axis: the tokens of every piece, rounded up to the profile's alignment.
     n_blocks
-        Packed blocks; None where documents were not packed.
+        Packed blocks. None if documents were not packed.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class CacheWriter:
     ) -> None:
         self.path = path
         self.profile = profile
-        # Looking one up by its name costs more than writing a chunk.
+        # A lookup by name costs more than writing a chunk.
         self._datasets: dict[str, h5py.Dataset] = {}
         self._filled: dict[str, int] = {}
         self._crcs: dict[str, BlockCrc] = {}
-        # v110: what libver="latest" writes today, HDF5 1.14 cannot read.
+        # v110, because HDF5 1.14 cannot read the files that libver="latest" writes today.
         self._sink = Sink(path)
         self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
         length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
@@ -95,7 +95,7 @@ class CacheWriter:
         if n_blocks is not None:
             self._create("block_length", (n_blocks,), entries["block_length"][0])
             self._create("block_start", (n_blocks,), np.dtype(np.uint64))
-            # Who does not know it would take segments of blocks for documents that were scored alone.
+            # Readers without block support would treat block segments as separately scored documents.
             self._file["block_length"].attrs["critical"] = True
         for name, table in profile.tables.items():
             self._create(name, table.shape, table.dtype)
@@ -109,10 +109,10 @@ class CacheWriter:
     def _create_chunked(self, name: str, shape: tuple[int, ...]) -> None:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((self.profile.alignment, *shape[1:]))
-        # Optional, so that HDF5 need not have the plugin to create what we compress ourselves.
+        # Optional, so that HDF5 does not need the plugin to create a dataset that we compress ourselves.
         properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
         properties.set_fletcher32()
-        # The same targets give the same bytes, whenever they are written.
+        # No timestamps: the same targets give the same bytes.
         properties.set_obj_track_times(False)
         space = h5py.h5s.create_simple(shape)
         created = h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
@@ -134,7 +134,7 @@ class CacheWriter:
         self._crcs[name].update(block)
 
     def append_chunks(self, frames: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-        """Write the next chunks of all chunked arrays as they are, those of the same tokens side by side."""
+        """Write the next chunks of all chunked arrays unchanged, those of the same tokens side by side."""
         datasets = {name: self._datasets[name].id for name in frames}
         for parts in zip(*frames.values(), strict=True):
             for name, frame in zip(frames, parts, strict=True):
@@ -147,7 +147,7 @@ class CacheWriter:
         self._sink.check()
 
     def append_tokens(self, tokens: Mapping[str, Array]) -> None:
-        """Encode and write the next tokens; all but the last block of a piece fill whole chunks."""
+        """Encode and write the next tokens. All but the last block of a piece fill whole chunks."""
         step = self.profile.alignment
         stored = self.profile.encode(tokens)
         frames: dict[str, list[bytes]] = {}
@@ -161,7 +161,7 @@ class CacheWriter:
         self.append_chunks(frames)
 
     def align(self) -> None:
-        """Fill contiguous token arrays with zeros up to the next chunk, where the next piece begins."""
+        """Pad contiguous token arrays with zeros to the next chunk, where the next piece begins."""
         for name, kind in self.profile.arrays.items():
             short = -self._filled[name] % self.profile.alignment
             if short:
@@ -177,7 +177,7 @@ class CacheWriter:
         CacheError
             If an array was not filled.
         OSError
-            If there is no room, as of :meth:`append` and :meth:`append_chunks`.
+            If there is no space, also raised by :meth:`append` and :meth:`append_chunks`.
         """
         for name, filled in self._filled.items():
             if filled != len(self._datasets[name]):
@@ -232,7 +232,7 @@ class CacheWriter:
         try:
             self._file.close()
         except Exception:
-            # HDF5 does not close what an interrupt left half flushed; the interrupt is what counts.
+            # HDF5 cannot close a file that an interrupt left half flushed. Keep the interrupt.
             if kind is None:
                 raise
         finally:
@@ -242,7 +242,7 @@ class CacheWriter:
 
 
 def _fixed(text: str) -> Array:
-    """Return a text of fixed length: HDF5 2.0 does not survive damaged heaps of texts of variable length."""
+    """Return a fixed-length text, because HDF5 2.0 crashes on damaged heaps of variable-length texts."""
     data = text.encode()
     return np.array(data, h5py.string_dtype("utf-8", max(1, len(data))))
 

@@ -1,8 +1,8 @@
-"""Files that are whole and on the disk, or absent; and the shapes of what is read back.
+"""Atomic, durable file writes, and validation of the JSON that is read back.
 
-A JSON file is written beside its place, flushed, then linked: a link fails if the name exists, so the first writer
-wins and later ones learn of it (``os.replace`` would let the last one win). What is read was perhaps written by
-somebody else: its size, its depth and the types of its fields are checked before anything is done with it.
+A JSON file is written under a temporary name, flushed, then linked. A link fails if the name exists, so the first
+writer wins and later ones notice (``os.replace`` would let the last one win). Files may come from someone else, so
+their size, depth and field types are checked before use.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from dask_logits.errors import CacheError, CapacityError, ConfigError, DaskLogit
 
 Json = dict[str, Any]
 
-# No file that is written here comes near.
+# Far larger than any JSON file written here.
 _MOST_JSON_BYTES = 256 << 20
 _DEEPEST = 64
-# Nothing else could be written there either.
+# These errors affect every other file of the folder, too.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _READ_ONLY = (errno.EROFS,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
-# Far beyond any count, and far below where sums and products of a few leave 64 bits.
+# Far larger than any count, yet sums and products of a few counts still fit into 64 bits.
 _MOST = 1 << 48
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field holds.
+    """Type of a JSON field.
 
     Parameters
     ----------
     what
-        In words, for messages.
+        Description for messages.
     holds
-        Whether a value is of this kind.
+        Predicate for values of this kind.
     """
 
     what: str
     holds: Callable[[Any], bool]
 
     def or_none(self) -> Kind:
-        """Return the kind that may also be absent or null."""
+        """Return this kind, also accepting an absent or null field."""
         return Kind(f"{self.what} or null", lambda value: value is None or self.holds(value))
 
 
@@ -60,7 +60,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Neither NaN nor infinite, nor an integer that no float can hold.
+    # Excludes NaN, infinities and integers too large for a float.
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
@@ -77,7 +77,7 @@ COUNTS = Kind("a list of counts", lambda value: isinstance(value, list) and all(
 NUMBER = Kind("a finite number", _is_number)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
-# A file in a folder, or below it, not a way out of it.
+# A file in a folder or below it. Paths that leave the folder are refused.
 NAME = Kind("a plain file name", _is_name)
 INNER_PATH = Kind("a path below the folder", _is_path)
 DIGEST = Kind(
@@ -90,7 +90,7 @@ NUMBERS = Kind(
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: whole where it is short, else its beginning or its type.
+    """Format a value for a message: in full if short, else its beginning or its type.
 
     >>> shown(-1), shown([1, [2]])
     ('-1', 'a list')
@@ -102,14 +102,14 @@ def shown(value: object) -> str:
 
 
 def check_fields(path: Path, value: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
-    """Refuse an object with a field that is missing or of another kind.
+    """Refuse an object with a missing field or a field of the wrong kind.
 
     Parameters
     ----------
     path
-        The file, for the message.
+        The file, for error messages.
     value
-        What was read of it.
+        The object read from it.
     fields
         Name → kind.
 
@@ -132,12 +132,12 @@ def check_fields(path: Path, value: Mapping[str, Any], fields: Mapping[str, Kind
 
 
 def read_json(path: Path) -> Json | None:
-    """Read a JSON object; None if the file does not exist.
+    """Read a JSON object, or return None if the file does not exist.
 
     Raises
     ------
     CacheError
-        If it cannot be read (see :func:`unreadable`) or parsed, is larger than 256 MiB or deeper than 64 levels.
+        If it cannot be read (see :func:`unreadable`) or parsed, exceeds 256 MiB or has more than 64 levels.
     """
     try:
         status = path.stat()
@@ -156,17 +156,17 @@ def read_json(path: Path) -> Json | None:
 
 
 def unreadable(error: CacheError) -> bool:
-    """Whether a file could not be read now, and may be good."""
+    """Whether the file could not be read now but may be intact."""
     return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, DaskLogitsError)
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path exists; unlike ``Path.exists``, never False where nobody can tell.
+    """Whether a path exists. Unlike ``Path.exists``, this raises if the answer is unknown.
 
     Raises
     ------
     CacheError
-        If the file system does not say, or a link leads to nothing.
+        If the file system cannot tell, or a link is broken.
     """
     try:
         path.stat()
@@ -183,12 +183,12 @@ def is_there(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, in order; none where there is no such folder.
+    """Return the sorted names in a folder, empty if the folder does not exist.
 
     Raises
     ------
     CacheError
-        If it cannot be read.
+        If the folder cannot be read.
     """
     try:
         return sorted(path.name for path in folder.iterdir())
@@ -199,12 +199,12 @@ def names_in(folder: Path) -> list[str]:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path that a user gave, absolute, its ``~`` resolved.
+    """Return a user's path as an absolute path with ``~`` resolved.
 
     Raises
     ------
     ConfigError
-        If there is no such home folder.
+        If the home folder does not exist.
     """
     try:
         return Path(path).expanduser().absolute()
@@ -213,12 +213,12 @@ def expanded(path: str | Path) -> Path:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON that is not deeper than 64 levels.
+    """Parse JSON with at most 64 levels.
 
     Raises
     ------
     ValueError
-        If it is, or is no JSON.
+        If it has more levels or is not JSON.
     """
     try:
         value = json.loads(text)
@@ -238,18 +238,18 @@ def parse_json(text: str) -> Any:
 
 
 def create_json(path: Path, value: Mapping[str, Any]) -> bool:
-    """Create a JSON file if it is absent, whole and durable.
+    """Create a JSON file atomically and durably, unless it exists.
 
     Returns
     -------
     bool
-        False if it existed: the first writer won.
+        False if the file existed, because the first writer wins.
     """
     return create_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def create_bytes(path: Path, data: bytes) -> bool:
-    """Create a file if it is absent, whole and durable; return False if it existed."""
+    """Create a file atomically and durably, unless it exists. Return False if it existed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _aside(path) as aside:
         with aside.open("wb") as file:
@@ -259,7 +259,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
         try:
             os.link(aside, path)
         except FileExistsError:
-            # NFS sends a request again whose answer was lost, and meets its own link.
+            # NFS repeats a request whose answer was lost, and then finds its own link.
             if aside.stat().st_nlink == 1:
                 return False
     sync(path.parent)
@@ -267,7 +267,7 @@ def create_bytes(path: Path, data: bytes) -> bool:
 
 
 def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
-    """Write a JSON file over an older one, whole; flushed to the disk only if it is more than a sign of progress."""
+    """Replace a JSON file atomically, flushed to the disk only if ``durable``."""
     with _aside(path) as aside:
         aside.write_text(json.dumps(value, indent=1))
         if durable:
@@ -279,7 +279,7 @@ def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False)
 
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """Give a name beside a path, whose file is gone in the end, unless it was renamed."""
+    """Yield a temporary name next to a path. The file is deleted at the end unless it was renamed."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield aside
@@ -288,7 +288,7 @@ def _aside(path: Path) -> Iterator[Path]:
 
 
 def no_room(error: BaseException) -> str | None:
-    """Return what the system says if there is no room to write, or None.
+    """Return the system's message if there is no space to write, else None.
 
     >>> no_room(OSError(28, "x")), no_room(OSError(5, "x"))
     ('No space left on device', None)
@@ -298,7 +298,7 @@ def no_room(error: BaseException) -> str | None:
 
 
 def only_readable(error: BaseException) -> bool:
-    """Whether a file system can be read but not written: that may be so on one machine alone.
+    """Whether a file system is read-only, which may be true on one machine alone.
 
     >>> only_readable(OSError(30, "x")), only_readable(OSError(28, "x"))
     (True, False)
@@ -308,19 +308,19 @@ def only_readable(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Say in one message that a folder cannot be written to, or that its disk fails.
+    """Translate write errors and disk failures in a folder into one message.
 
     Parameters
     ----------
     folder
-        Where files are written.
+        The folder being written.
     begun
-        Whether the job had begun before.
+        Whether the job had already begun.
 
     Raises
     ------
     CapacityError
-        If there is no room, it is not allowed, or what was written cannot be read.
+        If there is no space, permission is denied, or the disk fails.
     """
     try:
         yield
@@ -345,7 +345,7 @@ def room(folder: Path, *, begun: Callable[[], bool] = lambda: True) -> Iterator[
 
 
 def sync_tree(path: Path) -> None:
-    """Flush every file and folder below a path to the disk."""
+    """Flush all files and folders below a path to the disk."""
     for folder, _, names in os.walk(path):
         for name in names:
             sync(Path(folder) / name)
@@ -354,7 +354,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush one file or folder to the disk."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

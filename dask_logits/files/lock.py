@@ -1,9 +1,9 @@
-"""One writer at a time: a lock that goes with its process, and a lease that other machines see.
+"""One writer at a time: a file lock released when the process exits, plus a lease visible to other hosts.
 
-A lock of the file system (``flock``) is enough on one machine: however the process ends, it is free. Between machines
-it may not reach, so the holder also writes who it is and counts up every few seconds. A lease that another machine left
-without clearing it is watched: if it counts, its holder is alive; if not, it is taken only where that is allowed. No
-clock is compared.
+On one machine a file-system lock (``flock``) is sufficient, because it is released however the process ends. It may not
+work between machines, so the holder also writes its identity and increments a counter every few seconds. A lease that
+another machine left uncleared is watched. If it counts, its holder is alive. Otherwise it is taken over only where
+allowed. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from dask_logits.files.atomic import Json
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
-# A lease that has not counted for so many beats is stale.
+# A lease whose counter stands still for this many beats is stale.
 STALE_BEATS = 4
 _POLL_SECONDS = 0.2
-# After which a holder on this machine that does not count is not waited for any longer.
+# Time limit for waiting on a holder on this machine whose counter stands still.
 _FROZEN_SECONDS = 300.0
-# One write of so many bytes is whole or absent for a reader.
+# A write of this size is atomic for a reader.
 _BYTES = 256
 
 
 @contextlib.contextmanager
 def lease(path: Path, *, wait: bool = False, takeover: bool = False) -> Iterator[None]:
-    """Hold a lease; it goes with the process, however it ends.
+    """Hold a lease, released when the process ends in any way.
 
-    Where another machine takes it over, because this process was frozen, the main thread is interrupted.
+    If another machine takes it over because this process was frozen, the main thread is interrupted.
 
     Parameters
     ----------
     path
-        The lock file; it stays, empty when nobody holds it.
+        The lock file. It is not deleted, and is empty while nobody holds the lease.
     wait
-        Wait for another process that holds it, instead of refusing.
+        Wait for another holder instead of refusing.
     takeover
-        Take a lease that a process on another machine left without clearing it and that does not count any more.
+        Take over a lease that a process on another machine left uncleared and no longer renews.
 
     Raises
     ------
     RunConflictError
-        If another process holds it, or may hold it.
+        If another process holds the lease, or may hold it.
     """
     with contextlib.ExitStack() as opened:
         while True:
@@ -83,9 +83,9 @@ def lease(path: Path, *, wait: bool = False, takeover: bool = False) -> Iterator
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return whether nobody holds a lease, as far as its file shows: it was released, or its process has ended.
+    """Whether a lease is free according to its file: it was released, or its process has ended.
 
-    Only reads the file. A holder on another machine is taken to be alive.
+    Only reads the file. A holder on another machine is assumed to be alive.
     """
     try:
         is_released = path.stat().st_size == 0
@@ -98,7 +98,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a lock file to lock it: a plain file in its folder, because it will be written over."""
+    """Open a lock file for locking. Links are refused, because the file will be overwritten."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         return os.fdopen(os.open(path, flags, 0o666), "a+b")
@@ -109,7 +109,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _is_there(file: IO[bytes], path: Path) -> bool:
-    """Whether a file still has its name: a start that was refused takes its lock file away."""
+    """Whether a file still has its name. A refused start deletes its lock file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def _is_there(file: IO[bytes], path: Path) -> bool:
 
 
 def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
-    """Lock a file; return False where the file system has no locks."""
+    """Lock a file. Return False if the file system does not support locks."""
     seen: Json | None = None
     since = 0.0
     while True:
@@ -145,7 +145,7 @@ def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
 
 
 def _check_stale(path: Path, left: Json, wait: bool, takeover: bool) -> None:
-    """Watch a lease that somebody left; return when it may be taken."""
+    """Watch a lease that another process left. Return when it may be taken over."""
     logger.info("%s is %s's; watching it", path, _who(left))
     while True:
         time.sleep(STALE_BEATS * BEAT_SECONDS)
@@ -175,13 +175,13 @@ def _beat(path: Path, mine: Json, stop: threading.Event) -> None:
             interrupt_main_thread()
             return
         mine["beat"] += 1
-        # A disk that is full for a while is no reason to stop.
+        # A disk that is temporarily full is no reason to stop.
         with contextlib.suppress(OSError):
             _write(path, mine)
 
 
 def interrupt_main_thread() -> None:
-    """Do what Ctrl-C does, in a system call, too; a process that ignores it, because it was begun so, is ended."""
+    """Interrupt like Ctrl-C, also during a system call. A process started with SIGINT ignored is ended instead."""
     heeded = callable(signal.getsignal(signal.SIGINT))
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT if heeded else signal.SIGTERM)
 
@@ -196,7 +196,7 @@ def _write(path: Path, holder: Json) -> None:
 
 
 def _read(path: Path) -> Json | None:
-    """Return who holds a lease; None if nobody does, or it is being written."""
+    """Return the holder of a lease, or None if it is free or being written."""
     try:
         holder = json.loads(path.read_bytes() or b"null")
     except (OSError, ValueError):
@@ -213,7 +213,7 @@ def _held(path: Path, holder: Json | None) -> RunConflictError:
 
 
 def _what(path: Path) -> str:
-    """Name what a lock file stands for.
+    """Describe the purpose of a lock file.
 
     >>> _what(Path(".driver.lock")), _what(Path(".driver-0-of-2.lock")), _what(Path(".consolidate.lock"))
     ('this run', 'share 0-of-2 of this run', 'its consolidate step')
