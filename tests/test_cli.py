@@ -30,6 +30,7 @@ def test_generate_and_status(joined, tmp_path) -> None:
     assert "rows          40 of 40" in done.stdout
     assert re.search(r"perplexity    \d+\.\d\d", done.stdout)
     assert f"cache         {tmp_path / 'run' / 'teacher_logits.h5'}" in done.stdout
+    assert "\nnext          dask-logits show " in done.stdout
     assert re.search(r"4/4 partitions · 40 documents · [\d,]+ tokens · [\d,]+ tokens/s · all scored · kept mass 0\.\d+",
                      done.stderr)  # fmt: skip
     assert len(re.findall(r"INFO partition 00000\d: \d+ documents, \d+ tokens, \d+ tokens/s", done.stderr)) == 4
@@ -62,8 +63,10 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
     before = tree(tmp_path)
     done = run("plan", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for line in ("rows          40", "partitions    4 of 12 rows", "peak disk", "peak memory", "free here"):
+    for line in ("rows          40", "partitions    4 of 12 rows", "speed  ", "time  ", "peak disk",
+                 "peak memory", "free here"):  # fmt: skip
         assert line in done.stdout
+    assert "planning: " in done.stderr
     assert tree(tmp_path) == before
 
 

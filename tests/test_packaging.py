@@ -84,6 +84,7 @@ def test_the_wheel_scores_a_dataset_outside_the_checkout(wheel, llama, tmp_path)
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "still alive" not in done.stderr
     show = [str(python), "-c", "import dask_logits; print(dask_logits.__file__)"]
     where = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True).stdout
     assert Path(where).is_relative_to(venv)

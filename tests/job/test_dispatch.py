@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from test_cluster import COMMAND
 
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
+from dask_logits.cache.reader import CacheReader
 from dask_logits.config import JobConfig
 from dask_logits.job.bisect import _passes, _two_deaths_are_enough
 from dask_logits.job.cluster import _facts
 from dask_logits.job.dispatch import _Window
+from dask_logits.job.scheduler import CALL_SECONDS
 from dask_logits.run.plan import Partition
 
 
@@ -133,6 +136,28 @@ def test_a_worker_that_does_not_answer_is_gone_on_without(caplog, monkeypatch) -
             ClusterError, match=r"(?s)expected workers with this environment, got none:.*No module named 'gone'"
         ):
             _facts(client, 30)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_stopped_for_a_while_is_waited_for(overrides, joined, tmp_path) -> None:
+    single = "distillation.partition.rows=1"
+    expected = CacheReader(generate(load_config([*joined, single]))).attributes["content_digest"]
+    again = [*overrides, single, f"distillation.teacher.cache_dir={tmp_path / 'again'}"]
+    with dask_processes(tmp_path) as (file, scheduler):
+        driver = subprocess.Popen(
+            [*COMMAND, *again, f"distillation.cluster.scheduler_file={file}"], stderr=subprocess.PIPE, text=True
+        )
+        wait_for(lambda: list((tmp_path / "again" / "receipts").rglob("*.json")), driver)
+        os.kill(scheduler.pid, signal.SIGSTOP)
+        try:
+            # Longer than a call to it may take.
+            time.sleep(2 * CALL_SECONDS)
+        finally:
+            os.kill(scheduler.pid, signal.SIGCONT)
+        log = finish(driver)
+    assert driver.returncode == 0, log
+    assert "answers again after" in log
+    assert CacheReader(tmp_path / "again" / "teacher_logits.h5").attributes["content_digest"] == expected
 
 
 def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:

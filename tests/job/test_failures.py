@@ -127,6 +127,8 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
         assert {"die": "last worker tcp://", "raise": "ValueError: odd text", "hang": "worker tcp://"}[act] in entry[
             "evidence"
         ]
+        assert all(re.fullmatch(r"tcp://\S+ on \S+", worker) for worker in entry["workers"])
+        assert entry["workers"]
         status = read_status(run)
         assert (status.state, status.committed, status.failed) == ("failed", 9, {4: f"{kind}: {reason}"})
         before = {name: data for name, data in tree(run).items() if name.startswith("receipts")}

@@ -113,6 +113,7 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
     folder = cache_dir(small)
     log = folder / "logs" / "worker-1.log"
     wait_for(lambda: log.exists() and "calibrating" in log.read_text(), started)
+    assert read_status(folder).state in ("calibrating", "running")
     (lock,) = wait_for(lambda: [path for path in folder.glob(".driver-1-of-2.lock") if path.read_text()], started)
     os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
     errors = finish(started)
