@@ -196,9 +196,23 @@ class RunFolder:
 
     def profile(self) -> ProfileSpec:
         """Return how the run stores targets, which its calibration settled."""
+        return self.profile_of(*self.begun())
+
+    def begun(self) -> tuple[Json, Json]:
+        """Return the manifest and the calibration.
+
+        Raises
+        ------
+        RunConflictError
+            If the run has not begun.
+        """
         manifest, calibration = self.manifest(), self.calibration()
         if manifest is None or calibration is None:
             raise RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
+        return manifest, calibration
+
+    def profile_of(self, manifest: Json, calibration: Json) -> ProfileSpec:
+        """Return the profile that a manifest and a calibration name."""
         check_fields(self.calibration_path, calibration, {"storage": OBJECT})
         check_fields(self.manifest_path, manifest["what"], _SIZES)
         storage = calibration["storage"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, cache_pieces
+from dask_logits.cache.pieces import PartitionPiece, Piece, cache_pieces
 from dask_logits.cache.profile import Profile, load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, RunConflictError
@@ -39,7 +39,8 @@ class RunPart:
     calibration: Json
     log: PlanLog
     cache: RunCache | None
-    _cached: list[CachePiece] | None = None
+    _profile: Profile | None = None
+    _pieces: list[Piece] | None = None
 
     @classmethod
     def open(cls, run: RunFolder) -> RunPart:
@@ -50,9 +51,7 @@ class RunPart:
         RunConflictError
             If it has not.
         """
-        manifest, calibration = run.manifest(), run.calibration()
-        if manifest is None or calibration is None:
-            raise RunConflictError(f"{run.path}: expected a run that has begun, got no run.json or calibration.json")
+        manifest, calibration = run.begun()
         return cls(run=run, manifest=manifest, calibration=calibration, log=PlanLog(run), cache=open_run_cache(run))
 
     @property
@@ -86,21 +85,27 @@ class RunPart:
 
     def profile(self) -> Profile:
         """Return how it stores targets."""
-        return load_profile(self.run.profile())
+        if self._profile is None:
+            self._profile = load_profile(self.run.profile_of(self.manifest, self.calibration))
+        return self._profile
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its plan as far as some row."""
         return self.log.digest(n_rows)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield what it holds, in dataset order."""
-        if self.cache is not None and self._cached is None:
-            self._cached = [piece for reader in self.cache.readers for piece in cache_pieces(reader)]
-        yield from self._cached or ()
-        for receipt in committed(self.run, self.log):
-            if receipt["first_row"] >= self.n_cached and receipt["n_rows"]:
-                path = self.run.partitions_path / receipt["attempt"]
-                yield PartitionPiece(path=path, receipt=receipt, profile=self.profile())
+        """Yield what it holds, in dataset order. Receipts are read by the first call and kept for the others."""
+        if self._pieces is None:
+            readers = () if self.cache is None else self.cache.readers
+            cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
+            self._pieces = cached + [
+                PartitionPiece(
+                    path=self.run.partitions_path / receipt["attempt"], receipt=receipt, profile=self.profile()
+                )
+                for receipt in committed(self.run, self.log)
+                if receipt["first_row"] >= self.n_cached and receipt["n_rows"]
+            ]
+        yield from self._pieces
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a cache of this job."""

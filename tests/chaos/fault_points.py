@@ -41,7 +41,7 @@ WHAT = {
 _EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def make_run(folder: Path) -> RunFolder:
+def make_run(folder: Path, partitions: int = PARTITIONS) -> RunFolder:
     """Make a run folder whose partitions are planned and not computed."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def make_run(folder: Path) -> RunFolder:
     storage = {"profile": "compact", "precision": 8, "id_table": table}
     create_json(run.calibration_path, {"numerics": {}, "storage": storage})
     log = PlanLog(run)
-    log.append(((PARTITIONS, ROWS),), {})
+    log.append(((partitions, ROWS),), {})
     log.close("exhausted")
     return run
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,51 @@ def run(overrides: list[str], *more: str) -> Path:
 
 def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "teacher_logits").iterdir())}
+
+
+OPENS = """
+import collections, json, sys
+from pathlib import Path
+from fault_points import consolidate, make_run, publish
+from dask_logits import read_status
+from dask_logits.ops.check import check_files
+from dask_logits.run.folder import RunFolder
+
+folder, n = Path(sys.argv[1]), int(sys.argv[2])
+make_run(folder, n)
+for index in range(n):
+    publish(folder, index)
+counts = collections.Counter()
+
+def count(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(str(folder)):
+        path = Path(arguments[0])
+        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
+
+sys.addaudithook(count)
+found = {}
+for act in (read_status, check_files, consolidate):
+    counts.clear()
+    act(folder)
+    found[act.__name__] = {name: counts[name] for name in ("run.json", "calibration.json", "receipts")}
+print(json.dumps(found))
+"""
+
+
+def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}:{tests / 'chaos'}"}
+
+    def opens(n: int) -> dict[str, dict[str, int]]:
+        command = [sys.executable, "-c", OPENS, str(tmp_path / str(n)), str(n)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    few, many = opens(3), opens(12)
+    for act, counts in few.items():
+        for name in ("run.json", "calibration.json"):
+            assert counts[name] == many[act][name] <= 6, (act, name, few, many)
+        assert counts["receipts"] / 3 == many[act]["receipts"] / 12 <= 1, (act, few, many)
 
 
 def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, capsys) -> None:
