@@ -53,7 +53,7 @@ def consolidate_run(
     Parameters
     ----------
     run
-        The run.
+        The run folder.
     keep_partitions
         Keep the Zarr partitions.
     max_file_bytes
