@@ -1,7 +1,7 @@
-"""A regular dataset → slices of its Arrow files, which each worker reads itself.
+"""A regular dataset as slices of Arrow files, which each worker reads itself.
 
-The driver opens the dataset, finds the column, hashes the rows that are used and cuts them into slices of files. No row
-passes through Dask. A dataset whose rows are not plainly those of its files (in memory, selected, shuffled, sliced) is
+The driver opens the dataset, finds the column, hashes the used rows and cuts them into slices of files. No row passes
+through Dask. If the rows differ from those of the dataset's files (in memory, selected, shuffled, sliced), they are
 written once into the run folder.
 """
 
@@ -40,14 +40,14 @@ _DATASET_LOCK = ".materialise.lock"
 
 
 class Corpus:
-    """An opened dataset: the rows that are used, and where workers find them.
+    """An opened dataset: its used rows, and their location for workers.
 
     Parameters
     ----------
     dataset
-        All rows.
+        The dataset with all rows.
     n_rows
-        Rows used, from the first.
+        Number of rows used, from the first.
     column
         ``input_ids`` or the text column.
     repairs
@@ -64,7 +64,7 @@ class Corpus:
         self.column = column
         self.repairs = repairs
         names = dataset.column_names
-        # Whose content tells rows from others; beside it a reader's notes on bad rows.
+        # Columns that identify rows by content. A reader's notes on bad rows are kept separately.
         self._content = [column, MASK] if column == IDS and MASK in names else [column]
         self._used = [*self._content, *(name for name in (PROBLEM,) if name in names)]
         # Partitions passed so far, wanted or not.
@@ -73,12 +73,12 @@ class Corpus:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows must be tokenised."""
+        """Whether rows must be tokenized."""
         return self.column != IDS
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 of the used rows of the used column, however they are chunked or stored."""
+        """SHA-256 of the used rows of the used column, independent of chunks and storage."""
         return self._digest(0, self.n_rows)
 
     def _digest(self, first: int, n_rows: int) -> str:
@@ -89,9 +89,9 @@ class Corpus:
 
     @functools.cached_property
     def files(self) -> list[FileRows] | None:
-        """The files whose first rows are exactly the used rows, or None if there are none.
+        """The files whose first rows are exactly the used rows, or None.
 
-        Compared by content: a selected, renamed or concatenated dataset may name files that hold other rows.
+        The content is compared, because a selected, renamed or concatenated dataset may name files with other rows.
         """
         from datasets import concatenate_datasets
 
@@ -107,16 +107,16 @@ class Corpus:
         return [FileRows(path=path, first=0, n_rows=len(part)) for path, part in zip(paths, mapped, strict=True)]
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this dataset from others beside its rows, which the plan knows by their content."""
+        """Return the identity of this dataset, except for its rows, which the plan identifies by content."""
         return {}
 
     def check(self, log: PlanLog) -> None:
-        """Refuse rows that are not the ones a run was planned with.
+        """Refuse rows that differ from the planned rows of a run.
 
         Raises
         ------
         RunConflictError
-            If rows differ, or there are fewer or more than the run allows for.
+            If rows differ, or their number is outside the range that the run allows.
         """
         for segment in log.segments():
             last = segment.first_row + segment.n_rows
@@ -129,14 +129,14 @@ class Corpus:
             raise conflict(log.run.path, {"dataset.rows": (log.n_rows, self.n_rows)})
 
     def _bad_rows(self, first: int, n_rows: int) -> list[int]:
-        """Return the rows of a range that a reader found to be bad."""
+        """Return the rows of a range that a reader marked as bad."""
         if PROBLEM not in self._used:
             return []
         problems = self.dataset.with_format("arrow").select_columns([PROBLEM])[first : first + n_rows][PROBLEM]
         return [first + i for i, problem in enumerate(problems.to_pylist()) if problem is not None]
 
     def _is_repaired(self, segment: Segment) -> bool:
-        """Whether only rows that could not be used differ from what was planned."""
+        """Whether only unusable rows differ from the plan."""
         bad = segment.source.get("bad_rows")
         if not bad or not self.repairs:
             return False
@@ -149,16 +149,16 @@ class Corpus:
         return {**source, "bad_rows": bad} if bad else source
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
-        """Plan all rows, and yield the partitions that are wanted.
+        """Plan all rows, and yield the wanted partitions.
 
         Parameters
         ----------
         log
-            The plan; what it lacks is appended.
+            The plan. Missing segments are appended.
         partition_rows
             Rows of a partition.
         wanted
-            Whether a partition of this index is to be computed now.
+            Whether the partition with this index is to be computed now.
         """
         for segment in list(log.segments()):
             if (
@@ -184,7 +184,7 @@ class Corpus:
                 )
 
     def sample(self) -> list[tuple[int, Any]]:
-        """Return a fixed sample of (row number, row), spread evenly, for estimates."""
+        """Return a fixed, evenly spread sample of (row number, row), for estimates."""
         count = min(self.n_rows, _SAMPLE_ROWS)
         rows = [i * self.n_rows // count for i in range(count)]
         return list(zip(rows, self._values(rows), strict=True))
@@ -199,16 +199,16 @@ class Corpus:
         return table_values(self._plain().with_format("arrow")[rows], self.column)
 
     def _plain(self) -> Dataset:
-        """The used columns, without a format that was set on the dataset."""
+        """The used columns, without the dataset's format."""
         return self.dataset.with_format(None).select_columns(self._used)
 
     def _materialise(self, run: RunFolder) -> list[FileRows]:
-        # Static workers may all need it at once.
+        # Static workers may all need the files at the same time.
         with lease(run.path / _DATASET_LOCK, wait=True):
             return self.materialise(run.dataset_path)
 
     def materialise(self, folder: Path) -> list[FileRows]:
-        """Write the used rows to a folder, or take the ones that are there, and return their files.
+        """Write the used rows to a folder, or reuse existing files, and return the files.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class Corpus:
 
         there = 0
         with contextlib.suppress(OSError, ValueError, KeyError):
-            # What is there may be cut off, or only a part of it.
+            # Existing files may be truncated or incomplete.
             there = len(load_from_disk(str(folder)))
         if there < self.n_rows:
             for stale in folder.parent.glob(f".{folder.name}.*"):
@@ -240,14 +240,14 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
     Parameters
     ----------
     config
-        Which dataset and column; only the column settings matter if `dataset` is given.
+        Dataset and column settings. Only the column settings are used if `dataset` is given.
     dataset
         An opened dataset.
 
     Raises
     ------
     DatasetError
-        If the dataset is missing or empty or lacks the column.
+        If the dataset is missing or empty, or lacks the column.
     """
     from datasets import Dataset as RegularDataset
 
@@ -296,7 +296,7 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
 
 
 def _from_rows(rows: Sequence[Any], text_column: str | None) -> Dataset:
-    """Make a dataset of a list of texts or of mappings; of mappings only the column that is used."""
+    """Build a dataset from a list of texts or mappings, with only the used column of mappings."""
     from datasets import Dataset as RegularDataset
 
     wrong = next((row for row in rows if not isinstance(row, str | Mapping)), None)
@@ -332,7 +332,7 @@ def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[Fil
 def hash_rows(
     dataset: Dataset, columns: Sequence[str], first: int, n_rows: int, *, without: frozenset[int] = frozenset()
 ) -> str:
-    """Digest a range of rows of some columns by content; rows in `without` count as rows without a value."""
+    """Digest a range of rows of some columns by content. Rows in `without` count as rows without a value."""
     digests = [RowsDigest() for _ in columns]
     narrow = dataset.select_columns(list(columns)).with_format("arrow")
     for start in range(first, first + n_rows, _HASH_ROWS):

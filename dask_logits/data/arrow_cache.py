@@ -1,7 +1,7 @@
-"""JSON, CSV, text and Parquet files → one Arrow file of the column that is used, in the cache of ``datasets``.
+"""Convert JSON, CSV, text and Parquet files to one Arrow file of the used column, in the cache of ``datasets``.
 
-``datasets`` casts every column of every file to the types that the first rows happen to have, and gives up at the first
-damaged line. Here only the used column is read, as text or as token ids, and a bad row costs one row.
+``datasets`` casts every column of every file to the types of the first rows, and stops at the first damaged line.
+This module reads only the used column, as text or as token ids, and a bad line affects one row only.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from dask_logits.errors import DatasetError, first_line
 
 _VERSION = 1
 _BATCH_ROWS = 1_000
-# Rows whose columns are looked at before the column is chosen.
+# Rows inspected for columns before the column is chosen.
 _LOOKED_AT_ROWS = 100
 
 
 def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str | None, text_column: str | None) -> Path:
-    """Return the Arrow file of some files, written if it is not there yet.
+    """Return the Arrow file for a list of files, writing it if it does not exist.
 
     Parameters
     ----------
     folder
-        Where such files are kept.
+        Folder of the Arrow files.
     reader
         ``json``, ``csv``, ``text`` or ``parquet``.
     files
         Local paths or URLs, in order.
     separator
-        Of CSV fields; None: by the header.
+        Separator of CSV fields. None: detected from the header.
     text_column
-        The column that was asked for.
+        The requested column.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
 
 
 def file_rows(path: str, reader: Format, separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
-    """Yield the rows of a text file; translate what its libraries say of damage.
+    """Yield the rows of a text file, and translate the libraries' errors for damaged data.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def file_rows(path: str, reader: Format, separator: str | None) -> Iterator[Mapp
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise _cut_off(path, error) from error
     except OSError as error:
-        # Arrow says so of damaged Zstandard, gzip of damaged gzip, both without a system's error number.
+        # Arrow (for Zstandard) and gzip raise this for damaged data, without a system error number.
         if error.errno is not None or isinstance(error, FileNotFoundError):
             raise
         raise _cut_off(path, error) from error
@@ -168,14 +168,14 @@ def _tables(
 def _value(row: Mapping[str, Any], column: str, *, chosen: bool) -> Value:
     other = {TEXT: IDS, IDS: TEXT}.get(column)
     if not chosen and other is not None and row.get(other) is not None:
-        # Rows further down have a second column that the first ones lack.
+        # Later rows have a second column that the first rows lack.
         raise both_columns()
     value: Value = located(row, row_value(row, column))
     return value
 
 
 def _narrow(batch: pa.RecordBatch, column: str) -> pa.Table:
-    """Return the used column of Parquet rows; without a look at each row where its type allows."""
+    """Return the used column of Parquet rows, without inspecting each row if its type allows it."""
     kind = batch.schema.field(0).type
     plain = column in batch.schema.names and MASK not in batch.schema.names
     if plain and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):

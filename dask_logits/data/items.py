@@ -1,7 +1,7 @@
-"""Documents → items: the token sequences the teacher reads, and which of their positions are kept. Pure integers.
+"""Convert documents to items: the token sequences read by the teacher, and the positions to keep. Pure integers.
 
-A document is one item, or it is cut into windows, or documents are joined into blocks of fixed length. Whatever the
-way, every kept token belongs to exactly one item.
+A document is one item, or it is cut into text windows, or documents are joined into packed blocks. In all cases every
+kept token belongs to exactly one item.
 
 Dimension letters: C context tokens, L kept tokens.
 """
@@ -19,20 +19,20 @@ from dask_logits.records import Array
 
 @dataclass(frozen=True, kw_only=True)
 class ItemSettings:
-    """How documents become items.
+    """Settings for splitting or packing documents into items.
 
     Parameters
     ----------
     max_length
-        Most tokens of an item.
+        Maximum tokens of an item.
     long_documents
         ``truncate`` keeps the first `max_length` tokens of a document, ``window`` all of them.
     window_stride
-        Kept tokens of every window but the first; the rest of its `max_length` is context.
+        Kept tokens of every window but the first. The rest of its `max_length` is context.
     packing
-        ``none``, or ``concat``: documents are joined, a separator after each, and cut into blocks of `max_length`.
+        ``none``, or ``concat``: documents are joined, each followed by a separator, and cut into `max_length` blocks.
     separator_id
-        The separator; only for ``concat``.
+        The separator, only for ``concat``.
     """
 
     max_length: int
@@ -43,7 +43,7 @@ class ItemSettings:
 
     @property
     def kept_tokens(self) -> int | None:
-        """Tokens kept of a document; None: all."""
+        """Tokens kept of a document. None: all."""
         return self.max_length if self.packing == "none" and self.long_documents == "truncate" else None
 
 
@@ -56,9 +56,9 @@ class Span:
     row
         Dataset row.
     offset
-        Place of the first token in the row's tokens.
+        Position of the first token in the row's tokens.
     length
-        Tokens, a separator after the document included.
+        Number of tokens, including a separator after the document.
     """
 
     row: int
@@ -68,18 +68,18 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One sequence the teacher reads.
+    """One sequence read by the teacher.
 
     Parameters
     ----------
     tokens
         [C + L] token ids.
     context
-        C, the leading tokens whose targets are not kept, because another item keeps them.
+        C, the number of leading tokens whose targets belong to another item.
     next_token
-        The token after the last one; −1 where there is none.
+        The token after the last one, −1 if there is none.
     spans
-        Where the L kept tokens come from.
+        Origin of the L kept tokens.
     """
 
     tokens: Array
@@ -89,32 +89,32 @@ class Item:
 
     @property
     def n_kept(self) -> int:
-        """Tokens whose targets are kept, L."""
+        """Number of tokens whose targets are kept, L."""
         return len(self.tokens) - self.context
 
 
 def plain_items(documents: Sequence[Array], first_row: int = 0) -> list[Item]:
-    """Make one item of each document.
+    """Convert each document to one item.
 
     Parameters
     ----------
     documents
         Token ids of consecutive rows.
     first_row
-        Dataset row of the first.
+        Dataset row of the first document.
     """
     return [_whole(document, first_row + i) for i, document in enumerate(documents)]
 
 
 def make_items(documents: Sequence[Array], settings: ItemSettings, *, first_row: int = 0) -> list[Item]:
-    """Make the items of a partition.
+    """Convert the documents of a partition to items.
 
     Parameters
     ----------
     documents
-        Token ids of consecutive rows, none cut off that is to be kept.
+        Token ids of consecutive rows, including all tokens to keep.
     settings
-        The way.
+        How documents are split or packed.
     first_row
         Dataset row of the first document.
 

@@ -1,9 +1,9 @@
-"""Datasets by name: opened as a regular dataset or as a stream, and, for those who want it, tokenised.
+"""Load datasets by name, as regular datasets or streams, optionally tokenized.
 
-:func:`prepare_dataset` is the public way in. Text and Parquet files are read by :mod:`dask_logits.data.arrow_cache`;
-everything else is loaded by ``datasets``.
+:func:`prepare_dataset` is the public function. Text and Parquet files are read by :mod:`dask_logits.data.arrow_cache`.
+All other formats are loaded by ``datasets``.
 
-This is the home of ``datasets`` and ``huggingface_hub``.
+This is the only module that imports ``datasets`` and ``huggingface_hub``.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ _HUB_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class FoundFiles:
-    """The files of a dataset, none of them read.
+    """The files of a dataset, not yet read.
 
     Parameters
     ----------
     reader
-        ``json``, ``csv``, ``text``, ``parquet``, or another of ``datasets``.
+        ``json``, ``csv``, ``text``, ``parquet``, or another reader of ``datasets``.
     files
-        Split → paths or URLs in order; those of a hub are pinned to a commit.
+        Split → ordered paths or URLs. Hub URLs are pinned to a commit.
     separator
-        Of CSV fields; None: by the header.
+        Separator of CSV fields. None: detected from the header.
     is_configured
-        Whether the dataset brings options of its own for its reader.
+        Whether the dataset has its own options for its reader.
     """
 
     reader: str
@@ -69,7 +69,7 @@ class FoundFiles:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this package reads them itself."""
+        """Whether this package reads the files itself."""
         names = [file for files in self.files.values() for file in files]
         ours = self.reader in _OWN_READERS and not self.is_configured
         return ours and bool(names) and not any(name.endswith(_ARCHIVES) for name in names)
@@ -90,7 +90,7 @@ def prepare_dataset(
     streaming: bool = False,
     num_proc: int | None = None,
 ) -> Any:
-    """Load a dataset and tokenise it for language modelling.
+    """Load a dataset and tokenize it for language modelling.
 
     Parameters
     ----------
@@ -98,21 +98,21 @@ def prepare_dataset(
         Hub name, a ``save_to_disk`` folder, a folder of files, or ``json``, ``csv``, ``text``, ``parquet``, … with
         `data_files`.
     tokenizer
-        A Hugging Face tokenizer; None: rows stay as they are.
+        A Hugging Face tokenizer. None: rows are unchanged.
     config_name, split, data_files, revision
-        Which rows.
+        Selection of the rows.
     text_column
-        Column with the documents; None: ``text``, or ``input_ids`` where only that is there.
+        Column with the documents. None: ``text``, or ``input_ids`` if there is no ``text``.
     max_length
-        Tokens kept of a document; None: all.
+        Tokens kept of a document. None: all.
     max_samples
-        Rows kept, from the first; None or ``all``: all.
+        Rows kept, from the first. None or ``all``: all.
     add_special_tokens
-        Let the tokenizer add its special tokens.
+        Whether the tokenizer adds its special tokens.
     streaming
-        Return an ``IterableDataset``, which reads while it is iterated over.
+        Return an ``IterableDataset``, which reads during iteration.
     num_proc
-        Processes that download and tokenise; None: this one.
+        Processes that download and tokenize. None: this one.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def prepare_dataset(
     Raises
     ------
     DatasetError
-        If there is no such dataset, split or column.
+        If the dataset, split or column does not exist.
     """
     if tokenizer is None:
         loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
@@ -187,7 +187,7 @@ def find_files(
     Raises
     ------
     DatasetError
-        If there is no such dataset.
+        If the dataset does not exist.
     """
     from datasets import load_dataset_builder
 
@@ -205,14 +205,14 @@ def find_files(
     return FoundFiles(
         reader=builder.name,
         files=files,
-        # The default of ``datasets`` says nothing about a file; a dataset's own configuration does.
+        # A comma may be the default of ``datasets``. Only a different separator comes from the dataset.
         separator="\t" if name == "tsv" else None if separator == "," else separator,
         is_configured=_has_options(builder.config),
     )
 
 
 def _has_options(config: Any) -> bool:
-    """Whether a reader's options differ from its defaults, but for the separator."""
+    """Whether a reader's options differ from its defaults, except for the separator."""
     plain = type(config)()
     known = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
     names = {field.name for field in dataclasses.fields(config)} - known
@@ -220,12 +220,12 @@ def _has_options(config: Any) -> bool:
 
 
 def check_name(name: str, data_files: Sequence[str] | None) -> None:
-    """Refuse a name that can only be meant as a path, and is none, before a hub is asked for it.
+    """Refuse a name that must be a path but does not exist, before asking a hub.
 
     Raises
     ------
     DatasetError
-        If a local file is named where a reader belongs, or a path does not exist.
+        If a local file is named instead of a reader, or a path does not exist.
     """
     where = "distillation.dataset.name"
     if name in _READERS:
@@ -255,9 +255,9 @@ def check_name(name: str, data_files: Sequence[str] | None) -> None:
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[None]:
-    """Give up a hub that does not answer within seconds, where ``datasets`` retries for most of a minute.
+    """Fail within seconds if the hub does not answer. ``datasets`` retries for most of a minute.
 
-    What was downloaded before is used without it.
+    Downloaded files are still used.
     """
     import datasets.config
     from huggingface_hub import constants
@@ -284,7 +284,7 @@ def _hub(name: str) -> Iterator[None]:
 
 
 def _unreachable(address: str) -> str | None:
-    """Return why a server cannot be reached; None if it answers, whatever it says."""
+    """Return the reason why a server is unreachable, or None if it answers with any status."""
     request = urllib.request.Request(address, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
@@ -292,18 +292,18 @@ def _unreachable(address: str) -> str | None:
     except urllib.error.HTTPError:
         return None
     except OSError as error:
-        # Certificates are the hub library's business.
+        # Certificate errors are left to the hub library.
         cause = getattr(error, "reason", error)
         return None if isinstance(cause, ssl.SSLError) else str(cause)
 
 
 def stream_parts(split: str, splits: Sequence[str]) -> list[tuple[str, int, int | None]]:
-    """Return the parts of a stream's split: (name, first row, row after the last; None: to the end).
+    """Return the parts of a stream's split: (name, first row, row after the last or None for the end).
 
     Raises
     ------
     DatasetError
-        If there is no such split, or a slice depends on the number of rows, which a stream does not know.
+        If the split does not exist, or a slice depends on the number of rows, which is unknown for a stream.
 
     Examples
     --------
@@ -322,7 +322,7 @@ def stream_parts(split: str, splits: Sequence[str]) -> list[tuple[str, int, int 
 
 
 def _names_in(split: str) -> list[str]:
-    """Return the splits that slices and sums are made of."""
+    """Return the names of the splits in an expression of slices and sums."""
     return [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
 
 
@@ -346,7 +346,7 @@ def _absolute(split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, in
 
 
 def refuse_splits(dataset: Any) -> None:
-    """Refuse an object that holds several splits; iterated over, it would give their names.
+    """Refuse an object with several splits, because iterating over it would yield their names.
 
     Raises
     ------
@@ -372,7 +372,7 @@ def pinned_commit(files: Sequence[str]) -> str | None:
 
 
 def shards(stream: Any) -> Iterator[Any]:
-    """Yield the parts of a stream that can be read on their own, in its order: for most readers, its files."""
+    """Yield the independently readable parts of a stream, in order. For most readers these are its files."""
     count = stream.num_shards
     for index in range(count):
         yield stream.shard(count, index) if count > 1 else stream
@@ -388,7 +388,7 @@ def load_rows(
     text_column: str | None,
     num_proc: int | None,
 ) -> Any:
-    """Load a regular dataset; of text and Parquet files only the column that is used.
+    """Load a regular dataset. Only the used column of text and Parquet files is loaded.
 
     Returns
     -------
@@ -397,7 +397,7 @@ def load_rows(
     Raises
     ------
     DatasetError
-        If there is no such dataset, split or column.
+        If the dataset, split or column does not exist.
     """
     from datasets import Dataset, concatenate_datasets
     from datasets import config as datasets_config
@@ -416,7 +416,7 @@ def load_rows(
             raise
         known = _remembered(memory)
         if not set(_names_in(split)) <= known.keys():
-            # The library may have prepared it before.
+            # The library may have prepared it earlier.
             return _load(name, config_name, split, data_files, revision, False, num_proc)
         return _picked(split, list(known), lambda key: Dataset.from_file(known[key]), concatenate_datasets)
     if not found.is_ours or (is_hub and found.reader == "parquet"):
@@ -434,7 +434,7 @@ def load_rows(
 
 
 def _remembered(memory: Path) -> dict[str, str]:
-    """Return split → Arrow file, of a hub's dataset that was read before and for which the hub is now unavailable."""
+    """Return split → Arrow file for a hub dataset that was read before, for use while the hub is unavailable."""
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
@@ -479,7 +479,7 @@ def _load(
         check_name(name, data_files)
         local = data_files is not None or Path(name).expanduser().is_dir()
         separator: dict[str, Any] = {"sep": "\t"} if name == "tsv" else {}
-        # Texts such as "NA" and "null" are no missing values.
+        # Texts such as "NA" and "null" are not missing values.
         separator |= {"keep_default_na": False} if name in ("csv", "tsv") else {}
         with _hub(name):
             return _translated(
@@ -507,7 +507,7 @@ def _load(
 
 
 def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | None = None) -> Any:
-    """Run a call of ``datasets``; say its errors in terms of the settings."""
+    """Call ``datasets`` and translate its errors into terms of the settings."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     where = f"distillation.dataset.name: expected a dataset, got {name!r}"
@@ -516,7 +516,7 @@ def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | 
     except DatasetError:
         raise
     except StopIteration as error:
-        # datasets 5.2 says so of JSON files without a row.
+        # datasets 5.2 raises this for JSON files without rows.
         raise DatasetError(f"{where} without a single row; check data_files") from error
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
@@ -533,5 +533,5 @@ def _listed(data_files: Sequence[str] | None) -> list[str] | None:
 
 
 def _expanded(path: str) -> str:
-    """Return a path with its ``~`` resolved; anything else, such as a URL, as it is."""
+    """Return a path with ``~`` resolved. Other texts, such as URLs, are unchanged."""
     return str(Path(path).expanduser()) if path.startswith("~") else path

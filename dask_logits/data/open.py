@@ -1,4 +1,4 @@
-"""Open a dataset as a stream: Parquet files in place, anything else through one reader."""
+"""Open a dataset as a stream: Parquet files in place, all other data through one reader."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
     Parameters
     ----------
     config
-        Which dataset, column and bound; only the latter two matter if `dataset` is given.
+        Dataset, column and limit. Only the latter two are used if `dataset` is given.
     dataset
-        An ``IterableDataset``, or an iterator over rows (mappings, or plain texts).
+        An ``IterableDataset``, or an iterator over rows (mappings or plain texts).
     commit
-        Hub commit that a run is pinned to.
+        Hub commit to which a run is pinned.
 
     Raises
     ------
     DatasetError
-        If the dataset is missing or empty or lacks the column.
+        If the dataset is missing or empty, or lacks the column.
     ConfigError
-        If nothing says how far to read.
+        If no limit is set.
     """
     if config.max_samples is None:
         raise ConfigError.from_problems([UNBOUNDED_STREAM])

@@ -1,8 +1,8 @@
 """A stream of Parquet files, local or remote, read in place by the workers.
 
-The planner reads footers in file order, only as far as partitions are asked for. A partition is a range of rows of one
-file: whole row groups, or a part of a huge one. Each file is a segment of the plan, which says what it is known by
-(size, etag, footer), so that a later start finds the same files or refuses.
+The planner reads footers in file order, only as far as partitions are requested. A partition is a range of rows of one
+file: whole row groups, or a part of a huge one. Each file is a segment of the plan, which records its size, etag and
+footer, so that a later start can refuse changed files.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class ParquetStream:
     files
         Paths or URLs, in order.
     text_column
-        Column that was asked for.
+        The requested column.
     limit
-        Rows used, from the first; None: all.
+        Rows used, from the first. None: all.
     identity
-        What tells the dataset from others.
+        Identity of the dataset.
     """
 
     streams = True
@@ -74,16 +74,16 @@ class ParquetStream:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows must be tokenised."""
+        """Whether rows must be tokenized."""
         return self.column != IDS
 
     @property
     def n_rows(self) -> int | None:
-        """Upper bound of the rows, None if there is none: files are not counted before they are due."""
+        """Upper bound on the number of rows, or None: files are not counted in advance."""
         return self.limit
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this dataset from others."""
+        """Return the identity of this dataset."""
         return {**self._identity, "dataset.stream": "parquet", "dataset.n_files": len(self.files)}
 
     def sample(self) -> list[tuple[int, Any]]:
@@ -91,7 +91,7 @@ class ParquetStream:
         return list(enumerate(itertools.islice(self.head(), SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
-        """Yield the rows from the first; damaged files are left to the workers to report."""
+        """Yield the rows from the first. Damaged files are left for the workers to report."""
         left = self.limit
         for file in self.files:
             footer = self._footer(file)
@@ -109,12 +109,12 @@ class ParquetStream:
                     return
 
     def count_rows(self, seconds: float) -> tuple[int, int]:
-        """Count rows by the footers, in file order, until the limit is reached or the time is over.
+        """Count rows from the footers, in file order, until the row limit or the time limit is reached.
 
         Returns
         -------
         tuple
-            Rows counted, and the files they lie in.
+            Number of rows counted, and number of their files.
         """
         rows, deadline = 0, time.monotonic() + seconds
         for n_files, file in enumerate(self.files):
@@ -125,7 +125,7 @@ class ParquetStream:
         return rows, len(self.files)
 
     def check(self, log: PlanLog) -> None:
-        """Refuse files that are not the ones a run was planned with.
+        """Refuse files that differ from the planned files of a run.
 
         Raises
         ------
@@ -144,16 +144,16 @@ class ParquetStream:
                 _check_state(log, file, source)
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
-        """Yield the partitions that are wanted; read footers and append to the plan only as they are asked for.
+        """Yield the wanted partitions. Footers are read and the plan extended only on demand.
 
         Parameters
         ----------
         log
             The plan.
         partition_rows
-            Rows a partition aims at.
+            Target rows of a partition.
         wanted
-            Whether a partition of this index is to be computed now.
+            Whether the partition with this index is to be computed now.
         """
         place, done = 0, 0
         for segment in log.segments():
@@ -179,7 +179,7 @@ class ParquetStream:
     def _next(
         self, ordinal: int, first: int, partition_rows: int, left: int | None
     ) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]] | None:
-        """Return the cuts of what is left of a file, and what it is known by; None if nothing is left."""
+        """Return the cuts of the rest of a file and its source, or None at its end."""
         file = self.files[ordinal]
         source: dict[str, Any] = {"kind": "parquet", "ordinal": ordinal, "file": file, "first": first}
         footer = self._footer(file)
@@ -209,7 +209,7 @@ class ParquetStream:
                 yield Planned(partition=partition, files=(rows,), column=self.column, error=source.get("error"))
 
     def _footer(self, file: str) -> Footer | None:
-        """Read a footer, once while it is needed; None if it is damaged."""
+        """Read a footer, cached while needed. None if it is damaged."""
         if file not in self._footers:
             try:
                 self._footers[file] = patiently(file, functools.partial(read_footer, file))
@@ -222,7 +222,7 @@ class ParquetStream:
 
 
 def _check_state(log: PlanLog, file: str, source: Mapping[str, Any]) -> None:
-    """Compare a file with what was planned: by its listing, by its footer if only the time of change differs."""
+    """Compare a file with the plan: by its listing, and by its footer if only the modification time differs."""
     old = FileState(size=source["size"], etag=source["etag"], modified=source["modified"])
     state = file_state(file)
     same = state.size == old.size and (not old.etag or not state.etag or old.etag == state.etag)

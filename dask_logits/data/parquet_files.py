@@ -1,9 +1,9 @@
-"""Parquet files read in place: footers by the planner, ranges of rows by the workers, local or remote.
+"""Parquet files read in place: footers by the planner, row ranges by the workers, local or remote.
 
-A worker keeps the one file open that it read last and goes on where it stopped, so that a huge row group that was split
-between partitions is decoded once per worker, not once per partition, a thousand rows at a time.
+A worker keeps its last file open and continues where it stopped, a thousand rows at a time. A huge row group that is
+split between partitions is therefore decoded once per worker, not once per partition.
 
-This is the home of ``fsspec`` and of ``pyarrow.parquet``.
+This is the only module that imports ``fsspec`` and ``pyarrow.parquet``.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _BATCH_ROWS = 1_000
-# Between attempts to reach a file.
+# Delays between attempts to reach a file.
 _WAIT_SECONDS = (1.0, 4.0, 15.0)
 _READ_BYTES = 4 << 20
-# Of file-system facts: what changes whenever the content does.
+# Keys of file-system metadata that change with the content.
 _TAGS = ("etag", "ETag", "blob_id", "oid", "md5Hash")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileState:
-    """What a listing says of a file, without opening it.
+    """Metadata of a file from a listing, without opening it.
 
     Parameters
     ----------
     size
         Bytes.
     etag
-        The store's tag of the content; None where it has none.
+        The store's tag of the content, None if there is none.
     modified
-        Time of the last change of a local file; None elsewhere.
+        Modification time of a local file, None otherwise.
     """
 
     size: int
@@ -53,16 +53,16 @@ class FileState:
 
 @dataclass(frozen=True, kw_only=True)
 class Footer:
-    """What the end of a Parquet file says.
+    """Content of a Parquet footer.
 
     Parameters
     ----------
     digest
-        SHA-256 of the footer: row groups, their places, sizes and statistics.
+        SHA-256 of the footer: row groups, their locations, sizes and statistics.
     row_groups
         Rows of each row group.
     columns
-        Names.
+        Column names.
     """
 
     digest: str
@@ -71,12 +71,12 @@ class Footer:
 
 
 def file_state(path: str) -> FileState:
-    """Ask the file system about a file.
+    """Query the file system about a file.
 
     Raises
     ------
     DatasetError
-        If it is not there, or does not answer.
+        If the file does not exist, or the store does not answer.
     """
     system, inside = _file_system(path)
     try:
@@ -88,14 +88,14 @@ def file_state(path: str) -> FileState:
 
 
 def patiently(path: str, call: Callable[[], _T]) -> _T:
-    """Try a call again when the store does not answer.
+    """Retry a call while the store does not answer.
 
     Raises
     ------
     DatasetError
-        If the bytes that came are damaged: that is not tried again.
+        If the received bytes are damaged. This is not retried.
     OSError
-        If the file is gone, or there was no answer several times.
+        If the file no longer exists, or several attempts got no answer.
     """
     for wait in _WAIT_SECONDS:
         try:
@@ -109,19 +109,19 @@ def patiently(path: str, call: Callable[[], _T]) -> _T:
 
 
 def unreachable(path: str, error: OSError) -> DatasetError:
-    """Make the error for a file that cannot be read now, though nothing is known to be wrong with it."""
+    """Build the error for a file that is currently unreadable but not known to be damaged."""
     return DatasetError(
         f"{path}: expected to read it, got {error}; see that it can be reached, then run the same command again"
     )
 
 
 def read_footer(path: str) -> Footer:
-    """Read the end of a Parquet file.
+    """Read the footer of a Parquet file.
 
     Raises
     ------
     DatasetError
-        If it is not a whole Parquet file.
+        If it is not a complete Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,23 +144,23 @@ def read_footer(path: str) -> Footer:
 
 
 def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str | None = None) -> list[Value]:
-    """Read a range of rows of one column; of token ids without their padding.
+    """Read a range of rows of one column. Padding is removed from token ids.
 
     Parameters
     ----------
     path
         Path or URL.
     column
-        Its name, or the path of a field inside a struct.
+        Column name, or the path of a field inside a struct.
     first, n_rows
         The range, in rows of the file.
     footer
-        Digest of the footer the range was planned with; None: not checked.
+        Digest of the planned footer. None: not checked.
 
     Raises
     ------
     DatasetError
-        If the file is damaged, is another one than planned, or lacks the column.
+        If the file is damaged, differs from the planned one, or lacks the column.
     OSError
         If it cannot be read now.
     """
@@ -180,7 +180,7 @@ def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str
 
 
 def parquet_batches(path: str, column: str) -> Iterator[Any]:
-    """Yield all rows of a file, of the column that is used and, for token ids, their mask.
+    """Yield all rows of a file: the used column and, for token ids, their mask.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def parquet_batches(path: str, column: str) -> Iterator[Any]:
 
 
 def all_batches(path: str) -> Iterator[Any]:
-    """Yield all rows of a file with all columns, read as they are asked for."""
+    """Yield all rows of a file with all columns, read on demand."""
     import pyarrow.parquet as pq
 
     with open_bytes(path) as file, _readable(path):
@@ -203,7 +203,7 @@ def all_batches(path: str) -> Iterator[Any]:
 
 
 def _used_columns(path: str, column: str, footer: Footer) -> list[str]:
-    """Return the columns to read; of a struct only the field that is used."""
+    """Return the columns to read. Of a struct, only the used field is read."""
     head = column if column in footer.columns else column.split(".")[0]
     if head not in footer.columns:
         raise DatasetError(f"{path}: expected a column {column!r}, got {list(footer.columns)}; take the file out")
@@ -247,7 +247,7 @@ class _Cursor:
         return rows
 
     def _seek(self, row: int, column: str) -> None:
-        """Move to a row: within the row group at hand by reading on, else to the beginning of its own."""
+        """Move to a row: forward within the current row group, else to the start of its own row group."""
         if row >= self._group_end:
             if row >= self._starts[-1]:
                 raise DatasetError(f"{self.key[0]}: expected row {row}, got {self._starts[-1]} rows; restore the file")
@@ -267,7 +267,7 @@ class _Cursor:
         self._file.close()
 
 
-# The file this process read last.
+# The last file read by this process.
 _OPEN: _Cursor | None = None
 
 
@@ -292,7 +292,7 @@ def _file_system(path: str) -> tuple[Any, str]:
 
 
 def needed_for(path: str, error: Exception) -> str:
-    """Return what has to be installed to read a URL, or what else is wrong with it.
+    """Return the package to install for a URL, or else the error message.
 
     >>> needed_for("s3://bucket/a.parquet", ImportError("Install s3fs to access S3"))
     "install support for s3:// with `pip install 'dask-logits[s3]'`"
@@ -306,7 +306,7 @@ def needed_for(path: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _readable(where: str) -> Iterator[None]:
-    """Say what Arrow finds wrong with a file's bytes."""
+    """Translate Arrow's errors for damaged bytes of a file."""
     import pyarrow as pa
 
     try:
@@ -314,7 +314,7 @@ def _readable(where: str) -> Iterator[None]:
     except pa.ArrowException as error:
         raise DatasetError(f"{where}: expected readable Parquet, got {first_line(error)}; restore the file") from error
     except OSError as error:
-        # Arrow says so of broken pages and thrift, without a system's error number.
+        # Arrow raises this for broken pages and thrift data, without a system error number.
         if type(error) is OSError and error.errno is None:
             raise DatasetError(
                 f"{where}: expected readable Parquet, got {first_line(error)}; restore the file"

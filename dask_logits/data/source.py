@@ -1,6 +1,6 @@
-"""Where rows lie, how a worker reads them, and the digest that tells them from others.
+"""Locations of rows, their readers, and the digest that identifies them.
 
-Three kinds of files: Arrow files of a regular dataset, spooled chunks of a stream, and Parquet files read in place.
+Three kinds of files are read: Arrow files of a regular dataset, spooled chunks of a stream, and Parquet files in place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FileRows:
     kind
         ``arrow``, ``spool`` or ``parquet``.
     digest
-        What the file must be known by: of a Parquet footer, or of spooled rows; None: not checked.
+        Expected digest of a Parquet footer or of spooled rows. None: not checked.
     """
 
     path: str
@@ -49,18 +49,18 @@ class FileRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A partition that is due, and where its rows are.
+    """A partition that is due, and the location of its rows.
 
     Parameters
     ----------
     partition
         Its place in the plan.
     files, column
-        What a worker reads.
+        Files and column for the worker.
     error
-        Why it cannot be computed; None: it can.
+        Reason why it cannot be computed. None: it can.
     n_bytes
-        What it takes in the spool.
+        Size in the spool.
     """
 
     partition: Partition
@@ -71,49 +71,49 @@ class Planned:
 
 
 class Source(Protocol):
-    """A dataset of any kind, as the job sees it."""
+    """Interface of a dataset for the job."""
 
     column: str
     streams: bool
-    # Hub commit it is pinned to.
+    # Hub commit to which it is pinned.
     commit: str | None
-    # What a listing says of its files, where the plan does not know each file.
+    # State of its files from a listing, where the plan does not record each file.
     file_states: tuple[str, ...]
-    # Grows while it is read, whether or not anything is due.
+    # Grows during reading, whether or not a partition is due.
     passed: int
 
     @property
     def n_rows(self) -> int | None:
-        """Rows that are used; an upper bound for a stream, None where it has none."""
+        """Number of used rows, an upper bound for a stream, or None if there is none."""
 
     @property
     def is_text(self) -> bool:
-        """Whether rows must be tokenised."""
+        """Whether rows must be tokenized."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells it from others, beside the content of its rows."""
+        """Return its identity, except for the content of its rows."""
 
     def check(self, log: PlanLog) -> None:
-        """Refuse a source that is not the one a run was planned with."""
+        """Refuse a source that differs from the planned one of a run."""
 
     def sample(self) -> list[tuple[int, Any]]:
-        """Return (row number, row) of a sample, for estimates."""
+        """Return a sample of (row number, row), for estimates."""
 
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first, for the calibration."""
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
-        """Yield the partitions that are wanted, appending to the plan what it lacks."""
+        """Yield the wanted partitions. Missing segments are appended to the plan."""
 
 
 class RowsDigest:
-    """SHA-256 of rows by content: lengths and values in order, however they are chunked or stored."""
+    """SHA-256 of rows by content: lengths and values in order, independent of chunks and storage."""
 
     def __init__(self) -> None:
         self._lengths, self._values = hashlib.sha256(), hashlib.sha256()
 
     def update(self, column: Any) -> None:
-        """Feed an Arrow array or chunked array of texts or of lists of ids."""
+        """Add an Arrow array or chunked array of texts or of lists of ids."""
         for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
             if any(is_list(chunk.type) for is_list in _LISTS):
                 rows = chunk.cast(pa.large_list(pa.int64()))
@@ -130,12 +130,12 @@ class RowsDigest:
                         self._values.update(value.as_buffer())
 
     def hexdigest(self) -> str:
-        """Return the digest of what it was fed."""
+        """Return the digest of the rows so far."""
         return hashlib.sha256(self._lengths.digest() + self._values.digest()).hexdigest()
 
 
 def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
-    """Read consecutive rows: texts, or token ids without their padding; a row that cannot be used is a ``BadRow``.
+    """Read consecutive rows: texts, or token ids without padding. Unusable rows are returned as ``BadRow``.
 
     Raises
     ------
@@ -158,27 +158,27 @@ def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
 
 
 def table_values(table: Any, column: str) -> list[Any]:
-    """Return the values of Arrow rows, with the bad rows that a reader found."""
+    """Return the values of Arrow rows, with bad rows where a reader marked them."""
     values = arrow_values(table, column)
     return with_problems(values, table[PROBLEM].to_pylist()) if PROBLEM in table.column_names else values
 
 
 def open_arrow(path: str) -> Any:
-    """Map an Arrow file as a dataset."""
+    """Memory-map an Arrow file as a dataset."""
     state = Path(path).stat()
     return _map_arrow(path, state.st_ino, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
 def _map_arrow(path: str, inode: int, changed: int) -> Any:
-    """Map an Arrow file; the state is part of the key, because a worker may outlive the file of an earlier run."""
+    """Memory-map an Arrow file. Its state is part of the cache key, because a worker may outlive an older file."""
     from datasets import Dataset
 
     return Dataset.from_file(path)
 
 
 def write_spool(path: Path, rows: Any) -> None:
-    """Write a table of values of a stream where workers find them, whole or not at all."""
+    """Write a table of a stream's values atomically to the spool for workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
     with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:

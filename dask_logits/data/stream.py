@@ -1,9 +1,9 @@
-"""A stream of any rows: JSON lines, compressed text, a generator, an object given to the API.
+"""A stream of arbitrary rows: JSON lines, compressed text, a generator, or an object passed to the API.
 
-One reader in the driver cuts rows into chunks and leaves those that are due in the spool, a file each. Rows are spooled
-as they came, not tokenised: workers tokenise in parallel, and a start that finds most partitions committed tokenises
-nothing. Each chunk is a segment of the plan, known by the hash of its rows. What breaks off in the middle is a
-partition of no rows, which fails; the parts after it are read all the same.
+One reader in the driver cuts rows into chunks and writes those that are due to the spool, one file each. Spooled rows
+are not tokenized: workers tokenize in parallel, and a start with mostly committed partitions tokenizes nothing. Each
+chunk is a segment of the plan, identified by the hash of its rows. If a part of the stream breaks off, a partition
+without rows records it and fails. Later parts are still read.
 """
 
 from __future__ import annotations
@@ -35,55 +35,55 @@ from dask_logits.run.plan_log import PlanLog
 logger = logging.getLogger(__name__)
 
 _SAMPLE_ROWS = 256
-# Rows that an estimate or the calibration may hold back.
+# Maximum rows buffered for an estimate or the calibration.
 _HEAD_ROWS = 10_000
-# Libraries whose errors say that a source did not answer.
+# Libraries whose errors mean that a source did not answer.
 _NETWORK = ("aiohttp", "httpcore", "httpx", "requests", "urllib3")
-# A chunk ends early at so many bytes of text or ids, so that the driver and the spool stay bounded.
+# A chunk ends early at this size of text or ids, so that the driver's memory and the spool stay bounded.
 _CHUNK_BYTES = 64 << 20
 
 
 class _Row(NamedTuple):
-    """A row as it came, and the part of the stream it is from."""
+    """An unprocessed row, and the index of its part of the stream."""
 
     row: Any
     part: int
 
 
 class _Broken(NamedTuple):
-    """In place of a row: the rest of this part of the stream cannot be read."""
+    """Placeholder for a row: the rest of this part of the stream cannot be read."""
 
     reason: str
     part: int
 
 
 class _Chunk(NamedTuple):
-    """Consecutive rows, or none where the stream broke off or ended; and what they are known by."""
+    """Consecutive rows and their source. There are no rows where the stream broke off or ended."""
 
     rows: Any
     source: dict[str, Any]
 
 
 class RowStream:
-    """Any stream of rows, with one reader.
+    """A stream of rows with one reader.
 
     Parameters
     ----------
     parts
-        Iterables over rows, one after the other: the files of a reader, or one object. A part that breaks off ends
-        there, and the next one is read.
+        Iterables over rows, read in order: the files of a reader, or one object. If a part breaks off, reading
+        continues with the next one.
     text_column
-        Column that was asked for.
+        The requested column.
     limit
-        Rows used, from the first; None: all.
+        Rows used, from the first. None: all.
     identity
-        What tells the dataset from others.
+        Identity of the dataset.
     commit
-        Hub commit it is pinned to.
+        Hub commit to which it is pinned.
     file_states
-        What a listing says of each part's file, in order; empty: nothing.
+        State of each part's file from a listing, in order. Empty: unknown.
     skips
-        Whether a row that cannot be used is kept as one without a token; else its partition fails.
+        Whether an unusable row is kept as one without tokens. Otherwise its partition fails.
     """
 
     streams = True
@@ -126,16 +126,16 @@ class RowStream:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows must be tokenised."""
+        """Whether rows must be tokenized."""
         return self.column != IDS
 
     @property
     def n_rows(self) -> int | None:
-        """Upper bound of the rows; None if there is none."""
+        """Upper bound on the number of rows, or None."""
         return self.limit
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this dataset from others."""
+        """Return the identity of this dataset."""
         return {"dataset.stream": "rows", **self._identity}
 
     def sample(self) -> list[tuple[int, Any]]:
@@ -143,7 +143,7 @@ class RowStream:
         return list(enumerate(itertools.islice(self.head(), _SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
-        """Yield the values from the first, within bounds: they are kept, as a stream may not be read twice."""
+        """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
         bound = _HEAD_ROWS if self.limit is None else min(self.limit, _HEAD_ROWS)
         size = 0
@@ -155,7 +155,7 @@ class RowStream:
                 return
 
     def check(self, log: PlanLog) -> None:
-        """Refuse a lower bound, other files, or other first rows; later rows are compared as they are read again.
+        """Refuse a lower bound, other files, or other first rows. Later rows are compared when they are read again.
 
         Raises
         ------
@@ -172,7 +172,7 @@ class RowStream:
                 failed.add(segment.source["part"])
         recorded = tuple((log.run.manifest() or {}).get("files", ()))
         for part, (old, new) in enumerate(itertools.zip_longest(recorded, self.file_states)):
-            # A file that could not be read may be mended.
+            # A file that could not be read may have been fixed.
             if old != new and (part not in failed or old is None or new is None):
                 raise conflict(log.run.path, {f"dataset file {part}": (old, new)})
         if first is not None and "content" in first.source and "error" not in first.source:
@@ -182,7 +182,7 @@ class RowStream:
                 raise self._other_rows(log, first)
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
-        """Read the stream, compare what was planned before, plan the rest; spool and yield what is wanted.
+        """Read the stream, compare it with the plan, extend the plan, and spool and yield wanted partitions.
 
         Parameters
         ----------
@@ -191,12 +191,12 @@ class RowStream:
         partition_rows
             Rows of a chunk.
         wanted
-            Whether a partition of this index is to be computed now.
+            Whether the partition with this index is to be computed now.
 
         Raises
         ------
         RunConflictError
-            If the stream does not hold the rows it held when it was planned.
+            If the stream's rows differ from the planned ones.
         """
         row = 0
         for segment in log.segments():
@@ -235,7 +235,7 @@ class RowStream:
     def _planned(
         self, log: PlanLog, segment: Segment, chunk: _Chunk, wanted: Callable[[int], bool]
     ) -> Iterator[Planned]:
-        """Spool a chunk, if it is wanted and usable."""
+        """Spool a chunk if it is wanted and usable."""
         (partition,) = segment.partitions()
         if not wanted(partition.index):
             return
@@ -255,9 +255,9 @@ class RowStream:
         )
 
     def _chunk(self, first_row: int, n_rows: int, *, bounded: bool = False) -> _Chunk:
-        """Read up to so many rows; fewer where a part breaks off, the stream ends, or they are large.
+        """Read up to `n_rows` rows. Fewer are returned if a part breaks off, the stream ends, or rows are large.
 
-        Without a row before it, the break itself is the chunk.
+        If a part breaks off before any row, the break itself is the chunk.
         """
         values: list[Any] = []
         size = 0
@@ -284,14 +284,14 @@ class RowStream:
         return 0 if isinstance(value, BadRow) else len(value or ()) * (1 if self.is_text else 8)
 
     def _known_by(self, values: list[Value]) -> tuple[Any, str]:
-        """Return values as an Arrow table, and their hash; a row that cannot be used counts as one without a value."""
+        """Return values as an Arrow table, and their hash. An unusable row counts as one without a value."""
         rows = value_table(values, self.column)
         digest = RowsDigest()
         digest.update(rows.column(0))
         return rows, digest.hexdigest()
 
     def _value(self, row: Any, number: int) -> Value:
-        """Take the value out of a row, or say what is wrong with it.
+        """Return the value of a row, or a bad row with the reason.
 
         Raises
         ------
@@ -309,7 +309,7 @@ class RowStream:
         return value
 
     def _peeked(self) -> Iterator[Any]:
-        """Yield what comes next without taking it."""
+        """Yield the next events without consuming them."""
         for ahead in itertools.count():
             if ahead == len(self._buffer):
                 event = next(self._events, None)
@@ -324,12 +324,12 @@ def _is_bad(row: Any) -> bool:
 
 
 def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:
-    """Yield the rows of all parts, and where one breaks off.
+    """Yield the rows of all parts, and an event where one breaks off.
 
     Raises
     ------
     DatasetError
-        If a part cannot be reached: nothing is known to be wrong with its rows.
+        If a part cannot be reached. Its rows are not known to be damaged.
     """
     for number, part in enumerate(parts):
         rows = iter(part)
@@ -338,7 +338,7 @@ def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:
                 row = next(rows)
             except StopIteration:
                 break
-            # Whatever a user's generator or a reader's library raises, what was read before it is whole.
+            # A user's generator or a reader's library may raise any error. Rows read before it are complete.
             except Exception as error:
                 reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]:.300}"
                 if _is_passing(error):
@@ -352,6 +352,6 @@ def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether an error is the network's or the file system's, not the data's."""
+    """Whether an error comes from the network or the file system rather than the data."""
     library = type(error).__module__.split(".")[0]
     return (isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile)) or library in _NETWORK

@@ -1,8 +1,8 @@
 """Rows of JSON, CSV, TSV and text files, local or remote, compressed or not.
 
-Only the column that is used is looked at, so other columns may differ between files. A line that cannot be read is one
-bad row, named by file and line, and the next line is read all the same. Texts are never interpreted: ``NA`` and
-``null`` in a CSV file stay texts.
+Only the used column is inspected, so other columns may differ between files. An unreadable line is one bad row, named
+by file and line, and reading continues with the next line. Texts are never interpreted: ``NA`` and ``null`` in a CSV
+file remain texts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def read_file(path: str, kind: Format, separator: str | None = None) -> Iterator
     Parameters
     ----------
     path
-        Path or URL. gzip, bzip2, xz and Zstandard are recognised by their first bytes.
+        Path or URL. gzip, bzip2, xz and Zstandard are recognized by their first bytes.
     kind
-        ``json`` (lines, or one array of objects), ``csv`` (with a header line), or ``text`` (a row for each line).
+        ``json`` (lines, or one array of objects), ``csv`` (with a header line), or ``text`` (one row per line).
     separator
-        Of CSV fields; None: a tab if the header has one and no comma, else a comma.
+        Separator of CSV fields. None: a tab if the header has one and no comma, else a comma.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def _decompressed(raw: Any) -> Any:
     if head.startswith(b"BZh") and head[4:8] == b"1AY&":
         return bz2.open(buffered)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        # Arrow reads all frames of a file, and refuses one that is cut off.
+        # Arrow reads all frames of a file, and refuses a truncated one.
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd"), _READ_BYTES)
     if head.startswith(b"PK\x03\x04"):
         raise DatasetError("expected text, got a zip archive; unpack it first")
@@ -115,7 +115,7 @@ def _json_row(path: str, number: int, text: str) -> Mapping[str, Any] | BadRow:
 
 
 def _json_document(path: str, content: bytes) -> Iterator[Mapping[str, Any] | BadRow]:
-    """Yield the rows of a file that is one JSON value: an array of objects."""
+    """Yield the rows of a file that contains one JSON value: an array of objects."""
     try:
         rows = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -135,7 +135,7 @@ def _json_document(path: str, content: bytes) -> Iterator[Mapping[str, Any] | Ba
 
 
 class _Located(dict[str, Any]):
-    """A row that knows its line, for messages about its values."""
+    """A row with its line number, for messages about its values."""
 
     def __init__(self, row: Mapping[str, Any], path: str, number: int) -> None:
         super().__init__(row)
@@ -143,16 +143,16 @@ class _Located(dict[str, Any]):
 
 
 def located(row: Any, value: Any) -> Any:
-    """Add file and line to the reason of a bad value, where the row knows them."""
+    """Add file and line to the reason of a bad value, if the row has them."""
     if isinstance(value, BadRow) and isinstance(row, _Located):
         return BadRow(reason=f"{row.where}: {value.reason}")
     return value
 
 
 def _csv_rows(path: str, stream: IO[bytes], separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
-    # The library's bound of 128 KiB is for columns, not for documents.
+    # The library's limit of 128 KiB is too small for documents.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # Bytes that are no UTF-8 become lone surrogates, which the check of the value finds.
+    # Invalid UTF-8 becomes lone surrogates, which the check of the value detects.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header_line = lines.readline()
         if separator is None:

@@ -1,6 +1,6 @@
-"""Tokenizer → token ids, the same in every process: what the driver identified is what workers must find.
+"""Convert text to token ids, identically in every process: workers must load the driver's tokenizer.
 
-This is the home of transformers' tokenizers.
+This is the only module that imports transformers' tokenizers.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
 from dask_logits.vocabulary import map_digest, token_crcs
 
-# A tokenizer that covers less of the head than this is taken for another model's (Qwen, Phi and DeepSeek pad < 3 %).
+# A tokenizer that covers less of the head than this is assumed to be another model's (Qwen, Phi, DeepSeek pad < 3 %).
 _LEAST_COVERED = 0.9
-# Of a long text so many characters are tokenized at first for each token that is kept, four times what is common.
+# Characters of a long text that are tokenized first for each kept token: four times the usual ratio.
 _CHARACTERS_PER_TOKEN = 16
 _LEAST_CHARACTERS = 4_096
-# A prefix ends where a word ends, if one ends within so many characters.
+# A prefix ends at the end of a word if there is one within this many characters.
 _NEAR_CHARACTERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSpec:
-    """How text becomes ids, and whether ids can be trusted.
+    """Rules for converting rows to ids, and for validating them.
 
     Parameters
     ----------
     path, revision, trust_remote_code
-        What to load; path None: the rows hold ids already.
+        Tokenizer to load. If path is None, rows already hold ids.
     identity
-        Digest the loaded tokenizer must have.
+        Required digest of the loaded tokenizer.
     add_special_tokens, max_length
-        How documents are made; max_length None: nothing is cut off.
+        How documents are made. If max_length is None, they are not truncated.
     vocab_size
         Valid vocabulary.
     on_bad_row
-        Whether a row that cannot be used is an error, or a document of 0 tokens.
+        Whether an unusable row is an error, or a document of 0 tokens.
     """
 
     path: str | None
@@ -67,9 +67,9 @@ class Documents:
     tokens
         int32 ids of each row.
     skipped
-        Row → why it could not be used; such a row has 0 tokens.
+        Row → reason why it could not be used. Such a row has 0 tokens.
     n_double_bos
-        Texts that begin with the token that the tokenizer adds at the beginning, so that they have it twice.
+        Number of texts that begin with the tokenizer's BOS token, so that it occurs twice.
     """
 
     tokens: list[Array]
@@ -79,20 +79,20 @@ class Documents:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A loaded tokenizer's identity.
+    """Identity of a loaded tokenizer.
 
     Parameters
     ----------
     vocab_size
-        Highest id it can produce, plus one.
+        Highest possible id, plus one.
     map_digest
-        SHA-256 of its id → token map: equal where ids mean the same tokens.
+        SHA-256 of its id → token map, equal if ids mean the same tokens.
     crcs
-        [V] uint8, a byte of each id's token.
+        [V] uint8, one byte of each id's token.
     digest
-        SHA-256 of the map and of its rules: equal where the same text gives the same ids.
+        SHA-256 of the map and the rules, equal if the same text gives the same ids.
     end_id
-        The id that ends a text; None if it has none.
+        The end-of-text id, None if it has none.
     """
 
     vocab_size: int
@@ -105,18 +105,18 @@ class Tokenizer:
 def inspect_tokenizer(
     config: TeacherConfig, dataset: DatasetConfig, *, is_text: bool, head_width: int, max_length: int | None
 ) -> tuple[Tokenizer | None, TokenizerSpec]:
-    """Load the tokenizer in the driver and settle the valid vocabulary.
+    """Load the tokenizer in the driver and determine the valid vocabulary.
 
     Parameters
     ----------
     config, dataset
-        Settings.
+        Settings of the teacher and the dataset.
     is_text
-        Whether rows are text, which needs a tokenizer; ids do not.
+        Whether rows are text, which requires a tokenizer, or ids.
     head_width
         Logit width of the teacher.
     max_length
-        Tokens kept of a document; None: all.
+        Tokens kept of a document. None: all.
 
     Raises
     ------
@@ -163,12 +163,12 @@ def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) ->
 
 
 def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> Documents:
-    """Turn rows into documents of token ids, cut at ``max_length`` if there is one.
+    """Convert rows to documents of token ids, truncated to ``max_length`` if set.
 
     Parameters
     ----------
     rows
-        Texts, or lists of ids; None is an empty document.
+        Texts or lists of ids. None is an empty document.
     spec
         The tokenizer, or none for ids.
     first_row
@@ -177,10 +177,10 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     Raises
     ------
     DatasetError
-        If a row is not text (not ids), or holds an id outside the valid vocabulary, and bad rows are errors; names the
-        row.
+        If a row is not text (or not ids), or holds an id outside the valid vocabulary, and bad rows are errors. The
+        message names the row.
     TeacherError
-        If this process finds another tokenizer than the driver.
+        If this process loads another tokenizer than the driver.
     """
     skipped: dict[int, str] = {}
 
@@ -225,12 +225,12 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
 
 
 def sample_documents(rows: Iterable[tuple[int, Any]], spec: TokenizerSpec) -> Iterator[Documents]:
-    """Yield the document of each (row number, row) of a sample that can be used.
+    """Yield the document of each usable (row number, row) of a sample.
 
     Raises
     ------
     DatasetError
-        If none of them can be used.
+        If no row is usable.
     """
     first_error: DatasetError | None = None
     found = 0
@@ -250,9 +250,9 @@ def sample_documents(rows: Iterable[tuple[int, Any]], spec: TokenizerSpec) -> It
 
 
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
-    """Return the ids of texts, cut at `max_length` if it is given.
+    """Return the ids of texts, truncated to `max_length` if it is given.
 
-    Of a text that is much longer than `max_length` tokens only a prefix is tokenized.
+    Only a prefix of a text much longer than `max_length` tokens is tokenized.
     """
 
     if max_length is None:
@@ -279,18 +279,18 @@ def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_
         max_length=max_length,
         return_attention_mask=False,
         return_token_type_ids=False,
-        # Longer than the model's positions is no accident here: such documents are cut into items.
+        # A warning about texts longer than the model's positions is irrelevant: such documents are cut into items.
         verbose=False,
     )["input_ids"]
     return ids
 
 
 def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, max_length: int) -> list[int]:
-    """Tokenize growing prefixes of a text until the tokens that are kept no longer depend on where it was cut.
+    """Tokenize growing prefixes of a text until the kept tokens no longer depend on the cut.
 
-    A cut changes only tokens near it: tokenizers split at white space first, and a merge or a best segmentation of
-    pieces of bounded length does not depend on text that is far away. A prefix is taken if it fills `max_length` and
-    one of twice its length gives the same tokens.
+    A cut affects only nearby tokens: tokenizers split at white space first, and a merge or a best segmentation of
+    pieces of bounded length does not depend on distant text. A prefix is accepted if it fills `max_length` and a prefix
+    of twice its length gives the same tokens.
     """
     before: list[int] | None = None
     length = start
@@ -303,7 +303,7 @@ def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, 
 
 
 def _cut(text: str, length: int) -> int:
-    """Return a place before `length` where a word ends, if there is one near it."""
+    """Return the end of a word shortly before `length`, or `length` if there is none."""
     for place in range(length, length - _NEAR_CHARACTERS, -1):
         if text[place].isspace() and not text[place - 1].isspace():
             return place
@@ -312,7 +312,7 @@ def _cut(text: str, length: int) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool, identity: str | None) -> Any:
-    """Load the tokenizer the driver saw, or the one this process already holds."""
+    """Load the driver's tokenizer, or reuse the one held by this process."""
     loaded = _read_tokenizer(path, revision, trust_remote_code)
     found = _identify(loaded).digest
     if found != identity:
@@ -327,7 +327,7 @@ def _read_tokenizer(path: str, revision: str | None, trust_remote_code: bool) ->
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    # Documents are cut at their end, whatever the tokenizer was saved with.
+    # Documents are truncated at their end, regardless of the saved setting.
     loaded.truncation_side = "right"
     return loaded
 
@@ -337,7 +337,7 @@ def _identify(loaded: Any) -> Tokenizer:
     digest = map_digest(ids)
     backend = getattr(loaded, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
-    # Left there by the last call, not part of the tokenizer.
+    # State left by the last call, not part of the tokenizer.
     rules.update(truncation=None, padding=None)
     rule_lines = json.dumps([type(loaded).__name__, rules], sort_keys=True, ensure_ascii=False)
     return Tokenizer(

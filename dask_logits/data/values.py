@@ -1,7 +1,7 @@
-"""One value out of a dataset row: a text, or a list of token ids without its padding; or why it has none.
+"""Extract one value from a dataset row: a text, or token ids without padding, or the reason why it has none.
 
-Every reader uses these functions, so regular datasets, streams, Parquet files and lists treat the same row alike.
-A row that cannot be used becomes a :class:`BadRow`. ``distillation.dataset.on_bad_row`` decides what follows from it.
+All readers use these functions, so that regular datasets, streams, Parquet files and lists treat a row alike. An
+unusable row becomes a :class:`BadRow`, which is handled according to ``distillation.dataset.on_bad_row``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dask_logits.errors import DatasetError
 TEXT = "text"
 IDS = "input_ids"
 MASK = "attention_mask"
-# Beside the values of an Arrow file that this package writes: why a row has none.
+# Column of this package's Arrow files, beside the values: the reason why a row has none.
 PROBLEM = "__problem__"
 _CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
 _CHAT_ADVICE = (
@@ -37,7 +37,7 @@ class BadRow:
     Parameters
     ----------
     reason
-        What was expected and what came, with file and line where they are known.
+        The expected and the actual value, with file and line if known.
     """
 
     reason: str
@@ -47,20 +47,20 @@ Value = str | list[int] | BadRow | None
 
 
 def choose_column(columns: Sequence[str], text_column: str | None) -> str:
-    """Return the column that holds the documents.
+    """Return the column that contains the documents.
 
     Parameters
     ----------
     columns
         Columns of the dataset.
     text_column
-        The column that was asked for, or the path of a field inside a struct such as ``doc.text``; None: ``text``, or
-        ``input_ids`` where only that is there.
+        The requested column, or the path of a field inside a struct such as ``doc.text``. None: ``text``, or
+        ``input_ids`` if there is no ``text``.
 
     Raises
     ------
     DatasetError
-        If the column is missing, or None is given and both columns are there.
+        If the column is missing, or `text_column` is None and both columns exist.
 
     Examples
     --------
@@ -93,7 +93,7 @@ def choose_column(columns: Sequence[str], text_column: str | None) -> str:
 
 
 def both_columns() -> DatasetError:
-    """Make the error for a row with both a text and token ids where no column was chosen."""
+    """Build the error for a row with both a text and token ids when no column was chosen."""
     try:
         choose_column([TEXT, IDS], None)
     except DatasetError as error:
@@ -139,7 +139,7 @@ def row_value(row: Any, column: str) -> Value:
 
 
 def check_text(value: Any) -> str | BadRow | None:
-    """Return a text or None; anything else is a bad row."""
+    """Return a text or None. Any other value is a bad row."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -160,14 +160,14 @@ def check_text(value: Any) -> str | BadRow | None:
 
 
 def check_ids(value: Any, mask: Any = None) -> list[int] | BadRow | None:
-    """Return a flat list of token ids without the positions that a mask leaves out.
+    """Return a flat list of token ids without masked positions.
 
     Parameters
     ----------
     value
         Ids: a list, a tuple, an array, or None.
     mask
-        1 for each position that counts, 0 for padding; None: all count.
+        1 for each valid position, 0 for padding. None: all are valid.
     """
     if value is None:
         return None
@@ -225,7 +225,7 @@ def _has_numpy(items: list[Any]) -> bool:
 
 
 def type_problem(kind: pa.DataType, column: str) -> str | None:
-    """Return why a column of an Arrow type cannot hold documents; None if it can."""
+    """Return the reason why a column of an Arrow type cannot hold documents, or None if it can."""
     if pa.types.is_null(kind):
         return None
     if column == IDS:
@@ -237,7 +237,7 @@ def type_problem(kind: pa.DataType, column: str) -> str | None:
 
 
 def arrow_values(batch: pa.RecordBatch | pa.Table, column: str) -> list[Value]:
-    """Return the values of a column of Arrow rows; a text that is not valid UTF-8 is a bad row."""
+    """Return the values of a column of Arrow rows. A text with invalid UTF-8 is a bad row."""
     head = column if column in batch.column_names else column.split(".")[0]
     values = _python_values(batch.column(head))
     if head == column and column != IDS:
@@ -254,7 +254,7 @@ def _python_values(array: Any) -> list[Any]:
         values: list[Any] = array.to_pylist()
         return values
     except UnicodeDecodeError:
-        # Parquet and Arrow files may hold texts that were never checked.
+        # Parquet and Arrow files may hold unvalidated texts.
         return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
 
 
@@ -266,7 +266,7 @@ def _decoded(value: bytes | None) -> str | BadRow | None:
 
 
 def value_table(values: Sequence[Value], column: str) -> pa.Table:
-    """Return values as an Arrow table: the column, and why rows have no value."""
+    """Return values as an Arrow table: the column, and the reasons for missing values."""
     usable = [None if isinstance(value, BadRow) else value for value in values]
     kind = pa.large_list(pa.int64()) if column == IDS else pa.large_string()
     problems = [value.reason if isinstance(value, BadRow) else None for value in values]
@@ -274,5 +274,5 @@ def value_table(values: Sequence[Value], column: str) -> pa.Table:
 
 
 def with_problems(values: Sequence[Any], problems: Sequence[str | None]) -> list[Any]:
-    """Put bad rows back in place of the values they do not have."""
+    """Insert bad rows in place of their missing values."""
     return [value if reason is None else BadRow(reason=reason) for value, reason in zip(values, problems, strict=True)]

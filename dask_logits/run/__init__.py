@@ -1,1 +1,1 @@
-"""The run folder: what is planned, committed and failed, and the way from partitions to the cache."""
+"""The run folder: plan, receipts and failures, and the consolidation of partitions into the cache."""

@@ -1,8 +1,8 @@
-"""Pieces of a job → its cache: one file, or numbered ones with an index.
+"""Consolidate the pieces of a job into its cache: one file, or numbered files with an index.
 
-A cache is a single writer's: whoever writes holds :data:`~dask_logits.run.folder.CONSOLIDATION_LOCK`. What is there
-already, made of the very same pieces, is left as it is, so that doing it twice changes nothing and doing it again after
-a crash does only the rest.
+A cache has a single writer, which holds :data:`~dask_logits.run.folder.CONSOLIDATION_LOCK`. An existing file made of
+exactly the same pieces is left unchanged. Repeating a consolidation therefore changes nothing, and after a crash only
+the rest is done.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dask_logits.run.plan_log import PlanLog
 
 logger = logging.getLogger(__name__)
 
-# What a file needs beside its pieces and tables: HDF5's own structures and the attributes.
+# Bytes of a file beside its pieces and tables: HDF5's own structures and the attributes.
 _FILE_BYTES = 1 << 17
 _NUMBERED = "[0-9][0-9][0-9][0-9][0-9]-*.h5"
 
@@ -48,18 +48,18 @@ def consolidate_run(
     takeover: bool = False,
     on_piece: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the cache of a run whose partitions are all committed, and tidy up.
+    """Write the cache of a run whose partitions are all committed, then delete superfluous files.
 
     Parameters
     ----------
     run
-        The run.
+        The run folder.
     keep_partitions
         Keep the Zarr partitions.
     max_file_bytes
-        Make numbered files of at most so many bytes (or one partition) if one would be larger; None: one file.
+        Write numbered files of at most this size (or one partition) if one file would be larger. None: one file.
     takeover
-        Take the lease of a process on another machine that gives no sign of life.
+        Take over the lease of a process on another machine that does not renew it.
     on_piece
         Called after each partition.
 
@@ -73,9 +73,10 @@ def consolidate_run(
     RunConflictError
         If partitions are missing, with their numbers.
     PartitionsFailedError
-        If some have changed on disk since they were committed: they are taken back, and computed again by the next run.
+        If some have changed on disk since they were committed. Their receipts are removed and the next run recomputes
+        them.
     CacheError
-        If something else is damaged.
+        If other data is damaged.
     """
     with lease(run.path / CONSOLIDATION_LOCK, takeover=takeover):
         part = RunPart.open(run)
@@ -90,7 +91,7 @@ def consolidate_run(
 
 
 def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
-    """Take back partitions whose files are not those of their receipts."""
+    """Remove the receipts of partitions whose files do not match them."""
     reasons: dict[int, str] = {}
     for piece in part.pieces():
         if isinstance(piece, PartitionPiece):
@@ -115,11 +116,11 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
 
 
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
-    """Delete what a complete cache makes superfluous: partitions (unless kept), lost attempts, a replaced run."""
+    """Delete files superseded by a complete cache: partitions (unless kept), lost attempts, a replaced run."""
     if keep_partitions:
         named = {receipt["partition"]: receipt["attempt"] for receipt in run.receipts(PlanLog(run).n_partitions)}
         for attempt in run.partitions_path.glob("*.zarr"):
-            # Without its receipt nobody knows which attempt counts.
+            # Without a receipt the valid attempt is unknown, so all attempts are kept.
             index = attempt.name.split(".")[0]
             if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
                 remove_partition(attempt)
@@ -131,7 +132,7 @@ def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
 
 
 def index_path(cache_path: Path) -> Path:
-    """Return where the index over a cache's numbered files lies.
+    """Return the path of the index over a cache's numbered files.
 
     >>> index_path(Path("teacher_logits.h5")).name
     'teacher_logits.index.json'
@@ -148,20 +149,20 @@ def write_cache(
     max_file_bytes: int | None = None,
     on_piece: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a cache, or numbered files and their index, unless that is there already, made of the very same pieces.
+    """Write a cache, or numbered files and their index, unless one made of exactly the same pieces exists.
 
     Parameters
     ----------
     target
-        The cache; numbered files go into a folder of that name without ``.h5``, their index beside it.
+        The cache. Numbered files go into a folder of the same name without ``.h5``, and their index next to it.
     part
-        Whose job it is, and how its targets are stored.
+        The job and its storage profile.
     pieces
-        Gives the pieces in dataset order, as often as it is called.
+        Returns the pieces in dataset order. It is called more than once.
     partial
-        Whether it holds a part of the job only.
+        Whether the cache holds only a part of the job.
     max_file_bytes
-        Make numbered files of at most so many bytes (or one piece) if one would be larger; None: one file.
+        Write numbered files of at most this size (or one piece) if one file would be larger. None: one file.
     on_piece
         Called after each piece.
 
@@ -173,7 +174,7 @@ def write_cache(
     Raises
     ------
     RunConflictError
-        If a cache of another job lies where this one, its index or its numbered files go.
+        If a cache of another job occupies the path of this one, its index or its numbered files.
     """
     profile, attributes = part.profile(), {**part.attributes(), **({"partial": True} if partial else {})}
     index, folder = index_path(target), target.with_suffix("")
@@ -182,7 +183,7 @@ def write_cache(
     if max_file_bytes is None or next(_groups(pieces(), profile, max_file_bytes))[1]:
         _write(target, pieces, profile, attributes, on_piece)
         if stale:
-            # An earlier start had another limit; readers prefer the file.
+            # An earlier start had another limit, and readers prefer the single file.
             index.unlink(missing_ok=True)
             _remove(folder, stale)
         return target
@@ -200,19 +201,19 @@ def write_cache(
 
 
 def check_replaceable(target: Path, part: Part) -> None:
-    """Refuse to write over, or to delete, what is not a cache of this job, made when no more was planned than now.
+    """Refuse to replace or delete anything other than a cache of this job with no larger plan than now.
 
     Parameters
     ----------
     target
-        A cache, with its index and numbered files; or an index over caches. It need not exist.
+        A cache, with its index and numbered files, or an index over caches. It need not exist.
     part
-        Whose job it is.
+        The job.
 
     Raises
     ------
     RunConflictError
-        If it is another.
+        If the file belongs to another job.
     """
     is_list = target.suffix == ".json"
     for path in _listed(target) if is_list else [target, *_listed(index_path(target)), *_numbered(target)]:
@@ -236,7 +237,7 @@ def _is_earlier(path: Path, part: Part) -> bool:
 
 
 def _listed(index: Path) -> list[Path]:
-    """Return the caches that an index names; one that is no index of ours counts as what it says it is: another."""
+    """Return the caches named by an index. An invalid index is returned itself and then refused as foreign."""
     if not index.exists():
         return []
     try:
@@ -247,21 +248,21 @@ def _listed(index: Path) -> list[Path]:
 
 
 def _numbered(target: Path) -> set[Path]:
-    """Return the numbered files of a cache: those its index names, in a run folder whatever lies in their folder."""
+    """Return the numbered files of a cache: those named by its index, or in a run folder all in their folder."""
     folder = target.with_suffix("")
     found = set(folder.glob(_NUMBERED))
     return found if (target.parent / "run.json").exists() else found & set(_listed(index_path(target)))
 
 
 def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
-    """Write the list of the files that make up a cache, unless it is there.
+    """Write the index of the files that make up a cache, unless it is unchanged.
 
     Parameters
     ----------
     index
         The file to write.
     files
-        Caches, in order; those below the index's folder are named relative to it.
+        Caches, in order. Those below the index's folder are named relative to it.
     n_rows
         Dataset rows of the whole job.
     """
@@ -289,7 +290,7 @@ def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
 
 
 def _groups(pieces: Iterable[Piece], profile: Profile, max_file_bytes: int) -> Iterator[tuple[list[Piece], bool]]:
-    """Yield the pieces of one file after the other, and whether they are all there are."""
+    """Yield the pieces of each file in turn, and whether one file holds all of them."""
     overhead = _FILE_BYTES + sum(table.nbytes for table in profile.tables.values())
     group: list[Piece] = []
     n_bytes, first = overhead, True
@@ -316,7 +317,7 @@ def _write(
     attributes: dict[str, Any],
     on_piece: Callable[[], None],
 ) -> None:
-    """Write one file, unless it is there already, made of the very same pieces."""
+    """Write one file, unless it exists and was made of exactly the same pieces."""
     made_of = _digest(pieces())
     if target.exists():
         old = CacheReader(target)
@@ -353,7 +354,7 @@ def _write(
 
 
 def _digest(pieces: Iterable[Piece]) -> str:
-    """SHA-256 of what pieces say of their content."""
+    """SHA-256 of the content digests of pieces."""
     lines = hashlib.sha256()
     for piece in pieces:
         if isinstance(piece, PartitionPiece):
@@ -366,7 +367,7 @@ def _digest(pieces: Iterable[Piece]) -> str:
 
 
 def _statistics(pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Add up what receipts and caches say of their partitions."""
+    """Sum the statistics in receipts and caches."""
     sums = Statistics()
     seen: set[Path] = set()
     for piece in pieces:

@@ -1,6 +1,6 @@
-"""Which drivers of a run are at work, by the status records and the locks in its folder.
+"""Active drivers of a run, from the status records and locks in its folder.
 
-A record alone is not enough: a driver that was killed leaves one that says "running". Its lock tells that it has ended.
+A record alone is not sufficient, because a killed driver leaves one that says "running". Its lock shows that it ended.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dask_logits.files.atomic import Json
 from dask_logits.files.lock import is_abandoned
 from dask_logits.run.folder import WORKING_STATES, RunFolder
 
-# A driver that has written nothing for so long is not counted as running.
+# A driver that has not updated its record for this long is not counted as running.
 _ALIVE_SECONDS = 120.0
 
 State = Literal[
@@ -23,14 +23,14 @@ State = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Drivers:
-    """The status records of a run's drivers, and which of these drivers are at work."""
+    """The status records of a run's drivers, and which of these drivers are active."""
 
     records: tuple[Json, ...] = ()
     alive: tuple[Json, ...] = ()
 
     @classmethod
     def of(cls, run: RunFolder) -> Drivers:
-        """Read them."""
+        """Read the records of a run."""
         found = run.driver_statuses()
         alive = [
             record
@@ -42,13 +42,13 @@ class Drivers:
         return cls(records=tuple(found.values()), alive=tuple(alive))
 
     def state(self) -> State:
-        """Return the most advanced state of the drivers at work."""
+        """Return the most advanced state of the active drivers."""
         state: State = max((record["state"] for record in self.alive), key=WORKING_STATES.index)
         return state
 
     @property
     def since(self) -> float | None:
-        """Start of the first driver at work."""
+        """Start time of the first active driver."""
         return min((record["since"] for record in self.alive if record.get("since")), default=None)
 
     @property
@@ -58,26 +58,26 @@ class Drivers:
 
     @property
     def reason(self) -> str | None:
-        """Why a driver failed that does not work any more."""
+        """Reason for which an inactive driver failed."""
         return next((record["reason"] for record in self.records if record["state"] == "failed"), None)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all drivers at work, by the clock."""
+        """Total rate of all active drivers, in wall-clock time."""
         return float(sum(record["tokens_per_second"] for record in self.alive))
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last driver at work has finished; None where that is unknown."""
+        """Time until the last active driver finishes. None if unknown."""
         left = [record["seconds_left"] for record in self.alive]
         return max(left) if left and None not in left else None
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Worker → why it gets no work."""
+        """Worker → reason why it gets no work."""
         return {worker: why for record in self.records for worker, why in (record.get("left_out") or {}).items()}
 
     @property
     def dashboard(self) -> str | None:
-        """Address of the dashboard of a driver at work."""
+        """Dashboard address of an active driver."""
         return next((record["dashboard"] for record in self.alive if record.get("dashboard")), None)

@@ -1,6 +1,6 @@
-"""The ledger of what failed for good: a small file for each quarantined partition, gone when it is committed.
+"""The failure ledger: a small file per quarantined partition, deleted when the partition is committed.
 
-The files are for whoever mends the cause, and for ``dask-logits retry``; what is left to do is told by receipts alone.
+The files inform the user and ``dask-logits retry``. Receipts alone determine which partitions remain.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from dask_logits.errors import CacheError
 from dask_logits.files.atomic import COUNTS, TEXT, Json, check_fields, names_in, read_json, replace_json, unreadable
 from dask_logits.run.folder import RunFolder
 
-# What happened: an I/O error that stayed, a row or a teacher that cannot be used, workers that died, no sign of life,
-# rows that could not be read when the plan was made, arrays that changed on disk after they were committed, a worker
-# that cannot score at all.
+# In order: a persistent I/O error, an unusable row or teacher, workers that died, a worker that stopped responding,
+# rows that could not be read when the plan was made, arrays that changed on disk after the commit, a worker that
+# cannot score at all.
 Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged", "worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A partition that failed for good.
+    """A partition that failed permanently.
 
     Parameters
     ----------
     index
-        The partition.
+        Index of the partition.
     kind
-        What happened.
+        Category of the failure.
     reason
-        In a sentence.
+        One sentence.
     attempts
-        How often it was tried.
+        Number of attempts.
     evidence
-        End of the traceback, or where its workers died.
+        End of the traceback, or the place where its workers died.
     workers
-        Address and host of each worker that it failed on, in order.
+        Address and host of each worker on which it failed, in order.
     rows
-        Dataset rows that were found to be the cause; empty: not looked for, or not found.
+        Dataset rows identified as the cause. Empty: not searched, or not identified.
     task
-        What was tried; None where it did not come so far.
+        The task that was tried. None if it did not start.
     """
 
     index: int
@@ -53,12 +53,12 @@ class Failure:
     task: object = None
 
     def found_in(self, rows: tuple[int, ...]) -> Failure:
-        """Return it with the rows that are the cause."""
+        """Return this failure with the rows that caused it."""
         return replace(self, rows=rows)
 
 
 def note_failure(run: RunFolder, failure: Failure) -> None:
-    """Write a failure into the ledger, over an older one of the same partition."""
+    """Write a failure to the ledger, replacing an older entry of the same partition."""
     path = run.failure_path(failure.index)
     path.parent.mkdir(exist_ok=True)
     entry = {name: value for name, value in vars(failure).items() if name != "task"}
@@ -66,7 +66,7 @@ def note_failure(run: RunFolder, failure: Failure) -> None:
 
 
 def forget_failure(run: RunFolder, index: int) -> None:
-    """Take a partition off the ledger: it is committed."""
+    """Delete the ledger entry of a committed partition."""
     path = run.failure_path(index)
     path.unlink(missing_ok=True)
 
@@ -77,12 +77,12 @@ def _has_receipt(run: RunFolder, index: int) -> bool:
     except CacheError as error:
         if unreadable(error):
             raise
-        # A damaged one does not count: the next start computes its partition.
+        # A damaged entry is ignored: the next start computes its partition.
         return False
 
 
 def read_failures(run: RunFolder) -> dict[int, Json]:
-    """Return the ledger: partition → entry, of those that are not committed."""
+    """Return partition → entry for all uncommitted partitions in the ledger."""
     found = {}
     for name in names_in(run.failures_path):
         path = run.failures_path / name

@@ -1,6 +1,6 @@
-"""The record on disk: what a run computes, what it has settled, what it has committed.
+"""The run folder: identity of a run, its frozen numerics and its committed partitions.
 
-Small JSON files that a person can read. The folder::
+It holds small, readable JSON files::
 
     run.json                  the manifest: what is computed, and how it was first run
     plan/000/000000.json      segments of the plan, in order, and its end
@@ -10,7 +10,7 @@ Small JSON files that a person can read. The folder::
     failures/000042.json      why partition 42 failed, until it is committed
     spool/000042.arrow        rows of a stream until their partition is committed
     teacher_logits.h5         the cache, or an index and numbered files in teacher_logits/
-    status.json               what a driver does and how far it is; the first file of a run, written before the
+    status.json               state and progress of a driver; the first file of a run, written before the
                               calibration (status-1-of-4.json of a static worker)
 """
 
@@ -52,18 +52,18 @@ logger = logging.getLogger(__name__)
 PREVIOUS = "previous"
 CONSOLIDATION_LOCK = ".consolidate.lock"
 SETTING_ASIDE = ".setting-aside"
-# Lies in a folder that a start made of an older run; one of that name without it is the user's.
+# Marks a folder in which a start set an older run aside. A folder of that name without the mark belongs to the user.
 _SET_ASIDE_MARK = ".set-aside"
-# In the order in which a run is set aside: the cache first, so that what is left never looks complete.
+# In the order in which a run is set aside: the cache first, so that the remainder never looks complete.
 RUN_NAMES = (
     CACHE_NAME, INDEX_NAME, SHARDS_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables",
     "failures", "status.json", "plan", "run.json",
 )  # fmt: skip
 FORMAT = "dask_logits.run"
 VERSION = 4
-# Dask events of all drivers of a scheduler.
+# Dask event topic of all drivers of a scheduler.
 RUNS_TOPIC = "dask_logits.runs"
-# States of a driver that is at work.
+# States of an active driver.
 WORKING_STATES = ("starting", "calibrating", "running", "consolidating")
 DRIVER_STATUS = {
     "state": TEXT,
@@ -82,7 +82,7 @@ _MANIFEST = {
     "fingerprint": TEXT,
     "what": OBJECT,
     "how": OBJECT,
-    # Each of them has a status file, which is looked for.
+    # Each worker has a status file to check.
     "total_workers": Kind("a count from 1 to 65,536", lambda value: COUNT.holds(value) and 0 < value <= 1 << 16),
 }
 _SIZES = {"teacher.generation.top_k": _POSITIVE, "dataset.vocab_size": _POSITIVE}
@@ -106,21 +106,21 @@ _RECEIPT = {
     "flops": NUMBER,
     "mfu": NUMBER.or_none(),
     "splits": OBJECT,
-    # Only where it is not the calibration's.
+    # Only if it differs from the calibration's.
     "environment": OBJECT.or_none(),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The partitions one driver of a run takes: all, or every `total`-th.
+    """The partitions assigned to one driver of a run: all, or every `total`-th.
 
     Parameters
     ----------
     worker
-        Index of the static worker; 0 for a cluster.
+        Index of the static worker, 0 for a cluster.
     total
-        Static workers that share the run; 1 for a cluster.
+        Number of static workers that share the run, 1 for a cluster.
     """
 
     worker: int = 0
@@ -128,15 +128,15 @@ class Share:
 
     @property
     def suffix(self) -> str:
-        """What its files are told apart by."""
+        """Suffix that distinguishes its files from those of other shares."""
         return "" if self.total == 1 else f"-{self.worker}-of-{self.total}"
 
     def owns(self, index: int) -> bool:
-        """Whether a partition is its own."""
+        """Whether a partition belongs to this share."""
         return index % self.total == self.worker
 
     def count(self, n_partitions: int) -> int:
-        """Return how many of the first partitions are its own.
+        """Return how many of the first `n_partitions` partitions belong to this share.
 
         >>> [Share(worker=worker, total=3).count(7) for worker in range(3)]
         [3, 2, 2]
@@ -146,14 +146,14 @@ class Share:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names and small files of one run.
+    """Paths and small files of one run.
 
     Parameters
     ----------
     path
-        The folder; it need not exist.
+        The folder. It need not exist.
     scratch
-        Where the rows of a stream are left for workers by who only looks at the run; None: in the folder.
+        Folder in which a process that only reads the run spools a stream's rows for workers. None: the run folder.
     """
 
     path: Path
@@ -186,16 +186,16 @@ class RunFolder:
 
     @property
     def tables_path(self) -> Path:
-        """Folder of arrays: the compact profile's id table, a byte of each id's token."""
+        """Folder of arrays: the compact profile's id table, and one byte of each id's token."""
         return self.path / "tables"
 
     @property
     def token_crcs_path(self) -> Path:
-        """A byte of each id's token; absent where rows held ids."""
+        """One byte of each id's token. Absent if rows held ids."""
         return self.tables_path / "token_crcs.npy"
 
     def profile(self) -> ProfileSpec:
-        """Return how the run stores targets, which its calibration settled."""
+        """Return the storage profile, as fixed by the calibration."""
         return self.profile_of(*self.begun())
 
     def begun(self) -> tuple[Json, Json]:
@@ -226,20 +226,20 @@ class RunFolder:
 
     @property
     def dataset_path(self) -> Path:
-        """Rows of a dataset that was not plainly in files."""
+        """Rows of a dataset that did not match its files."""
         return self.path / "dataset"
 
     @property
     def spool_path(self) -> Path:
-        """Rows of a stream on their way to the workers."""
+        """Rows of a stream in transit to the workers."""
         return (self.scratch or self.path) / "spool"
 
     def status_path(self, share: Share) -> Path:
-        """Progress of a driver."""
+        """Progress file of a driver."""
         return self.path / f"status{share.suffix}.json"
 
     def driver_statuses(self) -> dict[str, Json]:
-        """Return file name → status record of every driver that left one; unreadable records are left out."""
+        """Return file name → status record of every driver. Unreadable records are skipped."""
         found = {}
         for path in sorted(self.path.glob("status*.json")):
             try:
@@ -248,25 +248,25 @@ class RunFolder:
                     check_fields(path, record, DRIVER_STATUS)
                     found[path.name] = record
             except CacheError as error:
-                # A crash of the machine can leave an empty file. Nothing depends on these records.
+                # A crash of the machine can leave an empty file. These records are informational only.
                 logger.warning("ignored: %s", error)
         return found
 
     def plan_path(self, ordinal: int) -> Path:
-        """One entry of the plan, fanned out by thousands."""
+        """One entry of the plan, in a subfolder per thousand."""
         return self.path / "plan" / f"{ordinal // 1000:03d}" / f"{ordinal:06d}.json"
 
     def receipt_path(self, index: int) -> Path:
-        """Receipt of one partition, fanned out by thousands."""
+        """Receipt of one partition, in a subfolder per thousand."""
         return self.path / "receipts" / f"{index // 1000:03d}" / f"{index:06d}.json"
 
     @property
     def failures_path(self) -> Path:
-        """Folder of the ledger of what failed."""
+        """Folder of the failure ledger."""
         return self.path / "failures"
 
     def failure_path(self, index: int) -> Path:
-        """Entry of a partition that failed for good."""
+        """Ledger entry of a partition that failed permanently."""
         return self.failures_path / f"{index:06d}.json"
 
     def attempt_path(self, index: int) -> Path:
@@ -274,7 +274,7 @@ class RunFolder:
         return self.partitions_path / f"{index:06d}.{uuid.uuid4().hex[:12]}.zarr"
 
     def manifest(self) -> Json | None:
-        """Read the manifest; None where there is no run.
+        """Read the manifest, or return None if there is no run.
 
         Raises
         ------
@@ -304,19 +304,19 @@ class RunFolder:
         return manifest
 
     def calibration(self) -> Json | None:
-        """Read the frozen numerics; None before the calibration."""
+        """Read the frozen numerics, or return None before the calibration."""
         calibration = read_json(self.calibration_path)
         if calibration is not None:
             check_calibration(self.calibration_path, calibration)
         return calibration
 
     def receipt(self, index: int) -> Json | None:
-        """Read one receipt; None where the partition is not committed.
+        """Read one receipt, or return None if the partition is not committed.
 
         Raises
         ------
         CacheError
-            If it is not one of this partition, or names files elsewhere.
+            If it belongs to another partition, or names files elsewhere.
         """
         path = self.receipt_path(index)
         try:
@@ -335,9 +335,9 @@ class RunFolder:
         return receipt
 
     def receipts(self, n_partitions: int) -> Iterator[Json]:
-        """Read the receipts of all committed partitions in order; time goes with their number, not the plan's.
+        """Read the receipts of all committed partitions in order. The time depends on their number, not the plan's.
 
-        Those that are damaged are left out: nothing can be said of them.
+        Damaged receipts are skipped.
 
         Raises
         ------
@@ -365,12 +365,12 @@ class RunFolder:
 
 
 def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse a run folder that was made with other settings.
+    """Refuse a run folder made with other settings.
 
     Raises
     ------
     RunConflictError
-        With every difference.
+        Listing all differences.
     """
     old, new = dict(_leaves(recorded)), dict(_leaves(asked))
     differences = {
@@ -383,7 +383,7 @@ def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any])
 
 
 def conflict(folder: Path, differences: Mapping[str, tuple[object, object]]) -> RunConflictError:
-    """Make the error that refuses a run folder: dotted name → (value in the run, value asked for)."""
+    """Build the error that refuses a run folder: dotted name → (value in the run, requested value)."""
     lines = "\n".join(f"  {name}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
     return RunConflictError(
         f"{folder}: this run was made with other settings:\n{lines}\n"
@@ -399,9 +399,9 @@ def lock_name(share: Share) -> str:
 
 
 def set_aside(run: RunFolder) -> None:
-    """Move a run into ``previous/``, by way of a folder that says the move is not finished.
+    """Move a run into ``previous/``, through a temporary folder that marks an unfinished move.
 
-    Where an old run lies in ``previous/`` and this one has no cache, this one is its unfinished replacement: it goes.
+    If ``previous/`` holds an old run and this run has no cache, it is the unfinished replacement and is deleted.
     """
     check_previous(run)
     previous = run.path / PREVIOUS
@@ -425,12 +425,12 @@ def set_aside(run: RunFolder) -> None:
 
 
 def has_previous(run: RunFolder) -> bool:
-    """Whether a start has set a run aside, until its replacement is complete."""
+    """Whether a start has set a run aside whose replacement is not yet complete."""
     return (run.path / PREVIOUS / _SET_ASIDE_MARK).exists()
 
 
 def drop_previous(run: RunFolder) -> None:
-    """Delete the run that was replaced, and nothing that only has its name."""
+    """Delete the replaced run, but never a folder that only shares its name."""
     if not has_previous(run):
         return
     previous = run.path / PREVIOUS
@@ -440,17 +440,17 @@ def drop_previous(run: RunFolder) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != _SET_ASIDE_MARK:
                 path.unlink()
-    # The mark goes last: without it nobody would go on.
+    # The mark is deleted last, because an interrupted deletion resumes only if the mark exists.
     shutil.rmtree(previous, ignore_errors=True)
 
 
 def check_previous(run: RunFolder) -> None:
-    """Refuse to set a run aside where something else has the name.
+    """Refuse to set a run aside if the name is in use by something else.
 
     Raises
     ------
     RunConflictError
-        If there is such a thing.
+        If it is in use.
     """
     previous = run.path / PREVIOUS
     if (previous.exists() or previous.is_symlink()) and not has_previous(run):
@@ -461,7 +461,7 @@ def check_previous(run: RunFolder) -> None:
 
 
 def undo_setting_aside(run: RunFolder) -> None:
-    """Put back what a start moved that was cut off in the middle of it."""
+    """Move back the files of an interrupted :func:`set_aside`."""
     moving = run.path / SETTING_ASIDE
     if moving.exists():
         (moving / _SET_ASIDE_MARK).unlink(missing_ok=True)
@@ -478,4 +478,4 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-# Dask event topic on which drivers say where their run folder is, with the figures of its status file.
+# Dask event topic on which drivers publish the path of their run folder and the figures of their status file.

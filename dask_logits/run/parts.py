@@ -1,4 +1,4 @@
-"""What a run folder or a cache file holds of a job: its pieces, what it says of the job, what is missing."""
+"""The content of a run folder or cache file as a part of a job: its pieces, attributes and gaps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.state import RunCache, committed, open_run_cache
 
 _NAMED = 8
-# Settings that name a dataset for people; the plan knows its rows by their content.
+# Settings that name a dataset for people. The plan identifies its rows by content.
 _DATASET_NAMES = ("name", "config_name", "split", "revision", "data_files", "streaming")
-# What a cache says of its job.
+# Attributes of a cache that describe its job.
 JOB_ATTRIBUTES = (
     "fingerprint", "run_id", "what", "plan_digest", "plan_end", "n_rows", "total_workers", "calibration", "teacher",
     "teacher_path", "dataset", "tokenizer_map_digest",
@@ -32,7 +32,7 @@ JOB_ATTRIBUTES = (
 
 @dataclass(kw_only=True)
 class RunPart:
-    """What a run folder holds of a job."""
+    """A run folder as a part of a job."""
 
     run: RunFolder
     manifest: Json
@@ -44,12 +44,12 @@ class RunPart:
 
     @classmethod
     def open(cls, run: RunFolder) -> RunPart:
-        """Open a run that has begun.
+        """Open an existing run.
 
         Raises
         ------
         RunConflictError
-            If it has not.
+            If the run has not begun.
         """
         manifest, calibration = run.begun()
         return cls(run=run, manifest=manifest, calibration=calibration, log=PlanLog(run), cache=open_run_cache(run))
@@ -61,40 +61,40 @@ class RunPart:
 
     @property
     def n_cached(self) -> int:
-        """Rows of its cache; later ones are in partitions."""
+        """Number of rows in its cache. Later rows are in partitions."""
         return 0 if self.cache is None else self.cache.n_rows
 
     @property
     def n_rows(self) -> int:
-        """Rows of the whole job."""
+        """Number of rows of the whole job."""
         return self.log.n_rows
 
     @property
     def end(self) -> str | None:
-        """Why its plan ends; None: it does not."""
+        """Reason why its plan ends. None: the plan is open."""
         return self.log.end
 
     @property
     def total_workers(self) -> int:
-        """Static workers that share the job."""
+        """Number of static workers that share the job."""
         return int(self.manifest["total_workers"])
 
     def job(self) -> dict[str, Any]:
-        """Return what must be equal in all parts of a job."""
+        """Return the values that must be equal in all parts of a job."""
         return _job(self.manifest["what"], self.calibration)
 
     def profile(self) -> Profile:
-        """Return how it stores targets."""
+        """Return its storage profile."""
         if self._profile is None:
             self._profile = load_profile(self.run.profile_of(self.manifest, self.calibration))
         return self._profile
 
     def plan_digest(self, n_rows: int) -> str:
-        """Return the digest of its plan as far as some row."""
+        """Return the digest of its plan up to a row."""
         return self.log.digest(n_rows)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield what it holds, in dataset order. Receipts are read by the first call and kept for the others."""
+        """Yield its pieces in dataset order. The first call reads the receipts; later calls reuse them."""
         if self._pieces is None:
             readers = () if self.cache is None else self.cache.readers
             cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
@@ -129,7 +129,7 @@ class RunPart:
         }
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
-        """Name the partitions that are not in ranges of rows, and the static workers they belong to."""
+        """Return the partitions outside the covered row ranges, and the static workers they belong to."""
         total = self.manifest["total_workers"]
         names = []
         i = 0
@@ -146,7 +146,7 @@ class RunPart:
 
 @dataclass(kw_only=True)
 class CachePart:
-    """A cache file on its own."""
+    """A separate cache file as a part of a job."""
 
     cache: CacheReader
 
@@ -157,42 +157,42 @@ class CachePart:
 
     @property
     def n_rows(self) -> int:
-        """Rows of the whole job."""
+        """Number of rows of the whole job."""
         return int(self.cache.attributes["n_rows"])
 
     @property
     def end(self) -> str | None:
-        """Why its plan ends; None: it does not."""
+        """Reason why its plan ends. None: the plan is open."""
         return self.cache.attributes["plan_end"] or None
 
     @property
     def total_workers(self) -> int:
-        """Static workers that share the job."""
+        """Number of static workers that share the job."""
         return int(self.cache.attributes["total_workers"])
 
     def job(self) -> dict[str, Any]:
-        """Return what must be equal in all parts of a job."""
+        """Return the values that must be equal in all parts of a job."""
         return _job(self.cache.attributes["what"], self.cache.attributes["calibration"])
 
     def profile(self) -> Profile:
-        """Return how it stores targets."""
+        """Return its storage profile."""
         return self.cache.profile
 
     def plan_digest(self, n_rows: int) -> str:
-        """Return the digest of the plan it was made from."""
+        """Return the digest of its original plan."""
         return str(self.cache.attributes["plan_digest"])
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield what it holds, in dataset order."""
+        """Yield its pieces in dataset order."""
         yield from cache_pieces(self.cache)
 
     def attributes(self) -> dict[str, Any]:
-        """Return what it says of its job."""
+        """Return its attributes that describe the job."""
         said = self.cache.said()
         return {name: said[name] for name in (*JOB_ATTRIBUTES, "tokenizer_ids", "token_crcs") if name in said}
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
-        """Name the rows that are not in ranges of rows."""
+        """Return the rows outside the covered row ranges."""
         ends = [*covered, (self.n_rows, self.n_rows)]
         return [f"rows {a[1]} to {b[0] - 1}" for a, b in itertools.pairwise(ends) if b[0] > a[1]]
 
@@ -209,10 +209,10 @@ def _load(path: Path) -> Array:
 
 
 def _job(what: Json, calibration: Json) -> dict[str, Any]:
-    """Return what is equal in all parts of a job; the id table is not: targets are recoded where it differs."""
+    """Return the values equal in all parts of a job. The id table may differ, because targets are recoded then."""
     storage = calibration.get("storage", {"profile": "plain"})
     kept = storage["precision"] if storage["profile"] == "compact" else None
-    # Parts of run folders of their own were each calibrated.
+    # Separate run folders each had their own calibration.
     mixed = calibration.get("mixed_workers", False)
     environment = {} if mixed else calibration.get("environment") or {}
     named = {f"environment.{name}": value for name, value in environment.items()}
@@ -220,7 +220,7 @@ def _job(what: Json, calibration: Json) -> dict[str, Any]:
 
 
 def check_cover(part: Part, pieces: Iterable[Piece]) -> None:
-    """Refuse a job with gaps, naming them."""
+    """Refuse a job with gaps, and name them."""
     covered = [[0, 0]]
     for piece in pieces:
         if piece.first_row > covered[-1][1]:
@@ -237,6 +237,6 @@ def check_cover(part: Part, pieces: Iterable[Piece]) -> None:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first of many names."""
+    """Return the first few of many names."""
     shown = ", ".join(names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -1,7 +1,7 @@
-"""The plan: rows → partitions, and what they will cost. Pure integers.
+"""The plan: cuts rows into partitions and estimates their cost. Pure integers.
 
-A partition is a contiguous range of dataset rows; its size depends on the data and the settings, never on the number
-of workers, so any number of them computes the same partitions. A plan is a list of segments that only grows.
+A partition is a contiguous range of dataset rows. Its size depends on the data and the settings, never on the number
+of workers, so any number of workers computes the same partitions. A plan is a list of segments that only grows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from dask_logits import records
 
-# Of a segment's source: what it is, which part of the dataset, and what its rows are known by.
+# Fields of a segment's source that identify its rows: the kind, the part of the dataset, and the fingerprints.
 _KNOWN_BY = ("kind", "ordinal", "first", "footer", "content")
-# Tokens that a partition aims at: seconds to minutes of teacher time, tens of MB on disk.
+# Target tokens of a partition: seconds to minutes of teacher time, tens of MB on disk.
 TARGET_TOKENS = 262_144
-# A small corpus is still cut into so many partitions, to be shared by workers and resumed in small steps …
+# A small corpus is cut into at least this many partitions, to be shared by workers and resumed in small steps …
 LEAST_PARTITIONS = 32
-# … unless they became too small to be batched by length without padding.
+# … unless they would become too small for batching by length without padding.
 LEAST_TOKENS = 8_192
 
 
@@ -32,9 +32,9 @@ class Partition:
     Parameters
     ----------
     index
-        Its number, from 0, in dataset order.
+        Number in dataset order, from 0.
     first_row, n_rows
-        Its rows.
+        Dataset rows.
 
     """
 
@@ -44,25 +44,25 @@ class Partition:
 
     @property
     def name(self) -> str:
-        """Its number with leading zeros, as in file names."""
+        """Index with leading zeros, as in file names."""
         return f"{self.index:06d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Consecutive partitions that were planned together, and what they are cut from.
+    """Consecutive partitions that were planned together, and their source.
 
-    A regular dataset is one segment (and one more each time ``max_samples`` is raised); a stream is a segment for each
+    A regular dataset is one segment, plus one each time ``max_samples`` is raised. A stream has one segment for each
     file or chunk, appended as it is read.
 
     Parameters
     ----------
     first_partition, first_row
-        Where it begins.
+        Its first partition and row.
     cuts
-        Run lengths: (partitions, rows of each). A partition of 0 rows stands for what could not be read.
+        Run lengths: (partitions, rows of each). A partition of 0 rows stands for data that could not be read.
     source
-        What the rows come from, as JSON; a worker's reader understands it.
+        Origin of the rows, as JSON for a worker's reader.
 
     Examples
     --------
@@ -78,12 +78,12 @@ class Segment:
 
     @property
     def n_partitions(self) -> int:
-        """Its partitions."""
+        """Number of partitions."""
         return sum(count for count, _ in self.cuts)
 
     @property
     def n_rows(self) -> int:
-        """Its rows."""
+        """Number of rows."""
         return sum(count * rows for count, rows in self.cuts)
 
     def partitions(self) -> Iterator[Partition]:
@@ -95,12 +95,12 @@ class Segment:
                 index, row = index + 1, row + rows
 
     def known_by(self) -> dict[str, Any]:
-        """Return what must be equal where two processes plan the same rows: not where they lie, or since when."""
+        """Return the values that must agree when two processes plan the same rows, excluding location and time."""
         source = {name: self.source[name] for name in _KNOWN_BY if name in self.source}
         return {**self.to_json(), "source": source}
 
     def to_json(self) -> dict[str, Any]:
-        """Write it as JSON values."""
+        """Return it as JSON values."""
         return {
             "first_partition": self.first_partition,
             "first_row": self.first_row,
@@ -110,12 +110,12 @@ class Segment:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Segment:
-        """Read back what :meth:`to_json` wrote."""
+        """Parse the output of :meth:`to_json`."""
         return cls(**{**values, "cuts": tuple((count, rows) for count, rows in values["cuts"])})
 
 
 def uniform_cuts(n_rows: int, partition_rows: int) -> tuple[tuple[int, int], ...]:
-    """Cut rows into partitions of one size, the last one shorter.
+    """Cut rows into partitions of equal size, the last one shorter.
 
     >>> uniform_cuts(10, 4), uniform_cuts(8, 4)
     (((2, 4), (1, 2)), ((2, 4),))
@@ -129,16 +129,16 @@ def uniform_cuts(n_rows: int, partition_rows: int) -> tuple[tuple[int, int], ...
 def group_cuts(row_groups: Sequence[int], first: int, n_rows: int, chunk_rows: int) -> tuple[tuple[int, int], ...]:
     """Cut a range of a file into partitions of whole row groups.
 
-    Consecutive row groups are joined while they stay within a chunk; one of more than two chunks is split by rows.
+    Consecutive row groups are joined while they stay within a chunk. A row group of more than two chunks is split.
 
     Parameters
     ----------
     row_groups
         Rows of each row group of the file.
     first, n_rows
-        The range; a row group that reaches over its ends is cut there.
+        The range. A row group that crosses its ends is cut there.
     chunk_rows
-        Rows a partition aims at.
+        Target rows of a partition.
 
     Examples
     --------
@@ -163,10 +163,10 @@ def group_cuts(row_groups: Sequence[int], first: int, n_rows: int, chunk_rows: i
 
 
 def auto_partition_rows(n_rows: int, tokens_per_row: float) -> int:
-    """Choose the rows of a partition.
+    """Choose the number of rows of a partition.
 
-    About 256k tokens, at most a 32nd of the rows; but not fewer than about 8k tokens, because documents are batched
-    by length within their partition, and a handful of documents cannot be batched without padding.
+    The target is about 256k tokens and at most a 32nd of the rows. The minimum is about 8k tokens, because documents
+    are batched by length within their partition, and a handful of documents cannot be batched without padding.
 
     >>> auto_partition_rows(1_000_000, 500.0), auto_partition_rows(200, 500.0), auto_partition_rows(3, 10.0)
     (524, 16, 3)
@@ -178,15 +178,15 @@ def auto_partition_rows(n_rows: int, tokens_per_row: float) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a plan will take.
+    """Estimated resources of a plan.
 
     Parameters
     ----------
     tokens
-        Expected tokens in all, from a sample; None for a stream of unknown length, whose sizes are then for one
+        Expected total tokens, from a sample. None for a stream of unknown length, in which case sizes are for one
         partition.
     cache_bytes, peak_disk_bytes
-        Size of the cache; the most the run folder holds at one time (partitions and cache side by side).
+        Size of the cache, and the peak size of the run folder (partitions and cache side by side).
     worker_bytes
         Peak memory of one worker: weights, one batch, one chunk of logits, one partition's results.
     partition_tokens
@@ -202,16 +202,16 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherShape:
-    """The sizes of a teacher that decide what a batch takes.
+    """Sizes of a teacher that determine the memory of a batch.
 
     Parameters
     ----------
     parameters
-        Weights.
+        Number of weights.
     hidden_width, head_width, layers
-        D, V and the depth.
+        D, V and the number of layers.
     bytes_per_value
-        Of the weights' dtype.
+        Bytes per weight.
     """
 
     parameters: int
@@ -223,7 +223,7 @@ class TeacherShape:
 
 # Interpreter, torch, transformers, tokenizer and allocator slack of a worker process.
 _PROCESS_BYTES = 700 << 20
-# On a CPU in half precision: code kept for shapes of matrix products, compiled layers, gaps between activations.
+# On a CPU in half precision: cached code for shapes of matrix products, compiled layers, gaps between activations.
 _CODE_BYTES = 240 << 20
 # Live activations of one layer, in hidden widths per token: residual, norms, q/k/v, attention, gate and up.
 _WIDTHS_PER_TOKEN = 24
@@ -242,14 +242,14 @@ def estimate(
     scratch_rows: int,
     device: str = "cpu",
 ) -> Estimate:
-    """Estimate what a plan takes.
+    """Estimate the resources of a plan.
 
     Parameters
     ----------
     n_rows
-        Rows in all; None: unknown.
+        Total rows. None: unknown.
     partition_rows, teacher
-        The job.
+        Rows of a partition, and sizes of the teacher.
     tokens_per_row
         Mean of a sample.
     top_k, vocab_size, batch_tokens, head_rows
@@ -278,7 +278,7 @@ def estimate(
 
 
 def fingerprint(what: Mapping[str, Any]) -> str:
-    """Digest what is computed; equal fingerprints may share a run folder.
+    """Digest the settings that determine the result. Runs with equal fingerprints may share a folder.
 
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True

@@ -1,8 +1,8 @@
-"""The plan on disk: segments in order, then an end. It only grows, and whoever writes an entry first has written it.
+"""The plan on disk: segments in order, then an end marker. It only grows, and the first writer of an entry wins.
 
-A regular dataset is planned whole before its first partition. A stream is planned as it is read, so a run that was
-interrupted knows exactly how far its plan goes; the end is explicit, because a stream that stops early would look like
-one that was interrupted. Several processes may plan the same run: entries are created if absent, and compared.
+A regular dataset is planned completely before its first partition. A stream is planned as it is read, so an interrupted
+run knows exactly how far its plan reaches. The end is explicit, because a stream that stops early would look like an
+interrupted one. Several processes may plan the same run: entries are created if absent, and compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition, Segment
 
 End = Literal["exhausted", "max_samples"]
-# Each is looked for by its number: a plan that claims more would never be read to its end.
+# Entries are looked up by number, so a plan that claims more would never be read to its end.
 _MOST_PARTITIONS = 10_000_000
 _SEGMENT = {
     "first_partition": COUNT,
@@ -52,23 +52,23 @@ _END = {
 
 
 class PlanLog:
-    """The plan of a run folder as far as it goes.
+    """The plan of a run folder up to its current end.
 
     Parameters
     ----------
     run
-        The folder; nothing is written before the first :meth:`append`.
+        The folder. Nothing is written before the first :meth:`append`.
 
     Attributes
     ----------
     n_partitions, n_rows : int
         Planned so far.
     n_unread : int
-        Partitions of no rows: their place in a stream could not be read.
+        Partitions without rows, because their part of a stream could not be read.
     end : str or None
-        Why the plan ends: ``exhausted`` (all rows there are), ``max_samples`` (more could follow); None: it is open.
+        Why the plan ends: ``exhausted`` (no more rows) or ``max_samples`` (more may follow). None: the plan is open.
     replanned_from : int or None
-        First partition that :meth:`drop_from` forgot.
+        First partition dropped by :meth:`drop_from`.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -88,24 +88,24 @@ class PlanLog:
             yield from segment.partitions()
 
     def append(self, cuts: tuple[tuple[int, int], ...], source: Json) -> Segment:
-        """Plan further partitions.
+        """Append further partitions.
 
         Raises
         ------
         RunConflictError
-            If another process has planned something else in their place.
+            If another process has planned different partitions in their place.
         """
         segment = Segment(first_partition=self.n_partitions, first_row=self.n_rows, cuts=cuts, source=source)
         self._create(segment.to_json())
         return segment
 
     def close(self, end: End) -> None:
-        """End the plan, unless it has ended so."""
+        """End the plan, unless it has already ended for this reason."""
         if self.end != end:
             self._create({"end": end, "partitions": self.n_partitions, "rows": self.n_rows})
 
     def drop_from(self, segment: Segment) -> None:
-        """Forget a segment and all that follows, with what was committed of it: what it stood for can be read now."""
+        """Drop a segment and all later ones with their receipts, because its unreadable source can now be read."""
         self._check_alone(segment)
         ordinal = self._ordinal(segment)
         for index in range(segment.first_partition, self.n_partitions):
@@ -117,19 +117,19 @@ class PlanLog:
         self._recount()
 
     def mend(self, segment: Segment, source: Json) -> Segment:
-        """Say anew what the rows of a segment are known by: one of them could not be used, and now can."""
+        """Replace the source of a segment, because one of its unusable rows has become usable."""
         self._check_alone(segment)
         mended = dataclasses.replace(segment, source=source)
         replace_json(self.run.plan_path(self._ordinal(segment)), mended.to_json(), durable=True)
         return mended
 
     def digest(self, n_rows: int | None = None) -> str:
-        """SHA-256 of the segments: equal where two runs cut the same rows in the same way.
+        """SHA-256 of the segments, equal if two runs cut the same rows in the same way.
 
         Parameters
         ----------
         n_rows
-            Only of those that begin before this row; None: of all.
+            Only segments that begin before this row. None: all.
         """
         lines = hashlib.sha256()
         for segment in self.segments():
@@ -195,7 +195,7 @@ def _known_by(entry: Json) -> Json:
 
 
 def _check_entry(path: Path, entry: Json, partitions: int, rows: int) -> tuple[int, int]:
-    """Refuse an entry that does not go on where the plan has come to; return where it leads."""
+    """Refuse an entry that does not continue the plan. Return the totals after it."""
     _check_shape(path, entry)
     names = ("partitions", "rows") if "end" in entry else ("first_partition", "first_row")
     begin = tuple(entry[name] for name in names)

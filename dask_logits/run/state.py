@@ -1,6 +1,6 @@
-"""What a run folder holds of its plan: the cache as far as it goes, then partitions whose receipts count.
+"""Committed state of a run: the rows of its cache, then partitions with valid receipts.
 
-Files only; nothing has to be alive.
+It is computed from files only, without a running process.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class RunCache:
     Parameters
     ----------
     path
-        What a user opens: the file, or the index.
+        The file or index that a user opens.
     readers
-        The files.
+        Readers of the files.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class RunCache:
 
     @property
     def n_rows(self) -> int:
-        """Dataset rows it holds, from 0."""
+        """Number of dataset rows, from 0."""
         return int(self.readers[0].attributes["n_rows"])
 
     @property
@@ -54,17 +54,17 @@ class RunCache:
 
     @property
     def content_digest(self) -> str:
-        """Digest of everything in it."""
+        """Content digest of all files."""
         return total_digest(reader.attributes["content_digest"] for reader in self.readers)
 
 
 def open_run_cache(run: RunFolder) -> RunCache | None:
-    """Open a run's cache; None if there is none, it is another run's, or it holds one static worker's share only.
+    """Open a run's cache. None if it is missing, belongs to another run, or holds one static worker's share only.
 
     Raises
     ------
     CacheError
-        If it is there and cannot be read: nobody but the user may decide to compute it again.
+        If it exists but cannot be read. Only the user may decide to recompute it.
     """
     manifest = run.manifest()
     path = next((path for path in (run.cache_path, run.index_path) if is_there(path)), None)
@@ -74,14 +74,14 @@ def open_run_cache(run: RunFolder) -> RunCache | None:
     said = [reader.attributes for reader in readers]
     if any(one.get("run_id") != manifest["run_id"] for one in said):
         return None
-    # A numbered file is a part, too, of which the index names all.
+    # A numbered file is partial, too, but the index names all of them.
     numbered = [one.get("shard") for one in said] == list(range(len(said))) and path == run.index_path
     partial = any(one.get("partial") for one in said)
     return None if partial and not numbered else RunCache(path=path, readers=readers)
 
 
 def cache_state(run: RunFolder) -> list[int]:
-    """Return what tells whether another cache was written."""
+    """Return values that change when another cache is written."""
     paths = (run.cache_path, run.index_path)
     return [path.stat().st_ino if is_there(path) else 0 for path in paths]
 
@@ -95,21 +95,21 @@ def is_complete(run: RunFolder, log: PlanLog) -> bool:
 
 
 def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> Iterator[Json]:
-    """Yield the receipts of all partitions whose targets are there, in order.
+    """Yield the receipts of all partitions whose targets exist, in order.
 
-    Arrays may have been deleted from outside, and a worker of a run that was replaced may have committed late.
+    Arrays may have been deleted externally, and a worker of a replaced run may have committed late.
 
     Parameters
     ----------
     run, log
         The run and its plan.
     forget
-        Delete the other receipts of this share, so that their partitions are computed again, unless a cache has them.
+        Delete invalid receipts of this share, so that their partitions are recomputed, unless a cache contains them.
 
     Raises
     ------
     CacheError
-        If a receipt cannot be read; or is damaged, no cache holds its partition, and none is to be forgotten.
+        If a receipt cannot be read, or if it is damaged, no cache holds its partition, and `forget` is None.
     """
     manifest = run.manifest()
     if manifest is None:
@@ -129,7 +129,7 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
         if receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
             yield receipt
         elif forget is not None and forget.owns(partition.index) and not cached:
-            # A cache that was written meanwhile took the partitions away.
+            # A cache written in the meantime may have replaced the partitions.
             cached_rows = cached_rows_of(run)
             if not covers(cached_rows, partition):
                 logger.warning("partition %s is computed again: %s", partition.name, wrong)
@@ -139,24 +139,24 @@ def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> I
 
 
 def cached_rows_of(run: RunFolder) -> int:
-    """Return how many rows the run's cache holds, from 0."""
+    """Return the number of rows in the run's cache, from 0."""
     cache = open_run_cache(run)
     return 0 if cache is None else cache.n_rows
 
 
 def covers(cached_rows: int, partition: Partition) -> bool:
-    """Whether a cache of so many rows from 0 holds a partition; one that could not be read has no rows to hold."""
+    """Whether a cache of rows [0, n) contains this partition. Partitions without rows are never contained."""
     return 0 < partition.n_rows <= cached_rows - partition.first_row
 
 
 def fits(receipt: Json, partition: Partition) -> bool:
-    """Whether a receipt is for the rows that the plan has at its place."""
+    """Whether a receipt has the planned rows of its partition."""
     return (receipt["first_row"], receipt["n_rows"]) == (partition.first_row, partition.n_rows)
 
 
 def counts(run: RunFolder, manifest: Json, receipt: Json, cached_rows: int) -> bool:
-    """Whether a receipt is this run's and its targets are there, in the cache or in a partition."""
+    """Whether a receipt belongs to this run and its targets exist, in the cache or in a partition."""
     cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
     ours = bool(receipt["run_id"] == manifest["run_id"])
-    # The folder may be a link to where nothing is mounted now.
+    # The folder may be a link to an unmounted file system.
     return ours and (cached or (is_there(run.partitions_path) and is_there(run.partitions_path / receipt["attempt"])))

@@ -1,15 +1,15 @@
-"""Figures of a run as text: counts, durations, and where the time of workers goes."""
+"""Format counts, durations and time shares of a run as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Stages inside of `score`.
+# Stages inside `score`.
 _SCORING = ("trunk", "head", "tail", "refine", "transfer")
 
 
 def plural(count: int, noun: str) -> str:
-    """Write a count with its noun.
+    """Format a count with its noun.
 
     >>> plural(1, "driver"), plural(1200, "row")
     ('1 driver', '1,200 rows')
@@ -18,7 +18,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def each_of(workers: int) -> str:
-    """Write for how many workers a figure holds.
+    """Format the number of workers that a figure applies to.
 
     >>> each_of(1), each_of(4)
     ('1 worker', 'each of 4 workers')
@@ -27,7 +27,7 @@ def each_of(workers: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration for people.
+    """Format a duration for display.
 
     >>> duration(7.4), duration(95), duration(7260)
     ('7 s', '1 min 35 s', '2 h 01 min')
@@ -40,12 +40,12 @@ def duration(seconds: float) -> str:
 
 
 def add_seconds(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
-    """Add the seconds of a partition's stages to those of others."""
+    """Add the seconds of a partition's stages to a running total."""
     return {stage: so_far.get(stage, 0.0) + more.get(stage, 0.0) for stage in {**so_far, **more}}
 
 
 def shares(seconds: Mapping[str, float]) -> str:
-    """Write where a worker's time goes, largest share first; waiting for the teacher is not work.
+    """Format the shares of a worker's time, largest first. Waiting for the teacher is excluded.
 
     >>> shares({"score": 9.0, "trunk": 7.0, "head": 1.5, "tail": 0.4, "write": 1.0, "wait": 3.0})
     'trunk 70 %, head 15 %, write 10 %, tail 4 %, rest 1 %'
