@@ -8,7 +8,6 @@ are read from a queue with a timeout: a bare ``as_completed`` waits for ever whe
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -40,7 +39,6 @@ from dask_logits.job.scheduler import (
     call_scheduler,
     erred_on,
     exception_of,
-    forget_submissions,
     holders,
     restart_worker,
     result_of,
@@ -59,8 +57,6 @@ _PARTITIONS_EACH = 2
 STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
-# Partitions after which the scheduler is told to forget them.
-_FORGET_EVERY = 1000
 # Frames of a traceback that are kept as evidence.
 _FRAMES = 6
 
@@ -145,7 +141,6 @@ def run_partitions(
     events: queue.SimpleQueue[Json] = queue.SimpleQueue()
     topic = _TOPIC + run_id
     client.subscribe_topic(topic, lambda event: events.put(event[1]))
-    n_done = 0
     try:
         while True:
             try:
@@ -162,11 +157,6 @@ def run_partitions(
                     window.check_stall()
                 elif isinstance(done, dict):
                     on_receipt(done)
-                    n_done += 1
-                    if n_done % _FORGET_EVERY == 0:
-                        # A scheduler that is lost is noticed by the window.
-                        with contextlib.suppress(ClusterError):
-                            forget_submissions(client)
                 window.check_hung()
             except SchedulerLostError:
                 wait_for_scheduler(client, job.stall_seconds, on_turn)

@@ -96,30 +96,6 @@ def restart_worker(client: Client, address: str) -> None:
     logger.warning("worker %s: %s", address, found.get(address, "gone"))
 
 
-def forget_submissions(client: Client) -> None:
-    """Have the scheduler drop what it keeps of every task that was ever submitted (distributed 2026.7.1).
-
-    That is an entry in the metadata of a span, without a bound, and one in dask's cache of 100,000 names.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost, or does not answer.
-    """
-
-    # Inside, so that it is sent whole: the scheduler may not have this package.
-    def drop(dask_scheduler: Any) -> None:
-        from dask.utils import key_split
-
-        key_split.cache_clear()
-        spans = getattr(dask_scheduler.extensions.get("spans"), "spans_search_by_name", {})
-        for span in spans.get(("default",), ()):
-            if span.metadata:
-                del span.metadata["collections"][1:]
-
-    call_scheduler(client, lambda: client.run_on_scheduler(drop, asynchronous=True), CALL_SECONDS)
-
-
 def result_of(client: Client, future: Future, seconds: float) -> Json:
     """Fetch a result; where its worker has just died, another computes it first.
 
