@@ -28,7 +28,7 @@ from dask_logits.ops.check import Check, Report, check_files
 from dask_logits.records import Array, ContentDigest, Records
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import is_complete
+from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.scoring import score_items
 from dask_logits.worker.environment import describe, differences, environment
@@ -110,9 +110,9 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     RunConflictError
         If the run has no cache, was scored on another device, or its settings do not fit any more.
     """
-    manifest, calibration = run.manifest(), run.calibration()
     log = PlanLog(dataclasses.replace(run, scratch=scratch))
-    if manifest is None or calibration is None or not is_complete(run, log):
+    state, calibration = RunState.find(run, log), run.calibration()
+    if state is None or calibration is None or not state.is_complete:
         raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
     job = prepare(override(settings_of(run, log), []))
     check_folder(job, writes=False)

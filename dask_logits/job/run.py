@@ -51,7 +51,7 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import cached_rows_of, committed, covers, is_complete, open_run_cache
+from dask_logits.run.state import RunState, discard_stale, open_run_cache
 from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import resolve_dtype
 from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
@@ -123,7 +123,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     log = PlanLog(run)
     config = override(settings_of(run, log), overrides, dataset_given=dataset is not None)
     only = frozenset(read_failures(run))
-    if not only and not is_complete(run, log):
+    state = RunState.find(run, log)
+    if not only and not (state and state.is_complete):
         raise RunConflictError(
             f"{run.path}: expected partitions that failed, got none; to do the rest, give `generate` the settings of "
             "the run"
@@ -164,12 +165,13 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
         undo_setting_aside(job.run)
         check_folder(job)
         log = PlanLog(job.run)
-        start = _start(job, log)
+        state = RunState.find(job.run, log)
+        start = _start(job, state)
         if start == "complete":
             logger.info("%s is complete: nothing to do", job.run.path)
             tidy(job.run, keep_partitions=config.job.keep_partitions)
             return _complete_path(job)
-        done = Done() if start == "replace" else _done(job, log)
+        done = Done() if start == "replace" or state is None else _done(job, state)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
         with reported(job) as reporter:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
@@ -206,36 +208,36 @@ def _complete_path(job: Job) -> Path:
 Start = Literal["fresh", "resume", "replace", "complete"]
 
 
-def _start(job: Job, log: PlanLog) -> Start:
+def _start(job: Job, state: RunState | None) -> Start:
     """Say how this start relates to what the folder holds.
 
     A forced start goes on with what a forced start with the same settings has begun.
     """
-    manifest = job.run.manifest()
-    if manifest is None:
+    if state is None:
         return "fresh"
     forced = job.config.teacher.generation.force_regenerate
-    if forced and not _replaces(job, manifest, log):
+    if forced and not _replaces(job, state):
         return "replace"
-    return "complete" if is_complete(job.run, log) and not _grows(job, log) else "resume"
+    return "complete" if state.is_complete and not _grows(job, state.log) else "resume"
 
 
-def _replaces(job: Job, manifest: Json, log: PlanLog) -> bool:
+def _replaces(job: Job, state: RunState) -> bool:
     """Whether the folder holds the beginnings of the very replacement that is asked for.
 
     They are told by the run they replace, or, where there was none, by having been forced and not being complete.
     """
+    manifest = state.manifest
     same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
     forced = bool(manifest["how"]["teacher"]["generation"]["force_regenerate"])
     try:
-        begun = has_previous(job.run) or (forced and not is_complete(job.run, log))
+        begun = has_previous(job.run) or (forced and not state.is_complete)
     except CacheError:
         # A cache was there once; what is left of it is replaced.
         begun = False
     if not same or not begun:
         return False
     try:
-        job.source.check(log)
+        job.source.check(state.log)
     except RunConflictError:
         return False
     return True
@@ -286,20 +288,15 @@ def _alone(job: Job) -> Iterator[None]:
         yield
 
 
-def _done(job: Job, log: PlanLog) -> Done:
+def _done(job: Job, state: RunState) -> Done:
     done = Done()
-    for receipt in committed(job.run, log, forget=job.share):
-        if job.share.owns(receipt["partition"]):
-            done.indices.add(receipt["partition"])
-            done.rows += receipt["n_rows"]
-            done.statistics += Statistics.from_json(receipt["statistics"])
-    cached_rows = cached_rows_of(job.run)
-    for partition in log.partitions():
-        # Of what a cache holds, receipts are not needed.
-        lacks = partition.index not in done.indices and covers(cached_rows, partition)
-        if lacks and job.share.owns(partition.index):
-            done.indices.add(partition.index)
-            done.rows += partition.n_rows
+    for each in discard_stale(state, job.share).partitions():
+        if not each.is_done or not job.share.owns(each.partition.index):
+            continue
+        done.indices.add(each.partition.index)
+        done.rows += each.partition.n_rows
+        if each.receipt is not None:
+            done.statistics += Statistics.from_json(each.receipt["statistics"])
     return done
 
 

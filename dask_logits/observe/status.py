@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.errors import RunConflictError
 from dask_logits.files.atomic import Json, expanded
 from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
 from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import WORKING_STATES, RunFolder
-from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import cache_state, counts, covers, open_run_cache
+from dask_logits.run.state import RunState, cache_state
 from dask_logits.run.timings import add_seconds, duration, plural, shares
 
 logger = logging.getLogger(__name__)
@@ -210,38 +209,32 @@ def read_status(path: Path | str) -> Status:
 
 
 def _read_status(run: RunFolder) -> Status:
-    manifest = run.manifest()
     drivers = Drivers.of(run)
-    if manifest is None:
+    found = RunState.find(run)
+    if found is None:
         return _before_manifest(run, drivers)
-    log = PlanLog(run)
-    damaged = False
-    try:
-        cache = open_run_cache(run)
-    except CacheError:
-        cache, damaged = None, True
-    # What a damaged cache holds is not known; whoever deletes it will find what is missing.
-    cached_rows = cache.n_rows if cache else log.n_rows if damaged else 0
-    cached = {partition.index for partition in log.partitions() if cache and covers(cached_rows, partition)}
-    lacking = set(cached)
-    sums, count, rows, splits, flops = Statistics(), len(cached), min(cached_rows, log.n_rows) if cache else 0, 0, 0.0
+    manifest, log, damaged = found.manifest, found.log, found.cache_error is not None
+    sums, count, rows, splits, flops, lacking = Statistics(), 0, 0, 0, 0.0, 0
     seconds: dict[str, float] = {}
-    for receipt in run.receipts(log.n_partitions):
-        if not counts(run, manifest, receipt, cached_rows):
-            continue
-        lacking.discard(receipt["partition"])
-        sums += Statistics.from_json(receipt["statistics"])
-        seconds = add_seconds(seconds, receipt["seconds"])
-        flops += receipt["flops"]
-        splits += len(receipt["splits"])
-        if receipt["partition"] not in cached:
+    for each in found.partitions():
+        if each.error is not None:
+            if each.is_unreadable:
+                raise each.error
+            logger.warning("left out: %s", each.error)
+        if each.is_done:
             count += 1
-            rows += receipt["n_rows"]
+            rows += each.partition.n_rows
+        if each.receipt is None:
+            lacking += each.is_cached
+            continue
+        sums += Statistics.from_json(each.receipt["statistics"])
+        seconds = add_seconds(seconds, each.receipt["seconds"])
+        flops += each.receipt["flops"]
+        splits += len(each.receipt["splits"])
     if lacking:
-        logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", len(lacking))
-    is_complete = cache is not None and log.end is not None and not log.n_unread and cache.n_rows == log.n_rows
-    if not is_complete:
-        cache = None
+        logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", lacking)
+    is_complete = not damaged and found.is_complete
+    cache = found.cache if is_complete else None
     scoring, peak = seconds.get("score", 0.0), ((run.calibration() or {}).get("cost") or {}).get("peak_flops", 0.0)
     failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
     left_out = drivers.left_out

@@ -23,7 +23,7 @@ from dask_logits.files.atomic import Json
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
-from dask_logits.run.state import cache_state, counts, covers, fits, open_run_cache
+from dask_logits.run.state import cache_state, open_run_cache
 from dask_logits.worker.environment import Environment, describe, differences
 
 # Violations of one kind that are written out.
@@ -352,21 +352,14 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     keeps = bool(part.manifest["how"]["job"]["keep_partitions"])
     missing = 0
     digests: list[str] = []
-    for partition in part.log.partitions():
-        cached = covers(part.n_cached, partition)
-        got = "others"
-        try:
-            receipt = run.receipt(partition.index)
-        except CacheError as error:
-            receipt, got = {}, error.message
-        if receipt is None and not cached:
-            missing += 1
+    for each in part.state.partitions():
+        partition, receipt = each.partition, each.receipt
+        missing += not each.is_done
+        if not each.is_done and each.problem is None:
             continue
         checker.receipts.looked_at += 1
-        counted = receipt and fits(receipt, partition) and counts(run, part.manifest, receipt, part.n_cached)
-        if not receipt or not counted:
-            missing += not cached
-            got = "none; its rows are in the cache" if receipt is None else got
+        if receipt is None:
+            got = each.error.message if each.error else "others" if each.problem else "none; its rows are in the cache"
             checker.receipts.found(
                 [f"partition {partition.name}: expected a receipt for its rows and arrays, got {got}"]
             )
@@ -374,7 +367,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         digests.append(receipt["content_digest"])
         checker.environment(receipt)
         path = run.partitions_path / receipt["attempt"]
-        if partition.n_rows and (partition.first_row >= part.n_cached or (keeps and path.exists())):
+        if partition.n_rows and (not each.is_cached or (keeps and path.exists())):
             _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
     whole = open_run_cache(run)
     if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.log.n_partitions:

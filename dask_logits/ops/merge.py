@@ -21,7 +21,6 @@ from dask_logits.files.lock import lease
 from dask_logits.run.consolidate import check_replaceable, consolidate_run, tidy, write_cache, write_index
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder
 from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover, some
-from dask_logits.run.state import is_complete, open_run_cache
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +109,10 @@ def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
     """Return the cache of a run on its own, made now if it is not there."""
     how = part.manifest["how"]
     keep, limit = how["job"]["keep_partitions"], how["cache"].get("max_file_size")
-    if not is_complete(part.run, part.log):
+    if not part.state.is_complete:
         max_bytes = max_bytes or (None if limit is None else parse_bytes(limit))
         return consolidate_run(part.run, keep_partitions=keep, max_file_bytes=max_bytes, takeover=takeover)
-    cache = open_run_cache(part.run)
+    cache = part.cache
     assert cache is not None
     logger.info("%s is complete: nothing to do", cache.path)
     tidy(part.run, keep_partitions=keep)

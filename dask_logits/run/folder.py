@@ -196,20 +196,14 @@ class RunFolder:
 
     def profile(self) -> ProfileSpec:
         """Return the storage profile, as fixed by the calibration."""
-        return self.profile_of(*self.begun())
-
-    def begun(self) -> tuple[Json, Json]:
-        """Return the manifest and the calibration.
-
-        Raises
-        ------
-        RunConflictError
-            If the run has not begun.
-        """
         manifest, calibration = self.manifest(), self.calibration()
         if manifest is None or calibration is None:
-            raise RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
-        return manifest, calibration
+            raise self.not_begun()
+        return self.profile_of(manifest, calibration)
+
+    def not_begun(self) -> RunConflictError:
+        """Return the error of a folder without a calibrated run."""
+        return RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
 
     def profile_of(self, manifest: Json, calibration: Json) -> ProfileSpec:
         """Return the profile that a manifest and a calibration name."""
@@ -334,6 +328,17 @@ class RunFolder:
                 raise CacheError(f"{path}: {error.message}", str(path)) from error
         return receipt
 
+    def receipt_indices(self) -> set[int]:
+        """List the partitions that have a receipt, without reading any."""
+        folder = self.path / "receipts"
+        return {
+            int(name.removesuffix(".json"))
+            for thousand in names_in(folder)
+            if thousand.isdecimal()
+            for name in names_in(folder / thousand)
+            if name.endswith(".json") and name.removesuffix(".json").isdecimal()
+        }
+
     def receipts(self, n_partitions: int) -> Iterator[Json]:
         """Read the receipts of all committed partitions in order. The time depends on their number, not the plan's.
 
@@ -344,15 +349,7 @@ class RunFolder:
         CacheError
             If one cannot be read.
         """
-        folder = self.path / "receipts"
-        found = (
-            int(name.removesuffix(".json"))
-            for thousand in names_in(folder)
-            if thousand.isdecimal()
-            for name in names_in(folder / thousand)
-            if name.endswith(".json") and name.removesuffix(".json").isdecimal()
-        )
-        for index in sorted(index for index in found if index < n_partitions):
+        for index in sorted(index for index in self.receipt_indices() if index < n_partitions):
             try:
                 receipt = self.receipt(index)
             except CacheError as error:

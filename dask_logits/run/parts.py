@@ -18,7 +18,7 @@ from dask_logits.files.atomic import Json, is_there
 from dask_logits.records import Array
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import RunCache, committed, open_run_cache
+from dask_logits.run.state import RunCache, RunState
 
 _NAMED = 8
 # Settings that name a dataset for people. The plan identifies its rows by content.
@@ -34,11 +34,8 @@ JOB_ATTRIBUTES = (
 class RunPart:
     """A run folder as a part of a job."""
 
-    run: RunFolder
-    manifest: Json
+    state: RunState
     calibration: Json
-    log: PlanLog
-    cache: RunCache | None
     _profile: Profile | None = None
     _pieces: list[Piece] | None = None
 
@@ -50,9 +47,35 @@ class RunPart:
         ------
         RunConflictError
             If the run has not begun.
+        CacheError
+            If its cache cannot be read.
         """
-        manifest, calibration = run.begun()
-        return cls(run=run, manifest=manifest, calibration=calibration, log=PlanLog(run), cache=open_run_cache(run))
+        state, calibration = RunState.find(run), run.calibration()
+        if state is None or calibration is None:
+            raise run.not_begun()
+        if state.cache_error is not None:
+            raise state.cache_error
+        return cls(state=state, calibration=calibration)
+
+    @property
+    def run(self) -> RunFolder:
+        """The run."""
+        return self.state.run
+
+    @property
+    def manifest(self) -> Json:
+        """The manifest of the run."""
+        return self.state.manifest
+
+    @property
+    def log(self) -> PlanLog:
+        """The plan of the run."""
+        return self.state.log
+
+    @property
+    def cache(self) -> RunCache | None:
+        """The cache of the run."""
+        return self.state.cache
 
     @property
     def path(self) -> Path:
@@ -62,7 +85,7 @@ class RunPart:
     @property
     def n_cached(self) -> int:
         """Number of rows in its cache. Later rows are in partitions."""
-        return 0 if self.cache is None else self.cache.n_rows
+        return self.state.n_cached
 
     @property
     def n_rows(self) -> int:
@@ -102,7 +125,7 @@ class RunPart:
                 PartitionPiece(
                     path=self.run.partitions_path / receipt["attempt"], receipt=receipt, profile=self.profile()
                 )
-                for receipt in committed(self.run, self.log)
+                for receipt in self.state.committed()
                 if receipt["first_row"] >= self.n_cached and receipt["n_rows"]
             ]
         yield from self._pieces

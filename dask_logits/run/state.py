@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dask_logits.cache.find import find_caches
@@ -58,15 +58,22 @@ class RunCache:
         return total_digest(reader.attributes["content_digest"] for reader in self.readers)
 
 
-def open_run_cache(run: RunFolder) -> RunCache | None:
+def open_run_cache(run: RunFolder, manifest: Json | None = None) -> RunCache | None:
     """Open a run's cache. None if it is missing, belongs to another run, or holds one static worker's share only.
+
+    Parameters
+    ----------
+    run
+        The run.
+    manifest
+        Its manifest. None: read from its file.
 
     Raises
     ------
     CacheError
         If it exists but cannot be read. Only the user may decide to recompute it.
     """
-    manifest = run.manifest()
+    manifest = manifest or run.manifest()
     path = next((path for path in (run.cache_path, run.index_path) if is_there(path)), None)
     if manifest is None or path is None:
         return None
@@ -86,77 +93,188 @@ def cache_state(run: RunFolder) -> list[int]:
     return [path.stat().st_ino if is_there(path) else 0 for path in paths]
 
 
-def is_complete(run: RunFolder, log: PlanLog) -> bool:
-    """Whether the cache holds the whole plan, and the plan has ended."""
-    if log.end is None or log.n_unread:
-        return False
-    cache = open_run_cache(run)
-    return cache is not None and cache.n_rows == log.n_rows
-
-
-def committed(run: RunFolder, log: PlanLog, *, forget: Share | None = None) -> Iterator[Json]:
-    """Yield the receipts of all partitions whose targets exist, in order.
-
-    Arrays may have been deleted externally, and a worker of a replaced run may have committed late.
+@dataclass(frozen=True, kw_only=True)
+class PartitionState:
+    """The state of one planned partition.
 
     Parameters
     ----------
-    run, log
-        The run and its plan.
-    forget
-        Delete invalid receipts of this share, so that their partitions are recomputed, unless a cache contains them.
+    partition
+        The partition.
+    is_cached
+        Whether the cache contains it. Its receipt is then not needed.
+    receipt
+        Its receipt. None if there is none, or if it is invalid: of another run or plan, without its targets, damaged.
+    problem
+        Why the receipt on disk is invalid. None if there is none, or if it is valid.
+    error
+        The error of reading the receipt.
+    """
+
+    partition: Partition
+    is_cached: bool
+    receipt: Json | None = None
+    problem: str | None = None
+    error: CacheError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its targets exist, in the cache or in a committed partition."""
+        return self.is_cached or self.receipt is not None
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether its receipt cannot be read now but may be intact."""
+        return self.error is not None and unreadable(self.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """One reading of a run folder. Everything that asks whether a partition is done asks this.
+
+    Parameters
+    ----------
+    run, manifest, log
+        The run, its manifest and its plan.
+    cache
+        Its cache, or None.
+    cache_error
+        Why the cache cannot be read. Its contents are then unknown.
+    """
+
+    run: RunFolder
+    manifest: Json
+    log: PlanLog
+    cache: RunCache | None
+    cache_error: CacheError | None
+
+    @classmethod
+    def find(cls, run: RunFolder, log: PlanLog | None = None) -> RunState | None:
+        """Read a run folder, or return None if it has no manifest.
+
+        Raises
+        ------
+        CacheError
+            If the manifest or the plan is damaged or cannot be read.
+        """
+        manifest = run.manifest()
+        if manifest is None:
+            return None
+        cache = error = None
+        try:
+            cache = open_run_cache(run, manifest)
+        except CacheError as caught:
+            error = caught
+        return cls(run=run, manifest=manifest, log=log or PlanLog(run), cache=cache, cache_error=error)
+
+    @property
+    def n_cached(self) -> int:
+        """Number of rows in the cache, from 0.
+
+        Raises
+        ------
+        CacheError
+            If the cache cannot be read.
+        """
+        if self.cache_error is not None:
+            raise self.cache_error
+        return 0 if self.cache is None else self.cache.n_rows
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the plan has ended and the cache holds all of it.
+
+        Raises
+        ------
+        CacheError
+            If that depends on a cache that cannot be read.
+        """
+        if self.log.end is None or self.log.n_unread:
+            return False
+        return self.n_cached == self.log.n_rows and self.cache is not None
+
+    def partitions(self) -> Iterator[PartitionState]:
+        """Yield the state of every planned partition in order. Each receipt is read once.
+
+        Raises
+        ------
+        CacheError
+            If the receipts cannot be listed, or the file system cannot tell whether targets exist.
+        """
+        present = self.run.receipt_indices()
+        cached_rows = 0 if self.cache is None else self.cache.n_rows
+        for partition in self.log.partitions():
+            # A partition without rows could not be read and is never in the cache.
+            is_cached = 0 < partition.n_rows <= cached_rows - partition.first_row
+            if partition.index in present:
+                yield self._with_receipt(partition, is_cached)
+            else:
+                yield PartitionState(partition=partition, is_cached=is_cached)
+
+    def _with_receipt(self, partition: Partition, is_cached: bool) -> PartitionState:
+        try:
+            receipt = self.run.receipt(partition.index)
+        except CacheError as error:
+            return PartitionState(partition=partition, is_cached=is_cached, problem=error.message, error=error)
+        if receipt is None:
+            return PartitionState(partition=partition, is_cached=is_cached)
+        rows = (receipt["first_row"], receipt["n_rows"])
+        is_ours = receipt["run_id"] == self.manifest["run_id"] and rows == (partition.first_row, partition.n_rows)
+        if is_ours and (is_cached or self.cache_error is not None or self._has_targets(receipt)):
+            return PartitionState(partition=partition, is_cached=is_cached, receipt=receipt)
+        problem = "its arrays are gone, or another run's"
+        return PartitionState(partition=partition, is_cached=is_cached, problem=problem)
+
+    def _has_targets(self, receipt: Json) -> bool:
+        # The folder may be a link to an unmounted file system.
+        folder = self.run.partitions_path
+        return is_there(folder) and is_there(folder / receipt["attempt"])
+
+    def committed(self) -> Iterator[Json]:
+        """Yield the valid receipts in order.
+
+        Raises
+        ------
+        CacheError
+            If a receipt cannot be read, or if one is damaged and the cache does not contain its partition.
+        """
+        for each in self.partitions():
+            if each.error is not None and (each.is_unreadable or not each.is_cached):
+                raise each.error
+            if each.receipt is not None:
+                yield each.receipt
+
+
+def discard_stale(state: RunState, share: Share) -> RunState:
+    """Delete the invalid receipts of a share, so that their partitions are recomputed.
+
+    Receipts of partitions that the cache contains are kept.
+
+    Returns
+    -------
+    RunState
+        The state afterwards.
 
     Raises
     ------
     CacheError
-        If a receipt cannot be read, or if it is damaged, no cache holds its partition, and `forget` is None.
+        If the cache or a receipt cannot be read.
     """
-    manifest = run.manifest()
-    if manifest is None:
-        return
-    cached_rows = cached_rows_of(run)
-    for partition in log.partitions():
-        cached = covers(cached_rows, partition)
-        wrong = "its arrays are gone, or another run's"
-        try:
-            receipt = run.receipt(partition.index)
-        except CacheError as error:
-            if unreadable(error) or (forget is None and not cached):
-                raise
-            receipt, wrong = {}, error.message
-        if receipt is None:
-            continue
-        if receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
-            yield receipt
-        elif forget is not None and forget.owns(partition.index) and not cached:
-            # A cache written in the meantime may have replaced the partitions.
-            cached_rows = cached_rows_of(run)
-            if not covers(cached_rows, partition):
-                logger.warning("partition %s is computed again: %s", partition.name, wrong)
-                run.receipt_path(partition.index).unlink(missing_ok=True)
-            elif receipt and counts(run, manifest, receipt, cached_rows) and fits(receipt, partition):
-                yield receipt
-
-
-def cached_rows_of(run: RunFolder) -> int:
-    """Return the number of rows in the run's cache, from 0."""
-    cache = open_run_cache(run)
-    return 0 if cache is None else cache.n_rows
-
-
-def covers(cached_rows: int, partition: Partition) -> bool:
-    """Whether a cache of rows [0, n) contains this partition. Partitions without rows are never contained."""
-    return 0 < partition.n_rows <= cached_rows - partition.first_row
-
-
-def fits(receipt: Json, partition: Partition) -> bool:
-    """Whether a receipt has the planned rows of its partition."""
-    return (receipt["first_row"], receipt["n_rows"]) == (partition.first_row, partition.n_rows)
-
-
-def counts(run: RunFolder, manifest: Json, receipt: Json, cached_rows: int) -> bool:
-    """Whether a receipt belongs to this run and its targets exist, in the cache or in a partition."""
-    cached = receipt["first_row"] + receipt["n_rows"] <= cached_rows
-    ours = bool(receipt["run_id"] == manifest["run_id"])
-    # The folder may be a link to an unmounted file system.
-    return ours and (cached or (is_there(run.partitions_path) and is_there(run.partitions_path / receipt["attempt"])))
+    if state.cache_error is not None:
+        raise state.cache_error
+    stale = []
+    for each in state.partitions():
+        if each.error is not None and each.is_unreadable:
+            raise each.error
+        if each.problem is not None and not each.is_cached and share.owns(each.partition.index):
+            stale.append(each)
+    if not stale:
+        return state
+    # A cache written in the meantime may have replaced the partitions.
+    cache = open_run_cache(state.run, state.manifest)
+    cached_rows = 0 if cache is None else cache.n_rows
+    for each in stale:
+        if each.partition.first_row + each.partition.n_rows > cached_rows:
+            logger.warning("partition %s is computed again: %s", each.partition.name, each.problem)
+            state.run.receipt_path(each.partition.index).unlink(missing_ok=True)
+    return replace(state, cache=cache)

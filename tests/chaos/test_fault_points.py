@@ -18,8 +18,7 @@ from dask_logits.cache.partition import PartitionReader
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import committed
+from dask_logits.run.state import RunState
 from dask_logits.worker import task as task_module
 
 SCRIPT = Path(__file__).with_name("fault_points.py")
@@ -47,7 +46,9 @@ def killed(act: str, base: Path) -> list[tuple[Path, str]]:
 
 
 def receipts(run: RunFolder) -> list[dict]:
-    return list(committed(run, PlanLog(run)))
+    state = RunState.find(run)
+    assert state is not None
+    return list(state.committed())
 
 
 def test_a_partition_is_there_whole_or_not_at_all(tmp_path) -> None:

@@ -16,9 +16,9 @@ from dask_logits import CacheError, ConfigError, RunConflictError, generate, loa
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
-from dask_logits.ops import check
 from dask_logits.records import Records, Statistics, total_digest
 from dask_logits.run.consolidate import consolidate_run
+from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import JOB_ATTRIBUTES
 
 IDS, ORDER = "token ids valid, kept ids distinct", "log-probs descending, at most 0"
@@ -189,14 +189,14 @@ def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None
 
 def test_a_run_whose_cache_is_written_meanwhile_is_good(kept, monkeypatch) -> None:
     (kept / "teacher_logits.h5").unlink()
-    counts = check.counts
+    receipt = RunFolder.receipt
 
-    def consolidated_first(run, *rest):
+    def consolidated_first(run, index):
         monkeypatch.undo()
         consolidate_run(run, keep_partitions=False)
-        return counts(run, *rest)
+        return receipt(run, index)
 
-    monkeypatch.setattr(check, "counts", consolidated_first)
+    monkeypatch.setattr(RunFolder, "receipt", consolidated_first)
     report = verify(kept)
     assert report.ok, report.lines()
     assert report.unfinished is None

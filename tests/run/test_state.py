@@ -12,8 +12,7 @@ from dask_logits import read_status, verify
 from dask_logits.cache.reader import CacheReader
 from dask_logits.run.consolidate import consolidate_run
 from dask_logits.run.folder import RunFolder, Share
-from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.state import committed
+from dask_logits.run.state import RunState, discard_stale
 
 
 @pytest.fixture
@@ -33,14 +32,14 @@ def test_a_status_that_is_read_while_the_cache_is_written_is_read_again(joined, 
     run(joined, "distillation.job.keep_partitions=true")
     folder = cache_dir(joined)
     (folder / "teacher_logits.h5").unlink()
-    receipts = RunFolder.receipts
+    receipt_indices = RunFolder.receipt_indices
 
-    def consolidated_first(run, count):
+    def consolidated_first(run):
         monkeypatch.undo()
         consolidate_run(run, keep_partitions=False)
-        return receipts(run, count)
+        return receipt_indices(run)
 
-    monkeypatch.setattr(RunFolder, "receipts", consolidated_first)
+    monkeypatch.setattr(RunFolder, "receipt_indices", consolidated_first)
     status = read_status(folder)
     assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
 
@@ -111,7 +110,10 @@ def test_a_cache_that_is_written_while_receipts_are_read_loses_none(joined, monk
         return receipt(run, index)
 
     monkeypatch.setattr(RunFolder, "receipt", consolidated_first)
-    assert [found["partition"] for found in committed(folder, PlanLog(folder), forget=Share())] == [0, 1, 2, 3]
+    state = RunState.find(folder)
+    assert state is not None
+    state = discard_stale(state, Share())
+    assert [each.partition.index for each in state.partitions() if each.is_done] == [0, 1, 2, 3]
     assert tree(folder.path / "receipts") == before
 
 
