@@ -125,7 +125,7 @@ def run_partitions(
     on_tokens
         Called in this thread with tokens scored in partitions still running.
     on_turn
-        Called in this thread several times a second. Returns whether there was progress outside the cluster.
+        Called in this thread several times a second. Returns whether there was progress invisible to this loop.
 
     Returns
     -------

@@ -123,7 +123,7 @@ class WorkerFacts(NamedTuple):
     cores
         CPU cores available to it, possibly shared with other workers of the machine.
     gpus
-        Visible GPUs, the first used one first.
+        Visible GPUs, starting with the one used first.
     environments
         Device → environment for scoring on it.
     """

@@ -60,7 +60,7 @@ from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrat
 logger = logging.getLogger(__name__)
 
 _WORKER = "distillation.teacher.generation.worker_id"
-# The calibration's trials, each at its limit, take half of the time allowed in total.
+# Divisor for a trial's time limit. All trials at their limits leave half of the calibration's total time.
 _TRIALS_IN_STALL = 8
 
 

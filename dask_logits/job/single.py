@@ -38,7 +38,7 @@ _STEPS_TOPIC = "dask_logits.steps."
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _SILENT_SECONDS = 30.0
-# Workers that may end during a task before it is reported as the cause.
+# Number of workers that end during a task before the likely cause is reported.
 _TWICE = 2
 
 

@@ -41,7 +41,7 @@ class Check:
     Parameters
     ----------
     name
-        The invariant.
+        Name of the invariant.
     looked_at
         Number of comparisons.
     n_problems, problems

@@ -180,7 +180,7 @@ def _check_workers(parts: Sequence[Part], num_workers: int) -> None:
 
 
 def _ordered(parts: Sequence[Part], *, once: bool) -> Callable[[], Iterable[Piece]]:
-    """Return a function that yields all pieces in dataset order, each row once. `once`: refuse duplicate rows."""
+    """Return a function that yields all pieces in dataset order, each row once. `once`: refuse duplicates."""
     if len(parts) == 1:
         return parts[0].pieces
     pieces = sorted((piece for part in parts for piece in part.pieces()), key=lambda piece: piece.first_row)

@@ -8,7 +8,7 @@ shares all tensors that are already in float32.
 A window of 4,096 tokens has no effect on a document of 150. In the copy, windows, chunks and the k of sparse attention
 are set to :data:`SHORT`, so that a short document exceeds all of them.
 
-Dimension letters: none; tensors are only copied.
+Dimension letters: none, because tensors are only copied.
 """
 
 from __future__ import annotations
