@@ -159,7 +159,7 @@ class Teacher:
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """Dtype of a logits buffer. Exact logits on a CPU are refined afterwards (:meth:`logits_of`)."""
+        """Dtype of a logits buffer. Exact CPU logits are refined by ``scoring.refined_logits``."""
         return torch.float32 if self.path.exact and self.device.type == "cuda" else self.dtype
 
     @property
