@@ -52,7 +52,7 @@ def _setting(default: Any, kind: Kind, doc: str, *, low: float | None = None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """``distillation.teacher.generation``: how the teacher scores."""
+    """``distillation.teacher.generation``: scoring by the teacher."""
 
     top_k: int = _setting(64, "what", "Entries kept per position, most probable first.", low=1)
     batch_size: int | None = _setting(
@@ -90,7 +90,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """``distillation.teacher``: the model to run, and the folder for its targets."""
+    """``distillation.teacher``: the model, and the folder for its targets."""
 
     model_path: str | None = _setting(None, "what", "Folder or hub name of a causal language model. Required.")
     revision: str | None = _setting(None, "what", "Branch, tag or commit on the hub; pinned to a commit in the run.")
@@ -180,7 +180,7 @@ class PartitionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """``distillation.scoring``: how tokens become targets."""
+    """``distillation.scoring``: computation of the targets."""
 
     logits: Literal["exact", "model"] = _setting(
         "exact",
@@ -194,7 +194,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """``distillation.cache``: how targets are stored."""
+    """``distillation.cache``: storage of the targets."""
 
     profile: Literal["auto", "plain", "compact"] = _setting(
         "auto",

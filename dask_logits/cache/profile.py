@@ -297,7 +297,7 @@ def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array
 
 
 def as_kept(records: Records, profile: Profile) -> Records:
-    """Return records with the precision lost by storing and reading them."""
+    """Return records with their values after storing and reading, including the loss of precision."""
     if isinstance(profile, Plain):
         return records
     arrays = dict(records.arrays())

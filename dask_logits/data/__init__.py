@@ -1,1 +1,1 @@
-"""Rows of any dataset to items: the token sequences that the teacher reads."""
+"""Convert the rows of any dataset to items, the token sequences read by the teacher."""

@@ -1,1 +1,1 @@
-"""The driver: makes a run happen. The only home of Dask."""
+"""The driver: runs a job on Dask. The only package that imports Dask."""

@@ -1,4 +1,4 @@
-"""Which rows make a partition fail: halves of it are scored, without being stored, until single rows are left."""
+"""Find the rows that make a partition fail, by scoring halves of it without storing the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dask_logits.worker.task import PartitionTask, try_rows
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-# More rows than that are not one row's fault.
+# A failure with more rows than this is not caused by one row.
 _MOST_ROWS = 8
 
 
@@ -33,23 +33,23 @@ def bisect(client: Client, failure: Failure, job: JobConfig, roster: Roster | No
     Parameters
     ----------
     client
-        A connected client; nothing else may run.
+        A connected client with no other work.
     failure
-        What failed.
+        The failed partition.
     job
-        ``stall_seconds`` is what a try may take.
+        Settings. ``stall_seconds`` limits each attempt.
     roster
-        Workers that get no work; None: all get it.
+        Workers that get no work. None: all get work.
 
     Returns
     -------
     Failure
-        With at most 8 rows; with none where all rows pass on their own.
+        With at most 8 rows, or with none if each row passes on its own.
 
     Raises
     ------
     ClusterError
-        If the scheduler is lost, or no worker takes a try.
+        If the scheduler is lost, or no worker accepts an attempt.
     """
     task = failure.task
     assert isinstance(task, PartitionTask)
@@ -84,7 +84,7 @@ def _passes(
 def _tried(
     client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float, roster: Roster | None
 ) -> bool | None:
-    """Return whether rows pass; None if nobody knows, because a worker was lost between finishing and telling."""
+    """Whether rows pass. None if unknown, because a worker was lost before it reported the result."""
     if client.status != "running":
         raise scheduler_lost()
     name = f"try-rows-{task.partition.name}-{uuid.uuid4().hex[:8]}"
@@ -115,7 +115,7 @@ def _tried(
 
 
 def _allowed(client: Client, roster: Roster | None) -> list[str] | None:
-    """Return the workers that may be given work; None: all."""
+    """Return the workers that may get work. None: all."""
     if roster is None or not roster.left_out:
         return None
     scheduler = client.scheduler
@@ -125,7 +125,7 @@ def _allowed(client: Client, roster: Roster | None) -> list[str] | None:
 
 @contextlib.contextmanager
 def _two_deaths_are_enough(client: Client) -> Iterator[None]:
-    """Let a task fail when a second worker dies under it; one may die of what went before."""
+    """Fail a task when a second worker dies during it. The first may have died of an earlier task."""
 
     def allow(failures: int, dask_scheduler: Any = None) -> int:
         before: int = dask_scheduler.allowed_failures
@@ -142,6 +142,6 @@ def _two_deaths_are_enough(client: Client) -> Iterator[None]:
     try:
         yield
     finally:
-        # A scheduler that is gone has nothing to restore.
+        # A lost scheduler has nothing to restore.
         with contextlib.suppress(ClusterError):
             set_allowed(before)

@@ -1,4 +1,4 @@
-"""Disk and memory that a job takes, beside what is free; the lines of ``plan``."""
+"""Disk and memory needed by a job, compared with the free amounts, and the output of ``plan``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dask_logits.errors import CapacityError
 from dask_logits.job.prepare import Job
 from dask_logits.run.timings import each_of, plural
 
-# Left to the machine when memory is compared.
+# Memory reserved for the rest of the machine.
 _HEADROOM = 0.95
 
 
 def check_capacity(job: Job, done: float = 0.0) -> None:
-    """Refuse a job that cannot fit.
+    """Refuse a job that does not fit.
 
     Parameters
     ----------
     job
         The job.
     done
-        Share of its rows that is committed already.
+        Share of its rows that is already committed.
 
     Raises
     ------
@@ -54,13 +54,13 @@ def check_capacity(job: Job, done: float = 0.0) -> None:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Return what is free on the disk a folder lies (or would lie) on."""
+    """Return the free space of a folder's disk. The folder need not exist."""
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(parent).free
 
 
 def free_memory_bytes() -> int:
-    """Return the memory processes may still take, by the machine and by its control group."""
+    """Return the memory still available to processes, limited by the machine and its control group."""
     available = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
@@ -71,7 +71,7 @@ def free_memory_bytes() -> int:
 
 
 def gib(count: float) -> str:
-    """Write bytes for people.
+    """Format bytes for display.
 
     >>> gib(3 << 30), gib(5 << 20)
     ('3.0 GiB', '5.0 MiB')
@@ -80,7 +80,7 @@ def gib(count: float) -> str:
 
 
 def plan_lines(job: Job) -> list[str]:
-    """Write a plan for people: rows, partitions, and what they take beside what is free."""
+    """Format a plan for display: rows, partitions, and required and free resources."""
     cost = job.estimate
     memory = (
         f"{gib(cost.worker_bytes)} for {each_of(job.n_workers)}, {gib(free_memory_bytes())} free here"

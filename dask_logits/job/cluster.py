@@ -1,10 +1,10 @@
-"""A Dask client for the job: a LocalCUDACluster, a LocalCluster, or an existing scheduler that is joined.
+"""A Dask client for the job: a LocalCUDACluster, a LocalCluster, or an existing scheduler.
 
-Chosen for clusters we make: two threads per worker (one scores while the other reads or writes), no memory limit
-(Dask's counts memory-mapped checkpoints), no spilling (tasks return a few hundred bytes), queueing without prefetch and
-without stealing (a task waits at the scheduler, not at a worker that may die), dashboard on loopback.
+Local clusters have two threads per worker (one scores while the other reads or writes), no memory limit (Dask's counts
+memory-mapped checkpoints), no spilling (tasks return a few hundred bytes), queueing without prefetch and work stealing
+(a task waits at the scheduler, not at a worker that may die), and a dashboard on loopback.
 
-Home of ``dask_cuda`` and of cluster objects.
+This is the only module that imports ``dask_cuda`` and creates cluster objects.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A connected client and what was settled when it was made.
+    """A connected client with the properties of its cluster.
 
     Parameters
     ----------
@@ -62,11 +62,11 @@ class Cluster:
     torch_threads
         CPU threads for each worker.
     dashboard
-        Address of the dashboard, None if there is none.
+        Address of the dashboard, or None.
     environments
-        Address → environment, of the workers that were there at the start.
+        Address → environment of the initial workers.
     roster
-        Workers that get no work, and why.
+        Workers that get no work, with the reasons.
     """
 
     client: Client
@@ -77,7 +77,7 @@ class Cluster:
     roster: Roster
 
     def fit(self) -> list[str]:
-        """Return the workers that were there at the start and may be given work."""
+        """Return the initial workers that may get work."""
         return sorted(self.roster.usable(self.environments))
 
 
@@ -87,7 +87,7 @@ def joins_scheduler(cluster: ClusterConfig) -> bool:
 
 
 def local_workers(generation: GenerationConfig, device: str) -> int:
-    """Return the number of workers of a cluster made on this machine."""
+    """Return the number of workers of a local cluster."""
     if generation.num_workers is not None:
         return generation.num_workers
     if generation.worker_id is not None:
@@ -101,21 +101,21 @@ def local_workers(generation: GenerationConfig, device: str) -> int:
 def open_cluster(
     generation: GenerationConfig, config: ClusterConfig, *, retries: int = 2, stall_seconds: float = 0.0
 ) -> Iterator[Cluster]:
-    """Make or join a cluster; close what was made.
+    """Start or join a cluster. A local cluster is closed at the end.
 
     Parameters
     ----------
     generation, config
-        Settings.
+        Settings of the teacher's generation and of the cluster.
     retries
-        How many more workers a partition may lose before it fails; a scheduler that is joined has its own bound.
+        Number of further workers that a partition may lose before it fails. A joined scheduler has its own limit.
     stall_seconds
-        How long the client goes on connecting to a scheduler that is joined and does not answer.
+        Time for which the client keeps connecting to a joined scheduler that does not answer.
 
     Raises
     ------
     ClusterError
-        If it cannot be made or reached, or no worker comes.
+        If it cannot be started or reached, or no worker arrives.
     """
     joins = joins_scheduler(config)
     with _joined(generation, config, stall_seconds) if joins else _local(generation, config, retries) as cluster:
@@ -133,17 +133,17 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
         "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.allowed-failures": retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
-        # It would fail every partition that waits, as if its rows were bad; a job that stalls ends by itself.
+        # It would fail every waiting partition as if its rows were bad. A stalled job ends by itself.
         "distributed.scheduler.no-workers-timeout": None,
-        # distributed 2026.7.1 closes the nanny of a worker that is away when this has passed since any of its deaths.
+        # distributed 2026.7.1 closes the nanny of a lost worker when this time has passed since any of its deaths.
         "distributed.deploy.lost-worker-timeout": "30 days",
-        # By default every event loop wakes 50 times a second and every worker's stack is sampled 100 times: on a CPU
-        # that keeps 7 % of a core from a teacher whose threads wait for each other.
+        # By default every event loop wakes 50 times a second and every worker's stack is sampled 100 times. On a CPU
+        # this takes 7 % of a core from a teacher whose threads wait for each other.
         "distributed.admin.tick.interval": "1s",
         "distributed.worker.profile.interval": "1s",
     }
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    # Dask would set these to 1, and torch would score on one core; what is in the environment already wins.
+    # Dask would set these to 1, and torch would score on one core. Existing environment variables take precedence.
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     with without_main_module(), dask.config.set(settings):
         try:
@@ -163,7 +163,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
                     facts, roster = _facts(client, config.wait_seconds)
                     environments = _environments(facts, device)
                 else:
-                    # Of one machine and one installation, so there is nothing to ask.
+                    # All workers share this machine and installation, so there is nothing to ask.
                     environments, roster = dict.fromkeys(client.ncores(), environment(device)), Roster()
                 yield Cluster(
                     client=client,
@@ -174,7 +174,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
                     roster=roster,
                 )
         finally:
-            # Closing can hang when a worker has died (seen with distributed 2026.7.1); its processes go with this one.
+            # Closing can hang when a worker has died (seen with distributed 2026.7.1). Its processes end with this one.
             try:
                 close_cluster(made, _CLOSE_SECONDS)
             except TimeoutError:
@@ -185,7 +185,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
     common: dict[str, Any] = {
         "n_workers": workers,
-        # One scores while the other reads, tokenises or writes.
+        # One scores while the other reads, tokenizes or writes.
         "threads_per_worker": 2,
         "memory_limit": None,
         "dashboard_address": config.dashboard_address,
@@ -194,7 +194,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     if (secured := security(config)) is not None:
         common |= {"security": secured, "protocol": "tls"}
     if config.dashboard_address is None:
-        # distributed 2026.7.1 serves its health page on port 8787 even so; any free port will do.
+        # distributed 2026.7.1 serves its health page on port 8787 even without a dashboard. Any free port will do.
         common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
     if config.kind != "local_cuda" and device == "cpu":
         return start_cluster(LocalCluster, common | {"processes": True})
@@ -222,13 +222,13 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: 
     address = _address(config)
     logger.info("joining %s, for which distillation.cluster.wait_seconds=%g s are waited", address, config.wait_seconds)
     try:
-        # distributed 2026.7.1 would wait without end for a peer that takes the connection and says nothing.
+        # distributed 2026.7.1 would wait forever for a peer that accepts the connection but never answers.
         secured = security(config) or Security()
         asyncio.run(_answers(address, config.wait_seconds, secured))
-        # It has answered; from now on this is how long the client goes on connecting when its link is down.
+        # It has answered. From now on this is the time for which the client reconnects after a lost connection.
         client = Client(address, timeout=max(config.wait_seconds, stall_seconds), security=secured)
     except (OSError, ValueError, TypeError) as error:
-        # A TypeError is what distributed 2026.7.1 makes of a tls:// address without certificates.
+        # distributed 2026.7.1 raises a TypeError for a tls:// address without certificates.
         silent = isinstance(error, TimeoutError)
         got = f"no answer within distillation.cluster.wait_seconds={config.wait_seconds:g}" if silent else repr(error)
         raise ClusterError(
@@ -281,7 +281,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: 
 
 @contextlib.contextmanager
 def _closed_soon(client: Client) -> Iterator[None]:
-    """Close a client in bounded time, whether its scheduler answers or not."""
+    """Close a client in bounded time, even if its scheduler does not answer."""
     try:
         yield
     finally:
@@ -290,7 +290,7 @@ def _closed_soon(client: Client) -> Iterator[None]:
 
 
 def _address(config: ClusterConfig) -> str:
-    """Return the scheduler's address, from its file as soon as that is there."""
+    """Return the scheduler's address, waiting for its file if necessary."""
     if config.scheduler_file is None:
         return str(config.scheduler)
     file = Path(config.scheduler_file).expanduser()
@@ -299,7 +299,7 @@ def _address(config: ClusterConfig) -> str:
         logger.info("waiting for %s, at most distillation.cluster.wait_seconds=%g s", file, config.wait_seconds)
     while True:
         got = "none"
-        # The scheduler opens its file first and fills it then.
+        # The scheduler first opens its file and then writes it.
         try:
             address = (read_json(file) or {}).get("address")
         except CacheError as error:
@@ -316,7 +316,7 @@ def _address(config: ClusterConfig) -> str:
 
 
 def security(config: ClusterConfig) -> Security | None:
-    """Return the certificates that are named; None: what Dask's own configuration says."""
+    """Return the configured certificates. None: Dask's own configuration applies."""
     files = {name: str(Path(path).expanduser().absolute()) for name, path in vars(config.security).items() if path}
     if not files:
         return None
@@ -334,10 +334,10 @@ async def _answers(address: str, seconds: float, secured: Security) -> None:
 
 @contextlib.contextmanager
 def _occupied(client: Client, seconds: float) -> Iterator[None]:
-    """Keep one task at the scheduler: without any, an adaptive cluster starts no worker, or stops those it has."""
+    """Keep one task at the scheduler, because an adaptive cluster without tasks starts no workers or stops them."""
     name = f"dask_logits-start-{uuid.uuid4().hex[:8]}"
 
-    # Inside, so that it is sent whole, and runs where this package is missing.
+    # Defined inside, so that it is pickled by value and runs where this package is missing.
     def hold(name: str, seconds: float) -> None:
         from distributed import Event
 
@@ -363,12 +363,12 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
 
 
 def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:
-    """Return what each worker has that answers in time, and a roster with those that cannot be given work.
+    """Return the facts of each worker that answers in time, and a roster of the unusable workers.
 
     Raises
     ------
     ClusterError
-        If none answers, or none can tell, because all have another environment.
+        If no worker answers, or none can report, because all have another environment.
     """
     scheduler = client.scheduler
 
@@ -404,21 +404,21 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
 
 
 def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
-    """Return the environments of the workers that have the device; loading the teacher is refused by others."""
+    """Return the environments of the workers with the device. Other workers refuse to load the teacher."""
     return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
 
 
 def choose_environment(workers: Mapping[str, Environment], own: Environment) -> Environment | None:
-    """Return the environment that a new run is made with.
+    """Return the environment for a new run.
 
-    It is the one that most workers have, among those with this release of the package; on a tie this process's own.
+    It is the most common one among the workers with this release of the package, or on a tie this process's own.
 
     Parameters
     ----------
     workers
         Address → environment.
     own
-        Of this process, on a CPU.
+        Environment of this process, on a CPU.
 
     Returns
     -------
@@ -431,14 +431,14 @@ def choose_environment(workers: Mapping[str, Environment], own: Environment) -> 
 
 
 def leave_out_misfits(cluster: Cluster, expected: Environment | None) -> None:
-    """Give no work to workers of another environment, and name them in the log.
+    """Exclude workers with another environment, and log their names.
 
     Parameters
     ----------
     cluster
-        Its roster gets the workers that differ.
+        The cluster. Excluded workers are added to its roster.
     expected
-        The run's environment; None: of a new run, which takes that of most workers.
+        The run's environment. None: a new run, which uses the most common environment.
     """
     own = environment("cpu")
     reference = expected or choose_environment(cluster.environments, own)
@@ -463,7 +463,7 @@ def _threads(generation: GenerationConfig, workers: int) -> int:
 
 
 def _restore(kept: dict[str, str | None]) -> None:
-    """Undo what a nanny wrote into this process's environment."""
+    """Undo a nanny's changes to this process's environment."""
     for name, value in kept.items():
         if value is None:
             os.environ.pop(name, None)

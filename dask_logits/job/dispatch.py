@@ -1,9 +1,9 @@
-"""The driver's loop: delayed partitions in a bounded window, drained one by one.
+"""The driver's loop: delayed partitions in a bounded window, completed one by one.
 
-Chosen: two partitions in flight for each worker (one for a worker with one thread), each submitted on its own: while
-one is scored, the other is read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
-scheduler, dask#11737), and futures that are held make Dask compute finished work again when a worker dies. Completions
-are read from a queue with a timeout: a bare ``as_completed`` waits for ever when the workers are gone.
+Two partitions are in flight per worker (one for a worker with one thread), each submitted separately: while one is
+scored, the other is read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
+scheduler, dask#11737), and held futures make Dask recompute finished work when a worker dies. Completions are read from
+a queue with a timeout, because a bare ``as_completed`` waits forever when the workers are gone.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from dask_logits.worker.task import PartitionTask, Stages, process_partition
 logger = logging.getLogger(__name__)
 
 _TOPIC = "dask_logits.tokens."
-# A worker with two threads scores one partition at a time, there is one teacher, and reads or writes another meanwhile.
+# A worker with two threads scores one partition, because there is one teacher, and reads or writes another meanwhile.
 _PARTITIONS_EACH = 2
-# What the threads of a worker take turns at.
+# Locks shared by the threads of a worker.
 STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 _POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
-# Frames of a traceback that are kept as evidence.
+# Number of traceback frames kept as evidence.
 _FRAMES = 6
 
 
 def run_on_worker(task: PartitionTask) -> Json:
-    """Run a partition inside a Dask worker and report its progress as events; return its receipt and the worker."""
+    """Run a partition inside a Dask worker, reporting progress as events. Return its receipt and the worker."""
     worker = get_worker()
     receipt = process_partition(
         task,
@@ -73,14 +73,14 @@ def run_on_worker(task: PartitionTask) -> Json:
 
 
 def classify(error: BaseException) -> Kind:
-    """Say what kind of failure an exception from a worker is.
+    """Return the kind of failure of a worker's exception.
 
     >>> classify(ConnectionResetError("peer")), classify(ValueError("row")), classify(ImportError("torch"))
     ('transient', 'data', 'worker')
     """
     if isinstance(error, KilledWorker):
         return "worker-death"
-    # A teacher that cannot be loaded or run, as opposed to logits that are not finite in a row.
+    # The teacher cannot be loaded or run, as opposed to non-finite logits of a row.
     teacher = isinstance(error, TeacherError) and error.row is None
     if teacher or isinstance(error, ImportError | ClusterError | CapacityError):
         return "worker"
@@ -107,35 +107,35 @@ def run_partitions(
     client
         A connected client.
     tasks
-        Partitions to do, drawn only as there is room; None where none is ready yet.
+        Partitions to compute, drawn only when there is capacity. None means that no partition is ready yet.
     job
-        Retries, bounds and patience.
+        Retries, limits and timeouts.
     run_id
-        Of the run, whose workers' events are listened to.
+        Id of the run. It selects the Dask event topic.
     roster
-        Workers that get no work; those that fail what others complete are added.
+        Workers that get no work. Workers that fail partitions which others complete are added.
     on_receipt
         Called in this thread with every receipt.
     on_failure
-        Called in this thread with every partition that failed for good.
+        Called in this thread with every partition that failed permanently.
     on_tokens
-        Called in this thread with tokens scored in partitions that are still running.
+        Called in this thread with tokens scored in partitions still running.
     on_turn
-        Called in this thread several times a second; returns whether there was progress that is not seen here.
+        Called in this thread several times a second. Returns whether there was progress invisible to this loop.
 
     Returns
     -------
     dict
-        Partition index → reason, of those that failed for good.
+        Partition index → reason, for permanent failures.
 
     Raises
     ------
     ClusterError
-        If the scheduler is lost, or nothing moves for ``stall_seconds`` and it is not one partition's fault.
+        If the scheduler is lost, or there is no progress for ``stall_seconds`` and no single partition is the cause.
     CapacityError
-        If a worker has no room to write, or no worker may write.
+        If a worker has no space to write, or no worker may write.
     PartitionsFailedError
-        If the first ``max_failures`` partitions all fail: the error is systematic.
+        If the first ``max_failures`` partitions all fail, because the error is then systematic.
     """
     window = _Window(client, tasks, job, on_failure, roster=Roster() if roster is None else roster)
     events: queue.SimpleQueue[Json] = queue.SimpleQueue()
@@ -160,7 +160,7 @@ def run_partitions(
                 window.check_hung()
             except SchedulerLostError:
                 wait_for_scheduler(client, job.stall_seconds, on_turn)
-                # A client that has connected again is another one to the scheduler.
+                # To the scheduler, a reconnected client is a new one.
                 client.subscribe_topic(topic, lambda event: events.put(event[1]))
                 window.note_reconnection()
     finally:
@@ -172,7 +172,7 @@ def run_partitions(
 
 @dataclass
 class _Running:
-    """A partition at the scheduler, when it gave the last sign of life, and which workers may take it (None: any)."""
+    """A submitted partition, with the time of its last sign of life and its allowed workers (None: any)."""
 
     task: PartitionTask
     future: Future
@@ -195,21 +195,21 @@ class _Window:
     _starved: bool = False
     _running: dict[str, _Running] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
-    # Workers that a partition was given to and that are gone, or a client that the scheduler forgot.
+    # Number of times a partition's workers disappeared, or the scheduler forgot the client.
     _losses: dict[int, int] = field(default_factory=dict)
     _present: dict[str, Any] = field(default_factory=dict)
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
-    # Partitions whose workers died or hung while they had company: each is tried once more, last and on its own.
+    # Partitions whose workers died or hung while running another one. Each is retried once, last and alone.
     _suspects: list[PartitionTask] = field(default_factory=list)
     _alone: set[int] = field(default_factory=set)
     _shared: bool = False
-    # Workers that were restarted since anything moved.
+    # Workers restarted since the last progress.
     _hung_in_a_row: int = 0
     _done: queue.SimpleQueue[Future] = field(default_factory=queue.SimpleQueue)
     _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def fill(self) -> bool:
-        """Submit while there is room; return whether anything is left to wait for."""
+        """Submit tasks while there is capacity. Return whether anything is left to wait for."""
         now = time.monotonic()
         self._starved = False
         self._present = self._workers()
@@ -228,22 +228,22 @@ class _Window:
         return bool(self._running or self._later or self._suspects or not self._exhausted)
 
     def next_done(self, seconds: float) -> Json | bool | None:
-        """Wait for a completion: its receipt, False if it failed, None if none came in time."""
+        """Wait for a completion. Return its receipt, False if it failed, None if none came in time."""
         try:
-            # A worker that waits for a stream is given its rows soon after they come.
+            # A worker waiting for a stream gets its rows soon after they arrive.
             future = self._done.get(timeout=_STREAM_POLL_SECONDS if self._starved else seconds)
         except queue.Empty:
             return None
         running = self._running.pop(future.key, None)
         if running is None:
-            # Given up as hung, and over in the end.
+            # Given up as hung, but finished later.
             future.release()
             return None
         self.last_progress = time.monotonic()
         task = running.task
         try:
             if future.status == "lost":
-                # Its worker died between finishing and telling; if it committed, the next attempt finds the receipt.
+                # Its worker died before it reported the result. If it committed, the next attempt finds the receipt.
                 self._later.append((self.last_progress, task))
                 return False
             if future.status == "cancelled":
@@ -257,7 +257,7 @@ class _Window:
             self._later.append((self.last_progress, task))
             raise
         finally:
-            # At once: what nobody holds is not computed again when its worker dies.
+            # Immediately: released work is not recomputed when its worker dies.
             future.release()
         return False
 
@@ -272,14 +272,14 @@ class _Window:
         return receipt
 
     def note_reconnection(self) -> None:
-        """Note that the scheduler answers again: nobody could give a sign of life meanwhile."""
+        """Record that the scheduler answers again. Signs of life could not arrive in the meantime."""
         self.last_progress = now = time.monotonic()
         self._losses.clear()
         for running in self._running.values():
             running.alive = now
 
     def _take_back_orphans(self) -> None:
-        """Take back partitions whose workers are all gone: the scheduler would keep them for those."""
+        """Take back partitions whose allowed workers are all gone, because the scheduler would keep them waiting."""
         for key, running in list(self._running.items()):
             if running.workers is not None and not running.workers & self._present.keys():
                 del self._running[key]
@@ -287,7 +287,7 @@ class _Window:
                 self._note_loss(running.task)
 
     def _note_loss(self, task: PartitionTask) -> None:
-        """Submit a partition again whose worker is gone, or that the scheduler forgot; not without end."""
+        """Resubmit a partition after its worker was lost or the scheduler forgot it, a limited number of times."""
         index = task.partition.index
         self._losses[index] = losses = self._losses.get(index, 0) + 1
         if losses <= self.job.retries + 1:
@@ -299,47 +299,47 @@ class _Window:
         )
 
     def note_life(self, index: int) -> None:
-        """Note that a partition is being scored."""
+        """Record that a partition is being scored."""
         self.last_progress = time.monotonic()
         for running in self._running.values():
             if running.task.partition.index == index:
                 running.alive = self.last_progress
 
     def check_stall(self) -> None:
-        """Raise ClusterError if the scheduler is lost, or nothing moves and no worker can be blamed."""
+        """Raise ClusterError if the scheduler is lost, or there is no progress and no worker is to blame."""
         if self.client.status != "running":
             raise scheduler_lost()
         now = time.monotonic()
         if self._later and not self._running and min(due for due, _ in self._later) > now:
-            # Nothing is expected to move before the next try; one that is due and finds no worker is a stall.
+            # No progress is expected before the next retry. A due retry that finds no worker is a stall.
             self.last_progress = now
         idle = now - self.last_progress
         if idle > self.job.stall_seconds and (not self._running or not self._held()):
             raise self._stalled(idle)
 
     def check_hung(self) -> None:
-        """Restart a worker whose partition gives no sign of life; its partitions are tried again on their own."""
+        """Restart a worker whose partition gives no sign of life. Its partitions are retried alone."""
         now = time.monotonic()
         if all(now - running.alive <= self.job.stall_seconds for running in self._running.values()):
             return
         held = self._held()
         for key, running in self._running.items():
             if key not in held:
-                # It waits at the scheduler.
+                # It is queued at the scheduler.
                 running.alive = now
         silent = {key for key, running in self._running.items() if now - running.alive > self.job.stall_seconds}
         workers = {held[key] for key in silent}
         again = {held[key] for key in silent if self._running[key].task.partition.index in self._alone}
         self._hung_in_a_row += len(workers - again)
         if self._hung_in_a_row > 1 and now - self.last_progress > self.job.stall_seconds:
-            # Several hang alike: it is what they read, write or compute with.
+            # Several workers hang in the same way, so the cause is their shared input, output or computation.
             raise self._stalled(now - self.last_progress)
         for worker in workers:
             self._give_up([key for key in self._running if held.get(key) == worker], worker)
             self.last_progress = now
 
     def _give_up(self, keys: list[str], worker: str) -> None:
-        """Take partitions from a worker that hangs, and restart it."""
+        """Take partitions from a hung worker, and restart it."""
         seconds = self.job.stall_seconds
         tasks = []
         for key in keys:
@@ -379,16 +379,16 @@ class _Window:
         )
 
     def _held(self) -> dict[str, str]:
-        """Return key → worker, of those that are with one."""
+        """Return key → worker for partitions assigned to one."""
         return {key: worker for key, worker in holders(self.client).items() if key in self._running}
 
     def release(self) -> None:
-        """Take back what has not finished: what nobody wants, the scheduler forgets."""
+        """Release unfinished futures, so that the scheduler forgets them."""
         for running in self._running.values():
             running.future.release()
 
     def _draw(self) -> PartitionTask | None:
-        """Return the next partition; None if there is none, or a stream has not come so far."""
+        """Return the next partition, or None if there is none or the stream has not reached it."""
         if self._exhausted:
             return None
         try:
@@ -405,7 +405,7 @@ class _Window:
         name = f"score-partition-{task.partition.name}-{attempt}-{self._token}"
         delayed = dask.delayed(run_on_worker, pure=False)(task, dask_key_name=name)
         chosen = self.roster.choose(self._present, index, time.monotonic())
-        # Named only where they must be: the scheduler does not queue what is meant for certain workers.
+        # Restricted only if necessary, because the scheduler does not queue tasks restricted to workers.
         workers = None if chosen == self._present.keys() else frozenset(chosen)
         future = self.client.compute(delayed, optimize_graph=False, workers=workers and sorted(workers))
         self._running[future.key] = _Running(task, future, workers)
@@ -418,7 +418,7 @@ class _Window:
             return
         worker = erred_on(self.client, future)
         if worker is None:
-            # The scheduler has forgotten where.
+            # The scheduler has forgotten the worker.
             self._note_loss(task)
             return
         if self._is_left_out(task, worker, error):
@@ -456,7 +456,7 @@ class _Window:
         )
 
     def _is_left_out(self, task: PartitionTask, worker: str, error: BaseException) -> bool:
-        """Leave out a worker that cannot score for this run; its partition is tried elsewhere."""
+        """Exclude a worker that cannot score for this run. Its partition is retried elsewhere."""
         full = no_room(error)
         if full is None and not isinstance(error, ClusterError):
             return False
@@ -515,17 +515,17 @@ class _Window:
             )
 
     def _workers(self) -> dict[str, Any]:
-        # Client.scheduler_info() lists five workers only, or waits for ever when the scheduler is gone.
+        # Client.scheduler_info() lists only five workers, or waits forever when the scheduler is gone.
         scheduler = self.client.scheduler
         found = call_scheduler(self.client, lambda: scheduler.identity(n_workers=-1), CALL_SECONDS)
         workers: dict[str, Any] = found["workers"]
         return workers
 
     def _room(self, now: float) -> int:
-        """Return how many partitions may be in flight: of workers that may be given one."""
+        """Return how many partitions may be in flight, counting the workers that may get one."""
         threads = {address: min(_PARTITIONS_EACH, int(worker["nthreads"])) for address, worker in self._present.items()}
         self._shared = self._shared or max(threads.values(), default=1) > 1
         if self._present and not self.roster.usable(self._present):
             return 0
-        # Without any worker one partition waits at the scheduler, where an adaptive cluster sees it.
+        # Without workers, one partition waits at the scheduler, where an adaptive cluster sees it.
         return max(1, sum(threads[address] for address in self.roster.choose(self._present, None, now)))

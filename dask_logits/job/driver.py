@@ -1,4 +1,4 @@
-"""Score what is missing: planned partitions through the cluster, receipts and failures into the figures of the run."""
+"""Score the missing partitions on the cluster, and record receipts, failures and figures of the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Done:
-    """What this driver's share holds already: partitions, their rows and sums."""
+    """Committed partitions of this driver's share, with their rows and sums."""
 
     indices: set[int] = dataclasses.field(default_factory=set)
     rows: int = 0
@@ -49,25 +49,25 @@ def score(
     only: frozenset[int] | None = None,
     bisects: bool = False,
 ) -> dict[int, str]:
-    """Score what is missing of this driver's share.
+    """Score the missing partitions of this driver's share.
 
     Parameters
     ----------
     job, cluster, calibration
-        What to do, where, and with which numerics.
+        The job, its cluster and its numerics.
     done
-        What is committed.
+        Committed partitions.
     reporter
         Writes the driver's status record.
     only
-        Partitions to take up; None: all that are missing.
+        Partitions to compute. None: all missing ones.
     bisects
-        Look for the rows that make a partition fail.
+        Search for the rows that make a partition fail.
 
     Returns
     -------
     dict
-        Partition index → reason, of those that failed or could not be read.
+        Partition index → reason, for those that failed or could not be read.
     """
     with _progress(job, done) as progress:
         driver = _Driver(job, done, progress, reporter, only, bisects)
@@ -103,7 +103,7 @@ def _progress(job: Job, done: Done) -> JobProgress:
 
 
 class _Driver:
-    """What is kept while partitions run: the plan as it grows, the stream read ahead, failures, figures."""
+    """State while partitions run: the growing plan, the read-ahead of a stream, failures, figures."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Driver:
         reporter.report("running")
 
     def planned(self) -> Iterator[Planned | None]:
-        """Yield the partitions that are due; None where a stream has not come so far."""
+        """Yield the partitions that are due, or None while a stream has not reached the next one."""
         job = self._job
         due = job.source.plan(self._log, job.partition_rows, self._is_wanted)
         if not job.source.streams:
@@ -140,7 +140,7 @@ class _Driver:
         return iter(self._ahead)
 
     def on_receipt(self, receipt: Json) -> None:
-        """Note a committed partition."""
+        """Record a committed partition."""
         statistics = Statistics.from_json(receipt["statistics"])
         self._progress.partition(statistics)
         logger.info(
@@ -157,7 +157,7 @@ class _Driver:
         self._settle(receipt["partition"])
 
     def on_failure(self, failure: Failure) -> None:
-        """Note a partition that failed for good."""
+        """Record a permanently failed partition."""
         self.failed[failure.index] = failure.reason
         note_failure(self._job.run, failure)
         if self._bisects and failure.task is not None and not failure.rows:
@@ -166,7 +166,7 @@ class _Driver:
             self._settle(failure.index)
 
     def on_rows(self, failure: Failure) -> None:
-        """Note which rows are the cause of a failure."""
+        """Record the rows that caused a failure."""
         if failure.rows:
             rows = ", ".join(str(row) for row in failure.rows)
             self.failed[failure.index] = f"{failure.reason}; because of dataset rows {rows}"
@@ -174,13 +174,13 @@ class _Driver:
         self._settle(failure.index)
 
     def on_turn(self) -> bool:
-        """Give a sign of life; return whether the source was read on."""
+        """Update the status record. Return whether reading has advanced."""
         self._reporter.tick()
         before, self._passed = self._passed, self._job.source.passed
         return self._passed != before
 
     def close(self) -> None:
-        """End the reading and log where the time went."""
+        """Stop reading, and log where the time went."""
         if self._seconds:
             logger.info("time of the workers: %s", shares(self._seconds))
         if self._ahead is not None:
@@ -188,12 +188,12 @@ class _Driver:
 
     def _is_wanted(self, index: int) -> bool:
         anew = self._log.replanned_from is not None and index >= self._log.replanned_from
-        # What is planned anew was not in the ledger of failures under its new number.
+        # A replanned partition was not in the failure ledger under its new index.
         chosen = self._only is None or index in self._only or anew
         return chosen and self._job.share.owns(index) and (anew or index not in self._done.indices)
 
     def _settle(self, index: int) -> None:
-        # A partition that failed is spooled anew when it is taken up.
+        # A failed partition is spooled again when it is retried.
         (self._job.run.spool_path / f"{index:06d}.arrow").unlink(missing_ok=True)
         if self._ahead is not None:
             self._ahead.settle(index)
@@ -205,7 +205,7 @@ class _Driver:
 def tasks(
     job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[Failure], None]
 ) -> Iterator[PartitionTask | None]:
-    """Yield the tasks of all partitions that are due, in order; None where a stream has not come so far."""
+    """Yield the tasks of all due partitions, in order, or None while a stream has not reached the next one."""
     numerics = calibration["numerics"]
     of_run = run_id(job)
     teacher = teacher_spec(
@@ -254,7 +254,7 @@ def run_id(job: Job) -> str:
 
 
 def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:
-    """Say which teacher a worker loads, and how."""
+    """Return the specification of the teacher for a worker."""
     folder = Path(str(job.config.teacher.model_path)).expanduser()
     return TeacherSpec(
         path=str(folder.absolute()) if folder.is_dir() else str(job.config.teacher.model_path),

@@ -1,8 +1,8 @@
-"""How long a plan takes: from the run's calibration, else estimated from this machine's matrix products.
+"""Forecast the duration of a plan, from the run's calibration or from this machine's matrix products.
 
-A forward pass of a dense teacher does two floating-point operations for each parameter and token. The rate of this
-machine is measured with matrix products that take a fraction of a second. Scoring reaches less than half of it. The
-estimate is right within a factor of three, and says so.
+A forward pass of a dense teacher takes two floating-point operations per parameter and token. This machine's rate is
+measured with matrix products that take a fraction of a second. Scoring reaches less than half of it. The estimate is
+right within a factor of three, and the output says so.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dask_logits.teacher.checkpoint import resolve_dtype
 _TYPICAL_SHARE = 0.4
 _MEASURE_SECONDS = 0.3
 _FIRST_WIDTH, _WIDEST = 256, 4096
-# The fastest counts: the first warms up, others may be interrupted.
+# The fastest counts, because the first warms up and others may be interrupted.
 _REPEATS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The expected speed of a job.
+    """Expected speed of a job.
 
     Parameters
     ----------
     tokens_per_second
-        Of each worker.
+        Rate of each worker.
     is_measured
-        Whether it is the speed of the run's calibration.
+        Whether the speed comes from the run's calibration.
     """
 
     tokens_per_second: float
@@ -40,7 +40,7 @@ class Forecast:
 
 
 def forecast(job: Job) -> Forecast | None:
-    """Return the expected speed; None where the job joins workers that have not been measured."""
+    """Return the expected speed, or None if the job joins workers that have not been measured."""
     calibration = job.run.calibration()
     if calibration is not None and not job.config.teacher.generation.force_regenerate:
         return Forecast(tokens_per_second=float(calibration["tokens_per_second"]), is_measured=True)
@@ -57,8 +57,8 @@ def forecast(job: Job) -> Forecast | None:
 def matrix_flops(dtype: str, device: str, threads: int) -> float:
     """Measure the floating-point operations per second of a matrix product, within about a second.
 
-    The width doubles until a product takes long enough to be timed. A CPU without units for `dtype` is measured at a
-    small width only, because a wide product would take minutes there.
+    The width doubles until a product takes long enough to be timed. A CPU without units for `dtype` is measured only
+    at a small width, because a wide product would take minutes.
     """
     import torch
 
@@ -89,7 +89,7 @@ def _product_seconds(a_DD: object) -> float:
 
 
 def forecast_lines(job: Job) -> list[str]:
-    """Write speed and duration for people."""
+    """Format speed and duration for display."""
     expected = forecast(job)
     if expected is None:
         return ["time          unknown until the calibration has measured the speed of the joined workers"]

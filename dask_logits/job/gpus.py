@@ -1,4 +1,4 @@
-"""GPUs of this machine and of workers: count them, group them, and refuse groups that overlap."""
+"""GPUs of this machine and of workers: count them, group them, and refuse overlapping groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def visible_gpus() -> int:
-    """Count the GPUs this process may use, without starting CUDA."""
+    """Count the GPUs available to this process, without starting CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None and named.strip() in ("", "-1", "NoDevFiles"):
         return 0
@@ -34,12 +34,12 @@ def visible_gpus() -> int:
 
 
 def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
-    """Return the device of a cluster made on this machine.
+    """Return the device of a local cluster.
 
     Raises
     ------
     ClusterError
-        If a GPU is asked for and none is visible.
+        If a GPU is requested and none is visible.
     """
     if generation.device == "cpu" or cluster.kind == "local_cpu":
         return "cpu"
@@ -63,20 +63,20 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
 
 
 def cores() -> int:
-    """Return the CPU cores this process may use, by its affinity and its control group."""
+    """Return the CPU cores available to this process, by its affinity and its control group."""
     from dask.system import CPU_COUNT
 
     return int(CPU_COUNT)
 
 
 def named_gpus(generation: GenerationConfig) -> list[str]:
-    """Return the GPUs of this machine that may be used: those named, or all that are visible."""
+    """Return the GPUs of this machine to use: the configured ones, or all visible ones."""
     named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
 
 
 def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
-    """Return each worker's GPUs; a static worker takes one group.
+    """Return each worker's GPUs. A static worker uses one group.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
 
 
 def grouped_cluster(base: type) -> Any:
-    """Make a cluster whose workers see their own GPUs and no others; dask-cuda lets each see all, its own first."""
+    """Create a cluster class whose workers see only their own GPUs. dask-cuda shows all, the worker's own first."""
 
     class GroupedCUDACluster(base):  # type: ignore[misc]
         def __init__(self, groups: list[list[str]], **settings: Any) -> None:
@@ -114,18 +114,18 @@ def grouped_cluster(base: type) -> Any:
 
 
 class WorkerFacts(NamedTuple):
-    """What a worker has.
+    """Resources of a worker.
 
     Parameters
     ----------
     host
         Its machine.
     cores
-        CPU cores it may use; other workers of the machine may use them too.
+        CPU cores available to it, possibly shared with other workers of the machine.
     gpus
-        GPUs it sees, the one it uses first.
+        Visible GPUs, starting with the one used first.
     environments
-        Device → environment in which it would score there.
+        Device → environment for scoring on it.
     """
 
     host: str
@@ -135,7 +135,7 @@ class WorkerFacts(NamedTuple):
 
 
 def worker_facts() -> WorkerFacts:
-    """Return what this process has, called on a worker."""
+    """Return the resources of this process. Called on a worker."""
     import socket
 
     import torch
@@ -148,7 +148,7 @@ def worker_facts() -> WorkerFacts:
 
 
 def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
-    """Refuse workers that would need each other's GPUs, or have too few."""
+    """Refuse workers with too few GPUs or overlapping groups."""
     if gpus_per_worker == 1:
         return
     cure = (

@@ -1,7 +1,7 @@
-"""Refuse a job that a launcher of parallel programs started several times.
+"""Refuse a job that was started several times by a launcher of parallel programs.
 
 ``torchrun``, ``accelerate launch``, ``mpirun`` and ``srun`` start one process for each GPU. This job is started once
-and makes its own workers. Several equal drivers would only meet at the lock of the run folder.
+and creates its own workers. Several equal drivers would only compete for the lock of the run folder.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dask_logits.config import GenerationConfig
 from dask_logits.errors import ClusterError
 
-# Launcher → its variables for the index of a process and their number. In a Slurm batch script SLURM_NTASKS is set too,
-# so only the variable that srun sets for its step counts.
+# Launcher → its variables for the index of a process and their number. A Slurm batch script also has SLURM_NTASKS, so
+# only the variable that srun sets for its step counts.
 _LAUNCHERS = {
     "torchrun or accelerate launch": ("RANK", "WORLD_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -22,14 +22,14 @@ _PREFIX = "distillation.teacher.generation"
 
 
 def check_launcher(generation: GenerationConfig, environment: Mapping[str, str]) -> None:
-    """Refuse one of several processes of a launcher, unless it is a static worker.
+    """Refuse to run as one of several processes of a launcher, unless this is a static worker.
 
     Parameters
     ----------
     generation
-        Settings; a static worker has its share of the partitions.
+        Settings. A static worker has its share of the partitions.
     environment
-        Variables of this process.
+        Environment variables of this process.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""Settings and data → a prepared job: all that can be known, and refused, before the first forward pass.
+"""Prepare a job from settings and data, with all checks that are possible before the first forward pass.
 
-Nothing on disk changes here, so ``plan`` is this and a printout.
+Nothing on disk is changed, so ``plan`` only calls this module and prints the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dask_logits.worker.calibrate import auto_budgets
 logger = logging.getLogger(__name__)
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Rows in which a column must have something.
+# First rows, in which a column must not be empty.
 _LOOKED_AT_ROWS = 10_000
 
 
@@ -53,19 +53,19 @@ class Job:
     Parameters
     ----------
     config
-        Its settings.
+        Settings of the job.
     run, share
-        Its folder, and the partitions in it that this driver takes.
+        Run folder, and the partitions assigned to this driver.
     source, tokenizer, tokenizer_spec, items, teacher
-        What was found, and how rows become items.
+        Inspected inputs, and the conversion of rows to items.
     n_rows, rows_note
-        Rows as far as they are known, and how they are known.
+        Number of rows if known, and its origin.
     partition_rows, estimate
-        How rows are cut, and what that takes.
+        Partition size, and estimated resources.
     what, numerics
-        What is computed, and the numerics asked for: both recorded, compared on resume.
+        Settings that determine the result, and requested numerics. Both are recorded and compared on resume.
     device, n_workers
-        Expected for a cluster on this machine; n_workers is 0 where a scheduler is joined.
+        Expected values for a local cluster. n_workers is 0 if a scheduler is joined.
     """
 
     config: Config
@@ -87,19 +87,19 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what is computed, but for the rows: those are the plan's."""
+        """Digest of the settings that determine the result, except for the rows, which the plan identifies."""
         return fingerprint(self.what)
 
 
 def settings_of(run: RunFolder, log: PlanLog) -> Json:
-    """Return the settings a run was made with, for the folder and the rows that it has now.
+    """Return the original settings of a run, updated to its current folder and rows.
 
-    What was allowed for one start only, to replace a run or to take over a lease, is not.
+    Permissions for a single start, to replace a run or to take over a lease, are dropped.
 
     Raises
     ------
     RunConflictError
-        If the folder holds no run.
+        If the folder contains no run.
     """
     manifest = run.manifest()
     if manifest is None:
@@ -110,7 +110,7 @@ def settings_of(run: RunFolder, log: PlanLog) -> Json:
     dataset = dict(how["dataset"])
     limit = dataset["max_samples"]
     if isinstance(limit, int) and limit < log.n_rows:
-        # The run has grown since.
+        # The run has grown since then.
         dataset["max_samples"] = "all" if log.end == "exhausted" else log.n_rows
     return {**how, "teacher": teacher, "dataset": dataset, "job": {**how["job"], "takeover": False}}
 
@@ -122,7 +122,7 @@ def prepare(
     on_step: Callable[[str], None] = lambda step: None,
     count_seconds: float = 0.0,
 ) -> Job:
-    """Look at teacher, tokenizer and data and draw up the job.
+    """Inspect teacher, tokenizer and data, and build the job.
 
     Parameters
     ----------
@@ -133,12 +133,12 @@ def prepare(
     on_step
         Called with a description of each step when it begins.
     count_seconds
-        How long the rows of a Parquet stream may be counted for the estimate; 0: not at all.
+        Time limit for counting the rows of a Parquet stream for the estimate. 0: no counting.
 
     Raises
     ------
     DaskLogitsError
-        Whatever the user has to change: a setting, the teacher, the data, the device.
+        If the user must change a setting, the teacher, the data or the device.
     """
     generation = config.teacher.generation
     run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
@@ -242,7 +242,7 @@ def prepare(
 
 
 def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
-    """Return the rows of a Parquet stream, extrapolated from the files that were looked at in time."""
+    """Return the rows of a Parquet stream, extrapolated from the files counted in time."""
     counted, n_files = source.count_rows(seconds)
     limit = source.limit
     if limit is not None and counted >= limit:
@@ -254,7 +254,7 @@ def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
 
 
 def _check_filled(source: Source) -> None:
-    """Refuse rows that the teacher could not even be calibrated with."""
+    """Refuse rows that are insufficient even for the calibration."""
     looked_at = 0
     for value in itertools.islice(source.head(), _LOOKED_AT_ROWS):
         if value and not isinstance(value, BadRow):
@@ -267,7 +267,7 @@ def _check_filled(source: Source) -> None:
 
 
 def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Json | None) -> Config:
-    """Settle ``max_length``: of a run that was begun, what it was begun with."""
+    """Determine ``max_length``. An existing run keeps its original value."""
     dataset = config.dataset
     if dataset.max_length != "auto":
         return config
@@ -303,7 +303,7 @@ def _item_settings(dataset: DatasetConfig) -> ItemSettings:
 
 
 def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size: int) -> ItemSettings:
-    """Settle the token between packed documents."""
+    """Determine the token between packed documents."""
     if items.packing == "none":
         return items
     separator = items.separator_id
@@ -320,7 +320,7 @@ def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size
 
 
 def _partition_rows(config: Config, source: Source, tokens_per_row: float, manifest: Json | None) -> int:
-    """Return the rows of a partition; what was settled by ``auto`` stays, however many rows there are now."""
+    """Return the rows of a partition. A value chosen by ``auto`` is kept, even if the number of rows has changed."""
     if source.streams:
         return config.dataset.streaming_chunk_size
     if config.partition.rows != "auto":
@@ -336,9 +336,9 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
     Parameters
     ----------
     job
-        Whose folder.
+        The job with the folder.
     writes
-        Whether it will be written to.
+        Whether the folder will be written.
 
     Raises
     ------
@@ -365,7 +365,7 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
         )
     manifest = job.run.manifest()
     if manifest is None:
-        # A driver that was killed during its calibration leaves its status record.
+        # A driver killed during its calibration leaves its status record.
         ours = job.run.driver_statuses()
         foreign = [name for name in RUN_NAMES if (job.run.path / name).exists() and name not in ours]
         if foreign:

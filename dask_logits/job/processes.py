@@ -1,8 +1,8 @@
-"""Start of worker processes: without the caller's main module.
+"""Start worker processes without the caller's main module.
 
-``multiprocessing`` has each new process import the main module of its parent. A script without a main guard would then
-start the job again in every worker, and after a script was edited or deleted no worker could be replaced. Workers need
-nothing from that module: tasks are functions of this package, and objects of the main module are pickled by value.
+``multiprocessing`` makes each new process import the main module of its parent. A script without a main guard would
+then start the job again in every worker, and after the script was edited or deleted no worker could be replaced.
+Workers do not need that module: tasks are functions of this package, and its objects are pickled by value.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from distributed.utils import silence_logging_cmgr
 
 from dask_logits.errors import ClusterError
 
-# The name that distributed 2026.7.1 gives to worker processes.
+# Name of worker processes in distributed 2026.7.1.
 WORKER_NAME = "Dask Worker process (from Nanny)"
-# Terminals and launchers send these to workers, too; the driver alone acts on them, and ends its workers.
+# Terminals and launchers send these to workers, too. Only the driver acts on them, and ends its workers.
 _DRIVER_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# Workers have started, or failed to, after that time.
+# By this time, workers have started or failed to start.
 _START_SECONDS = 60.0
 
 _lock = threading.Lock()
@@ -38,10 +38,10 @@ _with_main_module = spawn.get_preparation_data
 
 @contextlib.contextmanager
 def without_main_module() -> Iterator[None]:
-    """Start Dask's worker processes without the caller's main module, restarts included.
+    """Start Dask's worker processes without the caller's main module, including restarts.
 
-    Other processes that the caller starts meanwhile are not affected. distributed 2026.7.1 has no setting for it, and
-    the start methods ``spawn`` and ``forkserver`` both prepare a process with the same function.
+    Other processes started by the caller in the meantime are not affected. distributed 2026.7.1 has no setting for
+    this, and the start methods ``spawn`` and ``forkserver`` both prepare a process with the same function.
     """
     _start_resource_tracker()
     user = object()
@@ -61,7 +61,7 @@ def _prepare(name: str) -> dict[str, Any]:
     data: dict[str, Any] = _with_main_module(name)
     if name == WORKER_NAME:
         if threading.current_thread() is not threading.main_thread():
-            # A thread of distributed for this process alone, which inherits the mask.
+            # A thread that distributed creates for this process alone. The process inherits its mask.
             signal.pthread_sigmask(signal.SIG_BLOCK, _DRIVER_SIGNALS)
         for key in ("init_main_from_name", "init_main_from_path"):
             data.pop(key, None)
@@ -69,7 +69,7 @@ def _prepare(name: str) -> dict[str, Any]:
 
 
 def _start_resource_tracker() -> None:
-    """Start the process in which ``multiprocessing`` counts semaphores, so that a closed terminal does not end it."""
+    """Start the semaphore tracker process of ``multiprocessing`` such that a closed terminal does not end it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _DRIVER_SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -78,7 +78,7 @@ def _start_resource_tracker() -> None:
 
 
 def start_cluster(kind: Any, settings: dict[str, Any]) -> Any:
-    """Make a local cluster; one whose start is interrupted is closed in the background.
+    """Start a local cluster. If the start is interrupted, the cluster is closed in the background.
 
     Parameters
     ----------
@@ -87,12 +87,12 @@ def start_cluster(kind: Any, settings: dict[str, Any]) -> Any:
     settings
         Arguments of its constructor.
     """
-    # The object is needed where its constructor is interrupted.
+    # Created separately, because the object is needed if its constructor is interrupted.
     cluster = kind.__new__(kind)
     try:
         cluster.__init__(**settings)
     except KeyboardInterrupt:
-        # distributed 2026.7.1 fails to close it at the end of the process while a worker starts.
+        # distributed 2026.7.1 cannot close it at process exit while a worker starts.
         cluster.shutdown_on_close = False
         threading.Thread(target=_close_later, args=(cluster,), daemon=True, name="dask_logits-close").start()
         raise
@@ -112,26 +112,26 @@ def _close_later(cluster: Any) -> None:
 def close_cluster(cluster: Any, seconds: float) -> None:
     """Kill the workers of a local cluster and close it.
 
-    A worker of distributed 2026.7.1 that is asked to end hangs in the end of its interpreter until it is killed 4 s
-    later. Workers hold nothing that a job needs: a partition that is being scored is scored again by the next start.
+    A worker of distributed 2026.7.1 that is asked to stop hangs at interpreter exit until it is killed 4 s later.
+    Workers hold no data needed by a job: the next start scores an unfinished partition again.
 
     Parameters
     ----------
     cluster
         A ``LocalCluster`` or ``LocalCUDACluster``.
     seconds
-        Time for closing what remains.
+        Time limit for closing the rest.
 
     Raises
     ------
     TimeoutError
-        If it took longer. Its processes end with this one.
+        If the limit is exceeded. Its processes end with this one.
     """
 
     async def kill_workers() -> None:
         for nanny in cluster.workers.values():
             if isinstance(nanny, Nanny):
-                # Or it would start another worker.
+                # Otherwise it would start another worker.
                 nanny.close_gracefully(reason="the job has ended")
                 if nanny.pid is not None:
                     with contextlib.suppress(ProcessLookupError):
@@ -143,7 +143,7 @@ def close_cluster(cluster: Any, seconds: float) -> None:
 
 
 def check_can_start_processes() -> None:
-    """Refuse to start workers inside a process that may not start any.
+    """Refuse to start workers inside a process that cannot start any.
 
     Raises
     ------

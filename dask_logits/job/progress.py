@@ -1,6 +1,6 @@
 """Progress of a job on stderr: a live display on a terminal, plain lines in a log file.
 
-The log and the progress share one console. With two, every log line would leave a dead copy of the bar behind.
+The log and the progress display share one console. With two, every log line would leave a stale copy of the bar.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _PLAIN_SECONDS = 10.0
 
 @functools.cache
 def stderr_console() -> Console:
-    """Return the console that the log and the progress of this process share."""
+    """Return the console shared by the log and the progress display of this process."""
     return Console(stderr=True)
 
 
 class Steps:
-    """Shows the steps of something that takes a while: a live line on a terminal, else a line for each step.
+    """Shows the steps of a long operation: a live line on a terminal, else one line per step.
 
     Parameters
     ----------
     title
-        What takes a while.
+        Name of the operation.
     is_live
-        Whether a terminal shows a live line; not where other libraries write to the terminal meanwhile.
+        Whether a terminal shows a live line. False if other libraries write to the terminal in the meantime.
     console
-        Where to show it; None: stderr.
+        Output console. None: stderr.
     """
 
     def __init__(self, title: str, *, is_live: bool = True, console: Console | None = None) -> None:
@@ -92,15 +92,15 @@ class JobProgress:
     Parameters
     ----------
     partitions
-        In the plan; None while nobody knows, as the attribute may be set later.
+        Number in the plan. None if unknown. The attribute may be set later.
     done
-        Sums over what was committed before.
+        Sums over partitions committed earlier.
     committed
-        Partitions committed before.
+        Number of partitions committed earlier.
     expected_tokens
-        Estimate for the whole job; None: nobody knows.
+        Estimate for the whole job. None if unknown.
     console
-        Where to; None: stderr.
+        Output console. None: stderr.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class JobProgress:
             self._live.stop()
 
     def tokens(self, count: int) -> None:
-        """Note tokens scored in a partition that is still running."""
+        """Record tokens scored in a partition still running."""
         self._running += count
         self._show()
 
     def partition(self, statistics: Statistics) -> None:
-        """Note a committed partition."""
+        """Record a committed partition."""
         self._committed += 1
         self._sums += statistics
         self._running = max(0, self._running - statistics.tokens)
@@ -156,12 +156,12 @@ class JobProgress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens committed or scored since the start, by the clock."""
+        """Tokens committed or scored since the start, per second of wall-clock time."""
         elapsed = time.monotonic() - self._started
         return (self._sums.tokens - self._before + self._running) / elapsed if elapsed > 0 else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return the figures for a file: counts, tokens/s by the clock, seconds left (None: nobody knows)."""
+        """Return the figures for a file: counts, tokens/s in wall-clock time, seconds left (None: unknown)."""
         scored = self._sums.tokens + self._running
         rate = self.tokens_per_second
         known = self._expected is not None and rate > 0

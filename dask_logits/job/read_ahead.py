@@ -1,4 +1,4 @@
-"""A stream is read by a thread, ahead of its scoring as far as it may be and no further."""
+"""Bounded read-ahead of a stream in a background thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from dask_logits.data.source import Planned
 
-# Look-ahead in bytes of spooled rows, however many documents that is.
+# Maximum read-ahead in bytes of spooled rows, regardless of the number of documents.
 _SPOOL_BYTES = 2 << 30
 _STOP_SECONDS = 5.0
 
@@ -19,10 +19,9 @@ class ReadAhead:
     Parameters
     ----------
     planned
-        What to draw from; only the thread touches it.
+        Iterator to draw from, used only by the thread.
     documents
-        Draw while no more rows than this wait to be taken; None: nothing is spooled, and one partition that waits is
-        enough.
+        Maximum number of waiting rows. None: nothing is spooled, and one waiting partition is enough.
     """
 
     def __init__(self, planned: Iterator[Planned], documents: int | None) -> None:
@@ -37,12 +36,12 @@ class ReadAhead:
         self._thread.start()
 
     def __iter__(self) -> Iterator[Planned | None]:
-        """Yield partitions; None where none is ready yet.
+        """Yield partitions, or None while none is ready.
 
         Raises
         ------
         BaseException
-            Whatever reading raised, once everything drawn before it was yielded.
+            Any error of reading, after all earlier partitions were yielded.
         """
         while True:
             with self._changed:
@@ -55,13 +54,13 @@ class ReadAhead:
             yield planned
 
     def settle(self, index: int) -> None:
-        """Note that a partition was committed or has failed: another may be drawn for it."""
+        """Record that a partition was committed or has failed, so that another may be drawn."""
         with self._changed:
             self._unsettled.pop(index, None)
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread; a read that hangs is left to the end of the process."""
+        """End the thread. A read that hangs is left until the process ends."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -87,7 +86,7 @@ class ReadAhead:
                         return
                     self._unsettled[planned.partition.index] = planned
                     self._ready.append(planned)
-        # The driver's thread raises it.
+        # Raised in the driver's thread.
         except BaseException as error:  # noqa: BLE001
             self._error = error
         finally:

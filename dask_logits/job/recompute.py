@@ -1,4 +1,4 @@
-"""Whether a cache or a run is good: its files are checked, and rows scored again if that is asked for.
+"""Verify a cache or run: checksums and invariants, with optional re-scoring of random rows.
 
 Dimension letters: N positions, K kept entries, V vocabulary, T = V − K.
 """
@@ -34,34 +34,34 @@ from dask_logits.teacher.scoring import score_items
 from dask_logits.worker.environment import describe, differences, environment
 from dask_logits.worker.task import PartitionTask
 
-# Positions of a row whose whole distribution is computed.
+# Positions of a row for which the whole distribution is computed.
 _DENSE_TOKENS = 64
-# Root mean square difference up to which targets of another environment count as equal. The same text in another batch
-# moves log-probs by 0.03 nats in bfloat16; codes of the compact profile jump by a step where a value is near its edge.
+# Maximum root mean square difference for equal targets of another environment. The same text in another batch changes
+# log-probs by 0.03 nats in bfloat16. Codes of the compact profile jump by a step if a value is near its edge.
 _NEAR_NATS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.1}
 
 
 def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
-    """Check a cache, an index over several, or a run folder.
+    """Verify a cache, an index over several, or a run folder.
 
     Parameters
     ----------
     path
-        Which.
+        The cache, index or run folder.
     recompute
-        Dataset rows, drawn at random, that are scored again with the teacher; only of a run folder.
+        Number of random dataset rows to re-score with the teacher. Only for a run folder.
     seed
-        What they are drawn from.
+        Seed of the random selection.
 
     Returns
     -------
     Report
-        ``ok`` tells whether all is well.
+        ``ok`` is True if all checks passed.
 
     Raises
     ------
     DaskLogitsError
-        If there is nothing to check, or the rows cannot be scored here.
+        If there is nothing to verify, or the rows cannot be scored here.
     """
     if recompute < 0:
         raise ConfigError(f"recompute: expected a number of rows from 0, got {recompute}")
@@ -76,11 +76,11 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
 
 
 def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], Check, list[str]]:
-    """Score random rows again with the run's teacher and frozen numerics.
+    """Re-score random rows with the run's teacher and frozen numerics.
 
-    The rows' whole partitions are scored, in the batches they were scored in. "Live" is what comes out before it is
-    stored; it is compared with the cache, and with the same rows scored one by one, which is the noise floor: the same
-    text in another batch moves the last bits. The cost of keeping K entries is KL(p ‖ q) in nats, p the teacher's
+    The rows' whole partitions are scored in their original batches. "Live" is the result before storage. It is compared
+    with the cache, and with the same rows scored one by one, which gives the noise floor: the same text in another
+    batch changes the last bits. The cost of keeping K entries is KL(p ‖ q) in nats, where p is the teacher's
     distribution and q its kept entries with the rest of the mass spread evenly over the other ids, at the first
     positions of each row.
 
@@ -89,26 +89,26 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     run
         A complete run whose dataset and teacher can be read here.
     n_rows
-        Rows, drawn without replacement.
+        Number of rows, drawn without replacement.
     seed
-        What they are drawn from.
+        Seed of the random selection.
     scratch
-        A folder for rows of a stream; the run's stays as it is.
+        A folder for rows of a stream. The run's own is not changed.
 
     Returns
     -------
     dict
         Figures.
     Check
-        Whether the cache holds exactly what comes out now; of partitions that were scored in another environment than
-        this process has, whether it is near.
+        Whether the cache equals the recomputed targets exactly, or approximately for partitions scored in another
+        environment than this process's.
     list
-        Partitions that are near only, with what differs between the environments.
+        Partitions that are equal only approximately, with the differences between the environments.
 
     Raises
     ------
     RunConflictError
-        If the run has no cache, was scored on another device, or its settings do not fit any more.
+        If the run has no cache, was scored on another device, or no longer matches its settings.
     """
     log = PlanLog(dataclasses.replace(run, scratch=scratch))
     state, calibration = RunState.find(run, log), run.calibration()
@@ -175,7 +175,7 @@ Targets = tuple[Array, Array]
 
 
 class _Differences:
-    """How far two sets of targets for the same positions are apart, at the ids that both keep."""
+    """Differences between two sets of targets for the same positions, at the ids kept by both."""
 
     def __init__(self) -> None:
         self.positions = self.same_top1 = self.n_pairs = 0
@@ -194,7 +194,7 @@ class _Differences:
             self.squares += float((off**2).sum())
 
     def is_near(self, nats: float) -> bool:
-        """Whether the root mean square difference is at most so much."""
+        """Whether the root mean square difference is at most `nats`."""
         return self.n_pairs == 0 or (self.squares / self.n_pairs) ** 0.5 <= nats
 
     def figures(self, name: str) -> dict[str, float]:
@@ -209,7 +209,7 @@ class _Differences:
 
 
 def _score(task: PartitionTask, rows: list[int]) -> tuple[Records, dict[int, Targets], dict[int, Array]]:
-    """Score a partition as it was scored; and rows of it one by one, as they are and with the whole distribution."""
+    """Score a partition in its original batches, and some of its rows alone, both normally and in full."""
     texts = read_rows(task.files, task.column)
     documents = tokenize(texts, task.tokenizer, first_row=task.partition.first_row)
     teacher = load_teacher(task.teacher, task.scoring.vocab_size)

@@ -1,7 +1,7 @@
-"""The driver's status record: what it does and how far it is, in the run folder and as Dask events.
+"""The driver's status record: state and progress, in the run folder and as Dask events.
 
 The record is the first file of a run. It is written before the cluster starts, so that ``status`` and a notebook can
-show the calibration. A start that is refused leaves the file as it was.
+show the calibration. A refused start restores the previous file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Reporter:
     Parameters
     ----------
     job
-        Its job.
+        The job.
     """
 
     def __init__(self, job: Job) -> None:
         self.cluster: Cluster | None = None
         self.progress: JobProgress | None = None
-        # Partition → reason, of those that failed for good.
+        # Partition → reason, for permanent failures.
         self.failed: dict[int, str] = {}
         self._run = str(job.run.path)
         self._path = job.run.status_path(job.share)
@@ -45,7 +45,7 @@ class Reporter:
         self._at = 0.0
 
     def tick(self) -> None:
-        """Write the record, unless that was done a moment ago."""
+        """Write the record, unless it was written a moment ago."""
         if time.monotonic() - self._at >= _REPORT_SECONDS:
             self.report()
 
@@ -55,12 +55,12 @@ class Reporter:
         Parameters
         ----------
         state
-            ``starting``, ``calibrating``, ``running``, ``consolidating``, ``stopped``, ``failed`` or ``done``; None: as
-            before.
+            ``starting``, ``calibrating``, ``running``, ``consolidating``, ``stopped``, ``failed`` or ``done``. None:
+            unchanged.
         step
             Step of the calibration.
         reason
-            Why the driver failed.
+            Reason why the driver failed.
         """
         self._at = time.monotonic()
         if state is not None:
@@ -80,7 +80,7 @@ class Reporter:
         with contextlib.suppress(OSError):
             replace_json(self._path, facts)
         if self.cluster is not None and self.cluster.client.status == "running":
-            # For monitors that know the scheduler and not the folder. The window notices a lost scheduler.
+            # For monitors that know the scheduler but not the folder. The window detects a lost scheduler.
             client, message = self.cluster.client, {"run": self._run, **facts}
             with contextlib.suppress(ClusterError):
                 call_scheduler(
@@ -90,7 +90,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def reported(job: Job) -> Iterator[Reporter]:
-    """Report a driver from its start to its end; restore the earlier record if the start is refused."""
+    """Report a driver from its start to its end. Restore the earlier record if the start is refused."""
     path = job.run.status_path(job.share)
     before = None
     with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def reported(job: Job) -> Iterator[Reporter]:
             else:
                 reporter.report("failed", reason=first_line(error))
         else:
-            # Whatever refused the start is the error to show.
+            # The error to show is the one that refused the start.
             with contextlib.suppress(OSError):
                 if before is None:
                     path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Which workers get work: the retry policy, as decisions without input or output.
+"""The retry policy: which workers get work, as decisions without input or output.
 
-Chosen: a failure says something about a partition or about its worker, and only another worker can tell which. So a
-partition is retried on a worker that it has not failed on, and counts as bad only when it failed on two (or on the only
-one). A worker that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A
-worker that fails three times in a row, at last after others completed two of its partitions, gets no more work.
+The cause of a failure is the partition or its worker, and only another worker can tell which. Therefore a partition is
+retried on a worker where it has not failed, and counts as bad only after failing on two (or on the only one). A worker
+that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A worker that
+fails three times in a row, the last time after others completed two of its partitions, gets no more work.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dask_logits.run.failures import Kind
 
 _FIRST_REST_SECONDS = 2.0
 _LONGEST_REST_SECONDS = 60.0
-# Failures of a worker without a success between, and how many of these partitions others must have completed.
+# Failures of a worker without a success in between, and how many of these partitions others must have completed.
 _FAILURES_IN_A_ROW = 3
 _DONE_BY_OTHERS = 2
-# Workers that must be unable to load or run the teacher, or to fit a row into memory, before a partition fails for it.
+# Workers that must fail to load or run the teacher, or to fit a row into memory, before a partition fails permanently.
 _MOST_LOADS = 3
 
 
 def rest_seconds(failures: int) -> float:
-    """Return how long to wait after a number of failures.
+    """Return the waiting time after a number of failures.
 
     >>> [rest_seconds(failures) for failures in (1, 2, 5, 6, 50)]
     [2.0, 4.0, 32.0, 60.0, 60.0]
@@ -32,23 +32,23 @@ def rest_seconds(failures: int) -> float:
 
 
 def retry_after(kind: Kind, tried: Iterable[str], usable: Iterable[str], retries: int) -> float | None:
-    """Decide whether a partition that failed is tried again.
+    """Decide whether a failed partition is retried.
 
     Parameters
     ----------
     kind
-        Of its last failure: ``transient``, ``data`` or ``worker``.
+        Kind of its last failure: ``transient``, ``data`` or ``worker``.
     tried
-        Workers that it failed on, in order; the last one may be named several times.
+        Workers on which it failed, in order. The last one may be named several times.
     usable
-        Workers that may be given work.
+        Workers that may get work.
     retries
-        Setting.
+        The setting ``distillation.job.retries``.
 
     Returns
     -------
     float or None
-        Seconds to wait; None: it has failed for good.
+        Seconds to wait. None: it has failed permanently.
     """
     failures = list(tried)
     others = set(usable) - set(failures)
@@ -63,20 +63,20 @@ def retry_after(kind: Kind, tried: Iterable[str], usable: Iterable[str], retries
 
 @dataclass
 class Roster:
-    """What is known of the workers of a cluster.
+    """State of the workers of a cluster.
 
     Parameters
     ----------
     hosts
-        Address → name of the machine, where the worker has told it.
+        Address → name of the machine, if reported by the worker.
     left_out
-        Address → why this worker gets no work.
+        Address → reason why this worker gets no work.
     """
 
     hosts: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     _tried: dict[int, list[str]] = field(default_factory=dict)
-    # Failures in a row: worker → partition → when another worker completed it.
+    # Failures in a row: worker → partition → time when another worker completed it.
     _charges: dict[str, dict[int, float | None]] = field(default_factory=dict)
     _rests_until: dict[str, float] = field(default_factory=dict)
 
@@ -89,18 +89,18 @@ class Roster:
         return f"{worker} on {self.host(worker)}"
 
     def host(self, worker: str) -> str:
-        """Return the machine of a worker: its name, or the part of its address."""
+        """Return the machine of a worker: its name, or the host part of its address."""
         return self.hosts.get(worker) or worker.rpartition("://")[2].rpartition(":")[0] or worker
 
     def usable(self, present: Iterable[str]) -> set[str]:
-        """Return the workers that may be given work."""
+        """Return the workers that may get work."""
         return set(present) - self.left_out.keys()
 
     def choose(self, present: Iterable[str], index: int | None, now: float) -> set[str]:
-        """Return the workers that a partition may be given to now.
+        """Return the workers that may get a partition now.
 
-        Those that it failed on and those that rest are left out as long as others remain. A partition that failed
-        before goes to a worker without failures, if there is one.
+        Workers on which it failed and resting workers are skipped while others remain. A partition that failed before
+        is assigned to a worker without failures, if there is one.
         """
         usable = self.usable(present)
         awake = {worker for worker in usable if self._rests_until.get(worker, 0.0) <= now}
@@ -110,11 +110,11 @@ class Roster:
         return next((some for some in choices if some), usable)
 
     def tried(self, index: int) -> list[str]:
-        """Return the workers that a partition failed on; those that get no more work do not count."""
+        """Return the workers on which a partition failed, without excluded ones."""
         return [worker for worker in self._tried.get(index, []) if worker not in self.left_out]
 
     def note_failure(self, worker: str, index: int, *, started: float, now: float) -> str | None:
-        """Note that a partition failed on a worker; return why the worker is left out from now on, if it is."""
+        """Record a partition's failure on a worker. Return the reason if the worker gets no more work, else None."""
         self._tried.setdefault(index, []).append(worker)
         charges = self._charges.setdefault(worker, {})
         charges.pop(index, None)
@@ -128,7 +128,7 @@ class Roster:
         return reason
 
     def note_success(self, worker: str | None, index: int, now: float) -> None:
-        """Note that a partition was completed."""
+        """Record that a partition was completed."""
         self._tried.pop(index, None)
         if worker is not None:
             self._charges.pop(worker, None)
@@ -138,7 +138,7 @@ class Roster:
                 charges[index] = now
 
     def note_bad(self, index: int) -> None:
-        """Note that a partition has failed for good: that is no worker's fault."""
+        """Record that a partition has failed permanently, which is not the fault of a worker."""
         for worker in self._tried.pop(index, []):
             charges = self._charges.get(worker, {})
             charges.pop(index, None)
@@ -146,13 +146,13 @@ class Roster:
                 self._rests_until.pop(worker, None)
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Give workers no more work."""
+        """Exclude workers from further work."""
         self.left_out.update(reasons)
 
     def named(self) -> dict[str, str]:
-        """Return why workers are left out: address and host → reason."""
+        """Return address and host → reason, for excluded workers."""
         return {self.name(worker): reason for worker, reason in sorted(self.left_out.items())}
 
     def listed(self) -> str:
-        """Return the workers that are left out, one a line, with the reasons."""
+        """Return the excluded workers, one per line, with the reasons."""
         return "\n".join(f"  {worker}: {reason}" for worker, reason in self.named().items())

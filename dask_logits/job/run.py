@@ -1,8 +1,8 @@
-"""``generate``: prepare, calibrate, score every partition that is missing, consolidate.
+"""``generate``: prepare, calibrate, score all missing partitions, consolidate.
 
-The order of what touches the disk: nothing before every check and the calibration have passed; then the manifest, the
-frozen numerics, the plan as it grows, partition by partition its arrays and its receipt, the cache last. Whatever ends
-the process, the next start finds the files and does the rest.
+Writes are ordered: nothing before all checks and the calibration have passed, then the manifest, the frozen numerics,
+the plan as it grows, the arrays and receipt of each partition, and the cache last. After any interruption, the next
+start finds the files and does the rest.
 """
 
 from __future__ import annotations
@@ -60,64 +60,64 @@ from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrat
 logger = logging.getLogger(__name__)
 
 _WORKER = "distillation.teacher.generation.worker_id"
-# The calibration's trials, each at its bound, leave half of the time that it may take in all.
+# Divisor for a trial's time limit. All trials at their limits leave half of the calibration's total time.
 _TRIALS_IN_STALL = 8
 
 
 def generate(config: Config, dataset: Any = None) -> Path:
-    """Run the whole job, or what is left of it.
+    """Run the whole job, or the rest of it.
 
     Parameters
     ----------
     config
         Validated settings (:func:`dask_logits.load_config`).
     dataset
-        Instead of ``dataset.name``: an opened ``datasets.Dataset``, or a stream of rows (an ``IterableDataset``, an
+        Replaces ``dataset.name``: an opened ``datasets.Dataset``, or a stream of rows (an ``IterableDataset``, an
         iterator, a generator).
 
     Returns
     -------
     Path
-        The cache; of a static worker the run folder, whose parts :func:`dask_logits.merge` makes one cache.
+        The cache, or for a static worker the run folder. :func:`dask_logits.merge` builds one cache from its parts.
 
     Raises
     ------
     PartitionsFailedError
-        If some partitions could not be scored; all others are committed, and the next call takes up just those.
+        If some partitions could not be scored. All others are committed, and the next call retries only these.
     DaskLogitsError
-        Whatever else has to change before the job can run; nothing was written then.
+        If an input must be changed before the job can run. In that case, nothing was written.
     """
     return _generate(config, dataset)
 
 
 def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (), bisect: bool = False) -> Path:
-    """Take up just the partitions of a run that failed, with the settings it was made with.
+    """Retry only the failed partitions of a run, with its original settings.
 
     Parameters
     ----------
     path
         The run folder.
     dataset
-        As it was given to :func:`generate`; None: the run names it.
+        As passed to :func:`generate`. None: the run names it.
     overrides
-        Settings that are free to change, such as ``distillation.cluster.kind=local_cpu``; with ``worker_id``, only what
-        failed of that static worker's share is taken up.
+        Settings that are free to change, such as ``distillation.cluster.kind=local_cpu``. With ``worker_id``, only the
+        failures in that static worker's share are retried.
     bisect
-        Look for the rows that make a partition fail: halves of it are scored until single rows are left.
+        Find the rows that make a partition fail, by scoring halves of it down to single rows.
 
     Returns
     -------
     Path
-        As of :func:`generate`.
+        As returned by :func:`generate`.
 
     Raises
     ------
     RunConflictError
         If nothing failed, or other partitions are missing, too.
     PartitionsFailedError
-        If some failed again; of a run that static workers shared, in whatever share.
+        If some failed again, for a run shared by static workers in any share.
     DaskLogitsError
-        As :func:`generate`.
+        As raised by :func:`generate`.
     """
     run = RunFolder(expanded(path))
     log = PlanLog(run)
@@ -150,7 +150,7 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
     check_launcher(config.teacher.generation, os.environ)
     run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
     with room(run.path, begun=run.manifest_path.exists):
-        # Not watched: what is downloaded here is written by threads, for which this one waits.
+        # Not watched, because this thread waits for other threads that write downloads.
         with Steps("preparing", is_live=False) as steps:
             job = prepare(config, dataset, on_step=steps.show)
         check_folder(job)
@@ -161,7 +161,7 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
 def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
     config = job.config
     with _held(job):
-        # Again, now that nobody else can change the folder.
+        # Repeated, because no other process can change the folder from here on.
         undo_setting_aside(job.run)
         check_folder(job)
         log = PlanLog(job.run)
@@ -183,7 +183,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
 
 
 def _finish(job: Job, reporter: Reporter) -> Path:
-    """Write the cache; a static worker leaves that to the merge."""
+    """Write the cache. For a static worker, the merge does this."""
     config = job.config
     if job.share.total > 1:
         logger.info("share %d of %d of %s is complete", job.share.worker, job.share.total, job.run.path)
@@ -209,9 +209,9 @@ Start = Literal["fresh", "resume", "replace", "complete"]
 
 
 def _start(job: Job, state: RunState | None) -> Start:
-    """Say how this start relates to what the folder holds.
+    """Determine how to start, from the content of the folder.
 
-    A forced start goes on with what a forced start with the same settings has begun.
+    A forced start resumes an unfinished forced start with the same settings.
     """
     if state is None:
         return "fresh"
@@ -222,9 +222,9 @@ def _start(job: Job, state: RunState | None) -> Start:
 
 
 def _replaces(job: Job, state: RunState) -> bool:
-    """Whether the folder holds the beginnings of the very replacement that is asked for.
+    """Whether the folder holds an unfinished replacement with the requested settings.
 
-    They are told by the run they replace, or, where there was none, by having been forced and not being complete.
+    It is identified by the run that it replaces, or without one, by being forced and incomplete.
     """
     manifest = state.manifest
     same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
@@ -232,7 +232,7 @@ def _replaces(job: Job, state: RunState) -> bool:
     try:
         begun = has_previous(job.run) or (forced and not state.is_complete)
     except CacheError:
-        # A cache was there once; what is left of it is replaced.
+        # A cache existed, and its remains are replaced.
         begun = False
     if not same or not begun:
         return False
@@ -244,13 +244,13 @@ def _replaces(job: Job, state: RunState) -> bool:
 
 
 def _grows(job: Job, log: PlanLog) -> bool:
-    """Whether more rows are asked for than an earlier start's ``max_samples`` let in."""
+    """Whether more rows are requested than allowed by an earlier start's ``max_samples``."""
     return log.end == "max_samples" and job.source.n_rows != log.n_rows
 
 
 @contextlib.contextmanager
 def _ran() -> Iterator[None]:
-    """Mark errors from here on as failures of a job that ran, not as refusals."""
+    """Mark further errors as failures of a running job rather than refusals."""
     try:
         yield
     except DaskLogitsError as error:
@@ -260,7 +260,7 @@ def _ran() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(job: Job) -> Iterator[None]:
-    """Hold the share of the run for this driver; a start that was refused before its manifest leaves no trace."""
+    """Hold the share of the run for this driver. A start refused before its manifest leaves no trace."""
     run = job.run
     lock = run.path / lock_name(job.share)
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
@@ -278,7 +278,7 @@ def _held(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(job: Job) -> Iterator[None]:
-    """Hold whatever else somebody who is at work on the run would hold: a static worker's share, its consolidation."""
+    """Hold all other locks that users of the run could hold: static workers' shares and the consolidation."""
     total = (job.run.manifest() or {}).get("total_workers", 1)
     names = [CONSOLIDATION_LOCK, *(lock_name(Share(worker=worker, total=total)) for worker in range(total))]
     with contextlib.ExitStack() as held:
@@ -301,14 +301,14 @@ def _done(job: Job, state: RunState) -> Done:
 
 
 def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:
-    """Whether nothing is left to score, however the plan may still grow."""
+    """Whether nothing is left to score and the plan cannot grow."""
     return log.end is not None and not _grows(job, log) and len(done.indices) == job.share.count(log.n_partitions)
 
 
 def _run_cluster(
     job: Job, start: Start, done: Done, reporter: Reporter, only: frozenset[int] | None, bisects: bool
 ) -> dict[int, str]:
-    """Calibrate if need be and score what is missing; return what failed."""
+    """Calibrate if necessary, and score the missing partitions. Return the failures."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
     with open_cluster(
@@ -345,7 +345,7 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
 
 
 def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
-    """Settle the numerics on a worker."""
+    """Determine the numerics on a worker."""
     reporter.report("calibrating")
     generation = job.config.teacher.generation
     batch_tokens, head_rows = auto_budgets(cluster.device, generation.batch_tokens, generation.head_rows)
@@ -358,7 +358,7 @@ def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
         if tokens >= CALIBRATION_TOKENS:
             break
     else:
-        # A stream that ends so soon has no more, whatever its bound is.
+        # The stream has ended here, whatever its limit is.
         plan_tokens = tokens
     sequences = [item.tokens for item in make_items(documents, job.items)]
     task = CalibrationTask(
@@ -428,7 +428,7 @@ def _is_compact(job: Job) -> bool:
 
 
 def _tokens_each(job: Job, cluster: Cluster) -> int | None:
-    """Return the tokens one worker will score, None if nobody knows."""
+    """Return the tokens that one worker will score, or None if unknown."""
     if job.estimate.tokens is None:
         return None
     return job.estimate.tokens // (job.share.total * max(1, len(cluster.client.ncores())))
@@ -445,12 +445,12 @@ def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
 
 
 def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> None:
-    """Leave out workers of another environment than the run's; refuse if none remains.
+    """Exclude workers with another environment than the run's, and refuse if none remains.
 
     Raises
     ------
     RunConflictError
-        If the run was calibrated in another environment than all workers have.
+        If all workers have another environment than the calibration's.
     ClusterError
         If no worker has this release of the package.
     """
@@ -477,7 +477,7 @@ def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> 
 
 
 def _record(job: Job, calibration: Json) -> Json:
-    """Write the manifest, the id table and the numerics, unless they are there; return the numerics that hold."""
+    """Write the manifest, the id table and the numerics, unless they exist. Return the valid numerics."""
     created = create_json(
         job.run.manifest_path,
         {
@@ -498,7 +498,7 @@ def _record(job: Job, calibration: Json) -> Json:
         },
     )
     if not created:
-        # Another static worker may have been first since the folder was looked at.
+        # Another static worker may have been first since the last check of the folder.
         check_folder(job)
     if job.tokenizer:
         save_array(job.run.token_crcs_path, job.tokenizer.crcs)

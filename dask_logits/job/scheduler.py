@@ -1,7 +1,7 @@
-"""Calls to the scheduler and to one worker that come back, whatever happened to either.
+"""Scheduler and worker calls with timeouts.
 
-distributed goes on connecting for minutes to a scheduler that is gone, and waits for ever for a result that nobody
-computes any more.
+distributed keeps connecting to a lost scheduler for minutes, and waits forever for a result that is no longer being
+computed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ CALL_SECONDS = 20
 _RESTART_SECONDS = 60
 _POLL_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
-# The thread of a worker that computes. Dask's, whose threads do not keep a process from ending.
+# The computing thread of a worker. Dask's own executor is used, because its threads do not block process exit.
 SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 
 
 class SchedulerLostError(ClusterError):
-    """The client has no connection to its scheduler at the moment."""
+    """The client is currently not connected to its scheduler."""
 
 
 def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-    """Call the scheduler, and stop waiting when the client has lost it: distributed goes on connecting for minutes.
+    """Call the scheduler, and stop waiting when the client has lost it. distributed keeps connecting for minutes.
 
     Raises
     ------
     SchedulerLostError
-        If the scheduler is lost, or does not answer in ``seconds``.
+        If the scheduler is lost, or does not answer within ``seconds``.
     """
 
     async def call() -> Any:
@@ -67,14 +67,14 @@ def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], secon
 
 
 def holders(client: Client) -> dict[str, str]:
-    """Return key → address of the worker that it was sent to, of all tasks that are with one."""
+    """Return key → worker address for all tasks assigned to a worker."""
     scheduler = client.scheduler
     found = call_scheduler(client, lambda: scheduler.processing(workers=None), CALL_SECONDS)
     return {key: worker for worker, keys in found.items() for key in keys}
 
 
 def restart_worker(client: Client, address: str) -> None:
-    """Have a worker's nanny end it and start another; without a nanny it is closed.
+    """Restart a worker through its nanny. A worker without a nanny is closed.
 
     Raises
     ------
@@ -97,24 +97,24 @@ def restart_worker(client: Client, address: str) -> None:
 
 
 def result_of(client: Client, future: Future, seconds: float) -> Json:
-    """Fetch a result; where its worker has just died, another computes it first.
+    """Fetch a result. If its worker has just died, another worker computes it first.
 
     Raises
     ------
     ClusterError
-        If the scheduler is lost, or it took more than ``seconds``.
+        If the scheduler is lost, or the call took more than ``seconds``.
     """
     receipt: Json = call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
     return receipt
 
 
 def exception_of(future: Future) -> BaseException:
-    """Return what a future failed with.
+    """Return the exception of a failed future.
 
     Raises
     ------
     ClusterError
-        If nothing did: the scheduler is lost.
+        If there is none, because the scheduler is lost.
     """
     error: BaseException | None = future.exception() if future.status == "error" else None
     if error is None or isinstance(error, FutureCancelledError):
@@ -123,7 +123,7 @@ def exception_of(future: Future) -> BaseException:
 
 
 def erred_on(client: Client, future: Future) -> str | None:
-    """Return the worker on which a task raised its exception; None if the scheduler does not know.
+    """Return the worker on which a task raised its exception, or None if the scheduler does not know.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def erred_on(client: Client, future: Future) -> str | None:
         If the scheduler is lost.
     """
 
-    # Inside, so that it is sent whole: the scheduler may not have this package. (distributed 2026.7.1)
+    # Defined inside, so that it is pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
     def look_up(key: str, dask_scheduler: Any) -> str | None:
         state = dask_scheduler.tasks.get(key)
         return next(iter((state and state.erred_on) or ()), None)
@@ -145,22 +145,22 @@ def erred_on(client: Client, future: Future) -> str | None:
 def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], object] = lambda: None) -> None:
     """Wait until the scheduler answers again.
 
-    A scheduler whose machine refuses connections has ended, and that is noticed within 20 s. A machine that does not
-    answer may be cut off for a while, so it is waited for.
+    If the scheduler's machine refuses connections, the scheduler has ended, which is detected within 20 s. A machine
+    that does not answer may be cut off temporarily, so waiting continues.
 
     Parameters
     ----------
     client
-        The client; it reconnects by itself.
+        The client. It reconnects by itself.
     seconds
-        How long to wait.
+        Maximum waiting time.
     on_turn
         Called about once a second.
 
     Raises
     ------
     ClusterError
-        If it has not come back.
+        If it does not answer in time.
     """
     address = str(client.scheduler.address if client.scheduler is not None else client)
     logger.warning(
@@ -191,7 +191,7 @@ def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], obj
 
 
 def _refuses(address: str) -> bool:
-    """Whether the scheduler's machine answers, but nothing listens at its port."""
+    """Whether the scheduler's machine answers but refuses connections to its port."""
     try:
         host, port = get_address_host_port(address, strict=True)
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
@@ -203,7 +203,7 @@ def _refuses(address: str) -> bool:
 
 
 def scheduler_lost() -> SchedulerLostError:
-    """Return the error of a scheduler that is gone."""
+    """Return the error for a lost scheduler."""
     return SchedulerLostError(
         "distillation.cluster: expected a running scheduler, got none: it cancelled our work or its connection was "
         "lost; everything committed is kept, run the same command again"

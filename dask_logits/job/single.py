@@ -1,7 +1,7 @@
-"""Run one task on one worker, and on another if the first is lost, falls silent or cannot do it.
+"""Run one task on one worker, and on another if the first is lost, stops responding or fails.
 
-Chosen: a worker that has not been heard of for 30 s is not waited for; the task starts on another worker, too, and the
-first result counts. The number of attempts is bounded by ``distillation.job.retries``.
+A worker without a heartbeat for 30 s is not waited for: the task also starts on another worker, and the first result
+counts. The number of attempts is limited by ``distillation.job.retries``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STEPS_TOPIC = "dask_logits.steps."
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 1.0
 _SILENT_SECONDS = 30.0
-# Workers that end during a task before the reason is named.
+# Number of workers that end during a task before the likely cause is reported.
 _TWICE = 2
 
 
@@ -59,13 +59,13 @@ def run_one(
     client
         A connected client.
     function
-        Takes the argument and a function that it calls with a description of each of its steps.
+        Takes the argument, and a callback for descriptions of its steps.
     argument
-        Its argument.
+        Argument of the function.
     job
-        ``retries`` and ``stall_seconds``.
+        Settings. ``retries`` and ``stall_seconds`` are used.
     roster
-        Workers that get no work; None: all get it.
+        Workers that get no work. None: all get work.
     on_step
         Called in this thread with each step.
     on_turn
@@ -74,9 +74,9 @@ def run_one(
     Raises
     ------
     ClusterError
-        If the scheduler is lost, workers are lost again and again, or nothing came in ``stall_seconds``.
+        If the scheduler is lost, workers are lost repeatedly, or there is no result within ``stall_seconds``.
     DaskLogitsError
-        What the function raised on each worker it was tried on.
+        The function's error, if it failed on each worker that was tried.
     """
     task = _Task(client, function, argument, job, Roster() if roster is None else roster)
     steps: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -100,7 +100,7 @@ def run_one(
 
 
 class _View(NamedTuple):
-    """What the scheduler knows: seconds since each worker was heard of, and key → the worker that has the task."""
+    """The scheduler's view: seconds since each worker's last heartbeat, and key → worker with the task."""
 
     silent: Mapping[str, float]
     holders: Mapping[str, str]
@@ -124,9 +124,9 @@ class _Task:
     roster: Roster
     topic: str = field(default_factory=lambda: _STEPS_TOPIC + uuid.uuid4().hex[:8])
     attempts: list[_Attempt] = field(default_factory=list)
-    # Workers that are not given it again.
+    # Workers that do not get the task again.
     _tried: set[str] = field(default_factory=set)
-    # Workers that ended while they had it, and after how many seconds.
+    # Workers that ended during the task, with the time in seconds.
     _ended: list[tuple[str, float]] = field(default_factory=list)
 
     @property
@@ -134,7 +134,7 @@ class _Task:
         return self.function.__name__
 
     def run(self, on_turn: Callable[[], None]) -> Json:
-        """Run it to the end."""
+        """Run the task to its end."""
         started, looked = time.monotonic(), 0.0
         while True:
             on_turn()
@@ -157,7 +157,7 @@ class _Task:
             time.sleep(_POLL_SECONDS)
 
     def _look(self) -> _View:
-        # Inside, so that it is sent whole: the scheduler may not have this package. (distributed 2026.7.1)
+        # Defined inside, to be pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
         def look(keys: list[str], dask_scheduler: Any) -> tuple[dict[str, float], dict[str, str]]:
             from time import time
 
@@ -175,12 +175,12 @@ class _Task:
         )
 
     def _others(self, view: _View) -> set[str]:
-        """Return healthy workers that it was not tried on."""
+        """Return healthy workers on which it was not tried."""
         present = {worker for worker, seconds in view.silent.items() if seconds < _SILENT_SECONDS}
         return self.roster.usable(present) - self._tried
 
     def _submit(self, view: _View) -> None:
-        """Start it on a worker that it was not tried on; anywhere if there is no reason against any."""
+        """Submit it to an untried worker, or to any worker if there are no restrictions."""
         chosen = self._others(view)
         workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
         key = f"{self.name}-{uuid.uuid4().hex[:8]}"
@@ -189,7 +189,7 @@ class _Task:
         self.attempts.append(_Attempt(future, workers))
 
     def _collect(self) -> Json | None:
-        """Return a result if there is one; start it elsewhere where it failed."""
+        """Return a result if there is one. Restart a failed attempt elsewhere."""
         for attempt in list(self.attempts):
             status = attempt.future.status
             if status == "finished":
@@ -204,7 +204,7 @@ class _Task:
         return None
 
     def _retry(self, error: BaseException, worker: str | None) -> None:
-        """Start it on another worker if the error may be this worker's own; else raise it."""
+        """Restart it on another worker if the error may be specific to this worker, else raise the error."""
         if worker is not None:
             self._tried.add(worker)
         own = isinstance(error, OSError | ImportError | TeacherError | ClusterError | CapacityError)
@@ -232,7 +232,7 @@ class _Task:
         return error
 
     def _watch(self, view: _View) -> None:
-        """Notice workers that ended or fell silent."""
+        """Detect workers that ended or stopped responding."""
         for attempt in list(self.attempts):
             holder = view.holders.get(attempt.future.key)
             if attempt.holder is not None and attempt.holder not in view.silent:
@@ -240,7 +240,7 @@ class _Task:
             if holder is not None and holder != attempt.holder:
                 attempt.holder, attempt.since = holder, time.monotonic()
             if attempt.workers is not None and not attempt.workers & view.silent.keys():
-                # The scheduler would keep it for workers that are gone.
+                # The scheduler would keep it waiting for lost workers.
                 self._end(attempt)
                 continue
             silent = view.silent.get(attempt.holder or "", 0.0)

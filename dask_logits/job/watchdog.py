@@ -1,7 +1,7 @@
-"""Ends a driver that hangs in a system call: a file system that does not answer gives neither an error nor a time-out.
+"""Ends a driver that hangs in a system call: an unresponsive file system gives neither an error nor a timeout.
 
-Such a thread uses no processor time, and whatever else a driver does uses some, if only to look at a clock. So nothing
-has to give signs of life, and work that takes long is not taken for hanging.
+A hung thread uses no processor time, whereas all other work of a driver uses some, if only to read a clock. Therefore
+no code has to report progress, and slow work is not mistaken for a hang.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dask_logits.files.lock import interrupt_main_thread
 
 logger = logging.getLogger(__name__)
 
-# distributed waits for 10 s in one piece.
+# distributed waits for 10 s without interruption.
 LEAST_SECONDS = 60.0
-# Looks within the time that is allowed, so that a process that was stopped and goes on is not blamed for the gap.
+# Number of checks within the allowed time, so that a suspended and resumed process is not blamed for the gap.
 _LOOKS = 20
 _FRAMES = 3
 _LAST_WORDS_SECONDS = 1.0
@@ -31,20 +31,20 @@ _LAST_WORDS_SECONDS = 1.0
 
 @contextlib.contextmanager
 def watched(stall_seconds: float) -> Iterator[None]:
-    """Interrupt this thread where it hangs.
+    """Interrupt this thread when it hangs.
 
-    A main thread that cannot be interrupted, because the kernel does not let it, takes its process with it, exit
-    status 1; of another thread it is only said that it hangs.
+    If the kernel prevents the interruption of a main thread, the process exits with status 1. A hang of another thread
+    is only logged.
 
     Parameters
     ----------
     stall_seconds
-        How long it may use no processor time; a minute at least.
+        Maximum time without processor use, at least a minute.
 
     Raises
     ------
     ClusterError
-        Saying where it hung.
+        With the place where it hung.
     """
     watch = _Watch(max(stall_seconds, LEAST_SECONDS))
     thread = threading.Thread(target=watch.run, daemon=True, name="dask_logits-watch")
@@ -63,7 +63,7 @@ def watched(stall_seconds: float) -> Iterator[None]:
 
 
 class _Watch:
-    """Looks at the processor time of the thread that made it."""
+    """Monitors the processor time of the thread that created it."""
 
     def __init__(self, seconds: float) -> None:
         self.diagnosis: str | None = None
@@ -72,7 +72,7 @@ class _Watch:
         self._thread = threading.current_thread()
 
     def run(self) -> None:
-        """Look until it is stopped."""
+        """Monitor until stopped."""
         ident = self._thread.ident
         if ident is None or not hasattr(time, "pthread_getcpuclockid"):
             return
@@ -98,7 +98,7 @@ class _Watch:
 
 
 def _log(level: int, message: str) -> None:
-    """Log without waiting: the thread that hangs may hold the lock of a log handler whose output nobody reads."""
+    """Log without waiting, because the hung thread may hold the lock of a log handler with a blocked output."""
     threading.Thread(target=logger.log, args=(level, "%s", message), daemon=True).start()
 
 

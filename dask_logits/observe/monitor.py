@@ -1,10 +1,10 @@
-"""Watch a run from a notebook: figures that refresh in place beside the link to the Dask dashboard.
+"""Watch a run from a notebook: figures that refresh in place, next to the link to the Dask dashboard.
 
-Chosen: the files of the run folder are the source, so watching needs no cluster and cannot disturb one. A scheduler is
-asked for what drivers announced there, over a connection that is closed at once: nothing is submitted, held or kept
-alive. Where the announced folder is not visible on this machine, the announcements themselves are shown.
+The source is the files of the run folder, so watching needs no cluster and cannot disturb one. A scheduler is only
+asked for the announcements of drivers, over a connection that is closed immediately. Nothing is submitted, held or kept
+alive. If the announced folder is not visible on this machine, the announcements themselves are shown.
 
-Home of IPython. A look costs what ``read_status`` costs.
+This is the only module that imports IPython. A refresh costs one ``read_status``.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from dask_logits.files.atomic import Json, expanded, read_json
 from dask_logits.observe.status import Status, read_status
 from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES, RunFolder
 
-# A driver that has announced nothing for so long is not counted as working.
+# A driver without announcements for this long is not counted as active.
 _SILENT_SECONDS = 120.0
-# A cluster starts and small caches are consolidated within it, while no driver says that it scores.
+# Time for cluster start or consolidation of a small cache, during which no driver reports scoring.
 _GRACE_SECONDS = 30.0
 _FILE_POLL_SECONDS = 0.1
 
 
 class Monitor:
-    """A window on a run that others own: closing it, or the notebook it is in, leaves the run alone.
+    """A read-only view of a run. Closing it, or its notebook, does not affect the run.
 
     Parameters
     ----------
     run
         The run folder. Give exactly one of `run`, `scheduler` and `scheduler_file`.
     scheduler
-        Address of the Dask scheduler that the run's driver uses.
+        Address of the run's Dask scheduler.
     scheduler_file
-        A file that names this scheduler.
+        Scheduler file of this scheduler.
     wait_seconds
-        How long the scheduler has to answer.
+        Timeout for the scheduler's answer.
 
     Raises
     ------
     ConfigError
-        If not exactly one of the three is given.
+        Unless exactly one of the three is given.
     RunConflictError
-        If the folder holds no run, or several runs are at work at the scheduler.
+        If the folder holds no run, or several runs are active at the scheduler.
     ClusterError
         If the scheduler does not answer, or no driver has announced a run there.
     CacheError
@@ -75,7 +75,7 @@ class Monitor:
             raise ConfigError(f"Monitor: {expected}, got {' and '.join(names) or 'none'}")
         self._wait_seconds = wait_seconds
         self._stop_background = threading.Event()
-        # Only where the files cannot be read.
+        # Only if the files cannot be read.
         self._scheduler: str | None = None
         if run:
             self.run = str(expanded(run))
@@ -99,45 +99,45 @@ class Monitor:
         Raises
         ------
         RunConflictError
-            If there is no run folder, or none that is visible on this machine.
+            If there is no run folder, or it is not visible on this machine.
         CacheError
             If its files cannot be read.
         """
         return read_status(self.run)
 
     def watch(self, seconds: float = 2.0, until: float | None = None) -> Status | None:
-        """Show the run again and again until it is over; an interrupt ends the watching, not the run.
+        """Display the run repeatedly until it is over. An interrupt ends the watching, not the run.
 
         Parameters
         ----------
         seconds
-            Between two looks.
+            Refresh interval.
         until
-            Stop after so many seconds, even if the run is not complete and a driver is at work.
+            Stop after this time in seconds, even if a driver is active and the run is incomplete.
 
         Returns
         -------
         Status
-            What was shown last; None where the run folder is not visible on this machine.
+            The last displayed status. None if the run folder is not visible on this machine.
         """
         with contextlib.suppress(KeyboardInterrupt):
             return self._watch(_screen(), seconds, until, threading.Event())
         return None if self._scheduler else self.status()
 
     def watch_in_background(self, seconds: float = 2.0) -> threading.Thread:
-        """Show the run again and again from a thread, so that the cell ends at once and others can be executed.
+        """Display the run repeatedly from a thread, so that the cell ends immediately and others can run.
 
         The next call, or :meth:`stop`, ends it.
 
         Parameters
         ----------
         seconds
-            Between two looks.
+            Refresh interval.
 
         Returns
         -------
         threading.Thread
-            The thread; it ends when the run is over.
+            The thread, which ends when the run is over.
         """
         self.stop()
         self._stop_background = threading.Event()
@@ -147,7 +147,7 @@ class Monitor:
         return thread
 
     def stop(self) -> None:
-        """End the watching in the background."""
+        """Stop watching in the background."""
         self._stop_background.set()
 
     def _in_background(self, show: Callable[[list[str]], object], seconds: float, stop: threading.Event) -> None:
@@ -171,7 +171,7 @@ class Monitor:
                 return status
 
     def _look(self) -> tuple[Status | None, list[str], bool]:
-        """Return the status if there are files, the lines to show, and whether a driver is at work."""
+        """Return the status if there are files, the lines to show, and whether a driver is active."""
         if self._scheduler is None:
             status = self.status()
             dashboard = [f"dashboard     {status.dashboard}"] if status.dashboard else []
@@ -183,10 +183,10 @@ class Monitor:
 
 
 def _address(file: Path, wait_seconds: float) -> str:
-    # Client(scheduler_file=…) of distributed 2026.7.1 waits without end for a file that is not there.
+    # Client(scheduler_file=…) of distributed 2026.7.1 waits forever for a missing file.
     deadline = time.monotonic() + wait_seconds
     while True:
-        # A scheduler opens its file first and fills it then.
+        # A scheduler first opens its file and then writes it.
         with contextlib.suppress(CacheError):
             address = (read_json(file) or {}).get("address")
             if isinstance(address, str):
@@ -199,8 +199,8 @@ def _address(file: Path, wait_seconds: float) -> str:
 
 
 def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
-    """Return the latest announcement of every run that the scheduler knows; nothing stays connected."""
-    # A notebook's thread runs an event loop already.
+    """Return the latest announcement of every run known to the scheduler. No connection stays open."""
+    # A notebook's thread already runs an event loop.
     with ThreadPoolExecutor(1) as thread:
         try:
             events = thread.submit(lambda: asyncio.run(_ask(address, wait_seconds))).result()
@@ -215,14 +215,14 @@ def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
 async def _ask(address: str, wait_seconds: float) -> list[tuple[float, Json]]:
     from distributed import Security, rpc
 
-    # Not a Client: the scheduler would count it, and that of distributed 2026.7.1 waits without end for a handshake.
+    # Not a Client: the scheduler would count it, and that of distributed 2026.7.1 waits forever for a handshake.
     security = Security().get_connection_args("client")
     async with asyncio.timeout(wait_seconds), rpc(address, timeout=wait_seconds, connection_args=security) as scheduler:
         return list(await scheduler.events(topic=RUNS_TOPIC))
 
 
 def _choose(runs: dict[str, Json], address: str) -> str:
-    """Return the one run that is at work, else the one whose driver spoke last."""
+    """Return the only active run, else the one with the latest announcement."""
     if not runs:
         raise ClusterError(
             f"{address}: expected a run to be announced at this scheduler, got none; a driver announces its run as "
@@ -241,7 +241,7 @@ def _at_work(event: Json) -> bool:
 
 
 def _lines(event: Json) -> list[str]:
-    """Write an announcement for people: the figures of one driver, as it gave them."""
+    """Format an announcement for display: the figures of one driver, as published."""
     facts = {name.replace("_", " "): value for name, value in event.items() if name not in ("run", "at", "failed")}
     facts = {"run": f"{event['run']} (not visible on this machine)", **facts}
     facts |= {f"failed {int(index):06d}": reason for index, reason in event["failed"].items()}
@@ -249,7 +249,7 @@ def _lines(event: Json) -> list[str]:
 
 
 def _table(lines: list[str]) -> str:
-    """Write lines of a label, two spaces or more and a text as a table.
+    """Format lines of a label, two or more spaces and a text as a table.
 
     >>> _table(["state         <b>"]).count("&lt;b&gt;")
     1
@@ -258,7 +258,7 @@ def _table(lines: list[str]) -> str:
     rows = ""
     for line in lines:
         label, text = (html.escape(part) for part in re.split(r"\s{2,}", line, maxsplit=1))
-        # Nothing else is made a link: an address can hold a script.
+        # No other text becomes a link, because an address can contain a script.
         if label == "dashboard" and text.startswith(("http://", "https://")):
             text = f'<a href="{text}" target="_blank">{text}</a>'
         rows += f"<tr><th {left}>{label}</th><td {left}>{text}</td></tr>"
@@ -266,7 +266,7 @@ def _table(lines: list[str]) -> str:
 
 
 def _screen() -> Callable[[list[str]], object]:
-    """Return what shows lines: in place in a notebook, elsewhere on stdout, block after block."""
+    """Return a function that shows lines: in place in a notebook, otherwise block after block on stdout."""
     try:
         from IPython import get_ipython
         from IPython.display import DisplayHandle

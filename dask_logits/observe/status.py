@@ -1,4 +1,4 @@
-"""The state of a run, read from its files alone: no cluster, no driver, no server has to be alive."""
+"""The state of a run, read from its files alone, without a running cluster, driver or server."""
 
 from __future__ import annotations
 
@@ -25,63 +25,63 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What a run has done so far.
+    """Progress of a run.
 
     Parameters
     ----------
     run
-        Its folder.
+        The run folder.
     state
-        Of a driver at work: ``starting``, ``calibrating``, ``running`` or ``consolidating``. Without one: ``stopped``,
-        ``failed`` (partitions failed, or the driver did), ``scored`` (all partitions committed, no cache yet),
-        ``complete``, or ``damaged`` (there is a cache that cannot be read).
+        State of an active driver: ``starting``, ``calibrating``, ``running`` or ``consolidating``. Without one:
+        ``stopped``, ``failed`` (partitions or the driver failed), ``scored`` (all partitions committed, no cache yet),
+        ``complete``, or ``damaged`` (the cache cannot be read).
     since
-        When the driver at work started (Unix time); None without one.
+        Start time of the active driver (Unix time). None without one.
     step
-        Step of a calibration; None outside it.
+        Step of a calibration. None outside it.
     reason
-        Why the last driver failed; None if it did not.
+        Reason why the last driver failed. None if it did not.
     next_command
-        What to run next.
+        Command to run next.
     items_noun
-        What dataset rows became: ``documents``, ``windows`` of them, or ``segments`` of packed blocks.
+        Unit made from dataset rows: ``documents``, ``windows`` of them, or ``segments`` of packed blocks.
     partitions, committed
-        Planned so far and done.
+        Planned so far, and done.
     planned_all
-        Whether the plan has ended; that of a stream grows while it is read.
+        Whether the plan has ended. A stream's plan grows while it is read.
     rows, committed_rows
-        Dataset rows planned so far and done.
+        Dataset rows planned so far, and done.
     statistics
         Sums over committed partitions.
     tokens_per_second
-        Of one worker, scoring only; NaN before the first partition.
+        Scoring rate of one worker. NaN before the first partition.
     seconds
         Stage → seconds of all workers: ``read``, ``tokenize``, ``wait`` (for the teacher, while it scores another
-        partition), ``load``, ``trunk``, ``head``, ``tail``, ``refine``, ``transfer``, ``write``; ``score`` for scoring
-        in all.
+        partition), ``load``, ``trunk``, ``head``, ``tail``, ``refine``, ``transfer``, ``write``, and ``score`` for the
+        total scoring time.
     mfu
-        FLOPs of the tokens' own sequences over those a large matrix product would have done in the scoring's time; NaN
+        FLOPs of the tokens' own sequences, relative to those of a large matrix product in the same scoring time. NaN
         before the first partition.
     splits
-        Batches that did not fit into memory and were split.
+        Batches that were split because they did not fit into memory.
     running
-        Drivers that are at work, by their status records and locks.
+        Active drivers, according to their status records and locks.
     running_tokens_per_second, seconds_left
-        Of all drivers at work, by the clock; 0 and None without one, or where the amount of work is unknown.
+        Total of all active drivers, in wall-clock time. 0 and None without one, or if the amount of work is unknown.
     failed
-        Partition → reason, of those that failed for good.
+        Partition → reason, for permanent failures.
     left_out
-        Worker and host → why it got no work, of the last start of each driver.
+        Worker and host → reason why it got no work, from the last start of each driver.
     dashboard
-        Address of the Dask dashboard of a driver at work; None without one.
+        Dashboard address of an active driver. None without one.
     cache
-        Path of the cache, or of the index over its files; None before it is complete.
+        Path of the cache, or of the index over its files. None before it is complete.
     bytes_per_token
-        Size of the cache per token; None before.
+        Size of the cache per token. None before it is complete.
     content_digest
-        Of the cache; None before.
+        Content digest of the cache. None before it is complete.
     kept_mass_by_k
-        From the calibration.
+        Kept mass by k from the calibration.
     """
 
     run: str
@@ -113,7 +113,7 @@ class Status:
     kept_mass_by_k: dict[str, float]
 
     def to_json(self) -> str:
-        """Write it for programs."""
+        """Format the status as JSON."""
         values = {name: value for name, value in vars(self).items() if name != "statistics"}
         sums = self.statistics
         values |= {
@@ -127,7 +127,7 @@ class Status:
         return json.dumps(values, indent=1)
 
     def lines(self) -> list[str]:
-        """Write it for people."""
+        """Format the status for display."""
         out = [f"run           {self.run}", f"state         {self._state_text()}"]
         if self.reason is not None:
             out.append(f"reason        {self.reason}")
@@ -197,14 +197,14 @@ def read_status(path: Path | str) -> Status:
     Raises
     ------
     RunConflictError
-        If there is no run.
+        If the folder contains no run.
     CacheError
         If its files cannot be read.
     """
     run = RunFolder(expanded(path))
     before = cache_state(run)
     status = _read_status(run)
-    # If the job wrote its cache meanwhile, it took its partitions away.
+    # If the job wrote its cache in the meantime, it deleted its partitions.
     return status if cache_state(run) == before else _read_status(run)
 
 
@@ -284,7 +284,7 @@ def _read_status(run: RunFolder) -> Status:
 
 
 def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
-    """Return the status of a run that has no manifest yet: its driver starts or calibrates, or was killed meanwhile."""
+    """Return the status of a run without a manifest: its driver is starting or calibrating, or was killed."""
     if not drivers.records:
         raise RunConflictError(
             f"{run.path}: expected a run folder with run.json, got none; check the path: it is the value of "
@@ -339,7 +339,7 @@ def _next_command(run: RunFolder, state: State, manifest: Json | None, *, only_f
 
 
 def _items_noun(what: Json) -> str:
-    """Name what the rows of the dataset became: whole documents, windows of them, or segments of packed blocks."""
+    """Name the units made from dataset rows: whole documents, windows of them, or segments of packed blocks."""
     if what.get("dataset.packing") == "concat":
         return "segments"
     return "windows" if what.get("dataset.long_documents") == "window" else "documents"

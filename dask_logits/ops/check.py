@@ -1,4 +1,4 @@
-"""Whether a cache or a run is what it says: every checksum, what must hold of every row, and each dataset row once.
+"""Verify a cache or run: checksums, invariants of every row, and coverage of each dataset row exactly once.
 
 Dimension letters: N tokens, D documents, K kept entries.
 """
@@ -26,26 +26,26 @@ from dask_logits.run.parts import RunPart
 from dask_logits.run.state import cache_state, open_run_cache
 from dask_logits.worker.environment import Environment, describe, differences
 
-# Violations of one kind that are written out.
+# Number of violations of one kind that are listed.
 _NAMED = 5
 # Half a unit in the last place of float16.
 _FLOAT16 = 2.0**-11
-# Sums of many rounded terms, and the teacher's own softmax.
+# Tolerance for sums of many rounded terms, and for the teacher's own softmax.
 _SLACK = 1e-4
 
 
 @dataclass
 class Check:
-    """One thing that must hold.
+    """One invariant with its result.
 
     Parameters
     ----------
     name
-        What.
+        Name of the invariant.
     looked_at
-        How many things were compared.
+        Number of comparisons.
     n_problems, problems
-        How many violations were found, and the first of them.
+        Number of violations, and the first of them.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Check:
         self.problems = [*self.problems, *named][:_NAMED]
 
 
-# Figure of rows that were scored again → its label. Noise floor: the same text in another batch moves the last bits.
+# Figure of re-scored rows → its label. Noise floor: the same text in another batch changes the last bits.
 _LABELS = {
     "rows_scored_again": "rows scored again",
     "positions": "positions compared",
@@ -76,20 +76,20 @@ _LABELS = {
 
 @dataclass
 class Report:
-    """What was found.
+    """Result of a verification.
 
     Parameters
     ----------
     path
-        What was looked at.
+        Path of the cache or run.
     checks
-        In order.
+        Checks, in order.
     unfinished
-        What is left to do of a run; None: nothing.
+        Remaining work of a run. None: nothing.
     notes
-        What is not wrong and should be known.
+        Observations that are not errors.
     recomputed
-        Figures of the rows that were scored again; None: none were.
+        Figures of the re-scored rows. None: none were re-scored.
     """
 
     path: str
@@ -100,11 +100,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong with what is there."""
+        """Whether all checks of the existing data passed."""
         return not any(check.n_problems for check in self.checks)
 
     def lines(self) -> list[str]:
-        """Write it for people."""
+        """Format the report for display."""
         out = [f"verify        {self.path}"]
         for check in self.checks:
             verdict = f"{check.n_problems:,} WRONG" if check.n_problems else "good"
@@ -119,19 +119,19 @@ class Report:
         return out
 
     def to_json(self) -> str:
-        """Write it for programs."""
+        """Format the report as JSON."""
         checks = [vars(check) for check in self.checks]
         values = {"path": self.path, "ok": self.ok, "unfinished": self.unfinished, "recomputed": self.recomputed}
         return json.dumps({**values, "notes": self.notes, "checks": checks}, indent=1)
 
 
 def check_files(path: Path) -> Report:
-    """Check a cache, an index over several, or a run folder, from their files.
+    """Verify a cache, an index over several, or a run folder, from its files.
 
     Raises
     ------
     DaskLogitsError
-        If there is nothing to check.
+        If there is nothing to verify.
     """
     if not path.exists():
         raise CacheError(
@@ -145,7 +145,7 @@ def check_files(path: Path) -> Report:
         checker.expected = (run.calibration() or {}).get("environment") or {}
         report.unfinished = _check_run(run, checker)
         if cache_state(run) != before:
-            # The job wrote its cache meanwhile, and took its partitions away.
+            # The job wrote its cache in the meantime and deleted its partitions.
             checker = _Checker(checker.expected)
             report.unfinished = _check_run(run, checker)
         report.notes += checker.notes()
@@ -159,7 +159,7 @@ def check_files(path: Path) -> Report:
 
 
 class _Checker:
-    """All checks, by what they look at."""
+    """All checks, grouped by their data."""
 
     def __init__(self, expected: Environment | None = None) -> None:
         self.expected: Environment = expected or {}
@@ -177,13 +177,13 @@ class _Checker:
         self.documents = Check("documents, each row once and whole")
 
     def environment(self, receipt: Json) -> None:
-        """Note in which environment a partition was scored, where that is recorded."""
+        """Record a partition's environment, if known."""
         self.n_receipts += 1
         if "environment" in receipt:
             self.others[describe(differences(self.expected, receipt["environment"]))] += 1
 
     def notes(self) -> list[str]:
-        """Write which partitions were scored in another environment than the run's."""
+        """List the partitions scored in another environment than the run's."""
         return [
             f"{count} of {self.n_receipts} partitions were scored in another environment than the run was calibrated "
             f"in, as distillation.cluster.allow_mixed_workers allowed; their last bits may differ: {what}"
@@ -203,7 +203,7 @@ class _Checker:
         self._add(self.ids, bad | twice, places, f"expected distinct ids below {profile.vocab_size}")
         rising = (np.diff(logprobs_NK, axis=1) > 0).any(1) | (logprobs_NK[:, 0] > _SLACK)
         self._add(self.order, rising, places, "expected log-probs that descend from at most 0")
-        # −inf is the log of no probability, NaN a label that is not there.
+        # −inf is the log of probability 0, NaN a missing label.
         odd = np.isnan(logprobs_NK).any(1) | (logprobs_NK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
         odd |= np.isnan(tail_N) | (tail_N > _SLACK) | (label_N > _SLACK)
         self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
@@ -236,7 +236,7 @@ class _Checker:
 
 
 class _Places:
-    """Where positions of some documents lie in the dataset."""
+    """Locations of some documents' positions in the dataset."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -245,7 +245,7 @@ class _Places:
         self.is_last[self._ends[records.document_length > 0] - 1] = True
 
     def name(self, position: int) -> str:
-        """Name a position."""
+        """Describe the location of a position."""
         document = int(np.searchsorted(self._ends, position, side="right"))
         start = int(self._ends[document]) - int(self._records.document_length[document])
         token = int(self._records.document_offset[document]) + position - start
@@ -253,7 +253,7 @@ class _Places:
 
 
 def _rounding(logprobs_NK: Array, profile: Profile) -> Array:
-    """Return how far stored log-probs may be from the teacher's: float16, and half a step of the gap table."""
+    """Return the rounding error of stored log-probs: float16, and half a step of the gap table."""
     error_NK: Array = np.abs(np.where(np.isfinite(logprobs_NK), logprobs_NK, 0.0)) * _FLOAT16
     if isinstance(profile, Compact):
         table = profile.tables["gap_table"][:-1].astype(np.float64)
@@ -276,7 +276,7 @@ def _opened(files: Sequence[Path], checker: _Checker) -> Iterator[CacheReader]:
 
 
 def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
-    """Check every position of caches whose checksums are right."""
+    """Check every position of caches with valid checksums."""
     for reader in readers:
         digest = ContentDigest()
         for piece in cache_pieces(reader):
@@ -293,9 +293,9 @@ def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> Non
 
 
 def _check_cover(readers: Sequence[CacheReader], checker: _Checker, *, lone: bool) -> None:
-    """Check that documents are the dataset's rows, each once, windows without a gap.
+    """Check that documents cover the dataset's rows, each once, and windows without gaps.
 
-    A file that says it is a part may leave rows out where it is looked at alone, but not as what an index lists.
+    A file marked as a part may omit rows when it is checked alone, but not as an entry of an index.
     """
     if not readers:
         return
@@ -335,7 +335,7 @@ def _check_rows(check: Check, columns: dict[str, Array], n_rows: int | None) -> 
 
 
 def _check_run(run: RunFolder, checker: _Checker) -> str | None:
-    """Check a run folder; return what is left to do."""
+    """Check a run folder. Return the remaining work."""
     part: RunPart | None = None
     readers: list[CacheReader] = []
     try:

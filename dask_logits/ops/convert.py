@@ -1,7 +1,7 @@
-"""One cache → another profile: everything verified, everything it says of itself kept.
+"""Convert a cache to another profile: all data is verified, all attributes are kept.
 
 Compact to plain keeps the content and its digest. Plain to compact rounds log-probs, as a job with the compact profile
-would have; its id table is made of the cache's own first tokens.
+would. Its id table is computed from the cache's own first tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dask_logits.files.lock import lease
 from dask_logits.records import Statistics
 from dask_logits.run.folder import CONSOLIDATION_LOCK
 
-# Tokens whose kept ids decide the table; more gain less than a byte a token.
+# Tokens whose kept ids determine the table. More tokens save less than a byte per token.
 _TABLE_TOKENS = 50_000
-# What the new file says for itself.
+# Attributes set by the new file.
 _OWN = {
     "format", "format_version", "profile", "n_tokens", "n_entries", "n_documents", "n_blocks", "top_k", "vocab_size",
     "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift", "order", "content_digest",
     "complete",
 }  # fmt: skip
-# What a numbered file says of itself alone.
+# Attributes of a numbered file only.
 _OF_A_PART = {"partial", "shard", "made_of"}
 
 
@@ -43,20 +43,20 @@ def convert(
     precision: Precision = 8,
     takeover: bool = False,
 ) -> Path:
-    """Write a cache again in another profile.
+    """Rewrite a cache in another profile.
 
     Parameters
     ----------
     source
-        A cache file; or an index, whose files become one.
+        A cache file, or an index, whose files are joined.
     target
-        File to write; a cache of the same run there is replaced when the new one is complete.
+        File to write. An existing cache of the same run is replaced when the new one is complete.
     profile
         ``plain`` or ``compact``.
     precision
         Bits of a log-prob in the compact profile: 8, 10 or 12.
     takeover
-        Take the lease of a process on another machine that gives no sign of life.
+        Take over the lease of a process on another machine that does not renew it.
 
     Returns
     -------
@@ -66,11 +66,11 @@ def convert(
     Raises
     ------
     CacheError
-        If the source is damaged, or is the target; or if its files are not of one job, or leave rows of it out.
+        If the source is damaged or is the target, or if its files are not of one job or omit rows of it.
     ConfigError
-        If profile or precision is none of those.
+        If profile or precision has another value.
     RunConflictError
-        If something else than a cache of the same run is there, or another process writes a cache in that folder.
+        If the target is not a cache of the same run, or another process writes a cache in its folder.
     CapacityError
         If the target cannot be written, or a disk fails.
     """
@@ -104,7 +104,7 @@ def convert(
 
 
 def _check_target(target: Path, source: CacheReader) -> None:
-    """Refuse to write over anything but a cache of the same run."""
+    """Refuse to overwrite anything but a cache of the same run."""
     if not target.exists() and not target.is_symlink():
         return
     said: Mapping[str, Any] = {}

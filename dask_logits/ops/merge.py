@@ -1,7 +1,7 @@
-"""Parts of one job, wherever they lie → one cache, or an index over many.
+"""Merge parts of one job from any location into one cache, or build an index over them.
 
-Parts are told to be of one job by what their manifests say (what is computed, with which frozen numerics, from which
-plan), overlaps are compared by content, gaps are named. Everything is read from files; doing it twice changes nothing.
+Manifests identify the parts of one job (its settings, frozen numerics and plan). Overlaps are compared by content, and
+gaps are named. All input is read from files, and repeating a merge changes nothing.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def merge(
     max_file_size: int | str | None = None,
     takeover: bool = False,
 ) -> Path:
-    """Make one cache of the parts of a job, or an index over them.
+    """Merge the parts of a job into one cache, or build an index over them.
 
     Parameters
     ----------
     parts
-        Run folders, cache files, or one folder that holds them. A single run folder that static workers shared is
+        Run folders, cache files, or one folder that contains them. A single run folder shared by static workers is
         consolidated in place.
     output
-        File to write; None: ``teacher_logits.h5`` in the run folder, or beside the parts.
+        File to write. None: ``teacher_logits.h5`` in the run folder, or next to the parts.
     num_workers
-        Static workers that are expected; None: not checked.
+        Expected number of static workers. None: not checked.
     index
-        Write ``teacher_logits.index.json`` over a cache of each part instead: nothing is copied a second time.
+        Write ``teacher_logits.index.json`` over a cache of each part instead, without copying data again.
     max_file_size
-        Make numbered files of at most so many bytes (``"20GB"``) and their index if one would be larger; None: what the
-        run was made with, else one file.
+        Maximum size of a file (``"20GB"``). A larger cache becomes numbered files with an index. None: the setting of
+        the run, else one file.
     takeover
-        Take the lease of a process on another machine that gives no sign of life.
+        Take over the lease of a process on another machine that does not renew it.
 
     Returns
     -------
@@ -61,11 +61,12 @@ def merge(
     Raises
     ------
     ConfigError
-        If `output` is not the name of such a file.
+        If `output` is not a valid name for the file.
     RunConflictError
-        If parts are of different jobs, overlap with other content (for an index: at all), or leave gaps; all are named.
+        If parts belong to different jobs, overlap with different content (for an index: at all), or leave gaps. All
+        problems are named.
     CacheError
-        If one is damaged.
+        If a part is damaged.
     """
     paths = [expanded(part) for part in parts]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else paths[0].parent
@@ -97,7 +98,7 @@ def merge(
 
 
 def _check_name(target: Path, index: bool) -> None:
-    """Refuse a name that readers, or the folder of numbered files, would take for something else."""
+    """Refuse a name that readers, or the folder of numbered files, would misinterpret."""
     good = target.suffix == ".json" if index else target.suffix not in ("", ".json")
     if not good or target.is_dir():
         expected = f"a file like {INDEX_NAME}" if index else f"a file like {CACHE_NAME}"
@@ -106,7 +107,7 @@ def _check_name(target: Path, index: bool) -> None:
 
 
 def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
-    """Return the cache of a run on its own, made now if it is not there."""
+    """Return the cache of a separate run, consolidating it if necessary."""
     how = part.manifest["how"]
     keep, limit = how["job"]["keep_partitions"], how["cache"].get("max_file_size")
     if not part.state.is_complete:
@@ -120,7 +121,7 @@ def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
 
 
 def _open_parts(paths: Sequence[Path], target: Path) -> list[Part]:
-    """Open run folders, caches, and what lies in folders of them, but not what an earlier merge wrote."""
+    """Open run folders, caches, and folders that contain them, except for the output of an earlier merge."""
     parts: list[Part] = []
     for path in paths:
         inside = sorted(child for child in path.iterdir() if (child / "run.json").exists()) if path.is_dir() else []
@@ -135,7 +136,7 @@ def _open_parts(paths: Sequence[Path], target: Path) -> list[Part]:
 
 
 def _merged(path: Path) -> CacheReader:
-    """Open a cache that says what it is a part of."""
+    """Open a cache with the attributes of a part of a job."""
     cache = CacheReader(path)
     missing = [name for name in (*JOB_ATTRIBUTES, "n_rows") if name not in cache.attributes]
     if missing:
@@ -148,7 +149,7 @@ def _merged(path: Path) -> CacheReader:
 
 
 def _reference(parts: Sequence[Part]) -> Part:
-    """Return the part that knows most of the plan."""
+    """Return the part with the longest plan."""
     return max(parts, key=lambda part: (part.end is not None, part.n_rows))
 
 
@@ -178,7 +179,7 @@ def _check_workers(parts: Sequence[Part], num_workers: int) -> None:
 
 
 def _ordered(parts: Sequence[Part], *, once: bool) -> Callable[[], Iterable[Piece]]:
-    """Return what gives the pieces of all parts in dataset order, each row once; `once`: refuse to leave one out."""
+    """Return a function that yields all pieces in dataset order, each row once. `once`: refuse duplicates."""
     if len(parts) == 1:
         return parts[0].pieces
     pieces = sorted((piece for part in parts for piece in part.pieces()), key=lambda piece: piece.first_row)
@@ -211,7 +212,7 @@ def _equal(one: Piece, other: Piece) -> bool:
 
 
 def _caches(parts: Sequence[Part], held: Path, takeover: bool) -> list[Path]:
-    """Give every part a cache of its own; return the files. The lease of the folder `held` is ours already."""
+    """Ensure that every part has its own cache. Return the files. We already hold the lease of the folder `held`."""
     caches = []
     for part in parts:
         if isinstance(part, CachePart):

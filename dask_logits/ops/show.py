@@ -1,4 +1,4 @@
-"""What a cache is, on one screen: from its header alone, but for the curve of kept mass when it has none.
+"""Show a cache's metadata on one screen, from its header alone, except for a missing kept-mass curve.
 
 Dimension letters: N tokens, K kept entries.
 """
@@ -17,11 +17,11 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import expanded
 from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
 
-# Tokens from which the curve is taken where the calibration left none.
+# Tokens used for the curve if the calibration recorded none.
 _SAMPLE_TOKENS = 100_000
 _SHOWN_FILES = 3
-# Figure → its label for people, in this order. One meaning each: rows are those of the dataset, documents what
-# tokenization made of them; of windows and packed blocks see `card_lines`.
+# Figure → its label for display, in this order. Rows are those of the dataset, documents the result of tokenization.
+# For windows and packed blocks see `card_lines`.
 _LABELS = {
     "file": "file",
     "teacher": "teacher",
@@ -57,12 +57,12 @@ _LABELS = {
 
 
 def card(path: str | Path) -> dict[str, Any]:
-    """Return what a cache says of itself.
+    """Return a cache's metadata.
 
     Parameters
     ----------
     path
-        A cache file, an index over several, or the run folder it lies in.
+        A cache file, an index over several, or its run folder.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def card(path: str | Path) -> dict[str, Any]:
 
 
 def card_lines(found: dict[str, Any]) -> list[str]:
-    """Return a card for people: what it was made of, how much it holds, and how it is stored.
+    """Format a card for display: origin, size and storage of a cache.
 
     >>> card_lines({"tokens": 1200, "rows": 3, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
     ['dataset rows      3', 'tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
@@ -147,7 +147,7 @@ def card_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _dataset_text(settings: dict[str, Any]) -> str:
-    """Name the dataset, and take what names it out of its settings."""
+    """Name the dataset, and remove the naming settings from `settings`."""
     named = {name: settings.pop(name, None) for name in ("name", "config_name", "split", "revision", "data_files")}
     files = named.pop("data_files") or []
     more = f", +{len(files) - _SHOWN_FILES} files" if len(files) > _SHOWN_FILES else ""

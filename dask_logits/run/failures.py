@@ -30,7 +30,7 @@ class Failure:
     kind
         Category of the failure.
     reason
-        One sentence.
+        Reason, in one sentence.
     attempts
         Number of attempts.
     evidence

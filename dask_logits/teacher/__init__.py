@@ -1,1 +1,1 @@
-"""Token sequences to targets: load a teacher, check its fast paths against its own forward, score."""
+"""Load a teacher, check its fast paths against its own forward, and score token sequences."""

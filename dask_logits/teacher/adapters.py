@@ -1,8 +1,8 @@
-"""Adapters (PEFT) beside or on top of a teacher: find them, merge them into the weights, or refuse them.
+"""Adapters (PEFT) next to or on top of a teacher: find them, merge them into the weights, or refuse them.
 
-An adapter that is ignored gives the targets of another model. One that can be merged exactly is merged once, when the
-teacher is loaded: scoring then costs nothing more. Adapters that add tokens, layers or state cannot be merged and are
-refused. Home of peft, which is optional.
+An ignored adapter would give the targets of another model. An exactly mergeable adapter is merged once, when the
+teacher is loaded, and scoring then costs nothing more. Adapters that add tokens, layers or state cannot be merged and
+are refused. This is the only module that imports peft, which is optional.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Kinds that change weights by a term or a factor that does not depend on the input; each is tested.
+# Types that change weights by an input-independent term or factor. Each is tested.
 MERGEABLE = ("LORA", "LOHA", "LOKR", "IA3", "OFT")
-# Options of LoRA with which the change depends on the input, or layers are repeated.
+# LoRA options that make the change depend on the input, or repeat layers.
 _NOT_MERGEABLE_OPTIONS = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 _WHERE = "distillation.teacher.model_path"
 _CURE = "merge it into its base model (peft: model.merge_and_unload()), save that, and give its folder"
@@ -40,9 +40,9 @@ class Adapter:
     folder
         Folder of the adapter.
     kind
-        Its type, e.g. ``LORA``.
+        PEFT type, e.g. ``LORA``.
     base
-        Folder or hub name of the model it belongs to.
+        Folder or hub name of its base model.
     """
 
     folder: Path
@@ -51,12 +51,12 @@ class Adapter:
 
 
 def find_adapter(folder: Path) -> Adapter | None:
-    """Return the adapter in a teacher's folder, None if there is none.
+    """Return the adapter in a teacher's folder, or None.
 
     Raises
     ------
     TeacherError
-        If there is one that cannot be merged exactly, is incomplete, or whose base model is missing.
+        If the adapter cannot be merged exactly, is incomplete, or its base model is missing.
     """
     config_path = folder / CONFIG
     if not config_path.is_file():
@@ -82,12 +82,12 @@ def find_adapter(folder: Path) -> Adapter | None:
 
 
 def require_peft(adapter: Adapter) -> None:
-    """Refuse an adapter where peft is not installed.
+    """Refuse an adapter if peft is not installed.
 
     Raises
     ------
     TeacherError
-        With what to install.
+        Naming the package to install.
     """
     if find_spec("peft") is None:
         raise TeacherError(
@@ -120,11 +120,11 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
         )
     try:
         with warnings.catch_warnings():
-            # peft 0.21 only warns of weights that are missing, which are looked for below.
+            # peft 0.21 only warns of missing weights, which are checked below.
             warnings.simplefilter("ignore", UserWarning)
             adapted = PeftModel.from_pretrained(model, adapter.folder)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        # An adapter may also hold weights of the base model itself, such as embeddings of new tokens.
+        # An adapter may also contain weights of the base model itself, such as embeddings of new tokens.
         surplus, absent = sorted(stored - expected - set(adapted.state_dict())), sorted(expected - stored)
         if surplus or absent:
             raise TeacherError(
@@ -159,7 +159,7 @@ def _require_mergeable(config_path: Path, kind: str, config: dict[str, Any]) -> 
 
 
 def _base_of(folder: Path, named: Any) -> str:
-    """Return the base model: the folder itself if it holds one, else what the adapter names."""
+    """Return the base model: the folder itself if it contains one, else the model named by the adapter."""
     has_weights = weight_files(folder) or any(folder.glob("pytorch_model*.bin"))
     if (folder / "config.json").is_file() and has_weights:
         return str(folder)

@@ -1,8 +1,8 @@
-"""Choose the class of a checkpoint's model by its configuration, and refuse what is not a decoder-only language model.
+"""Choose the model class of a checkpoint by its configuration, and refuse all but decoder-only language models.
 
-transformers builds a causal model from many configurations that mean something else: the decoder of a translation
-model without its encoder, a masked model, the trunk of a classifier under a new random head, quantized weights whose
-method it does not know. Each is refused here by name. A multimodal wrapper is scored as the text model it contains.
+transformers builds a causal model from many unsuitable configurations: the decoder of a translation model without its
+encoder, a masked model, the trunk of a classifier under a new random head, quantized weights of an unknown method. Each
+of these is refused by name. A multimodal wrapper is scored as the text model it contains.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OTHER_HEADS = re.compile(
     r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|"
     r"NextSentencePrediction|ImageClassification|Reward\w*|Score|Embedding\w*|Retrieval)$|RewardModel\w*$|ValueHead\w*$"
 )
-# Components of a wrapper that text does not pass through.
+# Components of a wrapper that do not process text.
 _TOWERS = re.compile(r"(^|\.)(\w*vision\w*|visual|\w*audio\w*|\w*speech\w*|\w*projector|embed_vision|embed_audio)\.")
 # Constants that early releases stored with the weights.
 _CONSTANTS = re.compile(r"(attn|attention)\.masked_bias$|rotary_emb\.inv_freq$")
@@ -37,11 +37,11 @@ class Architecture:
     Parameters
     ----------
     config
-        The configuration as it is stored.
+        The stored configuration.
     text_config
-        The part of it that describes the language model.
+        The part of it for the language model.
     load_config
-        What ``from_pretrained`` of the model's class takes.
+        The configuration for ``from_pretrained`` of the model's class.
     model
         The model on the ``meta`` device.
     is_remote
@@ -63,9 +63,9 @@ def read_architecture(
     Raises
     ------
     TeacherError
-        If it is not a decoder-only language model, or quantized in a way that this environment cannot read.
+        If it is not a decoder-only language model, or its quantization is unsupported in this environment.
     OSError, ValueError, ImportError, KeyError
-        If there is no such configuration, or its family is unknown.
+        If the configuration does not exist, or its family is unknown.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -110,7 +110,7 @@ def read_architecture(
 
 
 def configured_dtype(architecture: Architecture) -> str | None:
-    """Return the dtype that a configuration names, for wrappers in the part of the language model; None if none."""
+    """Return the dtype named by a configuration (for wrappers, by its language model part), or None."""
     for config in (architecture.config, architecture.text_config):
         value = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         if value is not None:
@@ -119,16 +119,15 @@ def configured_dtype(architecture: Architecture) -> str | None:
 
 
 def is_quantized(architecture: Architecture) -> bool:
-    """Whether the configuration says how the weights are quantized."""
+    """Whether the configuration describes a quantization of the weights."""
     return getattr(architecture.config, "quantization_config", None) is not None
 
 
 def surplus_weights(names: list[str], architecture: Architecture) -> list[str]:
-    """Return the weights that the model has no place for and that matter for its text.
+    """Return the unused weights of a checkpoint that affect its text output.
 
-    What a family declares ignorable is left out by transformers already. Beside that, heads for further tokens,
-    constants of early releases and, where only the text part of a wrapper is loaded, its other parts do not change the
-    targets.
+    transformers already excludes weights that a family declares ignorable. Also harmless are heads for further tokens,
+    constants of early releases and, if only the text part of a wrapper is loaded, the weights of its other parts.
     """
     text = architecture.text_config
     layers = getattr(text, "num_hidden_layers", None)
@@ -171,7 +170,7 @@ def _require_decoder(source: str, config: Any) -> None:
 
 
 def _require_quantizer(source: str, config: Any) -> None:
-    """Refuse a quantization method that transformers would ignore, or whose package is missing."""
+    """Refuse a quantization method that transformers would ignore, or with a missing package."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -193,7 +192,7 @@ def _require_quantizer(source: str, config: Any) -> None:
     except ImportError as error:
         raise _missing_package(source, method, error) from error
     except (ValueError, RuntimeError):
-        # It needs a GPU, or refuses this device: the worker, which may have another, decides.
+        # It needs a GPU or refuses this device. The worker may have another device, so it decides.
         return
 
 

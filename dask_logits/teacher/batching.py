@@ -1,17 +1,17 @@
-"""Documents → batches under a token budget: pure integers, the same for the same lengths and settings.
+"""Group documents into batches under a token budget: pure integers, determined by lengths and settings.
 
-Documents are sorted by length, longest first (so the largest batch comes first), and grouped greedily. Padding is
-computed like everything else, so a batch ends early when its next document would leave too much of it, once the
-batch is large enough to keep the device busy.
+Documents are sorted by length, longest first (so the largest batch comes first), and grouped greedily. Padding costs
+as much as other tokens, so a batch ends early if its next document would cause too much padding, once the batch is
+large enough to keep the device busy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# A batch of at least this share of the budget may end early rather than pad.
+# A batch with at least this share of the budget may end early to avoid padding.
 _ENOUGH = 0.125
-# Share of padding from which it does.
+# Share of padding at which it ends early.
 _PADDING = 0.05
 
 
@@ -23,14 +23,14 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int |
     lengths
         Tokens of each document. Empty documents appear in no batch.
     batch_tokens
-        Most tokens of one batch, padding included. A longer document is a batch of its own.
+        Maximum tokens of one batch, padding included. A longer document forms its own batch.
     batch_size
-        Most documents of one batch; None: unbounded.
+        Maximum documents of one batch. None: unlimited.
 
     Returns
     -------
     list of tuple of int
-        Indices into `lengths`; every non-empty document exactly once, the longest of a batch first.
+        Indices into `lengths`. Every non-empty document occurs exactly once, the longest of a batch first.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""The teacher's checkpoint: looked at by the driver without its weights, loaded once per worker process.
+"""The teacher's checkpoint: inspected by the driver without its weights, loaded once per worker process.
 
-The driver learns sizes and a fingerprint of the files; a worker loads only files with that fingerprint.
+The driver reads sizes and a fingerprint of the files. A worker loads only files with that fingerprint.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from dask_logits.teacher.weights import main_dtype, prefix_renames
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
 _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
-# PyTorch and oneDNN keep 0.3 MB of code for every shape of a matrix product that occurs, up to 1,024 of them each. One
-# batch uses at most some 260: attention has two for each of its blocks.
+# PyTorch and oneDNN cache 0.3 MB of code for each shape of a matrix product, up to 1,024 shapes each. One batch uses
+# at most about 260, because attention has two for each of its blocks.
 _KEPT_SHAPES = 384
-# What the identity of a teacher in a folder begins with; one of the hub has a commit.
+# Prefix of the identity of a teacher in a folder. The identity of a hub teacher is its commit.
 _FOLDER_IDENTITY = "sha256:"
-# Teachers that one process holds at most.
+# Maximum number of teachers held by one process.
 _MOST_TEACHERS = 4
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """All a worker needs to load the teacher; hashable, so that it keys the worker's one slot.
+    """Everything a worker needs to load the teacher. It is hashable, as the key of the worker's loaded teachers.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ class TeacherSpec:
     identity
         Digest of the weights and configuration (folder) or the commit (hub).
     dtype, device
-        Resolved: ``float32``, ``bfloat16`` or ``float16``; ``cpu`` or ``cuda``.
+        Resolved values: ``float32``, ``bfloat16`` or ``float16``, and ``cpu`` or ``cuda``.
     torch_threads
         CPU threads of the worker.
     n_gpus
-        Over how many of the worker's GPUs the layers are spread.
+        Number of the worker's GPUs over which the layers are spread.
     trust_remote_code
         Run model code that comes with the checkpoint.
     allow_pickle
@@ -95,7 +95,7 @@ class TeacherSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFacts:
-    """What the driver learns of a teacher without loading its weights.
+    """Properties of a teacher, read by the driver without loading its weights.
 
     Parameters
     ----------
@@ -104,13 +104,13 @@ class TeacherFacts:
     revision
         Commit on the hub, None for a folder.
     parameters, head_parameters
-        Counts; tied weights count once in the first.
+        Counts. Tied weights count once in the first.
     hidden_width, head_width, layers
-        D, the logits' width, and the depth.
+        D, the logit width, and the number of layers.
     checkpoint_dtype
-        Dtype the checkpoint names, e.g. ``bfloat16``.
+        Dtype named by the checkpoint, e.g. ``bfloat16``.
     max_positions
-        Longest input the architecture takes and whose targets do not depend on its batch; None where unbounded.
+        Longest input that the architecture accepts and whose targets do not depend on its batch. None: unlimited.
     """
 
     identity: str
@@ -127,12 +127,12 @@ class TeacherFacts:
 def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     """Read a teacher's configuration and the headers of its weights, and fingerprint its files.
 
-    The weights of a folder are matched against the model by transformers' own loading, with shapes in place of values.
+    transformers' own loading matches the weights of a folder against the model, with shapes instead of values.
 
     Raises
     ------
     TeacherError
-        If there is no such model, it is not a decoder-only language model, or its files do not make that model.
+        If the model does not exist, is not a decoder-only language model, or its files do not match it.
     """
     path = str(config.model_path)
     location = locate_teacher(path, allow_pickle=config.allow_pickle)
@@ -175,7 +175,7 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
 
 
 def _checkpoint_dtype(location: Location, architecture: Architecture) -> str:
-    """Return the dtype that the configuration names, else the one that the weights are stored in."""
+    """Return the dtype named by the configuration, else the dtype of the stored weights."""
     named, stored = configured_dtype(architecture), main_dtype(location.tensors)
     if named and stored and named != stored:
         logger.warning(
@@ -189,10 +189,10 @@ def _checkpoint_dtype(location: Location, architecture: Architecture) -> str:
 
 
 def _max_positions(text_config: Any) -> int | None:
-    """Return the longest input whose targets do not depend on what it is batched with.
+    """Return the longest input whose targets do not depend on its batch.
 
-    Rotary embeddings of type ``longrope`` and ``dynamic`` change with the width of the batch beyond the length they
-    were first trained for (Phi-3 long-context models), so a padded document would get other targets there.
+    Rotary embeddings of type ``longrope`` and ``dynamic`` change with the batch width beyond their original training
+    length (Phi-3 long-context models), so a padded document would get other targets there.
     """
     longest: int | None = getattr(text_config, "max_position_embeddings", None)
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
@@ -205,9 +205,9 @@ def _max_positions(text_config: Any) -> int | None:
 
 
 def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
-    """Return the dtype the weights are run in.
+    """Return the dtype in which the weights are used.
 
-    On a CPU without bfloat16 units half precision is slower than float32 (and less exact), so ``auto`` takes float32.
+    On a CPU without bfloat16 units, half precision is slower than float32 and less exact, so ``auto`` selects float32.
     """
     if setting != "auto":
         return setting
@@ -216,22 +216,22 @@ def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
     return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
 
 
-# The teachers this process holds, the one that was used last at the end. Runs may share a scheduler, and loading and
-# hashing takes longer than a partition; a GPU holds one, whose memory the calibration gave away.
+# Teachers held by this process, least recently used first. Runs may share a scheduler, and loading and hashing takes
+# longer than a partition. A GPU holds one teacher, because the calibration assigned all its memory.
 _LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
 
 
 def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
-    """Load the teacher, or return the one this process already holds; others are dropped if memory is short.
+    """Load the teacher, or return the one this process already holds. Other teachers are dropped if memory is short.
 
     Raises
     ------
     TeacherError
-        If the checkpoint cannot be loaded, lacks weights, is not the one the driver saw, or there is no such device.
+        If the checkpoint cannot be loaded, lacks weights, differs from the driver's, or the device does not exist.
     CapacityError
-        If it does not fit the device.
+        If it does not fit on the device.
     """
-    # Of the calling thread: each has its own number.
+    # A per-thread setting.
     torch.set_num_threads(spec.torch_threads)
     key = (spec, vocab_size)
     if key not in _LOADED:
@@ -239,13 +239,13 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
         _LOADED[key] = _load(spec, vocab_size)
     teacher = _LOADED[key] = _LOADED.pop(key)
     if teacher.device.type == "cuda":
-        # Of the calling thread too: where events and kernels go. A head may lie on another GPU than the first.
+        # Also a per-thread setting, for events and kernels. A head may be on another GPU than the first layer.
         torch.cuda.set_device(teacher.device)
     return teacher
 
 
 def _make_room(spec: TeacherSpec) -> None:
-    """Drop teachers, the longest unused first, until another fits into memory beside those that remain."""
+    """Drop the least recently used teachers until another one fits into memory."""
     while _LOADED and (spec.device == "cuda" or len(_LOADED) >= _MOST_TEACHERS or not _fits_beside(spec)):
         _LOADED.pop(next(iter(_LOADED)))
         gc.collect()
@@ -254,10 +254,10 @@ def _make_room(spec: TeacherSpec) -> None:
 
 
 def _fits_beside(spec: TeacherSpec) -> bool:
-    """Whether a folder's weights take at most half of this worker's share of the free memory."""
+    """Whether a folder's weights need at most half of this worker's share of the free memory."""
     folder = Path(spec.path)
     if not folder.is_dir():
-        # The size of a checkpoint in the hub's cache is not known here.
+        # The size of a checkpoint in the hub's cache is unknown here.
         return False
     stored_bytes = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     needed_bytes = stored_bytes * (2 if spec.dtype == "float32" else 1)
@@ -278,7 +278,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         )
     folder = Path(spec.path)
     if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
-        # A disk that is away for a moment, perhaps: unlike a teacher that is wrong, this is tried again.
+        # The file system may be temporarily unavailable. Raise OSError so that the task is retried.
         raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
     location = locate_teacher(spec.path, allow_pickle=spec.allow_pickle)
     if folder.is_dir() and (identity := _identity(location, spec.revision)) != spec.identity:
@@ -320,7 +320,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
 
 
 def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
-    """Load the full model; return it and what transformers reports of the loading."""
+    """Load the full model. Return it and the loading report of transformers."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec.dtype)
@@ -351,7 +351,7 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
                 output_loading_info=True,
                 device_map=device_map,
                 key_mapping=prefix_renames(location.tensors) or None,
-                # Reported, with the shapes, where the library raises without them.
+                # Reported with the shapes, whereas the library raises without them.
                 ignore_mismatched_sizes=True,
             )
     return loaded
@@ -359,7 +359,7 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
 
 @contextlib.contextmanager
 def _without_adapter(folder: Path) -> Iterator[str]:
-    """Yield a folder with links to all files but the adapter's: transformers 5.23 would load that unmerged."""
+    """Yield a folder with links to all files except the adapter's, which transformers 5.23 would load unmerged."""
     with tempfile.TemporaryDirectory() as view:
         for path in folder.iterdir():
             if not path.name.startswith("adapter_"):
@@ -368,9 +368,9 @@ def _without_adapter(folder: Path) -> Iterator[str]:
 
 
 def set_memory() -> None:
-    """Let glibc keep freed memory for the next layer, CUDA's allocator grow what it has, and bound code kept by shape.
+    """Configure glibc to keep freed memory, CUDA's allocator to grow, and the shape caches to stay bounded.
 
-    Activations of some MiB are mapped and unmapped at every operation otherwise; page faults were a fifth of the time.
+    Otherwise activations of some MiB are mapped and unmapped at every operation. Page faults took a fifth of the time.
     """
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     for name in _SHAPE_CACHES:
@@ -399,7 +399,7 @@ def _defining_files(folder: Path) -> dict[str, Path]:
 
 
 def _fingerprint(files: Mapping[str, Path], more: str = "") -> str:
-    # In the order that runs of earlier releases recorded.
+    # In the order recorded by runs of earlier releases.
     names = sorted(files, key=lambda name: files[name])
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = list(pool.map(_file_digest, (files[name] for name in names)))

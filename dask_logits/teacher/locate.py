@@ -1,4 +1,4 @@
-"""Locate a teacher: a folder of this machine or a name of the model hub, without waiting for a hub in vain."""
+"""Locate a teacher in a local folder or on the model hub, without waiting for an unreachable hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dask_logits.teacher.weights import StoredTensor, stored_tensors
 
 logger = logging.getLogger(__name__)
 
-# A hub that does not answer a small request within this time is taken for unreachable.
+# A hub that does not answer a small request within this time is considered unreachable.
 _HUB_SECONDS = 5.0
 _WHERE = "distillation.teacher.model_path"
 _GGUF_CURE = (
@@ -27,18 +27,18 @@ _GGUF_CURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a teacher's files are.
+    """Location of a teacher's files.
 
     Parameters
     ----------
     base
         Folder or hub name of the full model.
     folder
-        The full model's folder; None for a hub name.
+        The full model's folder. None for a hub name.
     adapter
-        The adapter that is merged into it.
+        The adapter to merge into it.
     tensors
-        What the folder's safetensors files hold; empty for a hub name or pickled weights.
+        Headers of the folder's safetensors files. Empty for a hub name or pickled weights.
     """
 
     base: str
@@ -48,12 +48,12 @@ class Location:
 
 
 def locate_teacher(path: str, *, allow_pickle: bool) -> Location:
-    """Find a teacher's files and check those that are on this machine.
+    """Find a teacher's files and check the local ones.
 
     Raises
     ------
     TeacherError
-        If the path does not exist, or its files are incomplete or of a kind that is not loaded.
+        If the path does not exist, or its files are incomplete or of an unsupported kind.
     """
     folder = Path(path).expanduser()
     _refuse_gguf(path, folder)
@@ -78,9 +78,9 @@ def locate_teacher(path: str, *, allow_pickle: bool) -> Location:
 
 
 def hub_is_reachable(name: str) -> bool:
-    """Whether the model hub answers; False, with a warning, where only its cache can be used.
+    """Whether the model hub answers. If not, log a warning that only its cache is used.
 
-    In offline mode (``HF_HUB_OFFLINE=1``) nothing is asked, and the library uses its cache by itself.
+    In offline mode (``HF_HUB_OFFLINE=1``) no request is sent, and the library uses its cache by itself.
     """
     from huggingface_hub import constants
 
@@ -103,9 +103,9 @@ def hub_is_reachable(name: str) -> bool:
 
 
 def hub_commit(name: str, revision: str | None, *, local_files_only: bool) -> str:
-    """Return the commit that a revision of a model on the hub names now; its files are then taken from this commit.
+    """Return the commit that a revision of a hub model names now. Its files are then taken from this commit.
 
-    The library keeps files of the hub under their commits; a configuration no longer tells its own (transformers 5.23).
+    The hub library stores files under their commit. A configuration no longer has its commit (transformers 5.23).
 
     Raises
     ------
@@ -122,7 +122,7 @@ def hub_commit(name: str, revision: str | None, *, local_files_only: bool) -> st
 
 
 def hub_tensors(name: str, revision: str | None) -> dict[str, StoredTensor]:
-    """Return what the safetensors files of a model on the hub hold that were downloaded when it was loaded.
+    """Return the tensors in the downloaded safetensors files of a hub model.
 
     Raises
     ------
@@ -135,12 +135,12 @@ def hub_tensors(name: str, revision: str | None) -> dict[str, StoredTensor]:
 
 
 def refuse_hub_adapter(name: str, revision: str | None, *, local_files_only: bool) -> None:
-    """Refuse a hub name that is an adapter: transformers would load it unmerged, or ignore it.
+    """Refuse a hub name of an adapter, which transformers would load unmerged or ignore.
 
     Raises
     ------
     TeacherError
-        With the way to use it.
+        With instructions for using the adapter.
     """
     from transformers.utils import cached_file
 

@@ -1,8 +1,9 @@
-"""Match a checkpoint's weights against its model: none missing, none left over, all of the right shape.
+"""Match a checkpoint's weights against its model: none missing, none unused, all of the right shape.
 
-transformers fills missing weights at random and leaves out those it has no place for, with a warning; both would be
-another teacher. The same rules hold for a folder before any weight is read, with shapes in place of values, and for the
-outcome of the real loading. Names of a framework's wrappers are removed; what a family declares ignorable is ignored.
+transformers fills missing weights at random and skips unused ones, with a warning. Either would be a different teacher.
+The same rules apply to a folder before any weight is read, with shapes instead of values, and to the result of the
+actual loading. Wrapper prefixes of training frameworks are removed. Weights that a family declares ignorable are
+ignored.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ _WHERE = "distillation.teacher.model_path"
 
 
 def require_matching_tensors(location: Location, architecture: Architecture) -> None:
-    """Refuse a folder whose tensors are not exactly the model's, before any of them is read.
+    """Refuse a folder whose tensors differ from the model's, before any of them is read.
 
     Raises
     ------
     TeacherError
-        If weights are missing, left over, of another shape, or quantized without the configuration that says how.
+        If weights are missing, unused, of another shape, or quantized without a quantization configuration.
     """
     if not location.tensors or is_quantized(architecture):
         return
     refuse_quantized(location.base, location.tensors)
     if architecture.is_remote or find_spec("accelerate") is None:
-        # Code of the checkpoint's own may need the values; without accelerate there is no device for shapes alone. The
-        # worker that loads the weights checks the same.
+        # A checkpoint's own code may need the values, and without accelerate there is no device for shapes alone. The
+        # worker that loads the weights performs the same check.
         return
     renames = prefix_renames(location.tensors)
     if renames:
@@ -76,16 +77,16 @@ def refuse_quantized(base: str, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def require_complete(loading: Mapping[str, Any], base: str, architecture: Architecture) -> None:
-    """Refuse a loading in which weights were filled at random, left out, or of another shape.
+    """Refuse a loaded model with randomly filled, unused or misshapen weights.
 
     Parameters
     ----------
     loading
-        What ``from_pretrained(output_loading_info=True)`` reports.
+        Report of ``from_pretrained(output_loading_info=True)``.
     base
         Folder or hub name of the model.
     architecture
-        What its configuration describes.
+        Architecture from its configuration.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def _some(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence the report of a loading whose outcome becomes a message of ours."""
+    """Silence transformers' loading report, which is replaced by our own message."""
     from transformers.utils import logging as library
 
     level = library.get_verbosity()

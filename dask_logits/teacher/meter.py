@@ -1,7 +1,7 @@
-"""Where a partition's time goes, and how far it is from the limit: spans by stage, FLOPs, the rate of a large GEMM.
+"""Time and efficiency of a partition: spans by stage, FLOPs, and the rate of a large GEMM as the limit.
 
-FLOPs are counted from the shapes of the weights that take part, without running the model; measuring the limit takes
-about a second on any device. Both are figures for people: where they are unknown, the job goes on without them.
+FLOPs are counted from the shapes of the weights in use, without running the model. Measuring the limit takes about a
+second on any device. Both are informational: if they are unknown, the job continues without them.
 
 Dimension letters: T tokens of a sequence.
 """
@@ -26,31 +26,31 @@ from dask_logits.teacher.model import Teacher
 logger = logging.getLogger(__name__)
 
 _GEMM_ROUNDS = 16
-# In all; a product of the smallest size takes milliseconds even where the device only emulates the dtype.
+# Total time. A product of the smallest size takes milliseconds even if the device only emulates the dtype.
 _GEMM_SECONDS = 1.0
 _SMALLEST_GEMM = 128
-# Names under which configurations state how many experts there are, and how many a token goes through.
+# Configuration names for the number of experts, and for the number of experts per token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-# Weights of routed experts; not the router's, nor those of experts that every token goes through.
+# Weights of routed experts, excluding the router's and those of experts used by every token.
 _ROUTED = re.compile(r"(^|\.)experts\.(?!.*(router|gate\.weight$))")
 _OUTPUT_PROJECTION = re.compile(r"(attn|attention|mixer|temporal_block)\w*\.(\w+\.)*(o_proj|out_proj|c_proj|dense|wo)$")
-# Its classes have no types.
+# Its classes are untyped.
 cuda: Any = torch.cuda
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a teacher computes; all zero where that is unknown.
+    """Compute cost of a teacher. All values are zero if unknown.
 
     Parameters
     ----------
     linear_flops
-        Per token, two for every multiplication with a weight that takes part, the head's included.
+        Per token, two for every multiplication with a weight in use, the head's included.
     attention_flops
-        Per pair of a token and one it looks at, over the layers without a window: 4 · heads · width (scores, mixing).
+        Per pair of a token and an attended token, over the layers without a window: 4 · heads · width (scores, mixing).
     window_flops, window
-        The same over the layers with a sliding window, and its length.
+        The same over the layers with a sliding window, and the window length.
     peak_flops
         Per second, of one large matrix product in the teacher's dtype, on the device and threads of the run.
     """
@@ -62,7 +62,7 @@ class Cost:
     peak_flops: float = 0.0
 
     def flops(self, lengths: Iterable[int]) -> float:
-        """Return what scoring sequences of these lengths takes, padding not counted; T·(T+1)/2 pairs without window.
+        """Return the FLOPs for sequences of these lengths, without padding. T·(T+1)/2 pairs if there is no window.
 
         >>> Cost(attention_flops=1.0, window_flops=1.0, window=2).flops([3])
         11.0
@@ -75,7 +75,7 @@ class Cost:
         return self.linear_flops * n + self.attention_flops * n * (n + 1) / 2 + self.window_flops * windowed
 
     def mfu(self, flops: float, seconds: float) -> float | None:
-        """Return the share of the limit that so many FLOPs in so many seconds reach; None where it is unknown.
+        """Return the share of the peak rate reached by this many FLOPs in this time. None if unknown.
 
         >>> Cost(peak_flops=10.0).mfu(30.0, 6.0), Cost().mfu(30.0, 6.0)
         (0.5, None)
@@ -85,9 +85,9 @@ class Cost:
 
 @dataclass
 class Stopwatch:
-    """Adds up the seconds of named stages; on CUDA between events, so that nothing waits for the device.
+    """Sums the seconds of named stages. On CUDA it uses events, so that nothing waits for the device.
 
-    Of a stage inside another each second counts once, for the inner one.
+    In nested stages, each second counts once, for the inner stage.
     """
 
     device: torch.device
@@ -115,7 +115,7 @@ class Stopwatch:
             self._open.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Return stage → seconds; on CUDA waits for the device once."""
+        """Return stage → seconds. On CUDA this waits for the device once."""
         if self._events:
             cuda.synchronize(self.device)
         for stage, outer, begin, end in self._events:
@@ -130,9 +130,9 @@ class Stopwatch:
 
 
 def measure_cost(teacher: Teacher) -> Cost:
-    """Count a teacher's FLOPs by the shapes of its weights, and measure the limit.
+    """Count a teacher's FLOPs from the shapes of its weights, and measure the limit.
 
-    A figure for people never stops a job: where anything fails, the cost is unknown and one line of the log says so.
+    An informational figure never stops a job: after any failure the cost is unknown, and one log line reports it.
     """
     try:
         linear = count_linear_flops(teacher)
@@ -145,8 +145,8 @@ def measure_cost(teacher: Teacher) -> Cost:
 
 
 def count_linear_flops(teacher: Teacher) -> float:
-    """Return two FLOPs per token for every weight that multiplies it; of routed experts only those that are chosen."""
-    # Of a multimodal wrapper only what text passes through.
+    """Return two FLOPs per token for every weight that multiplies it. Of routed experts, only selected ones count."""
+    # Of a multimodal wrapper, only the text path counts.
     decoder: nn.Module = getattr(teacher.trunk, "language_model", teacher.trunk)
     embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
     share = _expert_share(teacher.model.config.get_text_config())
@@ -161,7 +161,7 @@ def count_linear_flops(teacher: Teacher) -> float:
 
 
 def _expert_share(config: Any) -> float:
-    """Return which share of its experts a token goes through."""
+    """Return the share of experts that process a token."""
     experts, chosen = (_first_number(config, names) for names in (_EXPERT_COUNTS, _CHOSEN_COUNTS))
     return min(1.0, chosen / experts) if experts and chosen else 1.0
 
@@ -179,7 +179,7 @@ def _first_number(config: Any, names: Sequence[str]) -> float | None:
 def _attention_flops(teacher: Teacher) -> tuple[float, float, int]:
     """Return the FLOPs per pair in layers without and with a sliding window, and the window.
 
-    Heads and widths are read from each layer's own projection to its output, since they differ within some families
+    Heads and widths are read from each layer's own output projection, because they differ within some families
     (Gemma 4). Layers without one, such as recurrent ones, have no pairs.
     """
     config = teacher.model.config.get_text_config()
@@ -199,7 +199,7 @@ def _attention_flops(teacher: Teacher) -> tuple[float, float, int]:
 
 
 def _mixed_width(layer: nn.Module) -> int:
-    """Return heads · width of a layer's attention: what its output projection takes; 0 without attention."""
+    """Return heads · width of a layer's attention, the input width of its output projection, 0 without attention."""
     for name, module in layer.named_modules():
         weight = getattr(module, "weight", None)
         if _OUTPUT_PROJECTION.search(name) and isinstance(weight, torch.Tensor) and weight.dim() == 2:
@@ -209,22 +209,22 @@ def _mixed_width(layer: nn.Module) -> int:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOPs per second of one large matrix product: the best of some rounds, random factors.
+    """Measure the FLOPs per second of one large matrix product: the best of several rounds with random factors.
 
-    It takes about a second at most, so a process measures it once for each number of threads.
+    This takes at most about a second, and a process measures it once for each number of threads.
     """
     return _peak_flops(device, dtype, torch.get_num_threads())
 
 
 @functools.cache
 def _peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    # Few threads need no larger one, and take long for it; many would not all be busy with a small one.
+    # A few threads take long for a large product, and many threads are not all busy with a small one.
     largest = 8192 if device.type == "cuda" else 1024 if threads <= 2 else 2048
     deadline = time.perf_counter() + _GEMM_SECONDS
     size, best = _SMALLEST_GEMM, 0.0
     while True:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        # The first product of a shape also prepares code for it, and any may have to wait for other processes.
+        # The first product of a shape also prepares code, and any product may have to wait for other processes.
         fastest = _gemm_seconds(a, b)
         for _ in range(_GEMM_ROUNDS):
             # Twice the size takes eight times as long, and is run twice.

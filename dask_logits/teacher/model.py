@@ -1,16 +1,16 @@
-"""A loaded teacher cut in two, trunk and head, and the path by which tokens become logits.
+"""A loaded teacher split into trunk and head, and the scoring path from tokens to logits.
 
-Three ways lead from hidden states to logits:
+There are three head paths from hidden states to logits:
 
-* ``linear``: one matrix product with the head's weight (and bias) into a buffer that is reused, and where the family
-  asks for it a factor and a soft cap;
-* ``replay``: the model's own ``forward`` over a stub that returns our hidden states, so whatever a family does after
-  its head is done by the family's code;
-* ``forward``: the whole model per batch. Its logits exist for one whole batch; the last resort.
+* ``linear``: one matrix product with the head's weight (and bias) into a reused buffer, followed by a factor and a soft
+  cap if the family has them.
+* ``replay``: the model's own ``forward`` over a stub that returns our hidden states, so that the family's own code
+  performs all operations after its head.
+* ``forward``: the whole model per batch. Its logits exist for one whole batch, so this is the last resort.
 
-On CPU the trunk may use the attention of :mod:`dask_logits.teacher.cpu.attention`; on any device its layers may be
-compiled, each on its own and for all shapes at once: 10 s for a family instead of minutes for a model, and with them
-the attention of :mod:`dask_logits.teacher.cpu.fused`. Which path a run takes is found by
+On CPU the trunk may use the attention of :mod:`dask_logits.teacher.cpu.attention`. On any device its layers may be
+compiled, each separately and for all shapes at once: 10 s for a family instead of minutes for a model. Compiled layers
+can use the attention of :mod:`dask_logits.teacher.cpu.fused`. The path of a run is chosen by
 :mod:`dask_logits.teacher.selfcheck` and frozen with the run.
 
 Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden width, V vocabulary (logit width), C ids.
@@ -32,31 +32,31 @@ from dask_logits.teacher.cuda import kernels
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
 
-# Compiled code is made for one and for several sequences; every process starts from these shapes, so all run the same.
+# Code is compiled for one and for several sequences. Every process starts from these shapes, so all run the same code.
 _WARM_SHAPES = ((2, 64), (1, 64))
-# Kinds of layers times the two shapes, with room.
+# Kinds of layers times the two shapes, plus a margin.
 _RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringPath:
-    """How a run gets from tokens to logits; part of its numerics.
+    """Path of a run from tokens to logits, part of its numerics.
 
     Parameters
     ----------
     attention
-        ``blocks`` (:mod:`dask_logits.teacher.cpu.attention`), ``fused``: that with native code where it applies, or
-        ``model``: whatever the family uses.
+        ``blocks`` (:mod:`dask_logits.teacher.cpu.attention`), ``fused`` (the same with native code where applicable),
+        or ``model`` (the family's own).
     head
         One of :data:`HEADS`.
     scale, softcap
-        With ``linear``: logits are ``scale · x``, then ``softcap · tanh(x / softcap)`` unless that is None.
+        With ``linear``: logits are ``scale · x``, then ``softcap · tanh(x / softcap)`` unless `softcap` is None.
     exact
-        Logits in float32 (with ``linear``), or rounded as the model rounds them.
+        Whether logits are in float32 (with ``linear``) or rounded as by the model.
     compiled
-        Layers and targets run as compiled code.
+        Whether layers and targets run as compiled code.
     kernels
-        Targets come from :mod:`dask_logits.teacher.cuda.kernels`.
+        Whether targets are computed by :mod:`dask_logits.teacher.cuda.kernels`.
     """
 
     attention: Literal["fused", "blocks", "model"] = "model"
@@ -68,7 +68,7 @@ class ScoringPath:
     kernels: bool = False
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Apply factor and soft cap to products with the head's weight; −inf marks what takes no part, and stays."""
+        """Apply factor and soft cap to products with the head's weight. −inf marks excluded values and is kept."""
         out = raw if self.scale == 1.0 else raw * self.scale
         if self.softcap is None:
             return out
@@ -76,25 +76,25 @@ class ScoringPath:
 
 
 class Teacher:
-    """A causal language model in evaluation mode, and the path it is on.
+    """A causal language model in evaluation mode, with its scoring path.
 
     Parameters
     ----------
     model
         The model.
     vocab_size
-        Valid vocabulary: the columns of the logits that are kept.
+        Valid vocabulary: the number of logit columns to keep.
     """
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self.model = model
         self.vocab_size = vocab_size
-        # Llama 4's class names a trunk that it does not have, so base_model is the whole model.
+        # Llama 4's class names a nonexistent trunk, so base_model is the whole model.
         prefix: str = self.model.base_model_prefix
         self._trunk_name = prefix if hasattr(self.model, prefix) else "model"
         self.trunk: Any = getattr(self.model, self._trunk_name, self.model)
         self.head: Any = self.model.get_output_embeddings()
-        # Of inputs and results; accelerate's hooks bring activations to the layers of a teacher that is spread.
+        # Device of inputs and results. For a spread teacher, accelerate's hooks move activations to the layers.
         self.device: torch.device = self.head.weight.device
         placed = getattr(self.model, "hf_device_map", {}).values()
         self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
@@ -103,14 +103,14 @@ class Teacher:
         self._own_attention = getattr(self.model.config, "_attn_implementation", None)
 
     def take(self, path: ScoringPath) -> None:
-        """Put the model on a path.
+        """Switch the model to a path.
 
         Raises
         ------
         ValueError, RuntimeError
-            If the family has no replaceable attention, or its layers cannot be compiled here.
+            If the family's attention cannot be replaced, or its layers cannot be compiled here.
         TeacherError
-            If the run was calibrated with Triton's kernels or the fused attention, which cannot run here.
+            If the run was calibrated with Triton kernels or fused attention, which cannot run here.
         """
         if path.kernels and not kernels.available():
             raise TeacherError(
@@ -139,13 +139,13 @@ class Teacher:
             raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
 
     def layers(self) -> list[nn.Module]:
-        """Return the trunk's repeated layers: its longest list of modules, of a multimodal one its language model's."""
+        """Return the trunk's repeated layers: its longest module list, for a multimodal model the language model's."""
         text: nn.Module = getattr(self.trunk, "language_model", self.trunk)
         lists = [list(module) for module in text.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len, default=[])
 
     def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
-        """Run the trunk on right-padded tokens, without a mask: what stands to the right cannot reach the left.
+        """Run the trunk on right-padded tokens, without a mask, because padding on the right cannot affect the left.
 
         Returns
         -------
@@ -159,16 +159,16 @@ class Teacher:
 
     @property
     def logits_dtype(self) -> torch.dtype:
-        """Dtype of a buffer for logits; exact ones of a CPU are refined afterwards (:meth:`logits_of`)."""
+        """Dtype of a logits buffer. Exact CPU logits are refined by ``scoring.refined_logits``."""
         return torch.float32 if self.path.exact and self.device.type == "cuda" else self.dtype
 
     @property
     def refines(self) -> bool:
-        """Whether logits are first rounded and have to be computed anew in float32 for those that are kept."""
+        """Whether logits are first rounded, and the kept ones are recomputed in float32."""
         return self.path.exact and self.logits_dtype != torch.float32
 
     def logits(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
-        """Write R positions' logits into a buffer; with ``linear`` before :meth:`ScoringPath.finish`."""
+        """Write the logits of R positions into a buffer. With ``linear``, :meth:`ScoringPath.finish` comes after."""
         (self._linear if self.path.head == "linear" else self._replay)(hidden_RD, out_RV)
 
     def _linear(self, hidden_RD: Tensor, out_RV: Tensor) -> None:
@@ -176,7 +176,7 @@ class Teacher:
         # Some families keep the residual stream in float32 and round it here.
         hidden_RD = hidden_RD.to(weight_DV.dtype)
         if out_RV.dtype != weight_DV.dtype:
-            # Half-precision factors, float32 sums and results; CUDA only (PyTorch 150812).
+            # Half-precision factors, float32 sums and results. CUDA only (PyTorch 150812).
             torch.mm(hidden_RD, weight_DV, out_dtype=out_RV.dtype, out=out_RV)
         else:
             torch.mm(hidden_RD, weight_DV, out=out_RV)
@@ -188,7 +188,7 @@ class Teacher:
 
         tokens = torch.zeros(1, len(hidden_RD), dtype=torch.int64, device=self.device)
         output = BaseModelOutputWithPast(last_hidden_state=hidden_RD[None])
-        # The attribute is swapped, not the module's forward, so that hooks on the trunk do not run again.
+        # The attribute is swapped rather than the module's forward, so that hooks on the trunk do not run again.
         setattr(self.model, self._trunk_name, _Stub(output))
         try:
             logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
@@ -219,7 +219,7 @@ class Teacher:
             raise
 
     def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
-        """Let the compiler raise where it would give up and run uncompiled: that would change a run's bits midway."""
+        """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""
         if not (compiled or self.path.compiled):
             return nullcontext()
         import torch._dynamo
@@ -235,7 +235,7 @@ class Teacher:
 
 
 class _Stub(nn.Module):
-    """Stands in for the trunk and returns an output made beforehand."""
+    """Replacement for the trunk that returns a precomputed output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

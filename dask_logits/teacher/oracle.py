@@ -1,8 +1,8 @@
-"""A model's own forward on random documents, and the yardstick for what differs from it.
+"""Reference forward pass of a model on random documents, and the tolerance for deviations from it.
 
-Two orders of the same sums differ by rounding, and how far that moves the log-probs depends on the model: 4e-7 nats for
-a tiny Llama in float32, 1e-5 for a Mamba, 0.002 to 0.1 in bfloat16. So the yardstick is measured: the same forward with
-the input of every layer, of the head, and the logits moved by up to one unit in the last place.
+Two orders of the same sums differ by rounding, and the effect on log-probs depends on the model: 4e-7 nats for a tiny
+Llama in float32, 1e-5 for a Mamba, 0.002 to 0.1 in bfloat16. Therefore the yardstick is measured: the same forward with
+the input of every layer and of the head, and the logits, moved by up to one unit in the last place.
 
 Dimension letters: B sequences, T tokens, R rows, D hidden width, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.model import ScoringPath, Teacher
 
-# How many times the model's own rounding a path may be off.
+# Tolerated error of a path, as a multiple of the model's own rounding.
 FACTOR = 4.0
 _ROWS = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +28,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Oracle:
-    """A model's own forward on random documents, and how far its own rounding moves it.
+    """A model's own forward on random documents, and its own rounding error.
 
-    Tokens are random, so mistakes do not hide behind a prediction that is obvious either way.
+    Tokens are random, so that obvious predictions do not hide mistakes.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Oracle:
     tokens_BT
         Documents, padded on the right with other random tokens.
     lengths
-        Of the documents.
+        Lengths of the documents.
     """
 
     teacher: Teacher
@@ -54,7 +54,7 @@ class Oracle:
         # The last positions of the longest document reach furthest.
         self.rows_R = torch.tensor(sorted({*places[::step], self.lengths[0] - 1}), device=self.teacher.device)
         plain_RV = self.logprobs()
-        # Some checkpoints hold NaN for ids that never occur; a document that has one is refused when it is scored.
+        # Some checkpoints hold NaN for ids that never occur. A document with such an id is refused during scoring.
         usable_R = plain_RV.isfinite().all(-1)
         if not usable_R.any():
             raise TeacherError(
@@ -67,11 +67,11 @@ class Oracle:
 
     @property
     def limit(self) -> float:
-        """Largest error that counts as rounding."""
+        """Largest error accepted as rounding."""
         return FACTOR * self.noise
 
     def error(self, path: ScoringPath) -> float:
-        """Return a path's RMS difference in log-probs (nats); the model is left on the path it was."""
+        """Return a path's RMS difference in log-probs (nats). The model's path is unchanged afterwards."""
         before = self.teacher.path
         try:
             self.teacher.take(path)
@@ -80,7 +80,7 @@ class Oracle:
             self.teacher.take(before)
 
     def logprobs(self) -> Tensor:
-        """Return the log-probs of the compared positions on the model's present path, [R, V]."""
+        """Return the log-probs of the compared positions on the model's current path, [R, V]."""
         return self._logits().float().log_softmax(-1)
 
     def hidden_states(self) -> Tensor:
@@ -93,7 +93,7 @@ class Oracle:
         return head_logits(self.teacher, self.hidden_states())
 
     def padding_error(self) -> float:
-        """Return how far right padding moves the plain forward: each document alone against the padded batch."""
+        """Return the effect of right padding on the plain forward: each document alone against the padded batch."""
         T = self.tokens_BT.shape[1]
         total = count = 0.0
         for b, length in enumerate(self.lengths):
@@ -127,19 +127,19 @@ def _nudged(teacher: Teacher) -> Iterator[None]:
 def _jittered(values: Tensor) -> Tensor:
     generator = torch.Generator(values.device).manual_seed(20_260_104)
     noise = torch.rand(values.shape, generator=generator, device=values.device) * 2 - 1
-    # In double precision: 1 plus a float32 epsilon would itself be rounded.
+    # In double precision, because 1 plus a float32 epsilon would itself be rounded.
     return (values.double() * (1 + noise.double() * torch.finfo(values.dtype).eps)).to(values.dtype)
 
 
 def head_logits(teacher: Teacher, hidden_RD: Tensor) -> Tensor:
-    """Return the logits of hidden states by a teacher's present head path, [R, V]."""
+    """Return the logits of hidden states by a teacher's current head path, [R, V]."""
     logits_RV = torch.empty(len(hidden_RD), teacher.vocab_size, dtype=teacher.logits_dtype, device=teacher.device)
     teacher.logits(hidden_RD, logits_RV)
     return teacher.path.finish(logits_RV) if teacher.path.head == "linear" else logits_RV
 
 
 def random_tokens(teacher: Teacher, width: int) -> Tensor:
-    """Return two rows of random tokens, shorter where the model has fewer positions."""
+    """Return two rows of random tokens, shorter if the model has fewer positions."""
     config = teacher.model.config.get_text_config()
     generator = torch.Generator().manual_seed(20_260_101)
     width = min(width, getattr(config, "max_position_embeddings", None) or width)
@@ -148,7 +148,7 @@ def random_tokens(teacher: Teacher, width: int) -> Tensor:
 
 
 def _finite_ids(teacher: Teacher) -> Tensor:
-    """Return the ids whose embeddings are finite, [V]; NaN would reach every position of its document."""
+    """Return the ids with finite embeddings, [V]. NaN would reach every position of its document."""
     ids_V = torch.arange(teacher.vocab_size)
     weight_VD = getattr(teacher.model.get_input_embeddings(), "weight", None)
     if not isinstance(weight_VD, Tensor) or weight_VD.dtype not in _FLOATS or len(weight_VD) < len(ids_V):
@@ -158,5 +158,5 @@ def _finite_ids(teacher: Teacher) -> Tensor:
 
 
 def rms(difference: Tensor) -> float:
-    """Return the root of the mean square."""
+    """Return the root mean square."""
     return float(difference.double().square().mean().sqrt())

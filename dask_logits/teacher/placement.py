@@ -1,8 +1,8 @@
-"""Where the weights go: one device, or layer by layer several GPUs of one worker; refused where they cannot fit.
+"""Placement of the weights: on one device, or layer by layer on several GPUs of one worker.
 
-Chosen for a teacher that is larger than a GPU: whole layers on each, run in sequence by one process. Batches are
-independent and nothing waits for a result before the next batch is sent, so each GPU can work on a batch of its own,
-and no process group has to be kept alive inside a Dask worker. ``accelerate`` makes the map and moves the activations.
+A teacher larger than a GPU is split into whole layers, run in sequence by one process. Batches are independent and the
+next batch is sent without waiting for results, so each GPU can work on its own batch, and no process group must be kept
+alive inside a Dask worker. ``accelerate`` makes the map and moves the activations.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ DeviceMap = dict[str, int | str]
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Return what a model's parameters and buffers take."""
+    """Return the size of a model's parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> None:
-    """Refuse weights that do not fit the device, before they are sent there.
+    """Refuse weights that do not fit on the device, before they are sent there.
 
     Parameters
     ----------
     model
-        In main memory.
+        The model in main memory.
     free_bytes, total_bytes
-        Of the device.
+        Free and total memory of the device.
 
     Raises
     ------
@@ -52,12 +52,12 @@ def require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> N
 
 
 def free_gpu_bytes(n_gpus: int) -> dict[int, int]:
-    """Return what is free on the first GPUs this process sees.
+    """Return the free memory of the first visible GPUs.
 
     Raises
     ------
     TeacherError
-        If it sees fewer.
+        If fewer GPUs are visible.
     """
     seen = torch.cuda.device_count()
     if seen < n_gpus:
@@ -69,7 +69,7 @@ def free_gpu_bytes(n_gpus: int) -> dict[int, int]:
 
 
 def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:
-    """Assign whole layers to GPUs, about as many bytes to each.
+    """Assign whole layers to GPUs, balanced by size.
 
     Parameters
     ----------
@@ -78,17 +78,17 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
     free_bytes
         GPU → free bytes.
     dtype
-        Of the weights when they are loaded.
+        Dtype of the loaded weights.
 
     Returns
     -------
     dict
-        Module name → GPU, as transformers takes it.
+        Module name → GPU, in transformers' format.
 
     Raises
     ------
     CapacityError
-        If a part is left over; with the arithmetic.
+        If some layers do not fit, with the arithmetic.
     TeacherError
         If ``accelerate`` is not installed.
     """

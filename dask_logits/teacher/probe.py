@@ -1,14 +1,14 @@
 """A probe of a teacher: its first layers in float32, with its own weights and shortened windows.
 
-The self-check compares two ways of computing the same function. In bfloat16 a lost soft cap of 30 hides in rounding
-(0.05 nats beside 0.1), in float32 it stands out by four orders of magnitude. So the comparison runs on a copy in
-float32, which costs little: the copy has only as many layers as it takes to see every kind of layer (2 of SmolLM2's 30,
-6 of Gemma 3's), and shares every tensor that is float32 already.
+The self-check compares two computations of the same function. In bfloat16, rounding hides a lost soft cap of 30 (0.05
+nats beside 0.1). In float32 it stands out by four orders of magnitude. Therefore the comparison runs on a float32 copy,
+at little cost: the copy has only enough layers to contain every kind of layer (2 of SmolLM2's 30, 6 of Gemma 3's), and
+shares all tensors that are already in float32.
 
-A window of 4,096 tokens has no effect on a document of 150. On the copy, windows, chunks and the k of sparse attention
-are set to :data:`SHORT`, so that a short document reaches beyond all of them.
+A window of 4,096 tokens has no effect on a document of 150. In the copy, windows, chunks and the k of sparse attention
+are set to :data:`SHORT`, so that a short document exceeds all of them.
 
-Dimension letters: none; tensors are only copied.
+Dimension letters: none, because tensors are only copied.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dask_logits.teacher.model import Teacher
 
 SHORT = 16
 _FEWEST_LAYERS = 2
-# Share of the free memory that the copy may take.
+# Maximum share of the free memory for the copy.
 _MEMORY_SHARE = 0.5
 _REACH = re.compile(r"window|chunk|topk|top_k|local_attention|block_size")
-# Of these names, what does not bound which positions are seen.
+# Matches of _REACH that do not limit the visible positions.
 _OTHER = re.compile(r"expert|moe|group|router|layers|pattern|feed_forward|lm_head|loss|inference")
 _POSITION = re.compile(r"(^|_)(idx|id|index|number)$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,7 +41,7 @@ def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
     Parameters
     ----------
     teacher
-        On its plain path.
+        The teacher, on its plain path.
     whole
         Copy all layers, for families whose model cannot run with fewer.
 
@@ -68,7 +68,7 @@ def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
     needed = sum(4 * tensor.numel() for tensor in tensors.values() if tensor.dtype != torch.float32)
     if needed > _MEMORY_SHARE * _free_bytes(teacher.device):
         raise ValueError(f"a copy in float32 takes {needed / 2**30:.1f} GiB, more than half of the free memory")
-    # deepcopy takes what it finds in the memo: tensors are shared or converted, never copied as they are.
+    # deepcopy uses the entries of the memo, so tensors are shared or converted, never copied unchanged.
     memo: dict[int, Any] = {key: _in_float32(tensor) for key, tensor in tensors.items()}
     gap = nn.Identity()
     memo |= {id(layer): gap for layer in layers[depth:]}
@@ -84,7 +84,7 @@ def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
 
 
 def reaches(teacher: Teacher) -> dict[str, int]:
-    """Return the settings that bound which positions a token sees, where they exceed :data:`SHORT`."""
+    """Return the settings that limit the visible positions, if they exceed :data:`SHORT`."""
     return {
         name: value
         for name, value in vars(teacher.model.config.get_text_config()).items()
@@ -93,7 +93,7 @@ def reaches(teacher: Teacher) -> dict[str, int]:
 
 
 def set_reach(probe: Teacher, name: str, old: int, new: int) -> None:
-    """Change a window in the configuration and in every module of a probe that keeps a copy of it."""
+    """Change a window in the configuration and in every module of a probe with a copy of it."""
     for config in _configs(probe.model):
         if getattr(config, name, None) == old:
             setattr(config, name, new)
@@ -104,7 +104,7 @@ def set_reach(probe: Teacher, name: str, old: int, new: int) -> None:
 
 
 def probe_depth(teacher: Teacher) -> int:
-    """Return how many leading layers hold one of each kind."""
+    """Return the number of leading layers that include one of each kind."""
     layers = teacher.layers()
     config = teacher.model.config.get_text_config()
     by_layer = [
@@ -119,7 +119,7 @@ def probe_depth(teacher: Teacher) -> int:
 
 
 def _kind(layer: nn.Module) -> tuple[object, ...]:
-    """Return what tells a layer from another: classes, shapes and plain values of all its modules, not its number."""
+    """Return the properties that distinguish layers: classes, shapes and plain values of all modules, not the index."""
     return tuple(
         (
             name,

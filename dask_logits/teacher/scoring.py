@@ -1,10 +1,10 @@
-"""Items → targets: batches through the trunk, valid positions through the head in row chunks, top-k of each.
+"""Compute targets from items: batches through the trunk, valid positions through the head in row chunks, then top-k.
 
-The logits of a whole batch never exist: beside the weights, memory holds one budgeted batch and one chunk of
-``head_rows`` × V logits, whose buffer is reused. Results leave the device in their stored dtypes, through a ring.
+The logits of a whole batch never exist. Beside the weights, memory holds one batch within the budget and one row chunk
+of ``head_rows`` × V logits in a reused buffer. Results leave the device in their stored dtypes, through a ring.
 
-A batch that does not fit the device's memory is halved, and its halves again: always at the same places, so that what
-was computed can be told from the receipt.
+A batch that does not fit into the device's memory is halved, recursively. The places of the cuts are fixed, so that the
+receipt describes the computation exactly.
 
 Dimension letters: B sequences, T tokens, M valid positions of a batch, R of a chunk, C ids of a row, D hidden width,
 V vocabulary, K kept entries, N tokens of the partition.
@@ -31,15 +31,15 @@ from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.topk import padded_width, topk_with_tail
 from dask_logits.teacher.transfer import OutputRing, to_device
 
-# Compiled code is made for sequences of at least two tokens.
+# Code is compiled for sequences of at least two tokens.
 _SHORTEST = 2
-# Rows whose candidates' weights exist at one time where refinement is not compiled.
+# Rows whose candidates' weights exist at one time if refinement is not compiled.
 _REFINED_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """The numerics of a run, resolved; equal settings on equal hardware give equal bytes.
+    """Resolved numerics of a run. Equal settings on equal hardware give equal bytes.
 
     Parameters
     ----------
@@ -48,11 +48,11 @@ class ScoringSettings:
     vocab_size
         Valid vocabulary.
     batch_tokens, batch_size
-        Bounds of a batch.
+        Limits of a batch.
     head_rows
         Positions whose logits exist at one time.
     path
-        Way from tokens to logits.
+        Scoring path from tokens to logits.
     """
 
     top_k: int
@@ -65,7 +65,7 @@ class ScoringSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Targets, and what it took.
+    """Targets, with timings and memory splits.
 
     Parameters
     ----------
@@ -73,9 +73,9 @@ class Scored:
         The targets.
     seconds
         Stage → seconds: ``trunk``, ``head``, ``tail`` (logsumexp, top-k), ``refine`` (kept logits in float32),
-        ``transfer``; ``score``: all.
+        ``transfer``, and ``score`` for the total.
     splits
-        Batch → numbers of items in the parts it was split into because it did not fit into memory.
+        Batch → numbers of items in its parts, if it was split because it did not fit into memory.
     padded_tokens
         Tokens computed, padding included.
     """
@@ -100,13 +100,13 @@ def score_items(
     Parameters
     ----------
     teacher
-        A loaded teacher; it is put on the settings' path.
+        A loaded teacher. It is switched to the settings' path.
     items
-        What it reads, in dataset order; empty ones are kept as documents of no tokens.
+        Items in dataset order. Empty ones are kept as documents without tokens.
     settings
         The run's numerics.
     packed
-        Whether items are blocks, whose lengths are recorded.
+        Whether items are packed blocks, whose lengths are recorded.
     on_tokens
         Called after each batch with the tokens kept since the last call.
 
@@ -163,7 +163,7 @@ def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
 
 @dataclass
 class _Run:
-    """One partition on its way: where each position goes, the buffers that every chunk reuses, what was split."""
+    """State of one partition in progress: target places, reused chunk buffers, memory splits."""
 
     teacher: Teacher
     items: Sequence[Item]
@@ -189,7 +189,7 @@ class _Run:
         )
 
     def parts(self, number: int, batch: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield a batch, or in order the parts of it that fit into memory; halves are made where one did not."""
+        """Yield a batch, or in order its parts that fit into memory. Parts that do not fit are halved."""
         waiting = [batch]
         sizes = []
         while waiting:
@@ -217,7 +217,7 @@ class _Run:
             self.splits[number] = sizes
 
     def score(self, part: tuple[int, ...]) -> int:
-        """Score some items; return the tokens kept, or 0 where memory was short and :meth:`parts` will halve it."""
+        """Score some items. Return the tokens kept, or 0 if memory was short and :meth:`parts` must halve the part."""
         try:
             return self._score(part)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -253,7 +253,7 @@ class _Run:
         return len(where_M)
 
     def _targets(self, rows_R: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        """Return the targets of a chunk in their stored dtypes; columns beyond the vocabulary stay at −inf."""
+        """Return the targets of a chunk in their stored dtypes. Columns beyond the vocabulary remain −inf."""
         teacher, path = self.teacher, self.settings.path
         logits_RV = self.logits_RV[: len(rows_R)]
         valid_RV = logits_RV[:, : self.settings.vocab_size]
@@ -293,7 +293,7 @@ class _Run:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell a failed allocation, which torch reports on CPU as a RuntimeError and on CUDA as a kind of it."""
+    """Whether an error is a failed allocation, which torch reports as a RuntimeError on CPU and a subclass on CUDA."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -303,11 +303,11 @@ def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tenso
     Parameters
     ----------
     teacher
-        On a ``linear`` path.
+        The teacher, on a ``linear`` path.
     hidden_RD
         Hidden states.
     ids_RC
-        int64, which logits.
+        int64, columns of the logits.
 
     Returns
     -------
@@ -335,7 +335,7 @@ def _compiled_products() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
-    """Return the batch's tokens, right-padded with id 0, and each position's next token (−1 where there is none)."""
+    """Return the batch's tokens, right-padded with id 0, and each position's next token (−1 if there is none)."""
     width = max(_SHORTEST, len(batch[0].tokens))
     tokens_BT = np.zeros((len(batch), width), np.int64)
     labels_BT = np.full((len(batch), width), -1, np.int64)
@@ -348,7 +348,7 @@ def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
 
 
 def measure(teacher: Teacher, documents: Sequence[Array], settings: ScoringSettings) -> tuple[Records, float]:
-    """Score documents and time it.
+    """Score documents and measure the speed.
 
     Returns
     -------

@@ -1,18 +1,18 @@
-"""The self-check: compare a teacher's fast paths with its own forward, and take the fastest that agrees.
+"""The self-check: compare a teacher's fast paths with its own forward, and choose the fastest that agrees.
 
-There is no table of families. What a family does after its head (factors, soft caps) is tried with the numbers that its
-configuration names, and where none fits the family's own code is replayed. The model's own forward decides.
+There is no table of families. Operations after a family's head (factors, soft caps) are tried with the numbers in its
+configuration. If none fits, the family's own code is replayed. The model's own forward decides.
 
-*How far may a path be off?* As far as the model's own rounding moves it, and no absolute figure. The yardstick is the
-same forward with the input of every layer moved by one unit in the last place (:mod:`dask_logits.teacher.oracle`).
-Over 122 families, float32 and bfloat16, good paths were at most 1.2 times the yardstick off, and the model's own
-bfloat16 forward 0.3 to 1.5 times from its float32 one; so 4 times is the limit. A scale of 1.01 in attention, a lost
-window, sink, soft cap or position bias were 30 to 10⁶ times the yardstick off.
+*Tolerance*: a multiple of the effect of the model's own rounding, not an absolute figure. The yardstick is the same
+forward with the input of every layer moved by one unit in the last place (:mod:`dask_logits.teacher.oracle`). Over 122
+families, float32 and bfloat16, good paths were off by at most 1.2 times the yardstick, and the model's own bfloat16
+forward differed by 0.3 to 1.5 times from its float32 one. The limit is therefore 4 times. A scale of 1.01 in attention,
+a lost window, sink, soft cap or position bias were off by 30 to 10⁶ times the yardstick.
 
-*On what?* Where the weights allow it, on a :mod:`dask_logits.teacher.probe`: the first layers in float32 with short
-windows, where a document of 150 tokens reaches beyond every window, chunk and ``index_topk``, and where what rounding
-hides in bfloat16 is visible. Then once more on the teacher itself, in its own dtype and with all layers. Hidden states
-are also multiplied by 8 and 64, so that a soft cap which random tokens never reach is seen.
+*Model*: if the weights allow it, first a :mod:`dask_logits.teacher.probe` with the first layers in float32 and short
+windows. There a document of 150 tokens exceeds every window, chunk and ``index_topk``, and errors hidden by rounding in
+bfloat16 become visible. Then the teacher itself, in its own dtype and with all layers. Hidden states are also
+multiplied by 8 and 64, to reveal a soft cap that random tokens never reach.
 
 Dimension letters: B sequences, T tokens, R rows, D hidden width, V vocabulary.
 """
@@ -34,18 +34,18 @@ from dask_logits.teacher.probe import SHORT, make_probe, reaches, set_reach
 
 logger = logging.getLogger(__name__)
 
-# Documents of the probe: several blocks of attention and many windows; each is padded on the right.
+# Documents of the probe: several blocks of attention and many windows. Each is padded on the right.
 _WIDTH, _LENGTHS = 150, (100, 40)
 # Documents of the teacher itself: two blocks.
 _OWN_WIDTH, _OWN_LENGTHS = 70, (66, 17)
-# Longest document where a window cannot be shortened.
+# Longest document if a window cannot be shortened.
 _LONGEST = 2_200
-# Factors on hidden states; the largest drives logits of usual size far into a soft cap.
+# Factors on hidden states. The largest drives logits of usual size far into a soft cap.
 _LOUDNESS = (1.0, 8.0, 64.0)
 # Relative RMS difference of raw logits between two orders of the same sums, in units of the dtype's epsilon.
 _RAW_EPSILONS = {torch.float32: 100.0}
 _RAW_EPSILONS_HALF = 0.75
-# What a family's code raises where it does not fit.
+# Errors raised by a family's code when a path does not fit.
 _MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -58,10 +58,10 @@ class Choice:
     path
         The fastest path that agrees, not compiled.
     errors
-        Way → RMS difference in log-probs (nats); ``padding``: that of right padding without a mask; ``rounding``: the
-        yardstick on the teacher; infinite where a way does not apply.
+        Path → RMS difference in log-probs (nats), infinite if a path does not apply. ``padding`` is that of right
+        padding without a mask, ``rounding`` the yardstick on the teacher.
     refusals
-        Way → why it was not taken.
+        Path → reason why it was rejected.
     """
 
     path: ScoringPath
@@ -72,7 +72,7 @@ class Choice:
 def choose_path(
     teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS
 ) -> tuple[ScoringPath, dict[str, float]]:
-    """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
+    """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.
 
     Parameters
     ----------
@@ -90,21 +90,21 @@ def choose_path(
 
 @torch.inference_mode()
 def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> Choice:
-    """Find the fastest path that reproduces the model's plain forward, and put the teacher on it.
+    """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.
 
     Parameters
     ----------
     teacher
         A loaded teacher.
     exact
-        Logits in float32 are wanted where the teacher's dtype is narrower.
+        Whether float32 logits are required if the teacher's dtype is narrower.
     heads
-        Ways from hidden states to logits to try, in order.
+        Head paths from hidden states to logits to try, in order.
 
     Raises
     ------
     TeacherError
-        If right padding changes the teacher's output (it is not causal), its logits are not finite, or no way agrees.
+        If right padding changes the teacher's output (it is not causal), its logits are not finite, or no path agrees.
     """
     teacher.take(ScoringPath())
     own = Oracle(teacher, random_tokens(teacher, _OWN_WIDTH), _OWN_LENGTHS)
@@ -125,28 +125,28 @@ def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> 
 
 @torch.inference_mode()
 def try_compiled(teacher: Teacher, longest: int = _WIDTH) -> float:
-    """Compile the path a teacher is on, with fused attention if that agrees, and compare it with what it was.
+    """Compile a teacher's path, with fused attention if that agrees, and compare it with the uncompiled path.
 
     Parameters
     ----------
     teacher
         A teacher after :func:`check`.
     longest
-        Tokens of the longest document of the data: windows that it does not reach beyond are not tested.
+        Tokens of the longest document of the data. Longer windows are not tested.
 
     Returns
     -------
     float
-        RMS difference in log-probs (nats); the teacher is on the compiled path.
+        RMS difference in log-probs (nats). The teacher uses the compiled path.
 
     Raises
     ------
     RuntimeError
-        If it cannot be compiled, or the difference is more than rounding; the teacher is on the path it was.
+        If it cannot be compiled, or the difference exceeds rounding. The teacher's path is unchanged.
     """
     crossed = [window for window in reaches(teacher).values() if window < min(longest, _LONGEST)]
     if crossed:
-        # Layers are compiled anew where a mask appears, which is beyond a window.
+        # Layers are recompiled when a mask appears, beyond a window.
         tokens_BT = random_tokens(teacher, max(crossed) + 3 * SHORT)[:1]
         oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1],))
     else:
@@ -171,7 +171,7 @@ def _take_compiled(oracle: Oracle, path: ScoringPath) -> float:
 
 
 def _probe_oracle(teacher: Teacher, choice: Choice) -> tuple[Oracle, str | None]:
-    """Return what paths are compared on, and which window could not be reached beyond, if any."""
+    """Return the oracle for comparing paths, and the windows that its documents do not exceed, if any."""
     for whole in (False, True):
         try:
             probe = make_probe(teacher, whole=whole)
@@ -184,7 +184,7 @@ def _probe_oracle(teacher: Teacher, choice: Choice) -> tuple[Oracle, str | None]
 
 
 def _shortened(probe: Teacher) -> tuple[Oracle, str | None]:
-    """Shorten each window of a probe; where that changes nothing, it may be kept elsewhere and stays as it is."""
+    """Shorten each window of a probe. A window without effect may be stored elsewhere and is restored."""
     tokens_BT = random_tokens(probe, _WIDTH)
     oracle = Oracle(probe, tokens_BT, _LENGTHS)
     untested = {}
@@ -205,12 +205,12 @@ def _shortened(probe: Teacher) -> tuple[Oracle, str | None]:
 
 
 def _at_length(teacher: Teacher, windows: dict[str, int]) -> tuple[Oracle, str | None]:
-    """Return documents that reach beyond windows as they are, as far as that is affordable."""
+    """Return documents that exceed unshortened windows, up to an affordable length."""
     longest = max(windows.values(), default=0)
     width = max(_WIDTH, min(_LONGEST, longest + 3 * SHORT))
     tokens_BT = random_tokens(teacher, width)
     oracle = Oracle(teacher, tokens_BT, (tokens_BT.shape[1] - SHORT, _LENGTHS[-1]))
-    # A window as long as the model's positions is one that no document reaches beyond.
+    # No document exceeds a window as long as the model's positions.
     positions = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     beyond = [f"{name}={value}" for name, value in windows.items() if oracle.lengths[0] <= value < positions]
     reason = f"documents of {oracle.lengths[0]} tokens do not reach beyond {', '.join(beyond)}"
@@ -242,7 +242,7 @@ def _choose_head(probe: Oracle, heads: tuple[Head, ...], choice: Choice) -> Scor
 
 
 def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
-    """Yield the ways of one kind: of ``linear`` every factor and soft cap that the configuration could mean."""
+    """Yield the paths of one kind, for ``linear`` with every factor and soft cap implied by the configuration."""
     if head != "linear":
         yield ScoringPath(head=head)
         return
@@ -261,7 +261,7 @@ def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
 
 
 def _head_error(probe: Oracle, path: ScoringPath) -> float:
-    """Return a head path's error; infinite where raw logits differ from those of the model's own code."""
+    """Return a head path's error, infinite if raw logits differ from those of the model's own code."""
     if path.head == "forward":
         return 0.0
     try:
@@ -278,7 +278,7 @@ def _head_error(probe: Oracle, path: ScoringPath) -> float:
         try:
             wanted_RV = head_logits(teacher, loud_RD).float()
         except _MISFITS:
-            # The family's code after the trunk cannot be run alone; the forward has been compared.
+            # The family's code after the trunk cannot run alone. The forward has already been compared.
             return error
         finally:
             teacher.take(ScoringPath())
@@ -312,7 +312,7 @@ def _choose_attention(probe: Oracle, path: ScoringPath, untested: str | None, ch
 
 
 def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
-    """Compare the chosen path with the forward of the whole teacher in its own dtype; give up what does not agree."""
+    """Compare the chosen path with the forward of the whole teacher in its own dtype. Drop disagreeing parts."""
     ways = [path, dataclasses.replace(path, attention="model")]
     ways += [ScoringPath(head=head) for head in HEADS[1:] if head in heads]
     for way in ways:

@@ -1,18 +1,18 @@
-"""Logits → exact top-k, logsumexp, tail and label log-prob: tensors only.
+"""Compute exact top-k, logsumexp, tail and label log-prob from logits, with tensors only.
 
-Chosen: blocks of 64 columns. One read of the logits leaves for each block its maximum and the sum of its exponentials,
-relative to the highest value of some neighbouring blocks (to its own would take a second reduction of each block). The
-k blocks with the largest maxima contain the k largest values, so only k·64 candidates are sorted, and the sums of all
-other blocks are ready. Values and ids are packed into one int64 key, which makes the order total: larger value
-first, equal values by lower id (``torch.topk`` leaves ties open, and bfloat16 logits tie at the k-th place in most
-rows). The tail is summed from the terms that are left, never as 1 − Σp, which cancels when K covers almost all mass.
+The method uses blocks of 64 columns. One read of the logits computes each block's maximum and the sum of its
+exponentials, relative to the highest value of some neighbouring blocks (its own would need a second reduction of each
+block). The k blocks with the largest maxima contain the k largest values, so only k·64 candidates are sorted, and the
+sums of all other blocks are ready. Values and ids are packed into one int64 key, which makes the order total: larger
+value first, equal values by lower id (``torch.topk`` leaves ties open, and bfloat16 logits tie at the k-th place in
+most rows). The tail is summed from the remaining terms, never as 1 − Σp, which cancels when K covers almost all mass.
 
-Where logits were rounded to half precision, the k + 32 best are computed anew in float32 by the caller (`refine`), and
-the best k of those are kept. The error left is that of rounding the other terms of the logsumexp, which averages out.
+If logits were rounded to half precision, the caller recomputes the k + 32 best in float32 (`refine`), and the best k of
+those are kept. The remaining error is the rounding of the other terms of the logsumexp, which averages out.
 
 Cost per row at V = 49,152, k = 64 on two Zen 5 cores, compiled: 11 µs statistics, 5 µs selection, 3 µs
 refinement, 3 µs order, 10 µs sums and small steps. ``torch.topk`` and ``log_softmax`` in float32 take six times as
-much.
+long.
 
 Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, G groups of neighbouring blocks, C candidates,
 K kept entries.
@@ -32,11 +32,11 @@ from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.model import ScoringPath
 
 BLOCK = 64
-# Candidates beyond k that are refined: the k best by float32 logits were always among so many by bfloat16 logits.
+# Refined candidates beyond k. The k best by float32 logits were always within this margin by bfloat16 logits.
 SPARE = 32
-# Most neighbouring blocks whose sums are relative to one value.
+# Maximum neighbouring blocks with sums relative to one value.
 _MOST_BLOCKS = 8
-# Rows whose float32 logits exist at one time where nothing is compiled: 16 rows × 49k × 4 bytes stay in the caches.
+# Rows whose float32 logits exist at one time without compilation: 16 rows × 49k × 4 bytes stay in the caches.
 _CPU_TILE = 16
 
 PLAIN = ScoringPath()
@@ -51,13 +51,13 @@ class TopK:
     ids_RK
         int64, most probable first, ties by lower id.
     logits_RK
-        float32, their logits.
+        float32, the logits of `ids_RK`.
     logsumexp_R
-        float32, over the whole row; NaN for a row that holds a NaN or +inf.
+        float32, over the whole row. NaN for a row with NaN or +inf.
     tail_logmass_R
         float32, log of the probability outside the K entries.
     label_logits_R
-        float32, the labels' logits; arbitrary where there is no label.
+        float32, the labels' logits, arbitrary if there is no label.
     """
 
     ids_RK: Tensor
@@ -77,7 +77,7 @@ def padded_width(vocab_size: int) -> int:
 
 
 def scratch_rows(rows: int, device: str) -> int:
-    """Return how many rows exist in float32 beside the logits.
+    """Return the number of rows that exist in float32 beside the logits.
 
     >>> scratch_rows(256, "cpu"), scratch_rows(256, "cuda")
     (16, 256)
@@ -99,17 +99,17 @@ def topk_with_tail(
     Parameters
     ----------
     logits_RV
-        Floating, contiguous, width a multiple of 64; columns beyond the valid vocabulary hold −inf.
+        Floating, contiguous, width a multiple of 64. Columns beyond the valid vocabulary hold −inf.
     k
         Kept entries, at most the valid vocabulary.
     labels_R
-        int64, true next tokens; −1 where there is none. None: no labels.
+        int64, true next tokens, −1 if there is none. None: no labels.
     vocab_size
-        Valid vocabulary; None: the whole width.
+        Valid vocabulary. None: the whole width.
     path
         Factor and soft cap to apply to every logit, and whether passes over the logits run as compiled code.
     refine
-        int64 ids [R, C] → float32 finished logits [R, C]. None: the logits are exact as they are.
+        int64 ids [R, C] → float32 finished logits [R, C]. None: the logits are already exact.
     """
     rows, width = logits_RV.shape
     labels_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device) if labels_R is None else labels_R
@@ -139,7 +139,7 @@ def topk_with_tail(
         highest_R1 = torch.maximum(maxima_RN.amax(-1, keepdim=True), kept_RK[:, :1])
         left_R = (values_RC[:, k:] - highest_R1).exp().sum(-1)
     sums_RN.scatter_(1, chosen_RC, 0.0)
-    # No base exceeds the highest value but that of a group of −inf, which is 0 and may lie far above: 0 · inf is NaN.
+    # Only the base of a group of −inf exceeds the highest value: it is 0 and may lie far above, and 0 · inf is NaN.
     rest_RG = sums_RN.view(*bases_RG.shape, -1).sum(-1) * (bases_RG - highest_R1).clamp(max=0.0).exp()
     candidates.scatter_(1, place_RK, -torch.inf)
     left_R = left_R + rest_RG.sum(-1) + _sum_exp(path.compiled)(candidates, highest_R1, path)
@@ -154,14 +154,14 @@ def topk_with_tail(
 
 
 def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:
-    """Tell whether the Triton kernels find here what torch finds: the same ids, sums within rounding.
+    """Whether the Triton kernels agree with torch on this machine: the same ids, and sums within rounding.
 
     Parameters
     ----------
     logits_RV, k
         As for :func:`topk_with_tail`.
     path
-        One without kernels.
+        A path without kernels.
     """
     wanted = topk_with_tail(logits_RV, k, path=path)
     found = topk_with_tail(logits_RV, k, path=dataclasses.replace(path, kernels=True))
@@ -170,7 +170,7 @@ def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:
 
 
 def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the logits once: for every block of 64 its maximum and the sum of its exponentials.
+    """Compute for every block of 64 its maximum and the sum of its exponentials, in one read of the logits.
 
     Parameters
     ----------
@@ -180,9 +180,9 @@ def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tens
     Returns
     -------
     maxima_RN, sums_RN
-        float32. A block of −inf has the sum 0; NaN or +inf in a block makes its maximum or sum NaN.
+        float32. A block of −inf has the sum 0. NaN or +inf in a block makes its maximum or sum NaN.
     bases_RG
-        float32, finite unless there is NaN or +inf: what the sums of the group's N / G blocks are relative to.
+        float32, finite unless there is NaN or +inf: the reference value for the sums of the group's N / G blocks.
     """
     rows, width = logits_RV.shape
     blocks = width // BLOCK
@@ -224,12 +224,12 @@ def _sum_exp(compiled: bool) -> Callable[..., Tensor]:
 
 
 def _finite(maxima: Tensor) -> Tensor:
-    """Replace −inf, from which nothing can be subtracted."""
+    """Replace −inf, which cannot be subtracted."""
     return maxima.masked_fill(maxima == -torch.inf, 0.0)
 
 
 def _largest_blocks(maxima_RN: Tensor, count: int, path: ScoringPath) -> Tensor:
-    """Return the ids of the blocks with the largest maxima, equal ones by lower id; with kernels ascending."""
+    """Return the ids of the blocks with the largest maxima, equal ones by lower id. Kernels return them ascending."""
     blocks = maxima_RN.shape[1]
     if path.kernels and blocks <= kernels.MOST_VALUES:
         return kernels.largest(maxima_RN, count)
@@ -239,7 +239,7 @@ def _largest_blocks(maxima_RN: Tensor, count: int, path: ScoringPath) -> Tensor:
 
 
 def _largest_halves(candidates: Tensor, count: int, path: ScoringPath) -> Tensor:
-    """Return the places of the largest of each row's half-precision values, equal ones by first place, in no order."""
+    """Return the places of the largest of each row's half-precision values, unordered, equal ones by first place."""
     width = candidates.shape[1]
     wide = width > 1 << 16
     keys = _half_keys_function(path.compiled)(candidates, wide)
@@ -261,9 +261,9 @@ def _half_keys_function(compiled: bool) -> Callable[..., Tensor]:
 
 
 def _largest_keys(keys: Tensor, count: int) -> Tensor:
-    """Return each row's largest keys in no order; `keys` are used up.
+    """Return each row's largest keys, unordered. `keys` is overwritten.
 
-    On CPUs numpy's partition (AVX-512 or AVX2) takes a tenth of ``torch.topk``'s time.
+    On CPUs, numpy's partition (AVX-512 or AVX2) takes a tenth of ``torch.topk``'s time.
     """
     if keys.device.type != "cpu":
         return torch.topk(keys, count, sorted=False).values
@@ -275,7 +275,7 @@ def _largest_keys(keys: Tensor, count: int) -> Tensor:
 def _ordered(values: Tensor, ids: Tensor, width: int, count: int, path: ScoringPath) -> Tensor:
     """Return the places of the largest values, equal ones by lower id, in order."""
     if path.kernels and ids.shape[1] <= kernels.MOST_VALUES:
-        # Blocks are chosen in ascending order, so the first place is the lowest id.
+        # Blocks are chosen in ascending order, so the first place has the lowest id.
         places = kernels.largest(values, count)
         return places.gather(1, values.gather(1, places).sort(stable=True, dim=1, descending=True).indices)
     keys = _order_preserving(values) | (width - 1 - ids)
@@ -283,6 +283,6 @@ def _ordered(values: Tensor, ids: Tensor, width: int, count: int, path: ScoringP
 
 
 def _order_preserving(values: Tensor) -> Tensor:
-    """Map float32 to int64 whose upper half sorts like the value; −0.0 and 0.0 are equal."""
+    """Map float32 to int64 with the upper half in the order of the values. −0.0 and 0.0 are equal."""
     bits = (values + 0.0).view(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32

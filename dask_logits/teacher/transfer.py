@@ -1,4 +1,4 @@
-"""Between host and device: inputs through pinned memory, results through a small ring, nothing that makes either wait.
+"""Transfers between host and device: inputs through pinned memory, results through a small ring, without blocking.
 
 On CUDA a result is copied on a side stream into pinned memory while the next batch is computed, and read when its slot
 is needed again. On a CPU the ring holds the results themselves.
@@ -16,25 +16,25 @@ from torch import Tensor
 from dask_logits.records import Array
 
 _SLOTS = 4
-# Its classes have no types.
+# Its classes are untyped.
 cuda: Any = torch.cuda
 
 
 def to_device(array: Array, device: torch.device) -> Tensor:
-    """Bring an array to the device; on CUDA the copy runs beside whatever is being computed."""
+    """Send an array to the device. On CUDA the copy overlaps with computation."""
     host = torch.from_numpy(array)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class OutputRing:
-    """Results on their way from the device, delivered in the order they were put.
+    """Results in transit from the device, delivered in the order of :meth:`put`.
 
     Parameters
     ----------
     device
-        Where results are computed.
+        Device that computes the results.
     slots
-        Results that may be on their way at one time.
+        Maximum number of results in transit.
     """
 
     def __init__(self, device: torch.device, slots: int = _SLOTS) -> None:
@@ -42,14 +42,14 @@ class OutputRing:
         self._slots = slots
         self._cuda = device.type == "cuda"
         self._stream: Any = cuda.Stream(device) if self._cuda else None
-        # Host copies, the event after which they are whole, and the device tensors they are read from.
+        # Host copies, the event that marks them as complete, and their source tensors on the device.
         self._waiting: deque[tuple[dict[str, Tensor], Any, dict[str, Tensor], Callable[[dict[str, Array]], None]]] = (
             deque()
         )
         self._free: list[dict[str, Tensor]] = []
 
     def put(self, results: dict[str, Tensor], deliver: Callable[[dict[str, Array]], None]) -> None:
-        """Send results on their way; `deliver` gets them later, in this thread. It must copy what it keeps."""
+        """Start the transfer of results. `deliver` gets them later, in this thread, and must copy them to keep them."""
         if len(self._waiting) >= self._slots:
             self._deliver()
         if not self._cuda:
@@ -65,7 +65,7 @@ class OutputRing:
         self._waiting.append((host, done, results, deliver))
 
     def drain(self) -> None:
-        """Deliver everything."""
+        """Deliver all pending results."""
         while self._waiting:
             self._deliver()
 
@@ -79,7 +79,7 @@ class OutputRing:
         self._free.append(host)
 
     def _buffers(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return pinned buffers that are large enough, used ones if there are."""
+        """Return pinned buffers that are large enough, reused if possible."""
         for i, host in enumerate(self._free):
             if all(len(host[name]) >= len(tensor) for name, tensor in results.items()):
                 return self._free.pop(i)

@@ -1,8 +1,8 @@
-"""Inspect a checkpoint's files without loading them: names, shapes and dtypes of its tensors, and what is wrong.
+"""Inspect a checkpoint's files without loading them: names, shapes, dtypes and defects of its tensors.
 
-Only the headers of safetensors files are read: some kilobytes of each file. They show a download that is incomplete, a
-shard that is missing, quantized tensors, and prefixes that a training framework left in the names. The names and shapes
-are later given to transformers in place of the weights, so that its own rules decide whether they make the model.
+Only the headers of safetensors files are read, some kilobytes per file. They reveal an incomplete download, a missing
+shard, quantized tensors, and prefixes of a training framework in the names. transformers later receives the names and
+shapes instead of the weights, so that its own rules decide whether they match the model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dask_logits.errors import TeacherError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# A safetensors file starts with the length of its header; the library refuses longer headers.
+# A safetensors file starts with the length of its header. The library refuses longer headers.
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
-# torch.compile, distributed data parallel, FSDP and activation checkpointing wrap modules under names of their own.
+# torch.compile, distributed data parallel, FSDP and activation checkpointing wrap modules under their own names.
 _WRAPPERS = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 _AT_START = rf"^(?:module\.|{_WRAPPERS})+"
 _INSIDE = rf"\.(?:{_WRAPPERS})+"
@@ -36,14 +36,14 @@ _WHERE = "distillation.teacher.model_path"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor as its file describes it.
+    """Header entry of a stored tensor.
 
     Parameters
     ----------
     dtype
         In the notation of safetensors, e.g. ``BF16``.
     shape
-        Its dimensions.
+        Dimensions.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make a model: one file, or the shards that the index names.
+    """Return a model's safetensors files: one file, or the shards named by the index.
 
     Raises
     ------
@@ -79,12 +79,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Returns
     -------
     dict
-        Name → tensor; empty if the folder holds no model in safetensors.
+        Name → tensor. Empty if the folder holds no model in safetensors.
 
     Raises
     ------
     TeacherError
-        If a file is incomplete, missing or not in safetensors, or lacks a tensor that the index names.
+        If a file is incomplete, missing or not in safetensors, or lacks a tensor named by the index.
     """
     files = weight_files(folder)
     found: dict[str, StoredTensor] = {}
@@ -147,7 +147,7 @@ def file_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """Return the floating-point dtype that most values are stored in; None if there is none.
+    """Return the floating-point dtype of most stored values, or None.
 
     >>> main_dtype({"a": StoredTensor(dtype="BF16", shape=(8, 8)), "b": StoredTensor(dtype="F32", shape=(8,))})
     'bfloat16'
@@ -160,7 +160,7 @@ def main_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
 
 
 def quantized_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Return the weights that are stored in 8 bits or fewer, or as integers; masks and counters are none.
+    """Return the weights stored in 8 bits or fewer, or as integers, excluding masks and counters.
 
     >>> quantized_names({"q_proj.weight": StoredTensor(dtype="F8_E4M3", shape=(8, 8))})
     ['q_proj.weight']
@@ -174,12 +174,12 @@ def quantized_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def prefix_renames(names: Iterable[str]) -> dict[str, str]:
-    """Return the renames that remove what ``torch.compile`` and data-parallel training left in the names.
+    """Return the renames that remove prefixes of ``torch.compile`` and data-parallel training from the names.
 
     Returns
     -------
     dict
-        Regular expression → replacement, as ``from_pretrained(key_mapping=…)`` takes it; empty if all is well.
+        Regular expression → replacement, for ``from_pretrained(key_mapping=…)``. Empty if no name has a prefix.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Items of a cache → batches: padded (:func:`collate`) or joined to one row (:func:`collate_flat`).
+"""Collate items of a cache into batches: padded (:func:`collate`) or joined to one row (:func:`collate_flat`).
 
-torch's default ``collate_fn`` gives the batches of :func:`collate` as well, because the type of the items is registered
-there; a loader without ``collate_fn`` is no mistake.
+torch's default ``collate_fn`` also gives the batches of :func:`collate`, because the type of the items is registered
+there. A loader without ``collate_fn`` is therefore correct.
 
 Dimension letters: B items in a batch, T tokens, S segments of an item, K kept entries, N tokens of a flat batch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch 2.13 documents this table as the way to teach default_collate a type, but exports it nowhere else.
+# torch 2.13 documents this table as the way to register a type in default_collate, but exports it nowhere else.
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from dask_logits.errors import DatasetError
@@ -28,14 +28,14 @@ _CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
 class CachedItem(Mapping[str, Tensor]):
     """One item of a cache: a read-only mapping of tensors.
 
-    It is no ``dict``: the Hugging Face ``Trainer`` removes from a ``dict`` all columns that the model does not take.
+    It is not a ``dict``, because the Hugging Face ``Trainer`` removes columns unused by the model from a ``dict``.
 
     Parameters
     ----------
     tensors
         Name → tensor, see :class:`dask_logits.CachedLogitsDataset`.
     vocab_size
-        All ids are below it.
+        Exclusive upper bound of all ids.
     """
 
     tensors: dict[str, Tensor]
@@ -64,15 +64,15 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``input_ids``, ``attention_mask`` [B, T]; ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
-        models take them (they shift inside); ``targets``, the :class:`dask_logits.SparseTargets` [B, T] of the batch;
-        ``row`` [B]; ``segments`` [B, S, 3], with rows −1 and lengths 0 where an item has fewer; ``n_beyond`` [B] with a
+        ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
+        models expect them (they shift inside). ``targets``, the :class:`dask_logits.SparseTargets` [B, T] of the batch.
+        ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and lengths 0 for missing segments. ``n_beyond`` [B] with a
         `student_vocab_size`. With ``decode="device"`` the targets are still encoded.
 
     Raises
     ------
     DatasetError
-        If the items are not those of a :class:`dask_logits.CachedLogitsDataset`.
+        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`.
 
     Examples
     --------
@@ -117,7 +117,7 @@ def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor)
     label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
     label_ids_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
     label_logprob_BT = _padded(items, "label_logprob", float("nan"), torch.float32)
-    # In a window over several documents, the first token of one is no label of the one before.
+    # In a window over several documents, the first token of a document is not a label of the preceding token.
     label_ids_BT.masked_fill_(label_logprob_BT.isnan(), IGNORED_LABEL)
     is_coded = "topk_ids" not in items[0]
     no_entries_BT0 = torch.zeros((*mask_BT.shape, 0))
@@ -155,7 +155,7 @@ def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
 
 
 def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
-    """Join items to one row without padding, for attention that takes sequences of varying length.
+    """Join items to one row without padding, for attention over sequences of varying length.
 
     Parameters
     ----------
@@ -165,15 +165,15 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     Returns
     -------
     dict
-        As :func:`collate` gives, with B = 1 and T = N, the sum of the lengths, without ``attention_mask``; besides
-        ``position_ids`` [1, N], which start anew with every item, and ``cu_seqlens`` [items + 1] int32, where each
-        begins and the last ends. ``labels`` is −100 at the first token of an item, which the one before must not
-        predict. ``row``, ``segments`` and ``n_beyond`` are those of the items.
+        The keys of :func:`collate`, with B = 1 and T = N, the sum of the lengths, without ``attention_mask``, plus
+        ``position_ids`` [1, N], which restart with every item, and ``cu_seqlens`` [items + 1] int32, the start of each
+        item and the end of the last. ``labels`` is −100 at the first token of an item, which the preceding token must
+        not predict. ``row``, ``segments`` and ``n_beyond`` are those of the items.
 
     Raises
     ------
     DatasetError
-        If the items are not those of a :class:`dask_logits.CachedLogitsDataset`.
+        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`.
 
     Examples
     --------

@@ -1,9 +1,8 @@
 """``CachedLogitsDataset``: the cache as a map-style dataset.
 
-An item of T tokens comes as arrays of T rows; nothing of width V is ever made. The file is opened on first use in each
-process, so the dataset can be forked, pickled and spawned. Which items are left out (those without a token, unless they
-are asked for) is settled when the dataset is opened, so that its length, the order of the items and a resumable
-sampler agree.
+An item of T tokens consists of arrays of T rows. No array has width V. Each process opens the file on first use, so the
+dataset can be forked, pickled and spawned. Excluded items (by default those without tokens) are determined when the
+dataset is opened, so that its length, the order of the items and a resumable sampler agree.
 
 Dimension letters: T tokens, S segments of an item, K kept entries.
 """
@@ -31,7 +30,7 @@ from dask_logits.train.decode import Decoder
 from dask_logits.train.order import is_integer
 from dask_logits.vocabulary import HasVocabulary, check_tokenizer
 
-# In the file's dtype, except that torch has no arithmetic on unsigned 16 and 32 bit integers.
+# Other arrays keep the file's dtype. torch has no arithmetic on unsigned 16 and 32 bit integers.
 _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}
 _FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob")
 # Entries whose token ids are read together.
@@ -41,50 +40,49 @@ _SCAN_ENTRIES = 1 << 22
 class CachedLogitsDataset(Dataset[CachedItem]):
     """Items of one cache, or of several parts of a job as one, with the teacher's targets.
 
-    Item `i` is the `i`-th document in dataset order (a window of one, or a packed block, if the job made such), without
-    the documents that have no token:
-    ``input_ids`` [T] int64, ``topk_ids`` [T, K] int32, ``topk_logprobs`` [T, K] float16, ``logsumexp``,
-    ``tail_logmass``, ``label_logprob`` [T] float32; ``row``, its (first) dataset row; ``segments`` [S, 3] int64, the
-    (row, offset, length) of each run of one row's tokens in it. The targets at position t are the teacher's
-    distribution over the token at t + 1.
+    Item `i` is the `i`-th document in dataset order (or text window or packed block, depending on the job), excluding
+    documents without tokens. It has ``input_ids`` [T] int64, ``topk_ids`` [T, K] int32, ``topk_logprobs`` [T, K]
+    float16, and ``logsumexp``, ``tail_logmass``, ``label_logprob`` [T] float32. ``row`` is its (first) dataset row, and
+    ``segments`` [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position
+    t are the teacher's distribution over the token at t + 1.
 
     Parameters
     ----------
     path
-        ``teacher_logits.h5``, the run folder it lies in, an index that ``dask-logits merge --index`` wrote, a folder of
-        caches, or a list of such.
+        ``teacher_logits.h5``, its run folder, an index written by ``dask-logits merge --index``, a folder of caches, or
+        a list of these.
     top_k
-        Keep only so many entries per position; the rest of their mass goes to the tail. None: all.
+        Entries to keep per position. The mass of the others is added to the tail. None: all.
     window
-        Items are windows of so many tokens over the stream of all documents in order, the last one shorter; None:
-        documents (windows, blocks) as the job made them.
+        Tokens of a window over the stream of all documents in order. Items are then windows, the last one shorter.
+        None: documents (text windows, packed blocks) as the job made them.
     max_tokens
-        Keep only so many tokens of the beginning of each document (window, block). Their targets are exact, because the
-        teacher did not see what follows. None: all.
+        Tokens to keep from the start of each document (window, block). Their targets are exact, because the teacher did
+        not see later tokens. None: all.
     keep_empty
-        Keep documents without a token, as items of length 0. Many students cannot run a batch of them.
+        Keep documents without tokens, as items of length 0. Many students cannot run a batch of them.
     decode
         ``worker``: items hold ids and log-probs. ``device``: items hold a compact cache's codes, a third of the bytes,
         and :meth:`decoder` decodes a batch of them on the student's device.
     student_tokenizer
-        The student's tokenizer, or the folder or hub name to load it from. One that maps ids to other tokens than the
-        teacher's is refused.
+        The student's tokenizer, or its folder or hub name. A tokenizer that maps ids to other tokens than the teacher's
+        is refused.
     student_vocab_size
-        The number of the student's logits. Kept ids beyond them lose their place: their log-prob is −∞, their mass goes
-        to the tail, and ``n_beyond`` counts them. An item with a token beyond them is refused when it is read. None:
-        all of the teacher's vocabulary.
+        The number of the student's logits. Kept ids beyond it become absent: their log-prob is −∞, their mass is added
+        to the tail, and ``n_beyond`` counts them. An item with a token beyond it is refused when it is read. None: all
+        of the teacher's vocabulary.
     skip_unrepresentable
-        Leave out the items with a token beyond `student_vocab_size`, instead of refusing them; opening the dataset then
+        Exclude the items with a token beyond `student_vocab_size` instead of refusing them. Opening the dataset then
         reads all token ids.
 
     Raises
     ------
     CacheError
-        If a file is missing, truncated, incomplete, not a cache, or of a newer format; if several are not parts of one
-        job, or hold the same row twice; if the targets of the first item contradict its tokens; or if the tokenizer is
-        not the teacher's.
+        If a file is missing, truncated, incomplete, not a cache, or of a newer format. If several files are not parts
+        of one job, or hold the same row twice. If the targets of the first item contradict its tokens, or the tokenizer
+        is not the teacher's.
     ConfigError
-        If `top_k` is not between 1 and the cache's, or another setting is not one that is listed.
+        If `top_k` is not between 1 and the cache's, or another setting has an unlisted value.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             check_tokenizer(first.attributes, first.said().get("token_crcs"), tokenizer, str(first.path))
         self._n_empty, self._n_unrepresentable = 0, 0
         self._left_out = self._find_left_out(keep_empty, skip_unrepresentable)
-        # How many items are kept before each one left out: those that come later move by one.
+        # Number of kept items before each excluded one. Later items shift by one.
         self._kept_before = self._left_out - np.arange(len(self._left_out))
         self._ends = np.cumsum(self._item_lengths()) if window is not None else np.zeros(0, np.int64)
         self._check_first_item()
@@ -159,17 +157,17 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the (first) cache says of itself: teacher, settings, statistics, content digest."""
+        """Attributes of the (first) cache: teacher, settings, statistics, content digest."""
         return self._opened()[0].attributes
 
     @property
     def content_digest(self) -> str:
-        """What tells the content of all files from any other's."""
+        """Content digest of all files."""
         return total_digest(str(reader.attributes["content_digest"]) for reader in self._opened())
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all items."""
+        """Number of tokens of all items."""
         return int(self._item_lengths().sum())
 
     def decoder(self) -> Decoder:
@@ -178,7 +176,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         Raises
         ------
         ConfigError
-            For a plain cache.
+            If the cache is plain.
         """
         profile = self._opened()[0].profile
         if not isinstance(profile, Compact):
@@ -208,14 +206,14 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return self._readers
 
     def _place(self, index: int) -> tuple[CacheReader, int]:
-        """Return the file of an item, and its place there."""
+        """Return the file of an item, and its place in the file."""
         place = index + int(np.searchsorted(self._kept_before, index, side="right"))
         place = place if self._order is None else int(self._order[place])
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self._opened()[part], place - int(self._starts[part])
 
     def _span(self, index: int) -> tuple[CacheReader, int, int, npt.NDArray[np.int64]]:
-        """Return the file of an item, its entries [start, stop) there, and its segments [S, 3]."""
+        """Return the file of an item, its entries [start, stop) in the file, and its segments [S, 3]."""
         reader, place = self._place(index)
         start, stop, documents = reader.place(place)
         segments_S3: npt.NDArray[np.int64] = reader.segments(documents)["segments"]
@@ -235,7 +233,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return lengths if self.max_tokens is None else np.minimum(lengths, self.max_tokens)
 
     def _find_left_out(self, keep_empty: bool, skip_unrepresentable: bool) -> npt.NDArray[np.int64]:
-        """Return the items to leave out, among all in dataset order."""
+        """Return the items to exclude, as indices in dataset order."""
         empty = np.concatenate([reader.item_lengths() == 0 for reader in self._opened()])
         unrepresentable = np.zeros_like(empty)
         if skip_unrepresentable and self.student_vocab_size is not None:
@@ -246,7 +244,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return np.flatnonzero(left_out if self._order is None else left_out[self._order])
 
     def _has_beyond(self, reader: CacheReader) -> npt.NDArray[np.bool_]:
-        """Return which items have a token that the student has no logit for: [items]."""
+        """Return a mask of the items with a token beyond the student's logits: [items]."""
         starts, lengths = reader.item_starts(), reader.item_lengths()
         used = lengths if self.max_tokens is None else np.minimum(lengths, self.max_tokens)
         has_beyond = np.zeros(len(starts), bool)
@@ -254,13 +252,13 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             ids_N = np.asarray(reader.arrays["input_ids"][first : first + _SCAN_ENTRIES])
             at = first + np.flatnonzero(ids_N >= self.student_vocab_size)
             item = np.searchsorted(starts, at, side="right") - 1
-            # Entries between items, or after the tokens in use, do not count.
+            # Entries between items, or after the last token, are ignored.
             inside = (item >= 0) & (at < (starts + used)[item])
             has_beyond[item[inside]] = True
         return has_beyond
 
     def _check_first_item(self) -> None:
-        """Refuse a cache whose targets contradict its tokens; all of it is checked by ``dask-logits verify``."""
+        """Refuse a cache whose first targets contradict its tokens. ``dask-logits verify`` checks all of it."""
         if not int(self._starts[-1]) - len(self._left_out):
             return
         reader, start, stop, segments_S3 = self._span(0)
@@ -273,7 +271,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             raise CacheError(f"{reader.path}: {error}", str(reader.path)) from error
 
     def _window(self, index: int, width: int) -> dict[str, npt.NDArray[Any]]:
-        """Return one window of the stream: the tail of an item, whole ones, and the head of another."""
+        """Return one window of the stream: the tail of an item, whole items, and the head of another."""
         first, stop = index * width, min((index + 1) * width, int(self._ends[-1]))
         ranges: list[tuple[CacheReader, int, int]] = []
         segments: list[npt.NDArray[np.int64]] = []
@@ -284,7 +282,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             skip = at - (int(self._ends[item]) - (end - begin))
             take = min(end - begin - skip, stop - at)
             if ranges and ranges[-1][0] is reader and ranges[-1][2] == begin + skip:
-                # Items that lie side by side are read, and their chunks unpacked, once.
+                # Adjacent items are read, and their chunks decompressed, once.
                 ranges[-1] = (reader, ranges[-1][1], begin + skip + take)
             else:
                 ranges.append((reader, begin + skip, begin + skip + take))
@@ -309,7 +307,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return CachedItem(tensors=item, vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size))
 
     def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-        """Move entries that the student has no logit for into the tail, behind the others."""
+        """Move entries beyond the student's logits to the end, and add their mass to the tail."""
         if len(item["input_ids"]) and int(item["input_ids"].max()) >= vocab_size:
             raise DatasetError(
                 f"student_vocab_size: expected input ids below {vocab_size}, got {int(item['input_ids'].max())} in "
@@ -329,13 +327,13 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
 
 def _half(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Round to float16 with vector instructions, which numpy does without."""
+    """Round to float16 with vector instructions, which numpy does not use."""
     rounded: npt.NDArray[Any] = torch.from_numpy(array).half().numpy()
     return rounded
 
 
 def _loaded(tokenizer: HasVocabulary | str | Path) -> HasVocabulary:
-    """Return a tokenizer that is given as such, or by its folder or hub name."""
+    """Return a tokenizer, loading it if its folder or hub name is given."""
     if not isinstance(tokenizer, str | Path):
         if not hasattr(tokenizer, "get_vocab"):
             raise ConfigError(
@@ -366,7 +364,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _tensor(name: str, array: npt.NDArray[Any]) -> Tensor:
-    """Copy an array, because torch writes to what it is given; log-masses of a code become float32."""
+    """Copy an array, because torch writes to its inputs. Log-masses of a code become float32."""
     dtype = np.float32 if name in _FLOAT32 else _DTYPES.get(name, array.dtype)
     return torch.from_numpy(np.array(array, dtype=dtype))
 
@@ -383,7 +381,7 @@ def _cut_segments(segments_S3: npt.NDArray[np.int64], skip: int, take: int) -> n
 
 
 def _order(readers: Sequence[CacheReader]) -> npt.NDArray[np.int64] | None:
-    """Return the items of several caches in dataset order; None where they are in order as they are."""
+    """Return the items of several caches in dataset order. None if they already are in order."""
     if len(readers) == 1:
         return None
     places = [reader.item_places() for reader in readers]
@@ -399,7 +397,7 @@ def _order(readers: Sequence[CacheReader]) -> npt.NDArray[np.int64] | None:
 
 
 def _cut(item: dict[str, Tensor], top_k: int) -> dict[str, Tensor]:
-    """Move the entries after the first `top_k` into the tail."""
+    """Drop the entries after the first `top_k`, and add their mass to the tail."""
     dropped_T = item["topk_logprobs"][:, top_k:].float().logsumexp(-1)
     return {
         **item,

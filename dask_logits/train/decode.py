@@ -1,7 +1,7 @@
-"""A compact cache's codes as tensors, decoded where the student is.
+"""Decode a compact cache's codes as tensors on the student's device.
 
-What limits a loader with worker processes is the transport between them, not the decoding; codes are a third of decoded
-entries. The operations are those of :class:`dask_logits.cache.profile.Compact`, on whichever device the batch is.
+The bottleneck of a loader with worker processes is the transport between them, not the decoding. Codes take a third of
+the size of decoded entries. The operations are those of :class:`dask_logits.cache.profile.Compact`, on any device.
 
 Dimension letters: N tokens (any leading dimensions), K kept entries.
 """
@@ -18,14 +18,14 @@ from dask_logits.train.targets import CodedTargets, SparseTargets
 
 
 class Decoder(nn.Module):
-    """Decodes the targets of a batch; its tables follow ``.to(device)``.
+    """Decodes the targets of a batch. Its tables follow ``.to(device)``.
 
     Parameters
     ----------
     profile
-        Of the cache.
+        Profile of the cache.
     top_k
-        Entries to decode; the rest of their mass goes to the tail.
+        Entries to decode. The mass of the others is added to the tail.
     """
 
     id_table: Tensor
@@ -45,19 +45,19 @@ class Decoder(nn.Module):
         Parameters
         ----------
         coded
-            ``batch["targets"]`` of a dataset that was opened with ``decode="device"``.
+            ``batch["targets"]`` of a dataset opened with ``decode="device"``.
 
         Returns
         -------
         SparseTargets
-            On the same device; log-probs are rounded to float16, as in the loader's workers.
+            On the same device. Log-probs are rounded to float16, as in the loader's workers.
         """
         codes = coded.codes
         rank_NK = sum(codes[name].long() << 8 * i for i, name in enumerate(self.id_planes))
         step_NK = sum(codes[name].int() << 8 * i for i, name in enumerate(self.gap_planes))
         assert isinstance(rank_NK, Tensor)
         assert isinstance(step_NK, Tensor)
-        # Codes are sums of bytes, or of pairs of them, that wrap.
+        # Codes are sums, modulo their width, of bytes or of pairs of bytes.
         code_NK = step_NK.cumsum(-1) & (0xFF if len(self.gap_planes) == 1 else 0xFFFF)
         top_N = codes["top1_logprob"].float()
         logprobs_NK = (top_N[..., None] - self.gap_table[code_NK.long().clamp_(max=len(self.gap_table) - 1)]).half()

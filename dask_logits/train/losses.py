@@ -1,11 +1,12 @@
 """Distillation losses on sparse targets.
 
-The teacher's distribution is its K kept entries plus one *ghost token* that carries the tail's mass; the student's is
-its probabilities of the same K tokens plus its own mass outside them. Their divergence is a proper one: it is never
-negative and zero only where the two agree (renormalising the K entries is neither, and biased: arXiv 2503.16870).
+The teacher's distribution is its K kept entries plus one *ghost token* with the tail's mass. The student's is its
+probabilities of the same K tokens plus its own mass outside them. Their divergence is a proper one: it is never
+negative, and zero only if the two agree. Renormalising the K entries has neither property, and is biased
+(arXiv 2503.16870).
 
-The student's logits are read in row chunks, in the forward and again in the backward pass, so no float32 copy of
-[N, V] is ever held, only the logits and their gradient in the logits' own dtype.
+The student's logits are read in row chunks, in both the forward and the backward pass. No float32 copy of [N, V] is
+ever held, only the logits and their gradient in the logits' own dtype.
 
 Dimension letters: N positions, R rows of a chunk, V vocabulary, K kept entries.
 """
@@ -35,31 +36,31 @@ def distillation_loss(
     ----------
     logits
         [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
-        t, so nothing is shifted. V may exceed the teacher's vocabulary; the rest counts in the student's tail.
+        t, so nothing is shifted. V may exceed the teacher's vocabulary. The excess counts in the student's tail.
     targets
-        ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask do not count.
+        ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask are ignored.
     input_ids
-        The tokens that the student read; they are compared with the teacher's. None: not compared.
+        The student's input tokens, compared with the teacher's. None: not compared.
     chunk_rows
         Positions whose float32 logits exist at one time.
 
     Returns
     -------
     Tensor
-        Scalar float32, nats per position, the mean over the positions that count; 0 if there are none.
+        Scalar float32, nats per position, the mean over unmasked positions, 0 if there are none.
 
     Raises
     ------
     ConfigError
-        If `logits` do not fit the targets: another shape, a position less, another device, no floating-point numbers,
-        or fewer logits than the vocabulary has.
+        If `logits` do not fit the targets: another shape, one position less, another device, not floating-point, or
+        fewer logits than the vocabulary.
     DatasetError
-        If `input_ids` are not the tokens that the teacher read, or if a kept id is outside the vocabulary.
+        If `input_ids` differ from the teacher's tokens, or if a kept id is outside the vocabulary.
 
     Notes
     -----
-    Stored log-probs are rounded to float16; the kept entries are scaled back to the mass that the tail leaves, so that
-    the teacher's distribution sums to one.
+    Stored log-probs are rounded to float16. The kept entries are rescaled to the mass outside the tail, so that the
+    teacher's distribution sums to one.
 
     Examples
     --------
@@ -86,7 +87,7 @@ def distillation_loss(
     logp_NK, logtail_N = normalise_targets(
         targets.topk_logprobs.reshape(ids_NK.shape).float(), targets.tail_logmass.reshape(-1).float()
     )
-    # Beyond the logits lies a column of −∞, for entries that are not there.
+    # A column of −∞ follows the logits, for absent entries.
     absent_NK = logp_NK == -torch.inf
     ids_NK = ids_NK.masked_fill(absent_NK, vocab_size)
     loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
@@ -96,7 +97,7 @@ def distillation_loss(
 
 
 def _check_logits(logits: Tensor, targets: SparseTargets) -> None:
-    """Refuse logits that cannot belong to the targets, with the likely cause."""
+    """Refuse logits that cannot belong to the targets, and name the likely cause."""
     if isinstance(targets, CodedTargets):
         raise ConfigError(
             "The targets are still encoded, because the cache was opened with decode='device'. Decode them first: "
@@ -148,7 +149,7 @@ def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tenso
     Parameters
     ----------
     logp_NK, logtail_N
-        Log-probs as stored (rounded), and the tail's log-mass; rows without a kept entry stay so.
+        Log-probs as stored (rounded), and the tail's log-mass. Rows without kept entries are unchanged.
 
     Returns
     -------
@@ -160,7 +161,7 @@ def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tenso
 
 
 class _SparseForwardKL(torch.autograd.Function):
-    """Mean over rows; the gradient is in closed form.
+    """Forward KL divergence, averaged over rows, with a closed-form gradient.
 
     With q the student's softmax and s its softmax outside the K ids, the derivative to logit j is q_j − p_j for a kept
     j, and s_j (q_tail − p_tail) for the others.
@@ -205,7 +206,7 @@ class _SparseForwardKL(torch.autograd.Function):
 def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor, n_beyond: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a chunk's log-probs of the kept ids and of the tail, and the softmax outside the kept ids.
 
-    The tail is a sum over what is left, not 1 − Σq: that cancels, and its gradient with it, when q is sharp.
+    The tail is a sum over the other ids, not 1 − Σq, which cancels when q is sharp, along with its gradient.
     """
     logits_RV = logits_NV.index_select(0, rows_R).float()
     if n_beyond:
@@ -223,5 +224,5 @@ def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor, n_beyond: int) -
 
 
 def _cross(logp: Tensor, logq: Tensor) -> Tensor:
-    """Return p (log p − log q), 0 where p is 0."""
+    """Return p (log p − log q), or 0 if p is 0."""
     return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - logq))

@@ -1,12 +1,11 @@
-"""``ItemOrder``: in which order a student sees the items.
+"""``ItemOrder``: the order in which a student sees the items.
 
-The order is a function of (settings, epoch, position) and of nothing else: no permutation is stored, so a billion items
-start at once, and any rank reads any stretch. Items that lie near each other share compressed chunks, so by default
-blocks of 64 items are shuffled over the dataset and items over a window of 32 blocks: a reader is at work in 32
-regions, a batch is of many. It costs about 0.1 µs per position on one core; a full shuffle a third, but it opens
-a chunk for nearly every item.
+The order is a function of (settings, epoch, position) alone. No permutation is stored, so a billion items start
+immediately, and any rank reads any range. Neighbouring items share compressed chunks, so by default blocks of 64 items
+are shuffled over the dataset, and items over a window of 32 blocks: a reader uses 32 regions, and a batch mixes many.
+This costs about 0.1 µs per position on one core. A full shuffle costs a third, but opens a chunk for nearly every item.
 
-Dimension letters: C positions asked for.
+Dimension letters: C requested positions.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from dask_logits.errors import ConfigError
 
 SHUFFLES = ("block", "full", "none")
 
-# A side of the Feistel network's square, 2³⁰ at most, times a 32-bit draw then fits into 64 bits.
+# A side of the Feistel network's square, 2³⁰ at most, so that its product with a 32-bit draw fits into 64 bits.
 _MAX_ITEMS = 2**60
-# Four are a pseudo-random permutation of a large domain (Luby & Rackoff). Of fewer than 20 items, 20,000 permutations
-# with four are measurably not uniform (chi-square of places and of pairs); with six, those of 10 items are.
+# Four are a pseudo-random permutation of a large domain (Luby & Rackoff). For fewer than 20 items, 20,000 permutations
+# with four are measurably not uniform (chi-square of places and of pairs). With six, those of 10 items are.
 _ROUNDS = 6
 
 _U64 = npt.NDArray[np.uint64]
@@ -36,31 +35,31 @@ _U64 = npt.NDArray[np.uint64]
 class ItemOrder:
     """The order of the items in every epoch: each item once, the same on every machine.
 
-    Every permutation is a keyed Feistel network on a square of side ⌈√size⌉, walked until it falls inside the size
-    (Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002; Luby & Rackoff, SIAM J. Comput. 17(2),
-    1988). The round function is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014); its keys are BLAKE2b of
-    seed, epoch and purpose.
+    Every permutation is a keyed Feistel network on a square of side ⌈√size⌉, iterated until the result is below the
+    size (Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002; Luby & Rackoff, SIAM J. Comput. 17(2),
+    1988). The round function is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014). Its keys are BLAKE2b
+    of seed, epoch and purpose.
 
     Parameters
     ----------
     n_items
         Length of the dataset, at most 2⁶⁰.
     seed
-        Any integer. Another seed is another order.
+        Any integer. Different seeds give different orders.
     shuffle
         ``block``: blocks over the dataset, items over a window of blocks. ``full``: items over the dataset. ``none``:
         dataset order, in every epoch.
     block_items
-        Consecutive items in a block. Items `i` with the same ``i // block_items`` are one block; the last may be short,
-        and comes at another place in each epoch.
+        Consecutive items in a block. Items `i` with the same ``i // block_items`` are one block. The last block may be
+        short, and its place differs in each epoch.
     window_blocks
-        Permuted blocks in a window, which touches one block more where the short one shifts it. The last window takes
-        the rest, up to twice as many; a dataset of fewer than two windows is shuffled as a whole.
+        Permuted blocks in a window, which touches one block more if the short one shifts it. The last window includes
+        the remainder, up to twice as many. A dataset of fewer than two windows is shuffled as a whole.
 
     Raises
     ------
     ConfigError
-        If a setting is of the wrong type or out of bounds; all such are named.
+        If settings are of the wrong type or out of bounds. All of them are named.
 
     Examples
     --------
@@ -152,7 +151,7 @@ class ItemOrder:
         return self._item_of(self._place_of(position_C, epoch), epoch).astype(np.int64)
 
     def _place_of(self, position_C: _U64, epoch: int) -> _U64:
-        """Shuffle within each window: the place in the sequence of permuted blocks."""
+        """Shuffle within each window. Return the place in the sequence of permuted blocks."""
         keys = self._keys(epoch, "items")
         window_items = min(self.block_items * self.window_blocks, max(self.n_items, 1))
         last = max(self.n_items // window_items, 1) - 1
@@ -166,10 +165,10 @@ class ItemOrder:
         return place_C
 
     def _item_of(self, place_C: _U64, epoch: int) -> _U64:
-        """Permute the whole blocks and give the short one a slot among them."""
+        """Permute the whole blocks, and assign a slot among them to the short one."""
         whole, rest = divmod(self.n_items, self.block_items)
         short_slot = int(self._keys(epoch, "short block")[0]) % (whole + 1) if rest else whole
-        # As if the short block were whole, every slot has block_items places.
+        # Treat the short block as whole, so that every slot has block_items places.
         behind_C = place_C >= short_slot * self.block_items + rest
         place_C = place_C + behind_C * np.uint64(self.block_items - rest)
         slot_C = place_C // np.uint64(self.block_items)
@@ -185,7 +184,7 @@ class ItemOrder:
 
 
 def is_integer(value: object) -> bool:
-    """Return whether a value is an integer and no bool."""
+    """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -195,7 +194,7 @@ def _round_keys(seed: int, epoch: int, purpose: str) -> _U64:
 
 
 def _permuted(index_C: _U64, size: int, keys: _U64, tweak_C: _U64 | None = None) -> _U64:
-    """Permute the integers below `size`; another tweak is another permutation."""
+    """Permute the integers below `size`. Each tweak gives a different permutation."""
     side = math.isqrt(max(size, 1) - 1) + 1
     mixed_C = np.zeros_like(index_C) if tweak_C is None else _mixed(tweak_C + keys[0])
     out_C = _feistel(index_C, side, keys, mixed_C)

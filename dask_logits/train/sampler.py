@@ -1,24 +1,24 @@
-"""``ResumableSampler``: how training goes through the items, and resumes.
+"""``ResumableSampler``: iteration over the items of a dataset, with exact resumption.
 
-A few hundred bytes of state resume a run exactly, also on another number of ranks.
+A few hundred bytes of state resume a run exactly, even with another number of ranks.
 
-Keep one sampler per loader. What it yields follows the positions; what was trained on is known to who trains:
+Use one sampler per loader. The sampler knows the positions it yielded. Only the training code knows the items consumed:
 
-- ``torch.utils.data.DataLoader`` reads ahead with workers, so save ``sampler.state_dict(consumed=...)``, with the items
-  this rank has trained on since the loop over the loader began.
-- ``torchdata``'s ``StatefulDataLoader``: save and load the loader's own state, which holds the sampler's as it was at
-  the batch last delivered. The sampler sees a loaded state when the loop begins, not before.
-- ``accelerate`` shards the batches itself: give the sampler ``num_replicas=1, rank=0``, count `consumed` over all
-  processes (steps × batch × processes), and call ``loader.set_epoch(epoch)`` on the prepared loader before each loop,
-  first with ``sampler.epoch``: it counts epochs from 0 and would set the sampler back.
-- ``transformers.Trainer`` is accelerate inside; it skips to where it was by itself, without reading an item, if its
-  sampler is the same. Override, in a subclass::
+- ``torch.utils.data.DataLoader`` reads ahead with workers. Save ``sampler.state_dict(consumed=...)`` with the number of
+  items this rank has trained on since the loop over the loader began.
+- ``torchdata``'s ``StatefulDataLoader``: save and load the loader's own state, which contains the sampler's state at
+  the last delivered batch. The sampler sees a loaded state when the loop begins, not before.
+- ``accelerate`` shards the batches itself. Use ``num_replicas=1, rank=0``, count `consumed` over all processes
+  (steps × batch × processes), and call ``loader.set_epoch(epoch)`` on the prepared loader before each loop, first with
+  ``sampler.epoch``. It counts epochs from 0 and would otherwise reset the sampler.
+- ``transformers.Trainer`` uses accelerate internally. If its sampler is the same, it skips to its old position itself,
+  without reading an item. Override, in a subclass::
 
       def _get_train_sampler(self, train_dataset=None):
           order = ItemOrder(len(self.train_dataset), seed=self.args.seed)
           return ResumableSampler(order, num_replicas=1, rank=0)
 
-  On several processes it does not tell the sampler in which epoch it resumes (transformers 5.23, accelerate 1.15): call
+  With several processes it does not tell the sampler the resumed epoch (transformers 5.23, accelerate 1.15). Call
   ``sampler.set_epoch(int(state.epoch or 0))`` in a callback's ``on_train_begin``.
 """
 
@@ -40,23 +40,23 @@ _READ_AHEAD = 4096
 
 
 class ResumableSampler(Sampler[int]):
-    """This rank's items of an order, from the position where training stands.
+    """Yields this rank's items of an order, from the current training position.
 
     Rank r of R takes every R-th position from the r-th unread one on. A state counts positions over all ranks, so it
-    is the same on each, and any number of ranks goes on from it.
+    is the same on each, and any number of ranks can resume from it.
 
     Parameters
     ----------
     order
         Order of the items of the dataset.
     num_replicas, rank
-        Number of ranks, and which this is. None: torch.distributed's if that is initialised, else 1 and 0. Where
-        another library shards the batches (accelerate, Trainer): 1 and 0.
+        Number of ranks, and the index of this one. None: torch.distributed's if initialized, else 1 and 0. If another
+        library shards the batches (accelerate, Trainer), use 1 and 0.
     drop_last
-        What happens to the positions at the end of an epoch that do not go round all ranks. False: the epoch's first
-        positions are read again to fill up, as torch's DistributedSampler does. True: they are left out.
+        Treatment of the last positions of an epoch that do not fill all ranks. False: the epoch's first positions are
+        repeated, as in torch's DistributedSampler. True: the last positions are dropped.
     digest
-        What tells this dataset from others, such as the cache's content digest; stored in the state and compared.
+        Identity of the dataset, such as the cache's content digest. It is stored in the state and compared.
 
     Raises
     ------
@@ -65,11 +65,11 @@ class ResumableSampler(Sampler[int]):
 
     Notes
     -----
-    A loop over the sampler that went to its end makes the next one read the next epoch, as does :meth:`set_epoch`. One
-    that was left early is begun again where it began, unless :meth:`load_state_dict` says where to go on.
+    A completed loop over the sampler makes the next loop read the next epoch, as does :meth:`set_epoch`. A loop that
+    was left early restarts where it began, unless :meth:`load_state_dict` sets another position.
 
-    A loader with its own ``drop_last`` leaves out up to a batch less one item per rank. A state saved then is short of
-    the epoch's end, and the loop that resumes it may have no batch.
+    A loader with its own ``drop_last`` drops up to a batch less one item per rank. A state saved then is before the
+    epoch's end, and the loop that resumes it may have no batch.
 
     Examples
     --------
@@ -107,16 +107,16 @@ class ResumableSampler(Sampler[int]):
 
     @property
     def epoch(self) -> int:
-        """Epoch under way; the next one as soon as the loop was told that there are no more items."""
+        """Current epoch. It advances as soon as a loop has ended."""
         return self._epoch + (self._iteration is not None and self._iteration.ended)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin `epoch` at its start, unless it is the one under way: then go on where that began or was resumed."""
+        """Start `epoch` from its beginning. If it is the current one, continue where it began or was resumed."""
         if epoch != self._epoch or self.epoch != self._epoch:
             self._go_to(epoch, 0)
 
     def __len__(self) -> int:
-        """Items this rank yields in a whole epoch, also where one is resumed in its middle."""
+        """Number of items that this rank yields in a whole epoch, even if the epoch is resumed in its middle."""
         return self._share(0)
 
     def _share(self, position: int) -> int:
@@ -132,25 +132,25 @@ class ResumableSampler(Sampler[int]):
         return self._iteration
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """Return where training stands.
+        """Return the training position.
 
         Parameters
         ----------
         consumed
-            Items each rank has trained on since the loop over the sampler or loader began; the last batch may count as
-            a full one. None: as many as the sampler handed out, which is exact unless a loader reads ahead: with a
-            plain DataLoader with workers, or inside accelerate, it is ahead of training, and items would be lost.
+            Items each rank has trained on since the loop over the sampler or loader began. The last batch may count as
+            a full one. None: the number of yielded items, which is exact unless a loader reads ahead. With a plain
+            DataLoader with workers, or inside accelerate, that number is ahead of training, and items would be lost.
 
         Returns
         -------
         dict
-            JSON types: ``version``, the settings of the order, ``digest``, ``epoch`` and ``position``, the items all
-            ranks have consumed of it. Of an epoch that is done: the next one at position 0.
+            JSON types: ``version``, the settings of the order, ``digest``, ``epoch``, and ``position``, the items of
+            the epoch consumed by all ranks. After a complete epoch: the next one at position 0.
 
         Raises
         ------
         ConfigError
-            If more was consumed than handed out.
+            If more items were consumed than yielded.
         """
         now = self._iteration
         handed_out, ended = (0, False) if now is None else (now.yielded, now.ended)
@@ -166,7 +166,7 @@ class ResumableSampler(Sampler[int]):
         return self._state(*self._normal(self._epoch, self._position, consumed))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, on any number of ranks; the next loop begins there.
+        """Resume from `state`, with any number of ranks. The next loop begins there.
 
         Parameters
         ----------
@@ -176,7 +176,7 @@ class ResumableSampler(Sampler[int]):
         Raises
         ------
         ConfigError
-            If it is of another dataset or order, or no such state; all differences are named, and nothing changes.
+            If it belongs to another dataset or order, or is invalid. All differences are named, and nothing changes.
         """
         self._check(state)
         self._go_to(int(state["epoch"]), int(state["position"]))
@@ -186,7 +186,7 @@ class ResumableSampler(Sampler[int]):
         self._iteration = None
 
     def _normal(self, epoch: int, start: int, consumed: int) -> tuple[int, int]:
-        """Return the epoch and position after `consumed` items per rank; an epoch without any left is done."""
+        """Return the epoch and position after `consumed` items per rank. An exhausted epoch is complete."""
         done = consumed >= self._share(start) and (start > 0 or consumed > 0)
         return (epoch + 1, 0) if done else (epoch, start + consumed * self.num_replicas)
 
@@ -220,7 +220,7 @@ def _process_group() -> tuple[int, int]:
 
 
 class _Iteration(Iterator[int]):
-    """One loop over a sampler, with a state that torchdata takes at every batch."""
+    """One loop over a sampler, with a state that torchdata saves at every batch."""
 
     def __init__(self, sampler: ResumableSampler, epoch: int, start: int) -> None:
         self._sampler = sampler
@@ -250,7 +250,7 @@ class _Iteration(Iterator[int]):
         turns = np.arange(self._read, stop)
         self._read = stop
         positions = self.start + sampler.rank + turns * sampler.num_replicas
-        # Past the end, the epoch's first positions fill up.
+        # Past the end, the epoch's first positions are repeated.
         items: list[int] = sampler.order.at(positions % max(sampler.order.n_items, 1), epoch=self.epoch).tolist()
         return items
 
@@ -259,7 +259,7 @@ class _Iteration(Iterator[int]):
         return self._sampler._state(self.epoch, min(position, self._sampler.order.n_items))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # An epoch that is done stays so here, so that the loop under way ends; the sampler goes on with the next.
+        # A complete epoch is kept here, so that the current loop ends. The sampler moves on to the next one.
         self._sampler._check(state)
         self._begin(int(state["epoch"]), int(state["position"]))
         self._sampler._epoch, self._sampler._position = self.epoch, self.start

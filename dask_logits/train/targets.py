@@ -1,9 +1,9 @@
-"""``SparseTargets``: the teacher's side of one batch.
+"""``SparseTargets``: the teacher's targets for one batch.
 
-One object carries the targets together with the mask of the positions that have them, so that a loss cannot be called
-without the mask. It cannot be sliced either: targets and logits of the same position belong together, and a slice is
-how one of them gets shifted. What can be proved about a batch is checked: the student read the tokens that the teacher
-read, and the log-prob of each next token agrees with the entry kept for it.
+One object holds the targets and the mask of valid positions, so that a loss cannot be called without the mask. It
+cannot be sliced, because targets and logits of the same position belong together and slicing could shift one of them.
+Provable facts about a batch are checked: student and teacher read the same tokens, and the log-prob of each next token
+agrees with its kept entry.
 
 Dimension letters: N positions (any leading dimensions, [B, T] for a padded batch), K kept entries.
 """
@@ -21,7 +21,7 @@ from dask_logits.errors import ConfigError, DatasetError
 
 IGNORED_LABEL = -100
 
-# How far a label's log-prob may lie from the kept entry's: entries are rounded to float16, and those of a compact cache
+# Tolerance between a label's log-prob and its kept entry: entries are rounded to float16, and those of a compact cache
 # to a step that grows with the distance from the most probable one (0.7 % of it at the coarsest precision, 8 bits).
 _LEAST_ERROR = 0.02
 _SHARE_OF_GAP = 0.02
@@ -36,7 +36,7 @@ class _Tensors:
         return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """Return the same targets in page-locked memory; a ``DataLoader`` with ``pin_memory=True`` calls this."""
+        """Return the same targets in page-locked memory. A ``DataLoader`` with ``pin_memory=True`` calls this."""
         return self._changed(lambda tensor: tensor.pin_memory())
 
     def __getitem__(self, index: object) -> NoReturn:
@@ -80,31 +80,30 @@ class _Tensors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SparseTargets(_Tensors):
-    """The teacher's distributions for a batch: kept entries, the tail, labels, and where they are valid.
+    """The teacher's distributions for a batch: kept entries, tail, labels and mask.
 
-    The targets at position t are the teacher's distribution of the token at t + 1, like the logits that a causal model
-    gives at t.
+    The targets at position t are the teacher's distribution of the token at t + 1, like a causal model's logits at t.
 
     Parameters
     ----------
     input_ids
-        [N] int64, the tokens that the teacher read.
+        [N] int64, the tokens read by the teacher.
     topk_ids, topk_logprobs
-        [N, K] int64 and float32, the kept entries, most probable first; an entry with log-prob −∞ is absent, whatever
-        its id.
+        [N, K] int64 and float32, the kept entries, most probable first. An entry with log-prob −∞ is absent, and its id
+        is ignored.
     tail_logmass
         [N] float32, log of the teacher's mass outside the kept entries.
     logsumexp
         [N] float32, of the teacher's raw logits.
     label_ids
-        [N] int64, the document's token at t + 1; −100 where the document ends, or the batch.
+        [N] int64, the document's token at t + 1, −100 at the end of the document or the batch.
     label_logprob
-        [N] float32, the teacher's log-prob of the document's next token; NaN where the document ends.
+        [N] float32, the teacher's log-prob of the document's next token, NaN at the end of the document.
     mask
-        [N] bool, True at the positions that have targets; padding has none.
+        [N] bool, True at positions with targets, False at padding.
     vocab_size
-        The width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids
-        are below it, and the student needs at least as many logits.
+        Width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids are
+        below it, and the student needs at least as many logits.
 
     Raises
     ------
@@ -144,18 +143,18 @@ class SparseTargets(_Tensors):
         return self.mask.device
 
     def check_alignment(self, input_ids: Tensor) -> None:
-        """Refuse a batch in which the student and the teacher did not read the same tokens.
+        """Refuse a batch if the student and the teacher read different tokens.
 
         Parameters
         ----------
         input_ids
-            [N], the tokens that the student reads.
+            [N], the tokens read by the student.
 
         Raises
         ------
         DatasetError
             If they differ from the teacher's at a position with targets, or if the teacher's log-prob of the next
-            token contradicts the entries kept for it.
+            token contradicts its kept entries.
         """
         if input_ids.shape != self.shape:
             raise DatasetError(
@@ -174,7 +173,7 @@ class SparseTargets(_Tensors):
         self._check_labels()
 
     def _shift(self, input_ids: Tensor) -> str:
-        """Name a shift that explains the difference."""
+        """Describe a shift that explains the difference."""
         own_N, mask_N, other_N = self.input_ids, self.mask, input_ids.to(self.device)
         for earlier_N, later_N, where in ((own_N, other_N, "right"), (other_N, own_N, "left")):
             both_N = mask_N[..., 1:] & mask_N[..., :-1]
@@ -183,7 +182,7 @@ class SparseTargets(_Tensors):
         return ""
 
     def _check_labels(self) -> None:
-        """Refuse targets whose label log-probs contradict the kept entries: they belong to other tokens."""
+        """Refuse targets whose label log-probs contradict the kept entries, because they belong to other tokens."""
         present_NK = self.topk_logprobs > -torch.inf
         known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan() & present_NK.any(-1)
         is_label_NK = (self.topk_ids == self.label_ids[..., None]) & present_NK
@@ -208,7 +207,7 @@ class SparseTargets(_Tensors):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CodedTargets(_Tensors):
-    """Targets of a compact cache, still encoded; :meth:`CachedLogitsDataset.decoder` turns them into SparseTargets.
+    """Encoded targets of a compact cache. :meth:`CachedLogitsDataset.decoder` converts them to SparseTargets.
 
     Parameters
     ----------

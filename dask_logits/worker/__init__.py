@@ -1,1 +1,1 @@
-"""What runs on a worker: the calibration, and the scoring of one partition."""
+"""Code executed on a worker: the calibration, and the scoring of one partition."""

@@ -1,14 +1,14 @@
-"""Calibration: one task on a worker, before partition 0, that settles the numerics of a run.
+"""Calibration: one task on a worker, before partition 0, that determines the numerics of a run.
 
-It finds the path that reproduces the teacher's forward, scores the first documents of the plan, and reports how much
-probability each k keeps, the speed, its distance from the limit, and the memory. Where the plan is long enough to pay
-for it, it tries a larger token budget and compiled layers, and keeps the faster one. The driver writes the result to
-``calibration.json`` once; every later start of the run reads it.
+It finds the path that reproduces the teacher's forward, scores the first documents of the plan, and reports the kept
+mass by k, the speed, the ratio to the peak rate, and the memory. If the plan is long enough to justify the cost, it
+tries a larger token budget and compiled layers, and keeps the faster variant. The driver writes the result to
+``calibration.json`` once. Every later start of the run reads it.
 
-The cost of scoring is bounded by a tenth of the plan: the sample is 2 % of its tokens (at most 10,000), scored again
-where a variant is kept, and all trials together take 6 %. At 230 tokens/s (two AVX2 cores), 60 documents (19,000
-tokens, 83 s) are calibrated on 384 tokens, 1.7 s. Compiled layers need only 300 tokens a round to show whether they
-pay, so a plan of nine minutes can take them.
+Scoring costs at most a tenth of the plan: the sample is 2 % of its tokens (at most 10,000), scored again if a variant
+is kept, and all trials together take 6 %. At 230 tokens/s (two AVX2 cores), 60 documents (19,000 tokens, 83 s) are
+calibrated on 384 tokens, 1.7 s. Compiled layers need only 300 tokens a round to show whether they are worthwhile, so a
+plan of nine minutes can use them.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from dask_logits.worker.task import peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 
-# The sample: a share of the tokens that a worker will score, within bounds.
+# The sample: a bounded share of the tokens that a worker will score.
 TOKENS = 10_000
 _SAMPLE_SHARE = 0.02
 _FEWEST_TOKENS = 256
-# Where the plan's length is unknown.
+# Used if the plan's length is unknown.
 _UNKNOWN_TOKENS = 1_000
-# Tokens of a round that compares compiled layers with eager ones: as many as the time allows.
+# Tokens of a round that compares compiled with eager layers, within these limits as time allows.
 _TRIAL_TOKENS = (300, 3_000)
 _TRIAL_ROUNDS = 3
 _KERNEL_ROWS = 64
@@ -57,43 +57,43 @@ _WARM_TOKENS = 200
 _AUTO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 _MOST_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 _AUTO_HEAD_ROWS = {"cpu": 256, "cuda": 4_096}
-# A variant must be so much faster to be taken: less is noise.
+# Minimum speedup of an accepted variant. Smaller differences are noise.
 _FASTER = 1.03
-# Share of a device's memory that a larger budget may fill.
+# Maximum share of a device's memory for a larger budget.
 _MEMORY_SHARE = 0.85
-# Share of a worker's scoring that all trials together may take; a trial of larger batches, half of what remains of it.
+# Maximum share of a worker's scoring time for all trials. A trial of larger batches may use half of the remainder.
 _TRIALS_SHARE = 0.06
-# Seconds of scoring left per worker from which compiling, which takes half a minute, is tried.
+# Minimum remaining scoring time per worker, in seconds, to try compilation, which takes half a minute.
 _WORTH_COMPILING_SECONDS = 300.0
-# Scoring time that is assumed where the plan's length is unknown.
+# Assumed scoring time if the plan's length is unknown.
 _UNKNOWN_SECONDS = 900.0
 _VERSIONS = ("dask-logits", "torch", "transformers", "datasets", "numpy", "zarr", "h5py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTask:
-    """What the calibration needs.
+    """Input of the calibration.
 
     Parameters
     ----------
     teacher
-        The teacher, its dtype and device resolved.
+        The teacher, with resolved dtype and device.
     documents
         Token ids of the first documents of the plan.
     plan_tokens
-        Tokens each worker will score; None: unknown, taken for a quarter of an hour's work.
+        Tokens that each worker will score. None: unknown, assumed to be a quarter of an hour's work.
     top_k, vocab_size, batch_size
-        Settings.
+        Settings of the run.
     batch_tokens, head_rows
-        Settings; ``auto`` resolved by :func:`auto_budgets`.
+        Settings, with ``auto`` resolved by :func:`auto_budgets`.
     batch_tokens_fixed
         Whether the token budget was set by the user.
     logits, compile
         Settings of ``distillation.scoring``.
     compact
-        Whether the compact profile will be stored, which needs an id table.
+        Whether the compact profile will be used, which requires an id table.
     most_trial_seconds
-        Bound of one trial's time.
+        Maximum time of one trial.
     """
 
     teacher: TeacherSpec
@@ -124,7 +124,7 @@ def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> 
 
 
 def first_documents(documents: Sequence[Array], tokens: int = TOKENS) -> tuple[Array, ...]:
-    """Return as many leading documents as it takes to reach a number of tokens.
+    """Return the fewest leading documents with the given number of tokens.
 
     >>> len(first_documents([np.zeros(6), np.zeros(6), np.zeros(6)], tokens=10))
     2
@@ -134,7 +134,7 @@ def first_documents(documents: Sequence[Array], tokens: int = TOKENS) -> tuple[A
 
 
 def sample_tokens(plan_tokens: int | None) -> int:
-    """Return how many tokens a calibration scores: a function of the plan, so that equal runs take equal samples.
+    """Return the number of tokens of a calibration. It depends on the plan only, so equal runs take equal samples.
 
     >>> sample_tokens(19_200), sample_tokens(1_000), sample_tokens(10**9), sample_tokens(None)
     (384, 256, 10000, 1000)
@@ -145,24 +145,24 @@ def sample_tokens(plan_tokens: int | None) -> int:
 
 
 def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda step: None) -> Json:
-    """Settle the numerics of a run on a worker.
+    """Determine the numerics of a run on a worker.
 
     Parameters
     ----------
     task
-        What to calibrate.
+        Input of the calibration.
     on_step
         Called with a description of each step when it begins.
 
     Returns
     -------
     dict
-        What ``calibration.json`` will hold, and the id table where one is needed.
+        Content of ``calibration.json``, and the id table if needed.
 
     Raises
     ------
     TeacherError
-        If the teacher cannot be loaded, is not causal, its logits are not finite, or it has to be compiled and cannot.
+        If the teacher cannot be loaded, is not causal, has non-finite logits, or fails a required compilation.
     """
     on_step("loading the teacher")
     teacher = load_teacher(task.teacher, task.vocab_size)
@@ -173,7 +173,7 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
     path, errors = _with_kernels(teacher, choice.path, task), choice.errors
     for device in teacher.devices:
         if device.type == "cuda":
-            # The self-check's copy of the teacher is not part of what scoring needs.
+            # The self-check's copy of the teacher is not needed for scoring.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
@@ -202,7 +202,7 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
 
 
 def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) -> ScoringPath:
-    """Take the Triton kernels where there is a GPU and they find what torch finds."""
+    """Use the Triton kernels if there is a GPU and they agree with torch."""
     if teacher.device.type != "cuda" or not kernels.available():
         return path
     generator = torch.Generator(teacher.device).manual_seed(20_260_103)
@@ -210,7 +210,7 @@ def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) ->
     logits_RV = 4 * torch.randn(shape, generator=generator, device=teacher.device)
     logits_RV[:, task.vocab_size :] = -torch.inf
     try:
-        # Rounded, so that values tie.
+        # Rounded, so that there are ties.
         if kernels_agree(logits_RV.bfloat16().to(teacher.logits_dtype), task.top_k, path):
             return dataclasses.replace(path, kernels=True)
         logger.warning("Triton's kernels differ from torch here; torch is used")
@@ -240,7 +240,7 @@ def _report(
             "batch_size": task.batch_size,
             "head_rows": task.head_rows,
         },
-        # JSON has no infinity, which stands for a way that does not apply.
+        # JSON has no infinity, which marks a path that does not apply.
         "errors_nats": {way: error if error < float("inf") else None for way, error in choice.errors.items()},
         "refused": choice.refusals,
         "cost": dataclasses.asdict(cost),
@@ -262,7 +262,7 @@ def _report(
 
 
 class _Trials:
-    """Variants timed against each other on the same documents, alternating; medians count."""
+    """Variants timed against each other on the same documents, alternating. Medians are compared."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class _Trials:
         self.compile_seconds: float | None = None
 
     def larger_batches(self, settings: ScoringSettings) -> ScoringSettings:
-        """Double the token budget as long as that is faster and fits."""
+        """Double the token budget while that is faster and fits."""
         device = self.teacher.device.type
         while settings.batch_tokens < _MOST_BATCH_TOKENS[device]:
             double = dataclasses.replace(settings, batch_tokens=2 * settings.batch_tokens)
@@ -299,7 +299,7 @@ class _Trials:
         return settings
 
     def compiled(self, settings: ScoringSettings, task: CalibrationTask, errors: dict[str, float]) -> ScoringSettings:
-        """Compile, if the plan is long enough, and keep it if it pays for itself on what is left."""
+        """Compile if the plan is long enough, and keep the result if it saves time on the remaining work."""
         fewest, most = _TRIAL_TOKENS
         affordable = self._affordable_tokens(self.budget_seconds)
         is_long = self.seconds_left >= _WORTH_COMPILING_SECONDS and affordable >= fewest
@@ -330,7 +330,7 @@ class _Trials:
         return settings
 
     def _affordable_tokens(self, seconds: float) -> int:
-        """Return the tokens of a race that takes at most so long, and no longer than one trial may."""
+        """Return the tokens of a race within a time limit, and within the limit of one trial."""
         return int(min(seconds, self.most_seconds) / (2 * _TRIAL_ROUNDS * self.token_seconds))
 
     def _race(self, a: ScoringSettings, b: ScoringSettings, tokens: int) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""The software and hardware that decide the last bits of the targets, compared between workers.
+"""Software and hardware that determine the last bits of the targets, compared between workers.
 
 Two workers give the same bits only with the same release of this package, of torch, transformers and tokenizers, and
-with the same instruction set or GPU model. The release number alone is not enough: the digest of the package's own
-scoring sources tells a patched copy from the original.
+with the same instruction set or GPU model. The release number is not sufficient, so the digest of the package's own
+scoring sources identifies patched copies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dask_logits import __version__
 
 Environment = Mapping[str, str]
 
-# Everything that turns rows into stored targets.
+# All modules that convert rows to stored targets.
 _SOURCES = (
     "data/*.py",
     "teacher/**/*.py",
@@ -30,7 +30,7 @@ _SOURCES = (
     "cache/chunks.py",
 )
 _LIBRARIES = ("transformers", "tokenizers")
-# Units that oneDNN uses and torch's capability does not name.
+# Units used by oneDNN but not included in torch's capability.
 _CPU_FLAGS = ("avx512_bf16", "amx_bf16")
 _FIXES = {
     "cpu": "use machines with one instruction set, and unset ATEN_CPU_CAPABILITY",
@@ -68,13 +68,13 @@ def environment(device: str) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability()
         return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()
-    # A lower capability that the user forces leaves the units unused.
+    # If the user forces a lower capability, these units are unused.
     units = _cpu_flags() if capability.startswith("AVX512") else ()
     return {**_shared(), "cpu": " ".join([platform.machine(), capability, *units])}
 
 
 def differences(expected: Environment, got: Environment) -> dict[str, tuple[str, str]]:
-    """Return what differs between two environments: name → (expected, got).
+    """Return the differences between two environments: name → (expected, got).
 
     >>> differences({"torch": "2.13.0", "cpu": "x86_64 AVX2"}, {"torch": "2.12.0", "cpu": "x86_64 AVX2"})
     {'torch': ('2.13.0', '2.12.0')}
@@ -85,7 +85,7 @@ def differences(expected: Environment, got: Environment) -> dict[str, tuple[str,
 
 
 def describe(differing: Mapping[str, tuple[str, str]]) -> str:
-    """Write differences for people.
+    """Format differences for display.
 
     >>> describe({"torch": ("2.13.0", "2.12.0")})
     'torch: expected 2.13.0, got 2.12.0'
@@ -94,7 +94,7 @@ def describe(differing: Mapping[str, tuple[str, str]]) -> str:
 
 
 def fix_for(names: Iterable[str]) -> str:
-    """Return what to do about differences of some names.
+    """Return the remedy for differences of some names.
 
     >>> fix_for(["torch"])
     'install the same packages on every machine'

@@ -1,7 +1,7 @@
-"""The unit of work: read, score, write and commit one partition. A plain function; Dask only carries it.
+"""The unit of work: read, score, write and commit one partition, in a plain function that Dask only transports.
 
-Its last act is one small atomic write, the receipt. A partition whose receipt exists is never computed again, and any
-number of attempts, even at the same time, leaves exactly one committed result.
+Its last step is one small atomic write, the receipt. A partition with a receipt is never recomputed, and any number of
+attempts, even concurrent ones, leaves exactly one committed result.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """What a worker's threads take turns at, so that one partition is read or written while another is scored.
+    """Locks of a worker's threads, so that one partition is read or written while another is scored.
 
     Parameters
     ----------
     text
-        Held while rows are read and tokenised; a tokenizer serves one thread at a time.
+        Held while rows are read and tokenized, because a tokenizer serves one thread at a time.
     teacher
-        Held while the teacher is loaded and at work.
+        Held while the teacher is loaded or in use.
     scorer
-        One thread in which it works: each thread has an OpenMP team of its own, and with two teams neither runs at full
-        speed. None: the calling thread.
+        Single thread for scoring. Each thread has its own OpenMP team, and two teams slow each other down. None: the
+        calling thread.
     """
 
     text: AbstractContextManager[object]
@@ -69,26 +69,26 @@ ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionTask:
-    """What a worker needs to compute one partition: some hundred bytes, no rows.
+    """Everything a worker needs to compute one partition: some hundred bytes, without rows.
 
     Parameters
     ----------
     run
-        The run folder, as the worker sees it.
+        The run folder, as visible to the worker.
     run_id
-        Of the run; a folder whose run was replaced meanwhile takes no more of the old one.
+        Id of the run. A folder with a replaced run accepts no more results of the old one.
     partition, files, column
-        Which rows, and where they are.
+        The rows and their location.
     tokenizer, items, teacher, scoring
-        How they become targets.
+        Conversion of the rows to targets.
     profile
-        How they are stored.
+        Storage of the targets.
     cost
-        What the teacher computes, for the meter.
+        Compute cost of the teacher, for the meter.
     environment
-        Software and hardware of the worker that calibrated the run; None: not recorded, so not compared.
+        Software and hardware of the worker that calibrated the run. None: not recorded, so not compared.
     allow_mixed
-        Score in another environment, too, and record it in the receipt.
+        Also score in another environment, and record it in the receipt.
     """
 
     run: str
@@ -111,7 +111,7 @@ def process_partition(
     on_tokens: Callable[[int], None] = lambda tokens: None,
     stages: Stages = ALONE,
 ) -> Json:
-    """Compute and commit one partition, or return its receipt if it is committed already.
+    """Compute and commit one partition, or return its receipt if it is already committed.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def process_partition(
     on_tokens
         Called after each batch with the tokens scored since the last call.
     stages
-        What other threads of this process take turns at.
+        Locks shared with other threads of this process.
 
     Returns
     -------
@@ -134,16 +134,16 @@ def process_partition(
     TeacherError
         If the teacher cannot be loaded or its logits are not finite.
     ClusterError
-        If this worker's environment is not that of the run.
+        If this worker's environment differs from the run's.
     RunConflictError
-        If the run was replaced while this partition was computed.
+        If the run was replaced during the computation.
     """
     run = RunFolder(Path(task.run))
     receipt = run.receipt(task.partition.index)
     if receipt is not None and receipt["run_id"] == task.run_id:
         if (receipt["first_row"], receipt["n_rows"]) == (task.partition.first_row, task.partition.n_rows):
             return receipt
-        # Left by a worker that was still busy when the plan was made anew from here on.
+        # Left by a worker that was still busy when the plan was replaced from here on.
         run.receipt_path(task.partition.index).unlink(missing_ok=True)
     here = environment(task.teacher.device)
     differing = {} if task.environment is None else differences(task.environment, here)
@@ -220,7 +220,7 @@ def process_partition(
         if ours and create_json(run.receipt_path(task.partition.index), receipt):
             return receipt
     except OSError:
-        # The receipt may be there all the same, and its folder not flushed.
+        # The receipt may exist although its folder was not flushed.
         if (run.receipt(task.partition.index) or {}).get("attempt") != attempt.name:
             remove_partition(attempt)
         raise
@@ -232,7 +232,7 @@ def process_partition(
 
 
 def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALONE) -> None:
-    """Read, tokenise and score some rows of a partition, and keep nothing.
+    """Read, tokenize and score some rows of a partition, and discard the results.
 
     Parameters
     ----------
@@ -241,12 +241,12 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
     first, n_rows
         The rows, counted from the partition's first.
     stages
-        What other threads of this process take turns at.
+        Locks shared with other threads of this process.
 
     Raises
     ------
     DatasetError, TeacherError
-        As :func:`process_partition` would, for these rows.
+        As by :func:`process_partition` for these rows.
     """
     first_row = task.partition.first_row + first
     rows = read_rows(task.files, task.column)[first : first + n_rows]
@@ -261,14 +261,14 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
 
 
 def _said_of(kept: Records) -> tuple[Statistics, str]:
-    """Return the statistics and the content digest of targets, which are not needed after."""
+    """Return the statistics and the content digest of targets that are no longer needed."""
     digest = ContentDigest()
     digest.update(kept)
     return Statistics.of(kept), digest.hexdigest()
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory this process has held so far."""
+    """Return this process's peak memory so far."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

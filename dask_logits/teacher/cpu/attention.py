@@ -1,15 +1,15 @@
-"""Causal attention for CPUs, in blocks of queries: one matrix product, one softmax, one matrix product per block.
+"""Causal attention for CPUs in blocks of queries: one matrix product, one softmax, one matrix product per block.
 
-torch's own CPU kernel computes the masked half of short sequences too and multiplies small tiles; on two Zen 5 cores it
-took 26 % of the trunk's time at 256 tokens and 40 % at 512. Here a block of queries meets only the keys up to its end,
-the heads that share keys are one product, and everything runs as large batched products: 2 to 4 times as fast. Scores
-have the teacher's dtype, the softmax is computed in float32: what transformers' eager attention does.
+torch's own CPU kernel also computes the masked half of short sequences, and multiplies small tiles. On two Zen 5 cores
+it took 26 % of the trunk's time at 256 tokens and 40 % at 512. Here a block of queries attends only to the keys up to
+its end, the heads that share keys form one product, and all products are large and batched: 2 to 4 times as fast.
+Scores have the teacher's dtype and the softmax is computed in float32, as in transformers' eager attention.
 
-It is offered to transformers as one more attention implementation, so every family that asks its registry can use it;
-the self-check decides whether a teacher does. A family may pass arguments that only its own code knows (a position
-bias, the indices of sparse attention): every keyword outside :data:`IGNORED` refuses the call, because attention that
-dropped it would compute something else without an error. The kind ``fused`` uses
-:mod:`dask_logits.teacher.cpu.fused` where that applies: bfloat16 without a mask, a soft cap or sinks.
+It is registered in transformers as another attention implementation, so that every family with registry support can use
+it. The self-check decides whether a teacher does. A family may pass arguments known only to its own code (a position
+bias, the indices of sparse attention). Therefore every keyword outside :data:`IGNORED` refuses the call, because
+dropping an argument would silently compute other results. The kind ``fused`` uses
+:mod:`dask_logits.teacher.cpu.fused` where it applies: bfloat16 without a mask, a soft cap or sinks.
 
 Dimension letters: B sequences, T tokens, H query heads, G query heads per key head, N = B·H/G, C queries of a block,
 D width of a head.
@@ -29,27 +29,27 @@ from dask_logits.teacher.cpu import fused
 Kind = Literal["blocks", "fused"]
 
 # Keywords that cannot change the result of a causal forward pass in evaluation mode without a key-value cache. The
-# window is part of the mask, positions are part of queries and keys, and the rest asks for further outputs.
+# window is part of the mask, positions are part of queries and keys, and the rest requests further outputs.
 IGNORED = frozenset({
     "cache_position", "deterministic", "is_causal", "layer_idx", "logits_to_keep", "num_items_in_batch",
     "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
     "sliding_window", "use_cache",
 })  # fmt: skip
 
-# Queries per block: more waste the masked half, fewer make small products. 32, 128 and 256 were slower.
+# Queries per block. Larger blocks waste the masked half, smaller ones make small products. 32, 128, 256 were slower.
 _BLOCK = 64
-# Blocks of a sequence, beyond which they are larger: each is two more shapes that PyTorch keeps code for.
+# Maximum blocks of a sequence before blocks become larger. Each block adds two shapes to PyTorch's code cache.
 _MOST_BLOCKS = 128
 
 
 def offer(kind: Kind) -> str:
-    """Register an implementation with transformers; return its name for ``set_attn_implementation``."""
+    """Register an implementation with transformers. Return its name for ``set_attn_implementation``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     name = f"dask_logits_{kind}"
     AttentionInterface.register(name, partial(attention_layer, _ATTEND[kind]))
-    # No mask where causality alone says it all, else the mask of True where a query may look.
+    # No mask if causality is sufficient, else a mask that is True for visible positions.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     return name
 
@@ -67,14 +67,14 @@ def attention_layer(
     s_aux: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, by the calling convention of transformers' attention functions.
+    """Compute attention with the calling convention of transformers' attention functions.
 
     Parameters
     ----------
     attend
-        What computes it: an operator that is opaque to the compiler, which would unroll a loop for every length.
+        Implementation: an operator opaque to the compiler, which would unroll a loop for every length.
     module
-        The attention layer; one that is not causal is left to transformers' SDPA.
+        The attention layer. A non-causal layer is delegated to transformers' SDPA.
     query_BHTD, key, value, attention_mask, scaling, softcap, s_aux
         As for :func:`block_attention`.
 
@@ -83,12 +83,12 @@ def attention_layer(
     Tensor
         [B, T, H, D of the values].
     None
-        The weights are not kept.
+        Attention weights are not kept.
 
     Raises
     ------
     ValueError
-        If the family passes an argument that may change the result and is not supported here.
+        If the family passes an unsupported argument that may change the result.
     """
     unknown = sorted(name for name, value in settings.items() if not _is_ignorable(name, value))
     if unknown:
@@ -108,7 +108,7 @@ def attention_layer(
 
 
 def _is_ignorable(name: str, value: Any) -> bool:
-    """Whether a keyword leaves the result as it is; dropout does where its probability is 0."""
+    """Whether a keyword does not change the result. Dropout qualifies if its probability is 0."""
     return value is None or name in IGNORED or (name == "dropout" and value == 0.0)
 
 
@@ -121,20 +121,20 @@ def block_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Attend causally.
+    """Compute causal attention.
 
     Parameters
     ----------
     query_BHTD, key, value
-        [B, H, T, D], and [B, H/G, T, D] twice; the values' width may differ.
+        [B, H, T, D], and [B, H/G, T, D] twice. The values' width may differ.
     attention_mask
-        bool [B or 1, 1, T, T], True where a query may look, or a float mask to add; None: causality alone.
+        bool [B or 1, 1, T, T], True for visible positions, or a float mask to add. None: causality alone.
     scaling
         Factor on the scores.
     softcap
         Scores become ``softcap · tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118).
     s_aux
-        [H] sinks: logits that take part in the softmax and carry no value (GPT-OSS).
+        [H] sinks: logits that are part of the softmax and have no value (GPT-OSS).
 
     Returns
     -------
@@ -188,7 +188,7 @@ def _blocks_or_fused(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """Attend by native code where it is made for the tensors, else in blocks."""
+    """Compute attention with native code if it supports the tensors, else in blocks."""
     if attention_mask is None and softcap is None and s_aux is None and fused.fits(query_BHTD, key, value):
         return fused.fused_attention(query_BHTD, key, value, scaling)
     return block_attention(query_BHTD, key, value, attention_mask, scaling, softcap, s_aux)

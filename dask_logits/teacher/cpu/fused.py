@@ -1,9 +1,9 @@
 """Causal attention in bfloat16 as one loop of native code, for CPUs with AVX512-BF16.
 
-As several operators of torch, attention took 43 % of the trunk's time for a document of 1,664 tokens, 13 of them the
-softmax alone. One loop over blocks of queries that keeps scores in registers and caches is 2.2 to 2.7 times as fast as
-:mod:`dask_logits.teacher.cpu.attention`, and its error is a third: scores and sums stay in float32, only the weights
-are rounded to bfloat16. ``fused.cpp`` is compiled by PyTorch's own builder within a second, and kept in its cache.
+As several torch operators, attention took 43 % of the trunk's time for a document of 1,664 tokens, 13 of them for the
+softmax alone. One loop over blocks of queries with scores in registers and caches is 2.2 to 2.7 times as fast as
+:mod:`dask_logits.teacher.cpu.attention`. Its error is a third, because scores and sums stay in float32 and only the
+weights are rounded to bfloat16. PyTorch's own builder compiles ``fused.cpp`` within a second and caches it.
 
 Dimension letters: B sequences, T tokens, H query heads, D width of a head.
 """
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-# Floats of a register: values are handled in whole registers, queries in pairs.
+# Floats of a register. Values are processed in whole registers, queries in pairs.
 _LANES = 16
 
 
 def available() -> bool:
-    """Return whether this machine's CPU has the instructions; compiling needs a C++ compiler besides."""
+    """Whether this machine's CPU has the instructions. Compiling also requires a C++ compiler."""
     return platform.system() == "Linux" and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -38,7 +38,7 @@ def _library() -> ctypes.CDLL:
 
 
 def fits(query_BHTD: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return whether the code is made for such tensors: bfloat16, equal lengths, whole registers of values."""
+    """Whether the code supports the tensors: bfloat16, equal lengths, whole registers of values."""
     return (
         {part.dtype for part in (query_BHTD, key, value)} == {torch.bfloat16}
         and query_BHTD.device.type == "cpu"
@@ -49,12 +49,12 @@ def fits(query_BHTD: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def fused_attention(query_BHTD: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attend causally; a row's bits do not depend on the batch or the number of threads.
+    """Compute causal attention. A row's bits do not depend on the batch or the number of threads.
 
     Parameters
     ----------
     query_BHTD, key, value
-        bfloat16 [B, H, T, D], and [B, H/G, T, D] twice; the values' width may differ. See :func:`fits`.
+        bfloat16 [B, H, T, D], and [B, H/G, T, D] twice. The values' width may differ. See :func:`fits`.
     scaling
         Factor on the scores.
 
@@ -74,7 +74,7 @@ def fused_attention(query_BHTD: Tensor, key: Tensor, value: Tensor, scaling: flo
     sizes = [ctypes.c_int64(size) for size in (B, H, key.shape[1], T, D, value.shape[-1])]
     scratch = torch.empty(library.attention_scratch(*sizes, ctypes.c_int64(threads)), dtype=torch.uint8)
     out_BTHD = query_BHTD.new_empty(B, T, H, value.shape[-1])
-    # A head's numbers have to lie side by side; the rest is told by strides.
+    # The numbers of a head must be contiguous. Strides describe the other dimensions.
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query_BHTD, key, value)]
     pointers = [
         argument

@@ -1,7 +1,7 @@
-"""The tail as Triton kernels for CUDA: one read of the logits, and the selection of the largest.
+"""The tail of scoring as Triton kernels for CUDA: one read of the logits, and the selection of the largest.
 
-:mod:`dask_logits.teacher.topk` has the same in torch, their oracle and fallback; the calibration decides whether a
-run uses them. With ``TRITON_INTERPRET=1`` they run on a CPU, which is how they are tested where there is no GPU.
+:mod:`dask_logits.teacher.topk` has the torch equivalents, which are the oracle and fallback. The calibration decides
+whether a run uses the kernels. With ``TRITON_INTERPRET=1`` they run on a CPU, for tests without a GPU.
 
 Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, W values to choose from, C chosen.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 _BLOCK = 64
 # Blocks of one program: 4,096 logits, 8 or 16 KiB.
 _BLOCKS_EACH = 64
-# Most values that one program holds.
+# Maximum number of values in one program.
 MOST_VALUES = 1 << 14
 
 
@@ -30,19 +30,19 @@ def available() -> bool:
 def block_statistics(
     logits_RV: Tensor, scale: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the logits once; as :func:`dask_logits.teacher.topk.block_statistics`.
+    """Compute block statistics in one read of the logits, as :func:`dask_logits.teacher.topk.block_statistics` does.
 
     Parameters
     ----------
     logits_RV
-        Floating, contiguous, width a multiple of 64; on CUDA, or on the CPU under Triton's interpreter.
+        Floating, contiguous, width a multiple of 64, on CUDA or on the CPU under Triton's interpreter.
     scale, softcap
-        Logits become ``scale · x``, then ``softcap · tanh(x / softcap)`` unless that is None.
+        Logits become ``scale · x``, then ``softcap · tanh(x / softcap)`` unless `softcap` is None.
 
     Returns
     -------
     maxima_RN, sums_RN, bases_RN
-        float32; each block has a base of its own.
+        float32. Each block has its own base.
     """
     rows, width = logits_RV.shape
     blocks = width // _BLOCK
@@ -57,12 +57,12 @@ def block_statistics(
 def largest(values_RW: Tensor, count: int) -> Tensor:
     """Return the places of each row's largest values in ascending order, of equal values the first.
 
-    The count-th largest value is found bit by bit, 32 comparisons of a row that stays in registers.
+    The count-th largest value is determined bit by bit, in 32 comparisons of a row that stays in registers.
 
     Parameters
     ----------
     values_RW
-        float32, contiguous, at most :data:`MOST_VALUES` wide; on CUDA, or on the CPU under Triton's interpreter.
+        float32, contiguous, at most :data:`MOST_VALUES` wide, on CUDA or on the CPU under Triton's interpreter.
     count
         C, at most W.
 
@@ -88,7 +88,7 @@ def _largest_kernel() -> Any:
         row = tl.program_id(0).to(tl.int64)
         lane = tl.arange(0, LANES)
         inside = lane < width
-        # Adding 0.0 makes the two zeros equal; then integers sort like the values.
+        # Adding 0.0 makes the two zeros equal. Then integers sort like the values.
         bits = (tl.load(values + row * width + lane, mask=inside, other=0.0) + 0.0).to(tl.int32, bitcast=True)
         lowest = -2147483648
         key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), lowest)
@@ -129,11 +129,11 @@ def _statistics_kernel() -> Any:
         values = tl.load(logits + place, mask=inside[:, None], other=float("-inf")).to(tl.float32)
         values = values * scale
         if softcap > 0:
-            # tanh(x) = 2 / (1 + e⁻²ˣ) − 1; −inf columns are padding and stay what they are.
+            # tanh(x) = 2 / (1 + e⁻²ˣ) − 1. Columns of −inf are padding and must not change.
             capped = softcap * (2.0 / (1.0 + tl.exp(-2.0 * values / softcap)) - 1.0)
             values = tl.where(values == float("-inf"), values, capped)
         highest = tl.max(values, axis=1)
-        # −inf less −inf would be NaN.
+        # −inf minus −inf would be NaN.
         base = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(tl.exp(values - base[:, None]), axis=1)
         tl.store(maxima + row * blocks + block, highest, mask=inside)
