@@ -64,7 +64,7 @@ def open_run_cache(run: RunFolder, manifest: Json | None = None) -> RunCache | N
     Parameters
     ----------
     run
-        The run.
+        The run folder.
     manifest
         Its manifest. None: read from its file.
 
