@@ -156,8 +156,8 @@ def test_a_second_signal_ends_a_job_that_does_not_stop(start) -> None:
 import time
 from dask_logits.cli import run
 def job():
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         time.sleep(600)
     finally:
         print("stopping", flush=True)
