@@ -1,4 +1,4 @@
-"""Capture a teacher's top-k logits once, as a Dask batch job, and train students from the file.
+"""Score a dataset with a teacher once, as a Dask batch job, and train students from the file.
 
 Importing this package is light: torch, Dask and the rest are loaded when a name that needs them is first used.
 """
