@@ -74,8 +74,19 @@ def largest(values_RW: Tensor, count: int) -> Tensor:
     rows, width = values_RW.shape
     places_RC = torch.empty(rows, count, dtype=torch.int32, device=values_RW.device)
     lanes = 1 << max(0, width - 1).bit_length()
-    _largest_kernel()[(rows,)](values_RW, places_RC, width, count, LANES=lanes)
+    _largest_kernel()[(rows,)](values_RW, places_RC, width, count, LANES=lanes, num_warps=warps_for(lanes))
     return places_RC.long()
+
+
+def warps_for(lanes: int) -> int:
+    """Return the warps of a program of :func:`largest`, so that its values fit into registers.
+
+    With four warps, 16,384 lanes need 255 registers and half a minute to compile.
+
+    >>> warps_for(64), warps_for(4096), warps_for(16384)
+    (4, 4, 16)
+    """
+    return max(4, lanes // 1024)
 
 
 @functools.cache
@@ -83,8 +94,9 @@ def _largest_kernel() -> Any:
     import triton
     from triton import language as tl
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def choose(values: Any, places: Any, width: Any, count: Any, LANES: tl.constexpr) -> None:
+    # Triton evaluates annotations, so only constants of the compiler have one.
+    @triton.jit
+    def choose(values, places, width, count, LANES: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         lane = tl.arange(0, LANES)
         inside = lane < width
@@ -110,18 +122,8 @@ def _statistics_kernel() -> Any:
     import triton
     from triton import language as tl
 
-    @triton.jit  # type: ignore[untyped-decorator]
-    def statistics(
-        logits: Any,
-        maxima: Any,
-        sums: Any,
-        bases: Any,
-        blocks: Any,
-        scale: Any,
-        softcap: Any,
-        EACH: tl.constexpr,
-        WIDTH: tl.constexpr,
-    ) -> None:
+    @triton.jit
+    def statistics(logits, maxima, sums, bases, blocks, scale, softcap, EACH: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1) * EACH + tl.arange(0, EACH)
         inside = block < blocks
