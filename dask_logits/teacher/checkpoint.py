@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import gc
 import hashlib
@@ -289,9 +290,13 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         model, loading = _load_weights(spec, location, architecture)
-        if location.folder is None and not is_quantized(architecture):
-            # Of a folder the driver has looked at the headers.
-            refuse_quantized(location.base, hub_tensors(location.base, spec.revision))
+        if location.folder is None:
+            # The driver has inspected the headers of a folder. Those of a hub model are known once it is downloaded.
+            location = dataclasses.replace(location, tensors=hub_tensors(location.base, spec.revision))
+            if not is_quantized(architecture):
+                refuse_quantized(location.base, location.tensors)
+            if prefix_renames(location.tensors):
+                model, loading = _load_weights(spec, location, architecture)
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
     except TeacherError:

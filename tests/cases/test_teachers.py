@@ -258,6 +258,17 @@ def test_weights_of_the_hub_that_are_another_teacher_are_refused_where_they_are_
         load_teacher(spec, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("case", [teacher_inputs.compiled_prefix, teacher_inputs.nested_prefixes])
+def test_prefixes_are_removed_from_a_teacher_of_the_hub_too(case, tmp_path, in_the_hubs_cache) -> None:
+    name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
+    spec = TeacherSpec(
+        path=name, revision="a" * 40, identity=inspect(name).identity, dtype="float32", device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    teacher = load_teacher(spec, VOCAB_SIZE)
+    torch.testing.assert_close(logits(teacher.model), logits(tiny_model("llama")), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
 def test_an_adapter_on_the_hub_is_refused_with_what_to_do(case, tmp_path, in_the_hubs_cache) -> None:
     name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
