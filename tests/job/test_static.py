@@ -366,13 +366,14 @@ def test_static_workers_share_a_stream(small, scheduler, tmp_path, corpus) -> No
 )
 def test_a_static_worker_takes_one_gpu_in_turn(worker, visible, gpus, expected, monkeypatch) -> None:
     from dask_logits.job import cluster
+    from dask_logits.job import gpus as home
 
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(home, "visible_gpus", lambda: gpus)
     needed = ["distillation.teacher.model_path=t", "distillation.dataset.name=d", *share(worker, 8)]
     generation = load_config(needed).teacher.generation
-    assert cluster.gpu_groups(generation) == [[expected]]
+    assert home.gpu_groups(generation) == [[expected]]
     assert cluster.local_workers(generation, "cuda") == 1
