@@ -424,10 +424,10 @@ def test_a_stream_takes_its_time_to_come_to_where_it_was(stream, monkeypatch) ->
 
 
 def test_a_source_that_does_not_answer_is_asked_again_and_loses_nothing(parquet, llama, monkeypatch) -> None:
-    from dask_logits.data import parquet
+    from dask_logits.data import parquet as planner
     from dask_logits.data import parquet_files as home
 
-    original, asked = parquet.read_footer, itertools.count(1)
+    original, asked = planner.read_footer, itertools.count(1)
 
     def flaky(refusals: int):
         def read_footer(path: str):
@@ -438,7 +438,7 @@ def test_a_source_that_does_not_answer_is_asked_again_and_loses_nothing(parquet,
         return read_footer
 
     monkeypatch.setattr(home, "_WAIT_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(parquet, "read_footer", flaky(5))
+    monkeypatch.setattr(planner, "read_footer", flaky(5))
     with pytest.raises(dask_logits.DatasetError, match=r"b0.parquet: expected to read it, got peer; see that it can"):
         run(parquet)
     assert_holds(run(parquet), TEXTS, llama)

@@ -48,7 +48,7 @@ def test_a_job_whose_file_system_does_not_answer_ends_with_a_diagnosis(joined, p
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "consolidate_run", consolidate_run)
-        where = rf"hangs in .*consolidate_run \(test_watch.py:\d+\).* with {pipe}"
+        where = rf"hangs in .*consolidate_run \(test_watchdog.py:\d+\).* with {pipe}"
         patch.setattr(watchdog, "LEAST_SECONDS", 1.0)
         with pytest.raises(ClusterError, match=where) as hung:
             generate(load_config([*mine, "distillation.job.stall_seconds=3"]))
