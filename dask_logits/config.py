@@ -222,10 +222,11 @@ class SecurityConfig:
 class ClusterConfig:
     """``distillation.cluster``: where the job runs."""
 
-    kind: Literal["auto", "local_cuda", "local_cpu", "scheduler"] = _setting(
+    kind: Literal["auto", "local_cuda", "local_cpu", "scheduler", "serial"] = _setting(
         "auto",
         "how",
-        "auto: the scheduler if one is named, else LocalCUDACluster if a GPU is visible, else LocalCluster.",
+        "auto: the scheduler if one is named, this process for a static worker, else LocalCUDACluster if a GPU is "
+        "visible, else LocalCluster. serial: this process, without a cluster.",
     )
     scheduler: str | None = _setting(None, "how", "Address of a running scheduler, e.g. `tcp://10.0.0.1:8786`.")
     scheduler_file: str | None = _setting(None, "how", "Scheduler file written by `dask scheduler`.")
@@ -482,10 +483,21 @@ def _cross_check(config: Config, dataset_given: bool) -> list[str]:
             f"distillation.dataset.separator_id: expected null with packing=none, got {dataset.separator_id}; set "
             "distillation.dataset.packing=concat"
         )
+    named = next((name for name in ("scheduler", "scheduler_file") if getattr(cluster, name)), None)
+    if named and cluster.kind not in ("auto", "scheduler"):
+        problems.append(
+            f"distillation.cluster.{named}: expected null with cluster {cluster.kind}, got "
+            f"{getattr(cluster, named)!r}; leave it out, or set distillation.cluster.kind=scheduler"
+        )
     if cluster.scheduler and cluster.scheduler_file:
         problems.append("distillation.cluster.scheduler: expected one of scheduler and scheduler_file, got both")
     if cluster.kind == "scheduler" and not (cluster.scheduler or cluster.scheduler_file):
         problems.append("distillation.cluster.scheduler: expected an address or a scheduler_file, got neither; set one")
+    if cluster.kind == "serial" and generation.num_workers not in (None, 1):
+        problems.append(
+            f"distillation.teacher.generation.num_workers: expected 1 with cluster serial, got "
+            f"{generation.num_workers}; leave it out, or choose cluster=local_cpu or cluster=local_cuda"
+        )
     if cluster.kind == "local_cpu" and generation.device == "cuda":
         problems.append("distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'")
     if generation.gpus_per_worker > 1 and (cluster.kind == "local_cpu" or generation.device == "cpu"):

@@ -63,7 +63,7 @@ def scheduler() -> Iterator[str]:
 
 @pytest.fixture
 def overrides(llama: Path, corpus: Path, tmp_path: Path) -> list[str]:
-    """Overrides of a small job on a cluster of its own."""
+    """Overrides of a small job on a cluster of its own. Takes seconds to start: use ``here`` where any will do."""
     return [
         f"distillation.teacher.model_path={llama}",
         f"distillation.teacher.cache_dir={tmp_path / 'run'}",
@@ -83,3 +83,9 @@ def overrides(llama: Path, corpus: Path, tmp_path: Path) -> list[str]:
 def joined(overrides: list[str], scheduler: str) -> list[str]:
     """The same job on the suite's worker."""
     return [*overrides, f"distillation.cluster.scheduler={scheduler}"]
+
+
+@pytest.fixture
+def here(overrides: list[str]) -> list[str]:
+    """The same job in this process, without a cluster."""
+    return [*overrides, "cluster=serial"]

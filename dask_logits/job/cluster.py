@@ -17,30 +17,28 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Security, rpc
 
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import CacheError, ClusterError
 from dask_logits.files.atomic import read_json
+from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
     WorkerFacts,
     check_groups,
-    cores,
     gpu_groups,
     grouped_cluster,
-    local_device,
-    named_gpus,
     worker_facts,
 )
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler
-from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
+from dask_logits.job.workers import joins_scheduler, local_device, local_workers, threads_each
+from dask_logits.worker.environment import Environment, environment
 
 logger = logging.getLogger(__name__)
 
@@ -49,89 +47,41 @@ _FILE_POLL_SECONDS = 0.2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A connected client with the properties of its cluster.
-
-    Parameters
-    ----------
-    client
-        The client.
-    device
-        ``cpu`` or ``cuda``.
-    torch_threads
-        CPU threads for each worker.
-    dashboard
-        Address of the dashboard, or None.
-    environments
-        Address → environment of the initial workers.
-    roster
-        Workers that get no work, with the reasons.
-    """
-
-    client: Client
-    device: str
-    torch_threads: int
-    dashboard: str | None
-    environments: Mapping[str, Environment]
-    roster: Roster
-
-    def fit(self) -> list[str]:
-        """Return the initial workers that may get work."""
-        return sorted(self.roster.usable(self.environments))
-
-
-def joins_scheduler(cluster: ClusterConfig) -> bool:
-    """Whether the configuration names an existing scheduler."""
-    return cluster.kind == "scheduler" or (cluster.kind == "auto" and bool(cluster.scheduler or cluster.scheduler_file))
-
-
-def local_workers(generation: GenerationConfig, device: str) -> int:
-    """Return the number of workers of a local cluster."""
-    if generation.num_workers is not None:
-        return generation.num_workers
-    if generation.worker_id is not None:
-        return 1
-    if device == "cuda":
-        return max(1, len(named_gpus(generation)) // generation.gpus_per_worker)
-    return max(1, cores() // 2)
-
-
 @contextlib.contextmanager
 def open_cluster(
-    generation: GenerationConfig, config: ClusterConfig, *, retries: int = 2, stall_seconds: float = 0.0
-) -> Iterator[Cluster]:
+    generation: GenerationConfig,
+    config: ClusterConfig,
+    job: JobConfig = JobConfig(),  # noqa: B008
+) -> Iterator[DaskExecutor]:
     """Start or join a cluster. A local cluster is closed at the end.
 
     Parameters
     ----------
     generation, config
         Settings of the teacher's generation and of the cluster.
-    retries
-        Number of further workers that a partition may lose before it fails. A joined scheduler has its own limit.
-    stall_seconds
-        Time for which the client keeps connecting to a joined scheduler that does not answer.
+    job
+        Settings. ``retries`` is the number of further workers that a partition may lose before it fails. A joined
+        scheduler has its own limit. For ``stall_seconds``, the client keeps connecting to a joined scheduler.
 
     Raises
     ------
     ClusterError
         If it cannot be started or reached, or no worker arrives.
     """
-    joins = joins_scheduler(config)
-    with _joined(generation, config, stall_seconds) if joins else _local(generation, config, retries) as cluster:
-        yield cluster
+    with (_joined if joins_scheduler(config) else _local)(generation, config, job) as executor:
+        yield executor
 
 
 @contextlib.contextmanager
-def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) -> Iterator[Cluster]:
+def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) -> Iterator[DaskExecutor]:
     check_can_start_processes()
     device = local_device(generation, config)
-    workers = local_workers(generation, device)
-    threads = _threads(generation, workers)
+    workers = local_workers(generation, config, device)
+    threads = threads_each(generation, workers)
     settings = {
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.work-stealing": False,
-        "distributed.scheduler.allowed-failures": retries,
+        "distributed.scheduler.allowed-failures": job.retries,
         "distributed.scheduler.worker-ttl": "30 minutes",
         # It would fail every waiting partition as if its rows were bad. A stalled job ends by itself.
         "distributed.scheduler.no-workers-timeout": None,
@@ -165,8 +115,9 @@ def _local(generation: GenerationConfig, config: ClusterConfig, retries: int) ->
                 else:
                     # All workers share this machine and installation, so there is nothing to ask.
                     environments, roster = dict.fromkeys(client.ncores(), environment(device)), Roster()
-                yield Cluster(
+                yield DaskExecutor(
                     client=client,
+                    job=job,
                     device=device,
                     torch_threads=threads,
                     dashboard=client.dashboard_link if config.dashboard_address else None,
@@ -218,7 +169,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
 
 
 @contextlib.contextmanager
-def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: float) -> Iterator[Cluster]:
+def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) -> Iterator[DaskExecutor]:
     address = _address(config)
     logger.info("joining %s, for which distillation.cluster.wait_seconds=%g s are waited", address, config.wait_seconds)
     try:
@@ -226,7 +177,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: 
         secured = security(config) or Security()
         asyncio.run(_answers(address, config.wait_seconds, secured))
         # It has answered. From now on this is the time for which the client reconnects after a lost connection.
-        client = Client(address, timeout=max(config.wait_seconds, stall_seconds), security=secured)
+        client = Client(address, timeout=max(config.wait_seconds, job.stall_seconds), security=secured)
     except (OSError, ValueError, TypeError) as error:
         # distributed 2026.7.1 raises a TypeError for a tls:// address without certificates.
         silent = isinstance(error, TimeoutError)
@@ -269,8 +220,9 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, stall_seconds: 
         hosts = Counter(fact.host for fact in facts.values())
         cores_each = min(fact.cores // hosts[fact.host] for fact in facts.values())
         threads = max(1, cores_each) if generation.torch_threads == "auto" else int(generation.torch_threads)
-        yield Cluster(
+        yield DaskExecutor(
             client=client,
+            job=job,
             device=device,
             torch_threads=threads,
             dashboard=client.dashboard_link,
@@ -406,60 +358,6 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
 def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
     """Return the environments of the workers with the device. Other workers refuse to load the teacher."""
     return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
-
-
-def choose_environment(workers: Mapping[str, Environment], own: Environment) -> Environment | None:
-    """Return the environment for a new run.
-
-    It is the most common one among the workers with this release of the package, or on a tie this process's own.
-
-    Parameters
-    ----------
-    workers
-        Address → environment.
-    own
-        Environment of this process, on a CPU.
-
-    Returns
-    -------
-    mapping or None
-        None if no worker has this release.
-    """
-    fitting = [workers[address] for address in sorted(workers) if workers[address]["dask_logits"] == own["dask_logits"]]
-    votes = Counter(tuple(sorted(each.items())) for each in fitting)
-    return max(fitting, key=lambda each: (votes[tuple(sorted(each.items()))], each == own), default=None)
-
-
-def leave_out_misfits(cluster: Cluster, expected: Environment | None) -> None:
-    """Exclude workers with another environment, and log their names.
-
-    Parameters
-    ----------
-    cluster
-        The cluster. Excluded workers are added to its roster.
-    expected
-        The run's environment. None: a new run, which uses the most common environment.
-    """
-    own = environment("cpu")
-    reference = expected or choose_environment(cluster.environments, own)
-    reasons = {}
-    for address, each in cluster.environments.items():
-        differing = differences(reference or {"dask_logits": own["dask_logits"]}, each)
-        if reference is None:
-            differing = {name: pair for name, pair in differing.items() if name == "dask_logits"}
-        if differing:
-            reasons[address] = f"{describe(differing)}; {fix_for(differing)}"
-    cluster.roster.leave_out(reasons)
-    if reasons and cluster.fit():
-        logger.error(
-            "these workers differ from the run's environment and get no work "
-            "(distillation.cluster.allow_mixed_workers=true would allow it):\n%s",
-            cluster.roster.listed(),
-        )
-
-
-def _threads(generation: GenerationConfig, workers: int) -> int:
-    return max(1, cores() // workers) if generation.torch_threads == "auto" else int(generation.torch_threads)
 
 
 def _restore(kept: dict[str, str | None]) -> None:

@@ -1,18 +1,18 @@
-"""Score the missing partitions on the cluster, and record receipts, failures and figures of the run."""
+"""Give the missing partitions to an executor, and record receipts, failures and figures of the run."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dask_logits.data.source import Planned
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import PartitionsFailedError, RunConflictError
 from dask_logits.files.atomic import Json
 from dask_logits.job.bisect import bisect
-from dask_logits.job.cluster import Cluster
-from dask_logits.job.dispatch import run_partitions
+from dask_logits.job.executor import Committed, Executor, Failed, Progress
 from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
 from dask_logits.job.read_ahead import ReadAhead
@@ -41,7 +41,7 @@ class Done:
 
 def score(
     job: Job,
-    cluster: Cluster,
+    executor: Executor,
     calibration: Json,
     done: Done,
     reporter: Reporter,
@@ -53,8 +53,8 @@ def score(
 
     Parameters
     ----------
-    job, cluster, calibration
-        The job, its cluster and its numerics.
+    job, executor, calibration
+        The job, what runs its tasks, and its numerics.
     done
         Committed partitions.
     reporter
@@ -68,23 +68,32 @@ def score(
     -------
     dict
         Partition index → reason, for those that failed or could not be read.
+
+    Raises
+    ------
+    PartitionsFailedError
+        If the first ``distillation.job.max_failures`` partitions all fail, because the error is then systematic.
+    DaskLogitsError
+        As raised by the executor.
     """
     with _progress(job, done) as progress:
         driver = _Driver(job, done, progress, reporter, only, bisects)
+        due = tasks(job, calibration, driver.planned(), driver.on_unreadable)
         try:
-            run_partitions(
-                cluster.client,
-                tasks(job, calibration, driver.planned(), driver.on_failure),
-                job.config.job,
-                run_id=run_id(job),
-                roster=cluster.roster,
-                on_receipt=driver.on_receipt,
-                on_failure=driver.on_failure,
-                on_tokens=progress.tokens,
-                on_turn=driver.on_turn,
-            )
-            for failure in driver.suspects:
-                driver.on_rows(bisect(cluster.client, failure, job.config.job, cluster.roster))
+            with contextlib.closing(executor.run(due, run_id(job), driver.has_read)) as events:
+                for event in events:
+                    match event:
+                        case Committed(receipt):
+                            driver.on_receipt(receipt)
+                        case Failed(failure):
+                            driver.on_failure(failure)
+                        case Progress(tokens=tokens):
+                            progress.tokens(tokens)
+                    reporter.tick()
+            if driver.suspects:
+                with executor.trials() as passes:
+                    for failure in driver.suspects:
+                        driver.on_rows(bisect(failure, passes))
         finally:
             driver.close()
     return driver.failed
@@ -124,6 +133,7 @@ class _Driver:
         self._log = PlanLog(job.run)
         self._ahead: ReadAhead | None = None
         self._passed = 0
+        self._n_committed = self._n_failed = 0
         self._seconds: dict[str, float] = {}
         self._reporter = reporter
         reporter.progress = progress
@@ -141,6 +151,7 @@ class _Driver:
 
     def on_receipt(self, receipt: Json) -> None:
         """Record a committed partition."""
+        self._n_committed += 1
         statistics = Statistics.from_json(receipt["statistics"])
         self._progress.partition(statistics)
         logger.info(
@@ -157,7 +168,18 @@ class _Driver:
         self._settle(receipt["partition"])
 
     def on_failure(self, failure: Failure) -> None:
-        """Record a permanently failed partition."""
+        """Record a permanently failed partition. Raise PartitionsFailedError if none succeeds."""
+        self.on_unreadable(failure)
+        self._n_failed += 1
+        if not self._n_committed and self._n_failed >= self._job.config.job.max_failures:
+            raise PartitionsFailedError(
+                f"the first {self._n_failed} partitions all failed, so the job was stopped; the first because: "
+                f"{next(iter(self.failed.values()))}",
+                self.failed,
+            )
+
+    def on_unreadable(self, failure: Failure) -> None:
+        """Record a partition that failed permanently, or whose rows could not be read."""
         self.failed[failure.index] = failure.reason
         note_failure(self._job.run, failure)
         if self._bisects and failure.task is not None and not failure.rows:
@@ -173,9 +195,8 @@ class _Driver:
             note_failure(self._job.run, failure)
         self._settle(failure.index)
 
-    def on_turn(self) -> bool:
-        """Update the status record. Return whether reading has advanced."""
-        self._reporter.tick()
+    def has_read(self) -> bool:
+        """Whether reading has advanced since the last call."""
         before, self._passed = self._passed, self._job.source.passed
         return self._passed != before
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config import GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.worker.environment import Environment, environment
 
@@ -31,35 +32,6 @@ def visible_gpus() -> int:
     count = int(pynvml.nvmlDeviceGetCount())
     # Named devices may be slices of a GPU, which NVML does not count.
     return count if named is None or count == 0 else len(named.split(","))
-
-
-def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
-    """Return the device of a local cluster.
-
-    Raises
-    ------
-    ClusterError
-        If a GPU is requested and none is visible.
-    """
-    if generation.device == "cpu" or cluster.kind == "local_cpu":
-        return "cpu"
-    gpus = visible_gpus()
-    if generation.gpus_per_worker > max(gpus, 1):
-        raise ClusterError(
-            f"distillation.teacher.generation.gpus_per_worker: expected {generation.gpus_per_worker} visible GPUs, got "
-            f"{gpus}; lower it, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    if generation.device == "cuda" and gpus == 0:
-        raise ClusterError(
-            "distillation.teacher.generation.device: expected a visible GPU for 'cuda', got none; "
-            "set distillation.teacher.generation.device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    if generation.devices is not None and gpus == 0:
-        raise ClusterError(
-            f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
-            "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    return "cuda" if gpus else "cpu"
 
 
 def cores() -> int:
@@ -93,6 +65,34 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     if len(visible) % size:
         logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
     return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
+
+
+@contextlib.contextmanager
+def own_gpus(generation: GenerationConfig) -> Iterator[None]:
+    """Show this process only its own GPUs.
+
+    Raises
+    ------
+    ClusterError
+        If it uses CUDA already, with other GPUs.
+    """
+    import torch
+
+    before, mine = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(gpu_groups(generation)[0])
+    if torch.cuda.is_initialized() and before != mine:  # type: ignore[no-untyped-call]
+        raise ClusterError(
+            f"distillation.teacher.generation.devices: expected a process that can be given the GPUs {mine}, got one "
+            f"that uses CUDA already with CUDA_VISIBLE_DEVICES={before}; set CUDA_VISIBLE_DEVICES={mine} before Python "
+            "starts, or distillation.cluster.kind=local_cuda"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = mine
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def grouped_cluster(base: type) -> Any:

@@ -30,8 +30,7 @@ from dask_logits.data.tokens import (
 from dask_logits.data.values import BadRow
 from dask_logits.errors import ConfigError, DatasetError, RunConflictError
 from dask_logits.files.atomic import Json
-from dask_logits.job.cluster import joins_scheduler, local_workers
-from dask_logits.job.gpus import local_device
+from dask_logits.job.workers import joins_scheduler, local_device, local_workers
 from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.run.plan_log import PlanLog
@@ -237,7 +236,7 @@ def prepare(
             "cache.precision": config.cache.precision,
         },
         device=device,
-        n_workers=0 if joins else local_workers(generation, device),
+        n_workers=0 if joins else local_workers(generation, config.cluster, device),
     )
 
 

@@ -10,16 +10,14 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from dask_logits.errors import ClusterError, DaskLogitsError, first_line
+from dask_logits.errors import DaskLogitsError, first_line
 from dask_logits.files.atomic import replace_json
-from dask_logits.job.cluster import Cluster
+from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
-from dask_logits.job.scheduler import call_scheduler
 from dask_logits.run.folder import RUNS_TOPIC
 
 _REPORT_SECONDS = 10.0
-_EVENT_SECONDS = 5
 
 
 class Reporter:
@@ -32,7 +30,7 @@ class Reporter:
     """
 
     def __init__(self, job: Job) -> None:
-        self.cluster: Cluster | None = None
+        self.executor: Executor | None = None
         self.progress: JobProgress | None = None
         # Partition → reason, for permanent failures.
         self.failed: dict[int, str] = {}
@@ -66,7 +64,7 @@ class Reporter:
         if state is not None:
             self._state, self._step, self._reason = state, step, reason
         facts = {
-            "dashboard": self.cluster.dashboard if self.cluster else None,
+            "dashboard": self.executor.dashboard if self.executor else None,
             **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
             "since": self._since,
             "at": time.time(),
@@ -74,18 +72,13 @@ class Reporter:
             "step": self._step,
             "reason": self._reason,
             "failed": {str(index): text for index, text in self.failed.items()},
-            "left_out": self.cluster.roster.named() if self.cluster else {},
+            "left_out": self.executor.roster.named() if self.executor else {},
         }
         # A full disk is reported where partitions are written.
         with contextlib.suppress(OSError):
             replace_json(self._path, facts)
-        if self.cluster is not None and self.cluster.client.status == "running":
-            # For monitors that know the scheduler but not the folder. The window detects a lost scheduler.
-            client, message = self.cluster.client, {"run": self._run, **facts}
-            with contextlib.suppress(ClusterError):
-                call_scheduler(
-                    client, lambda: client.scheduler.log_event(topic=RUNS_TOPIC, msg=message), _EVENT_SECONDS
-                )
+        if self.executor is not None:
+            self.executor.announce(RUNS_TOPIC, {"run": self._run, **facts})
 
 
 @contextlib.contextmanager

@@ -1,64 +1,25 @@
-"""The retry policy: which workers get work, as decisions without input or output.
+"""Which workers get work, as decisions without input or output.
 
-The cause of a failure is the partition or its worker, and only another worker can tell which. Therefore a partition is
-retried on a worker where it has not failed, and counts as bad only after failing on two (or on the only one). A worker
-that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A worker that
-fails three times in a row, the last time after others completed two of its partitions, gets no more work.
+A worker that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A worker
+that fails three times in a row, the last time after others completed two of its partitions, gets no more work. A worker
+with another environment than the run's gets none at all.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dask_logits.run.failures import Kind
+from dask_logits.job.retry_policy import rest_seconds
+from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
 
-_FIRST_REST_SECONDS = 2.0
-_LONGEST_REST_SECONDS = 60.0
+logger = logging.getLogger(__name__)
+
 # Failures of a worker without a success in between, and how many of these partitions others must have completed.
 _FAILURES_IN_A_ROW = 3
 _DONE_BY_OTHERS = 2
-# Workers that must fail to load or run the teacher, or to fit a row into memory, before a partition fails permanently.
-_MOST_LOADS = 3
-
-
-def rest_seconds(failures: int) -> float:
-    """Return the waiting time after a number of failures.
-
-    >>> [rest_seconds(failures) for failures in (1, 2, 5, 6, 50)]
-    [2.0, 4.0, 32.0, 60.0, 60.0]
-    """
-    return min(_FIRST_REST_SECONDS * 2.0 ** min(failures - 1, 10), _LONGEST_REST_SECONDS)
-
-
-def retry_after(kind: Kind, tried: Iterable[str], usable: Iterable[str], retries: int) -> float | None:
-    """Decide whether a failed partition is retried.
-
-    Parameters
-    ----------
-    kind
-        Kind of its last failure: ``transient``, ``data`` or ``worker``.
-    tried
-        Workers on which it failed, in order. The last one may be named several times.
-    usable
-        Workers that may get work.
-    retries
-        The setting ``distillation.job.retries``.
-
-    Returns
-    -------
-    float or None
-        Seconds to wait. None: it has failed permanently.
-    """
-    failures = list(tried)
-    others = set(usable) - set(failures)
-    if len(failures) > retries + _MOST_LOADS:
-        return None
-    enough = 1 if not others else _MOST_LOADS if kind == "worker" else 2
-    if kind == "transient":
-        over = len(failures) > retries and len(set(failures)) >= enough
-        return None if over else rest_seconds(len(failures))
-    return None if len(set(failures)) >= enough else 0.0
 
 
 @dataclass
@@ -156,3 +117,62 @@ class Roster:
     def listed(self) -> str:
         """Return the excluded workers, one per line, with the reasons."""
         return "\n".join(f"  {worker}: {reason}" for worker, reason in self.named().items())
+
+
+def choose_environment(workers: Mapping[str, Environment], own: Environment) -> Environment | None:
+    """Return the environment for a new run.
+
+    It is the most common one among the workers with this release of the package, or on a tie this process's own.
+
+    Parameters
+    ----------
+    workers
+        Address → environment.
+    own
+        Environment of this process, on a CPU.
+
+    Returns
+    -------
+    mapping or None
+        None if no worker has this release.
+    """
+    fitting = [workers[address] for address in sorted(workers) if workers[address]["dask_logits"] == own["dask_logits"]]
+    votes = Counter(tuple(sorted(each.items())) for each in fitting)
+    return max(fitting, key=lambda each: (votes[tuple(sorted(each.items()))], each == own), default=None)
+
+
+def leave_out_misfits(roster: Roster, workers: Mapping[str, Environment], expected: Environment | None) -> list[str]:
+    """Exclude workers with another environment, and log their names.
+
+    Parameters
+    ----------
+    roster
+        The roster. Excluded workers are added.
+    workers
+        Address → environment.
+    expected
+        The run's environment. None: a new run, which uses the most common environment.
+
+    Returns
+    -------
+    list
+        Workers that may get work.
+    """
+    own = environment("cpu")
+    reference = expected or choose_environment(workers, own)
+    reasons = {}
+    for address, each in workers.items():
+        differing = differences(reference or {"dask_logits": own["dask_logits"]}, each)
+        if reference is None:
+            differing = {name: pair for name, pair in differing.items() if name == "dask_logits"}
+        if differing:
+            reasons[address] = f"{describe(differing)}; {fix_for(differing)}"
+    roster.leave_out(reasons)
+    fit = sorted(roster.usable(workers))
+    if reasons and fit:
+        logger.error(
+            "these workers differ from the run's environment and get no work "
+            "(distillation.cluster.allow_mixed_workers=true would allow it):\n%s",
+            roster.listed(),
+        )
+    return fit

@@ -8,41 +8,35 @@ start finds the files and does the rest.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-import time
-import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from dask_logits.cache.profile import earns, save_array, save_id_table
-from dask_logits.config import Config, parse_bytes
-from dask_logits.data.items import make_items
-from dask_logits.data.tokens import sample_documents
-from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
-from dask_logits.files.atomic import Json, create_json, expanded, read_json, room
+from dask_logits.config import ClusterConfig, Config, GenerationConfig, JobConfig, parse_bytes
+from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
 from dask_logits.hydra_config import override
+from dask_logits.job.calibration import check_device, check_environment, record, run_calibration
 from dask_logits.job.capacity import check_capacity
-from dask_logits.job.cluster import Cluster, leave_out_misfits, open_cluster
-from dask_logits.job.driver import Done, score, teacher_spec
+from dask_logits.job.cluster import open_cluster
+from dask_logits.job.driver import Done, score
+from dask_logits.job.executor import Executor
 from dask_logits.job.launch import check_launcher
 from dask_logits.job.prepare import Job, check_folder, prepare, settings_of
 from dask_logits.job.progress import Steps
 from dask_logits.job.reporter import Reporter, reported
-from dask_logits.job.single import run_one
+from dask_logits.job.serial_executor import open_process
 from dask_logits.job.watchdog import watched
-from dask_logits.records import Array, Statistics
+from dask_logits.job.workers import runs_here
+from dask_logits.records import Statistics
 from dask_logits.run.consolidate import consolidate_run, tidy
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import (
     CONSOLIDATION_LOCK,
-    FORMAT,
-    VERSION,
     RunFolder,
     Share,
     has_previous,
@@ -52,16 +46,10 @@ from dask_logits.run.folder import (
 )
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
-from dask_logits.run.timings import plural
-from dask_logits.teacher.checkpoint import resolve_dtype
-from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
-from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
 
 logger = logging.getLogger(__name__)
 
 _WORKER = "distillation.teacher.generation.worker_id"
-# Divisor for a trial's time limit. All trials at their limits leave half of the calibration's total time.
-_TRIALS_IN_STALL = 8
 
 
 def generate(config: Config, dataset: Any = None) -> Path:
@@ -175,7 +163,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
         with reported(job) as reporter:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
-                failed = _run_cluster(job, start, done, reporter, only, bisects)
+                failed = _run_tasks(job, start, done, reporter, only, bisects)
                 if failed:
                     with _ran():
                         raise _failure(failed, job)
@@ -305,33 +293,37 @@ def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:
     return log.end is not None and not _grows(job, log) and len(done.indices) == job.share.count(log.n_partitions)
 
 
-def _run_cluster(
+def _run_tasks(
     job: Job, start: Start, done: Done, reporter: Reporter, only: frozenset[int] | None, bisects: bool
 ) -> dict[int, str]:
     """Calibrate if necessary, and score the missing partitions. Return the failures."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
-    with open_cluster(
-        config.teacher.generation,
-        config.cluster,
-        retries=config.job.retries,
-        stall_seconds=config.job.stall_seconds,
-    ) as cluster:
-        reporter.cluster = cluster
-        if cluster.dashboard:
-            logger.info("dashboard: %s", cluster.dashboard)
-        _check_environment(job, calibration, cluster)
-        calibration = calibration or _calibrate(job, cluster, reporter)
-        _check_device(job, calibration, cluster)
+    with open_executor(config.teacher.generation, config.cluster, config.job) as executor:
+        reporter.executor = executor
+        if executor.dashboard:
+            logger.info("dashboard: %s", executor.dashboard)
+        check_environment(job, calibration, executor)
+        calibration = calibration or run_calibration(job, executor, reporter)
+        check_device(job, calibration, executor)
         if start == "replace":
             with _alone(job):
                 set_aside(job.run)
         with _ran():
-            calibration = _record(job, calibration)
+            calibration = record(job, calibration)
             # Another static worker's, if it was first.
-            _check_device(job, calibration, cluster)
-            _check_environment(job, calibration, cluster)
-            return score(job, cluster, calibration, done, reporter, only=only, bisects=bisects)
+            check_device(job, calibration, executor)
+            check_environment(job, calibration, executor)
+            return score(job, executor, calibration, done, reporter, only=only, bisects=bisects)
+
+
+def open_executor(
+    generation: GenerationConfig, cluster: ClusterConfig, job: JobConfig
+) -> AbstractContextManager[Executor]:
+    """Open what runs the tasks: this process, a local cluster, or an existing scheduler."""
+    if runs_here(generation, cluster):
+        return open_process(generation, cluster, job)
+    return open_cluster(generation, cluster, job)
 
 
 def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
@@ -342,174 +334,3 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
         "these (--bisect names the rows)",
         failed,
     )
-
-
-def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
-    """Determine the numerics on a worker."""
-    reporter.report("calibrating")
-    generation = job.config.teacher.generation
-    batch_tokens, head_rows = auto_budgets(cluster.device, generation.batch_tokens, generation.head_rows)
-    documents: list[Array] = []
-    tokens = 0
-    plan_tokens = _tokens_each(job, cluster)
-    for one in sample_documents(enumerate(job.source.head()), job.tokenizer_spec):
-        documents += one.tokens
-        tokens += sum(map(len, one.tokens))
-        if tokens >= CALIBRATION_TOKENS:
-            break
-    else:
-        # The stream has ended here, whatever its limit is.
-        plan_tokens = tokens
-    sequences = [item.tokens for item in make_items(documents, job.items)]
-    task = CalibrationTask(
-        teacher=teacher_spec(
-            job,
-            dtype=resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, cluster.device),
-            device=cluster.device,
-            torch_threads=cluster.torch_threads,
-        ),
-        documents=first_documents(sequences, CALIBRATION_TOKENS),
-        plan_tokens=plan_tokens,
-        top_k=generation.top_k,
-        vocab_size=job.tokenizer_spec.vocab_size,
-        batch_size=generation.batch_size,
-        batch_tokens=batch_tokens,
-        batch_tokens_fixed=generation.batch_tokens != "auto",
-        head_rows=head_rows,
-        logits=job.config.scoring.logits,
-        compile=job.config.scoring.compile,
-        compact=_is_compact(job),
-        most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
-    )
-    logger.info(
-        "calibrating on %s; a long plan also tries larger batches and compiled layers",
-        plural(len(task.documents), "sequence"),
-    )
-    with Steps("calibrating") as steps:
-
-        def on_step(step: str) -> None:
-            steps.show(step)
-            reporter.report("calibrating", step=step)
-
-        return run_one(
-            cluster.client,
-            calibrate,
-            task,
-            job.config.job,
-            roster=cluster.roster,
-            on_step=on_step,
-            on_turn=reporter.tick,
-        )
-
-
-def _log_calibration(calibration: Json) -> None:
-    numerics = calibration["numerics"]
-    path = numerics["path"]
-    logger.info(
-        "calibrated: %s on %s, %.0f tokens/s for each worker, MFU %s, batches of %d tokens",
-        numerics["dtype"],
-        numerics["device"],
-        calibration["tokens_per_second"],
-        "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
-        numerics["batch_tokens"],
-    )
-    layers = "compiled" if path["compiled"] else "eager"
-    logger.info("scoring path: %s layers, attention %s, head %s", layers, path["attention"], path["head"])
-    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in calibration["kept_mass_by_k"].items())
-    logger.info("kept mass by k: %s", masses or "no tokens")
-
-
-def _is_compact(job: Job) -> bool:
-    wanted = job.config.cache.profile
-    if wanted != "auto":
-        return wanted == "compact"
-    top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
-    return earns(top_k, vocab_size, job.estimate.tokens, job.estimate.partition_tokens)
-
-
-def _tokens_each(job: Job, cluster: Cluster) -> int | None:
-    """Return the tokens that one worker will score, or None if unknown."""
-    if job.estimate.tokens is None:
-        return None
-    return job.estimate.tokens // (job.share.total * max(1, len(cluster.client.ncores())))
-
-
-def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
-    frozen = calibration["numerics"]["device"]
-    if frozen != cluster.device:
-        raise RunConflictError(
-            f"{job.run.path}: this run was calibrated on {frozen!r}, the workers now are {cluster.device!r}, and the "
-            "bits would differ; resume it there, or choose another distillation.teacher.cache_dir",
-            {"device": (frozen, cluster.device)},
-        )
-
-
-def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> None:
-    """Exclude workers with another environment than the run's, and refuse if none remains.
-
-    Raises
-    ------
-    RunConflictError
-        If all workers have another environment than the calibration's.
-    ClusterError
-        If no worker has this release of the package.
-    """
-    if job.config.cluster.allow_mixed_workers or not cluster.environments:
-        return
-    expected = (calibration or {}).get("environment")
-    if calibration is not None and expected is None:
-        return
-    leave_out_misfits(cluster, expected)
-    if cluster.fit():
-        return
-    if expected is None:
-        raise ClusterError(
-            "distillation.cluster: expected workers with this release of dask_logits, got none:\n"
-            f"{cluster.roster.listed()}\ninstall the same release on this machine and on all workers"
-        )
-    raise RunConflictError(
-        f"{job.run.path}: this run was calibrated in another environment, and its targets would differ in their last "
-        f"bits or more:\n{cluster.roster.listed()}\n"
-        "use workers with the environment of the run, or set distillation.cluster.allow_mixed_workers=true, which "
-        "records the environment of each partition, or start over with "
-        "distillation.teacher.generation.force_regenerate=true",
-    )
-
-
-def _record(job: Job, calibration: Json) -> Json:
-    """Write the manifest, the id table and the numerics, unless they exist. Return the valid numerics."""
-    created = create_json(
-        job.run.manifest_path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "run_id": uuid.uuid4().hex,
-            "created": time.time(),
-            "fingerprint": job.fingerprint,
-            "what": job.what,
-            "numerics": job.numerics,
-            "total_workers": job.share.total,
-            "commit": job.source.commit,
-            "files": list(job.source.file_states),
-            "how": dataclasses.asdict(job.config),
-            "teacher": dataclasses.asdict(job.teacher),
-            "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
-            "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
-        },
-    )
-    if not created:
-        # Another static worker may have been first since the last check of the folder.
-        check_folder(job)
-    if job.tokenizer:
-        save_array(job.run.token_crcs_path, job.tokenizer.crcs)
-    table = calibration.pop("id_table", None)
-    calibration["storage"] = {
-        "profile": "plain" if table is None else "compact",
-        "precision": job.config.cache.precision,
-        "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
-    }
-    calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
-    if create_json(job.run.calibration_path, calibration):
-        _log_calibration(calibration)
-    logger.info("%s run in %s", "new" if created else "resumed", job.run.path)
-    return read_json(job.run.calibration_path) or calibration

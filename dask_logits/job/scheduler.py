@@ -12,13 +12,12 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.comm import get_address_host_port
-from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.errors import ClusterError
 from dask_logits.files.atomic import Json
@@ -29,8 +28,6 @@ CALL_SECONDS = 20
 _RESTART_SECONDS = 60
 _POLL_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
-# The computing thread of a worker. Dask's own executor is used, because its threads do not block process exit.
-SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 
 
 class SchedulerLostError(ClusterError):
@@ -142,8 +139,8 @@ def erred_on(client: Client, future: Future) -> str | None:
     return found
 
 
-def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], object] = lambda: None) -> None:
-    """Wait until the scheduler answers again.
+def wait_for_scheduler(client: Client, seconds: float) -> Iterator[None]:
+    """Wait until the scheduler answers again, and yield about once a second meanwhile.
 
     If the scheduler's machine refuses connections, the scheduler has ended, which is detected within 20 s. A machine
     that does not answer may be cut off temporarily, so waiting continues.
@@ -154,8 +151,6 @@ def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], obj
         The client. It reconnects by itself.
     seconds
         Maximum waiting time.
-    on_turn
-        Called about once a second.
 
     Raises
     ------
@@ -170,7 +165,7 @@ def wait_for_scheduler(client: Client, seconds: float, on_turn: Callable[[], obj
     )
     started = heard = time.monotonic()
     while (now := time.monotonic()) - started <= seconds:
-        on_turn()
+        yield
         if client.status not in ("running", "connecting"):
             raise scheduler_lost()
         if client.status == "running":

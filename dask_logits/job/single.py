@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import dask
-from distributed import Client, Future, KilledWorker, get_worker
+from distributed import Client, Future, KilledWorker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
 from dask_logits.files.atomic import Json, no_room
+from dask_logits.job.executor import has_run, too_slow, unreadable_there
+from dask_logits.job.remote import call_on_worker
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
-    SCORER,
     SchedulerLostError,
     call_scheduler,
     erred_on,
@@ -147,13 +148,10 @@ class _Task:
                     looked = time.monotonic()
                     self._watch(self._look())
             except SchedulerLostError:
-                wait_for_scheduler(self.client, self.job.stall_seconds)
+                for _ in wait_for_scheduler(self.client, self.job.stall_seconds):
+                    on_turn()
             if time.monotonic() - started > self.job.stall_seconds:
-                raise _ran(
-                    f"distillation.job.stall_seconds: expected the {self.name} task to end within "
-                    f"{self.job.stall_seconds:g} s, got nothing; look at the workers' logs, then run the same command "
-                    "again and allow more if the teacher is that slow"
-                )
+                raise too_slow(self.name, self.job.stall_seconds)
             time.sleep(_POLL_SECONDS)
 
     def _look(self) -> _View:
@@ -184,7 +182,7 @@ class _Task:
         chosen = self._others(view)
         workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
         key = f"{self.name}-{uuid.uuid4().hex[:8]}"
-        delayed = dask.delayed(_in_scorer, pure=False)(self.function, self.argument, self.topic, dask_key_name=key)
+        delayed = dask.delayed(call_on_worker, pure=False)(self.function, self.argument, self.topic, dask_key_name=key)
         future = self.client.compute(delayed, workers=workers and sorted(workers))
         self.attempts.append(_Attempt(future, workers))
 
@@ -218,17 +216,13 @@ class _Task:
 
     def _final(self, error: BaseException) -> BaseException:
         if isinstance(error, KilledWorker):
-            return _ran(
+            return has_run(
                 f"distillation.cluster: expected a result of the {self.name} task, got a worker that died "
                 f"{error.allowed_failures + 1} times; it may be out of memory: lower batch_tokens, or use fewer "
                 f"workers. The last one was {self.roster.name(error.last_worker.address)}"
             )
         if isinstance(error, OSError) and not isinstance(error, DaskLogitsError) and no_room(error) is None:
-            tried = ", ".join(map(self.roster.name, sorted(self._tried)))
-            return _ran(
-                f"distillation.cluster: expected a result of the {self.name} task, got {error} from its worker "
-                f"({tried}); see that workers can read teacher and data, then run the same command again"
-            )
+            return unreadable_there(self.name, error, ", ".join(map(self.roster.name, sorted(self._tried))))
         return error
 
     def _watch(self, view: _View) -> None:
@@ -274,17 +268,5 @@ class _Task:
             "of memory"
         )
         if len(self._ended) > self.job.retries:
-            raise _ran(message)
+            raise has_run(message)
         logger.warning("%s", message)
-
-
-def _ran(message: str) -> ClusterError:
-    error = ClusterError(message)
-    error.ran = True
-    return error
-
-
-def _in_scorer(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, topic: str) -> Json:
-    worker = get_worker()
-    result: Json = SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()
-    return result

@@ -56,8 +56,8 @@ def check(path, expected: list[Records]) -> None:
     found = list(items(reader))
     assert [int(item["row"]) for item in found] == list(range(len(found)))
     for name in ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob"):
-        joined = np.concatenate([item[name] for item in found])
-        np.testing.assert_array_equal(joined, np.concatenate([getattr(made, name) for made in expected]))
+        here = np.concatenate([item[name] for item in found])
+        np.testing.assert_array_equal(here, np.concatenate([getattr(made, name) for made in expected]))
     assert [len(item["input_ids"]) for item in found] == [
         length for made in expected for length in made.document_length
     ]

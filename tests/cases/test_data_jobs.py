@@ -24,9 +24,9 @@ TEXTS = sentences(40, seed=3)
 
 
 @pytest.fixture
-def base(joined: list[str]) -> list[str]:
+def base(here: list[str]) -> list[str]:
     """A job whose data is still to be named."""
-    return [o for o in joined if "dataset.name" not in o and "data_files" not in o]
+    return [o for o in here if "dataset.name" not in o and "data_files" not in o]
 
 
 def receipts(run_folder: Path) -> dict[str, int]:

@@ -79,14 +79,14 @@ def check_run(family: Family, folder: Path, overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_a_representative_family_from_generate_to_a_verified_cache(name: str, joined, tmp_path) -> None:
-    check_run(BY_TYPE[name], tmp_path, joined)
+def test_a_representative_family_from_generate_to_a_verified_cache(name: str, here, tmp_path) -> None:
+    check_run(BY_TYPE[name], tmp_path, here)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
-def test_every_family_from_generate_to_a_verified_cache(family: Family, joined, tmp_path) -> None:
-    check_run(family, tmp_path, joined)
+def test_every_family_from_generate_to_a_verified_cache(family: Family, here, tmp_path) -> None:
+    check_run(family, tmp_path, here)
 
 
 def test_the_table_of_teachers_lists_every_family_that_is_tested() -> None:

@@ -1,8 +1,9 @@
-"""Kill a process at every step of what it does to a folder: ``python fault_points.py publish|consolidate FOLDER``.
+"""Kill a process at the steps of what it does to a folder: ``fault_points.py publish|consolidate FOLDER STRIDE``.
 
 A step is every opening for writing, rename, link, removal and making of a folder below FOLDER (audit events), every
 flush, and every write of the cache. A process is forked for each step, on a copy of the folder, and killed there with
-SIGKILL; one line of JSON says where. The last one is not killed.
+SIGKILL; one line of JSON says where. Before, a process that is not killed counts the steps. With a stride of n, every
+n-th step is taken and each of the last ones, which commit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ WHAT = {
     "dataset.vocab_size": VOCAB_SIZE,
     "dataset.packing": "none",
 }
+# Steps at the end, taken with any stride.
+_LAST = 24
 _EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -100,13 +103,13 @@ def consolidate(folder: Path) -> None:
 ACTS: dict[str, Callable[[Path], None]] = {"publish": publish, "consolidate": consolidate}
 
 
-def die_at(step: int, folder: Path) -> None:
-    """Have this process killed at a step; count them."""
-    left = [step]
+def die_at(step: int, folder: Path) -> list[int]:
+    """Have this process killed at a step; return the count of steps, which grows."""
+    count_of = [0]
 
     def count(what: str) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        count_of[0] += 1
+        if count_of[0] == step:
             os.write(1, (json.dumps({"step": step, "at": what}) + "\n").encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -126,25 +129,35 @@ def die_at(step: int, folder: Path) -> None:
     for name in ("append", "append_chunks", "finish"):
         setattr(CacheWriter, name, counted(getattr(CacheWriter, name), name))
     sys.addaudithook(hook)
+    return count_of
 
 
-def main(act: str, base: Path) -> None:
-    """Run the act once for each step, each time on a copy ``base.STEP`` of the folder."""
-    step = 1
-    while True:
-        folder = base.with_name(f"{base.name}.{step}")
-        shutil.copytree(base, folder)
-        child = os.fork()
-        if child == 0:
-            die_at(step, folder)
-            ACTS[act](folder)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert os.WEXITSTATUS(status) == 0
-            return
-        step += 1
+def main(act: str, base: Path, stride: int) -> None:
+    """Run the act once for each chosen step, each time on a copy ``base.STEP`` of the folder."""
+    n_steps = _forked(act, base, 0)
+    for step in range(1, n_steps + 1):
+        if step % stride == 0 or step > n_steps - _LAST:
+            _forked(act, base, step)
+
+
+def _forked(act: str, base: Path, step: int) -> int:
+    """Run the act in a process that is killed at a step, or at none. Return the number of steps."""
+    folder = base.with_name(f"{base.name}.{step}")
+    shutil.copytree(base, folder)
+    theirs, ours = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count_of = die_at(step, folder)
+        ACTS[act](folder)
+        os.write(ours, str(count_of[0]).encode())
+        os._exit(0)
+    os.close(ours)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(theirs) as said:
+        count = said.read()
+    assert os.WIFSIGNALED(status) if step else os.WEXITSTATUS(status) == 0
+    return int(count or 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""SIGKILL at every step of publishing a partition and of writing the cache: what is left is whole or invisible."""
+"""SIGKILL at the steps of publishing a partition and of writing the cache: what is left is whole or invisible."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def _stubs_are_undone(monkeypatch) -> None:
         monkeypatch.setattr(task_module, name, getattr(task_module, name))
 
 
-def killed(act: str, base: Path) -> list[tuple[Path, str]]:
-    """Kill the act at each step; return the folders that are left, and where it was killed."""
+def killed(act: str, base: Path, stride: int) -> list[tuple[Path, str]]:
+    """Kill the act at every n-th step and each of the last; return what is left, and where it was killed."""
     tests = os.pathsep.join(str(folder) for folder in (SCRIPT.parents[1], SCRIPT.parents[2]))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), act, str(base)],
+        [sys.executable, str(SCRIPT), act, str(base), str(stride)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -51,12 +51,17 @@ def receipts(run: RunFolder) -> list[dict]:
     return list(state.committed())
 
 
-def test_a_partition_is_there_whole_or_not_at_all(tmp_path) -> None:
+# Every step takes minutes.
+STRIDES = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@STRIDES
+def test_a_partition_is_there_whole_or_not_at_all(tmp_path, stride) -> None:
     whole = make_run(tmp_path / "whole")
     publish(whole.path)
     (expected,) = receipts(whole)
     make_run(tmp_path / "run")
-    left = killed("publish", tmp_path / "run")
+    left = killed("publish", tmp_path / "run", stride)
     # Every array's files, the flushes, the receipt's temporary file, its link, and the removal of that.
     assert len(left) > 30
     assert {"fsync", "os.link"} <= {at.split()[0] for _, at in left}
@@ -76,8 +81,9 @@ def test_a_partition_is_there_whole_or_not_at_all(tmp_path) -> None:
     assert seen == {0, 1}
 
 
+@STRIDES
 @pytest.mark.parametrize("older", [False, True])
-def test_a_cache_is_there_whole_or_not_at_all(tmp_path, older) -> None:
+def test_a_cache_is_there_whole_or_not_at_all(tmp_path, older, stride) -> None:
     run = make_run(tmp_path / "run")
     for index in range(PARTITIONS):
         publish(run.path, index)
@@ -87,8 +93,8 @@ def test_a_cache_is_there_whole_or_not_at_all(tmp_path, older) -> None:
     if older:
         # Killed between the rename and the removal of the partitions.
         shutil.copy(tmp_path / "whole" / "teacher_logits.h5", run.cache_path)
-    left = killed("consolidate", run.path)
-    assert len(left) > (3 if older else 30)
+    left = killed("consolidate", run.path, stride)
+    assert len(left) > (3 if older else 25)
     for folder, at in left:
         cache = folder / "teacher_logits.h5"
         if cache.exists():

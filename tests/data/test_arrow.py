@@ -170,8 +170,8 @@ def test_content_digest_is_of_the_rows_not_of_their_storage() -> None:
     assert open_corpus(DatasetConfig(), cut).content_digest == digest
     assert open_corpus(DatasetConfig(), whole.add_column("n", list(range(31)))).content_digest == digest
     assert open_corpus(DatasetConfig(max_samples=30), whole).content_digest != digest
-    joined = Dataset.from_dict({"text": ["".join(texts[:2]), "", *texts[2:]]})
-    assert open_corpus(DatasetConfig(), joined).content_digest != digest
+    here = Dataset.from_dict({"text": ["".join(texts[:2]), "", *texts[2:]]})
+    assert open_corpus(DatasetConfig(), here).content_digest != digest
 
 
 def test_content_digest_of_ids() -> None:

@@ -17,10 +17,11 @@ from builders import cache_dir, dask_processes, digest, finish, sentences, start
 
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import GenerationConfig, JobConfig
-from dask_logits.job.cluster import local_workers, open_cluster
+from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.job.cluster import open_cluster
 from dask_logits.job.gpus import WorkerFacts, check_groups, gpu_groups, visible_gpus
 from dask_logits.job.single import run_one
+from dask_logits.job.workers import local_workers
 
 COMMAND = [sys.executable, "-m", "dask_logits", "generate"]
 
@@ -104,7 +105,7 @@ def test_gpus_are_grouped_and_static_workers_take_turns(monkeypatch, caplog) -> 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     assert gpu_groups(GenerationConfig(gpus_per_worker=2)) == [["0", "1"], ["2", "3"]]
     assert "1 of 5 GPUs are not used: workers take 2 each" in caplog.text
-    assert local_workers(GenerationConfig(gpus_per_worker=2), "cuda") == 2
+    assert local_workers(GenerationConfig(gpus_per_worker=2), ClusterConfig(), "cuda") == 2
     assert gpu_groups(GenerationConfig(gpus_per_worker=2, worker_id=3, total_workers=4)) == [["2", "3"]]
     assert gpu_groups(GenerationConfig(devices="7")) == [["7"]]
     with pytest.raises(ClusterError, match=r"gpus_per_worker: expected at least 2 GPUs for a worker, got 1 \(7\)"):
@@ -191,7 +192,7 @@ def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides) ->
     config = load_config([*overrides, "cluster=local_cpu", "distillation.teacher.generation.torch_threads=auto"])
     with open_cluster(config.teacher.generation, config.cluster) as cluster:
         cores = len(os.sched_getaffinity(0))
-        assert cluster.torch_threads == max(1, cores // local_workers(config.teacher.generation, "cpu"))
+        assert cluster.torch_threads == max(1, cores // local_workers(config.teacher.generation, config.cluster, "cpu"))
         assert list(cluster.client.run(lambda: os.environ["OMP_NUM_THREADS"]).values()) == [str(cluster.torch_threads)]
     assert {name: os.environ.get(name) for name in before} == before
 

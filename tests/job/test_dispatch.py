@@ -21,10 +21,11 @@ from test_cluster import COMMAND
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config import JobConfig
-from dask_logits.job.bisect import _passes, _two_deaths_are_enough
 from dask_logits.job.cluster import _facts
-from dask_logits.job.dispatch import _Window
+from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS
+from dask_logits.job.trials import passes, two_deaths_are_enough
+from dask_logits.job.window import Window
 from dask_logits.run.plan import Partition
 
 
@@ -35,7 +36,7 @@ class Saboteur(WorkerPlugin):
         self.act = act
 
     def setup(self, worker) -> None:
-        from dask_logits.job import dispatch
+        from dask_logits.job import remote
 
         act = self.act
 
@@ -47,7 +48,7 @@ class Saboteur(WorkerPlugin):
                 os._exit(1)
             time.sleep(60)
 
-        dispatch.process_partition = sabotaged
+        remote.process_partition = sabotaged
 
 
 @contextlib.contextmanager
@@ -88,8 +89,8 @@ def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
 
 def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
     held = SimpleNamespace(status="running")
-    window = _Window(held, iter(()), JobConfig(stall_seconds=1), lambda failure: None, last_progress=-1e9)
-    monkeypatch.setattr(_Window, "_workers", lambda self: {})
+    window = Window(held, iter(()), JobConfig(stall_seconds=1), last_progress=-1e9)
+    monkeypatch.setattr(Window, "_workers", lambda self: {})
     window._later.append((math.inf, None))
     window.check_stall()
     for later in ([], [(0.0, None)], [(math.inf, None), (0.0, None)]):
@@ -105,9 +106,9 @@ def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
         client = Client(cluster)
 
         def lose_it() -> None:
-            with _two_deaths_are_enough(client):
+            with two_deaths_are_enough(client):
                 client.close()
-                _passes(client, task, 0, 4, 1.0)
+                passes(client, task, 0, 4, 1.0, Roster())
 
         for _ in range(2):
             with pytest.raises(ClusterError, match="expected a running scheduler, got none"):

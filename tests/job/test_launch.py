@@ -7,8 +7,8 @@ from builders import cache_dir
 
 from dask_logits import ClusterError, generate, load_config
 from dask_logits.config import ClusterConfig, GenerationConfig
-from dask_logits.job.gpus import local_device
 from dask_logits.job.launch import check_launcher
+from dask_logits.job.workers import local_device
 
 
 @pytest.mark.parametrize(

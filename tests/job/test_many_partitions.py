@@ -12,7 +12,9 @@ import pytest
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from dask_logits.config import JobConfig
-from dask_logits.job.dispatch import run_partitions
+from dask_logits.job.dask_executor import DaskExecutor
+from dask_logits.job.executor import Committed, Progress, Waiting
+from dask_logits.job.roster import Roster
 from dask_logits.run.plan import Partition
 
 PARTITIONS = 100_000
@@ -25,9 +27,9 @@ class Pretender(WorkerPlugin):
     """Has workers return receipts at once."""
 
     def setup(self, worker) -> None:
-        from dask_logits.job import dispatch
+        from dask_logits.job import remote
 
-        dispatch.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
+        remote.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
 
 
 class Task:
@@ -62,16 +64,19 @@ def test_memory_hardly_grows_with_partitions() -> None:
         for index in range(PARTITIONS):
             yield Task(index)
 
-    def note(receipt: dict) -> None:
-        seen.append(receipt["partition"])
-        if len(seen) % WARM == 0:
-            rss[len(seen)] = process.memory_info().rss >> 20
-
     # The scheduler runs in this process, too.
     started = time.monotonic()
     with pretending() as client:
-        failed = run_partitions(client, tasks(), JobConfig(), run_id="r", on_receipt=note)
+        executor = DaskExecutor(
+            client=client, job=JobConfig(), device="cpu", torch_threads=1, dashboard=None, environments={},
+            roster=Roster(),
+        )  # fmt: skip
+        for event in executor.run(tasks(), "r"):
+            assert isinstance(event, Committed | Progress | Waiting)
+            if isinstance(event, Committed):
+                seen.append(event.receipt["partition"])
+                if len(seen) % WARM == 0:
+                    rss[len(seen)] = process.memory_info().rss >> 20
     print(f"{PARTITIONS / (time.monotonic() - started):.0f} partitions/s, RSS in MiB {rss}")
-    assert failed == {}
     assert sorted(seen) == list(range(PARTITIONS))
     assert (max(rss.values()) - rss[WARM] << 20) < MOST_BYTES_EACH * PARTITIONS

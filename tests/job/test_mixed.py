@@ -128,7 +128,7 @@ class Hole(WorkerPlugin):
     def setup(self, worker) -> None:
         import socket
 
-        from dask_logits.job import dispatch
+        from dask_logits.job import remote
         from dask_logits.teacher import checkpoint
 
         act = self.act
@@ -140,7 +140,7 @@ class Hole(WorkerPlugin):
                 raise OSError(30, "Read-only file system")
             raise FileNotFoundError(2, "no such file", "/data/corpus.jsonl")
 
-        dispatch.process_partition = fail
+        remote.process_partition = fail
         if act == "hole":
             # The calibration fails there, too.
             checkpoint._load = fail

@@ -1,34 +1,8 @@
-"""The retry policy as tables: which worker is given what, and when a partition has failed for good."""
+"""Which worker is given what, and which gets no more work."""
 
 from __future__ import annotations
 
-import pytest
-
-from dask_logits.job.cluster import choose_environment
-from dask_logits.job.roster import Roster, retry_after
-
-
-@pytest.mark.parametrize(
-    ("kind", "tried", "usable", "expected"),
-    [
-        # Bad data has failed on two workers, or on the only one.
-        ("data", "a", "a", None),
-        ("data", "a", "ab", 0.0),
-        ("data", "ab", "abc", None),
-        # An I/O error: retries, and never on one worker alone while there is another.
-        ("transient", "a", "a", 2.0),
-        ("transient", "aa", "a", 4.0),
-        ("transient", "aaa", "a", None),
-        ("transient", "aaa", "ab", 8.0),
-        ("transient", "aab", "ab", None),
-        # A worker that cannot load the teacher says nothing about a partition.
-        ("worker", "a", "a", None),
-        ("worker", "ab", "abc", 0.0),
-        ("worker", "abc", "abcd", None),
-    ],
-)
-def test_a_partition_is_retried_until_its_failure_is_its_own(kind, tried, usable, expected) -> None:
-    assert retry_after(kind, tried, usable, 2) == expected
+from dask_logits.job.roster import Roster, choose_environment
 
 
 def test_a_retry_goes_to_a_worker_that_has_not_failed() -> None:

@@ -19,16 +19,17 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader, items
+from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
 
 
 @pytest.fixture
-def cache(joined) -> Path:
-    return run(joined)
+def cache(here) -> Path:
+    return run(here)
 
 
-def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(joined, cache, corpus, llama) -> None:
+def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(here, cache, corpus, llama) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
@@ -48,8 +49,8 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
         CachedLogitsDataset(cache, student_tokenizer=SimpleNamespace(get_vocab=lambda: other))
 
 
-def test_what_lands_on_disk(joined, cache) -> None:
-    run_folder = cache_dir(joined)
+def test_what_lands_on_disk(here, cache) -> None:
+    run_folder = cache_dir(here)
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
     assert names == {
         "run.json", "calibration.json", "status.json", ".driver.lock", ".consolidate.lock", "teacher_logits.h5",
@@ -71,18 +72,18 @@ def test_what_lands_on_disk(joined, cache) -> None:
     assert len(CachedLogitsDataset(run_folder, keep_empty=True)) == 40
 
 
-def test_a_finished_run_is_a_no_op(joined, cache) -> None:
+def test_a_finished_run_is_a_no_op(here, cache) -> None:
     def written() -> dict[str, int]:
-        files = (path for path in cache_dir(joined).rglob("*") if path.is_file() and path.name != ".driver.lock")
+        files = (path for path in cache_dir(here).rglob("*") if path.is_file() and path.name != ".driver.lock")
         return {str(path): path.stat().st_mtime_ns for path in files}
 
     before = written()
-    assert run(joined) == cache
+    assert run(here) == cache
     assert written() == before
 
 
-def test_status_reads_files_only(joined, cache) -> None:
-    status = read_status(cache_dir(joined))
+def test_status_reads_files_only(here, cache) -> None:
+    status = read_status(cache_dir(here))
     reader = CacheReader(cache)
     assert (status.state, status.partitions, status.committed, status.rows) == ("complete", 4, 4, 40)
     assert status.statistics.tokens == reader.n_tokens
@@ -93,73 +94,74 @@ def test_status_reads_files_only(joined, cache) -> None:
     assert json.loads(status.to_json())["cache"] == str(cache)
     assert f"cache         {cache}" in status.lines()
     with pytest.raises(dask_logits.RunConflictError, match=r"expected a run folder with run\.json, got none"):
-        read_status(cache_dir(joined).parent)
+        read_status(cache_dir(here).parent)
 
 
-def test_resume_computes_only_what_is_missing(joined, tmp_path) -> None:
+def test_resume_computes_only_what_is_missing(here, tmp_path) -> None:
     keep = "distillation.job.keep_partitions=true"
-    first = run(joined, keep)
-    whole, receipts = digest(first), cache_dir(joined) / "receipts" / "000"
+    first = run(here, keep)
+    whole, receipts = digest(first), cache_dir(here) / "receipts" / "000"
     kept = {path.name: path.read_text() for path in receipts.iterdir()}
     first.unlink()
     (receipts / "000001.json").unlink()
     (receipts / "000003.json").unlink()
-    assert read_status(cache_dir(joined)).state == "stopped"
-    assert digest(run(joined, keep)) == whole
+    assert read_status(cache_dir(here)).state == "stopped"
+    assert digest(run(here, keep)) == whole
     after = {path.name: path.read_text() for path in receipts.iterdir()}
     assert {name for name in kept if kept[name] != after[name]} == {"000001.json", "000003.json"}
-    attempts = {path.name for path in (cache_dir(joined) / "partitions").iterdir()}
+    attempts = {path.name for path in (cache_dir(here) / "partitions").iterdir()}
     assert attempts == {json.loads(text)["attempt"] for text in after.values()}
-    run(joined)
-    assert not (cache_dir(joined) / "partitions").exists()
+    run(here)
+    assert not (cache_dir(here) / "partitions").exists()
 
 
-def test_rows_without_text_are_told_of(joined, tmp_path, caplog) -> None:
+def test_rows_without_text_are_told_of(here, tmp_path, caplog) -> None:
     data = write_json_lines(tmp_path / "few.jsonl", ["a text", None, "", "another text"])
     few = f"distillation.dataset.data_files={data}"
-    made = run(joined, few)
+    made = run(here, few)
     assert "2 of 4 documents have no token: their rows are null or empty" in caplog.text
     assert CacheReader(made).n_empty == 2
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_column_without_any_text_is_refused(streaming, joined, tmp_path) -> None:
+def test_a_column_without_any_text_is_refused(streaming, here, tmp_path) -> None:
     data = write_json_lines(tmp_path / "none.jsonl", [None, "", None])
     wanted = [f"distillation.dataset.data_files={data}", "distillation.dataset.max_samples=all"]
     with pytest.raises(dask_logits.DatasetError, match="expected text or ids in 'text', got null or nothing in all 3"):
-        run(joined, *wanted, f"distillation.dataset.streaming={streaming}")
-    assert not cache_dir(joined).exists()
+        run(here, *wanted, f"distillation.dataset.streaming={streaming}")
+    assert not cache_dir(here).exists()
 
 
-def test_a_damaged_cache_is_the_users_to_delete(joined, cache) -> None:
+def test_a_damaged_cache_is_the_users_to_delete(here, cache) -> None:
     whole = digest(cache)
     cache.write_bytes(cache.read_bytes()[:1000])
-    before = tree(cache_dir(joined))
-    assert read_status(cache_dir(joined)).state == "damaged"
+    before = tree(cache_dir(here))
+    assert read_status(cache_dir(here)).state == "damaged"
     with pytest.raises(dask_logits.CacheError, match="truncated"):
-        run(joined)
-    assert {**tree(cache_dir(joined)), ".driver.lock": b""} == {**before, ".driver.lock": b""}
+        run(here)
+    assert {**tree(cache_dir(here)), ".driver.lock": b""} == {**before, ".driver.lock": b""}
     cache.unlink()
-    assert digest(run(joined)) == whole
+    assert digest(run(here)) == whole
 
 
-def test_a_refused_start_leaves_an_empty_folder_empty(joined) -> None:
-    cache_dir(joined).mkdir()
+def test_a_refused_start_leaves_an_empty_folder_empty(here) -> None:
+    cache_dir(here).mkdir()
     with pytest.raises(dask_logits.ClusterError):
-        run(joined, "distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1")
-    assert not list(cache_dir(joined).iterdir())
+        run(here, "cluster=scheduler", "distillation.cluster.scheduler=tcp://127.0.0.1:1",
+            "distillation.cluster.wait_seconds=1")  # fmt: skip
+    assert not list(cache_dir(here).iterdir())
 
 
-def test_a_dataset_folder_beside_the_run_is_not_deleted(joined, corpus) -> None:
-    mine = cache_dir(joined) / "dataset"
+def test_a_dataset_folder_beside_the_run_is_not_deleted(here, corpus) -> None:
+    mine = cache_dir(here) / "dataset"
     Dataset.from_dict({"text": ["red"]}).save_to_disk(mine)
     with pytest.raises(dask_logits.RunConflictError, match=r"expected run\.json beside \['dataset'\]"):
-        run(joined, f"distillation.dataset.name={mine}", "distillation.dataset.data_files=null")
+        run(here, f"distillation.dataset.name={mine}", "distillation.dataset.data_files=null")
     assert mine.exists()
 
 
-def test_another_partition_size_or_place_gives_the_same_documents(joined, cache, tmp_path) -> None:
-    other = run(joined, f"distillation.teacher.cache_dir={tmp_path / 'other'}", "distillation.partition.rows=5")
+def test_another_partition_size_or_place_gives_the_same_documents(here, cache, tmp_path) -> None:
+    other = run(here, f"distillation.teacher.cache_dir={tmp_path / 'other'}", "distillation.partition.rows=5")
     for one, two in zip(items(CacheReader(cache)), items(CacheReader(other)), strict=True):
         np.testing.assert_array_equal(one["input_ids"], two["input_ids"])
         np.testing.assert_allclose(one["logsumexp"], two["logsumexp"], atol=1e-4)
@@ -176,18 +178,18 @@ def test_another_partition_size_or_place_gives_the_same_documents(joined, cache,
         ("distillation.teacher.generation.batch_tokens=100", "teacher.generation.batch_tokens"),
     ],
 )
-def test_other_settings_in_the_same_folder_are_refused(joined, cache, override, name) -> None:
-    before = tree(cache_dir(joined))
+def test_other_settings_in_the_same_folder_are_refused(here, cache, override, name) -> None:
+    before = tree(cache_dir(here))
     with pytest.raises(dask_logits.RunConflictError, match="made with other settings") as caught:
-        run(joined, override)
+        run(here, override)
     assert name in caught.value.differences
-    assert tree(cache_dir(joined)) == before
+    assert tree(cache_dir(here)) == before
 
 
-def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) -> None:
+def test_other_weights_under_the_same_path_are_refused(here, llama, tmp_path) -> None:
     model = tmp_path / "model"
     shutil.copytree(llama, model)
-    mine = [*joined, f"distillation.teacher.model_path={model}"]
+    mine = [*here, f"distillation.teacher.model_path={model}"]
     run(mine)
     other = tiny_model("llama")
     with torch.no_grad():
@@ -198,21 +200,21 @@ def test_other_weights_under_the_same_path_are_refused(joined, llama, tmp_path) 
     assert list(caught.value.differences) == ["teacher.content"]
 
 
-def test_a_status_file_that_a_crash_left_empty_is_written_anew(joined, cache) -> None:
-    status = cache_dir(joined) / "status.json"
+def test_a_status_file_that_a_crash_left_empty_is_written_anew(here, cache) -> None:
+    status = cache_dir(here) / "status.json"
     cache.unlink()
     status.write_text("")
-    (cache_dir(joined) / "receipts" / "000" / "000001.json").unlink()
-    assert read_status(cache_dir(joined)).state == "stopped"
-    assert digest(run(joined))
+    (cache_dir(here) / "receipts" / "000" / "000001.json").unlink()
+    assert read_status(cache_dir(here)).state == "stopped"
+    assert digest(run(here))
     assert json.loads(status.read_text())["state"] == "done"
 
 
-def test_an_unfinished_run_of_rows_in_memory_grows(joined, monkeypatch) -> None:
+def test_an_unfinished_run_of_rows_in_memory_grows(here, monkeypatch) -> None:
     from dask_logits.job import run as home
 
     rows = Dataset.from_dict({"text": [f"w{i} red" for i in range(40)]})
-    base = [o for o in joined if "dataset.name" not in o and "data_files" not in o]
+    base = [o for o in here if "dataset.name" not in o and "data_files" not in o]
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -227,49 +229,49 @@ def test_an_unfinished_run_of_rows_in_memory_grows(joined, monkeypatch) -> None:
     assert run([*base, "distillation.cluster.wait_seconds=0"], dataset=rows) == cache
 
 
-def test_a_bad_row_fails_its_partition_and_no_other(joined, corpus, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dask_logits.job.run.CALIBRATION_TOKENS", 20)
+def test_a_bad_row_fails_its_partition_and_no_other(here, corpus, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.calibration.CALIBRATION_TOKENS", 20)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     texts[30] = "red w50"
     data = write_json_lines(tmp_path / "bad.jsonl", texts)
     bad = nan_teacher(tmp_path / "bad-teacher", "w50")
-    mine = [*joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
+    mine = [*here, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
     for _ in range(2):
         with pytest.raises(dask_logits.PartitionsFailedError, match="dataset row 30: expected finite logits") as caught:
             run(mine)
         assert list(caught.value.reasons) == [2]
-        assert read_status(cache_dir(joined)).committed == 3
-    assert not (cache_dir(joined) / "teacher_logits.h5").exists()
+        assert read_status(cache_dir(here)).committed == 3
+    assert not (cache_dir(here) / "teacher_logits.h5").exists()
 
 
-def test_a_systematic_error_stops_the_job_at_once(joined, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("dask_logits.job.run.CALIBRATION_TOKENS", 1)
+def test_a_systematic_error_stops_the_job_at_once(here, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.calibration.CALIBRATION_TOKENS", 1)
     data = write_json_lines(tmp_path / "d.jsonl", ["green"] + ["red w50"] * 39)
     bad = nan_teacher(tmp_path / "bad-teacher", "w50")
-    mine = [*joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
+    mine = [*here, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
     with pytest.raises(dask_logits.PartitionsFailedError, match="the first 2 partitions all failed"):
         run(mine, "distillation.job.max_failures=2", "distillation.partition.rows=4")
 
 
-def test_an_io_error_is_tried_again(joined, monkeypatch) -> None:
+def test_an_io_error_is_tried_again(here, monkeypatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.driver.run_partitions", stop)
+        patched.setattr(SerialExecutor, "run", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(joined)
-    blocker = cache_dir(joined) / "partitions"
+            run(here)
+    blocker = cache_dir(here) / "partitions"
     blocker.write_text("a file where the folder should be")
     thread = threading.Timer(4.0, blocker.unlink)
     thread.start()
-    cache = run(joined, "distillation.job.retries=4")
+    cache = run(here, "distillation.job.retries=4")
     thread.join()
     assert CacheReader(cache).n_documents == 40
 
 
-def test_dataset_objects_of_any_kind(joined, cache, corpus, tmp_path) -> None:
-    base = [o for o in joined if "dataset.name" not in o and "data_files" not in o]
+def test_dataset_objects_of_any_kind(here, cache, corpus, tmp_path) -> None:
+    base = [o for o in here if "dataset.name" not in o and "data_files" not in o]
     plain = load_dataset("json", data_files=str(corpus), split="train")
     for name, dataset in {
         "file": plain,
@@ -281,11 +283,11 @@ def test_dataset_objects_of_any_kind(joined, cache, corpus, tmp_path) -> None:
         assert not (tmp_path / name / "dataset").exists()
 
 
-def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
+def test_ready_input_ids_equal_text(here, cache, tmp_path) -> None:
     reader = CacheReader(cache)
     rows = [{"input_ids": document["input_ids"].tolist()} for document in items(reader)]
     data = write_json_lines(tmp_path / "ids.jsonl", rows)
-    other = run(joined, f"distillation.dataset.data_files={data}", f"distillation.teacher.cache_dir={tmp_path / 'ids'}")
+    other = run(here, f"distillation.dataset.data_files={data}", f"distillation.teacher.cache_dir={tmp_path / 'ids'}")
     assert digest(other) == digest(cache)
 
 
@@ -302,48 +304,48 @@ def test_ready_input_ids_equal_text(joined, cache, tmp_path) -> None:
         (["distillation.dataset.text_column=body"], "DatasetError", "expected one of the columns"),
         (["distillation.teacher.cache_dir={file}/run"], "ConfigError", "expected a folder that can be written"),
         (["distillation.teacher.model_path={nan}"], "TeacherError", "dataset row .*expected finite logits"),
-        (["distillation.cluster.scheduler=tcp://127.0.0.1:1", "distillation.cluster.wait_seconds=1"],
-         "ClusterError", "expected a scheduler at 'tcp://127.0.0.1:1'"),
+        (["distillation.cluster.kind=scheduler", "distillation.cluster.scheduler=tcp://127.0.0.1:1",
+          "distillation.cluster.wait_seconds=1"], "ClusterError", "expected a scheduler at 'tcp://127.0.0.1:1'"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_and_nothing_changes_on_disk(joined, tmp_path, changes, error, message) -> None:
+def test_bad_input_is_refused_and_nothing_changes_on_disk(here, tmp_path, changes, error, message) -> None:
     (tmp_path / "file").write_text("not a folder")
     made = {"file": tmp_path / "file", "nan": nan_teacher(tmp_path / "nan", "red")}
     made["narrow"], made["empty"] = tmp_path / "narrow", write_json_lines(tmp_path / "empty.jsonl", [])
     save_tokenizer(made["narrow"], 50)
     before = tree(tmp_path)
     with pytest.raises(getattr(dask_logits, error), match=message):
-        run(joined, *(change.format(**made) for change in changes))
+        run(here, *(change.format(**made) for change in changes))
     assert tree(tmp_path) == before
-    assert not cache_dir(joined).exists()
+    assert not cache_dir(here).exists()
 
 
-def test_a_folder_with_another_purpose_is_refused(joined) -> None:
-    (cache_dir(joined) / "receipts").mkdir(parents=True)
+def test_a_folder_with_another_purpose_is_refused(here) -> None:
+    (cache_dir(here) / "receipts").mkdir(parents=True)
     with pytest.raises(dask_logits.RunConflictError, match=r"expected run\.json beside"):
-        run(joined)
+        run(here)
 
 
-def test_a_job_that_cannot_fit_is_refused(joined, overrides, monkeypatch) -> None:
+def test_a_job_that_cannot_fit_is_refused(here, overrides, monkeypatch) -> None:
     monkeypatch.setattr("dask_logits.job.capacity.free_disk_bytes", lambda path: 1000)
     with pytest.raises(dask_logits.CapacityError, match=r"free for .* tokens") as caught:
-        run(joined)
+        run(here)
     assert caught.value.needed_bytes > caught.value.free_bytes == 1000
     monkeypatch.undo()
     monkeypatch.setattr("dask_logits.job.capacity.free_memory_bytes", lambda: 1 << 20)
     with pytest.raises(dask_logits.CapacityError, match="use fewer workers"):
         run(overrides)
-    assert not cache_dir(joined).exists()
+    assert not cache_dir(here).exists()
 
 
-def test_nothing_bulky_goes_through_dask(joined, cache) -> None:
+def test_nothing_bulky_goes_through_dask(here, cache) -> None:
     import pickle
 
     from dask_logits.job.driver import tasks
     from dask_logits.job.prepare import prepare
 
-    job = prepare(load_config(joined))
-    calibration = RunFolder(cache_dir(joined)).calibration()
+    job = prepare(load_config(here))
+    calibration = RunFolder(cache_dir(here)).calibration()
     planned = job.source.plan(PlanLog(job.run), job.partition_rows, lambda index: True)
     sizes = [len(pickle.dumps(task)) for task in tasks(job, calibration, planned, pytest.fail)]
     assert len(sizes) == 4
@@ -362,12 +364,12 @@ def texts_of(corpus: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("stride", [None, 3])
-def test_windows_store_every_token_of_a_long_document_once(stride, joined, corpus, llama) -> None:
+def test_windows_store_every_token_of_a_long_document_once(stride, here, corpus, llama) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     way = ["distillation.dataset.long_documents=window", "distillation.dataset.max_length=7"]
-    cache = run(joined, *way, *([] if stride is None else [f"distillation.dataset.window_stride={stride}"]))
+    cache = run(here, *way, *([] if stride is None else [f"distillation.dataset.window_stride={stride}"]))
     expected = texts_of(corpus)
     dataset = CachedLogitsDataset(cache)
     found: dict[int, list[int]] = {row: [] for row in range(40)}
@@ -387,15 +389,15 @@ def test_windows_store_every_token_of_a_long_document_once(stride, joined, corpu
     assert json.loads((cache.parent / "run.json").read_text())["what"]["dataset.long_documents"] == "window"
 
 
-def test_packed_blocks_are_full_and_list_their_segments(joined, corpus, llama) -> None:
+def test_packed_blocks_are_full_and_list_their_segments(here, corpus, llama) -> None:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     way = ["distillation.dataset.packing=concat", "distillation.dataset.separator_id=103"]
     with pytest.raises(dask_logits.ConfigError, match=r"separator_id: expected a token id below 104 .* names none"):
-        run(joined, way[0])
-    cache = run(joined, *way)
+        run(here, way[0])
+    cache = run(here, *way)
     what = json.loads((cache.parent / "run.json").read_text())["what"]
     assert (what["dataset.packing"], what["dataset.separator_id"]) == ("concat", 103)
     dataset = CachedLogitsDataset(cache)
@@ -422,18 +424,18 @@ def test_packed_blocks_are_full_and_list_their_segments(joined, corpus, llama) -
     assert batch["segments"][..., 2].sum() == reader.n_tokens
 
 
-def test_a_packed_run_grows_too(joined, corpus) -> None:
+def test_a_packed_run_grows_too(here, corpus) -> None:
     way = ["distillation.dataset.packing=concat", "distillation.dataset.separator_id=103"]
-    run(joined, *way, "distillation.dataset.max_samples=24")
-    grown = CachedLogitsDataset(run(joined, *way))
+    run(here, *way, "distillation.dataset.max_samples=24")
+    grown = CachedLogitsDataset(run(here, *way))
     stream = [token for ids in texts_of(corpus) if ids for token in [*ids, 103]]
     assert [token for item in grown for token in item["input_ids"].tolist()] == stream
 
 
-def test_a_compact_cache_holds_what_a_plain_one_holds(joined, overrides, tmp_path) -> None:
+def test_a_compact_cache_holds_what_a_plain_one_holds(here, overrides, tmp_path) -> None:
     """On one and on two workers, resumed in the middle, and the same after it was made plain."""
 
-    def job(name: str, *more: str, base=joined) -> Path:
+    def job(name: str, *more: str, base=here) -> Path:
         return run(base, f"distillation.teacher.cache_dir={tmp_path / name}", *more)
 
     exact = CacheReader(job("plain"))
@@ -455,17 +457,17 @@ def test_a_compact_cache_holds_what_a_plain_one_holds(joined, overrides, tmp_pat
         job("compact", compact)
 
 
-def test_a_resumed_compact_run_ends_like_an_undisturbed_one(joined, tmp_path) -> None:
+def test_a_resumed_compact_run_ends_like_an_undisturbed_one(here, tmp_path) -> None:
     compact = "distillation.cache.profile=compact"
     keep = [compact, "distillation.job.keep_partitions=true"]
-    expected = digest(run(joined, *keep))
-    folder = cache_dir(joined)
+    expected = digest(run(here, *keep))
+    folder = cache_dir(here)
     (folder / "teacher_logits.h5").unlink()
     RunFolder(folder).receipt_path(2).unlink()
-    assert digest(run(joined, *keep)) == expected
+    assert digest(run(here, *keep)) == expected
     (folder / "teacher_logits.h5").unlink()
     (table,) = (path for path in (folder / "tables").iterdir() if path.name != "token_crcs.npy")
     table.write_bytes(b"lost")
     load_profile.cache_clear()
     with pytest.raises(dask_logits.CacheError, match="expected the id table with this SHA-256, got another"):
-        run(joined, *keep)
+        run(here, *keep)

@@ -365,8 +365,8 @@ def test_static_workers_share_a_stream(small, scheduler, tmp_path, corpus) -> No
     [(0, None, 4, "0"), (3, None, 4, "3"), (5, None, 4, "1"), (1, "6,7", 2, "7"), (2, "6,7", 2, "6"), (0, "3", 1, "3")],
 )
 def test_a_static_worker_takes_one_gpu_in_turn(worker, visible, gpus, expected, monkeypatch) -> None:
-    from dask_logits.job import cluster
     from dask_logits.job import gpus as home
+    from dask_logits.job.workers import local_workers, runs_here
 
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -374,6 +374,8 @@ def test_a_static_worker_takes_one_gpu_in_turn(worker, visible, gpus, expected, 
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(home, "visible_gpus", lambda: gpus)
     needed = ["distillation.teacher.model_path=t", "distillation.dataset.name=d", *share(worker, 8)]
-    generation = load_config(needed).teacher.generation
+    config = load_config(needed)
+    generation = config.teacher.generation
     assert home.gpu_groups(generation) == [[expected]]
-    assert cluster.local_workers(generation, "cuda") == 1
+    assert local_workers(generation, config.cluster, "cuda") == 1
+    assert runs_here(generation, config.cluster)

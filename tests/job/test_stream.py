@@ -53,9 +53,9 @@ TEXTS = sentences(100, seed=5)
 
 
 @pytest.fixture
-def stream(joined: list[str]) -> list[str]:
+def stream(here: list[str]) -> list[str]:
     return [
-        *(o for o in joined if "dataset.name" not in o and "data_files" not in o and "partition.rows" not in o),
+        *(o for o in here if "dataset.name" not in o and "data_files" not in o and "partition.rows" not in o),
         "distillation.dataset.streaming=true",
         "distillation.dataset.max_samples=all",
         "distillation.job.retries=0",
@@ -148,10 +148,10 @@ def test_a_stream_of_ids(stream, tmp_path, llama) -> None:
     assert_holds(run(stream, dataset=rows), TEXTS, llama)
 
 
-def test_a_stream_and_a_regular_dataset_give_the_same_cache(stream, joined, tmp_path) -> None:
+def test_a_stream_and_a_regular_dataset_give_the_same_cache(stream, here, tmp_path) -> None:
     data = write_json_lines(tmp_path / "d.jsonl", TEXTS)
     named = ["distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
-    regular = run([o for o in joined if "partition.rows" not in o], *named, "distillation.partition.rows=10")
+    regular = run([o for o in here if "partition.rows" not in o], *named, "distillation.partition.rows=10")
     streamed = run(stream, *named, f"distillation.teacher.cache_dir={tmp_path / 'other'}")
     assert digest(streamed) == digest(regular)
 
@@ -172,13 +172,13 @@ def test_max_samples_is_exact_and_may_grow(samples, parquet, stream, llama, tmp_
                 run(overrides, "distillation.dataset.max_samples=69")
 
 
-def test_a_regular_dataset_may_grow_by_max_samples_and_not_by_itself(joined, llama, tmp_path) -> None:
+def test_a_regular_dataset_may_grow_by_max_samples_and_not_by_itself(here, llama, tmp_path) -> None:
     data = write_json_lines(tmp_path / "d.jsonl", TEXTS[:60])
-    named = [*joined, f"distillation.dataset.data_files={data}"]
+    named = [*here, f"distillation.dataset.data_files={data}"]
     assert_holds(run(named, "distillation.dataset.max_samples=30"), TEXTS[:30], llama)
     grown = run(named, "distillation.dataset.max_samples=60")
     assert_holds(grown, TEXTS[:60], llama)
-    assert [entry.get("cuts") for entry in plan_of(cache_dir(joined))] == [
+    assert [entry.get("cuts") for entry in plan_of(cache_dir(here))] == [
         [[2, 12], [1, 6]], None, [[2, 12], [1, 6]], None,
     ]  # fmt: skip
     write_json_lines(data, TEXTS)
@@ -214,7 +214,8 @@ def test_an_interrupted_stream_resumes_exactly(source, samples, parquet, stream,
     lines = [*stream, "distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
     mine = [*(parquet if source == "parquet" else lines), f"distillation.dataset.max_samples={samples}"]
     whole = digest(run(mine, f"distillation.teacher.cache_dir={tmp_path / 'undisturbed'}"))
-    for receipts in (2, 1, 3):
+    # One more may be committed after each interruption.
+    for receipts in (2, 1, 1):
         with monkeypatch.context() as patched:
             stop_after(patched, receipts)
             with pytest.raises(StopError):
@@ -230,8 +231,7 @@ def test_a_stream_whose_driver_was_killed_equals_an_undisturbed_one(parquet, ove
     lines = ["distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
     stream = [o for o in parquet if "cluster" not in o and "data_files" not in o and "dataset.name" not in o]
     mine = [*stream, *lines, "distillation.dataset.streaming_chunk_size=2", "distillation.dataset.max_samples=110"]
-    joined = next(o for o in parquet if "cluster.scheduler" in o)
-    whole = digest(run([*mine, joined], f"distillation.teacher.cache_dir={tmp_path / 'undisturbed'}"))
+    whole = digest(run([*mine, "cluster=serial"], f"distillation.teacher.cache_dir={tmp_path / 'undisturbed'}"))
     local = [*mine, "distillation.cluster.dashboard_address=null"]
     driver = subprocess.Popen([*COMMAND, *local], start_new_session=True, stderr=subprocess.PIPE, text=True)
     receipts = cache_dir(parquet) / "receipts"
@@ -240,7 +240,7 @@ def test_a_stream_whose_driver_was_killed_equals_an_undisturbed_one(parquet, ove
         os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
     assert read_status(cache_dir(parquet)).state == "stopped"
-    assert digest(run([*mine, joined])) == whole
+    assert digest(run([*mine, "cluster=serial"])) == whole
     assert plan_of(cache_dir(parquet)) == plan_of(tmp_path / "undisturbed")
 
 
@@ -258,7 +258,7 @@ def test_the_first_partition_is_committed_before_the_stream_is_read_beyond_the_w
 
     original = JobProgress.partition
     monkeypatch.setattr(JobProgress, "partition", lambda self, s: (seen.append(drawn), original(self, s)))
-    monkeypatch.setattr("dask_logits.job.run.CALIBRATION_TOKENS", 100)
+    monkeypatch.setattr("dask_logits.job.calibration.CALIBRATION_TOKENS", 100)
     run(stream, "distillation.dataset.streaming_buffer_size=40", "distillation.cluster.wait_seconds=60", dataset=rows())
     assert len(seen) == 60
     # What the estimate peeked at comes first; then what is committed, what is in flight, and the look-ahead.

@@ -76,23 +76,23 @@ def test_stopped_and_failed_runs_name_the_next_command(tmp_path) -> None:
     assert read_status(folder).state == "failed"
 
 
-def test_the_command_that_goes_on_is_made_of_the_settings_of_the_run(joined, monkeypatch) -> None:
+def test_the_command_that_goes_on_is_made_of_the_settings_of_the_run(here, monkeypatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("dask_logits.job.run.score", stop)
         with pytest.raises(KeyboardInterrupt):
-            generate(load_config(joined))
-    status = read_status(cache_dir(joined))
+            generate(load_config(here))
+    status = read_status(cache_dir(here))
     assert status.state == "stopped"
     words = shlex.split(status.next_command.replace("\\\n", " "))
     assert words[:2] == ["dask-logits", "generate"]
-    assert load_config(words[2:]) == load_config(joined)
+    assert load_config(words[2:]) == load_config(here)
     generate(load_config(words[2:]))
-    complete = read_status(cache_dir(joined))
+    complete = read_status(cache_dir(here))
     assert (complete.state, complete.since) == ("complete", None)
-    run = cache_dir(joined)
+    run = cache_dir(here)
     assert complete.lines()[-3:] == [
         f"next          dask-logits show {run}",
         f"              dask-logits verify {run}",
@@ -124,8 +124,8 @@ def test_a_start_that_is_refused_leaves_no_record(overrides, tmp_path) -> None:
         read_status(cache_dir(overrides))
 
 
-def test_a_record_of_a_killed_driver_does_not_keep_the_next_one_out(joined) -> None:
-    folder = cache_dir(joined)
+def test_a_record_of_a_killed_driver_does_not_keep_the_next_one_out(here) -> None:
+    folder = cache_dir(here)
     driver_record(folder, **CALIBRATING)
     (folder / lock_name(Share())).touch()
-    assert generate(load_config(joined)).exists()
+    assert generate(load_config(here)).exists()

@@ -149,10 +149,10 @@ def test_a_flipped_bit_is_found_and_the_exit_status_says_so(tmp_path, profile, c
 
 
 @pytest.fixture
-def kept(joined):
+def kept(here):
     """A finished run that keeps its partitions."""
-    generate(load_config([*joined, "distillation.job.keep_partitions=true"]))
-    return cache_dir(joined)
+    generate(load_config([*here, "distillation.job.keep_partitions=true"]))
+    return cache_dir(here)
 
 
 def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None:
@@ -216,9 +216,9 @@ def test_rows_to_recompute_are_counted(kept) -> None:
         ["distillation.cache.max_file_size=1KB", "distillation.cache.profile=compact"],
     ],
 )
-def test_rows_are_scored_again_and_compared(joined, way, monkeypatch) -> None:
-    generate(load_config([*joined, "distillation.dataset.max_length=8", *way]))
-    run = cache_dir(joined)
+def test_rows_are_scored_again_and_compared(here, way, monkeypatch) -> None:
+    generate(load_config([*here, "distillation.dataset.max_length=8", *way]))
+    run = cache_dir(here)
     # On storage that can only be read.
     monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(run))
     report = verify(run, recompute=6, seed=3)
@@ -245,30 +245,30 @@ def test_rows_are_scored_again_and_compared(joined, way, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_run_that_has_grown_is_scored_again_and_retried_as_it_is_now(joined, streaming) -> None:
-    way = [*joined, f"distillation.dataset.streaming={streaming}"]
+def test_a_run_that_has_grown_is_scored_again_and_retried_as_it_is_now(here, streaming) -> None:
+    way = [*here, f"distillation.dataset.streaming={streaming}"]
     for limit in ("20", "30", "all"):
         generate(load_config([*way, f"distillation.dataset.max_samples={limit}"]))
-        run = cache_dir(joined)
+        run = cache_dir(here)
         before = tree(run)
         report = verify(run, recompute=4, seed=1)
         assert report.ok, report.lines()
         assert report.recomputed["rows_scored_again"] == 4
         # Nothing failed, so nothing is done; other settings would be refused.
-        retry(run, overrides=[part for part in joined if part.startswith("distillation.cluster")])
+        retry(run, overrides=[part for part in here if part.startswith("distillation.cluster")])
         assert tree(run) == before
 
 
-def test_only_a_complete_run_can_be_recomputed(joined, tmp_path) -> None:
-    cache = generate(load_config(joined))
+def test_only_a_complete_run_can_be_recomputed(here, tmp_path) -> None:
+    cache = generate(load_config(here))
     shutil.copy(cache, tmp_path / "c.h5")
     with pytest.raises(RunConflictError, match="expected a complete run to recompute rows of, got none"):
         verify(tmp_path / "c.h5", recompute=1)
     assert verify(tmp_path / "c.h5").ok
 
 
-def test_an_index_that_lost_files_is_wrong(joined) -> None:
-    index = generate(load_config([*joined, "distillation.cache.max_file_size=1KB"]))
+def test_an_index_that_lost_files_is_wrong(here) -> None:
+    index = generate(load_config([*here, "distillation.cache.max_file_size=1KB"]))
     said = json.loads(index.read_text())
     for kept in range(1, 4):
         caches = said["caches"][:kept]
@@ -281,11 +281,11 @@ def test_an_index_that_lost_files_is_wrong(joined) -> None:
             verify(index)
 
 
-def test_a_grown_run_is_recomputed_once_it_is_complete(joined, monkeypatch) -> None:
-    generate(load_config([*joined, "distillation.dataset.max_samples=20"]))
+def test_a_grown_run_is_recomputed_once_it_is_complete(here, monkeypatch) -> None:
+    generate(load_config([*here, "distillation.dataset.max_samples=20"]))
     with monkeypatch.context() as patched:
         patched.setattr("dask_logits.job.run.consolidate_run", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            generate(load_config(joined))
+            generate(load_config(here))
     with pytest.raises(RunConflictError, match="expected a complete run to recompute rows of"):
-        verify(cache_dir(joined), recompute=20)
+        verify(cache_dir(here), recompute=20)

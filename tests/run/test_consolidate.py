@@ -91,13 +91,13 @@ def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
         assert counts["receipts"] / 3 == many[act]["receipts"] / 12 <= 1, (act, few, many)
 
 
-def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, capsys) -> None:
-    folder = cache_dir(joined)
-    single = run(joined, KEEP)
+def test_a_large_cache_becomes_numbered_files_with_the_same_content(here, capsys) -> None:
+    folder = cache_dir(here)
+    single = run(here, KEEP)
     expected = list(CachedLogitsDataset(single, keep_empty=True))
     whole = read_status(folder)
     single.unlink()
-    index = run(joined, SMALL, KEEP)
+    index = run(here, SMALL, KEEP)
     assert index == folder / "teacher_logits.index.json"
     assert not single.exists()
     assert [name[:6] for name in files(folder)] == ["00000-", "00001-", "00002-", "00003-"]
@@ -117,7 +117,7 @@ def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, caps
     }  # fmt: skip
     assert "shard" not in CacheReader(folder / "one.h5").attributes
     before = tree(folder)
-    assert run(joined, SMALL, KEEP) == index
+    assert run(here, SMALL, KEEP) == index
     assert merge([folder]) == index
     assert {**tree(folder), ".consolidate.lock": b"", ".driver.lock": b""} == {
         **before, ".consolidate.lock": b"", ".driver.lock": b"",
@@ -127,22 +127,22 @@ def test_a_large_cache_becomes_numbered_files_with_the_same_content(joined, caps
     assert json.loads((folder / "again.index.json").read_text())["content_digest"] == whole.content_digest
 
 
-def test_files_are_as_large_as_allowed(joined) -> None:
-    folder = cache_dir(joined)
-    single = run(joined, KEEP)
+def test_files_are_as_large_as_allowed(here) -> None:
+    folder = cache_dir(here)
+    single = run(here, KEEP)
     single.unlink()
-    assert run(joined, KEEP, "distillation.cache.max_file_size=1GB") == single
+    assert run(here, KEEP, "distillation.cache.max_file_size=1GB") == single
     single.unlink()
     limit = (
         run_consolidate._FILE_BYTES + sum(piece.n_bytes for piece in RunPart.open(RunFolder(folder)).pieces()) * 3 // 4
     )
-    run(joined, KEEP, f"distillation.cache.max_file_size={limit}")
+    run(here, KEEP, f"distillation.cache.max_file_size={limit}")
     assert len(files(folder)) == 2
     assert all(path.stat().st_size <= limit for path in (folder / "teacher_logits").iterdir())
 
 
-def test_what_a_crash_left_is_taken_up_and_nothing_looks_complete_before_the_index(joined, monkeypatch) -> None:
-    folder = cache_dir(joined)
+def test_what_a_crash_left_is_taken_up_and_nothing_looks_complete_before_the_index(here, monkeypatch) -> None:
+    folder = cache_dir(here)
     write, written = run_consolidate._write, []
 
     def crash(*given) -> None:
@@ -153,38 +153,38 @@ def test_what_a_crash_left_is_taken_up_and_nothing_looks_complete_before_the_ind
 
     monkeypatch.setattr(run_consolidate, "_write", crash)
     with pytest.raises(KeyboardInterrupt):
-        run(joined, SMALL)
+        run(here, SMALL)
     assert read_status(folder).state == "scored"
     with pytest.raises(CacheError, match=r"expected the parts of all 40 rows of the job, got 24 rows in 2 parts"):
         CachedLogitsDataset(folder / "teacher_logits")
     before = files(folder)
     monkeypatch.setattr(run_consolidate, "_write", write)
-    run(joined, SMALL)
+    run(here, SMALL)
     after = files(folder)
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
     assert read_status(folder).state == "complete"
 
 
-def test_a_grown_run_and_another_limit_leave_no_old_files(joined) -> None:
-    folder = cache_dir(joined)
-    run(joined, SMALL, "distillation.dataset.max_samples=24")
+def test_a_grown_run_and_another_limit_leave_no_old_files(here) -> None:
+    folder = cache_dir(here)
+    run(here, SMALL, "distillation.dataset.max_samples=24")
     old = files(folder)
     assert len(CachedLogitsDataset(folder, keep_empty=True)) == 24
-    index = run(joined, SMALL)
+    index = run(here, SMALL)
     assert not old.keys() & files(folder).keys()
     assert len(CachedLogitsDataset(folder, keep_empty=True)) == 40
     digest = read_status(folder).content_digest
     assert {path.name for path in folder.glob("teacher_logits*")} == {"teacher_logits", index.name}
-    run(joined, "distillation.teacher.generation.force_regenerate=true")
+    run(here, "distillation.teacher.generation.force_regenerate=true")
     assert {path.name for path in folder.glob("teacher_logits*")} == {"teacher_logits.h5"}
     assert read_status(folder).content_digest == digest
     assert not (folder / "previous").exists()
 
 
-def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
-    folder = cache_dir(joined)
-    index = run(joined, SMALL)
+def test_an_index_that_disagrees_with_its_files_is_refused(here) -> None:
+    folder = cache_dir(here)
+    index = run(here, SMALL)
     first, second, *_ = sorted((folder / "teacher_logits").iterdir())
     bytes_of_second = second.read_bytes()
     second.write_bytes(first.read_bytes())
@@ -193,7 +193,7 @@ def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
     assert read_status(folder).state == "damaged"
     second.unlink()
     with pytest.raises(CacheError, match="expected a cache, got nothing"):
-        run(joined, SMALL)
+        run(here, SMALL)
     second.write_bytes(bytes_of_second)
     said = json.loads(index.read_text())
     index.write_text(json.dumps({**said, "version": 2}))
@@ -212,12 +212,12 @@ def test_an_index_that_disagrees_with_its_files_is_refused(joined) -> None:
         CachedLogitsDataset(index)
 
 
-def test_a_size_that_is_none_is_refused(joined) -> None:
+def test_a_size_that_is_none_is_refused(here) -> None:
     for size in ("20 apples", "0", "-1GB"):
         with pytest.raises(ConfigError, match=r"distillation\.cache\.max_file_size: expected a size such as '20GB'"):
-            load_config([*joined, f"distillation.cache.max_file_size='{size}'"])
+            load_config([*here, f"distillation.cache.max_file_size='{size}'"])
     with pytest.raises(ConfigError, match="expected a size"):
-        merge([cache_dir(joined)], max_file_size="much")
+        merge([cache_dir(here)], max_file_size="much")
 
 
 @pytest.mark.parametrize("profile", ["plain", "compact"])
@@ -236,12 +236,12 @@ def test_how_large_a_file_becomes_is_known_before(tmp_path, profile) -> None:
 
 @pytest.mark.parametrize("theirs", [None, "1KB"])
 @pytest.mark.parametrize("ours", [None, "1KB"])
-def test_a_cache_of_another_job_is_never_written_over(joined, tmp_path, theirs, ours) -> None:
+def test_a_cache_of_another_job_is_never_written_over(here, tmp_path, theirs, ours) -> None:
     other = write_json_lines(tmp_path / "other.jsonl", sentences(40, seed=9))
     folders = [tmp_path / name for name in ("mine", "theirs")]
-    run(joined, f"distillation.teacher.cache_dir={folders[0]}", KEEP)
+    run(here, f"distillation.teacher.cache_dir={folders[0]}", KEEP)
     more = [f"distillation.dataset.data_files={other}", f"distillation.teacher.cache_dir={folders[1]}"]
-    run(joined, *more, *([] if theirs is None else [SMALL]))
+    run(here, *more, *([] if theirs is None else [SMALL]))
     before = tree(folders[1])
     for wanted in ("teacher_logits.h5", "teacher_logits.index.json"):
         indexed = wanted.endswith(".json")
@@ -252,9 +252,9 @@ def test_a_cache_of_another_job_is_never_written_over(joined, tmp_path, theirs, 
     assert tree(folders[1]).items() >= before.items()
 
 
-def test_numbered_files_that_a_cache_is_made_of_are_left(joined, tmp_path) -> None:
-    folder = cache_dir(joined)
-    run(joined, SMALL)
+def test_numbered_files_that_a_cache_is_made_of_are_left(here, tmp_path) -> None:
+    folder = cache_dir(here)
+    run(here, SMALL)
     parts = tmp_path / "parts"
     shutil.copytree(folder / "teacher_logits", parts)
     before = tree(parts)

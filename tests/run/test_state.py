@@ -10,27 +10,28 @@ from builders import cache_dir, digest, run, tree
 import dask_logits
 from dask_logits import read_status, verify
 from dask_logits.cache.reader import CacheReader
+from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.consolidate import consolidate_run
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.state import RunState, discard_stale
 
 
 @pytest.fixture
-def cache(joined) -> Path:
-    return run(joined)
+def cache(here) -> Path:
+    return run(here)
 
 
-def test_partitions_that_are_gone_are_not_counted(joined, cache) -> None:
+def test_partitions_that_are_gone_are_not_counted(here, cache) -> None:
     whole = digest(cache)
     cache.unlink()
-    status = read_status(cache_dir(joined))
+    status = read_status(cache_dir(here))
     assert (status.state, status.committed, status.committed_rows, status.statistics.tokens) == ("stopped", 0, 0, 0)
-    assert digest(run(joined)) == whole
+    assert digest(run(here)) == whole
 
 
-def test_a_status_that_is_read_while_the_cache_is_written_is_read_again(joined, monkeypatch) -> None:
-    run(joined, "distillation.job.keep_partitions=true")
-    folder = cache_dir(joined)
+def test_a_status_that_is_read_while_the_cache_is_written_is_read_again(here, monkeypatch) -> None:
+    run(here, "distillation.job.keep_partitions=true")
+    folder = cache_dir(here)
     (folder / "teacher_logits.h5").unlink()
     receipt_indices = RunFolder.receipt_indices
 
@@ -44,10 +45,10 @@ def test_a_status_that_is_read_while_the_cache_is_written_is_read_again(joined, 
     assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
 
 
-def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, caplog) -> None:
+def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(here, cache, caplog) -> None:
     keep = "distillation.job.keep_partitions=true"
-    run(joined, keep, "distillation.teacher.generation.force_regenerate=true")
-    folder, whole = cache_dir(joined), digest(cache)
+    run(here, keep, "distillation.teacher.generation.force_regenerate=true")
+    folder, whole = cache_dir(here), digest(cache)
     receipt = folder / "receipts" / "000" / "000001.json"
     for damage in (lambda: receipt.write_text("{"), receipt.unlink):
         damage()
@@ -56,7 +57,7 @@ def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, capl
         assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
         assert "1 receipts are damaged or gone" in caplog.text
         caplog.clear()
-        assert digest(run(joined, keep)) == whole
+        assert digest(run(here, keep)) == whole
         assert tree(folder / "partitions") == before
         report = verify(folder)
         (problem,) = [problem for check in report.checks for problem in check.problems]
@@ -64,26 +65,26 @@ def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(joined, cache, capl
         assert report.unfinished is None
 
 
-def test_a_receipt_that_cannot_be_read_now_is_kept(joined, cache) -> None:
-    receipt = cache_dir(joined) / "receipts" / "000" / "000001.json"
-    run(joined, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
+def test_a_receipt_that_cannot_be_read_now_is_kept(here, cache) -> None:
+    receipt = cache_dir(here) / "receipts" / "000" / "000001.json"
+    run(here, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
     cache.unlink()
     aside = receipt.rename(receipt.with_suffix(".kept"))
     receipt.symlink_to(receipt)
-    before = tree(cache_dir(joined) / "partitions")
-    for look in (read_status, lambda folder: run(joined)):
+    before = tree(cache_dir(here) / "partitions")
+    for look in (read_status, lambda folder: run(here)):
         with pytest.raises(dask_logits.CacheError, match=r"000001\.json: expected to read it, got .*; see that it can"):
-            look(cache_dir(joined))
-    assert not verify(cache_dir(joined)).ok
-    assert tree(cache_dir(joined) / "partitions") == before
+            look(cache_dir(here))
+    assert not verify(cache_dir(here)).ok
+    assert tree(cache_dir(here) / "partitions") == before
     aside.replace(receipt)
-    assert run(joined) == cache
+    assert run(here) == cache
 
 
 @pytest.mark.parametrize("name", ["teacher_logits.h5", "partitions"])
-def test_what_was_moved_to_a_disk_that_is_away_is_not_taken_for_gone(name, joined, tmp_path) -> None:
-    cache = run(joined, "distillation.job.keep_partitions=true")
-    folder, whole = cache_dir(joined), digest(cache)
+def test_what_was_moved_to_a_disk_that_is_away_is_not_taken_for_gone(name, here, tmp_path) -> None:
+    cache = run(here, "distillation.job.keep_partitions=true")
+    folder, whole = cache_dir(here), digest(cache)
     if name == "partitions":
         cache.unlink()
     (folder / name).rename(tmp_path / "disk")
@@ -91,16 +92,16 @@ def test_what_was_moved_to_a_disk_that_is_away_is_not_taken_for_gone(name, joine
     (tmp_path / "disk").rename(tmp_path / "away")
     before = tree(folder / "receipts")
     with pytest.raises(dask_logits.CacheError, match="expected what it is a link to, got nothing at"):
-        run(joined, "distillation.job.keep_partitions=true")
+        run(here, "distillation.job.keep_partitions=true")
     assert tree(folder / "receipts") == before
     (tmp_path / "away").rename(tmp_path / "disk")
-    assert digest(run(joined, "distillation.job.keep_partitions=true")) == whole
+    assert digest(run(here, "distillation.job.keep_partitions=true")) == whole
 
 
-def test_a_cache_that_is_written_while_receipts_are_read_loses_none(joined, monkeypatch) -> None:
-    cache = run(joined, "distillation.job.keep_partitions=true")
+def test_a_cache_that_is_written_while_receipts_are_read_loses_none(here, monkeypatch) -> None:
+    cache = run(here, "distillation.job.keep_partitions=true")
     cache.unlink()
-    folder, receipt = RunFolder(cache_dir(joined)), RunFolder.receipt
+    folder, receipt = RunFolder(cache_dir(here)), RunFolder.receipt
     before = tree(folder.path / "receipts")
 
     def consolidated_first(run, index):
@@ -117,41 +118,41 @@ def test_a_cache_that_is_written_while_receipts_are_read_loses_none(joined, monk
     assert tree(folder.path / "receipts") == before
 
 
-def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(joined, tmp_path, monkeypatch) -> None:
-    whole = digest(run(joined, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
-    run(joined, "distillation.dataset.max_samples=24")
-    folder = cache_dir(joined)
+def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(here, tmp_path, monkeypatch) -> None:
+    whole = digest(run(here, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    run(here, "distillation.dataset.max_samples=24")
+    folder = cache_dir(here)
     (folder / "receipts" / "000" / "000000.json").unlink()
     (folder / "receipts" / "000" / "000001.json").write_text("{")
     with monkeypatch.context() as patched:
         # Ends when all is planned.
-        patched.setattr("dask_logits.job.driver.run_partitions", lambda client, tasks, *_, **__: list(tasks).index(0))
+        patched.setattr(SerialExecutor, "run", lambda self, tasks, *_: list(tasks).index(0))
         with pytest.raises(ValueError, match="0 is not in list"):
-            run(joined)
+            run(here)
     assert (read_status(folder).committed, read_status(folder).committed_rows) == (2, 24)
     assert verify(folder).unfinished == "2 of 4 partitions are not committed"
-    assert digest(run(joined)) == whole
+    assert digest(run(here)) == whole
     assert sorted(path.name for path in (folder / "receipts" / "000").iterdir()) == [
         "000001.json", "000002.json", "000003.json",
     ]  # fmt: skip
     assert read_status(folder).committed == 4
 
 
-def test_a_partition_with_a_damaged_receipt_is_computed_again(joined, cache) -> None:
-    whole, receipt = digest(cache), cache_dir(joined) / "receipts" / "000" / "000001.json"
-    run(joined, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
+def test_a_partition_with_a_damaged_receipt_is_computed_again(here, cache) -> None:
+    whole, receipt = digest(cache), cache_dir(here) / "receipts" / "000" / "000001.json"
+    run(here, "distillation.job.keep_partitions=true", "distillation.teacher.generation.force_regenerate=true")
     cache.unlink()
     receipt.write_text("{")
-    assert read_status(cache_dir(joined)).committed == 3
-    report = verify(cache_dir(joined))
+    assert read_status(cache_dir(here)).committed == 3
+    report = verify(cache_dir(here))
     assert not report.ok
     assert report.unfinished == "1 of 4 partitions are not committed"
-    assert digest(run(joined)) == whole
-    assert verify(cache_dir(joined)).ok
+    assert digest(run(here)) == whole
+    assert verify(cache_dir(here)).ok
 
 
-def test_a_damaged_manifest_says_what_is_still_good(joined, cache) -> None:
-    (cache_dir(joined) / "run.json").write_text("{")
+def test_a_damaged_manifest_says_what_is_still_good(here, cache) -> None:
+    (cache_dir(here) / "run.json").write_text("{")
     with pytest.raises(dask_logits.CacheError, match="restore the file from a copy; a cache beside it is read without"):
-        run(joined)
+        run(here)
     assert CacheReader(cache).n_documents == 40

@@ -11,7 +11,7 @@ from builders import VOCAB_SIZE, tiny_model
 
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError
-from dask_logits.job.dispatch import classify
+from dask_logits.job.retry_policy import classify
 from dask_logits.teacher import checkpoint
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
 from dask_logits.teacher.model import Teacher

@@ -178,8 +178,15 @@ def targets_by_float32_head(teacher: Teacher, document: np.ndarray, path: Scorin
         return path.finish(logits_TV).log_softmax(-1)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma2", "granite"])
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [
+        *((family, False) for family in ("llama", "phi", "gemma2", "granite")),
+        ("llama", True),
+        # Each is compiled for a minute.
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in ("phi", "gemma2", "granite")),
+    ],
+)
 def test_exact_logits_of_a_rounded_teacher_are_those_of_a_float32_head(family: str, compiled: bool) -> None:
     teacher = rounded_teacher(family)
     path, _ = choose_path(teacher, exact=True)

@@ -106,9 +106,9 @@ def test_a_loader_without_a_collate_function_gives_the_same_batches(dataset, wor
 
 
 def test_items_of_subsets_and_joined_datasets_collate(dataset) -> None:
-    for joined in (Subset(dataset, [3, 0]), ConcatDataset([dataset, dataset])):
-        (batch,) = DataLoader(joined, batch_size=len(joined))
-        assert batch["targets"].mask.sum() == sum(len(item["input_ids"]) for item in joined)
+    for here in (Subset(dataset, [3, 0]), ConcatDataset([dataset, dataset])):
+        (batch,) = DataLoader(here, batch_size=len(here))
+        assert batch["targets"].mask.sum() == sum(len(item["input_ids"]) for item in here)
 
 
 def test_targets_move_and_pickle_as_one(dataset) -> None:

@@ -1,4 +1,4 @@
-"""The driver's loop: delayed partitions in a bounded window, completed one by one.
+"""Delayed partitions in a bounded window, completed one by one.
 
 Two partitions are in flight per worker (one for a worker with one thread), each submitted separately: while one is
 scored, the other is read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import dask
-from distributed import Client, Future, KilledWorker, get_worker
+from distributed import Client, Future, KilledWorker
 
 from dask_logits.config import JobConfig
-from dask_logits.errors import (
-    CacheError,
-    CapacityError,
-    ClusterError,
-    DaskLogitsError,
-    PartitionsFailedError,
-    TeacherError,
-)
+from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.files.atomic import Json, no_room, only_readable
-from dask_logits.job.roster import Roster, retry_after
+from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled
+from dask_logits.job.remote import run_on_worker
+from dask_logits.job.retry_policy import classify, decide
+from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
-    SCORER,
     SchedulerLostError,
     call_scheduler,
     erred_on,
@@ -43,131 +36,15 @@ from dask_logits.job.scheduler import (
     restart_worker,
     result_of,
     scheduler_lost,
-    wait_for_scheduler,
 )
-from dask_logits.run.failures import Failure, Kind
-from dask_logits.worker.task import PartitionTask, Stages, process_partition
+from dask_logits.run.failures import Failure
+from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
 
-_TOPIC = "dask_logits.tokens."
 # A worker with two threads scores one partition, because there is one teacher, and reads or writes another meanwhile.
 _PARTITIONS_EACH = 2
-# Locks shared by the threads of a worker.
-STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
-_POLL_SECONDS = 0.5
 _STREAM_POLL_SECONDS = 0.05
-# Number of traceback frames kept as evidence.
-_FRAMES = 6
-
-
-def run_on_worker(task: PartitionTask) -> Json:
-    """Run a partition inside a Dask worker, reporting progress as events. Return its receipt and the worker."""
-    worker = get_worker()
-    receipt = process_partition(
-        task,
-        lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens, "partition": task.partition.index}),
-        STAGES,
-    )
-    return {"receipt": receipt, "worker": worker.address}
-
-
-def classify(error: BaseException) -> Kind:
-    """Return the kind of failure of a worker's exception.
-
-    >>> classify(ConnectionResetError("peer")), classify(ValueError("row")), classify(ImportError("torch"))
-    ('transient', 'data', 'worker')
-    """
-    if isinstance(error, KilledWorker):
-        return "worker-death"
-    # The teacher cannot be loaded or run, as opposed to non-finite logits of a row.
-    teacher = isinstance(error, TeacherError) and error.row is None
-    if teacher or isinstance(error, ImportError | ClusterError | CapacityError):
-        return "worker"
-    transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
-    return "transient" if transient else "data"
-
-
-def run_partitions(
-    client: Client,
-    tasks: Iterator[PartitionTask | None],
-    job: JobConfig,
-    *,
-    run_id: str,
-    roster: Roster | None = None,
-    on_receipt: Callable[[Json], None],
-    on_failure: Callable[[Failure], None] = lambda failure: None,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
-    on_turn: Callable[[], bool] = lambda: False,
-) -> dict[int, str]:
-    """Run tasks on the cluster until none is left.
-
-    Parameters
-    ----------
-    client
-        A connected client.
-    tasks
-        Partitions to compute, drawn only when there is capacity. None means that no partition is ready yet.
-    job
-        Retries, limits and timeouts.
-    run_id
-        Id of the run. It selects the Dask event topic.
-    roster
-        Workers that get no work. Workers that fail partitions which others complete are added.
-    on_receipt
-        Called in this thread with every receipt.
-    on_failure
-        Called in this thread with every partition that failed permanently.
-    on_tokens
-        Called in this thread with tokens scored in partitions still running.
-    on_turn
-        Called in this thread several times a second. Returns whether there was progress invisible to this loop.
-
-    Returns
-    -------
-    dict
-        Partition index → reason, for permanent failures.
-
-    Raises
-    ------
-    ClusterError
-        If the scheduler is lost, or there is no progress for ``stall_seconds`` and no single partition is the cause.
-    CapacityError
-        If a worker has no space to write, or no worker may write.
-    PartitionsFailedError
-        If the first ``max_failures`` partitions all fail, because the error is then systematic.
-    """
-    window = _Window(client, tasks, job, on_failure, roster=Roster() if roster is None else roster)
-    events: queue.SimpleQueue[Json] = queue.SimpleQueue()
-    topic = _TOPIC + run_id
-    client.subscribe_topic(topic, lambda event: events.put(event[1]))
-    try:
-        while True:
-            try:
-                if not window.fill():
-                    break
-                done = window.next_done(_POLL_SECONDS)
-                while not events.empty():
-                    event = events.get()
-                    on_tokens(event["tokens"])
-                    window.note_life(event["partition"])
-                if on_turn():
-                    window.last_progress = time.monotonic()
-                if done is None:
-                    window.check_stall()
-                elif isinstance(done, dict):
-                    on_receipt(done)
-                window.check_hung()
-            except SchedulerLostError:
-                wait_for_scheduler(client, job.stall_seconds, on_turn)
-                # To the scheduler, a reconnected client is a new one.
-                client.subscribe_topic(topic, lambda event: events.put(event[1]))
-                window.note_reconnection()
-    finally:
-        window.release()
-        if client.status == "running":
-            client.unsubscribe_topic(topic)
-    return window.failed
 
 
 @dataclass
@@ -182,15 +59,27 @@ class _Running:
 
 
 @dataclass
-class _Window:
+class Window:
+    """Partitions in flight.
+
+    Parameters
+    ----------
+    client
+        A connected client.
+    tasks
+        Partitions to compute. None: none is ready yet.
+    job
+        Retries and timeouts.
+    roster
+        Workers that get no work. Workers that fail partitions which others complete are added.
+    """
+
     client: Client
     tasks: Iterator[PartitionTask | None]
     job: JobConfig
-    on_failure: Callable[[Failure], None]
     roster: Roster = field(default_factory=Roster)
-    failed: dict[int, str] = field(default_factory=dict)
     last_progress: float = field(default_factory=time.monotonic)
-    _succeeded: bool = False
+    _events: list[Event] = field(default_factory=list)
     _exhausted: bool = False
     _starved: bool = False
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -227,31 +116,35 @@ class _Window:
             self._submit(self._suspects.pop(0))
         return bool(self._running or self._later or self._suspects or not self._exhausted)
 
-    def next_done(self, seconds: float) -> Json | bool | None:
-        """Wait for a completion. Return its receipt, False if it failed, None if none came in time."""
+    def events(self) -> list[Event]:
+        """Return what has happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a completion. Return whether there was one in time."""
         try:
             # A worker waiting for a stream gets its rows soon after they arrive.
             future = self._done.get(timeout=_STREAM_POLL_SECONDS if self._starved else seconds)
         except queue.Empty:
-            return None
+            return False
         running = self._running.pop(future.key, None)
         if running is None:
             # Given up as hung, but finished later.
             future.release()
-            return None
+            return False
         self.last_progress = time.monotonic()
         task = running.task
         try:
             if future.status == "lost":
                 # Its worker died before it reported the result. If it committed, the next attempt finds the receipt.
                 self._later.append((self.last_progress, task))
-                return False
-            if future.status == "cancelled":
+            elif future.status == "cancelled":
                 self._note_loss(task)
-                return False
-            if future.status == "finished":
-                return self._finished(task, result_of(self.client, future, self.job.stall_seconds))
-            self._failed(running, exception_of(future), future)
+            elif future.status == "finished":
+                self._finished(task, result_of(self.client, future, self.job.stall_seconds))
+            else:
+                self._failed(running, exception_of(future), future)
         except SchedulerLostError:
             # If it committed, the next attempt finds the receipt.
             self._later.append((self.last_progress, task))
@@ -259,17 +152,15 @@ class _Window:
         finally:
             # Immediately: released work is not recomputed when its worker dies.
             future.release()
-        return False
+        return True
 
-    def _finished(self, task: PartitionTask, outcome: Json) -> Json:
+    def _finished(self, task: PartitionTask, outcome: Json) -> None:
         index = task.partition.index
-        self._succeeded = True
         self._hung_in_a_row = 0
         self._attempts.pop(index)
         self._losses.pop(index, None)
         self.roster.note_success(outcome["worker"], index, time.monotonic())
-        receipt: Json = outcome["receipt"]
-        return receipt
+        self._events.append(Committed(outcome["receipt"]))
 
     def note_reconnection(self) -> None:
         """Record that the scheduler answers again. Signs of life could not arrive in the meantime."""
@@ -290,7 +181,7 @@ class _Window:
         """Resubmit a partition after its worker was lost or the scheduler forgot it, a limited number of times."""
         index = task.partition.index
         self._losses[index] = losses = self._losses.get(index, 0) + 1
-        if losses <= self.job.retries + 1:
+        if decide("lost", self.job.retries, losses=losses) is not None:
             self._later.append((time.monotonic(), task))
             return
         reason = f"its worker died or its submission was cancelled {losses} times"
@@ -298,8 +189,10 @@ class _Window:
             Failure(index=index, kind="worker-death", reason=reason, attempts=self._attempts[index], task=task)
         )
 
-    def note_life(self, index: int) -> None:
+    def note_tokens(self, index: int, tokens: int) -> None:
         """Record that a partition is being scored."""
+        # Tokens of a running partition come before its receipt.
+        self._events.insert(0, Progress(index, tokens))
         self.last_progress = time.monotonic()
         for running in self._running.values():
             if running.task.partition.index == index:
@@ -351,7 +244,7 @@ class _Window:
         restart_worker(self.client, worker)
         for task in tasks:
             index = task.partition.index
-            if index in self._alone:
+            if decide("hang", self.job.retries, was_alone=index in self._alone) is None:
                 reason = f"no sign of life for {seconds:g} s (distillation.job.stall_seconds), on its own, too"
                 self._give_up_partition(
                     Failure(
@@ -369,14 +262,10 @@ class _Window:
                 self._suspects.append(task)
 
     def _stalled(self, idle: float) -> ClusterError:
-        workers = self._workers()
-        where = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
+        flying = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
         left_out = f"\nThese workers get no work:\n{self.roster.listed()}" if self.roster.left_out else ""
-        return ClusterError(
-            f"distillation.job.stall_seconds: expected progress within {self.job.stall_seconds:g} s, got none for "
-            f"{idle:.0f} s with {len(workers)} workers and partitions {where or 'none'} in flight; look at the "
-            f"workers' logs and at what the dataset is read from, then run the same command again{left_out}"
-        )
+        where = f"{len(self._workers())} workers and partitions {flying or 'none'} in flight"
+        return stalled(self.job.stall_seconds, idle, where, left_out)
 
     def _held(self) -> dict[str, str]:
         """Return key → worker for partitions assigned to one."""
@@ -412,10 +301,11 @@ class _Window:
         future.add_done_callback(self._done.put)
 
     def _failed(self, running: _Running, error: BaseException, future: Future) -> None:
-        task, index, kind = running.task, running.task.partition.index, classify(error)
-        if kind == "worker-death":
+        task, index = running.task, running.task.partition.index
+        if isinstance(error, KilledWorker):
             self._died(task, error)
             return
+        kind = classify(error)
         worker = erred_on(self.client, future)
         if worker is None:
             # The scheduler has forgotten the worker.
@@ -428,30 +318,26 @@ class _Window:
         if retired is not None and worker not in before:
             logger.error("worker %s gets no more work: %s; see its log", self.roster.name(worker), retired)
         tried = self.roster.tried(index)
-        wait = retry_after(kind, tried, self.roster.usable(self._present), self.job.retries)
-        if wait is not None:
+        again = decide(kind, self.job.retries, tried=tried, usable=self.roster.usable(self._present))
+        if again is not None:
             logger.warning(
                 "partition %s failed on %s: %s; again%s",
                 task.partition.name,
                 self.roster.name(worker),
                 str(error) or repr(error),
-                f" in {wait:.0f} s" if wait else " on another worker",
+                f" in {again.seconds:.0f} s" if again.seconds else " on another worker",
             )
-            self._later.append((time.monotonic() + wait, task))
+            self._later.append((time.monotonic() + again.seconds, task))
             return
         self.roster.note_bad(index)
-        row = getattr(error, "row", None)
-        frames = traceback.format_tb(future.traceback(CALL_SECONDS))[-_FRAMES:]
         self._give_up_partition(
-            Failure(
-                index=index,
+            failure_of(
+                task,
+                error,
+                future.traceback(CALL_SECONDS),
                 kind=kind,
-                reason=str(error) or repr(error),
                 attempts=self._attempts[index],
-                evidence="".join([*frames, *traceback.format_exception_only(error)]),
                 workers=tuple(dict.fromkeys(map(self.roster.name, tried))),
-                rows=() if row is None else (int(row),),
-                task=task,
             )
         )
 
@@ -461,15 +347,11 @@ class _Window:
         if full is None and not isinstance(error, ClusterError):
             return False
         where = self.roster.name(worker)
-        cure = "everything committed before is good: make room and run the same command again"
         alike = {worker}
         if full is not None:
             if not only_readable(error):
                 # No further partition could be written either.
-                raise CapacityError(
-                    f"distillation.teacher.cache_dir: expected room to write partition {task.partition.name}, got "
-                    f"{full!r} from worker {where}; {cure}"
-                )
+                raise no_room_for(task, full, f"worker {where}")
             alike = {other for other in self._present if self.roster.host(other) == self.roster.host(worker)} | {worker}
         said = str(error) if full is None else f"it cannot write to the run folder ({full}); mount it with write access"
         self.roster.leave_out(dict.fromkeys(alike, said))
@@ -480,10 +362,12 @@ class _Window:
         self._later.append((time.monotonic(), task))
         return True
 
-    def _died(self, task: PartitionTask, error: BaseException) -> None:
-        assert isinstance(error, KilledWorker)
+    def _died(self, task: PartitionTask, error: KilledWorker) -> None:
         index = task.partition.index
-        if self._shared and index not in self._alone:
+        if (
+            decide("worker-death", self.job.retries, had_company=self._shared, was_alone=index in self._alone)
+            is not None
+        ):
             logger.warning(
                 "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
             )
@@ -505,14 +389,7 @@ class _Window:
 
     def _give_up_partition(self, failure: Failure) -> None:
         logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
-        self.failed[failure.index] = failure.reason
-        self.on_failure(failure)
-        if not self._succeeded and len(self.failed) >= self.job.max_failures:
-            raise PartitionsFailedError(
-                f"the first {len(self.failed)} partitions all failed, so the job was stopped; the first because: "
-                f"{next(iter(self.failed.values()))}",
-                self.failed,
-            )
+        self._events.append(Failed(failure))
 
     def _workers(self) -> dict[str, Any]:
         # Client.scheduler_info() lists only five workers, or waits forever when the scheduler is gone.

@@ -1,0 +1,202 @@
+"""Calibrate a run on one worker, check that workers fit it, and record what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import uuid
+
+import numpy as np
+
+from dask_logits.cache.profile import earns, save_array, save_id_table
+from dask_logits.data.items import make_items
+from dask_logits.data.tokens import sample_documents
+from dask_logits.errors import ClusterError, RunConflictError
+from dask_logits.files.atomic import Json, create_json, read_json
+from dask_logits.job.driver import teacher_spec
+from dask_logits.job.executor import Executor
+from dask_logits.job.prepare import Job, check_folder
+from dask_logits.job.progress import Steps
+from dask_logits.job.reporter import Reporter
+from dask_logits.job.roster import leave_out_misfits
+from dask_logits.records import Array
+from dask_logits.run.folder import FORMAT, VERSION
+from dask_logits.run.timings import plural
+from dask_logits.teacher.checkpoint import resolve_dtype
+from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
+from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
+
+logger = logging.getLogger(__name__)
+
+# Divisor for a trial's time limit. All trials at their limits leave half of the calibration's total time.
+_TRIALS_IN_STALL = 8
+
+
+def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> Json:
+    """Determine the numerics on a worker. Return the content of ``calibration.json``, with the id table."""
+    reporter.report("calibrating")
+    generation = job.config.teacher.generation
+    batch_tokens, head_rows = auto_budgets(executor.device, generation.batch_tokens, generation.head_rows)
+    documents: list[Array] = []
+    tokens = 0
+    plan_tokens = _tokens_each(job, executor)
+    for one in sample_documents(enumerate(job.source.head()), job.tokenizer_spec):
+        documents += one.tokens
+        tokens += sum(map(len, one.tokens))
+        if tokens >= CALIBRATION_TOKENS:
+            break
+    else:
+        # The stream has ended here, whatever its limit is.
+        plan_tokens = tokens
+    sequences = [item.tokens for item in make_items(documents, job.items)]
+    task = CalibrationTask(
+        teacher=teacher_spec(
+            job,
+            dtype=resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, executor.device),
+            device=executor.device,
+            torch_threads=executor.torch_threads,
+        ),
+        documents=first_documents(sequences, CALIBRATION_TOKENS),
+        plan_tokens=plan_tokens,
+        top_k=generation.top_k,
+        vocab_size=job.tokenizer_spec.vocab_size,
+        batch_size=generation.batch_size,
+        batch_tokens=batch_tokens,
+        batch_tokens_fixed=generation.batch_tokens != "auto",
+        head_rows=head_rows,
+        logits=job.config.scoring.logits,
+        compile=job.config.scoring.compile,
+        compact=_is_compact(job),
+        most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
+    )
+    logger.info(
+        "calibrating on %s; a long plan also tries larger batches and compiled layers",
+        plural(len(task.documents), "sequence"),
+    )
+    with Steps("calibrating") as steps:
+
+        def on_step(step: str) -> None:
+            steps.show(step)
+            reporter.report("calibrating", step=step)
+
+        return executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
+
+
+def _log_calibration(calibration: Json) -> None:
+    numerics = calibration["numerics"]
+    path = numerics["path"]
+    logger.info(
+        "calibrated: %s on %s, %.0f tokens/s for each worker, MFU %s, batches of %d tokens",
+        numerics["dtype"],
+        numerics["device"],
+        calibration["tokens_per_second"],
+        "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
+        numerics["batch_tokens"],
+    )
+    layers = "compiled" if path["compiled"] else "eager"
+    logger.info("scoring path: %s layers, attention %s, head %s", layers, path["attention"], path["head"])
+    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in calibration["kept_mass_by_k"].items())
+    logger.info("kept mass by k: %s", masses or "no tokens")
+
+
+def _is_compact(job: Job) -> bool:
+    wanted = job.config.cache.profile
+    if wanted != "auto":
+        return wanted == "compact"
+    top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
+    return earns(top_k, vocab_size, job.estimate.tokens, job.estimate.partition_tokens)
+
+
+def _tokens_each(job: Job, executor: Executor) -> int | None:
+    """Return the tokens that one worker will score, or None if unknown."""
+    if job.estimate.tokens is None:
+        return None
+    return job.estimate.tokens // (job.share.total * executor.n_workers)
+
+
+def check_device(job: Job, calibration: Json, executor: Executor) -> None:
+    """Refuse another device than the calibration's.
+
+    Raises
+    ------
+    RunConflictError
+        If it differs.
+    """
+    frozen = calibration["numerics"]["device"]
+    if frozen != executor.device:
+        raise RunConflictError(
+            f"{job.run.path}: this run was calibrated on {frozen!r}, the workers now are {executor.device!r}, and the "
+            "bits would differ; resume it there, or choose another distillation.teacher.cache_dir",
+            {"device": (frozen, executor.device)},
+        )
+
+
+def check_environment(job: Job, calibration: Json | None, executor: Executor) -> None:
+    """Exclude workers with another environment than the run's, and refuse if none remains.
+
+    Raises
+    ------
+    RunConflictError
+        If all workers have another environment than the calibration's.
+    ClusterError
+        If no worker has this release of the package.
+    """
+    if job.config.cluster.allow_mixed_workers or not executor.environments:
+        return
+    expected = (calibration or {}).get("environment")
+    if calibration is not None and expected is None:
+        return
+    if leave_out_misfits(executor.roster, executor.environments, expected):
+        return
+    if expected is None:
+        raise ClusterError(
+            "distillation.cluster: expected workers with this release of dask_logits, got none:\n"
+            f"{executor.roster.listed()}\ninstall the same release on this machine and on all workers"
+        )
+    raise RunConflictError(
+        f"{job.run.path}: this run was calibrated in another environment, and its targets would differ in their last "
+        f"bits or more:\n{executor.roster.listed()}\n"
+        "use workers with the environment of the run, or set distillation.cluster.allow_mixed_workers=true, which "
+        "records the environment of each partition, or start over with "
+        "distillation.teacher.generation.force_regenerate=true",
+    )
+
+
+def record(job: Job, calibration: Json) -> Json:
+    """Write the manifest, the id table and the numerics, unless they exist. Return the valid numerics."""
+    created = create_json(
+        job.run.manifest_path,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "run_id": uuid.uuid4().hex,
+            "created": time.time(),
+            "fingerprint": job.fingerprint,
+            "what": job.what,
+            "numerics": job.numerics,
+            "total_workers": job.share.total,
+            "commit": job.source.commit,
+            "files": list(job.source.file_states),
+            "how": dataclasses.asdict(job.config),
+            "teacher": dataclasses.asdict(job.teacher),
+            "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
+            "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
+        },
+    )
+    if not created:
+        # Another static worker may have been first since the last check of the folder.
+        check_folder(job)
+    if job.tokenizer:
+        save_array(job.run.token_crcs_path, job.tokenizer.crcs)
+    table = calibration.pop("id_table", None)
+    calibration["storage"] = {
+        "profile": "plain" if table is None else "compact",
+        "precision": job.config.cache.precision,
+        "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
+    }
+    calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
+    if create_json(job.run.calibration_path, calibration):
+        _log_calibration(calibration)
+    logger.info("%s run in %s", "new" if created else "resumed", job.run.path)
+    return read_json(job.run.calibration_path) or calibration

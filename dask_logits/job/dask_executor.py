@@ -1,0 +1,119 @@
+"""Run tasks as ``dask.delayed`` in the workers of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Client
+
+from dask_logits.config import JobConfig
+from dask_logits.errors import ClusterError
+from dask_logits.files.atomic import Json
+from dask_logits.job.executor import Event, Trial, Waiting
+from dask_logits.job.remote import TOKENS_TOPIC
+from dask_logits.job.roster import Roster
+from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, wait_for_scheduler
+from dask_logits.job.single import run_one
+from dask_logits.job.trials import passes, two_deaths_are_enough
+from dask_logits.job.window import Window
+from dask_logits.worker.environment import Environment
+from dask_logits.worker.task import PartitionTask
+
+_POLL_SECONDS = 0.5
+_EVENT_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaskExecutor:
+    """The workers of a Dask cluster (:class:`~dask_logits.job.executor.Executor`).
+
+    Parameters
+    ----------
+    client
+        A connected client.
+    job
+        Retries and timeouts.
+    """
+
+    client: Client
+    job: JobConfig
+    device: str
+    torch_threads: int
+    dashboard: str | None
+    environments: Mapping[str, Environment]
+    roster: Roster
+
+    @property
+    def n_workers(self) -> int:
+        """Number of workers at present, at least 1."""
+        return max(1, len(self.client.ncores()))
+
+    def run(
+        self, tasks: Iterator[PartitionTask | None], run_id: str, is_reading: Callable[[], bool] = lambda: False
+    ) -> Generator[Event, None, None]:
+        """Run tasks until none is left. After a lost connection the scheduler is waited for."""
+        client, window = self.client, Window(self.client, tasks, self.job, self.roster)
+        tokens: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        topic = TOKENS_TOPIC + run_id
+
+        def subscribe() -> None:
+            client.subscribe_topic(topic, lambda event: tokens.put(event[1]))
+
+        subscribe()
+        try:
+            while True:
+                try:
+                    if not window.fill():
+                        break
+                    is_done = window.wait(_POLL_SECONDS)
+                    while not tokens.empty():
+                        scored = tokens.get()
+                        window.note_tokens(scored["partition"], scored["tokens"])
+                    if is_reading():
+                        window.last_progress = time.monotonic()
+                    if not is_done:
+                        window.check_stall()
+                    window.check_hung()
+                    yield from window.events() or [Waiting()]
+                except SchedulerLostError:
+                    for _ in wait_for_scheduler(client, self.job.stall_seconds):
+                        yield Waiting()
+                    # To the scheduler, a reconnected client is a new one.
+                    subscribe()
+                    window.note_reconnection()
+            yield from window.events()
+        finally:
+            window.release()
+            if client.status == "running":
+                client.unsubscribe_topic(topic)
+
+    def call(
+        self,
+        function: Callable[[Any, Callable[[str], None]], Json],
+        argument: Any,
+        *,
+        on_step: Callable[[str], None] = lambda step: None,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> Json:
+        """Run one function on one worker, and on another if the first is lost."""
+        return run_one(self.client, function, argument, self.job, roster=self.roster, on_step=on_step, on_turn=on_turn)
+
+    @contextlib.contextmanager
+    def trials(self) -> Iterator[Trial]:
+        """Return a function that scores some rows of a partition without storing the results."""
+        with two_deaths_are_enough(self.client):
+            yield functools.partial(passes, self.client, seconds=self.job.stall_seconds, roster=self.roster)
+
+    def announce(self, topic: str, message: Json) -> None:
+        """Log an event at the scheduler. A lost scheduler is noticed elsewhere."""
+        if self.client.status == "running":
+            with contextlib.suppress(ClusterError):
+                call_scheduler(
+                    self.client, lambda: self.client.scheduler.log_event(topic=topic, msg=message), _EVENT_SECONDS
+                )

@@ -1,0 +1,41 @@
+"""What Dask calls inside a worker process: thin wrappers that report progress as Dask events."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distributed import get_worker
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+
+from dask_logits.files.atomic import Json
+from dask_logits.worker.task import PartitionTask, Stages, process_partition, try_rows
+
+TOKENS_TOPIC = "dask_logits.tokens."
+# The computing thread of a process. Dask's own executor is used, because its threads do not block process exit.
+SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
+# Locks shared by the threads of a process.
+STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
+
+
+def run_on_worker(task: PartitionTask) -> Json:
+    """Run a partition inside a Dask worker. Return its receipt and the worker."""
+    worker = get_worker()
+    topic, index = TOKENS_TOPIC + task.run_id, task.partition.index
+    receipt = process_partition(
+        task, lambda tokens: worker.log_event(topic, {"tokens": tokens, "partition": index}), STAGES
+    )
+    return {"receipt": receipt, "worker": worker.address}
+
+
+def try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
+    """Score some rows of a partition inside a Dask worker, and discard the results."""
+    try_rows(task, first, n_rows, STAGES)
+
+
+def call_on_worker(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, topic: str) -> Json:
+    """Call a function in a Dask worker's computing thread, and report its steps as events."""
+    worker = get_worker()
+    result: Json = SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()
+    return result

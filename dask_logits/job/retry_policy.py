@@ -1,0 +1,117 @@
+"""The retry policy: what happens to a partition after a failure, as pure functions.
+
+A failure is the fault of the partition or of its worker, and only another worker can tell which. Therefore a partition
+is retried on a worker where it has not failed, and counts as bad only after it failed on two (or on the only one). A
+partition whose worker died or hung is retried once more, alone on its worker, because a companion may be the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, TeacherError
+
+_FIRST_REST_SECONDS = 2.0
+_LONGEST_REST_SECONDS = 60.0
+# Workers that must fail to load or run the teacher, or to fit a row into memory, before a partition fails permanently.
+_MOST_LOADS = 3
+
+# An I/O error, an unusable row, a worker that cannot score, a worker that died several times during the partition, a
+# worker or submission that disappeared, no sign of life.
+Event = Literal["transient", "data", "worker", "worker-death", "lost", "hang"]
+
+
+@dataclass(frozen=True)
+class Again:
+    """Retry a partition.
+
+    Parameters
+    ----------
+    seconds
+        Time to wait before.
+    alone
+        Whether to run it last, with no other partition on its worker.
+    """
+
+    seconds: float = 0.0
+    alone: bool = False
+
+
+def classify(error: BaseException) -> Literal["transient", "data", "worker"]:
+    """Return the kind of failure of a task's exception.
+
+    >>> classify(ConnectionResetError("peer")), classify(ValueError("row")), classify(ImportError("torch"))
+    ('transient', 'data', 'worker')
+    """
+    # The teacher cannot be loaded or run, as opposed to non-finite logits of a row.
+    teacher = isinstance(error, TeacherError) and error.row is None
+    if teacher or isinstance(error, ImportError | ClusterError | CapacityError):
+        return "worker"
+    transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
+    return "transient" if transient else "data"
+
+
+def rest_seconds(failures: int) -> float:
+    """Return the waiting time after a number of failures.
+
+    >>> [rest_seconds(failures) for failures in (1, 2, 5, 6, 50)]
+    [2.0, 4.0, 32.0, 60.0, 60.0]
+    """
+    return min(_FIRST_REST_SECONDS * 2.0 ** min(failures - 1, 10), _LONGEST_REST_SECONDS)
+
+
+def decide(
+    event: Event,
+    retries: int,
+    *,
+    tried: Collection[str] = (),
+    usable: Collection[str] = (),
+    losses: int = 0,
+    had_company: bool = False,
+    was_alone: bool = False,
+) -> Again | None:
+    """Decide whether a partition is retried.
+
+    Parameters
+    ----------
+    event
+        What happened to it.
+    retries
+        The setting ``distillation.job.retries``.
+    tried
+        Workers on which it raised an error, in order. The last one may be named several times.
+    usable
+        Workers that may get work.
+    losses
+        Number of times that it was lost.
+    had_company
+        Whether another partition may have run on its worker.
+    was_alone
+        Whether this was its attempt alone.
+
+    Returns
+    -------
+    Again or None
+        None: it has failed permanently.
+
+    Examples
+    --------
+    >>> decide("data", 2, tried="a", usable="ab"), decide("data", 2, tried="ab", usable="abc")
+    (Again(seconds=0.0, alone=False), None)
+    """
+    if event == "lost":
+        return Again() if losses <= retries + 1 else None
+    if event == "hang":
+        return None if was_alone else Again(alone=True)
+    if event == "worker-death":
+        return Again(alone=True) if had_company and not was_alone else None
+    n_failures, n_workers = len(tried), len(set(tried))
+    has_others = bool(set(usable) - set(tried))
+    enough = 1 if not has_others else _MOST_LOADS if event == "worker" else 2
+    if n_failures > retries + _MOST_LOADS:
+        return None
+    if event == "transient":
+        return None if n_failures > retries and n_workers >= enough else Again(rest_seconds(n_failures))
+    return None if n_workers >= enough else Again()

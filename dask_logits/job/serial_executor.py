@@ -1,0 +1,237 @@
+"""Run tasks in this process, without a cluster: a static worker, a notebook, or a debugger."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from distributed.threadpoolexecutor import ThreadPoolExecutor
+
+from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.errors import ClusterError, DaskLogitsError
+from dask_logits.files.atomic import Json, no_room
+from dask_logits.job.executor import (
+    Committed,
+    Event,
+    Failed,
+    Progress,
+    Trial,
+    Waiting,
+    failure_of,
+    no_room_for,
+    stalled,
+    too_slow,
+    unreadable_there,
+)
+from dask_logits.job.gpus import own_gpus
+from dask_logits.job.remote import SCORER, STAGES
+from dask_logits.job.retry_policy import classify, decide
+from dask_logits.job.roster import Roster
+from dask_logits.job.workers import local_device, threads_each
+from dask_logits.worker.environment import environment
+from dask_logits.worker.task import PartitionTask, process_partition, try_rows
+
+logger = logging.getLogger(__name__)
+
+_HERE = "this process"
+# One partition is scored while another is read or written.
+_PARTITIONS = 2
+_POLL_SECONDS = 0.2
+_STREAM_POLL_SECONDS = 0.05
+# Time for a batch to end after an interruption.
+_STOP_SECONDS = 8.0
+
+
+class _StoppedError(Exception):
+    """Ends a partition at its next batch, because nobody waits for it."""
+
+
+class SerialExecutor:
+    """One worker, in threads of this process (:class:`~dask_logits.job.executor.Executor`).
+
+    Parameters
+    ----------
+    device
+        ``cpu`` or ``cuda``.
+    torch_threads
+        CPU threads for scoring.
+    job
+        Retries and timeouts.
+    """
+
+    n_workers = 1
+    dashboard = None
+
+    def __init__(self, *, device: str, torch_threads: int, job: JobConfig) -> None:
+        self.device = device
+        self.torch_threads = torch_threads
+        self.environments = {_HERE: environment(device)}
+        self.roster = Roster(hosts={_HERE: socket.gethostname()})
+        self._job = job
+        self._pool = ThreadPoolExecutor(_PARTITIONS, thread_name_prefix="dask_logits-partition")
+        self._stop = threading.Event()
+
+    def run(
+        self, tasks: Iterator[PartitionTask | None], run_id: str, is_reading: Callable[[], bool] = lambda: False
+    ) -> Generator[Event, None, None]:
+        """Run tasks until none is left."""
+        seconds = self._job.stall_seconds
+        news: queue.SimpleQueue[Progress | Future[Json]] = queue.SimpleQueue()
+        later: list[tuple[float, PartitionTask]] = []
+        running: dict[Future[Json], PartitionTask] = {}
+        n_failures: Counter[int] = Counter()
+        is_exhausted, alive = False, time.monotonic()
+        while True:
+            is_starved = False
+            while len(running) < _PARTITIONS:
+                task = _due(later)
+                if task is None and not is_exhausted:
+                    try:
+                        task = next(tasks)
+                        is_starved = task is None
+                    except StopIteration:
+                        is_exhausted = True
+                if task is None:
+                    break
+                future = self._pool.submit(process_partition, task, self._reporter(task, news.put), STAGES)
+                running[future] = task
+                future.add_done_callback(news.put)
+            if is_exhausted and not running and not later:
+                return
+            try:
+                found = news.get(timeout=_STREAM_POLL_SECONDS if is_starved else _POLL_SECONDS)
+            except queue.Empty:
+                found = None
+            now = time.monotonic()
+            if found is not None or is_reading() or (later and not running):
+                alive = now
+            if now - alive > seconds:
+                flying = ", ".join(sorted(task.partition.name for task in running.values())) or "none"
+                raise stalled(seconds, now - alive, f"partitions {flying} in this process")
+            if isinstance(found, Future):
+                task = running.pop(found)
+                error = found.exception()
+                n_failures[task.partition.index] += error is not None
+                yield (
+                    Committed(found.result())
+                    if error is None
+                    else self._failed(task, error, n_failures[task.partition.index], later)
+                )
+            else:
+                yield found or Waiting()
+
+    def _reporter(self, task: PartitionTask, put: Callable[[Progress], None]) -> Callable[[int], None]:
+        def on_tokens(tokens: int) -> None:
+            if self._stop.is_set():
+                raise _StoppedError
+            put(Progress(task.partition.index, tokens))
+
+        return on_tokens
+
+    def _failed(
+        self, task: PartitionTask, error: BaseException, n_failures: int, later: list[tuple[float, PartitionTask]]
+    ) -> Event:
+        """Retry a partition after an error, or declare it failed."""
+        where = self.roster.name(_HERE)
+        if (cause := no_room(error)) is not None:
+            raise no_room_for(task, cause, where) from error
+        if isinstance(error, ClusterError):
+            raise error
+        kind = classify(error)
+        again = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
+        if again is None:
+            return Failed(
+                failure_of(task, error, error.__traceback__, kind=kind, attempts=n_failures, workers=(where,))
+            )
+        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, again.seconds)
+        later.append((time.monotonic() + again.seconds, task))
+        return Waiting()
+
+    def call(
+        self,
+        function: Callable[[Any, Callable[[str], None]], Json],
+        argument: Any,
+        *,
+        on_step: Callable[[str], None] = lambda step: None,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> Json:
+        """Run one function in the computing thread and wait for it."""
+        name = function.__name__
+        steps: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def step(text: str) -> None:
+            if self._stop.is_set():
+                raise _StoppedError
+            steps.put(text)
+
+        future = SCORER.submit(function, argument, step)
+        deadline = time.monotonic() + self._job.stall_seconds
+        try:
+            while not future.done():
+                if time.monotonic() > deadline:
+                    raise too_slow(name, self._job.stall_seconds)
+                with contextlib.suppress(queue.Empty):
+                    on_step(steps.get(timeout=_POLL_SECONDS))
+                on_turn()
+            while not steps.empty():
+                on_step(steps.get())
+            result: Json = future.result()
+        except OSError as error:
+            if isinstance(error, DaskLogitsError) or no_room(error) is not None:
+                raise
+            raise unreadable_there(name, error, self.roster.name(_HERE)) from error
+        return result
+
+    @contextlib.contextmanager
+    def trials(self) -> Iterator[Trial]:
+        """Return a function that scores some rows of a partition without storing the results."""
+        yield self._passes
+
+    def _passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
+        future = self._pool.submit(try_rows, task, first, n_rows, STAGES)
+        try:
+            return future.exception(self._job.stall_seconds) is None
+        except TimeoutError:
+            raise too_slow("try_rows", self._job.stall_seconds) from None
+
+    def close(self) -> None:
+        """Stop at the next batch, and wait a moment for it."""
+        self._stop.set()
+        self._pool.shutdown(timeout=_STOP_SECONDS)
+
+    def announce(self, topic: str, message: Json) -> None:
+        """Do nothing: there are no monitors but those that read the run folder."""
+
+
+def _due(later: list[tuple[float, PartitionTask]]) -> PartitionTask | None:
+    """Take a partition whose time has come."""
+    now = time.monotonic()
+    due = next((entry for entry in later if entry[0] <= now), None)
+    if due is None:
+        return None
+    later.remove(due)
+    return due[1]
+
+
+@contextlib.contextmanager
+def open_process(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) -> Iterator[SerialExecutor]:
+    """Prepare this process for scoring. On GPUs, it sees only its own.
+
+    Raises
+    ------
+    ClusterError
+        If no GPU is visible but one is requested, or this process uses other GPUs already.
+    """
+    device = local_device(generation, config)
+    with own_gpus(generation) if device == "cuda" else contextlib.nullcontext():
+        executor = SerialExecutor(device=device, torch_threads=threads_each(generation, 1), job=job)
+        with contextlib.closing(executor):
+            yield executor

@@ -1,0 +1,221 @@
+"""Jobs in this process: the same content as in a cluster, failures, retries, hangs and interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from builders import cache_dir, digest, run, wait_for
+from test_cluster import COMMAND
+
+import dask_logits
+from dask_logits import CapacityError, ClusterError, PartitionsFailedError, load_config, read_status
+from dask_logits.config import JobConfig
+from dask_logits.job import serial_executor
+from dask_logits.job.executor import Committed, Failed, Progress, Waiting
+from dask_logits.job.serial_executor import SerialExecutor
+from dask_logits.run.plan import Partition
+from dask_logits.worker import task as task_module
+from dask_logits.worker.task import PartitionTask
+
+
+def task(index: int) -> PartitionTask:
+    """The part of a task that an executor looks at."""
+    made = object.__new__(PartitionTask)
+    object.__setattr__(made, "partition", Partition(index=index, first_row=index, n_rows=1))
+    return made
+
+
+@pytest.fixture
+def executor():
+    with contextlib.closing(SerialExecutor(device="cpu", torch_threads=1, job=JobConfig(retries=1))) as made:
+        yield made
+
+
+def pretend(monkeypatch, act) -> None:
+    """Replace the partition task."""
+    monkeypatch.setattr(serial_executor, "process_partition", lambda task, on_tokens, stages: act(task, on_tokens))
+
+
+def test_this_process_and_a_cluster_give_the_same_cache(here, joined, tmp_path) -> None:
+    cache = run(here)
+    assert digest(cache) == digest(run(joined, f"distillation.teacher.cache_dir={tmp_path / 'cluster'}"))
+    by = {json.loads(path.read_text())["process"] for path in (cache_dir(here) / "receipts").rglob("*.json")}
+    assert by == {os.getpid()}
+    assert read_status(cache_dir(here)).dashboard is None
+
+
+def test_events_tell_what_happens(executor, monkeypatch) -> None:
+    def act(task, on_tokens):
+        on_tokens(3)
+        on_tokens(4)
+        return {"partition": task.partition.index}
+
+    pretend(monkeypatch, act)
+    events = list(executor.run(iter([None, task(0), None, task(1), task(2)]), "r"))
+    assert sorted(e.receipt["partition"] for e in events if isinstance(e, Committed)) == [0, 1, 2]
+    for index in range(3):
+        assert [e.tokens for e in events if isinstance(e, Progress) and e.index == index] == [3, 4]
+        of_partition = [e for e in events if e in (Progress(index, 4), Committed({"partition": index}))]
+        assert isinstance(of_partition[-1], Committed)
+    assert all(isinstance(e, Committed | Progress | Waiting) for e in events)
+
+
+def test_an_io_error_is_retried_and_bad_data_is_not(executor, monkeypatch) -> None:
+    attempts = []
+
+    def act(task, on_tokens):
+        attempts.append(task.partition.index)
+        if task.partition.index == 0:
+            raise ValueError("odd text")
+        if attempts.count(1) == 1:
+            raise ConnectionResetError("peer")
+        return {"partition": 1}
+
+    pretend(monkeypatch, act)
+    events = list(executor.run(iter([task(0), task(1)]), "r"))
+    (failed,) = [e.failure for e in events if isinstance(e, Failed)]
+    assert (failed.index, failed.kind, failed.reason, failed.attempts) == (0, "data", "odd text", 1)
+    assert "ValueError: odd text" in failed.evidence
+    assert [e for e in events if isinstance(e, Committed)] == [Committed({"partition": 1})]
+    assert sorted(attempts) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError(28, "No space left on device"), CapacityError, "expected room to write partition 000000"),
+        (ClusterError("another release"), ClusterError, "another release"),
+    ],
+)
+def test_what_stops_every_partition_stops_the_job(executor, monkeypatch, error, raised, message) -> None:
+    def act(task, on_tokens):
+        raise error
+
+    pretend(monkeypatch, act)
+    with pytest.raises(raised, match=message):
+        list(executor.run(iter([task(0)]), "r"))
+
+
+def test_a_hang_ends_in_a_diagnosis(monkeypatch) -> None:
+    release = threading.Event()
+    pretend(monkeypatch, lambda task, on_tokens: release.wait(60) and {})
+    executor = SerialExecutor(device="cpu", torch_threads=1, job=JobConfig(stall_seconds=1))
+    with pytest.raises(ClusterError, match="expected progress within 1 s, got none for 1 s with partitions 000000 in"):
+        list(executor.run(iter([task(0)]), "r"))
+
+    def slow(argument, on_step):
+        release.wait(60)
+        return {}
+
+    with pytest.raises(ClusterError, match="expected the slow task to end within 1 s, got nothing"):
+        executor.call(slow, None)
+    release.set()
+    executor.close()
+
+
+def test_closing_ends_a_partition_at_its_next_batch(executor, monkeypatch) -> None:
+    batches = []
+
+    def act(task, on_tokens):
+        for batch in range(600):
+            on_tokens(1)
+            batches.append(batch)
+            time.sleep(0.1)
+        return {"partition": 0}
+
+    pretend(monkeypatch, act)
+    events = executor.run(iter([task(0)]), "r")
+    assert next(event for event in events if isinstance(event, Progress))
+    executor.close()
+    scored = len(batches)
+    time.sleep(0.5)
+    assert len(batches) == scored < 50
+
+
+def test_steps_of_a_call_are_shown_and_an_unreadable_file_is_named(executor) -> None:
+    def measure(argument, on_step):
+        on_step("first")
+        on_step("second")
+        return {"argument": argument}
+
+    steps: list[str] = []
+    assert executor.call(measure, 7, on_step=steps.append) == {"argument": 7}
+    assert steps == ["first", "second"]
+
+    def unreadable(argument, on_step):
+        raise PermissionError(13, "Permission denied", "weights")
+
+    with pytest.raises(ClusterError, match=r"expected a result of the unreadable task, got \[Errno 13\]"):
+        executor.call(unreadable, None)
+
+
+def test_a_row_that_fails_is_found(here, tmp_path, monkeypatch) -> None:
+    def refused(read):
+        def refuse(rows, spec, *, first_row=0):
+            if first_row <= 17 < first_row + len(rows):
+                raise ValueError("odd text")
+            return read(rows, spec, first_row=first_row)
+
+        return refuse
+
+    for name in ("read_documents", "tokenize"):
+        monkeypatch.setattr(task_module, name, refused(getattr(task_module, name)))
+    with pytest.raises(PartitionsFailedError, match="odd text"):
+        run(here)
+    with pytest.raises(PartitionsFailedError, match="because of dataset rows 17"):
+        dask_logits.retry(cache_dir(here), bisect=True)
+    monkeypatch.undo()
+    assert dask_logits.retry(cache_dir(here)).exists()
+
+
+def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> None:
+    whole = digest(run(here, f"distillation.teacher.cache_dir={tmp_path / 'whole'}", "distillation.partition.rows=1"))
+    command = [*COMMAND, *here, "distillation.partition.rows=1"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((cache_dir(here) / "receipts").rglob("*.json")), driver)
+    driver.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, log = driver.communicate(timeout=60)
+    assert driver.returncode == 130, log
+    assert time.monotonic() - started < 10
+    assert "stopped; run the same command again to go on" in log
+    assert 1 <= read_status(cache_dir(here)).committed < 40
+    assert digest(run(here, "distillation.partition.rows=1")) == whole
+
+
+def test_a_serial_job_has_one_worker_and_no_scheduler(here) -> None:
+    with pytest.raises(dask_logits.ConfigError) as caught:
+        load_config(
+            [*here, "distillation.teacher.generation.num_workers=2", "distillation.cluster.scheduler=tcp://a:1"]
+        )
+    assert "num_workers: expected 1 with cluster serial, got 2" in str(caught.value)
+    assert "cluster.scheduler: expected null with cluster serial, got 'tcp://a:1'" in str(caught.value)
+
+
+def test_a_job_runs_in_a_process_that_cannot_start_others(here, tmp_path) -> None:
+    code = """
+import multiprocessing, sys
+from dask_logits import generate, load_config
+
+def job(overrides):
+    print(generate(load_config(overrides)))
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=job, args=(sys.argv[1:],), daemon=True)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+    script = tmp_path / "job.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script), *here], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("teacher_logits.h5")
