@@ -147,10 +147,13 @@ class CapacityError(DaskLogitsError, OSError):
         The arithmetic and the remedy.
     needed_bytes, free_bytes
         Both sides of the comparison.
+    row
+        Index of the dataset row that does not fit, if any.
     """
 
-    def __init__(self, message: str, needed_bytes: int = 0, free_bytes: int = 0) -> None:
+    def __init__(self, message: str, needed_bytes: int = 0, free_bytes: int = 0, row: int | None = None) -> None:
         super().__init__(message)
+        self.row = row
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
 

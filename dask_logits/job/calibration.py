@@ -65,6 +65,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> Json:
         batch_tokens=batch_tokens,
         batch_tokens_fixed=generation.batch_tokens != "auto",
         head_rows=head_rows,
+        head_rows_fixed=generation.head_rows != "auto",
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
         compact=_is_compact(job),

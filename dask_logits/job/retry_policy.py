@@ -2,11 +2,13 @@
 
 A failure is the fault of the partition or of its worker, and only another worker can tell which. Therefore a partition
 is retried on a worker where it has not failed, and counts as bad only after it failed on two (or on the only one). A
-partition whose worker died or hung is retried once more, alone on its worker, because a companion may be the cause.
+partition whose worker died or hung is retried once more, alone on its worker, because a companion may be the cause. An
+error of a device is the worker's fault, unless a worker that completes other partitions fails this one twice.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +17,17 @@ from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogi
 
 _FIRST_REST_SECONDS = 2.0
 _LONGEST_REST_SECONDS = 60.0
-# Workers that must fail to load or run the teacher, or to fit a row into memory, before a partition fails permanently.
-_MOST_LOADS = 3
+# Attempts beyond the retries, whatever the failures are.
+_MOST_MORE = 3
+# Failures on working devices after which the partition is the cause.
+_MOST_ON_GOOD_DEVICES = 2
+# Errors of CUDA, its libraries and Triton reach torch as a RuntimeError. After most of them, every later call of the
+# process fails, too.
+_DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|NVML|Triton Error|NCCL")
 
-# An I/O error, an unusable row, a worker that cannot score, a worker that died several times during the partition, a
-# worker or submission that disappeared, no sign of life.
-Event = Literal["transient", "data", "worker", "worker-death", "lost", "hang"]
+# An I/O error, an unusable row, a device or worker that cannot score, a worker that died several times during the
+# partition, a worker or submission that disappeared, no sign of life.
+Event = Literal["transient", "data", "device", "worker-death", "lost", "hang"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,31 @@ class Again:
     alone: bool = False
 
 
-def classify(error: BaseException) -> Literal["transient", "data", "worker"]:
+def classify(error: BaseException) -> Literal["transient", "data", "device"]:
     """Return the kind of failure of a task's exception.
 
     >>> classify(ConnectionResetError("peer")), classify(ValueError("row")), classify(ImportError("torch"))
-    ('transient', 'data', 'worker')
+    ('transient', 'data', 'device')
     """
-    # The teacher cannot be loaded or run, as opposed to non-finite logits of a row.
-    teacher = isinstance(error, TeacherError) and error.row is None
-    if teacher or isinstance(error, ImportError | ClusterError | CapacityError):
-        return "worker"
+    # The teacher cannot be loaded or run, as opposed to non-finite logits or too little memory for a row.
+    of_no_row = isinstance(error, TeacherError | CapacityError) and error.row is None
+    if of_no_row or isinstance(error, ImportError | ClusterError) or is_poisoned(error):
+        return "device"
     transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
     return "transient" if transient else "data"
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Whether the process of this error must be restarted, because its device cannot be used again.
+
+    >>> is_poisoned(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    True
+    """
+    # Recognised without importing torch.
+    if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+        return False
+    is_torchs = any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__)
+    return is_torchs or (isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error))))
 
 
 def rest_seconds(failures: int) -> float:
@@ -71,6 +91,7 @@ def decide(
     losses: int = 0,
     had_company: bool = False,
     was_alone: bool = False,
+    on_good_devices: int = 0,
 ) -> Again | None:
     """Decide whether a partition is retried.
 
@@ -90,6 +111,8 @@ def decide(
         Whether another partition may have run on its worker.
     was_alone
         Whether this was its attempt alone.
+    on_good_devices
+        Failures of a device that completed other partitions before and has not failed any other since.
 
     Returns
     -------
@@ -107,10 +130,12 @@ def decide(
         return None if was_alone else Again(alone=True)
     if event == "worker-death":
         return Again(alone=True) if had_company and not was_alone else None
+    if event == "device":
+        return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else Again()
     n_failures, n_workers = len(tried), len(set(tried))
     has_others = bool(set(usable) - set(tried))
-    enough = 1 if not has_others else _MOST_LOADS if event == "worker" else 2
-    if n_failures > retries + _MOST_LOADS:
+    enough = 2 if has_others else 1
+    if n_failures > retries + _MOST_MORE:
         return None
     if event == "transient":
         return None if n_failures > retries and n_workers >= enough else Again(rest_seconds(n_failures))

@@ -2,7 +2,7 @@
 
 A worker that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A worker
 that fails three times in a row, the last time after others completed two of its partitions, gets no more work. A worker
-with another environment than the run's gets none at all.
+with another environment than the run's gets none at all, and neither does one whose device fails three times in a row.
 """
 
 from __future__ import annotations
@@ -32,14 +32,25 @@ class Roster:
         Address → name of the machine, if reported by the worker.
     left_out
         Address → reason why this worker gets no work.
+    nannies
+        Address → address of its nanny, which stays the same when the worker is restarted.
+    gpus
+        Address → its GPU, if reported by the worker.
     """
 
     hosts: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    nannies: dict[str, str] = field(default_factory=dict)
+    gpus: dict[str, str] = field(default_factory=dict)
     _tried: dict[int, list[str]] = field(default_factory=dict)
     # Failures in a row: worker → partition → time when another worker completed it.
     _charges: dict[str, dict[int, float | None]] = field(default_factory=dict)
     _rests_until: dict[str, float] = field(default_factory=dict)
+    # Nannies of workers that have completed a partition, and partitions that failed on a device in a row.
+    _proven: set[str] = field(default_factory=set)
+    _sick: dict[str, list[int]] = field(default_factory=dict)
+    # Partition → failures on devices that work.
+    _on_good_devices: Counter[int] = field(default_factory=Counter)
 
     def name(self, worker: str) -> str:
         """Return a worker's address with its host.
@@ -47,7 +58,8 @@ class Roster:
         >>> Roster(hosts={"tcp://10.0.0.2:4001": "node2"}).name("tcp://10.0.0.2:4001")
         'tcp://10.0.0.2:4001 on node2'
         """
-        return f"{worker} on {self.host(worker)}"
+        gpu = self.gpus.get(worker) or self.gpus.get(self._nanny(worker))
+        return f"{worker} on {self.host(worker)}{f' ({gpu})' if gpu else ''}"
 
     def host(self, worker: str) -> str:
         """Return the machine of a worker: its name, or the host part of its address."""
@@ -88,10 +100,36 @@ class Roster:
         self.leave_out({worker: reason})
         return reason
 
+    def note_device_failure(self, worker: str, index: int) -> tuple[int, str | None]:
+        """Record that a device failed while it computed a partition.
+
+        Returns
+        -------
+        int
+            Failures of the partition on devices that work.
+        str or None
+            The reason if the worker should get no more work.
+        """
+        self._tried.setdefault(index, []).append(worker)
+        nanny = self._nanny(worker)
+        in_a_row = self._sick.setdefault(nanny, [])
+        in_a_row.append(index)
+        is_good = nanny in self._proven and set(in_a_row) == {index}
+        self._on_good_devices[index] += is_good
+        if is_good or len(in_a_row) < _FAILURES_IN_A_ROW:
+            return self._on_good_devices[index], None
+        return self._on_good_devices[index], f"its device failed {len(in_a_row)} times in a row"
+
+    def _nanny(self, worker: str) -> str:
+        return self.nannies.get(worker, worker)
+
     def note_success(self, worker: str | None, index: int, now: float) -> None:
         """Record that a partition was completed."""
         self._tried.pop(index, None)
+        self._on_good_devices.pop(index, None)
         if worker is not None:
+            self._proven.add(self._nanny(worker))
+            self._sick.pop(self._nanny(worker), None)
             self._charges.pop(worker, None)
             self._rests_until.pop(worker, None)
         for charges in self._charges.values():
@@ -100,6 +138,8 @@ class Roster:
 
     def note_bad(self, index: int) -> None:
         """Record that a partition has failed permanently, which is not the fault of a worker."""
+        for in_a_row in self._sick.values():
+            in_a_row[:] = [other for other in in_a_row if other != index]
         for worker in self._tried.pop(index, []):
             charges = self._charges.get(worker, {})
             charges.pop(index, None)

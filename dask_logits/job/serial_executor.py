@@ -146,6 +146,11 @@ class SerialExecutor:
         if isinstance(error, ClusterError):
             raise error
         kind = classify(error)
+        if kind == "device":
+            raise ClusterError(
+                f"distillation.cluster: expected a device that can score, got {error or repr(error)} from {where}; see "
+                "that it works, then run the same command again"
+            ) from error
         again = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
         if again is None:
             return Failed(

@@ -24,7 +24,7 @@ from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.files.atomic import Json, no_room, only_readable
 from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled
 from dask_logits.job.remote import run_on_worker
-from dask_logits.job.retry_policy import classify, decide
+from dask_logits.job.retry_policy import classify, decide, is_poisoned
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
@@ -92,6 +92,8 @@ class Window:
     _suspects: list[PartitionTask] = field(default_factory=list)
     _alone: set[int] = field(default_factory=set)
     _shared: bool = False
+    # Workers that were restarted because of their device. They come back with another address.
+    _restarted: set[str] = field(default_factory=set)
     # Workers restarted since the last progress.
     _hung_in_a_row: int = 0
     _done: queue.SimpleQueue[Future] = field(default_factory=queue.SimpleQueue)
@@ -102,6 +104,7 @@ class Window:
         now = time.monotonic()
         self._starved = False
         self._present = self._workers()
+        self.roster.nannies |= {worker: facts["nanny"] for worker, facts in self._present.items() if facts.get("nanny")}
         self._take_back_orphans()
         while len(self._running) < self._room(now):
             due = next((entry for entry in self._later if entry[0] <= now), None)
@@ -313,6 +316,9 @@ class Window:
             return
         if self._is_left_out(task, worker, error):
             return
+        if kind == "device":
+            self._device_failed(task, worker, error, future)
+            return
         before = set(self.roster.left_out)
         retired = self.roster.note_failure(worker, index, started=running.started, now=time.monotonic())
         if retired is not None and worker not in before:
@@ -341,6 +347,47 @@ class Window:
             )
         )
 
+    def _device_failed(self, task: PartitionTask, worker: str, error: BaseException, future: Future) -> None:
+        """Restart or retire a worker whose device failed. Its partition is retried, without blame."""
+        index, name = task.partition.index, self.roster.name(worker)
+        if worker in self._restarted or worker in self.roster.left_out:
+            # It failed together with another partition, for the same reason.
+            self._later.append((time.monotonic(), task))
+            return
+        said = str(error) or repr(error)
+        on_good_devices, retired = self.roster.note_device_failure(worker, index)
+        again = decide("device", self.job.retries, on_good_devices=on_good_devices)
+        if again is not None:
+            logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said)
+            self._later.append((time.monotonic() + again.seconds, task))
+        else:
+            tried = tuple(dict.fromkeys(map(self.roster.name, self.roster.tried(index))))
+            self.roster.note_bad(index)
+            trace, attempts = future.traceback(CALL_SECONDS), self._attempts[index]
+            self._give_up_partition(failure_of(task, error, trace, kind="device", attempts=attempts, workers=tried))
+        if retired is not None:
+            self._leave_out({worker: f"{retired}, the last time with: {said}"}, ClusterError)
+        elif is_poisoned(error):
+            self._restart(worker)
+
+    def _restart(self, worker: str) -> None:
+        """Restart a worker, and take its other partitions back without blame."""
+        held = self._held()
+        for key in [key for key in self._running if held.get(key) == worker]:
+            running = self._running.pop(key)
+            running.future.release()
+            self._later.append((time.monotonic(), running.task))
+        self._restarted.add(worker)
+        restart_worker(self.client, worker)
+
+    def _leave_out(self, reasons: dict[str, str], refused: type[ClusterError | CapacityError]) -> None:
+        """Give workers no more work. Raise if none is left."""
+        self.roster.leave_out(reasons)
+        for worker, reason in reasons.items():
+            logger.error("worker %s gets no more work: %s", self.roster.name(worker), reason)
+        if not self.roster.usable(self._present):
+            raise refused(f"distillation.cluster: expected a worker that can score, got none:\n{self.roster.listed()}")
+
     def _is_left_out(self, task: PartitionTask, worker: str, error: BaseException) -> bool:
         """Exclude a worker that cannot score for this run. Its partition is retried elsewhere."""
         full = no_room(error)
@@ -354,11 +401,7 @@ class Window:
                 raise no_room_for(task, full, f"worker {where}")
             alike = {other for other in self._present if self.roster.host(other) == self.roster.host(worker)} | {worker}
         said = str(error) if full is None else f"it cannot write to the run folder ({full}); mount it with write access"
-        self.roster.leave_out(dict.fromkeys(alike, said))
-        logger.error("worker %s gets no more work: %s", where, said)
-        if not self.roster.usable(self._present):
-            refused = CapacityError if full is not None else ClusterError
-            raise refused(f"distillation.cluster: expected a worker that can score, got none:\n{self.roster.listed()}")
+        self._leave_out(dict.fromkeys(alike, said), CapacityError if full is not None else ClusterError)
         self._later.append((time.monotonic(), task))
         return True
 

@@ -14,9 +14,9 @@ from dask_logits.files.atomic import COUNTS, TEXT, Json, check_fields, names_in,
 from dask_logits.run.folder import RunFolder
 
 # In order: a persistent I/O error, an unusable row or teacher, workers that died, a worker that stopped responding,
-# rows that could not be read when the plan was made, arrays that changed on disk after the commit, a worker that
-# cannot score at all.
-Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged", "worker"]
+# rows that could not be read when the plan was made, arrays that changed on disk after the commit, a device or
+# worker that cannot score.
+Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged", "device"]
 
 
 @dataclass(frozen=True, kw_only=True)

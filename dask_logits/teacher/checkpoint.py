@@ -41,6 +41,7 @@ from dask_logits.teacher.locate import (
     refuse_hub_adapter,
 )
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
+from dask_logits.teacher.memory import must_fit
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
 from dask_logits.teacher.weights import main_dtype, prefix_renames
@@ -217,6 +218,11 @@ def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
     return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
 
 
+_TEACHER = (
+    "distillation.teacher.model_path",
+    "use a smaller teacher, distillation.teacher.dtype=bfloat16, or a device with more free memory",
+)
+
 # Teachers held by this process, least recently used first. Runs may share a scheduler, and loading and hashing takes
 # longer than a partition. A GPU holds one teacher, because the calibration assigned all its memory.
 _LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
@@ -289,7 +295,8 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         )
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
-        model, loading = _load_weights(spec, location, architecture)
+        with must_fit(*_TEACHER):
+            model, loading = _load_weights(spec, location, architecture)
         if location.folder is None:
             # The driver has inspected the headers of a folder. Those of a hub model are known once it is downloaded.
             location = dataclasses.replace(location, tensors=hub_tensors(location.base, spec.revision))
@@ -297,9 +304,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
                 refuse_quantized(location.base, location.tensors)
             if prefix_renames(location.tensors):
                 model, loading = _load_weights(spec, location, architecture)
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(f"teacher: expected to fit in memory, got {first_line(error)}") from error
-    except TeacherError:
+    except (TeacherError, CapacityError):
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise TeacherError(
@@ -315,12 +320,8 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         return Teacher(model, vocab_size)
     if spec.device == "cuda":
         require_room(model, *torch.cuda.mem_get_info())
-    try:
+    with must_fit(*_TEACHER):
         model.to("cuda:0" if spec.device == "cuda" else "cpu")
-    except torch.OutOfMemoryError as error:
-        raise CapacityError(
-            f"teacher: expected to fit on the GPU, got {first_line(error)}; use a smaller teacher or dtype"
-        ) from error
     return Teacher(model, vocab_size)
 
 

@@ -26,6 +26,7 @@ from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.records import TOKEN_ARRAYS, Array, Records, schema
 from dask_logits.teacher.batching import plan_batches
+from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Stopwatch
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.topk import padded_width, topk_with_tail
@@ -184,9 +185,13 @@ class _Run:
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)
-        self.logits_RV = torch.full(
-            (settings.head_rows, width), -torch.inf, dtype=self.teacher.logits_dtype, device=device
-        )
+        dtype = self.teacher.logits_dtype
+        n_bytes = settings.head_rows * width * dtype.itemsize
+        with must_fit(
+            f"distillation.teacher.generation.head_rows={settings.head_rows}",
+            f"the logits of a chunk take {n_bytes / 2**30:.2f} GiB: lower it, or free memory of the device",
+        ):
+            self.logits_RV = torch.full((settings.head_rows, width), -torch.inf, dtype=dtype, device=device)
 
     def parts(self, number: int, batch: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Yield a batch, or in order its parts that fit into memory. Parts that do not fit are halved."""
@@ -207,7 +212,8 @@ class _Run:
                 raise CapacityError(
                     f"dataset row {item.spans[0].row}: expected {len(item.tokens):,} tokens to fit into the memory of "
                     f"the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
-                    "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype"
+                    "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype",
+                    row=item.spans[0].row,
                 )
             else:
                 self._too_large = min(self._too_large or self._padded_size(part), self._padded_size(part))
@@ -220,8 +226,8 @@ class _Run:
         """Score some items. Return the tokens kept, or 0 if memory was short and :meth:`parts` must halve the part."""
         try:
             return self._score(part)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
         self._fits = False
         gc.collect()
@@ -290,11 +296,6 @@ class _Run:
 
     def _padded_size(self, part: tuple[int, ...]) -> int:
         return len(part) * int(self.lengths[part[0]])
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is a failed allocation, which torch reports as a RuntimeError on CPU and a subclass on CUDA."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tensor:

@@ -28,11 +28,12 @@ import torch
 
 from dask_logits.cache.profile import id_table
 from dask_logits.data.items import Item, plain_items
-from dask_logits.errors import TeacherError, first_line
+from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.files.atomic import Json
 from dask_logits.records import Array, Statistics, kept_mass_by_k
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Cost, measure_cost
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
@@ -58,6 +59,7 @@ _AUTO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 _MOST_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 _AUTO_HEAD_ROWS = {"cpu": 256, "cuda": 4_096}
 # Minimum speedup of an accepted variant. Smaller differences are noise.
+_FEWEST_HEAD_ROWS = 16
 _FASTER = 1.03
 # Maximum share of a device's memory for a larger budget.
 _MEMORY_SHARE = 0.85
@@ -88,6 +90,8 @@ class CalibrationTask:
         Settings, with ``auto`` resolved by :func:`auto_budgets`.
     batch_tokens_fixed
         Whether the token budget was set by the user.
+    head_rows_fixed
+        Whether the chunk of the head was set by the user. Otherwise it is halved while memory is short.
     logits, compile
         Settings of ``distillation.scoring``.
     compact
@@ -105,6 +109,7 @@ class CalibrationTask:
     batch_tokens: int
     batch_tokens_fixed: bool
     head_rows: int
+    head_rows_fixed: bool
     logits: Literal["exact", "model"]
     compile: Literal["auto", "always", "never"]
     compact: bool = False
@@ -163,13 +168,16 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
     ------
     TeacherError
         If the teacher cannot be loaded, is not causal, has non-finite logits, or fails a required compilation.
+    CapacityError
+        If it does not fit into memory with one row of logits.
     """
     on_step("loading the teacher")
     teacher = load_teacher(task.teacher, task.vocab_size)
-    on_step("measuring the device's speed")
-    cost = measure_cost(teacher)
-    on_step("comparing fast scoring paths with the teacher's own forward")
-    choice = check(teacher, exact=task.logits == "exact")
+    with must_fit("calibration", "stop other processes on this device, or use one with more memory"):
+        on_step("measuring the device's speed")
+        cost = measure_cost(teacher)
+        on_step("comparing fast scoring paths with the teacher's own forward")
+        choice = check(teacher, exact=task.logits == "exact")
     path, errors = _with_kernels(teacher, choice.path, task), choice.errors
     for device in teacher.devices:
         if device.type == "cuda":
@@ -178,7 +186,7 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
             torch.cuda.reset_peak_memory_stats(device)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
         logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
-    first = settings = ScoringSettings(
+    settings = ScoringSettings(
         top_k=task.top_k,
         vocab_size=task.vocab_size,
         batch_tokens=task.batch_tokens,
@@ -186,7 +194,7 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
         head_rows=task.head_rows,
         path=path,
     )
-    score_items(teacher, plain_items(first_documents(task.documents, _WARM_TOKENS)), settings)
+    first = settings = _warmed(teacher, settings, task)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
     on_step(f"scoring the first {sum(map(len, documents)):,} tokens")
     scored = score_items(teacher, plain_items(documents), settings)
@@ -219,6 +227,21 @@ def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) ->
     return path
 
 
+def _warmed(teacher: Teacher, settings: ScoringSettings, task: CalibrationTask) -> ScoringSettings:
+    """Score a few tokens. Halve the head's chunk until its logits fit into memory, unless the user has set it."""
+    items = plain_items(first_documents(task.documents, _WARM_TOKENS))
+    while True:
+        try:
+            score_items(teacher, items, settings)
+        except CapacityError:
+            if task.head_rows_fixed or settings.head_rows <= _FEWEST_HEAD_ROWS:
+                raise
+            settings = dataclasses.replace(settings, head_rows=settings.head_rows // 2)
+            logger.warning("memory is short: the head takes %d rows at once", settings.head_rows)
+        else:
+            return settings
+
+
 def _report(
     task: CalibrationTask,
     settings: ScoringSettings,
@@ -238,7 +261,7 @@ def _report(
             "path": dataclasses.asdict(settings.path),
             "batch_tokens": settings.batch_tokens,
             "batch_size": task.batch_size,
-            "head_rows": task.head_rows,
+            "head_rows": settings.head_rows,
         },
         # JSON has no infinity, which marks a path that does not apply.
         "errors_nats": {way: error if error < float("inf") else None for way, error in choice.errors.items()},
@@ -315,9 +338,12 @@ class _Trials:
         except RuntimeError as error:
             self.teacher.take(settings.path)
             if task.compile == "always":
+                cure = (
+                    "free memory of the device" if is_out_of_memory(error) else "install a C++ compiler on the workers"
+                )
                 raise TeacherError(
                     f"distillation.scoring.compile: expected to compile the teacher's layers, got {first_line(error)}; "
-                    "install a C++ compiler on the workers, or set distillation.scoring.compile=auto"
+                    f"{cure}, or set distillation.scoring.compile=auto"
                 ) from error
             logger.warning("not compiled: %s", first_line(error))
             return settings

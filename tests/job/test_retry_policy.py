@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError
-from dask_logits.job.retry_policy import Again, classify, decide
+from dask_logits.job.retry_policy import Again, classify, decide, is_poisoned
 
 
 @pytest.mark.parametrize(
@@ -21,10 +22,6 @@ from dask_logits.job.retry_policy import Again, classify, decide
         ("transient", "aaa", "a", None),
         ("transient", "aaa", "ab", 8.0),
         ("transient", "aab", "ab", None),
-        # A worker that cannot load the teacher says nothing about a partition.
-        ("worker", "a", "a", None),
-        ("worker", "ab", "abc", 0.0),
-        ("worker", "abc", "abcd", None),
         # Whatever happens, the number of attempts is bounded.
         ("transient", "aaaaaa", "ab", None),
     ],
@@ -43,6 +40,10 @@ def test_an_error_is_retried_until_it_is_the_partitions_own(event, tried, usable
         ("worker-death", {"had_company": True}, Again(alone=True)),
         ("worker-death", {"had_company": True, "was_alone": True}, None),
         ("worker-death", {"had_company": False}, None),
+        # A device's error is the partition's fault only if good devices fail it repeatedly.
+        ("device", {"tried": "abcdef"}, Again()),
+        ("device", {"on_good_devices": 1}, Again()),
+        ("device", {"on_good_devices": 2}, None),
         ("hang", {}, Again(alone=True)),
         ("hang", {"was_alone": True}, None),
     ],
@@ -59,11 +60,31 @@ def test_a_lost_worker_is_retried_a_bounded_number_of_times(event, facts, expect
         (ValueError("row"), "data"),
         (DatasetError("row 7"), "data"),
         (TeacherError("not finite", row=7), "data"),
-        (TeacherError("no such file"), "worker"),
-        (ImportError("torch"), "worker"),
-        (CapacityError("out of memory"), "worker"),
-        (ClusterError("another release"), "worker"),
+        (CapacityError("too long", row=7), "data"),
+        (TeacherError("no such file"), "device"),
+        (ImportError("torch"), "device"),
+        (CapacityError("no room for the weights"), "device"),
+        (ClusterError("another release"), "device"),
+        (torch.AcceleratorError("an illegal memory access was encountered"), "device"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "device"),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "device"),
+        (RuntimeError("shapes do not match"), "data"),
     ],
 )
 def test_an_exception_has_a_kind(error, kind) -> None:
     assert classify(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "poisoned"),
+    [
+        (torch.AcceleratorError("unspecified launch failure"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), False),
+        (TeacherError("no such file"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_a_process_whose_device_is_lost_is_restarted(error, poisoned) -> None:
+    assert is_poisoned(error) == poisoned

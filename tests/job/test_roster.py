@@ -67,3 +67,21 @@ def test_a_new_run_takes_the_environment_of_most_workers_with_this_release() -> 
     assert choose_environment({"a": wide, "b": own, "c": wide}, own) == wide
     assert choose_environment({"a": old, "b": old, "c": wide}, own) == wide
     assert choose_environment({"a": old}, own) is None
+
+
+def test_a_device_that_fails_in_a_row_gets_no_more_work_and_a_bad_partition_is_told_from_it() -> None:
+    roster = Roster(nannies={"a1": "nanny", "a2": "nanny"})
+    # It has completed nothing, so nothing is said about the partition. A restart changes the address.
+    assert roster.note_device_failure("a1", 0) == (0, None)
+    assert roster.note_device_failure("a2", 0) == (0, None)
+    assert roster.note_device_failure("a2", 0) == (0, "its device failed 3 times in a row")
+    roster = Roster()
+    roster.note_success("a", 0, 0.0)
+    assert roster.note_device_failure("a", 1) == (1, None)
+    roster.note_success("a", 2, 0.0)
+    assert roster.note_device_failure("a", 1) == (2, None)
+    roster.note_bad(1)
+    # Different partitions in a row: the device is sick.
+    assert roster.note_device_failure("a", 3) == (1, None)
+    assert roster.note_device_failure("a", 4) == (0, None)
+    assert roster.note_device_failure("a", 3) == (1, "its device failed 3 times in a row")

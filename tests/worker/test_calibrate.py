@@ -11,7 +11,7 @@ from builders import VOCAB_SIZE
 
 from dask_logits.config import TeacherConfig
 from dask_logits.data.items import plain_items
-from dask_logits.errors import TeacherError
+from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.scoring import ScoringSettings, score_items
@@ -31,7 +31,8 @@ def task(llama):
     def make(**changes) -> CalibrationTask:
         values = {
             "teacher": spec, "documents": documents, "plan_tokens": 1_000, "top_k": 8, "vocab_size": VOCAB_SIZE,
-            "batch_size": None, "batch_tokens": 128, "batch_tokens_fixed": True, "head_rows": 16, "logits": "exact",
+            "batch_size": None, "batch_tokens": 128, "batch_tokens_fixed": True, "head_rows": 16,
+            "head_rows_fixed": True, "logits": "exact",
             "compile": "auto",
         }  # fmt: skip
         return CalibrationTask(**{**values, **changes})
@@ -127,3 +128,26 @@ def test_where_nothing_can_be_compiled_auto_goes_on_and_always_is_refused(task, 
     assert not calibrate(task(plan_tokens=None))["numerics"]["path"]["compiled"]
     with pytest.raises(TeacherError, match=r"scoring\.compile: expected to compile .* got no C\+\+ compiler; install"):
         calibrate(task(compile="always"))
+
+
+def test_the_heads_chunk_is_halved_while_memory_is_short(task, monkeypatch) -> None:
+    score = calibration.score_items
+
+    def short(teacher, items, settings, **more):
+        if settings.head_rows > 32:
+            raise CapacityError("head_rows: expected to fit")
+        return score(teacher, items, settings, **more)
+
+    monkeypatch.setattr(calibration, "score_items", short)
+    assert calibrate(task(head_rows=128, head_rows_fixed=False))["numerics"]["head_rows"] == 32
+    with pytest.raises(CapacityError, match="head_rows: expected to fit"):
+        calibrate(task(head_rows=128))
+
+
+def test_a_calibration_without_memory_says_what_to_do(task, monkeypatch) -> None:
+    def full(teacher):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(calibration, "measure_cost", full)
+    with pytest.raises(CapacityError, match=r"expected to fit into memory, got CUDA error.*; stop other processes"):
+        calibrate(task())

@@ -1,0 +1,134 @@
+"""Real worker processes with a pretended sick device: the job ends as if undisturbed, and names the worker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import pytest
+from builders import cache_dir, digest, run
+from distributed import Client, LocalCluster, WorkerPlugin
+
+from dask_logits import ClusterError, PartitionsFailedError, read_status
+from dask_logits.run.failures import read_failures
+from dask_logits.run.folder import RunFolder
+
+SICK = 0
+PARTITIONS = "distillation.partition.rows=2"
+
+
+class Sickness(WorkerPlugin):
+    """Has a worker's device fail, also after a restart, and notes each failure in a file."""
+
+    def __init__(self, act: str, log: Path) -> None:
+        self.act, self.log = act, log
+
+    def setup(self, worker) -> None:
+        import torch
+
+        from dask_logits import TeacherError
+        from dask_logits.job import remote
+
+        process, act, log, mine = remote.process_partition, self.act, self.log, worker.name
+        n_done = 0
+
+        def computed(task, on_tokens, stages):
+            nonlocal n_done
+            index = task.partition.index
+            error = None
+            if act == "row" and index == 5:
+                error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+            elif act == "all" or (act == "sick" and mine == SICK):
+                error = RuntimeError("CUDA error: an illegal memory access was encountered")
+            elif act == "none" and mine == SICK:
+                error = TeacherError("device: expected a CUDA device in this worker, got none")
+            elif act == "later" and mine == SICK and n_done >= 2:
+                error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+            if error is not None:
+                with log.open("a") as file:
+                    file.write(f"{mine} {index}\n")
+                raise error
+            n_done += 1
+            return process(task, on_tokens, stages)
+
+        remote.process_partition = computed
+
+
+@contextlib.contextmanager
+def sick_cluster(act: str, log: Path, workers: int = 2) -> Iterator[str]:
+    settings = {
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.scheduler.allowed-failures": 2,
+        "distributed.deploy.lost-worker-timeout": "1 day",
+    }
+    with dask.config.set(settings):
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=2, memory_limit=None, dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
+        )  # fmt: skip
+    log.touch()
+    try:
+        with Client(cluster) as client:
+            client.register_plugin(Sickness(act, log))
+            yield f"distillation.cluster.scheduler={cluster.scheduler_address}"
+    finally:
+        # distributed 2026.7.1 may hang in closing a cluster whose worker was restarted.
+        with contextlib.suppress(TimeoutError):
+            cluster.close(timeout=10)
+
+
+def failures(log: Path) -> list[tuple[str, int]]:
+    return [(worker, int(index)) for worker, index in (line.split() for line in log.read_text().splitlines())]
+
+
+@pytest.mark.parametrize("act", ["sick", "none"])
+def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path, act) -> None:
+    whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    with sick_cluster(act, tmp_path / "log") as scheduler:
+        assert digest(run(overrides, PARTITIONS, scheduler)) == whole
+    lost = failures(tmp_path / "log")
+    # Two partitions are on a worker at once and may both fail, but count as one failure of the device.
+    assert 1 <= len(lost) <= (6 if act == "sick" else 4)
+    status = read_status(cache_dir(overrides))
+    assert (status.state, status.failed) == ("complete", {})
+    for worker, reason in status.left_out.items():
+        assert " on " in worker
+        assert reason.startswith("its device failed 3 times in a row, the last time with: ")
+    assert len(status.left_out) <= 1
+
+
+def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here, tmp_path) -> None:
+    whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    with sick_cluster("later", tmp_path / "log", workers=1) as scheduler:
+        assert digest(run(overrides, PARTITIONS, scheduler)) == whole
+    # Each process scores two or three partitions.
+    assert len(failures(tmp_path / "log")) >= 5
+    assert read_status(cache_dir(overrides)).left_out == {}
+
+
+def test_when_every_device_is_sick_the_job_ends_and_blames_no_partition(overrides, tmp_path) -> None:
+    with (
+        sick_cluster("all", tmp_path / "log") as scheduler,
+        pytest.raises(ClusterError, match="expected a worker that can score, got none") as caught,
+    ):
+        run(overrides, PARTITIONS, scheduler, "distillation.job.stall_seconds=120")
+    assert str(caught.value).count("its device failed 3 times in a row") == 2
+    assert max(Counter(worker for worker, _ in failures(tmp_path / "log")).values()) <= 6
+    assert read_failures(RunFolder(cache_dir(overrides))) == {}
+
+
+def test_a_partition_that_breaks_good_devices_is_quarantined_and_no_row_is_blamed(overrides, here, tmp_path) -> None:
+    with sick_cluster("row", tmp_path / "log") as scheduler:
+        with pytest.raises(PartitionsFailedError, match="device-side assert") as caught:
+            run(overrides, PARTITIONS, scheduler)
+        assert list(caught.value.reasons) == [5]
+        entry = read_failures(RunFolder(cache_dir(overrides)))[5]
+        assert (entry["kind"], entry["rows"]) == ("device", [])
+        status = read_status(cache_dir(overrides))
+        assert (status.committed, status.left_out) == (19, {})
+    whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    again = [o for o in here if "cache_dir" not in o]
+    assert digest(run([*again, f"distillation.teacher.cache_dir={cache_dir(overrides)}"], PARTITIONS)) == whole
