@@ -86,7 +86,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
     @classmethod
-    def parse(cls, path: Path, values: Mapping[str, Any]) -> Self:
+    def parse(cls, path: Path, values: Mapping[str, Any], cure: str = "restore or delete it") -> Self:
         """Validate the values of a file.
 
         Parameters
@@ -95,6 +95,8 @@ class Record(BaseModel):
             The file, for error messages.
         values
             The JSON object in it.
+        cure
+            What the user can do about a damaged file.
 
         Raises
         ------
@@ -107,7 +109,7 @@ class Record(BaseModel):
             problems = [_problem(each) for each in error.errors()]
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
             raise CacheError(
-                f"{path}: {'; '.join(problems[:_NAMED])}{more}; the file is damaged: restore or delete it", str(path)
+                f"{path}: {'; '.join(problems[:_NAMED])}{more}; the file is damaged: {cure}", str(path)
             ) from error
 
     def to_json(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dask_logits.errors import (
     PartitionsFailedError,
     TeacherError,
 )
-from dask_logits.files.atomic import Json, no_room, only_readable
+from dask_logits.files.atomic import no_room, only_readable
 from dask_logits.job.roster import Roster, retry_after
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
@@ -46,6 +46,7 @@ from dask_logits.job.scheduler import (
     wait_for_scheduler,
 )
 from dask_logits.run.failures import Failure, Kind
+from dask_logits.run.records import Receipt
 from dask_logits.worker.task import PartitionTask, Stages, process_partition
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ _STREAM_POLL_SECONDS = 0.05
 _FRAMES = 6
 
 
-def run_on_worker(task: PartitionTask) -> Json:
+def run_on_worker(task: PartitionTask) -> tuple[Receipt, str]:
     """Run a partition inside a Dask worker, reporting progress as events. Return its receipt and the worker."""
     worker = get_worker()
     receipt = process_partition(
@@ -69,7 +70,7 @@ def run_on_worker(task: PartitionTask) -> Json:
         lambda tokens: worker.log_event(_TOPIC + task.run_id, {"tokens": tokens, "partition": task.partition.index}),
         STAGES,
     )
-    return {"receipt": receipt, "worker": worker.address}
+    return receipt, worker.address
 
 
 def classify(error: BaseException) -> Kind:
@@ -95,7 +96,7 @@ def run_partitions(
     *,
     run_id: str,
     roster: Roster | None = None,
-    on_receipt: Callable[[Json], None],
+    on_receipt: Callable[[Receipt], None],
     on_failure: Callable[[Failure], None] = lambda failure: None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
     on_turn: Callable[[], bool] = lambda: False,
@@ -138,7 +139,7 @@ def run_partitions(
         If the first ``max_failures`` partitions all fail, because the error is then systematic.
     """
     window = _Window(client, tasks, job, on_failure, roster=Roster() if roster is None else roster)
-    events: queue.SimpleQueue[Json] = queue.SimpleQueue()
+    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     topic = _TOPIC + run_id
     client.subscribe_topic(topic, lambda event: events.put(event[1]))
     try:
@@ -155,7 +156,7 @@ def run_partitions(
                     window.last_progress = time.monotonic()
                 if done is None:
                     window.check_stall()
-                elif isinstance(done, dict):
+                elif isinstance(done, Receipt):
                     on_receipt(done)
                 window.check_hung()
             except SchedulerLostError:
@@ -227,7 +228,7 @@ class _Window:
             self._submit(self._suspects.pop(0))
         return bool(self._running or self._later or self._suspects or not self._exhausted)
 
-    def next_done(self, seconds: float) -> Json | bool | None:
+    def next_done(self, seconds: float) -> Receipt | bool | None:
         """Wait for a completion. Return its receipt, False if it failed, None if none came in time."""
         try:
             # A worker waiting for a stream gets its rows soon after they arrive.
@@ -261,14 +262,14 @@ class _Window:
             future.release()
         return False
 
-    def _finished(self, task: PartitionTask, outcome: Json) -> Json:
+    def _finished(self, task: PartitionTask, outcome: tuple[Receipt, str]) -> Receipt:
         index = task.partition.index
         self._succeeded = True
         self._hung_in_a_row = 0
         self._attempts.pop(index)
         self._losses.pop(index, None)
-        self.roster.note_success(outcome["worker"], index, time.monotonic())
-        receipt: Json = outcome["receipt"]
+        receipt, worker = outcome
+        self.roster.note_success(worker, index, time.monotonic())
         return receipt
 
     def note_reconnection(self) -> None:

@@ -17,14 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from dask_logits.cache.profile import earns, save_array, save_id_table
 from dask_logits.config import Config, parse_bytes
 from dask_logits.data.items import make_items
 from dask_logits.data.tokens import sample_documents
 from dask_logits.errors import CacheError, ClusterError, DaskLogitsError, PartitionsFailedError, RunConflictError
-from dask_logits.files.atomic import Json, create_json, expanded, read_json, room
+from dask_logits.files.atomic import create_json, expanded, room
 from dask_logits.files.lock import lease
 from dask_logits.hydra_config import override
 from dask_logits.job.capacity import check_capacity
@@ -36,13 +34,11 @@ from dask_logits.job.progress import Steps
 from dask_logits.job.reporter import Reporter, reported
 from dask_logits.job.single import run_one
 from dask_logits.job.watchdog import watched
-from dask_logits.records import Array, Statistics
+from dask_logits.records import Array
 from dask_logits.run.consolidate import consolidate_run, tidy
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import (
     CONSOLIDATION_LOCK,
-    FORMAT,
-    VERSION,
     RunFolder,
     Share,
     has_previous,
@@ -51,6 +47,7 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import FORMAT, VERSION, Calibration, Manifest, Storage
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
 from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import resolve_dtype
@@ -227,8 +224,8 @@ def _replaces(job: Job, state: RunState) -> bool:
     It is identified by the run that it replaces, or without one, by being forced and incomplete.
     """
     manifest = state.manifest
-    same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
-    forced = bool(manifest["how"]["teacher"]["generation"]["force_regenerate"])
+    same = manifest.what | manifest.numerics == job.what | job.numerics
+    forced = bool(manifest.setting("teacher.generation.force_regenerate"))
     try:
         begun = has_previous(job.run) or (forced and not state.is_complete)
     except CacheError:
@@ -279,7 +276,8 @@ def _held(job: Job) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(job: Job) -> Iterator[None]:
     """Hold all other locks that users of the run could hold: static workers' shares and the consolidation."""
-    total = (job.run.manifest() or {}).get("total_workers", 1)
+    manifest = job.run.manifest()
+    total = 1 if manifest is None else manifest.total_workers
     names = [CONSOLIDATION_LOCK, *(lock_name(Share(worker=worker, total=total)) for worker in range(total))]
     with contextlib.ExitStack() as held:
         for name in names:
@@ -296,7 +294,7 @@ def _done(job: Job, state: RunState) -> Done:
         done.indices.add(each.partition.index)
         done.rows += each.partition.n_rows
         if each.receipt is not None:
-            done.statistics += Statistics.from_json(each.receipt["statistics"])
+            done.statistics += each.receipt.statistics
     return done
 
 
@@ -321,13 +319,15 @@ def _run_cluster(
         if cluster.dashboard:
             logger.info("dashboard: %s", cluster.dashboard)
         _check_environment(job, calibration, cluster)
-        calibration = calibration or _calibrate(job, cluster, reporter)
+        table = None
+        if calibration is None:
+            calibration, table = _calibrate(job, cluster, reporter)
         _check_device(job, calibration, cluster)
         if start == "replace":
             with _alone(job):
                 set_aside(job.run)
         with _ran():
-            calibration = _record(job, calibration)
+            calibration = _record(job, calibration, table)
             # Another static worker's, if it was first.
             _check_device(job, calibration, cluster)
             _check_environment(job, calibration, cluster)
@@ -344,8 +344,8 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
     )
 
 
-def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
-    """Determine the numerics on a worker."""
+def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> tuple[Calibration, Array | None]:
+    """Determine the numerics on a worker, and the id table of the compact profile."""
     reporter.report("calibrating")
     generation = job.config.teacher.generation
     batch_tokens, head_rows = auto_budgets(cluster.device, generation.batch_tokens, generation.head_rows)
@@ -391,7 +391,7 @@ def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
             steps.show(step)
             reporter.report("calibrating", step=step)
 
-        return run_one(
+        found: tuple[Calibration, Array | None] = run_one(
             cluster.client,
             calibrate,
             task,
@@ -400,22 +400,23 @@ def _calibrate(job: Job, cluster: Cluster, reporter: Reporter) -> Json:
             on_step=on_step,
             on_turn=reporter.tick,
         )
+    return found
 
 
-def _log_calibration(calibration: Json) -> None:
-    numerics = calibration["numerics"]
-    path = numerics["path"]
+def _log_calibration(calibration: Calibration) -> None:
+    numerics = calibration.numerics
+    path = numerics.path
     logger.info(
         "calibrated: %s on %s, %.0f tokens/s for each worker, MFU %s, batches of %d tokens",
-        numerics["dtype"],
-        numerics["device"],
-        calibration["tokens_per_second"],
-        "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
-        numerics["batch_tokens"],
+        numerics.dtype,
+        numerics.device,
+        calibration.tokens_per_second,
+        "unknown" if calibration.mfu is None else f"{calibration.mfu:.2f}",
+        numerics.batch_tokens,
     )
-    layers = "compiled" if path["compiled"] else "eager"
-    logger.info("scoring path: %s layers, attention %s, head %s", layers, path["attention"], path["head"])
-    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in calibration["kept_mass_by_k"].items())
+    layers = "compiled" if path.compiled else "eager"
+    logger.info("scoring path: %s layers, attention %s, head %s", layers, path.attention, path.head)
+    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in (calibration.kept_mass_by_k or {}).items())
     logger.info("kept mass by k: %s", masses or "no tokens")
 
 
@@ -434,8 +435,8 @@ def _tokens_each(job: Job, cluster: Cluster) -> int | None:
     return job.estimate.tokens // (job.share.total * max(1, len(cluster.client.ncores())))
 
 
-def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
-    frozen = calibration["numerics"]["device"]
+def _check_device(job: Job, calibration: Calibration, cluster: Cluster) -> None:
+    frozen = calibration.numerics.device
     if frozen != cluster.device:
         raise RunConflictError(
             f"{job.run.path}: this run was calibrated on {frozen!r}, the workers now are {cluster.device!r}, and the "
@@ -444,7 +445,7 @@ def _check_device(job: Job, calibration: Json, cluster: Cluster) -> None:
         )
 
 
-def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> None:
+def _check_environment(job: Job, calibration: Calibration | None, cluster: Cluster) -> None:
     """Exclude workers with another environment than the run's, and refuse if none remains.
 
     Raises
@@ -456,7 +457,7 @@ def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> 
     """
     if job.config.cluster.allow_mixed_workers or not cluster.environments:
         return
-    expected = (calibration or {}).get("environment")
+    expected = calibration.environment if calibration else None
     if calibration is not None and expected is None:
         return
     leave_out_misfits(cluster, expected)
@@ -476,40 +477,38 @@ def _check_environment(job: Job, calibration: Json | None, cluster: Cluster) -> 
     )
 
 
-def _record(job: Job, calibration: Json) -> Json:
+def _record(job: Job, calibration: Calibration, table: Array | None) -> Calibration:
     """Write the manifest, the id table and the numerics, unless they exist. Return the valid numerics."""
-    created = create_json(
-        job.run.manifest_path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "run_id": uuid.uuid4().hex,
-            "created": time.time(),
-            "fingerprint": job.fingerprint,
-            "what": job.what,
-            "numerics": job.numerics,
-            "total_workers": job.share.total,
-            "commit": job.source.commit,
-            "files": list(job.source.file_states),
-            "how": dataclasses.asdict(job.config),
-            "teacher": dataclasses.asdict(job.teacher),
-            "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
-            "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
-        },
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        run_id=uuid.uuid4().hex,
+        created=time.time(),
+        fingerprint=job.fingerprint,
+        what=job.what,
+        numerics=job.numerics,
+        total_workers=job.share.total,
+        commit=job.source.commit,
+        files=job.source.file_states,
+        how=dataclasses.asdict(job.config),
+        teacher=dataclasses.asdict(job.teacher),
+        tokenizer_map_digest=job.tokenizer.map_digest if job.tokenizer else None,
+        tokenizer_ids=job.tokenizer.vocab_size if job.tokenizer else 0,
     )
+    created = create_json(job.run.manifest_path, manifest.to_json())
     if not created:
         # Another static worker may have been first since the last check of the folder.
         check_folder(job)
     if job.tokenizer:
         save_array(job.run.token_crcs_path, job.tokenizer.crcs)
-    table = calibration.pop("id_table", None)
-    calibration["storage"] = {
-        "profile": "plain" if table is None else "compact",
-        "precision": job.config.cache.precision,
-        "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
-    }
-    calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
-    if create_json(job.run.calibration_path, calibration):
+    storage = Storage(
+        profile="plain" if table is None else "compact",
+        precision=job.config.cache.precision,
+        id_table=None if table is None else save_id_table(job.run.tables_path, table),
+    )
+    mixed = job.config.cluster.allow_mixed_workers
+    calibration = calibration.model_copy(update={"storage": storage, "mixed_workers": mixed})
+    if create_json(job.run.calibration_path, calibration.to_json()):
         _log_calibration(calibration)
     logger.info("%s run in %s", "new" if created else "resumed", job.run.path)
-    return read_json(job.run.calibration_path) or calibration
+    return job.run.calibration() or calibration

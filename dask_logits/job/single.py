@@ -19,7 +19,7 @@ from distributed import Client, Future, KilledWorker, get_worker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
-from dask_logits.files.atomic import Json, no_room
+from dask_logits.files.atomic import no_room
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
@@ -44,14 +44,14 @@ _TWICE = 2
 
 def run_one(
     client: Client,
-    function: Callable[[Any, Callable[[str], None]], Json],
+    function: Callable[[Any, Callable[[str], None]], Any],
     argument: Any,
     job: JobConfig,
     *,
     roster: Roster | None = None,
     on_step: Callable[[str], None] = lambda step: None,
     on_turn: Callable[[], None] = lambda: None,
-) -> Json:
+) -> Any:
     """Run one function on one worker and wait for it in bounded time.
 
     Parameters
@@ -118,7 +118,7 @@ class _Attempt:
 @dataclass
 class _Task:
     client: Client
-    function: Callable[[Any, Callable[[str], None]], Json]
+    function: Callable[[Any, Callable[[str], None]], Any]
     argument: Any
     job: JobConfig
     roster: Roster
@@ -133,7 +133,7 @@ class _Task:
     def name(self) -> str:
         return self.function.__name__
 
-    def run(self, on_turn: Callable[[], None]) -> Json:
+    def run(self, on_turn: Callable[[], None]) -> Any:
         """Run the task to its end."""
         started, looked = time.monotonic(), 0.0
         while True:
@@ -188,7 +188,7 @@ class _Task:
         future = self.client.compute(delayed, workers=workers and sorted(workers))
         self.attempts.append(_Attempt(future, workers))
 
-    def _collect(self) -> Json | None:
+    def _collect(self) -> Any:
         """Return a result if there is one. Restart a failed attempt elsewhere."""
         for attempt in list(self.attempts):
             status = attempt.future.status
@@ -284,7 +284,6 @@ def _ran(message: str) -> ClusterError:
     return error
 
 
-def _in_scorer(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, topic: str) -> Json:
+def _in_scorer(function: Callable[[Any, Callable[[str], None]], Any], argument: Any, topic: str) -> Any:
     worker = get_worker()
-    result: Json = SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()
-    return result
+    return SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()

@@ -14,6 +14,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from dask_logits.config import JobConfig
 from dask_logits.job.dispatch import run_partitions
 from dask_logits.run.plan import Partition
+from dask_logits.run.records import Receipt
 
 PARTITIONS = 100_000
 WARM = 5_000
@@ -27,7 +28,9 @@ class Pretender(WorkerPlugin):
     def setup(self, worker) -> None:
         from dask_logits.job import dispatch
 
-        dispatch.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
+        dispatch.process_partition = lambda task, on_tokens, stages: Receipt.model_construct(
+            partition=task.partition.index
+        )
 
 
 class Task:
@@ -62,8 +65,8 @@ def test_memory_hardly_grows_with_partitions() -> None:
         for index in range(PARTITIONS):
             yield Task(index)
 
-    def note(receipt: dict) -> None:
-        seen.append(receipt["partition"])
+    def note(receipt: Receipt) -> None:
+        seen.append(receipt.partition)
         if len(seen) % WARM == 0:
             rss[len(seen)] = process.memory_info().rss >> 20
 
