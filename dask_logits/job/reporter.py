@@ -17,6 +17,7 @@ from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
 from dask_logits.job.scheduler import call_scheduler
 from dask_logits.run.folder import RUNS_TOPIC
+from dask_logits.run.records import DriverStatus
 
 _REPORT_SECONDS = 10.0
 _EVENT_SECONDS = 5
@@ -65,23 +66,23 @@ class Reporter:
         self._at = time.monotonic()
         if state is not None:
             self._state, self._step, self._reason = state, step, reason
-        facts = {
-            "dashboard": self.cluster.dashboard if self.cluster else None,
+        status = DriverStatus(
+            dashboard=self.cluster.dashboard if self.cluster else None,
             **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
-            "since": self._since,
-            "at": time.time(),
-            "state": self._state,
-            "step": self._step,
-            "reason": self._reason,
-            "failed": {str(index): text for index, text in self.failed.items()},
-            "left_out": self.cluster.roster.named() if self.cluster else {},
-        }
+            since=self._since,
+            at=time.time(),
+            state=self._state,
+            step=self._step,
+            reason=self._reason,
+            failed={str(index): text for index, text in self.failed.items()},
+            left_out=self.cluster.roster.named() if self.cluster else {},
+        )
         # A full disk is reported where partitions are written.
         with contextlib.suppress(OSError):
-            replace_json(self._path, facts)
+            replace_json(self._path, status.to_json())
         if self.cluster is not None and self.cluster.client.status == "running":
             # For monitors that know the scheduler but not the folder. The window detects a lost scheduler.
-            client, message = self.cluster.client, {"run": self._run, **facts}
+            client, message = self.cluster.client, {"run": self._run, **status.to_json()}
             with contextlib.suppress(ClusterError):
                 call_scheduler(
                     client, lambda: client.scheduler.log_event(topic=RUNS_TOPIC, msg=message), _EVENT_SECONDS
