@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from dask_logits.cache.partition import write_partition
 from dask_logits.cache.pieces import PartitionPiece, consolidate
 from dask_logits.cache.profile import PRECISIONS, Compact, Plain, id_table
 from dask_logits.cache.reader import CacheReader
-from dask_logits.records import TOKEN_ARRAYS, Array, Records
+from dask_logits.records import TOKEN_ARRAYS, Array, Records, Statistics
 
 PILOT_TOKENS = 10_000
 BLOCK_TOKENS = 4_096
@@ -178,12 +179,12 @@ def consolidation(tokens: dict[str, Array], vocab_size: int, copies: int) -> dic
         records = Records(**tokens, **document, document_length=np.array([n], np.uint32))
         receipt = {
             "n_rows": 1,
-            "statistics": {"tokens": n, "documents": 1},
-            "content_digest": "0",
+            "statistics": Statistics.of(records),
+            "content_digest": f"{0:064x}",
             "files": write_partition(attempt, records, profile),
         }
         pieces = [
-            PartitionPiece(path=attempt, receipt={**receipt, "first_row": row}, profile=profile)
+            PartitionPiece(path=attempt, receipt=SimpleNamespace(**receipt, first_row=row), profile=profile)
             for row in range(copies)
         ]
         started = time.perf_counter()

@@ -9,14 +9,15 @@ Dimension letters: N tokens, D documents, B blocks, K kept entries per position.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from dask_logits.errors import CacheError
+from dask_logits.fields import Count, NumberOrInfinity, Record
 
 Array = npt.NDArray[Any]
 
@@ -216,34 +217,24 @@ def total_digest(digests: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Additive statistics, summed over partitions.
+class Statistics(Record, extra="forbid"):
+    """Additive statistics, summed over partitions. Unknown fields are refused, because they could not be summed."""
 
-    Parameters
-    ----------
-    documents, tokens
-        Counts. Windows and block segments count as documents.
-    blocks
-        Packed blocks, 0 if documents were not packed.
-    kept_mass
-        Sum over tokens of the probability inside the K entries.
-    label_logprob, labels
-        Sum of the log-probs of the true next tokens (nats), and their count.
-    skipped_rows
-        Unusable rows that were skipped. They have no tokens.
-    double_bos_rows
-        Texts that begin with the tokenizer's BOS token, so that it occurs twice.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    blocks: int = 0
-    kept_mass: float = 0.0
-    label_logprob: float = 0.0
-    labels: int = 0
-    skipped_rows: int = 0
-    double_bos_rows: int = 0
+    documents: Count = Field(default=0, description="Documents. Windows and block segments count as documents.")
+    tokens: Count = Field(default=0, description="Tokens.")
+    blocks: Count = Field(default=0, description="Packed blocks, 0 if documents were not packed.")
+    kept_mass: NumberOrInfinity = Field(
+        default=0.0, description="Sum over tokens of the probability inside the K entries."
+    )
+    label_logprob: NumberOrInfinity = Field(
+        default=0.0,
+        description="Sum of the log-probs of the true next tokens, in nats. Infinite if one has probability 0.",
+    )
+    labels: Count = Field(default=0, description="Tokens with a true next token.")
+    skipped_rows: Count = Field(default=0, description="Unusable rows that were skipped. They have no tokens.")
+    double_bos_rows: Count = Field(
+        default=0, description="Texts that begin with the tokenizer's BOS token, so that it occurs twice."
+    )
 
     @classmethod
     def of(cls, records: Records) -> Statistics:
@@ -258,41 +249,10 @@ class Statistics:
             labels=len(labelled),
         )
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Statistics:
-        """Parse the output of ``dataclasses.asdict``.
-
-        Raises
-        ------
-        CacheError
-            If the values are not valid statistics.
-        """
-        known = isinstance(values, Mapping) and values.keys() <= cls.__dataclass_fields__.keys()
-        if known and all(map(cls._holds, values, values.values())):
-            return cls(**values)
-        raise CacheError(
-            f"statistics: expected {', '.join(cls.__dataclass_fields__)} as numbers, got "
-            f"{repr(values)[:200] if known else 'something else'}; delete the receipt that says so, or make the cache "
-            "again"
-        )
-
-    @staticmethod
-    def _holds(name: str, value: object) -> bool:
-        if name in ("kept_mass", "label_logprob"):
-            # A true token may have probability 0, so a sum may be infinite.
-            return type(value) in (int, float) and abs(value) <= float("inf")  # type: ignore[arg-type]
-        return type(value) is int and 0 <= value < 1 << 48
-
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(
-            documents=self.documents + other.documents,
-            tokens=self.tokens + other.tokens,
-            blocks=self.blocks + other.blocks,
-            kept_mass=self.kept_mass + other.kept_mass,
-            label_logprob=self.label_logprob + other.label_logprob,
-            labels=self.labels + other.labels,
-            skipped_rows=self.skipped_rows + other.skipped_rows,
-            double_bos_rows=self.double_bos_rows + other.double_bos_rows,
+        # Not validated, because sums of damaged counts may exceed the bounds of a record.
+        return Statistics.model_construct(
+            **{name: getattr(self, name) + getattr(other, name) for name in Statistics.model_fields}
         )
 
     @property

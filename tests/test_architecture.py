@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dask_logits"
 # Folders and single modules, lowest first: each may import those of earlier lines and of its own folder.
 LAYERS = [
     {"errors", "stderr"},
+    {"fields"},
     {"config", "records", "vocabulary"},
     {"hydra_config", "files"},
     {"cache"},
@@ -121,8 +122,8 @@ def test_training_side_knows_no_job() -> None:
 def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, dask_logits, dask_logits.cli; dask_logits.ConfigError; "
-        "print([m for m in ('torch', 'dask', 'distributed', 'transformers', 'h5py', 'zarr', 'hydra', 'numpy') "
-        "if m in sys.modules])"
+        "print([m for m in ('torch', 'dask', 'distributed', 'transformers', 'h5py', 'zarr', 'hydra', 'numpy', "
+        "'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
+from pydantic import Field
 
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import DIGEST, TEXT, check_fields, read_json, shown
+from dask_logits.fields import Count, Digest, Record, shown
+from dask_logits.files.atomic import read_json
 from dask_logits.records import total_digest
 
 CACHE_NAME = "teacher_logits.h5"
 INDEX_NAME = "teacher_logits.index.json"
 # Folder of the numbered files of a cache that is larger than `cache.max_file_size`.
 SHARDS_NAME = "teacher_logits"
-INDEX_FORMAT = "dask_logits.index"
-INDEX_VERSION = 1
+INDEX_FORMAT: Final = "dask_logits.index"
+INDEX_VERSION: Final = 1
 
 
 def find_caches(path: Path) -> list[Path]:
@@ -56,42 +59,66 @@ def is_index(path: Path) -> bool:
     return path.suffix == ".json" or (not (path / CACHE_NAME).exists() and (path / INDEX_NAME).exists())
 
 
-def _indexed(path: Path) -> list[Path]:
-    index = read_json(path)
-    if index is None or index.get("format") != INDEX_FORMAT or index.get("version") != INDEX_VERSION:
-        found = "nothing" if index is None else f"{shown(index.get('format'))} version {shown(index.get('version'))}"
-        raise CacheError(
-            f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {found}; merge again", str(path)
-        )
-    entries = index.get("caches")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise CacheError(
-            f"{path}: expected caches to be a list of objects, got {shown(entries)}; merge again", str(path)
-        )
-    caches: dict[Path, None] = {}
-    for entry in entries:
-        check_fields(path, entry, {"path": TEXT, "content_digest": DIGEST})
-        cache = path.parent / entry["path"]
-        said = CacheReader(cache).attributes
-        digest = str(said.get("content_digest"))
-        if digest != entry["content_digest"] or cache in caches:
+class IndexEntry(Record):
+    """A cache in an index."""
+
+    path: str = Field(description="The file, relative to the index's folder if it is below it.")
+    documents: Count | None = Field(default=None, description="Its documents.")
+    tokens: Count | None = Field(default=None, description="Its tokens.")
+    content_digest: Digest = Field(description="Its content digest.")
+
+
+class CacheIndex(Record):
+    """``teacher_logits.index.json``: the files that make up a cache. A file of another version is refused."""
+
+    format: Literal["dask_logits.index"] = Field(description="Name of the format.")
+    version: Literal[1] = Field(description="Version of the format.")
+    n_rows: Count | None = Field(default=None, description="Dataset rows of the whole job.")
+    content_digest: Digest | None = Field(default=None, description="Content digest of all files.")
+    caches: tuple[IndexEntry, ...] = Field(min_length=1, description="The files, in dataset order.")
+
+    @classmethod
+    def read(cls, path: Path) -> CacheIndex:
+        """Read an index.
+
+        Raises
+        ------
+        CacheError
+            If there is none, or it is damaged or of another version.
+        """
+        values = read_json(path) or {}
+        found = values.get("format"), values.get("version")
+        if found != (INDEX_FORMAT, INDEX_VERSION):
+            got = f"{shown(found[0])} version {shown(found[1])}" if values else "nothing"
             raise CacheError(
-                f"{path}: expected {cache} with content {entry['content_digest'][:16]}…, once, got {digest[:16]}…; "
+                f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {got}; merge again", str(path)
+            )
+        return cls.parse(path, values, "merge again")
+
+
+def _indexed(path: Path) -> list[Path]:
+    index = CacheIndex.read(path)
+    caches: dict[Path, None] = {}
+    for entry in index.caches:
+        cache = path.parent / entry.path
+        header = CacheReader(cache).header
+        if header.content_digest != entry.content_digest or cache in caches:
+            raise CacheError(
+                f"{path}: expected {cache} with content {entry.content_digest[:16]}…, once, got "
+                f"{header.content_digest[:16]}…; merge again",
+                str(cache),
+            )
+        if index.n_rows not in (None, header.n_rows):
+            raise CacheError(
+                f"{path}: expected parts of a job of {index.n_rows} rows, got {cache} of one of {header.n_rows}; "
                 "merge again",
                 str(cache),
             )
-        if index.get("n_rows", said.get("n_rows")) != said.get("n_rows"):
-            raise CacheError(
-                f"{path}: expected parts of a job of {shown(index['n_rows'])} rows, got {cache} of one of "
-                f"{shown(said.get('n_rows'))}; merge again",
-                str(cache),
-            )
         caches[cache] = None
-    whole = total_digest(entry["content_digest"] for entry in entries)
-    if index.get("content_digest", whole) != whole:
+    whole = total_digest(entry.content_digest for entry in index.caches)
+    if index.content_digest not in (None, whole):
         raise CacheError(
-            f"{path}: expected caches with content {shown(index['content_digest'])} in all, got {whole}; merge again",
-            str(path),
+            f"{path}: expected caches with content {index.content_digest} in all, got {whole}; merge again", str(path)
         )
     return list(caches)
 
@@ -126,7 +153,7 @@ def check_whole(readers: Sequence[CacheReader]) -> None:
     if not any(reader.attributes.get("partial") for reader in readers):
         return
     rows = np.unique(np.concatenate([np.unique(np.asarray(reader.arrays["document_row"])) for reader in readers]))
-    expected = int(readers[0].attributes["n_rows"])
+    expected = readers[0].header.n_rows
     if len(rows) != expected:
         raise CacheError(
             f"{readers[0].path}: expected the parts of all {expected} rows of the job, got {len(rows)} rows in "

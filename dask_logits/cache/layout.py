@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array
+from dask_logits.fields import Count, Digest, Record
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Statistics
 
 FORMAT = "dask_logits"
 FORMAT_VERSION = "1.0"
@@ -15,10 +17,39 @@ DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
 # HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
 ZSTD_FILTER = 32_015
-# Larger than any dataset, and sums of a few such numbers fit into 64 bits.
-MOST_ROWS = 1 << 48
 # For each chunk of a chunked array.
 INDEX = ("offset", "size", "crc32")
+
+
+class Header(Record):
+    """Attributes of a cache that a reader checks. ``docs/FORMAT.md`` describes them."""
+
+    n_tokens: Count
+    n_entries: Count
+    n_documents: Count
+    top_k: Count
+    vocab_size: Count
+    content_digest: Digest
+    n_blocks: Count | None = None
+    n_rows: Count | None = None
+    total_workers: Count | None = None
+    tokenizer_ids: Count | None = None
+    shard: Count | None = None
+    fingerprint: str | None = None
+    run_id: str | None = None
+    plan_digest: str | None = None
+    plan_end: str | None = None
+    tokenizer_map_digest: str | None = None
+    what: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    statistics: Statistics | None = None
+
+
+class CompactHeader(Header):
+    """Attributes of a cache in the compact profile that a reader checks."""
+
+    precision: Count
+    chunk_tokens: Count
 
 
 class BlockCrc:

@@ -27,7 +27,8 @@ import numpy as np
 from dask_logits.cache.chunks import decompress
 from dask_logits.cache.profile import Profile, Stored, encode_all
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import COUNT, is_there, read_json, sync_tree
+from dask_logits.fields import MOST_COUNT
+from dask_logits.files.atomic import is_there, read_json, sync_tree
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records, schema
 
 FORMAT = "dask_logits.partition"
@@ -37,7 +38,7 @@ _LEVEL = 1
 _METADATA = "zarr.json"
 
 
-def write_partition(path: Path, records: Records, profile: Profile) -> dict[str, list[int]]:
+def write_partition(path: Path, records: Records, profile: Profile) -> dict[str, tuple[int, int]]:
     """Write a partition into a new group and make it durable.
 
     Parameters
@@ -69,7 +70,7 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
             _write_array(group, name, arrays[name], BLOCK_TOKENS, _LEVEL)
     sync_tree(path)
     return {
-        str(file.relative_to(path)): [file.stat().st_size, _crc32(file)]
+        str(file.relative_to(path)): (file.stat().st_size, _crc32(file))
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
@@ -260,7 +261,8 @@ class PartitionReader:
             except (ValueError, KeyError, TypeError) as error:
                 raise self._unreadable(name, f"metadata without {error}") from error
             expected = ([*kind.shape], kind.dtype.name, [rows, *kind.shape])
-            if described != expected or not COUNT.holds(length) or codecs not in (["bytes"], ["bytes", "zstd"]):
+            is_count = type(length) is int and 0 <= length < MOST_COUNT
+            if described != expected or not is_count or codecs not in (["bytes"], ["bytes", "zstd"]):
                 raise self._unreadable(name, f"{str((length, described, codecs))[:200]} instead of {expected}")
             self._layouts[name] = _Layout(
                 shape=(length, *kind.shape),

@@ -26,7 +26,7 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records, Statistics
 
 # Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
 _DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
@@ -79,6 +79,18 @@ class Piece(Protocol):
         """Yield the logical token arrays, :data:`BLOCK_TOKENS` tokens at a time."""
 
 
+class Committed(Protocol):
+    """The fields of a receipt that describe a partition's rows and files."""
+
+    partition: int
+    first_row: int
+    n_rows: int
+    statistics: Statistics
+    content_digest: str
+    # Name → bytes and CRC-32.
+    files: dict[str, tuple[int, int]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartitionPiece:
     """A committed partition.
@@ -94,18 +106,18 @@ class PartitionPiece:
     """
 
     path: Path
-    receipt: Mapping[str, Any]
+    receipt: Committed
     profile: Profile
 
     @property
     def first_row(self) -> int:
         """First dataset row."""
-        return int(self.receipt["first_row"])
+        return self.receipt.first_row
 
     @property
     def n_rows(self) -> int:
         """Number of dataset rows."""
-        return int(self.receipt["n_rows"])
+        return self.receipt.n_rows
 
     @property
     def n_bytes(self) -> int:
@@ -114,7 +126,7 @@ class PartitionPiece:
         entries, n_bytes = round_up(tokens, self.profile.alignment), documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
         for name, stored in self.profile.arrays.items():
             if stored.chunked:
-                files = (size for file, (size, _) in self.receipt["files"].items() if file.startswith(f"{name}/c/"))
+                files = (size for file, (size, _) in self.receipt.files.items() if file.startswith(f"{name}/c/"))
                 n_bytes += sum(files) + entries // self.profile.alignment * _CHUNK_BYTES
             else:
                 n_bytes += entries * stored.dtype.itemsize * math.prod(stored.shape)
@@ -122,12 +134,12 @@ class PartitionPiece:
 
     def counts(self) -> tuple[int, int, int]:
         """Return tokens, documents and blocks."""
-        sums = self.receipt["statistics"]
-        return sums["tokens"], sums["documents"], sums.get("blocks", 0)
+        sums = self.receipt.statistics
+        return sums.tokens, sums.documents, sums.blocks
 
     def content_digest(self) -> str:
         """Return the digest computed by the worker."""
-        return str(self.receipt["content_digest"])
+        return self.receipt.content_digest
 
     def runs(self) -> Iterator[Records]:
         """Yield the whole partition."""
@@ -139,7 +151,7 @@ class PartitionPiece:
 
     def check(self) -> None:
         """Check every file against the receipt."""
-        self._reader.check(self.receipt["files"])
+        self._reader.check(self.receipt.files)
         found = (self._reader.n_tokens, self._reader.n_documents, self._reader.n_blocks)
         if found != self.counts():
             raise CacheError(

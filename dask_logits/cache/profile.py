@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import COUNT, DIGEST, NUMBERS, OBJECT, Kind, check_fields, create_bytes
+from dask_logits.files.atomic import create_bytes
 from dask_logits.records import TOKEN_ARRAYS, Array, Records, id_dtype, schema
 
 Precision = Literal[8, 10, 12]
@@ -318,34 +318,6 @@ def id_table(topk_ids: Array, vocab_size: int) -> Array:
     """
     counts = np.bincount(topk_ids.reshape(-1).astype(np.int64), minlength=vocab_size)
     return np.argsort(-counts, kind="stable").astype(np.uint32)
-
-
-# Storage fields of a calibration.
-_STORAGE = {
-    "profile": Kind("'plain' or 'compact'", lambda value: value in ("plain", "compact")),
-    "precision": Kind(f"one of {PRECISIONS}", lambda value: COUNT.holds(value) and value in PRECISIONS),
-    "id_table": DIGEST.or_none(),
-}
-_CALIBRATION = {
-    "numerics": OBJECT,
-    "storage": OBJECT.or_none(),
-    "cost": NUMBERS.or_none(),
-    "kept_mass_by_k": NUMBERS.or_none(),
-    "environment": OBJECT.or_none(),
-}
-
-
-def check_calibration(path: Path, calibration: Mapping[str, Any]) -> None:
-    """Refuse a calibration with invalid fields.
-
-    Raises
-    ------
-    CacheError
-            Naming the file and the first invalid field.
-    """
-    check_fields(path, calibration, _CALIBRATION)
-    if calibration.get("storage") is not None:
-        check_fields(path, calibration["storage"], _STORAGE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,27 +35,19 @@ from dask_logits.cache.layout import (
     FORMAT,
     FORMAT_VERSION,
     INDEX,
-    MOST_ROWS,
     BlockCrc,
+    CompactHeader,
+    Header,
 )
-from dask_logits.cache.profile import Compact, Plain, Profile, check_calibration
+from dask_logits.cache.profile import Compact, Plain, Profile
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import COUNT, DIGEST, OBJECT, TEXT, check_fields
+from dask_logits.fields import MOST_COUNT
 from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
 
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
 # Bytes of an array checked together.
 _READ_BYTES = 8 << 20
-_SIZES = ("n_tokens", "n_entries", "n_documents", "top_k", "vocab_size")
-_COMPACT_SIZES = ("precision", "chunk_tokens")
-# Optional attributes.
-_SAID = {
-    **dict.fromkeys(("n_blocks", "n_rows", "total_workers", "tokenizer_ids", "shard"), COUNT.or_none()),
-    **dict.fromkeys(("fingerprint", "run_id", "plan_digest", "plan_end", "tokenizer_map_digest"), TEXT.or_none()),
-    **dict.fromkeys(("what", "calibration", "statistics"), OBJECT.or_none()),
-    "content_digest": DIGEST,
-}
 
 
 class CacheReader:
@@ -90,12 +82,12 @@ class CacheReader:
 
     def _read_header(self, file: h5py.File) -> None:
         self.attributes = root_attributes(file)
-        self._check_header()
-        self.n_tokens = int(self.attributes["n_tokens"])
-        self.n_entries = int(self.attributes["n_entries"])
-        self.n_documents = int(self.attributes["n_documents"])
-        self.top_k = int(self.attributes["top_k"])
-        self.vocab_size = int(self.attributes["vocab_size"])
+        self.header = self._check_header()
+        self.n_tokens = self.header.n_tokens
+        self.n_entries = self.header.n_entries
+        self.n_documents = self.header.n_documents
+        self.top_k = self.header.top_k
+        self.vocab_size = self.header.vocab_size
         self.profile = self._profile(file)
         datasets = self._check_arrays(file)
         chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
@@ -323,10 +315,10 @@ class CacheReader:
         """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
         columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
         row, _, length, start = (
-            np.minimum(column.astype(np.uint64), np.uint64(MOST_ROWS)).astype(np.int64) for column in columns
+            np.minimum(column.astype(np.uint64), np.uint64(MOST_COUNT)).astype(np.int64) for column in columns
         )
         end = start + length
-        if (np.diff(row) < 0).any() or (row >= MOST_ROWS).any():
+        if (np.diff(row) < 0).any() or (row >= MOST_COUNT).any():
             raise damaged(self.path, "document_row to rise", "another order")
         if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
             raise damaged(
@@ -344,7 +336,7 @@ class CacheReader:
         if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
             raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
 
-    def _check_header(self) -> None:
+    def _check_header(self) -> Header:
         found = self.attributes.get("format")
         if found != FORMAT:
             raise CacheError(
@@ -363,21 +355,16 @@ class CacheReader:
                 f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
                 str(self.path),
             )
-        needed = _SIZES + (_COMPACT_SIZES if profile == "compact" else ())
-        lacking = [name for name in needed if name not in self.attributes]
-        if lacking:
-            raise damaged(self.path, ", ".join(lacking), "none")
-        said = self.attributes
-        check_fields(self.path, said, {**_SAID, **dict.fromkeys(needed, COUNT)})
-        if said.get("calibration") is not None:
-            check_calibration(self.path, said["calibration"])
-        if said.get("partial") and said.get("n_rows") is None:
+        header = (CompactHeader if profile == "compact" else Header).parse(self.path, self.attributes)
+        if self.attributes.get("partial") and header.n_rows is None:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
-        if not 0 < said["top_k"] <= said["vocab_size"] <= 1 << 32:
-            raise damaged(self.path, "0 < top_k <= vocab_size", f"{said['top_k']} and {said['vocab_size']}")
-        entries, step = said["n_entries"], said["chunk_tokens"] if profile == "compact" else 1
-        if entries < said["n_tokens"] or not step or entries % step:
-            raise damaged(self.path, f"n_entries for {said['n_tokens']} tokens in chunks of {step}", str(entries))
+        if not 0 < header.top_k <= header.vocab_size <= 1 << 32:
+            raise damaged(self.path, "0 < top_k <= vocab_size", f"{header.top_k} and {header.vocab_size}")
+        step = header.chunk_tokens if isinstance(header, CompactHeader) else 1
+        if header.n_entries < header.n_tokens or not step or header.n_entries % step:
+            expected = f"n_entries for {header.n_tokens} tokens in chunks of {step}"
+            raise damaged(self.path, expected, str(header.n_entries))
+        return header
 
     def _profile(self, file: h5py.File) -> Profile:
         if self.attributes["profile"] == "plain":

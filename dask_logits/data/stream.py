@@ -170,7 +170,8 @@ class RowStream:
             first = first or segment
             if "part" in segment.source:
                 failed.add(segment.source["part"])
-        recorded = tuple((log.run.manifest() or {}).get("files", ()))
+        manifest = log.run.manifest()
+        recorded = () if manifest is None else manifest.files
         for part, (old, new) in enumerate(itertools.zip_longest(recorded, self.file_states)):
             # A file that could not be read may have been fixed.
             if old != new and (part not in failed or old is None or new is None):

@@ -1,8 +1,8 @@
-"""Atomic, durable file writes, and validation of the JSON that is read back.
+"""Atomic, durable file writes, and reading of JSON within bounds.
 
 A JSON file is written under a temporary name, flushed, then linked. A link fails if the name exists, so the first
 writer wins and later ones notice (``os.replace`` would let the last one win). Files may come from someone else, so
-their size, depth and field types are checked before use.
+their size and depth are checked before use. :mod:`dask_logits.fields` validates what is in them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import contextlib
 import errno
 import json
 import os
-import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,104 +29,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _READ_ONLY = (errno.EROFS,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
-# Far larger than any count, yet sums and products of a few counts still fit into 64 bits.
-_MOST = 1 << 48
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Type of a JSON field.
-
-    Parameters
-    ----------
-    what
-        Description for messages.
-    holds
-        Predicate for values of this kind.
-    """
-
-    what: str
-    holds: Callable[[Any], bool]
-
-    def or_none(self) -> Kind:
-        """Return this kind, also accepting an absent or null field."""
-        return Kind(f"{self.what} or null", lambda value: value is None or self.holds(value))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MOST
-
-
-def _is_number(value: Any) -> bool:
-    # Excludes NaN, infinities and integers too large for a float.
-    return type(value) in (int, float) and -1e300 < value < 1e300
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value not in (".", "..") and bool(re.fullmatch(r"[\w.-]{1,200}", value, re.A))
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and all(map(_is_name, value.split("/")))
-
-
-COUNT = Kind("a count", _is_count)
-COUNTS = Kind("a list of counts", lambda value: isinstance(value, list) and all(map(_is_count, value)))
-NUMBER = Kind("a finite number", _is_number)
-TEXT = Kind("text", lambda value: isinstance(value, str))
-OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
-# A file in a folder or below it. Paths that leave the folder are refused.
-NAME = Kind("a plain file name", _is_name)
-INNER_PATH = Kind("a path below the folder", _is_path)
-DIGEST = Kind(
-    "64 hexadecimal digits",
-    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
-)
-NUMBERS = Kind(
-    "a JSON object of finite numbers", lambda value: isinstance(value, dict) and all(map(_is_number, value.values()))
-)
-
-
-def shown(value: object) -> str:
-    """Format a value for a message: in full if short, else its beginning or its type.
-
-    >>> shown(-1), shown([1, [2]])
-    ('-1', 'a list')
-    """
-    if isinstance(value, dict | list):
-        return f"a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def check_fields(path: Path, value: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
-    """Refuse an object with a missing field or a field of the wrong kind.
-
-    Parameters
-    ----------
-    path
-        The file, for error messages.
-    value
-        The object read from it.
-    fields
-        Name → kind.
-
-    Raises
-    ------
-    CacheError
-        Naming the first such field.
-
-    Examples
-    --------
-    >>> check_fields(Path("a.json"), {"rows": 3}, {"rows": COUNT, "name": TEXT.or_none()})
-    """
-    for name, kind in fields.items():
-        if not kind.holds(value.get(name)):
-            found = shown(value[name]) if name in value else "none"
-            raise CacheError(
-                f"{path}: expected {name} to be {kind.what}, got {found}; the file is damaged: restore or delete it",
-                str(path),
-            )
 
 
 def read_json(path: Path) -> Json | None:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dask_logits.data.source import Planned
 from dask_logits.errors import PartitionsFailedError, RunConflictError
@@ -20,6 +21,7 @@ from dask_logits.job.reporter import Reporter
 from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, forget_failure, note_failure
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import Calibration, Receipt
 from dask_logits.run.timings import add_seconds, shares
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.teacher.meter import Cost
@@ -149,23 +151,23 @@ class _Driver:
         self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
         return iter(self._ahead)
 
-    def on_receipt(self, receipt: Json) -> None:
+    def on_receipt(self, receipt: Receipt) -> None:
         """Record a committed partition."""
         self._n_committed += 1
         statistics = Statistics.from_json(receipt["statistics"])
         self._progress.partition(statistics)
         logger.info(
             "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %s%s",
-            receipt["partition"],
+            receipt.partition,
             statistics.documents,
             statistics.tokens,
-            statistics.tokens / max(receipt["seconds"]["score"], 1e-9),
-            "unknown" if receipt["mfu"] is None else f"{receipt['mfu']:.2f}",
-            f", {len(receipt['splits'])} batches split for lack of memory" if receipt["splits"] else "",
+            statistics.tokens / max(receipt.seconds.get("score", 0.0), 1e-9),
+            "unknown" if receipt.mfu is None else f"{receipt.mfu:.2f}",
+            f", {len(receipt.splits)} batches split for lack of memory" if receipt.splits else "",
         )
-        self._seconds = add_seconds(self._seconds, receipt["seconds"])
-        forget_failure(self._job.run, receipt["partition"])
-        self._settle(receipt["partition"])
+        self._seconds = add_seconds(self._seconds, receipt.seconds)
+        forget_failure(self._job.run, receipt.partition)
+        self._settle(receipt.partition)
 
     def on_failure(self, failure: Failure) -> None:
         """Record a permanently failed partition. Raise PartitionsFailedError if none succeeds."""
@@ -224,23 +226,22 @@ class _Driver:
 
 
 def tasks(
-    job: Job, calibration: Json, planned: Iterator[Planned | None], on_failure: Callable[[Failure], None]
+    job: Job, calibration: Calibration, planned: Iterator[Planned | None], on_failure: Callable[[Failure], None]
 ) -> Iterator[PartitionTask | None]:
     """Yield the tasks of all due partitions, in order, or None while a stream has not reached the next one."""
-    numerics = calibration["numerics"]
+    numerics = calibration.numerics
     of_run = run_id(job)
-    teacher = teacher_spec(
-        job, dtype=numerics["dtype"], device=numerics["device"], torch_threads=numerics["torch_threads"]
-    )
+    teacher = teacher_spec(job, dtype=numerics.dtype, device=numerics.device, torch_threads=numerics.torch_threads)
     scoring = ScoringSettings(
         top_k=job.config.teacher.generation.top_k,
         vocab_size=job.tokenizer_spec.vocab_size,
-        batch_tokens=numerics["batch_tokens"],
-        batch_size=numerics["batch_size"],
-        head_rows=numerics["head_rows"],
-        path=ScoringPath(**numerics["path"]),
+        batch_tokens=numerics.batch_tokens,
+        batch_size=numerics.batch_size,
+        head_rows=numerics.head_rows,
+        path=ScoringPath(**numerics.path.model_dump()),
     )
-    cost = Cost(**calibration["cost"])
+    measured: dict[str, Any] = calibration.cost or {}
+    cost = Cost(**measured)
     profile = job.run.profile()
     for due in planned:
         if due is None:
@@ -261,7 +262,7 @@ def tasks(
                 scoring=scoring,
                 profile=profile,
                 cost=cost,
-                environment=calibration.get("environment"),
+                environment=calibration.environment,
                 allow_mixed=job.config.cluster.allow_mixed_workers,
             )
 
@@ -271,7 +272,7 @@ def run_id(job: Job) -> str:
     manifest = job.run.manifest()
     if manifest is None:
         raise RunConflictError(f"{job.run.path}: expected run.json, got none: it was deleted while the job ran")
-    return str(manifest["run_id"])
+    return manifest.run_id
 
 
 def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:

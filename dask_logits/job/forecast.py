@@ -43,7 +43,7 @@ def forecast(job: Job) -> Forecast | None:
     """Return the expected speed, or None if the job joins workers that have not been measured."""
     calibration = job.run.calibration()
     if calibration is not None and not job.config.teacher.generation.force_regenerate:
-        return Forecast(tokens_per_second=float(calibration["tokens_per_second"]), is_measured=True)
+        return Forecast(tokens_per_second=calibration.tokens_per_second, is_measured=True)
     if not job.n_workers:
         return None
     dtype = resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, job.device)

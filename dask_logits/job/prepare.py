@@ -34,6 +34,7 @@ from dask_logits.job.workers import joins_scheduler, local_device, local_workers
 from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import Manifest
 from dask_logits.teacher.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.teacher.topk import scratch_rows
 from dask_logits.worker.calibrate import auto_budgets
@@ -90,7 +91,7 @@ class Job:
         return fingerprint(self.what)
 
 
-def settings_of(run: RunFolder, log: PlanLog) -> Json:
+def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:
     """Return the original settings of a run, updated to its current folder and rows.
 
     Permissions for a single start, to replace a run or to take over a lease, are dropped.
@@ -103,7 +104,7 @@ def settings_of(run: RunFolder, log: PlanLog) -> Json:
     manifest = run.manifest()
     if manifest is None:
         raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
-    how = manifest["how"]
+    how = manifest.how
     generation = {**how["teacher"]["generation"], "force_regenerate": False}
     teacher = {**how["teacher"], "cache_dir": str(run.path), "generation": generation}
     dataset = dict(how["dataset"])
@@ -150,7 +151,7 @@ def prepare(
     on_step("opening the dataset")
     source: Source
     if config.dataset.streaming or is_stream(dataset):
-        source = open_stream(config.dataset, dataset, (manifest or {}).get("commit"))
+        source = open_stream(config.dataset, dataset, manifest.commit if manifest else None)
     else:
         source = open_corpus(config.dataset, dataset)
     items = _item_settings(config.dataset)
@@ -265,12 +266,12 @@ def _check_filled(source: Source) -> None:
     )
 
 
-def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Json | None) -> Config:
+def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Manifest | None) -> Config:
     """Determine ``max_length``. An existing run keeps its original value."""
     dataset = config.dataset
     if dataset.max_length != "auto":
         return config
-    settled = (manifest or {}).get("what", {}).get("dataset.max_length")
+    settled = manifest.what.get("dataset.max_length") if manifest else None
     length = (
         settled if isinstance(settled, int) else min(DEFAULT_MAX_LENGTH, teacher.max_positions or DEFAULT_MAX_LENGTH)
     )
@@ -318,14 +319,14 @@ def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size
     return dataclasses.replace(items, separator_id=separator)
 
 
-def _partition_rows(config: Config, source: Source, tokens_per_row: float, manifest: Json | None) -> int:
+def _partition_rows(config: Config, source: Source, tokens_per_row: float, manifest: Manifest | None) -> int:
     """Return the rows of a partition. A value chosen by ``auto`` is kept, even if the number of rows has changed."""
     if source.streams:
         return config.dataset.streaming_chunk_size
     if config.partition.rows != "auto":
         return int(config.partition.rows)
-    if manifest is not None and "partition.rows" in manifest["what"]:
-        return int(manifest["what"]["partition.rows"])
+    if manifest is not None and "partition.rows" in manifest.what:
+        return int(manifest.what["partition.rows"])
     return auto_partition_rows(source.n_rows or 1, tokens_per_row)
 
 
@@ -378,7 +379,7 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
         shares = "teacher.generation.total_workers"
         compare(
             job.run.path,
-            manifest["what"] | manifest["numerics"] | {shares: manifest["total_workers"]},
+            manifest.what | manifest.numerics | {shares: manifest.total_workers},
             job.what | job.numerics | {shares: job.share.total},
         )
         job.source.check(PlanLog(job.run))

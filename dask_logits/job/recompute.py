@@ -125,7 +125,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     planned = job.source.plan(log, job.partition_rows, lambda index: bool(rows_of.get(index)))
     readers = [CacheReader(file) for file in find_caches(run.path)]
     check = Check("partitions that come out the same now")
-    here = environment(calibration["numerics"]["device"])
+    here = environment(calibration.numerics.device)
     near: Counter[str] = Counter()
     cached, noise, truncation = _Differences(), _Differences(), []
     for task in tasks(job, calibration, planned, lambda failure: None):
@@ -136,14 +136,14 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
         digest = ContentDigest()
         digest.update(kept)
         check.looked_at += 1
-        receipt = run.receipt(task.partition.index) or {}
-        if digest.hexdigest() != receipt.get("content_digest"):
-            made_in = receipt.get("environment") or calibration.get("environment") or here
+        receipt = run.receipt(task.partition.index)
+        if receipt is None or digest.hexdigest() != receipt.content_digest:
+            made_in = (receipt.environment if receipt else None) or calibration.environment or here
             differing = describe(differences(made_in, here))
             off = _Differences()
             for row in rows_of[task.partition.index]:
                 off.add(_cached_document(readers, row), _document(kept, row))
-            if differing and off.is_near(_NEAR_NATS.get(calibration["numerics"]["dtype"], 0.01)):
+            if differing and off.is_near(_NEAR_NATS.get(calibration.numerics.dtype, 0.01)):
                 near[differing] += 1
             else:
                 cause = f"; the environment differs, which is the likely cause: {differing}" if differing else ""

@@ -16,6 +16,7 @@ from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
 from dask_logits.run.folder import RUNS_TOPIC
+from dask_logits.run.records import DriverStatus
 
 _REPORT_SECONDS = 10.0
 

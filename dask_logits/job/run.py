@@ -45,6 +45,7 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import FORMAT, VERSION, Calibration, Manifest, Storage
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
 
 logger = logging.getLogger(__name__)
@@ -215,8 +216,8 @@ def _replaces(job: Job, state: RunState) -> bool:
     It is identified by the run that it replaces, or without one, by being forced and incomplete.
     """
     manifest = state.manifest
-    same = manifest["what"] | manifest["numerics"] == job.what | job.numerics
-    forced = bool(manifest["how"]["teacher"]["generation"]["force_regenerate"])
+    same = manifest.what | manifest.numerics == job.what | job.numerics
+    forced = bool(manifest.setting("teacher.generation.force_regenerate"))
     try:
         begun = has_previous(job.run) or (forced and not state.is_complete)
     except CacheError:
@@ -267,7 +268,8 @@ def _held(job: Job) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(job: Job) -> Iterator[None]:
     """Hold all other locks that users of the run could hold: static workers' shares and the consolidation."""
-    total = (job.run.manifest() or {}).get("total_workers", 1)
+    manifest = job.run.manifest()
+    total = 1 if manifest is None else manifest.total_workers
     names = [CONSOLIDATION_LOCK, *(lock_name(Share(worker=worker, total=total)) for worker in range(total))]
     with contextlib.ExitStack() as held:
         for name in names:
@@ -284,7 +286,7 @@ def _done(job: Job, state: RunState) -> Done:
         done.indices.add(each.partition.index)
         done.rows += each.partition.n_rows
         if each.receipt is not None:
-            done.statistics += Statistics.from_json(each.receipt["statistics"])
+            done.statistics += each.receipt.statistics
     return done
 
 

@@ -20,7 +20,6 @@ from distributed.client import FutureCancelledError
 from distributed.comm import get_address_host_port
 
 from dask_logits.errors import ClusterError
-from dask_logits.files.atomic import Json
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def restart_worker(client: Client, address: str) -> None:
     logger.warning("worker %s: %s", address, found.get(address, "gone"))
 
 
-def result_of(client: Client, future: Future, seconds: float) -> Json:
+def result_of(client: Client, future: Future, seconds: float) -> Any:
     """Fetch a result. If its worker has just died, another worker computes it first.
 
     Raises
@@ -101,8 +100,7 @@ def result_of(client: Client, future: Future, seconds: float) -> Json:
     ClusterError
         If the scheduler is lost, or the call took more than ``seconds``.
     """
-    receipt: Json = call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
-    return receipt
+    return call_scheduler(client, lambda: client.gather([future], asynchronous=True), seconds)[0]
 
 
 def exception_of(future: Future) -> BaseException:

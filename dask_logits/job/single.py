@@ -45,14 +45,14 @@ _TWICE = 2
 
 def run_one(
     client: Client,
-    function: Callable[[Any, Callable[[str], None]], Json],
+    function: Callable[[Any, Callable[[str], None]], Any],
     argument: Any,
     job: JobConfig,
     *,
     roster: Roster | None = None,
     on_step: Callable[[str], None] = lambda step: None,
     on_turn: Callable[[], None] = lambda: None,
-) -> Json:
+) -> Any:
     """Run one function on one worker and wait for it in bounded time.
 
     Parameters
@@ -119,7 +119,7 @@ class _Attempt:
 @dataclass
 class _Task:
     client: Client
-    function: Callable[[Any, Callable[[str], None]], Json]
+    function: Callable[[Any, Callable[[str], None]], Any]
     argument: Any
     job: JobConfig
     roster: Roster
@@ -134,7 +134,7 @@ class _Task:
     def name(self) -> str:
         return self.function.__name__
 
-    def run(self, on_turn: Callable[[], None]) -> Json:
+    def run(self, on_turn: Callable[[], None]) -> Any:
         """Run the task to its end."""
         started, looked = time.monotonic(), 0.0
         while True:
@@ -186,7 +186,7 @@ class _Task:
         future = self.client.compute(delayed, workers=workers and sorted(workers))
         self.attempts.append(_Attempt(future, workers))
 
-    def _collect(self) -> Json | None:
+    def _collect(self) -> Any:
         """Return a result if there is one. Restart a failed attempt elsewhere."""
         for attempt in list(self.attempts):
             status = attempt.future.status

@@ -23,9 +23,10 @@ from typing import Any
 from rich.console import Console
 
 from dask_logits.errors import CacheError, ClusterError, ConfigError, DaskLogitsError, RunConflictError
-from dask_logits.files.atomic import Json, expanded, read_json
+from dask_logits.files.atomic import expanded, read_json
 from dask_logits.observe.status import Status, read_status
 from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES, RunFolder
+from dask_logits.run.records import DriverStatus
 
 # A driver without announcements for this long is not counted as active.
 _SILENT_SECONDS = 120.0
@@ -198,7 +199,7 @@ def _address(file: Path, wait_seconds: float) -> str:
         time.sleep(_FILE_POLL_SECONDS)
 
 
-def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
+def _announced(address: str, wait_seconds: float) -> dict[str, DriverStatus]:
     """Return the latest announcement of every run known to the scheduler. No connection stays open."""
     # A notebook's thread already runs an event loop.
     with ThreadPoolExecutor(1) as thread:
@@ -209,10 +210,11 @@ def _announced(address: str, wait_seconds: float) -> dict[str, Json]:
                 f"Monitor: expected a scheduler at {address!r}, got {error!r} within {wait_seconds:g} s; give the "
                 "address of the one the job uses, or the run folder"
             ) from error
-    return {event["run"]: event for _, event in events}
+    records = (DriverStatus.parse(Path(address), event) for _, event in events)
+    return {record.run: record for record in records if record.run is not None}
 
 
-async def _ask(address: str, wait_seconds: float) -> list[tuple[float, Json]]:
+async def _ask(address: str, wait_seconds: float) -> list[tuple[float, dict[str, Any]]]:
     from distributed import Security, rpc
 
     # Not a Client: the scheduler would count it, and that of distributed 2026.7.1 waits forever for a handshake.
@@ -221,7 +223,7 @@ async def _ask(address: str, wait_seconds: float) -> list[tuple[float, Json]]:
         return list(await scheduler.events(topic=RUNS_TOPIC))
 
 
-def _choose(runs: dict[str, Json], address: str) -> str:
+def _choose(runs: dict[str, DriverStatus], address: str) -> str:
     """Return the only active run, else the one with the latest announcement."""
     if not runs:
         raise ClusterError(
@@ -233,18 +235,18 @@ def _choose(runs: dict[str, Json], address: str) -> str:
         raise RunConflictError(
             f"{address}: expected one run at work, got {len(working)}; give the folder of one: {', '.join(working)}"
         )
-    return working[0] if working else max(runs, key=lambda run: float(runs[run]["at"]))
+    return working[0] if working else max(runs, key=lambda run: runs[run].at)
 
 
-def _at_work(event: Json) -> bool:
-    return bool(event["state"] in WORKING_STATES and time.time() - event["at"] < _SILENT_SECONDS)
+def _at_work(event: DriverStatus) -> bool:
+    return event.state in WORKING_STATES and time.time() - event.at < _SILENT_SECONDS
 
 
-def _lines(event: Json) -> list[str]:
+def _lines(event: DriverStatus) -> list[str]:
     """Format an announcement for display: the figures of one driver, as published."""
-    facts = {name.replace("_", " "): value for name, value in event.items() if name not in ("run", "at", "failed")}
-    facts = {"run": f"{event['run']} (not visible on this machine)", **facts}
-    facts |= {f"failed {int(index):06d}": reason for index, reason in event["failed"].items()}
+    facts = {name.replace("_", " "): value for name, value in event if name not in ("run", "at", "failed")}
+    facts = {"run": f"{event.run} (not visible on this machine)", **facts}
+    facts |= {f"failed {int(index):06d}": reason for index, reason in event.failed.items()}
     return [f"{label:<17}  {text}" for label, text in facts.items() if text is not None]
 
 

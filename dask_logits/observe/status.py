@@ -6,17 +6,20 @@ import json
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from dask_logits.errors import RunConflictError
-from dask_logits.files.atomic import Json, expanded
+from dask_logits.files.atomic import expanded
 from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
 from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import WORKING_STATES, RunFolder
+from dask_logits.run.records import FailureEntry, Manifest
 from dask_logits.run.state import RunState, cache_state
 from dask_logits.run.timings import add_seconds, duration, plural, shares
 
@@ -227,15 +230,17 @@ def _read_status(run: RunFolder) -> Status:
         if each.receipt is None:
             lacking += each.is_cached
             continue
-        sums += Statistics.from_json(each.receipt["statistics"])
-        seconds = add_seconds(seconds, each.receipt["seconds"])
-        flops += each.receipt["flops"]
-        splits += len(each.receipt["splits"])
+        sums += each.receipt.statistics
+        seconds = add_seconds(seconds, each.receipt.seconds)
+        flops += each.receipt.flops
+        splits += len(each.receipt.splits)
     if lacking:
         logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", lacking)
     is_complete = not damaged and found.is_complete
     cache = found.cache if is_complete else None
-    scoring, peak = seconds.get("score", 0.0), ((run.calibration() or {}).get("cost") or {}).get("peak_flops", 0.0)
+    calibration = run.calibration()
+    cost = (calibration.cost if calibration else None) or {}
+    scoring, peak = seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
     failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
     left_out = drivers.left_out
     state: State
@@ -259,7 +264,7 @@ def _read_status(run: RunFolder) -> Status:
         next_command=_next_command(
             run, state, manifest, only_failed=bool(failed) and not n_open and log.end is not None
         ),
-        items_noun=_items_noun(manifest["what"]),
+        items_noun=_items_noun(manifest.what),
         partitions=log.n_partitions,
         committed=count,
         planned_all=log.end is not None,
@@ -279,7 +284,7 @@ def _read_status(run: RunFolder) -> Status:
         cache=str(cache.path) if cache else None,
         bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,
         content_digest=cache.content_digest if cache else None,
-        kept_mass_by_k=(run.calibration() or {}).get("kept_mass_by_k", {}),
+        kept_mass_by_k=(calibration.kept_mass_by_k if calibration else None) or {},
     )
 
 
@@ -322,29 +327,29 @@ def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
     )
 
 
-def _next_command(run: RunFolder, state: State, manifest: Json | None, *, only_failed: bool = False) -> str:
+def _next_command(run: RunFolder, state: State, manifest: Manifest | None, *, only_failed: bool = False) -> str:
     path = shlex.quote(str(run.path))
     if state in WORKING_STATES:
         return f"dask-logits status {path}"
     if state == "complete":
         return f"dask-logits show {path}"
-    total = manifest["total_workers"] if manifest else 1
+    total = manifest.total_workers if manifest else 1
     if state == "scored" and total > 1:
         return f"dask-logits merge --input-dir {path} --num-workers {total}"
     if state == "failed" and only_failed:
         return f"dask-logits retry {path}"
-    how = manifest["how"] if manifest else None
+    how = manifest.how if manifest else None
     command = generate_command(how) if how and total == 1 and state != "damaged" else None
     return command or "start the job again with the same command"
 
 
-def _items_noun(what: Json) -> str:
+def _items_noun(what: Mapping[str, Any]) -> str:
     """Name the units made from dataset rows: whole documents, windows of them, or segments of packed blocks."""
     if what.get("dataset.packing") == "concat":
         return "segments"
     return "windows" if what.get("dataset.long_documents") == "window" else "documents"
 
 
-def _reason(entry: Json) -> str:
-    rows = ", ".join(str(row) for row in entry["rows"])
-    return f"{entry['kind']}: {entry['reason']}" + (f" (dataset rows {rows})" if rows else "")
+def _reason(entry: FailureEntry) -> str:
+    rows = ", ".join(str(row) for row in entry.rows)
+    return f"{entry.kind}: {entry.reason}" + (f" (dataset rows {rows})" if rows else "")

@@ -19,10 +19,10 @@ from dask_logits.cache.pieces import PartitionPiece, cache_pieces
 from dask_logits.cache.profile import Compact, Profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import Json
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
+from dask_logits.run.records import Receipt
 from dask_logits.run.state import cache_state, open_run_cache
 from dask_logits.worker.environment import Environment, describe, differences
 
@@ -142,7 +142,8 @@ def check_files(path: Path) -> Report:
     report = Report(str(path))
     if path.is_dir() and run.manifest() is not None:
         before = cache_state(run)
-        checker.expected = (run.calibration() or {}).get("environment") or {}
+        calibration = run.calibration()
+        checker.expected = (calibration.environment if calibration else None) or {}
         report.unfinished = _check_run(run, checker)
         if cache_state(run) != before:
             # The job wrote its cache in the meantime and deleted its partitions.
@@ -176,11 +177,11 @@ class _Checker:
         self.finite = Check("nothing NaN or infinite")
         self.documents = Check("documents, each row once and whole")
 
-    def environment(self, receipt: Json) -> None:
+    def environment(self, receipt: Receipt) -> None:
         """Record a partition's environment, if known."""
         self.n_receipts += 1
-        if "environment" in receipt:
-            self.others[describe(differences(self.expected, receipt["environment"]))] += 1
+        if receipt.environment is not None:
+            self.others[describe(differences(self.expected, receipt.environment))] += 1
 
     def notes(self) -> list[str]:
         """List the partitions scored in another environment than the run's."""
@@ -283,7 +284,7 @@ def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
             for records in piece.runs():
                 checker.records(records, reader.profile)
                 digest.update(records)
-        _compare_digest(checker, str(reader.path), reader.attributes["content_digest"], digest.hexdigest())
+        _compare_digest(checker, str(reader.path), reader.header.content_digest, digest.hexdigest())
 
 
 def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> None:
@@ -299,13 +300,13 @@ def _check_cover(readers: Sequence[CacheReader], checker: _Checker, *, lone: boo
     """
     if not readers:
         return
-    n_rows = readers[0].attributes.get("n_rows")
+    n_rows = readers[0].header.n_rows
     lone = lone and bool(readers[0].attributes.get("partial"))
     columns = {
         name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
         for name in DOCUMENT_ARRAYS
     }
-    _check_rows(checker.documents, columns, None if lone or n_rows is None else int(n_rows))
+    _check_rows(checker.documents, columns, None if lone else n_rows)
 
 
 def _check_rows(check: Check, columns: dict[str, Array], n_rows: int | None) -> None:
@@ -349,7 +350,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         readers = list(_opened([reader.path for reader in cache.readers], checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
-    keeps = bool(part.manifest["how"]["job"]["keep_partitions"])
+    keeps = bool(part.manifest.setting("job.keep_partitions"))
     missing = 0
     digests: list[str] = []
     for each in part.state.partitions():
@@ -364,9 +365,9 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
                 [f"partition {partition.name}: expected a receipt for its rows and arrays, got {got}"]
             )
             continue
-        digests.append(receipt["content_digest"])
+        digests.append(receipt.content_digest)
         checker.environment(receipt)
-        path = run.partitions_path / receipt["attempt"]
+        path = run.partitions_path / receipt.attempt
         if partition.n_rows and (not each.is_cached or (keeps and path.exists())):
             _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
     whole = open_run_cache(run)

@@ -89,9 +89,9 @@ def convert(
         check_one_job(readers)
         check_whole(readers)
         attributes = {name: value for name, value in attributes.items() if name not in _OF_A_PART}
-        if all("statistics" in one.attributes for one in readers):
-            sums = (Statistics.from_json(one.attributes["statistics"]) for one in readers)
-            attributes["statistics"] = vars(sum(sums, Statistics()))
+        sums = [one.header.statistics for one in readers if one.header.statistics is not None]
+        if len(sums) == len(readers):
+            attributes["statistics"] = sum(sums, Statistics()).model_dump()
     made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size)
     if profile == "compact":
         made = _compact(reader, precision)

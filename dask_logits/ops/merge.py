@@ -108,8 +108,8 @@ def _check_name(target: Path, index: bool) -> None:
 
 def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
     """Return the cache of a separate run, consolidating it if necessary."""
-    how = part.manifest["how"]
-    keep, limit = how["job"]["keep_partitions"], how["cache"].get("max_file_size")
+    keep = bool(part.manifest.setting("job.keep_partitions"))
+    limit = part.manifest.setting("cache.max_file_size")
     if not part.state.is_complete:
         max_bytes = max_bytes or (None if limit is None else parse_bytes(limit))
         return consolidate_run(part.run, keep_partitions=keep, max_file_bytes=max_bytes, takeover=takeover)

@@ -16,6 +16,7 @@ from dask_logits.cache.profile import Compact
 from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import expanded
 from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
+from dask_logits.run.records import Calibration
 
 # Tokens used for the curve if the calibration recorded none.
 _SAMPLE_TOKENS = 100_000
@@ -79,9 +80,9 @@ def card(path: str | Path) -> dict[str, Any]:
     reader = readers[0]
     said = reader.attributes
     n_bytes, n_tokens = sum(one.path.stat().st_size for one in readers), sum(one.n_tokens for one in readers)
-    what, calibration = said.get("what") or {}, said.get("calibration") or {}
-    numerics = calibration.get("numerics") or {}
-    sums = [Statistics.from_json(one.attributes["statistics"]) for one in readers if "statistics" in one.attributes]
+    what, copied = reader.header.what or {}, reader.header.calibration
+    calibration = None if copied is None else Calibration.parse(reader.path, copied)
+    sums = [one.header.statistics for one in readers if one.header.statistics is not None]
     statistics = sum(sums, Statistics()) if sums else None
     teacher = said.get("teacher") or {}
     named: Any = said.get("dataset")
@@ -111,15 +112,15 @@ def card(path: str | Path) -> dict[str, Any]:
         "teacher": said.get("teacher_path"),
         "teacher_identity": teacher.get("identity"),
         "teacher_revision": teacher.get("revision"),
-        "dtype": numerics.get("dtype"),
-        "device": numerics.get("device"),
+        "dtype": calibration.numerics.dtype if calibration else None,
+        "device": calibration.numerics.device if calibration else None,
         "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
         "dataset": {name: value for name, value in data.items() if value is not None},
         "plan_digest": said.get("plan_digest"),
-        "content_digest": total_digest(one.attributes["content_digest"] for one in readers),
+        "content_digest": total_digest(one.header.content_digest for one in readers),
         "kept_mass": _number(statistics.mean_kept_mass) if statistics else None,
         "perplexity": _number(statistics.perplexity) if statistics else None,
-        "kept_mass_by_k": calibration.get("kept_mass_by_k") or kept_mass_by_k(_sample(reader)),
+        "kept_mass_by_k": (calibration and calibration.kept_mass_by_k) or kept_mass_by_k(_sample(reader)),
     }
 
 

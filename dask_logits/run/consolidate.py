@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION
+from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheIndex, IndexEntry
 from dask_logits.cache.partition import remove_partition
 from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, consolidate
 from dask_logits.cache.profile import Profile
@@ -100,7 +100,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
             except CacheError as damage:
                 if unreadable(damage):
                     continue
-                reasons[int(piece.receipt["partition"])] = damage.message
+                reasons[piece.receipt.partition] = damage.message
     for index, reason in reasons.items():
         note_failure(run, Failure(index=index, kind="damaged", reason=reason))
         run.receipt_path(index).unlink()
@@ -118,7 +118,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
     """Delete files superseded by a complete cache: partitions (unless kept), lost attempts, a replaced run."""
     if keep_partitions:
-        named = {receipt["partition"]: receipt["attempt"] for receipt in run.receipts(PlanLog(run).n_partitions)}
+        named = {receipt.partition: receipt.attempt for receipt in run.receipts(PlanLog(run).n_partitions)}
         for attempt in run.partitions_path.glob("*.zarr"):
             # Without a receipt the valid attempt is unknown, so all attempts are kept.
             index = attempt.name.split(".")[0]
@@ -222,18 +222,14 @@ def check_replaceable(target: Path, part: Part) -> None:
 
 
 def _is_earlier(path: Path, part: Part) -> bool:
+    job = part.job()
     try:
-        old = CacheReader(path)
+        earlier = CachePart(cache=CacheReader(path))
+        is_same = all(name in earlier.cache.attributes for name in JOB_ATTRIBUTES) and earlier.job() == job
     except CacheError:
         return False
-    if any(name not in old.attributes for name in JOB_ATTRIBUTES):
-        return False
-    earlier = CachePart(cache=old)
-    return (
-        earlier.job() == part.job()
-        and earlier.n_rows <= part.n_rows
-        and old.attributes["plan_digest"] == part.plan_digest(earlier.n_rows)
-    )
+    n_rows = earlier.n_rows
+    return is_same and n_rows <= part.n_rows and earlier.plan_digest(n_rows) == part.plan_digest(n_rows)
 
 
 def _listed(index: Path) -> list[Path]:
@@ -241,9 +237,8 @@ def _listed(index: Path) -> list[Path]:
     if not index.exists():
         return []
     try:
-        entries = (read_json(index) or {})["caches"]
-        return [index.parent / entry["path"] for entry in entries]
-    except (CacheError, KeyError, TypeError):
+        return [index.parent / entry.path for entry in CacheIndex.read(index).caches]
+    except CacheError:
         return [index]
 
 
@@ -271,20 +266,20 @@ def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
         cache = CacheReader(path)
         inside = path.is_relative_to(index.parent)
         entries.append(
-            {
-                "path": str(path.relative_to(index.parent) if inside else path),
-                "documents": cache.n_documents,
-                "tokens": cache.n_tokens,
-                "content_digest": cache.attributes["content_digest"],
-            }
+            IndexEntry(
+                path=str(path.relative_to(index.parent) if inside else path),
+                documents=cache.n_documents,
+                tokens=cache.n_tokens,
+                content_digest=cache.header.content_digest,
+            )
         )
-    value = {
-        "format": INDEX_FORMAT,
-        "version": INDEX_VERSION,
-        "n_rows": n_rows,
-        "content_digest": total_digest(entry["content_digest"] for entry in entries),
-        "caches": entries,
-    }
+    value = CacheIndex(
+        format=INDEX_FORMAT,
+        version=INDEX_VERSION,
+        n_rows=n_rows,
+        content_digest=total_digest(entry.content_digest for entry in entries),
+        caches=tuple(entries),
+    ).to_json()
     if not index.exists() or read_json(index) != value:
         replace_json(index, value, durable=True)
 
@@ -333,7 +328,7 @@ def _write(
         pieces,
         profile=profile,
         packed=what["dataset.packing"] == "concat",
-        attributes={**attributes, "made_of": made_of, "statistics": statistics},
+        attributes={**attributes, "made_of": made_of, "statistics": statistics.model_dump()},
         n_rows=attributes["n_rows"] if not attributes.get("partial") else None,
         on_piece=on_piece,
     )
@@ -343,13 +338,13 @@ def _write(
         logger.warning(
             "%d of %d documents have no token: their rows are null or empty", reader.n_empty, reader.n_documents
         )
-    if statistics["skipped_rows"]:
-        logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics["skipped_rows"])
-    if statistics["double_bos_rows"]:
+    if statistics.skipped_rows:
+        logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics.skipped_rows)
+    if statistics.double_bos_rows:
         logger.warning(
             "%d texts begin with the token that the tokenizer adds at the beginning, and have it twice; if that was "
             "not meant, score them anew with distillation.dataset.add_special_tokens=false",
-            statistics["double_bos_rows"],
+            statistics.double_bos_rows,
         )
 
 
@@ -361,20 +356,20 @@ def _digest(pieces: Iterable[Piece]) -> str:
             known: Any = piece.content_digest()
         else:
             assert isinstance(piece, CachePiece)
-            known = [piece.reader.attributes["content_digest"], *piece.documents]
+            known = [piece.reader.header.content_digest, *piece.documents]
         lines.update(json.dumps([piece.first_row, piece.n_rows, known], sort_keys=True).encode())
     return lines.hexdigest()
 
 
-def _statistics(pieces: Iterable[Piece]) -> dict[str, Any]:
+def _statistics(pieces: Iterable[Piece]) -> Statistics:
     """Sum the statistics in receipts and caches."""
     sums = Statistics()
     seen: set[Path] = set()
     for piece in pieces:
         if isinstance(piece, PartitionPiece):
-            sums += Statistics.from_json(piece.receipt["statistics"])
+            sums += piece.receipt.statistics
         elif piece.path not in seen:
             assert isinstance(piece, CachePiece)
             seen.add(piece.path)
-            sums += Statistics.from_json(piece.reader.attributes["statistics"])
-    return vars(sums)
+            sums += piece.reader.header.statistics or Statistics()
+    return sums

@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from dask_logits.files.atomic import Json
 from dask_logits.files.lock import is_abandoned
 from dask_logits.run.folder import WORKING_STATES, RunFolder
+from dask_logits.run.records import DriverStatus
 
 # A driver that has not updated its record for this long is not counted as running.
 _ALIVE_SECONDS = 120.0
@@ -25,8 +25,8 @@ State = Literal[
 class Drivers:
     """The status records of a run's drivers, and which of these drivers are active."""
 
-    records: tuple[Json, ...] = ()
-    alive: tuple[Json, ...] = ()
+    records: tuple[DriverStatus, ...] = ()
+    alive: tuple[DriverStatus, ...] = ()
 
     @classmethod
     def of(cls, run: RunFolder) -> Drivers:
@@ -35,49 +35,48 @@ class Drivers:
         alive = [
             record
             for name, record in found.items()
-            if record["state"] in WORKING_STATES
-            and time.time() - record["at"] < _ALIVE_SECONDS
+            if record.state in WORKING_STATES
+            and time.time() - record.at < _ALIVE_SECONDS
             and not is_abandoned(run.path / name.replace("status", ".driver").replace(".json", ".lock"))
         ]
         return cls(records=tuple(found.values()), alive=tuple(alive))
 
     def state(self) -> State:
         """Return the most advanced state of the active drivers."""
-        state: State = max((record["state"] for record in self.alive), key=WORKING_STATES.index)
-        return state
+        return WORKING_STATES[max(WORKING_STATES.index(record.state) for record in self.alive)]
 
     @property
     def since(self) -> float | None:
         """Start time of the first active driver."""
-        return min((record["since"] for record in self.alive if record.get("since")), default=None)
+        return min((record.since for record in self.alive if record.since), default=None)
 
     @property
     def step(self) -> str | None:
         """Step of a calibration."""
-        return next((record["step"] for record in self.alive if record.get("step")), None)
+        return next((record.step for record in self.alive if record.step), None)
 
     @property
     def reason(self) -> str | None:
         """Reason for which an inactive driver failed."""
-        return next((record["reason"] for record in self.records if record["state"] == "failed"), None)
+        return next((record.reason for record in self.records if record.state == "failed"), None)
 
     @property
     def tokens_per_second(self) -> float:
         """Total rate of all active drivers, in wall-clock time."""
-        return float(sum(record["tokens_per_second"] for record in self.alive))
+        return float(sum(record.tokens_per_second for record in self.alive))
 
     @property
     def seconds_left(self) -> float | None:
         """Time until the last active driver finishes. None if unknown."""
-        left = [record["seconds_left"] for record in self.alive]
-        return max(left) if left and None not in left else None
+        left = [record.seconds_left for record in self.alive if record.seconds_left is not None]
+        return max(left) if left and len(left) == len(self.alive) else None
 
     @property
     def left_out(self) -> dict[str, str]:
         """Worker → reason why it gets no work."""
-        return {worker: why for record in self.records for worker, why in (record.get("left_out") or {}).items()}
+        return {worker: why for record in self.records for worker, why in (record.left_out or {}).items()}
 
     @property
     def dashboard(self) -> str | None:
         """Dashboard address of an active driver."""
-        return next((record["dashboard"] for record in self.alive if record.get("dashboard")), None)
+        return next((record.dashboard for record in self.alive if record.dashboard), None)

@@ -6,12 +6,14 @@ The files inform the user and ``dask-logits retry``. Receipts alone determine wh
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from typing import Literal
 
+from pydantic import Field
+
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import COUNTS, TEXT, Json, check_fields, names_in, read_json, replace_json, unreadable
+from dask_logits.files.atomic import names_in, read_json, replace_json, unreadable
 from dask_logits.run.folder import RunFolder
+from dask_logits.run.records import FailureEntry
 
 # In order: a persistent I/O error, an unusable row or teacher, workers that died, a worker that stopped responding,
 # rows that could not be read when the plan was made, arrays that changed on disk after the commit, a device or
@@ -19,50 +21,25 @@ from dask_logits.run.folder import RunFolder
 Kind = Literal["transient", "data", "worker-death", "hang", "unreadable", "damaged", "device"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A partition that failed permanently.
-
-    Parameters
-    ----------
-    index
-        Index of the partition.
-    kind
-        Category of the failure.
-    reason
-        Reason, in one sentence.
-    attempts
-        Number of attempts.
-    evidence
-        End of the traceback, or the place where its workers died.
-    workers
-        Address and host of each worker on which it failed, in order.
-    rows
-        Dataset rows identified as the cause. Empty: not searched, or not identified.
-    task
-        The task that was tried. None if it did not start.
-    """
+class Failure(FailureEntry):
+    """A partition that failed permanently, before it is written to the ledger."""
 
     index: int
     kind: Kind
-    reason: str
-    attempts: int = 1
-    evidence: str = ""
-    workers: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
-    task: object = None
+    # The task that was tried. None if it did not start.
+    task: object = Field(default=None, exclude=True)
 
     def found_in(self, rows: tuple[int, ...]) -> Failure:
         """Return this failure with the rows that caused it."""
-        return replace(self, rows=rows)
+        return self.model_copy(update={"rows": rows})
 
 
 def note_failure(run: RunFolder, failure: Failure) -> None:
     """Write a failure to the ledger, replacing an older entry of the same partition."""
     path = run.failure_path(failure.index)
     path.parent.mkdir(exist_ok=True)
-    entry = {name: value for name, value in vars(failure).items() if name != "task"}
-    replace_json(path, {**entry, "at": time.time()}, durable=True)
+    replace_json(path, {**failure.model_dump(mode="json"), "at": time.time()}, durable=True)
 
 
 def forget_failure(run: RunFolder, index: int) -> None:
@@ -81,15 +58,14 @@ def _has_receipt(run: RunFolder, index: int) -> bool:
         return False
 
 
-def read_failures(run: RunFolder) -> dict[int, Json]:
+def read_failures(run: RunFolder) -> dict[int, FailureEntry]:
     """Return partition → entry for all uncommitted partitions in the ledger."""
     found = {}
     for name in names_in(run.failures_path):
         path = run.failures_path / name
         if not (path.suffix == ".json" and path.stem.isascii() and path.stem.isdigit()):
             continue
-        entry = read_json(path)
-        if entry is not None and not _has_receipt(run, int(path.stem)):
-            check_fields(path, entry, {"kind": TEXT, "reason": TEXT, "rows": COUNTS})
-            found[int(path.stem)] = entry
+        values = read_json(path)
+        if values is not None and not _has_receipt(run, int(path.stem)):
+            found[int(path.stem)] = FailureEntry.parse(path, values)
     return found

@@ -23,31 +23,20 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
+
+from pydantic import Field
 
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
-from dask_logits.cache.profile import ProfileSpec, check_calibration
+from dask_logits.cache.profile import ProfileSpec
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.files.atomic import (
-    COUNT,
-    DIGEST,
-    INNER_PATH,
-    NAME,
-    NUMBER,
-    NUMBERS,
-    OBJECT,
-    TEXT,
-    Json,
-    Kind,
-    check_fields,
-    names_in,
-    read_json,
-    shown,
-    unreadable,
-)
-from dask_logits.records import Statistics
+from dask_logits.fields import Count, Record, shown
+from dask_logits.files.atomic import names_in, read_json, unreadable
+from dask_logits.run.records import FORMAT, VERSION, Calibration, DriverStatus, Manifest, Receipt
 
 logger = logging.getLogger(__name__)
+
+_Positive = Annotated[Count, Field(gt=0)]
 
 PREVIOUS = "previous"
 CONSOLIDATION_LOCK = ".consolidate.lock"
@@ -59,56 +48,10 @@ RUN_NAMES = (
     CACHE_NAME, INDEX_NAME, SHARDS_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables",
     "failures", "status.json", "plan", "run.json",
 )  # fmt: skip
-FORMAT = "dask_logits.run"
-VERSION = 4
-# Dask event topic of all drivers of a scheduler.
+# Dask event topic on which drivers publish their status records.
 RUNS_TOPIC = "dask_logits.runs"
 # States of an active driver.
-WORKING_STATES = ("starting", "calibrating", "running", "consolidating")
-DRIVER_STATUS = {
-    "state": TEXT,
-    "at": NUMBER,
-    "since": NUMBER.or_none(),
-    "step": TEXT.or_none(),
-    "reason": TEXT.or_none(),
-    "tokens_per_second": NUMBER,
-    "seconds_left": NUMBER.or_none(),
-    "dashboard": TEXT.or_none(),
-    "left_out": OBJECT.or_none(),
-}
-_POSITIVE = Kind("a count from 1", lambda value: COUNT.holds(value) and value > 0)
-_MANIFEST = {
-    "run_id": TEXT,
-    "fingerprint": TEXT,
-    "what": OBJECT,
-    "how": OBJECT,
-    # Each worker has a status file to check.
-    "total_workers": Kind("a count from 1 to 65,536", lambda value: COUNT.holds(value) and 0 < value <= 1 << 16),
-}
-_SIZES = {"teacher.generation.top_k": _POSITIVE, "dataset.vocab_size": _POSITIVE}
-_PLACES = Kind(
-    "files below the partition with their bytes and CRC-32",
-    lambda value: (
-        isinstance(value, dict)
-        and all(map(INNER_PATH.holds, value))
-        and all(isinstance(pair, list) and len(pair) == 2 and all(map(COUNT.holds, pair)) for pair in value.values())
-    ),
-)
-_RECEIPT = {
-    "first_row": COUNT,
-    "n_rows": COUNT,
-    "run_id": TEXT,
-    "attempt": NAME,
-    "statistics": OBJECT,
-    "content_digest": DIGEST,
-    "files": _PLACES,
-    "seconds": NUMBERS,
-    "flops": NUMBER,
-    "mfu": NUMBER.or_none(),
-    "splits": OBJECT,
-    # Only if it differs from the calibration's.
-    "environment": OBJECT.or_none(),
-}
+WORKING_STATES: Final = ("starting", "calibrating", "running", "consolidating")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,17 +148,19 @@ class RunFolder:
         """Return the error of a folder without a calibrated run."""
         return RunConflictError(f"{self.path}: expected a run that has begun, got no run.json or calibration.json")
 
-    def profile_of(self, manifest: Json, calibration: Json) -> ProfileSpec:
+    def profile_of(self, manifest: Manifest, calibration: Calibration) -> ProfileSpec:
         """Return the profile that a manifest and a calibration name."""
-        check_fields(self.calibration_path, calibration, {"storage": OBJECT})
-        check_fields(self.manifest_path, manifest["what"], _SIZES)
-        storage = calibration["storage"]
+        sizes, storage = _Sizes.parse(self.manifest_path, manifest.what), calibration.storage
+        if storage is None:
+            raise CacheError(
+                f"{self.calibration_path}: expected storage, got none; restore it", str(self.calibration_path)
+            )
         return ProfileSpec(
-            name=storage["profile"],
-            top_k=manifest["what"]["teacher.generation.top_k"],
-            vocab_size=manifest["what"]["dataset.vocab_size"],
-            precision=storage["precision"],
-            id_table=str(self.tables_path / f"{storage['id_table']}.npy") if storage["id_table"] else None,
+            name=storage.profile,
+            top_k=sizes.top_k,
+            vocab_size=sizes.vocab_size,
+            precision=storage.precision,
+            id_table=str(self.tables_path / f"{storage.id_table}.npy") if storage.id_table else None,
         )
 
     @property
@@ -232,15 +177,14 @@ class RunFolder:
         """Progress file of a driver."""
         return self.path / f"status{share.suffix}.json"
 
-    def driver_statuses(self) -> dict[str, Json]:
+    def driver_statuses(self) -> dict[str, DriverStatus]:
         """Return file name → status record of every driver. Unreadable records are skipped."""
         found = {}
         for path in sorted(self.path.glob("status*.json")):
             try:
                 record = read_json(path)
                 if record is not None:
-                    check_fields(path, record, DRIVER_STATUS)
-                    found[path.name] = record
+                    found[path.name] = DriverStatus.parse(path, record)
             except CacheError as error:
                 # A crash of the machine can leave an empty file. These records are informational only.
                 logger.warning("ignored: %s", error)
@@ -267,7 +211,7 @@ class RunFolder:
         """Return a new, unique folder for an attempt at a partition."""
         return self.partitions_path / f"{index:06d}.{uuid.uuid4().hex[:12]}.zarr"
 
-    def manifest(self) -> Json | None:
+    def manifest(self) -> Manifest | None:
         """Read the manifest, or return None if there is no run.
 
         Raises
@@ -294,17 +238,14 @@ class RunFolder:
                 f"{shown(found[1])}; use the release that wrote it, or another folder",
                 str(self.manifest_path),
             )
-        check_fields(self.manifest_path, manifest, _MANIFEST)
-        return manifest
+        return Manifest.parse(self.manifest_path, manifest)
 
-    def calibration(self) -> Json | None:
+    def calibration(self) -> Calibration | None:
         """Read the frozen numerics, or return None before the calibration."""
         calibration = read_json(self.calibration_path)
-        if calibration is not None:
-            check_calibration(self.calibration_path, calibration)
-        return calibration
+        return None if calibration is None else Calibration.parse(self.calibration_path, calibration)
 
-    def receipt(self, index: int) -> Json | None:
+    def receipt(self, index: int) -> Receipt | None:
         """Read one receipt, or return None if the partition is not committed.
 
         Raises
@@ -314,18 +255,20 @@ class RunFolder:
         """
         path = self.receipt_path(index)
         try:
-            receipt = read_json(path)
+            values = read_json(path)
         except CacheError as error:
             if unreadable(error):
                 raise
             raise CacheError(f"{error.message}, or run the job again, which scores its rows anew", str(path)) from error
-        if receipt is not None:
-            number = Kind(str(index), lambda value: type(value) is int and value == index)
-            check_fields(path, receipt, {"partition": number, **_RECEIPT})
-            try:
-                Statistics.from_json(receipt["statistics"])
-            except CacheError as error:
-                raise CacheError(f"{path}: {error.message}", str(path)) from error
+        if values is None:
+            return None
+        receipt = Receipt.parse(path, values)
+        if receipt.partition != index:
+            raise CacheError(
+                f"{path}: expected partition to be {index}, got {receipt.partition}; the file is damaged: restore or "
+                "delete it",
+                str(path),
+            )
         return receipt
 
     def receipt_indices(self) -> set[int]:
@@ -339,7 +282,7 @@ class RunFolder:
             if name.endswith(".json") and name.removesuffix(".json").isdecimal()
         }
 
-    def receipts(self, n_partitions: int) -> Iterator[Json]:
+    def receipts(self, n_partitions: int) -> Iterator[Receipt]:
         """Read the receipts of all committed partitions in order. The time depends on their number, not the plan's.
 
         Damaged receipts are skipped.
@@ -388,6 +331,11 @@ def conflict(folder: Path, differences: Mapping[str, tuple[object, object]]) -> 
         "distillation.teacher.generation.force_regenerate=true",
         differences,
     )
+
+
+class _Sizes(Record):
+    top_k: _Positive = Field(alias="teacher.generation.top_k")
+    vocab_size: _Positive = Field(alias="dataset.vocab_size")
 
 
 def lock_name(share: Share) -> str:
@@ -473,6 +421,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-# Dask event topic on which drivers publish the path of their run folder and the figures of their status file.

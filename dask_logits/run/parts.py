@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from dask_logits.cache.pieces import PartitionPiece, Piece, cache_pieces
 from dask_logits.cache.profile import Profile, load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.files.atomic import Json, is_there
+from dask_logits.files.atomic import is_there
 from dask_logits.records import Array
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import Calibration, Manifest
 from dask_logits.run.state import RunCache, RunState
 
 _NAMED = 8
@@ -35,7 +36,7 @@ class RunPart:
     """A run folder as a part of a job."""
 
     state: RunState
-    calibration: Json
+    calibration: Calibration
     _profile: Profile | None = None
     _pieces: list[Piece] | None = None
 
@@ -63,7 +64,7 @@ class RunPart:
         return self.state.run
 
     @property
-    def manifest(self) -> Json:
+    def manifest(self) -> Manifest:
         """The manifest of the run."""
         return self.state.manifest
 
@@ -100,11 +101,11 @@ class RunPart:
     @property
     def total_workers(self) -> int:
         """Number of static workers that share the job."""
-        return int(self.manifest["total_workers"])
+        return self.manifest.total_workers
 
     def job(self) -> dict[str, Any]:
         """Return the values that must be equal in all parts of a job."""
-        return _job(self.manifest["what"], self.calibration)
+        return _job(self.manifest.what, self.calibration)
 
     def profile(self) -> Profile:
         """Return its storage profile."""
@@ -122,11 +123,9 @@ class RunPart:
             readers = () if self.cache is None else self.cache.readers
             cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
             self._pieces = cached + [
-                PartitionPiece(
-                    path=self.run.partitions_path / receipt["attempt"], receipt=receipt, profile=self.profile()
-                )
+                PartitionPiece(path=self.run.partitions_path / receipt.attempt, receipt=receipt, profile=self.profile())
                 for receipt in self.state.committed()
-                if receipt["first_row"] >= self.n_cached and receipt["n_rows"]
+                if receipt.first_row >= self.n_cached and receipt.n_rows
             ]
         yield from self._pieces
 
@@ -136,24 +135,24 @@ class RunPart:
         crcs = self.run.token_crcs_path
         return {
             **({"token_crcs": _load(crcs)} if is_there(crcs) else {}),
-            "fingerprint": manifest["fingerprint"],
-            "run_id": manifest["run_id"],
-            "what": manifest["what"],
+            "fingerprint": manifest.fingerprint,
+            "run_id": manifest.run_id,
+            "what": manifest.what,
             "plan_digest": self.log.digest(),
             "plan_end": self.log.end or "",
             "n_rows": self.log.n_rows,
-            "total_workers": manifest["total_workers"],
-            "calibration": self.calibration,
-            "teacher": manifest["teacher"],
-            "teacher_path": str(manifest["how"]["teacher"]["model_path"]),
-            "dataset": {name: manifest["how"]["dataset"].get(name) for name in _DATASET_NAMES},
-            "tokenizer_map_digest": manifest["tokenizer_map_digest"] or "",
-            "tokenizer_ids": manifest["tokenizer_ids"],
+            "total_workers": manifest.total_workers,
+            "calibration": self.calibration.to_json(),
+            "teacher": manifest.teacher,
+            "teacher_path": str(manifest.setting("teacher.model_path")),
+            "dataset": {name: manifest.setting(f"dataset.{name}") for name in _DATASET_NAMES},
+            "tokenizer_map_digest": manifest.tokenizer_map_digest or "",
+            "tokenizer_ids": manifest.tokenizer_ids,
         }
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
         """Return the partitions outside the covered row ranges, and the static workers they belong to."""
-        total = self.manifest["total_workers"]
+        total = self.manifest.total_workers
         names = []
         i = 0
         for partition in self.log.partitions():
@@ -181,21 +180,22 @@ class CachePart:
     @property
     def n_rows(self) -> int:
         """Number of rows of the whole job."""
-        return int(self.cache.attributes["n_rows"])
+        return self.cache.header.n_rows or 0
 
     @property
     def end(self) -> str | None:
         """Reason why its plan ends. None: the plan is open."""
-        return self.cache.attributes["plan_end"] or None
+        return self.cache.header.plan_end or None
 
     @property
     def total_workers(self) -> int:
         """Number of static workers that share the job."""
-        return int(self.cache.attributes["total_workers"])
+        return self.cache.header.total_workers or 1
 
     def job(self) -> dict[str, Any]:
         """Return the values that must be equal in all parts of a job."""
-        return _job(self.cache.attributes["what"], self.cache.attributes["calibration"])
+        header = self.cache.header
+        return _job(header.what or {}, Calibration.parse(self.path, header.calibration or {}))
 
     def profile(self) -> Profile:
         """Return its storage profile."""
@@ -203,7 +203,7 @@ class CachePart:
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its original plan."""
-        return str(self.cache.attributes["plan_digest"])
+        return self.cache.header.plan_digest or ""
 
     def pieces(self) -> Iterator[Piece]:
         """Yield its pieces in dataset order."""
@@ -231,15 +231,14 @@ def _load(path: Path) -> Array:
     return loaded
 
 
-def _job(what: Json, calibration: Json) -> dict[str, Any]:
+def _job(what: Mapping[str, Any], calibration: Calibration) -> dict[str, Any]:
     """Return the values equal in all parts of a job. The id table may differ, because targets are recoded then."""
-    storage = calibration.get("storage", {"profile": "plain"})
-    kept = storage["precision"] if storage["profile"] == "compact" else None
+    storage = calibration.storage
+    kept = storage.precision if storage is not None and storage.profile == "compact" else None
     # Separate run folders each had their own calibration.
-    mixed = calibration.get("mixed_workers", False)
-    environment = {} if mixed else calibration.get("environment") or {}
+    environment = {} if calibration.mixed_workers else calibration.environment or {}
     named = {f"environment.{name}": value for name, value in environment.items()}
-    return {**what, **calibration["numerics"], "cache.precision": kept, **named}
+    return {**what, **calibration.numerics.to_json(), "cache.precision": kept, **named}
 
 
 def check_cover(part: Part, pieces: Iterable[Piece]) -> None:

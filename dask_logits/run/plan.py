@@ -11,9 +11,12 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from dask_logits import records
+from dask_logits.fields import Count, Record
 
 # Fields of a segment's source that identify its rows: the kind, the part of the dataset, and the fingerprints.
 _KNOWN_BY = ("kind", "ordinal", "first", "footer", "content")
@@ -48,21 +51,11 @@ class Partition:
         return f"{self.index:06d}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Consecutive partitions that were planned together, and their source.
+class Segment(Record, extra="forbid"):
+    """Consecutive partitions that were planned together, and their source: an entry of the plan.
 
     A regular dataset is one segment, plus one each time ``max_samples`` is raised. A stream has one segment for each
     file or chunk, appended as it is read.
-
-    Parameters
-    ----------
-    first_partition, first_row
-        Its first partition and row.
-    cuts
-        Run lengths: (partitions, rows of each). A partition of 0 rows stands for data that could not be read.
-    source
-        Origin of the rows, as JSON for a worker's reader.
 
     Examples
     --------
@@ -71,10 +64,13 @@ class Segment:
     [(7, 70, 4), (8, 74, 4), (9, 78, 2)]
     """
 
-    first_partition: int
-    first_row: int
-    cuts: tuple[tuple[int, int], ...]
-    source: Mapping[str, Any]
+    first_partition: Count = Field(description="Its first partition.")
+    first_row: Count = Field(description="Its first dataset row.")
+    cuts: tuple[tuple[Count, Count], ...] = Field(
+        description="Run lengths: (partitions, rows of each). A partition of 0 rows stands for data that could not be "
+        "read."
+    )
+    source: dict[str, Any] = Field(description="Origin of the rows, for a worker's reader.")
 
     @property
     def n_partitions(self) -> int:
@@ -99,19 +95,19 @@ class Segment:
         source = {name: self.source[name] for name in _KNOWN_BY if name in self.source}
         return {**self.to_json(), "source": source}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return {
-            "first_partition": self.first_partition,
-            "first_row": self.first_row,
-            "cuts": [list(cut) for cut in self.cuts],
-            "source": dict(self.source),
-        }
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Segment:
-        """Parse the output of :meth:`to_json`."""
-        return cls(**{**values, "cuts": tuple((count, rows) for count, rows in values["cuts"])})
+class PlanEnd(Record, extra="forbid"):
+    """The last entry of a plan."""
+
+    end: Literal["exhausted", "max_samples"] = Field(
+        description="``exhausted``: the dataset has no more rows. ``max_samples``: more may follow."
+    )
+    partitions: Count = Field(description="Partitions of the whole plan.")
+    rows: Count = Field(description="Dataset rows of the whole plan.")
+
+    def known_by(self) -> dict[str, Any]:
+        """Return the values that must agree when two processes end a plan."""
+        return self.to_json()
 
 
 def uniform_cuts(n_rows: int, partition_rows: int) -> tuple[tuple[int, int], ...]:

@@ -7,48 +7,20 @@ interrupted one. Several processes may plan the same run: entries are created if
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.files.atomic import (
-    COUNT,
-    OBJECT,
-    Json,
-    Kind,
-    check_fields,
-    create_json,
-    read_json,
-    replace_json,
-    shown,
-)
+from dask_logits.fields import MOST_COUNT
+from dask_logits.files.atomic import create_json, read_json, replace_json
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan import Partition, Segment
+from dask_logits.run.plan import Partition, PlanEnd, Segment
 
 End = Literal["exhausted", "max_samples"]
 # Entries are looked up by number, so a plan that claims more would never be read to its end.
 _MOST_PARTITIONS = 10_000_000
-_SEGMENT = {
-    "first_partition": COUNT,
-    "first_row": COUNT,
-    "cuts": Kind(
-        "pairs of partitions and their rows",
-        lambda value: (
-            isinstance(value, list)
-            and all(isinstance(cut, list) and len(cut) == 2 and all(map(COUNT.holds, cut)) for cut in value)
-        ),
-    ),
-    "source": OBJECT,
-}
-_END = {
-    "end": Kind("'exhausted' or 'max_samples'", lambda value: value in ("exhausted", "max_samples")),
-    "partitions": COUNT,
-    "rows": COUNT,
-}
 
 
 class PlanLog:
@@ -79,15 +51,15 @@ class PlanLog:
     def segments(self) -> Iterator[Segment]:
         """Yield the segments in order, read from their files."""
         for entry in self._read():
-            if "end" not in entry:
-                yield Segment.from_json(entry)
+            if isinstance(entry, Segment):
+                yield entry
 
     def partitions(self) -> Iterator[Partition]:
         """Yield the planned partitions in order."""
         for segment in self.segments():
             yield from segment.partitions()
 
-    def append(self, cuts: tuple[tuple[int, int], ...], source: Json) -> Segment:
+    def append(self, cuts: tuple[tuple[int, int], ...], source: dict[str, Any]) -> Segment:
         """Append further partitions.
 
         Raises
@@ -96,13 +68,13 @@ class PlanLog:
             If another process has planned different partitions in their place.
         """
         segment = Segment(first_partition=self.n_partitions, first_row=self.n_rows, cuts=cuts, source=source)
-        self._create(segment.to_json())
+        self._create(segment)
         return segment
 
     def close(self, end: End) -> None:
         """End the plan, unless it has already ended for this reason."""
         if self.end != end:
-            self._create({"end": end, "partitions": self.n_partitions, "rows": self.n_rows})
+            self._create(PlanEnd(end=end, partitions=self.n_partitions, rows=self.n_rows))
 
     def drop_from(self, segment: Segment) -> None:
         """Drop a segment and all later ones with their receipts, because its unreadable source can now be read."""
@@ -116,10 +88,10 @@ class PlanLog:
         self.replanned_from = segment.first_partition
         self._recount()
 
-    def mend(self, segment: Segment, source: Json) -> Segment:
+    def mend(self, segment: Segment, source: dict[str, Any]) -> Segment:
         """Replace the source of a segment, because one of its unusable rows has become usable."""
         self._check_alone(segment)
-        mended = dataclasses.replace(segment, source=source)
+        mended = segment.model_copy(update={"source": source})
         replace_json(self.run.plan_path(self._ordinal(segment)), mended.to_json(), durable=True)
         return mended
 
@@ -139,15 +111,15 @@ class PlanLog:
         return lines.hexdigest()
 
     def _check_alone(self, segment: Segment) -> None:
-        manifest = self.run.manifest() or {}
-        if manifest.get("total_workers", 1) > 1:
+        manifest = self.run.manifest()
+        if manifest is not None and manifest.total_workers > 1:
             raise RunConflictError(
                 f"{self.run.path}: expected the dataset as static workers planned it, got one in which partition "
                 f"{segment.first_partition:06d} can be read now; start anew in another distillation.teacher.cache_dir"
             )
 
     def _ordinal(self, segment: Segment) -> int:
-        return next(i for i, entry in enumerate(self._read()) if entry == segment.to_json())
+        return next(i for i, entry in enumerate(self._read()) if entry == segment)
 
     def _recount(self) -> None:
         self.n_partitions = 0
@@ -158,60 +130,53 @@ class PlanLog:
         for entry in self._read():
             self._count(entry)
 
-    def _read(self) -> Iterator[Json]:
+    def _read(self) -> Iterator[Segment | PlanEnd]:
         ordinal = partitions = rows = 0
-        while (entry := read_json(path := self.run.plan_path(ordinal))) is not None:
-            partitions, rows = _check_entry(path, entry, partitions, rows)
+        while (entry := self._entry(ordinal)) is not None:
+            partitions, rows = self._check(ordinal, entry, partitions, rows)
             yield entry
             ordinal += 1
 
-    def _create(self, entry: Json) -> None:
+    def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
+        path = self.run.plan_path(ordinal)
+        values = read_json(path)
+        return None if values is None else (PlanEnd if "end" in values else Segment).parse(path, values)
+
+    def _check(self, ordinal: int, entry: Segment | PlanEnd, partitions: int, rows: int) -> tuple[int, int]:
+        """Refuse an entry that does not continue the plan. Return the totals after it."""
+        if isinstance(entry, PlanEnd):
+            begin, after = (entry.partitions, entry.rows), (partitions, rows)
+        else:
+            begin = (entry.first_partition, entry.first_row)
+            after = (partitions + entry.n_partitions, rows + entry.n_rows)
+        if begin != (partitions, rows) or after[0] > _MOST_PARTITIONS or after[1] >= MOST_COUNT:
+            path = self.run.plan_path(ordinal)
+            raise CacheError(
+                f"{path}: expected the plan to go on at partition {partitions}, row {rows}, to at most "
+                f"{_MOST_PARTITIONS:,} partitions, got {begin} to {after}; restore the file",
+                str(path),
+            )
+        return after
+
+    def _create(self, entry: Segment | PlanEnd) -> None:
         path = self.run.plan_path(self._entries)
-        if not create_json(path, entry):
-            found = read_json(path)
-            if found is not None:
-                _check_shape(path, found)
-            if found is None or _known_by(found) != _known_by(entry):
+        if not create_json(path, entry.to_json()):
+            found = self._entry(self._entries)
+            if found is None or found.known_by() != entry.known_by():
+                theirs, ours = None if found is None else found.to_json(), entry.to_json()
                 raise RunConflictError(
-                    f"{path}: expected the plan to go on with {entry}, got {found} from another process; give every "
+                    f"{path}: expected the plan to go on with {ours}, got {theirs} from another process; give every "
                     "worker of a run the same dataset and dataset.max_samples",
-                    {"plan": (found, entry)},
+                    {"plan": (theirs, ours)},
                 )
         self._count(entry)
 
-    def _count(self, entry: Json) -> None:
+    def _count(self, entry: Segment | PlanEnd) -> None:
         self._entries += 1
-        if "end" in entry:
-            self.end = entry["end"]
+        if isinstance(entry, PlanEnd):
+            self.end = entry.end
         else:
             self.end = None
-            self.n_partitions += sum(count for count, _ in entry["cuts"])
-            self.n_rows += sum(count * rows for count, rows in entry["cuts"])
-            self.n_unread += sum(count for count, rows in entry["cuts"] if not rows)
-
-
-def _known_by(entry: Json) -> Json:
-    return entry if "end" in entry else Segment.from_json(entry).known_by()
-
-
-def _check_entry(path: Path, entry: Json, partitions: int, rows: int) -> tuple[int, int]:
-    """Refuse an entry that does not continue the plan. Return the totals after it."""
-    _check_shape(path, entry)
-    names = ("partitions", "rows") if "end" in entry else ("first_partition", "first_row")
-    begin = tuple(entry[name] for name in names)
-    cuts = entry.get("cuts", ())
-    after = partitions + sum(count for count, _ in cuts), rows + sum(count * rows for count, rows in cuts)
-    if begin != (partitions, rows) or after[0] > _MOST_PARTITIONS or not COUNT.holds(after[1]):
-        raise CacheError(
-            f"{path}: expected the plan to go on at partition {partitions}, row {rows}, to at most "
-            f"{_MOST_PARTITIONS:,} partitions, got {begin} to {after}; restore the file",
-            str(path),
-        )
-    return after
-
-
-def _check_shape(path: Path, entry: Json) -> None:
-    kinds = _END if "end" in entry else _SEGMENT
-    check_fields(path, entry, kinds)
-    if unknown := entry.keys() - kinds.keys():
-        raise CacheError(f"{path}: expected only {', '.join(kinds)}, got {shown(min(unknown))}; restore it", str(path))
+            self.n_partitions += entry.n_partitions
+            self.n_rows += entry.n_rows
+            self.n_unread += sum(count for count, rows in entry.cuts if not rows)

@@ -13,11 +13,12 @@ from pathlib import Path
 from dask_logits.cache.find import find_caches
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import Json, is_there, unreadable
+from dask_logits.files.atomic import is_there, unreadable
 from dask_logits.records import total_digest
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import Manifest, Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class RunCache:
     @property
     def n_rows(self) -> int:
         """Number of dataset rows, from 0."""
-        return int(self.readers[0].attributes["n_rows"])
+        return self.readers[0].header.n_rows or 0
 
     @property
     def n_tokens(self) -> int:
@@ -55,10 +56,10 @@ class RunCache:
     @property
     def content_digest(self) -> str:
         """Content digest of all files."""
-        return total_digest(reader.attributes["content_digest"] for reader in self.readers)
+        return total_digest(reader.header.content_digest for reader in self.readers)
 
 
-def open_run_cache(run: RunFolder, manifest: Json | None = None) -> RunCache | None:
+def open_run_cache(run: RunFolder, manifest: Manifest | None = None) -> RunCache | None:
     """Open a run's cache. None if it is missing, belongs to another run, or holds one static worker's share only.
 
     Parameters
@@ -78,12 +79,11 @@ def open_run_cache(run: RunFolder, manifest: Json | None = None) -> RunCache | N
     if manifest is None or path is None:
         return None
     readers = tuple(CacheReader(file) for file in find_caches(path))
-    said = [reader.attributes for reader in readers]
-    if any(one.get("run_id") != manifest["run_id"] for one in said):
+    if any(reader.header.run_id != manifest.run_id for reader in readers):
         return None
     # A numbered file is partial, too, but the index names all of them.
-    numbered = [one.get("shard") for one in said] == list(range(len(said))) and path == run.index_path
-    partial = any(one.get("partial") for one in said)
+    numbered = [reader.header.shard for reader in readers] == list(range(len(readers))) and path == run.index_path
+    partial = any(reader.attributes.get("partial") for reader in readers)
     return None if partial and not numbered else RunCache(path=path, readers=readers)
 
 
@@ -113,7 +113,7 @@ class PartitionState:
 
     partition: Partition
     is_cached: bool
-    receipt: Json | None = None
+    receipt: Receipt | None = None
     problem: str | None = None
     error: CacheError | None = None
 
@@ -143,7 +143,7 @@ class RunState:
     """
 
     run: RunFolder
-    manifest: Json
+    manifest: Manifest
     log: PlanLog
     cache: RunCache | None
     cache_error: CacheError | None
@@ -218,19 +218,19 @@ class RunState:
             return PartitionState(partition=partition, is_cached=is_cached, problem=error.message, error=error)
         if receipt is None:
             return PartitionState(partition=partition, is_cached=is_cached)
-        rows = (receipt["first_row"], receipt["n_rows"])
-        is_ours = receipt["run_id"] == self.manifest["run_id"] and rows == (partition.first_row, partition.n_rows)
+        rows = (receipt.first_row, receipt.n_rows)
+        is_ours = receipt.run_id == self.manifest.run_id and rows == (partition.first_row, partition.n_rows)
         if is_ours and (is_cached or self.cache_error is not None or self._has_targets(receipt)):
             return PartitionState(partition=partition, is_cached=is_cached, receipt=receipt)
         problem = "its arrays are gone, or another run's"
         return PartitionState(partition=partition, is_cached=is_cached, problem=problem)
 
-    def _has_targets(self, receipt: Json) -> bool:
+    def _has_targets(self, receipt: Receipt) -> bool:
         # The folder may be a link to an unmounted file system.
         folder = self.run.partitions_path
-        return is_there(folder) and is_there(folder / receipt["attempt"])
+        return is_there(folder) and is_there(folder / receipt.attempt)
 
-    def committed(self) -> Iterator[Json]:
+    def committed(self) -> Iterator[Receipt]:
         """Yield the valid receipts in order.
 
         Raises

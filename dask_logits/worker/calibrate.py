@@ -31,6 +31,7 @@ from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.files.atomic import Json
 from dask_logits.records import Array, Statistics, kept_mass_by_k
+from dask_logits.run.records import Calibration, Numerics, PathNumerics
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
@@ -149,7 +150,9 @@ def sample_tokens(plan_tokens: int | None) -> int:
     return min(TOKENS, max(_FEWEST_TOKENS, round(_SAMPLE_SHARE * plan_tokens)))
 
 
-def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda step: None) -> Json:
+def calibrate(
+    task: CalibrationTask, on_step: Callable[[str], None] = lambda step: None
+) -> tuple[Calibration, Array | None]:
     """Determine the numerics of a run on a worker.
 
     Parameters
@@ -161,8 +164,10 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
 
     Returns
     -------
-    dict
-        Content of ``calibration.json``, and the id table if needed.
+    Calibration
+        Content of ``calibration.json``, except for the storage of the run.
+    Array or None
+        The id table [V] of the compact profile. None for plain.
 
     Raises
     ------
@@ -206,7 +211,8 @@ def calibrate(task: CalibrationTask, on_step: Callable[[str], None] = lambda ste
     if settings != first:
         on_step("scoring them again with the faster settings")
         scored = score_items(teacher, plain_items(documents), settings)
-    return _report(task, settings, scored, cost, choice, trials)
+    table = id_table(scored.records.topk_ids, task.vocab_size) if task.compact else None
+    return _report(task, settings, scored, cost, choice, trials), table
 
 
 def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) -> ScoringPath:
@@ -249,7 +255,7 @@ def _report(
     cost: Cost,
     choice: Choice,
     trials: _Trials,
-) -> Json:
+) -> Calibration:
     statistics_of = Statistics.of(scored.records)
     cuda = task.teacher.device == "cuda"
     seconds = max(scored.seconds["score"], 1e-9)
@@ -264,24 +270,23 @@ def _report(
             "head_rows": settings.head_rows,
         },
         # JSON has no infinity, which marks a path that does not apply.
-        "errors_nats": {way: error if error < float("inf") else None for way, error in choice.errors.items()},
-        "refused": choice.refusals,
-        "cost": dataclasses.asdict(cost),
-        **({"id_table": id_table(scored.records.topk_ids, task.vocab_size).tolist()} if task.compact else {}),
-        "trials_tokens_per_second": trials.rates,
-        "compile_seconds": trials.compile_seconds,
-        "kept_mass_by_k": kept_mass_by_k(scored.records.topk_logprobs),
-        "tokens": scored.records.n_tokens,
-        "perplexity": statistics_of.perplexity if statistics_of.labels else None,
-        "tokens_per_second": round(scored.records.n_tokens / seconds, 1),
-        "mfu": cost.mfu(cost.flops(scored.records.document_length.tolist()), seconds),
-        "seconds": scored.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,
-        "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in _VERSIONS},
-        "environment": environment(task.teacher.device),
-    }
+        errors_nats={way: error if error < float("inf") else None for way, error in choice.errors.items()},
+        refused=choice.refusals,
+        cost=dataclasses.asdict(cost),
+        trials_tokens_per_second=trials.rates,
+        compile_seconds=trials.compile_seconds,
+        kept_mass_by_k=kept_mass_by_k(scored.records.topk_logprobs),
+        tokens=scored.records.n_tokens,
+        perplexity=statistics_of.perplexity if statistics_of.labels else None,
+        tokens_per_second=round(scored.records.n_tokens / seconds, 1),
+        mfu=cost.mfu(cost.flops(scored.records.document_length.tolist()), seconds),
+        seconds=scored.seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_device_bytes=max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,
+        device_name=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        versions={name: version(name) for name in _VERSIONS},
+        environment=environment(task.teacher.device),
+    )
 
 
 class _Trials:

@@ -7,7 +7,6 @@ attempts, even concurrent ones, leaves exactly one committed result.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
@@ -26,10 +25,11 @@ from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, read_documents, tokenize
 from dask_logits.errors import ClusterError, RunConflictError
-from dask_logits.files.atomic import Json, create_json
+from dask_logits.files.atomic import create_json
 from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
+from dask_logits.run.records import Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
@@ -110,7 +110,7 @@ def process_partition(
     task: PartitionTask,
     on_tokens: Callable[[int], None] = lambda tokens: None,
     stages: Stages = ALONE,
-) -> Json:
+) -> Receipt:
     """Compute and commit one partition, or return its receipt if it is already committed.
 
     Parameters
@@ -124,8 +124,8 @@ def process_partition(
 
     Returns
     -------
-    dict
-        The receipt.
+    Receipt
+        The receipt of the partition.
 
     Raises
     ------
@@ -140,8 +140,8 @@ def process_partition(
     """
     run = RunFolder(Path(task.run))
     receipt = run.receipt(task.partition.index)
-    if receipt is not None and receipt["run_id"] == task.run_id:
-        if (receipt["first_row"], receipt["n_rows"]) == (task.partition.first_row, task.partition.n_rows):
+    if receipt is not None and receipt.run_id == task.run_id:
+        if (receipt.first_row, receipt.n_rows) == (task.partition.first_row, task.partition.n_rows):
             return receipt
         # Left by a worker that was still busy when the plan was replaced from here on.
         run.receipt_path(task.partition.index).unlink(missing_ok=True)
@@ -181,8 +181,8 @@ def process_partition(
         lap("score")
     profile = load_profile(task.profile)
     statistics, content_digest = _said_of(as_kept(scored.records, profile))
-    statistics = dataclasses.replace(
-        statistics, skipped_rows=len(documents.skipped), double_bos_rows=documents.n_double_bos
+    statistics = statistics.model_copy(
+        update={"skipped_rows": len(documents.skipped), "double_bos_rows": documents.n_double_bos}
     )
     for reason in documents.skipped.values():
         logger.warning("skipped %s", reason)
@@ -194,39 +194,40 @@ def process_partition(
         remove_partition(attempt)
         raise
     lap("write")
-    receipt = {
-        "partition": task.partition.index,
-        "first_row": task.partition.first_row,
-        "n_rows": task.partition.n_rows,
-        "run_id": task.run_id,
-        "attempt": attempt.name,
-        "statistics": dataclasses.asdict(statistics),
-        "content_digest": content_digest,
-        "files": files,
-        "seconds": scored.seconds | seconds,
-        "flops": flops,
-        "mfu": task.cost.mfu(flops, seconds["score"]),
-        "padded_tokens": scored.padded_tokens,
-        "splits": {str(batch): sizes for batch, sizes in scored.splits.items()},
-        "finished": time.time(),
-        "host": socket.gethostname(),
-        "process": os.getpid(),
-        "peak_rss_bytes": peak_rss_bytes(),
+    receipt = Receipt(
+        partition=task.partition.index,
+        first_row=task.partition.first_row,
+        n_rows=task.partition.n_rows,
+        run_id=task.run_id,
+        attempt=attempt.name,
+        statistics=statistics,
+        content_digest=content_digest,
+        files=files,
+        seconds=scored.seconds | seconds,
+        flops=flops,
+        mfu=task.cost.mfu(flops, seconds["score"]),
+        padded_tokens=scored.padded_tokens,
+        splits={str(batch): sizes for batch, sizes in scored.splits.items()},
+        finished=time.time(),
+        host=socket.gethostname(),
+        process=os.getpid(),
+        peak_rss_bytes=peak_rss_bytes(),
         **({"environment": here} if differing else {}),
-    }
+    )
     manifest = run.manifest()
-    ours = manifest is not None and manifest["run_id"] == task.run_id
+    ours = manifest is not None and manifest.run_id == task.run_id
     try:
-        if ours and create_json(run.receipt_path(task.partition.index), receipt):
+        if ours and create_json(run.receipt_path(task.partition.index), receipt.to_json()):
             return receipt
     except OSError:
         # The receipt may exist although its folder was not flushed.
-        if (run.receipt(task.partition.index) or {}).get("attempt") != attempt.name:
+        found = run.receipt(task.partition.index)
+        if found is None or found.attempt != attempt.name:
             remove_partition(attempt)
         raise
     remove_partition(attempt)
     winner = run.receipt(task.partition.index)
-    if winner is None or winner["run_id"] != task.run_id:
+    if winner is None or winner.run_id != task.run_id:
         raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
     return winner
 

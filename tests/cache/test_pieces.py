@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +23,18 @@ def commit(folder, made: Records, index: int, profile) -> PartitionPiece:
     attempt = folder / f"{index:06d}.x.zarr"
     files = write_partition(attempt, made, profile)
     kept = as_kept(made, profile)
-    receipt = {
-        "first_row": int(made.document_row[0]),
-        "n_rows": made.n_documents,
-        "files": files,
-        "content_digest": content(kept),
-        "statistics": dataclasses.asdict(Statistics.of(kept)),
-    }
+    receipt = SimpleNamespace(
+        first_row=int(made.document_row[0]),
+        n_rows=made.n_documents,
+        files=files,
+        content_digest=content(kept),
+        statistics=Statistics.of(kept),
+    )
     return PartitionPiece(path=attempt, receipt=receipt, profile=profile)
+
+
+def changed(receipt: SimpleNamespace, **fields) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(receipt), **fields})
 
 
 def partitions() -> list[Records]:
@@ -115,7 +120,7 @@ def test_packed_blocks_follow_the_gaps_between_pieces(tmp_path, after: str, monk
     second = dataclasses.replace(first, document_row=first.document_row + 4)
     pieces = [commit(tmp_path / "partitions", made, i, profile) for i, made in enumerate((first, second))]
     pieces = [
-        dataclasses.replace(piece, receipt={**piece.receipt, "n_rows": 4, "first_row": 4 * i})
+        dataclasses.replace(piece, receipt=changed(piece.receipt, n_rows=4, first_row=4 * i))
         for i, piece in enumerate(pieces)
     ]
     digest = run(tmp_path / "c.h5", pieces, profile, n_rows=8, packed=True)
@@ -149,12 +154,12 @@ def test_doing_it_again_gives_the_same_bytes(tmp_path) -> None:
 def test_a_damaged_partition_leaves_the_older_cache_as_it_was(tmp_path, profile: str, damage: str) -> None:
     (tmp_path / "c.h5").write_bytes(b"older")
     pieces = committed(tmp_path / "partitions", PROFILES[profile])
-    receipt = dict(pieces[2].receipt)
+    receipt = pieces[2].receipt
     if damage == "crc":
-        size, crc = receipt["files"]["tail_logmass/c/0"]
-        receipt["files"] = {**receipt["files"], "tail_logmass/c/0": [size, crc ^ 1]}
+        size, crc = receipt.files["tail_logmass/c/0"]
+        receipt = changed(receipt, files={**receipt.files, "tail_logmass/c/0": (size, crc ^ 1)})
     elif damage == "tokens":
-        receipt["statistics"] = {**receipt["statistics"], "tokens": 7}
+        receipt = changed(receipt, statistics=receipt.statistics.model_copy(update={"tokens": 7}))
     elif damage == "missing":
         pieces[1] = dataclasses.replace(pieces[1], path=tmp_path / "partitions" / "000001.gone.zarr")
     else:

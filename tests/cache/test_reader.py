@@ -130,7 +130,7 @@ def test_a_missing_file_is_refused(tmp_path) -> None:
         ("format", "megatron", "expected a dask_logits cache, got format 'megatron'"),
         ("format_version", "2.0", r"expected format version 1\.x, profile 'plain' or 'compact', got 2\.0"),
         ("profile", "wavelet", "install a newer dask_logits"),
-        ("profile", "compact", r"expected precision, chunk_tokens, got none"),
+        ("profile", "compact", "expected precision, got none; expected chunk_tokens, got none"),
         ("top_k", None, "expected top_k, got none; the file is damaged"),
     ],
 )

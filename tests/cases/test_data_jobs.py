@@ -122,7 +122,7 @@ def test_the_column_that_is_used_is_said_everywhere(column: str, base, caplog) -
     caplog.set_level("INFO", "dask_logits")
     cache = run(base, f"distillation.dataset.text_column={column}", dataset=rows)
     assert f"documents are taken from the column {column!r}" in caplog.messages
-    assert RunFolder(cache_dir(base)).manifest()["what"]["dataset.column"] == column
+    assert RunFolder(cache_dir(base)).manifest().what["dataset.column"] == column
     (shown,) = (line for line in card_lines(card(cache)) if line.startswith("read with "))
     assert f"column {column}, " in shown
     lengths = [len(item["input_ids"]) for item in items(CacheReader(cache))]

@@ -25,9 +25,10 @@ from dask_logits.data.tokens import Documents
 from dask_logits.files import atomic
 from dask_logits.files.atomic import create_json
 from dask_logits.run.consolidate import consolidate_run
-from dask_logits.run.folder import FORMAT, VERSION, RunFolder
+from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import FORMAT, VERSION
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.scoring import Scored
 from dask_logits.worker import task as task_module
@@ -59,7 +60,7 @@ def make_run(folder: Path, partitions: int = PARTITIONS) -> RunFolder:
     create_json(run.manifest_path, {"format": FORMAT, "version": VERSION, "run_id": "r", **said, **tokenizer})
     table = save_id_table(run.tables_path, compact(K, VOCAB_SIZE).id_table)
     storage = {"profile": "compact", "precision": 8, "id_table": table}
-    create_json(run.calibration_path, {"numerics": {}, "storage": storage})
+    create_json(run.calibration_path, {"numerics": NUMERICS, "storage": storage})
     log = PlanLog(run)
     log.append(((partitions, ROWS),), {})
     log.close("exhausted")

@@ -18,6 +18,7 @@ from dask_logits.cache.partition import PartitionReader
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.run.folder import RunFolder
+from dask_logits.run.records import Receipt
 from dask_logits.run.state import RunState
 from dask_logits.worker import task as task_module
 
@@ -45,7 +46,7 @@ def killed(act: str, base: Path, stride: int) -> list[tuple[Path, str]]:
     return [(base.with_name(f"{base.name}.{step['step']}"), step["at"]) for step in steps]
 
 
-def receipts(run: RunFolder) -> list[dict]:
+def receipts(run: RunFolder) -> list[Receipt]:
     state = RunState.find(run)
     assert state is not None
     return list(state.committed())
@@ -71,12 +72,10 @@ def test_a_partition_is_there_whole_or_not_at_all(tmp_path, stride) -> None:
         found = receipts(run)
         seen.add(len(found))
         for receipt in found:
-            PartitionReader(run.partitions_path / receipt["attempt"], load_profile(run.profile())).check(
-                receipt["files"]
-            )
+            PartitionReader(run.partitions_path / receipt.attempt, load_profile(run.profile())).check(receipt.files)
         publish(folder)
         (again,) = receipts(run)
-        assert again["content_digest"] == expected["content_digest"], at
+        assert again.content_digest == expected.content_digest, at
         assert not found or again == found[0], at
     assert seen == {0, 1}
 
@@ -118,8 +117,8 @@ def test_many_attempts_at_once_leave_one_result(tmp_path) -> None:
         children.append(subprocess.Popen([sys.executable, "-c", code]))
     assert [child.wait(120) for child in children] == [0] * 4
     receipt = run.receipt(1)
-    assert [path.name for path in run.partitions_path.iterdir()] == [receipt["attempt"]]
-    PartitionReader(run.partitions_path / receipt["attempt"], load_profile(run.profile())).check(receipt["files"])
+    assert [path.name for path in run.partitions_path.iterdir()] == [receipt.attempt]
+    PartitionReader(run.partitions_path / receipt.attempt, load_profile(run.profile())).check(receipt.files)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -141,5 +140,5 @@ fault_points.publish(Path({str(run.path)!r}), 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Input/output error" in done.stderr
     # It may have been written, and only its folder not flushed.
-    names = [(run.receipt(1) or {}).get("attempt")] if linked else []
+    names = [run.receipt(1).attempt] if linked else []
     assert [path.name for path in run.partitions_path.iterdir()] == names

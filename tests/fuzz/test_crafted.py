@@ -171,7 +171,7 @@ def test_a_receipt_that_names_another_folder(run, refused, name, tmp_path) -> No
 def test_a_receipt_that_names_files_elsewhere(run, refused, name) -> None:
     files = json.loads(first_receipt(run).read_text())["files"]
     change(first_receipt(run), files={**files, name: [3, 4]})
-    refused(run, "expected files to be files below the partition")
+    refused(run, r"expected files\..* to be a path below the folder")
 
 
 @pytest.mark.parametrize("inner", ["", "zarr.json", "input_ids", "input_ids/c/0"])
@@ -245,7 +245,7 @@ def test_signs_of_life_and_failures_of_another_kind(scored, look, name, field, v
         # It is for the eye only.
         assert read_status(scored).running == 0
     else:
-        with pytest.raises(CacheError, match=rf"{name}: expected {field} to be "):
+        with pytest.raises(CacheError, match=rf"{name}: expected {field}(\.0)? to be "):
             read_status(scored)
     assert look(scored) == ""
 
@@ -266,4 +266,4 @@ def test_a_cache_without_its_content_digest(cache, refused, value) -> None:
         del file.attrs["content_digest"]
         if value is not None:
             file.attrs["content_digest"] = np.bytes_(value) if isinstance(value, str) else value
-    refused(cache, "expected content_digest to be 64 hexadecimal digits")
+    refused(cache, "expected content_digest(, got none| to be 64 hexadecimal digits)")

@@ -123,12 +123,11 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
         assert caught.value.reasons == {4: reason}
         assert f"dask-logits retry {run}" in str(caught.value)
         entry = read_failures(RunFolder(run))[4]
-        assert (entry["kind"], entry["reason"], entry["rows"]) == (kind, reason, [])
-        assert {"die": "last worker tcp://", "raise": "ValueError: odd text", "hang": "worker tcp://"}[act] in entry[
-            "evidence"
-        ]
-        assert all(re.fullmatch(r"tcp://\S+ on \S+", worker) for worker in entry["workers"])
-        assert entry["workers"]
+        assert (entry.kind, entry.reason, entry.rows) == (kind, reason, ())
+        signs = {"die": "last worker tcp://", "raise": "ValueError: odd text", "hang": "worker tcp://"}
+        assert signs[act] in entry.evidence
+        assert all(re.fullmatch(r"tcp://\S+ on \S+", worker) for worker in entry.workers)
+        assert entry.workers
         status = read_status(run)
         assert (status.state, status.committed, status.failed) == ("failed", 9, {4: f"{kind}: {reason}"})
         before = {name: data for name, data in tree(run).items() if name.startswith("receipts")}

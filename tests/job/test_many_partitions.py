@@ -16,6 +16,7 @@ from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.executor import Committed, Progress, Waiting
 from dask_logits.job.roster import Roster
 from dask_logits.run.plan import Partition
+from dask_logits.run.records import Receipt
 
 PARTITIONS = 100_000
 WARM = 5_000

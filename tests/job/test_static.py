@@ -272,8 +272,8 @@ def test_a_part_that_was_interrupted_is_told_as_gaps(parts) -> None:
     run_folder = RunFolder(parts / "worker-2")
     (run_folder.plan_path(1)).unlink()
     for receipt in run_folder.receipts(8):
-        if receipt["partition"] > 2:
-            run_folder.receipt_path(receipt["partition"]).unlink()
+        if receipt.partition > 2:
+            run_folder.receipt_path(receipt.partition).unlink()
     with pytest.raises(
         dask_logits.RunConflictError, match=r"got gaps: partition 000005 \(worker 2 of 3\); run the job"
     ):

@@ -26,7 +26,8 @@ from dask_logits.files.atomic import replace_json
 from dask_logits.observe import monitor as module
 from dask_logits.observe.monitor import Monitor
 from dask_logits.run.failures import Failure, note_failure
-from dask_logits.run.folder import FORMAT, RUNS_TOPIC, VERSION, RunFolder, Share
+from dask_logits.run.folder import RUNS_TOPIC, RunFolder, Share
+from dask_logits.run.records import FORMAT, VERSION
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "monitor.ipynb"
 FACTS = {

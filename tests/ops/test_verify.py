@@ -238,7 +238,7 @@ def test_rows_are_scored_again_and_compared(here, way, monkeypatch) -> None:
         (made,) = (found for piece in cache_pieces(reader) for found in piece.runs())
         forged = dataclasses.replace(made, logsumexp=made.logsumexp + np.float32(0.5))
         said = {name: reader.attributes[name] for name in JOB_ATTRIBUTES}
-        statistics = dataclasses.asdict(Statistics.of(forged))
+        statistics = Statistics.of(forged).model_dump()
         write_cache(run / "forged.h5", forged, vocab_size=reader.vocab_size, **said, statistics=statistics)
         (run / "forged.h5").replace(path)
         assert list(wrong(run)) == [DIGESTS]

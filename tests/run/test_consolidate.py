@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,8 +226,10 @@ def test_how_large_a_file_becomes_is_known_before(tmp_path, profile) -> None:
     made = records((400, 1_000, 30), k=16, vocab_size=5_000)
     stored = plain(16, 5_000) if profile == "plain" else compact(16, 5_000, chunk_tokens=512)
     files = write_partition(tmp_path / "p.zarr", made, stored)
-    receipt = {"first_row": 0, "n_rows": 3, "files": files, "statistics": vars(Statistics.of(made))}
-    piece = PartitionPiece(path=tmp_path / "p.zarr", receipt={**receipt, "content_digest": "0"}, profile=stored)
+    receipt = SimpleNamespace(
+        first_row=0, n_rows=3, files=files, statistics=Statistics.of(made), content_digest=f"{0:064x}"
+    )
+    piece = PartitionPiece(path=tmp_path / "p.zarr", receipt=receipt, profile=stored)
     consolidate(tmp_path / "c.h5", lambda: [piece], profile=stored, packed=False, attributes={})
     tables = sum(table.nbytes for table in stored.tables.values())
     size = (tmp_path / "c.h5").stat().st_size

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_partitions_cover_every_row_exactly_once_in_order(n_rows: int, partition
     assert [p.index for p in parts] == list(range(3, 3 + len(parts)))
     assert (segment.n_partitions, segment.n_rows) == (len(parts), n_rows)
     assert max(p.n_rows for p in parts) <= partition_rows
-    assert Segment.from_json(segment.to_json()) == segment
+    assert Segment.parse(Path("plan.json"), segment.to_json()) == segment
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(1, 12), st.data())

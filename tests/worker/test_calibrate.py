@@ -41,25 +41,25 @@ def task(llama):
 
 
 def test_a_short_plan_is_scored_as_it_is(task) -> None:
-    found = calibrate(task(batch_tokens_fixed=False))
-    assert ScoringPath(**found["numerics"]["path"]) == ScoringPath(attention="blocks", head="linear", exact=True)
-    assert found["numerics"]["batch_tokens"] == 128
-    assert found["trials_tokens_per_second"] == {}
-    assert found["compile_seconds"] is None
-    assert 0 < found["mfu"] < 1
+    found, _ = calibrate(task(batch_tokens_fixed=False))
+    assert ScoringPath(**found.numerics.path.model_dump()) == ScoringPath(attention="blocks", head="linear", exact=True)
+    assert found.numerics.batch_tokens == 128
+    assert found.trials_tokens_per_second == {}
+    assert found.compile_seconds is None
+    assert 0 < found.mfu < 1
 
 
 def test_model_logits_are_asked_for(task) -> None:
-    assert not calibrate(task(logits="model"))["numerics"]["path"]["exact"]
+    assert not calibrate(task(logits="model"))[0].numerics.path.exact
 
 
 def test_a_long_plan_tries_larger_batches_and_keeps_what_is_faster(task, monkeypatch) -> None:
     monkeypatch.setitem(calibration._MOST_BATCH_TOKENS, "cpu", 256)
-    found = calibrate(task(batch_tokens_fixed=False, plan_tokens=None, compile="never"))
-    rates = found["trials_tokens_per_second"]
+    found, _ = calibrate(task(batch_tokens_fixed=False, plan_tokens=None, compile="never"))
+    rates = found.trials_tokens_per_second
     assert set(rates) == {"batch_tokens=128", "batch_tokens=256"}
     faster = rates["batch_tokens=256"] >= 1.03 * rates["batch_tokens=128"]
-    assert found["numerics"]["batch_tokens"] == (256 if faster else 128)
+    assert found.numerics.batch_tokens == (256 if faster else 128)
 
 
 @pytest.mark.parametrize(("minutes", "tries_compiled"), [(1.4, False), (9, True), (60, True)])
@@ -77,31 +77,31 @@ def test_its_cost_is_a_small_part_of_the_plan(task, monkeypatch, minutes: float,
     draw = np.random.default_rng(0)
     documents = tuple(draw.integers(VOCAB_SIZE, size=250).astype(np.int32) for _ in range(40))
     plan_tokens = round(60 * minutes * rate)
-    found = calibrate(task(documents=documents, plan_tokens=plan_tokens, batch_tokens_fixed=False))
+    found, _ = calibrate(task(documents=documents, plan_tokens=plan_tokens, batch_tokens_fixed=False))
     assert sum(spent) <= 0.1 * 60 * minutes
-    assert ("compiled" in found["trials_tokens_per_second"]) == tries_compiled
-    assert 0 <= found["tokens"] - calibration.sample_tokens(plan_tokens) < 250
+    assert ("compiled" in found.trials_tokens_per_second) == tries_compiled
+    assert 0 <= found.tokens - calibration.sample_tokens(plan_tokens) < 250
 
 
 def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
-    bounded = calibrate(task(batch_tokens_fixed=False, plan_tokens=10**9, most_trial_seconds=1e-3))
+    bounded, _ = calibrate(task(batch_tokens_fixed=False, plan_tokens=10**9, most_trial_seconds=1e-3))
     monkeypatch.setattr(calibration, "_UNKNOWN_SECONDS", 1e-3)
-    for found in (bounded, calibrate(task(batch_tokens_fixed=False, plan_tokens=None))):
-        assert found["trials_tokens_per_second"] == {}
-        assert not found["numerics"]["path"]["compiled"]
+    for found in (bounded, calibrate(task(batch_tokens_fixed=False, plan_tokens=None))[0]):
+        assert found.trials_tokens_per_second == {}
+        assert not found.numerics.path.compiled
 
 
 def test_compiled_layers_are_kept_if_they_pay(task) -> None:
-    found = calibrate(task(compile="always"))
-    assert found["numerics"]["path"]["compiled"]
-    assert found["compile_seconds"] > 0
-    assert found["errors_nats"]["compiled"] <= 4 * found["errors_nats"]["rounding"]
-    assert set(found["trials_tokens_per_second"]) == {"eager", "compiled"}
+    found, _ = calibrate(task(compile="always"))
+    assert found.numerics.path.compiled
+    assert found.compile_seconds > 0
+    assert found.errors_nats["compiled"] <= 4 * found.errors_nats["rounding"]
+    assert set(found.trials_tokens_per_second) == {"eager", "compiled"}
 
 
 def test_a_worker_that_calibrates_again_still_runs_what_it_compiled(task) -> None:
     # A worker of a standing cluster, which holds the teacher of the run before.
-    chosen = ScoringPath(**calibrate(task(compile="always"))["numerics"]["path"])
+    chosen = ScoringPath(**calibrate(task(compile="always"))[0].numerics.path.model_dump())
     asked = task()
     teacher = load_teacher(asked.teacher, VOCAB_SIZE)
     settings = ScoringSettings(
@@ -125,7 +125,7 @@ def _broken(*_: object, **__: object) -> None:
 
 def test_where_nothing_can_be_compiled_auto_goes_on_and_always_is_refused(task, monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", _broken)
-    assert not calibrate(task(plan_tokens=None))["numerics"]["path"]["compiled"]
+    assert not calibrate(task(plan_tokens=None))[0].numerics.path.compiled
     with pytest.raises(TeacherError, match=r"scoring\.compile: expected to compile .* got no C\+\+ compiler; install"):
         calibrate(task(compile="always"))
 
