@@ -7,13 +7,11 @@ import logging
 import time
 import uuid
 
-import numpy as np
-
 from dask_logits.cache.profile import earns, save_array, save_id_table
 from dask_logits.data.items import make_items
 from dask_logits.data.tokens import sample_documents
 from dask_logits.errors import ClusterError, RunConflictError
-from dask_logits.files.atomic import Json, create_json, read_json
+from dask_logits.files.atomic import create_json
 from dask_logits.job.driver import teacher_spec
 from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job, check_folder
@@ -21,7 +19,7 @@ from dask_logits.job.progress import Steps
 from dask_logits.job.reporter import Reporter
 from dask_logits.job.roster import leave_out_misfits
 from dask_logits.records import Array
-from dask_logits.run.folder import FORMAT, VERSION
+from dask_logits.run.records import FORMAT, VERSION, Calibration, Manifest, Storage
 from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import resolve_dtype
 from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
@@ -33,8 +31,8 @@ logger = logging.getLogger(__name__)
 _TRIALS_IN_STALL = 8
 
 
-def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> Json:
-    """Determine the numerics on a worker. Return the content of ``calibration.json``, with the id table."""
+def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[Calibration, Array | None]:
+    """Determine the numerics on a worker, and the id table of the compact profile."""
     reporter.report("calibrating")
     generation = job.config.teacher.generation
     batch_tokens, head_rows = auto_budgets(executor.device, generation.batch_tokens, generation.head_rows)
@@ -81,23 +79,24 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> Json:
             steps.show(step)
             reporter.report("calibrating", step=step)
 
-        return executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
+        found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
+    return found
 
 
-def _log_calibration(calibration: Json) -> None:
-    numerics = calibration["numerics"]
-    path = numerics["path"]
+def _log_calibration(calibration: Calibration) -> None:
+    numerics = calibration.numerics
+    path = numerics.path
     logger.info(
         "calibrated: %s on %s, %.0f tokens/s for each worker, MFU %s, batches of %d tokens",
-        numerics["dtype"],
-        numerics["device"],
-        calibration["tokens_per_second"],
-        "unknown" if calibration["mfu"] is None else f"{calibration['mfu']:.2f}",
-        numerics["batch_tokens"],
+        numerics.dtype,
+        numerics.device,
+        calibration.tokens_per_second,
+        "unknown" if calibration.mfu is None else f"{calibration.mfu:.2f}",
+        numerics.batch_tokens,
     )
-    layers = "compiled" if path["compiled"] else "eager"
-    logger.info("scoring path: %s layers, attention %s, head %s", layers, path["attention"], path["head"])
-    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in calibration["kept_mass_by_k"].items())
+    layers = "compiled" if path.compiled else "eager"
+    logger.info("scoring path: %s layers, attention %s, head %s", layers, path.attention, path.head)
+    masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in (calibration.kept_mass_by_k or {}).items())
     logger.info("kept mass by k: %s", masses or "no tokens")
 
 
@@ -116,7 +115,7 @@ def _tokens_each(job: Job, executor: Executor) -> int | None:
     return job.estimate.tokens // (job.share.total * executor.n_workers)
 
 
-def check_device(job: Job, calibration: Json, executor: Executor) -> None:
+def check_device(job: Job, calibration: Calibration, executor: Executor) -> None:
     """Refuse another device than the calibration's.
 
     Raises
@@ -124,7 +123,7 @@ def check_device(job: Job, calibration: Json, executor: Executor) -> None:
     RunConflictError
         If it differs.
     """
-    frozen = calibration["numerics"]["device"]
+    frozen = calibration.numerics.device
     if frozen != executor.device:
         raise RunConflictError(
             f"{job.run.path}: this run was calibrated on {frozen!r}, the workers now are {executor.device!r}, and the "
@@ -133,7 +132,7 @@ def check_device(job: Job, calibration: Json, executor: Executor) -> None:
         )
 
 
-def check_environment(job: Job, calibration: Json | None, executor: Executor) -> None:
+def check_environment(job: Job, calibration: Calibration | None, executor: Executor) -> None:
     """Exclude workers with another environment than the run's, and refuse if none remains.
 
     Raises
@@ -145,7 +144,7 @@ def check_environment(job: Job, calibration: Json | None, executor: Executor) ->
     """
     if job.config.cluster.allow_mixed_workers or not executor.environments:
         return
-    expected = (calibration or {}).get("environment")
+    expected = calibration.environment if calibration else None
     if calibration is not None and expected is None:
         return
     if leave_out_misfits(executor.roster, executor.environments, expected):
@@ -164,40 +163,38 @@ def check_environment(job: Job, calibration: Json | None, executor: Executor) ->
     )
 
 
-def record(job: Job, calibration: Json) -> Json:
+def record(job: Job, calibration: Calibration, table: Array | None) -> Calibration:
     """Write the manifest, the id table and the numerics, unless they exist. Return the valid numerics."""
-    created = create_json(
-        job.run.manifest_path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "run_id": uuid.uuid4().hex,
-            "created": time.time(),
-            "fingerprint": job.fingerprint,
-            "what": job.what,
-            "numerics": job.numerics,
-            "total_workers": job.share.total,
-            "commit": job.source.commit,
-            "files": list(job.source.file_states),
-            "how": dataclasses.asdict(job.config),
-            "teacher": dataclasses.asdict(job.teacher),
-            "tokenizer_map_digest": job.tokenizer.map_digest if job.tokenizer else None,
-            "tokenizer_ids": job.tokenizer.vocab_size if job.tokenizer else 0,
-        },
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        run_id=uuid.uuid4().hex,
+        created=time.time(),
+        fingerprint=job.fingerprint,
+        what=job.what,
+        numerics=job.numerics,
+        total_workers=job.share.total,
+        commit=job.source.commit,
+        files=job.source.file_states,
+        how=dataclasses.asdict(job.config),
+        teacher=dataclasses.asdict(job.teacher),
+        tokenizer_map_digest=job.tokenizer.map_digest if job.tokenizer else None,
+        tokenizer_ids=job.tokenizer.vocab_size if job.tokenizer else 0,
     )
+    created = create_json(job.run.manifest_path, manifest.to_json())
     if not created:
         # Another static worker may have been first since the last check of the folder.
         check_folder(job)
     if job.tokenizer:
         save_array(job.run.token_crcs_path, job.tokenizer.crcs)
-    table = calibration.pop("id_table", None)
-    calibration["storage"] = {
-        "profile": "plain" if table is None else "compact",
-        "precision": job.config.cache.precision,
-        "id_table": None if table is None else save_id_table(job.run.tables_path, np.asarray(table)),
-    }
-    calibration["mixed_workers"] = job.config.cluster.allow_mixed_workers
-    if create_json(job.run.calibration_path, calibration):
+    storage = Storage(
+        profile="plain" if table is None else "compact",
+        precision=job.config.cache.precision,
+        id_table=None if table is None else save_id_table(job.run.tables_path, table),
+    )
+    mixed = job.config.cluster.allow_mixed_workers
+    calibration = calibration.model_copy(update={"storage": storage, "mixed_workers": mixed})
+    if create_json(job.run.calibration_path, calibration.to_json()):
         _log_calibration(calibration)
     logger.info("%s run in %s", "new" if created else "resumed", job.run.path)
-    return read_json(job.run.calibration_path) or calibration
+    return job.run.calibration() or calibration

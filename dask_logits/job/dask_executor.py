@@ -14,7 +14,6 @@ from distributed import Client
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
-from dask_logits.files.atomic import Json
 from dask_logits.job.executor import Event, Trial, Waiting
 from dask_logits.job.remote import TOKENS_TOPIC
 from dask_logits.job.roster import Roster
@@ -59,7 +58,7 @@ class DaskExecutor:
     ) -> Generator[Event, None, None]:
         """Run tasks until none is left. After a lost connection the scheduler is waited for."""
         client, window = self.client, Window(self.client, tasks, self.job, self.roster)
-        tokens: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        tokens: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         topic = TOKENS_TOPIC + run_id
 
         def subscribe() -> None:
@@ -95,12 +94,12 @@ class DaskExecutor:
 
     def call(
         self,
-        function: Callable[[Any, Callable[[str], None]], Json],
+        function: Callable[[Any, Callable[[str], None]], Any],
         argument: Any,
         *,
         on_step: Callable[[str], None] = lambda step: None,
         on_turn: Callable[[], None] = lambda: None,
-    ) -> Json:
+    ) -> Any:
         """Run one function on one worker, and on another if the first is lost."""
         return run_one(self.client, function, argument, self.job, roster=self.roster, on_step=on_step, on_turn=on_turn)
 
@@ -110,7 +109,7 @@ class DaskExecutor:
         with two_deaths_are_enough(self.client):
             yield functools.partial(passes, self.client, seconds=self.job.stall_seconds, roster=self.roster)
 
-    def announce(self, topic: str, message: Json) -> None:
+    def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Log an event at the scheduler. A lost scheduler is noticed elsewhere."""
         if self.client.status == "running":
             with contextlib.suppress(ClusterError):

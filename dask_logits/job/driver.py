@@ -11,7 +11,6 @@ from typing import Any
 
 from dask_logits.data.source import Planned
 from dask_logits.errors import PartitionsFailedError, RunConflictError
-from dask_logits.files.atomic import Json
 from dask_logits.job.bisect import bisect
 from dask_logits.job.executor import Committed, Executor, Failed, Progress
 from dask_logits.job.prepare import Job
@@ -44,7 +43,7 @@ class Done:
 def score(
     job: Job,
     executor: Executor,
-    calibration: Json,
+    calibration: Calibration,
     done: Done,
     reporter: Reporter,
     *,
@@ -154,7 +153,7 @@ class _Driver:
     def on_receipt(self, receipt: Receipt) -> None:
         """Record a committed partition."""
         self._n_committed += 1
-        statistics = Statistics.from_json(receipt["statistics"])
+        statistics = receipt.statistics
         self._progress.partition(statistics)
         logger.info(
             "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %s%s",

@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from dask_logits.errors import CapacityError, ClusterError
-from dask_logits.files.atomic import Json
 from dask_logits.job.roster import Roster
 from dask_logits.run.failures import Failure, Kind
+from dask_logits.run.records import Receipt
 from dask_logits.worker.environment import Environment
 from dask_logits.worker.task import PartitionTask
 
@@ -28,7 +28,7 @@ _FRAMES = 6
 class Committed:
     """A partition was completed, with this receipt."""
 
-    receipt: Json
+    receipt: Receipt
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ class Executor(Protocol):
 
     def call(
         self,
-        function: Callable[[Any, Callable[[str], None]], Json],
+        function: Callable[[Any, Callable[[str], None]], Any],
         argument: Any,
         *,
         on_step: Callable[[str], None] = lambda step: None,
         on_turn: Callable[[], None] = lambda: None,
-    ) -> Json:
+    ) -> Any:
         """Run one function on one worker and wait for it.
 
         Parameters
@@ -138,7 +138,7 @@ class Executor(Protocol):
     def trials(self) -> AbstractContextManager[Trial]:
         """Return a function that scores some rows of a partition without storing the results."""
 
-    def announce(self, topic: str, message: Json) -> None:
+    def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Publish a message to monitors that are connected to the workers but do not see the run folder."""
 
 

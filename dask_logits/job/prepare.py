@@ -29,7 +29,6 @@ from dask_logits.data.tokens import (
 )
 from dask_logits.data.values import BadRow
 from dask_logits.errors import ConfigError, DatasetError, RunConflictError
-from dask_logits.files.atomic import Json
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers
 from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint

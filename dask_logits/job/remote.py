@@ -9,7 +9,7 @@ from typing import Any
 from distributed import get_worker
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_logits.files.atomic import Json
+from dask_logits.run.records import Receipt
 from dask_logits.worker.task import PartitionTask, Stages, process_partition, try_rows
 
 TOKENS_TOPIC = "dask_logits.tokens."
@@ -19,14 +19,14 @@ SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 
 
-def run_on_worker(task: PartitionTask) -> Json:
+def run_on_worker(task: PartitionTask) -> tuple[Receipt, str]:
     """Run a partition inside a Dask worker. Return its receipt and the worker."""
     worker = get_worker()
     topic, index = TOKENS_TOPIC + task.run_id, task.partition.index
     receipt = process_partition(
         task, lambda tokens: worker.log_event(topic, {"tokens": tokens, "partition": index}), STAGES
     )
-    return {"receipt": receipt, "worker": worker.address}
+    return receipt, worker.address
 
 
 def try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
@@ -34,8 +34,7 @@ def try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
     try_rows(task, first, n_rows, STAGES)
 
 
-def call_on_worker(function: Callable[[Any, Callable[[str], None]], Json], argument: Any, topic: str) -> Json:
+def call_on_worker(function: Callable[[Any, Callable[[str], None]], Any], argument: Any, topic: str) -> Any:
     """Call a function in a Dask worker's computing thread, and report its steps as events."""
     worker = get_worker()
-    result: Json = SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()
-    return result
+    return SCORER.submit(function, argument, lambda step: worker.log_event(topic, step)).result()

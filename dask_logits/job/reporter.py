@@ -64,22 +64,22 @@ class Reporter:
         self._at = time.monotonic()
         if state is not None:
             self._state, self._step, self._reason = state, step, reason
-        facts = {
-            "dashboard": self.executor.dashboard if self.executor else None,
+        status = DriverStatus(
+            dashboard=self.executor.dashboard if self.executor else None,
             **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
-            "since": self._since,
-            "at": time.time(),
-            "state": self._state,
-            "step": self._step,
-            "reason": self._reason,
-            "failed": {str(index): text for index, text in self.failed.items()},
-            "left_out": self.executor.roster.named() if self.executor else {},
-        }
+            since=self._since,
+            at=time.time(),
+            state=self._state,
+            step=self._step,
+            reason=self._reason,
+            failed={str(index): text for index, text in self.failed.items()},
+            left_out=self.executor.roster.named() if self.executor else {},
+        )
         # A full disk is reported where partitions are written.
         with contextlib.suppress(OSError):
-            replace_json(self._path, facts)
+            replace_json(self._path, status.to_json())
         if self.executor is not None:
-            self.executor.announce(RUNS_TOPIC, {"run": self._run, **facts})
+            self.executor.announce(RUNS_TOPIC, {"run": self._run, **status.to_json()})
 
 
 @contextlib.contextmanager

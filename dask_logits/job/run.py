@@ -32,7 +32,6 @@ from dask_logits.job.reporter import Reporter, reported
 from dask_logits.job.serial_executor import open_process
 from dask_logits.job.watchdog import watched
 from dask_logits.job.workers import runs_here
-from dask_logits.records import Statistics
 from dask_logits.run.consolidate import consolidate_run, tidy
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import (
@@ -45,7 +44,6 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.records import FORMAT, VERSION, Calibration, Manifest, Storage
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
 
 logger = logging.getLogger(__name__)
@@ -306,13 +304,15 @@ def _run_tasks(
         if executor.dashboard:
             logger.info("dashboard: %s", executor.dashboard)
         check_environment(job, calibration, executor)
-        calibration = calibration or run_calibration(job, executor, reporter)
+        table = None
+        if calibration is None:
+            calibration, table = run_calibration(job, executor, reporter)
         check_device(job, calibration, executor)
         if start == "replace":
             with _alone(job):
                 set_aside(job.run)
         with _ran():
-            calibration = record(job, calibration)
+            calibration = record(job, calibration, table)
             # Another static worker's, if it was first.
             check_device(job, calibration, executor)
             check_environment(job, calibration, executor)

@@ -17,7 +17,7 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError, DaskLogitsError
-from dask_logits.files.atomic import Json, no_room
+from dask_logits.files.atomic import no_room
 from dask_logits.job.executor import (
     Committed,
     Event,
@@ -36,6 +36,7 @@ from dask_logits.job.remote import SCORER, STAGES
 from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
 from dask_logits.job.workers import local_device, threads_each
+from dask_logits.run.records import Receipt
 from dask_logits.worker.environment import environment
 from dask_logits.worker.task import PartitionTask, process_partition, try_rows
 
@@ -84,9 +85,9 @@ class SerialExecutor:
     ) -> Generator[Event, None, None]:
         """Run tasks until none is left."""
         seconds = self._job.stall_seconds
-        news: queue.SimpleQueue[Progress | Future[Json]] = queue.SimpleQueue()
+        news: queue.SimpleQueue[Progress | Future[Receipt]] = queue.SimpleQueue()
         later: list[tuple[float, PartitionTask]] = []
-        running: dict[Future[Json], PartitionTask] = {}
+        running: dict[Future[Receipt], PartitionTask] = {}
         n_failures: Counter[int] = Counter()
         is_exhausted, alive = False, time.monotonic()
         while True:
@@ -162,12 +163,12 @@ class SerialExecutor:
 
     def call(
         self,
-        function: Callable[[Any, Callable[[str], None]], Json],
+        function: Callable[[Any, Callable[[str], None]], Any],
         argument: Any,
         *,
         on_step: Callable[[str], None] = lambda step: None,
         on_turn: Callable[[], None] = lambda: None,
-    ) -> Json:
+    ) -> Any:
         """Run one function in the computing thread and wait for it."""
         name = function.__name__
         steps: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -188,12 +189,11 @@ class SerialExecutor:
                 on_turn()
             while not steps.empty():
                 on_step(steps.get())
-            result: Json = future.result()
+            return future.result()
         except OSError as error:
             if isinstance(error, DaskLogitsError) or no_room(error) is not None:
                 raise
             raise unreadable_there(name, error, self.roster.name(_HERE)) from error
-        return result
 
     @contextlib.contextmanager
     def trials(self) -> Iterator[Trial]:
@@ -212,7 +212,7 @@ class SerialExecutor:
         self._stop.set()
         self._pool.shutdown(timeout=_STOP_SECONDS)
 
-    def announce(self, topic: str, message: Json) -> None:
+    def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Do nothing: there are no monitors but those that read the run folder."""
 
 

@@ -19,7 +19,7 @@ from distributed import Client, Future, KilledWorker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
-from dask_logits.files.atomic import Json, no_room
+from dask_logits.files.atomic import no_room
 from dask_logits.job.executor import has_run, too_slow, unreadable_there
 from dask_logits.job.remote import call_on_worker
 from dask_logits.job.roster import Roster

@@ -21,7 +21,7 @@ from distributed import Client, Future, KilledWorker
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError
-from dask_logits.files.atomic import Json, no_room, only_readable
+from dask_logits.files.atomic import no_room, only_readable
 from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled
 from dask_logits.job.remote import run_on_worker
 from dask_logits.job.retry_policy import classify, decide, is_poisoned
@@ -38,6 +38,7 @@ from dask_logits.job.scheduler import (
     scheduler_lost,
 )
 from dask_logits.run.failures import Failure
+from dask_logits.run.records import Receipt
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
@@ -157,13 +158,14 @@ class Window:
             future.release()
         return True
 
-    def _finished(self, task: PartitionTask, outcome: Json) -> None:
+    def _finished(self, task: PartitionTask, outcome: tuple[Receipt, str]) -> None:
         index = task.partition.index
         self._hung_in_a_row = 0
         self._attempts.pop(index)
         self._losses.pop(index, None)
-        self.roster.note_success(outcome["worker"], index, time.monotonic())
-        self._events.append(Committed(outcome["receipt"]))
+        receipt, worker = outcome
+        self.roster.note_success(worker, index, time.monotonic())
+        self._events.append(Committed(receipt))
 
     def note_reconnection(self) -> None:
         """Record that the scheduler answers again. Signs of life could not arrive in the meantime."""

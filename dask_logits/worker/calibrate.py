@@ -29,7 +29,6 @@ import torch
 from dask_logits.cache.profile import id_table
 from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
-from dask_logits.files.atomic import Json
 from dask_logits.records import Array, Statistics, kept_mass_by_k
 from dask_logits.run.records import Calibration, Numerics, PathNumerics
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
@@ -259,16 +258,16 @@ def _report(
     statistics_of = Statistics.of(scored.records)
     cuda = task.teacher.device == "cuda"
     seconds = max(scored.seconds["score"], 1e-9)
-    return {
-        "numerics": {
-            "dtype": task.teacher.dtype,
-            "device": task.teacher.device,
-            "torch_threads": task.teacher.torch_threads,
-            "path": dataclasses.asdict(settings.path),
-            "batch_tokens": settings.batch_tokens,
-            "batch_size": task.batch_size,
-            "head_rows": settings.head_rows,
-        },
+    return Calibration(
+        numerics=Numerics(
+            dtype=task.teacher.dtype,
+            device=task.teacher.device,
+            torch_threads=task.teacher.torch_threads,
+            path=PathNumerics(**dataclasses.asdict(settings.path)),
+            batch_tokens=settings.batch_tokens,
+            batch_size=task.batch_size,
+            head_rows=settings.head_rows,
+        ),
         # JSON has no infinity, which marks a path that does not apply.
         errors_nats={way: error if error < float("inf") else None for way, error in choice.errors.items()},
         refused=choice.refusals,

@@ -42,6 +42,9 @@ WHAT = {
 }
 # Steps at the end, taken with any stride.
 _LAST = 24
+NUMERICS = {
+    "dtype": "float32", "device": "cpu", "torch_threads": 1, "path": {}, "batch_tokens": 64, "head_rows": 16,
+}  # fmt: skip
 _EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 

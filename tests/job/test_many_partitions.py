@@ -30,7 +30,9 @@ class Pretender(WorkerPlugin):
     def setup(self, worker) -> None:
         from dask_logits.job import remote
 
-        remote.process_partition = lambda task, on_tokens, stages: {"partition": task.partition.index}
+        remote.process_partition = lambda task, on_tokens, stages: Receipt.model_construct(
+            partition=task.partition.index
+        )
 
 
 class Task:
@@ -75,7 +77,7 @@ def test_memory_hardly_grows_with_partitions() -> None:
         for event in executor.run(tasks(), "r"):
             assert isinstance(event, Committed | Progress | Waiting)
             if isinstance(event, Committed):
-                seen.append(event.receipt["partition"])
+                seen.append(event.receipt.partition)
                 if len(seen) % WARM == 0:
                     rss[len(seen)] = process.memory_info().rss >> 20
     print(f"{PARTITIONS / (time.monotonic() - started):.0f} partitions/s, RSS in MiB {rss}")

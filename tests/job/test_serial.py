@@ -22,6 +22,7 @@ from dask_logits.job import serial_executor
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting
 from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.plan import Partition
+from dask_logits.run.records import Receipt
 from dask_logits.worker import task as task_module
 from dask_logits.worker.task import PartitionTask
 
@@ -31,6 +32,10 @@ def task(index: int) -> PartitionTask:
     made = object.__new__(PartitionTask)
     object.__setattr__(made, "partition", Partition(index=index, first_row=index, n_rows=1))
     return made
+
+
+def receipt(index: int) -> Receipt:
+    return Receipt.model_construct(partition=index)
 
 
 @pytest.fixture
@@ -56,14 +61,14 @@ def test_events_tell_what_happens(executor, monkeypatch) -> None:
     def act(task, on_tokens):
         on_tokens(3)
         on_tokens(4)
-        return {"partition": task.partition.index}
+        return receipt(task.partition.index)
 
     pretend(monkeypatch, act)
     events = list(executor.run(iter([None, task(0), None, task(1), task(2)]), "r"))
-    assert sorted(e.receipt["partition"] for e in events if isinstance(e, Committed)) == [0, 1, 2]
+    assert sorted(e.receipt.partition for e in events if isinstance(e, Committed)) == [0, 1, 2]
     for index in range(3):
         assert [e.tokens for e in events if isinstance(e, Progress) and e.index == index] == [3, 4]
-        of_partition = [e for e in events if e in (Progress(index, 4), Committed({"partition": index}))]
+        of_partition = [e for e in events if e in (Progress(index, 4), Committed(receipt(index)))]
         assert isinstance(of_partition[-1], Committed)
     assert all(isinstance(e, Committed | Progress | Waiting) for e in events)
 
@@ -77,14 +82,14 @@ def test_an_io_error_is_retried_and_bad_data_is_not(executor, monkeypatch) -> No
             raise ValueError("odd text")
         if attempts.count(1) == 1:
             raise ConnectionResetError("peer")
-        return {"partition": 1}
+        return receipt(1)
 
     pretend(monkeypatch, act)
     events = list(executor.run(iter([task(0), task(1)]), "r"))
     (failed,) = [e.failure for e in events if isinstance(e, Failed)]
     assert (failed.index, failed.kind, failed.reason, failed.attempts) == (0, "data", "odd text", 1)
     assert "ValueError: odd text" in failed.evidence
-    assert [e for e in events if isinstance(e, Committed)] == [Committed({"partition": 1})]
+    assert [e for e in events if isinstance(e, Committed)] == [Committed(receipt(1))]
     assert sorted(attempts) == [0, 1, 1]
 
 
@@ -129,7 +134,7 @@ def test_closing_ends_a_partition_at_its_next_batch(executor, monkeypatch) -> No
             on_tokens(1)
             batches.append(batch)
             time.sleep(0.1)
-        return {"partition": 0}
+        return receipt(0)
 
     pretend(monkeypatch, act)
     events = executor.run(iter([task(0)]), "r")

@@ -126,7 +126,7 @@ def test_a_partition_that_breaks_good_devices_is_quarantined_and_no_row_is_blame
             run(overrides, PARTITIONS, scheduler)
         assert list(caught.value.reasons) == [5]
         entry = read_failures(RunFolder(cache_dir(overrides)))[5]
-        assert (entry["kind"], entry["rows"]) == ("device", [])
+        assert (entry.kind, entry.rows) == ("device", ())
         status = read_status(cache_dir(overrides))
         assert (status.committed, status.left_out) == (19, {})
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))

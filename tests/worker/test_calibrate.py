@@ -139,7 +139,8 @@ def test_the_heads_chunk_is_halved_while_memory_is_short(task, monkeypatch) -> N
         return score(teacher, items, settings, **more)
 
     monkeypatch.setattr(calibration, "score_items", short)
-    assert calibrate(task(head_rows=128, head_rows_fixed=False))["numerics"]["head_rows"] == 32
+    found, _ = calibrate(task(head_rows=128, head_rows_fixed=False))
+    assert found.numerics.head_rows == 32
     with pytest.raises(CapacityError, match="head_rows: expected to fit"):
         calibrate(task(head_rows=128))
 
