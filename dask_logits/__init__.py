@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from dask_logits.ops.merge import merge
     from dask_logits.train.batches import collate, collate_flat
     from dask_logits.train.dataset import CachedLogitsDataset
-    from dask_logits.train.losses import distillation_loss
+    from dask_logits.train.heads import Head
+    from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
+    from dask_logits.train.objective import Objective
     from dask_logits.train.order import ItemOrder
     from dask_logits.train.sampler import ResumableSampler
     from dask_logits.train.targets import SparseTargets
@@ -48,8 +50,11 @@ _HOMES = {
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
+    "DistillationLoss": "train.losses",
+    "Head": "train.heads",
     "ItemOrder": "train.order",
     "Monitor": "observe.monitor",
+    "Objective": "train.objective",
     "PartitionsFailedError": "errors",
     "ResumableSampler": "train.sampler",
     "RunConflictError": "errors",
@@ -59,6 +64,7 @@ _HOMES = {
     "collate_flat": "train.batches",
     "convert": "ops.convert",
     "distillation_loss": "train.losses",
+    "fused_distillation_loss": "train.losses",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "hydra_config",
@@ -78,8 +84,11 @@ __all__ = [
     "ConfigError",
     "DaskLogitsError",
     "DatasetError",
+    "DistillationLoss",
+    "Head",
     "ItemOrder",
     "Monitor",
+    "Objective",
     "PartitionsFailedError",
     "ResumableSampler",
     "RunConflictError",
@@ -89,6 +98,7 @@ __all__ = [
     "collate_flat",
     "convert",
     "distillation_loss",
+    "fused_distillation_loss",
     "generate",
     "generate_teacher_logits",
     "load_config",
