@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dask_logits.train.objective import Objective
     from dask_logits.train.order import ItemOrder
     from dask_logits.train.sampler import ResumableSampler
+    from dask_logits.train.student import StudentWithLoss, student_head
     from dask_logits.train.targets import SparseTargets
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _HOMES = {
     "ResumableSampler": "train.sampler",
     "RunConflictError": "errors",
     "SparseTargets": "train.targets",
+    "StudentWithLoss": "train.student",
     "TeacherError": "errors",
     "collate": "train.batches",
     "collate_flat": "train.batches",
@@ -72,6 +74,7 @@ _HOMES = {
     "prepare_dataset": "data.load",
     "read_status": "observe.status",
     "retry": "job.run",
+    "student_head": "train.student",
     "verify": "job.recompute",
 }
 
@@ -93,6 +96,7 @@ __all__ = [
     "ResumableSampler",
     "RunConflictError",
     "SparseTargets",
+    "StudentWithLoss",
     "TeacherError",
     "collate",
     "collate_flat",
@@ -106,6 +110,7 @@ __all__ = [
     "prepare_dataset",
     "read_status",
     "retry",
+    "student_head",
     "verify",
 ]
 
