@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dask_logits.errors import ConfigError
 from dask_logits.train.cells import Terms, measure
@@ -140,7 +141,10 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> Non
         out.addmm_(left, right, beta=int(keep))
     elif out.device.type == "cuda":
         # Half-precision factors, wide sums and results. CUDA only (PyTorch 150812).
-        torch.addmm(out, left, right, out_dtype=out.dtype, beta=int(keep), out=out)
+        if keep:
+            torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
         out.add_(left @ right) if keep else out.copy_(left @ right)
 
@@ -196,6 +200,7 @@ class Chunked(torch.autograd.Function):
         return (loss if plan.recompute else loss.sum(dtype=torch.float64), *values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the forward pass, or compute them."""
         plan: Plan = ctx.plan

@@ -68,13 +68,14 @@ class Head:
 
     def products(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the factors whose products make the logits: [..., D] and [V, D]."""
-        low = [(adapter.down(hidden) * adapter.scaling, adapter.up) for adapter in self.adapters]
+        # peft keeps adapters in float32 beside half-precision weights.
+        low = [(adapter.down(hidden.to(adapter.up.dtype)) * adapter.scaling, adapter.up) for adapter in self.adapters]
         return [(hidden, self.weight), *low]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits of all positions at once, [..., V]."""
-        (first, weight_VD), *low = self.products(hidden.to(self.weight.dtype))
-        logits = first @ weight_VD.t()
+        (first, weight_VD), *low = self.products(hidden)
+        logits = first.to(weight_VD.dtype) @ weight_VD.t()
         for x, up_VD in low:
             logits = logits + x @ up_VD.to(x.dtype).t()
         if self.bias is not None:

@@ -196,7 +196,7 @@ def fused_distillation_loss(
     -----
     Products are in the dtype of the weight, or of autocast. Weight gradients are summed in float32. On CUDA the logits
     are float32 for half-precision factors, too. On CPUs, which have no such product, they are rounded, and the weight
-    gradient is a float32 product.
+    gradient is a float32 product. Gradients have no derivatives of their own.
 
     Examples
     --------

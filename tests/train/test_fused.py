@@ -104,6 +104,16 @@ def test_gradients_are_not_computed_where_none_is_wanted() -> None:
     assert fused_distillation_loss(student.hidden(ids), student.head(), targets).loss == silent.loss
 
 
+def test_gradients_have_no_derivatives() -> None:
+    ids, _, targets = batch()
+    student = Student()
+    hidden = student.hidden(ids)
+    loss = fused_distillation_loss(hidden, student.head(), targets, recompute=True).loss
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
 def test_a_second_backward_needs_recompute() -> None:
     ids, _, targets = batch()
     for recompute in (False, True):
@@ -169,6 +179,21 @@ def test_bfloat16_weights_get_bfloat16_gradients() -> None:
         wanted = gradients(exact)[name]
         assert grad.dtype == torch.bfloat16
         assert (grad - wanted).norm() < 0.05 * wanted.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_gradients(dtype, recompute) -> None:
+    ids, _, targets = batch(40)
+    exact, other = Student("all"), Student("all").to("cuda", dtype)
+    fused_distillation_loss(exact.hidden(ids), exact.head(), targets).loss.backward()
+    hidden, head = other.hidden(ids.cuda()), other.head()
+    fused_distillation_loss(hidden, head, targets.to("cuda"), recompute=recompute, chunk_rows=9).loss.backward()
+    for name, grad in gradients(other).items():
+        wanted = gradients(exact)[name]
+        assert (grad.cpu() - wanted).norm() < 50 * torch.finfo(dtype).eps * wanted.norm(), name
 
 
 def test_it_works_with_gradient_checkpointing_around_trunk_and_loss() -> None:

@@ -131,6 +131,24 @@ def test_half_precision_heads_are_recognised() -> None:
     assert student_head(family_model("gemma2").bfloat16()).softcap == 5.0
 
 
+def test_float32_adapters_beside_a_bfloat16_head() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = family_model("llama", tie_word_embeddings=False).bfloat16()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"]))
+    student = StudentWithLoss(model)
+    (adapter,) = student.head.adapters
+    assert (student.head.weight.dtype, adapter.up.dtype) == (torch.bfloat16, torch.float32)
+    nn.init.normal_(adapter.up)
+    ids, targets = batch()
+    found = student(ids, targets)
+    found.loss.backward()
+    assert adapter.up.grad.dtype == torch.float32
+    assert adapter.up.grad.norm() > 0
+    expected = distillation_loss(model(input_ids=ids).logits, targets)
+    torch.testing.assert_close(found.loss, expected.loss, atol=0.02, rtol=0.02)
+
+
 def test_values_per_token_and_the_normaliser_pass_through() -> None:
     ids, targets = batch()
     student = StudentWithLoss(family_model("llama"))
