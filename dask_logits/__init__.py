@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from dask_logits.ops.merge import merge
     from dask_logits.train.batches import collate, collate_flat
     from dask_logits.train.dataset import CachedLogitsDataset
-    from dask_logits.train.losses import distillation_loss
+    from dask_logits.train.heads import Head
+    from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
+    from dask_logits.train.objective import Objective
     from dask_logits.train.order import ItemOrder
     from dask_logits.train.sampler import ResumableSampler
+    from dask_logits.train.student import StudentWithLoss, student_head
     from dask_logits.train.targets import SparseTargets
 
 __version__ = "0.1.0"
@@ -48,17 +51,22 @@ _HOMES = {
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
+    "DistillationLoss": "train.losses",
+    "Head": "train.heads",
     "ItemOrder": "train.order",
     "Monitor": "observe.monitor",
+    "Objective": "train.objective",
     "PartitionsFailedError": "errors",
     "ResumableSampler": "train.sampler",
     "RunConflictError": "errors",
     "SparseTargets": "train.targets",
+    "StudentWithLoss": "train.student",
     "TeacherError": "errors",
     "collate": "train.batches",
     "collate_flat": "train.batches",
     "convert": "ops.convert",
     "distillation_loss": "train.losses",
+    "fused_distillation_loss": "train.losses",
     "generate": "job.run",
     "generate_teacher_logits": "api",
     "load_config": "hydra_config",
@@ -66,6 +74,7 @@ _HOMES = {
     "prepare_dataset": "data.load",
     "read_status": "observe.status",
     "retry": "job.run",
+    "student_head": "train.student",
     "verify": "job.recompute",
 }
 
@@ -78,17 +87,22 @@ __all__ = [
     "ConfigError",
     "DaskLogitsError",
     "DatasetError",
+    "DistillationLoss",
+    "Head",
     "ItemOrder",
     "Monitor",
+    "Objective",
     "PartitionsFailedError",
     "ResumableSampler",
     "RunConflictError",
     "SparseTargets",
+    "StudentWithLoss",
     "TeacherError",
     "collate",
     "collate_flat",
     "convert",
     "distillation_loss",
+    "fused_distillation_loss",
     "generate",
     "generate_teacher_logits",
     "load_config",
@@ -96,6 +110,7 @@ __all__ = [
     "prepare_dataset",
     "read_status",
     "retry",
+    "student_head",
     "verify",
 ]
 

@@ -19,7 +19,7 @@ from dask_logits import CachedLogitsDataset, collate, distillation_loss
 def loss_of(student: LlamaForCausalLM, batch: dict[str, Any]) -> torch.Tensor:
     """Return the distillation loss of a batch, in nats per token."""
     logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return distillation_loss(logits, batch["targets"], input_ids=batch["input_ids"])
+    return distillation_loss(logits, batch["targets"], input_ids=batch["input_ids"]).loss
 
 
 def main() -> None:

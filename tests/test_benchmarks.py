@@ -36,7 +36,7 @@ def cache(tmp_path_factory) -> Path:
 
 def test_every_benchmark_has_a_tiny_mode() -> None:
     names = {path.name for path in BENCHMARKS.glob("*.py")}
-    assert names == {"capture.py", "loader.py", "scoring.py", "storage.py", "stream.py"}
+    assert names == {"capture.py", "loader.py", "loss.py", "scoring.py", "storage.py", "stream.py"}
     assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_cpu.py"}
     for name in names:
         assert f"benchmarks/{name}" in (BENCHMARKS / name).read_text()
@@ -67,6 +67,14 @@ def test_scoring_runs(llama, corpus, tmp_path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["throughput"].keys() == {"length", "k", "vocabulary"}
     assert found["accuracy"]["rms_nats_bfloat16"] < 0.01
+
+
+def test_loss_runs(tmp_path, capsys) -> None:
+    run("loss.py", "--tiny", "--threads", 1, "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["tables"].keys() == {"300", "400"}
+    assert found["tables"]["300"].keys() >= {"label loss", "fused", "fused, recompute", "renormalised", "loop", "dense"}
+    assert "beyond MiB" in capsys.readouterr().out
 
 
 def test_capture_runs(llama, corpus, tmp_path, capsys) -> None:

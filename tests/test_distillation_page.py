@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from builders import sentences, write_json_lines
 from test_documents import DISTILLATION, JOIN, ROOT, fill, inside, quickstart, run_document
 
@@ -33,6 +34,9 @@ def test_every_block_runs_from_the_quickstart_alone(after_quickstart, capsys) ->
     out = capsys.readouterr().out
     assert len(re.findall(r"^step \d: [\d.]+ nats per token$", out, re.M)) == 5
     assert names["student"].lm_head.weight.grad.abs().sum() > 0
+    assert names["with_loss"].head is not None
+    torch.testing.assert_close(names["fused"].loss, names["result"].loss)
+    assert names["each"].loss.shape == names["uncertain"].shape
     assert names["trainer"].state.global_step == 4
     assert names["trainer"].args.remove_unused_columns
     assert hasattr(names["Trainer"], "loss_is_scaled_for_ga")
@@ -46,6 +50,6 @@ def test_every_block_runs_from_the_quickstart_alone(after_quickstart, capsys) ->
 
 
 def test_the_losses_in_the_page_are_those_there_are() -> None:
-    losses = {name for name in dask_logits.__all__ if dask_logits._HOMES[name] == "train.losses"}
+    losses = {name for name in dask_logits.__all__ if name.endswith("_loss")}
     section = DISTILLATION.read_text().partition("## Losses")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == losses
+    assert set(re.findall(r"^\| `(\w+_loss)` \|", section, re.M)) == losses

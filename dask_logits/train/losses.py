@@ -1,34 +1,86 @@
-"""Distillation losses on sparse targets.
+"""Distillation losses on sparse targets, from logits or from hidden states.
 
-The teacher's distribution is its K kept entries plus one *ghost token* with the tail's mass. The student's is its
-probabilities of the same K tokens plus its own mass outside them. Their divergence is a proper one: it is never
-negative, and zero only if the two agree. Renormalising the K entries has neither property, and is biased
-(arXiv 2503.16870).
+Both losses read the student in row chunks and use gradients in closed form (:mod:`dask_logits.train.cells`).
+:func:`distillation_loss` never holds a float32 copy of [N, V], only the logits and their gradient in their own dtype.
+:func:`fused_distillation_loss` never holds [N, V] at all: the head's product, the loss and the gradient are computed
+chunk by chunk.
 
-The student's logits are read in row chunks, in both the forward and the backward pass. No float32 copy of [N, V] is
-ever held, only the logits and their gradient in the logits' own dtype.
-
-Dimension letters: N positions, R rows of a chunk, V vocabulary, K kept entries.
+Dimension letters: N positions, M scored positions, R rows of a chunk, V vocabulary, D input width of a product.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dask_logits.errors import ConfigError, DatasetError
+from dask_logits.errors import ConfigError
+from dask_logits.train.chunked import Chunked, GivenLogits, HeadLogits, Plan, Problem
+from dask_logits.train.heads import Head
+from dask_logits.train.objective import Objective, teacher_cells
 from dask_logits.train.targets import CodedTargets, SparseTargets
 
-_CHUNK_ROWS = 512
+_Function = TypeVar("_Function", bound=Callable[..., object])
+_FORWARD_KL = Objective()
+# Bytes of the logits of a chunk. Larger chunks make the products with the head faster.
+_CHUNK_BYTES = 128 * 2**20
 
 
+def _uncompiled(function: _Function) -> _Function:
+    """Keep a function out of ``torch.compile``: the number of scored rows and chunks depends on data."""
+    disabled: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DistillationLoss:
+    """A loss and its terms.
+
+    Only ``loss`` has a gradient. ``loss = (1 − alpha) · cross_entropy + alpha · temperature² · divergence``.
+
+    Parameters
+    ----------
+    loss
+        Scalar. Per token: of the shape of the targets, 0 at positions without targets.
+    divergence, cross_entropy
+        The two terms, in nats, of the same shape. Scalars are sums over the scored positions, divided by the
+        normaliser. The cross-entropy of a position without a next token is 0.
+    kept_mass, entropy
+        Per token only: the student's mass on the kept entries, and the entropy of its distribution in nats, both at
+        temperature 1. Otherwise None.
+    n_tokens, n_labels
+        Scored positions, and those with a next token. ``cross_entropy * n_tokens / n_labels`` is the mean over labels.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    kept_mass: Tensor | None = None
+    entropy: Tensor | None = None
+    n_tokens: int
+    n_labels: int
+
+
+@_uncompiled
 def distillation_loss(
-    logits: Tensor, targets: SparseTargets, *, input_ids: Tensor | None = None, chunk_rows: int = _CHUNK_ROWS
-) -> Tensor:
-    r"""Compute the forward KL divergence from the teacher to the student, with the tail as one ghost token.
+    logits: Tensor,
+    targets: SparseTargets,
+    objective: Objective = _FORWARD_KL,
+    *,
+    normaliser: float | Tensor | None = None,
+    per_token: bool = False,
+    input_ids: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> DistillationLoss:
+    r"""Compute the loss of a student's logits.
+
+    By default, this is the forward KL divergence with the tail as one ghost token:
 
     .. math:: \sum_k p_k (\log p_k - \log q_k) + p_\text{tail} (\log p_\text{tail} - \log q_\text{tail})
 
@@ -36,31 +88,41 @@ def distillation_loss(
     ----------
     logits
         [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
-        t, so nothing is shifted. V may exceed the teacher's vocabulary. The excess counts in the student's tail.
+        t, so nothing is shifted. Logits beyond the teacher's vocabulary count in the student's tail. Kept entries that
+        the student has no logit for count in the teacher's tail.
     targets
         ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask are ignored.
+    objective
+        Divergence, tail, temperature and mix.
+    normaliser
+        Divisor of the sums. None: the number of scored positions of this batch. With gradient accumulation, pass the
+        number of all batches of the step. With several ranks whose gradients are averaged, pass the number of all
+        ranks, divided by the number of ranks.
+    per_token
+        Return all values per token, undivided.
     input_ids
         The student's input tokens, compared with the teacher's. None: not compared.
     chunk_rows
-        Positions whose float32 logits exist at one time.
+        Positions whose float32 logits exist at one time. None: as many as fit in 128 MiB.
 
     Returns
     -------
-    Tensor
-        Scalar float32, nats per position, the mean over unmasked positions, 0 if there are none.
+    DistillationLoss
+        In float32, or in float64 if the logits are. All terms are 0 if there are no targets.
 
     Raises
     ------
     ConfigError
-        If `logits` do not fit the targets: another shape, one position less, another device, not floating-point, or
-        fewer logits than the vocabulary.
+        If `logits` do not fit the targets: another shape, one position less, another device, or not floating-point.
+        If the targets have no logsumexp at the objective's temperature.
     DatasetError
         If `input_ids` differ from the teacher's tokens, or if a kept id is outside the vocabulary.
 
     Notes
     -----
     Stored log-probs are rounded to float16. The kept entries are rescaled to the mass outside the tail, so that the
-    teacher's distribution sums to one.
+    teacher's distribution sums to one. The reverse KL is infinite where the teacher has no tail mass but the student
+    has. There the mass is taken as the smallest positive float32, e\ :sup:`−103.3`.
 
     Examples
     --------
@@ -70,34 +132,183 @@ def distillation_loss(
     ...     tail_logmass=teacher[:, 2], logsumexp=torch.zeros(1), label_ids=torch.tensor([-100]),
     ...     label_logprob=torch.tensor([torch.nan]), mask=torch.tensor([True]), vocab_size=3,
     ... )
-    >>> round(abs(distillation_loss(teacher, targets).item()), 6)
+    >>> round(distillation_loss(teacher, targets).loss.item(), 6)
     0.0
     """
-    _check_logits(logits, targets)
+    _check("logits", logits, targets, "V")
     if input_ids is not None:
         targets.check_alignment(input_ids)
-    vocab_size = logits.shape[-1]
-    rows_N = targets.mask.reshape(-1).nonzero().squeeze(-1)
-    ids_NK = targets.topk_ids.reshape(targets.mask.numel(), targets.topk_ids.shape[-1]).long()
-    if ids_NK.numel() and not 0 <= int(ids_NK.min()) <= int(ids_NK.max()) < vocab_size:
-        raise DatasetError(
-            f"targets.topk_ids: expected ids from 0 to {vocab_size - 1}, got {int(ids_NK.min())} to "
-            f"{int(ids_NK.max())}; run `dask-logits verify` on the cache"
+    problem = Problem(
+        source=partial(GivenLogits, dtype=_compute_dtype(logits)),
+        tensors=(logits.flatten(0, -2),),
+        width=logits.shape[-1],
+        dtype=_compute_dtype(logits),
+        recompute=True,
+    )
+    return _loss(problem, targets, objective, normaliser, per_token, chunk_rows)
+
+
+@_uncompiled
+def fused_distillation_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: SparseTargets,
+    objective: Objective = _FORWARD_KL,
+    *,
+    normaliser: float | Tensor | None = None,
+    per_token: bool = False,
+    recompute: bool = False,
+    input_ids: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> DistillationLoss:
+    """Compute the loss of a student's hidden states, without ever storing the logits of more than one chunk.
+
+    Only positions with targets go through the head. By default, the gradients to hidden states and weights are computed
+    in the forward pass (three products of the head's size). With `recompute` or `per_token` the backward pass
+    computes the logits again (four products), and no gradient is held in between. ``backward`` may run twice only
+    then.
+
+    Parameters
+    ----------
+    hidden
+        [..., D], the inputs of the student's head.
+    head
+        From :func:`dask_logits.student_head`, or described by hand.
+    targets, objective, normaliser, per_token, input_ids
+        As for :func:`distillation_loss`.
+    recompute
+        Whether the backward pass computes the logits again. `per_token` implies it.
+    chunk_rows
+        Positions whose logits exist at one time. None: as many as fit in 128 MiB. A soft cap, a temperature other than
+        1 and `per_token` need the memory of one or two more chunks.
+
+    Returns
+    -------
+    DistillationLoss
+        In float32, or in float64 if the weight is.
+
+    Raises
+    ------
+    ConfigError, DatasetError
+        As for :func:`distillation_loss`, and if the width of `hidden` differs from the head's.
+
+    Notes
+    -----
+    Products are in the dtype of the weight, or of autocast. Weight gradients are summed in float32. On CUDA the logits
+    are float32 for half-precision factors, too. On CPUs, which have no such product, they are rounded, and the weight
+    gradient is a float32 product. Gradients have no derivatives of their own.
+
+    Examples
+    --------
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]]).log_softmax(-1)
+    >>> targets = SparseTargets(
+    ...     input_ids=torch.tensor([1]), topk_ids=torch.tensor([[0, 1]]), topk_logprobs=teacher[:, :2],
+    ...     tail_logmass=teacher[:, 2], logsumexp=torch.zeros(1), label_ids=torch.tensor([-100]),
+    ...     label_logprob=torch.tensor([torch.nan]), mask=torch.tensor([True]), vocab_size=3,
+    ... )
+    >>> head = Head(weight=torch.eye(3))
+    >>> round(fused_distillation_loss(teacher, head, targets).loss.item(), 6)
+    0.0
+    """
+    if not isinstance(head, Head):
+        raise ConfigError(
+            f"head: expected a Head, got {type(head).__name__}; use student_head(model), or describe a linear layer as "
+            "Head(weight=linear.weight, bias=linear.bias)"
         )
-    logp_NK, logtail_N = normalise_targets(
-        targets.topk_logprobs.reshape(ids_NK.shape).float(), targets.tail_logmass.reshape(-1).float()
+    _check("hidden", hidden, targets, "D")
+    width, depth = head.weight.shape
+    if hidden.shape[-1] != depth:
+        raise ConfigError(
+            f"hidden: expected the width of the head's inputs, {depth}, got {hidden.shape[-1]}; pass the output of the "
+            "model's last layer after its final norm"
+        )
+    if input_ids is not None:
+        targets.check_alignment(input_ids)
+    products = head.products(hidden)
+    kind, dtype = hidden.device.type, _compute_dtype(head.weight)
+    problem = Problem(
+        source=partial(
+            HeadLogits,
+            dtype=dtype,
+            product_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype,
+            head=head,
+        ),
+        tensors=(
+            *(x.flatten(0, -2) for x, _ in products),
+            *(weight for _, weight in products),
+            *(() if head.bias is None else (head.bias,)),
+        ),
+        width=width,
+        dtype=dtype,
+        recompute=recompute or per_token,
     )
-    # A column of −∞ follows the logits, for absent entries.
-    absent_NK = logp_NK == -torch.inf
-    ids_NK = ids_NK.masked_fill(absent_NK, vocab_size)
-    loss: Tensor = _SparseForwardKL.apply(  # type: ignore[no-untyped-call]
-        logits.reshape(-1, vocab_size), ids_NK, logp_NK, logtail_N, rows_N, chunk_rows, int(absent_NK.any())
-    )
-    return loss
+    return _loss(problem, targets, objective, normaliser, per_token, chunk_rows)
 
 
-def _check_logits(logits: Tensor, targets: SparseTargets) -> None:
-    """Refuse logits that cannot belong to the targets, and name the likely cause."""
+def _loss(
+    problem: Problem,
+    targets: SparseTargets,
+    objective: Objective,
+    normaliser: float | Tensor | None,
+    per_token: bool,
+    chunk_rows: int | None,
+) -> DistillationLoss:
+    if per_token and normaliser is not None:
+        raise ConfigError("normaliser: expected None with per_token=True, because values per token are not divided")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ConfigError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if isinstance(normaliser, int | float) and not 0 < normaliser < math.inf:
+        raise ConfigError(f"normaliser: expected a positive number of scored tokens, got {normaliser!r}")
+    _warn_if_narrow(problem.width, targets.vocab_size)
+    rows_M = targets.mask.flatten().nonzero().squeeze(-1)
+    n_tokens = len(rows_M)
+    teacher = teacher_cells(targets, objective, rows_M, problem.width, problem.dtype)
+    if chunk_rows is None:
+        most = max(1, _CHUNK_BYTES // (problem.width * problem.dtype.itemsize))
+        # Chunks of equal size.
+        chunk_rows = -(-n_tokens // max(1, -(-n_tokens // most)))
+    plan = Plan(
+        source=problem.source,
+        rows_M=torch.split(rows_M, max(1, chunk_rows)),
+        teacher_M=teacher.split(max(1, chunk_rows)),
+        objective=objective,
+        has_details=per_token,
+        recompute=problem.recompute,
+        has_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors),
+    )
+    loss, *values_M = Chunked.apply(plan, *problem.tensors)  # type: ignore[no-untyped-call]
+    n_labels = int((teacher.labels_N >= 0).sum())
+    if per_token:
+
+        def at_positions(value_M: Tensor) -> Tensor:
+            value_N = value_M.new_zeros(targets.mask.numel())
+            return value_N.index_copy(0, rows_M, value_M).reshape(targets.shape)
+
+        loss, divergence, cross_entropy, kept_mass, entropy = (at_positions(value) for value in (loss, *values_M))
+        return DistillationLoss(
+            loss=loss,
+            divergence=divergence,
+            cross_entropy=cross_entropy,
+            kept_mass=kept_mass,
+            entropy=entropy,
+            n_tokens=n_tokens,
+            n_labels=n_labels,
+        )
+    count = max(1, n_tokens) if normaliser is None else normaliser
+    loss, divergence, cross_entropy = (
+        (value.sum(dtype=torch.float64) / count).to(problem.dtype) for value in (loss, *values_M)
+    )
+    return DistillationLoss(
+        loss=loss, divergence=divergence, cross_entropy=cross_entropy, n_tokens=n_tokens, n_labels=n_labels
+    )
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _check(name: str, tensor: Tensor, targets: SparseTargets, letter: str) -> None:
+    """Refuse logits or hidden states that cannot belong to the targets, and name the likely cause."""
     if isinstance(targets, CodedTargets):
         raise ConfigError(
             "The targets are still encoded, because the cache was opened with decode='device'. Decode them first: "
@@ -107,122 +318,45 @@ def _check_logits(logits: Tensor, targets: SparseTargets) -> None:
         raise ConfigError(
             f"targets: expected the SparseTargets of the batch, batch['targets'], got {type(targets).__name__}"
         )
-    if not isinstance(logits, Tensor):
+    if not isinstance(tensor, Tensor):
+        attribute = "logits" if name == "logits" else "last_hidden_state"
         raise ConfigError(
-            f"logits: expected a tensor, got {type(logits).__name__}; take .logits of a Hugging Face model's output"
+            f"{name}: expected a tensor, got {type(tensor).__name__}; take .{attribute} of a Hugging Face model's "
+            "output"
         )
-    shape, positions = tuple(logits.shape), tuple(targets.shape)
-    if not logits.is_floating_point():
-        raise ConfigError(f"logits: expected floating-point numbers [..., V], got {logits.dtype} of the shape {shape}")
+    shape, positions = tuple(tensor.shape), tuple(targets.shape)
+    if not tensor.is_floating_point():
+        raise ConfigError(
+            f"{name}: expected floating-point numbers [..., {letter}], got {tensor.dtype} of the shape {shape}"
+        )
     if shape[:-1] != positions:
         raise ConfigError(
-            f"logits: expected the shape {(*positions, 'V')}, one row for each position of the targets, got {shape}; "
-            f"{_shape_advice(shape, positions)}"
+            f"{name}: expected the shape {(*positions, letter)}, one row for each position of the targets, got "
+            f"{shape}; {_shape_advice(name, shape, positions)}"
         )
-    if logits.device != targets.device:
+    if tensor.device != targets.device:
         raise ConfigError(
-            f"The logits are on {logits.device}, but the targets are on {targets.device}. Move the targets with the "
-            f"batch: targets = batch['targets'].to('{logits.device}')."
-        )
-    if shape[-1] < targets.vocab_size:
-        raise ConfigError(
-            f"The student has {shape[-1]} logits, but the targets are for a vocabulary of {targets.vocab_size}. Open "
-            f"the cache with CachedLogitsDataset(..., student_vocab_size={shape[-1]}): then kept entries that the "
-            "student has no logit for count in the tail. Check that the student uses the teacher's tokenizer."
+            f"The {name} are on {tensor.device}, but the targets are on {targets.device}. Move the targets with the "
+            f"batch: targets = batch['targets'].to('{tensor.device}')."
         )
 
 
-def _shape_advice(shape: tuple[int, ...], positions: tuple[int, ...]) -> str:
+def _shape_advice(name: str, shape: tuple[int, ...], positions: tuple[int, ...]) -> str:
     if len(shape) == len(positions) + 1 and shape[:-2] == positions[:-1] and shape[-2] == positions[-1] - 1:
         return (
             "they are one position short, as if they were shifted for a label loss. Pass them unshifted: the targets "
-            "at a position belong to the logits at the same position"
+            f"at a position belong to the {name} at the same position"
         )
     if shape[:-1] == (math.prod(positions),):
-        return f"pass them as the model gives them, without flattening: logits.reshape{(*positions, -1)}"
-    return "pass the logits and the targets of the same batch"
+        return f"pass them as the model gives them, without flattening: {name}.reshape{(*positions, -1)}"
+    return f"pass the {name} and the targets of the same batch"
 
 
-def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the kept entries so that they and the tail sum to one.
-
-    Parameters
-    ----------
-    logp_NK, logtail_N
-        Log-probs as stored (rounded), and the tail's log-mass. Rows without kept entries are unchanged.
-
-    Returns
-    -------
-    logp_NK, logtail_N
-    """
-    kept_N = torch.log(-torch.expm1(logtail_N.clamp(max=-1e-7)))
-    sum_N = logp_NK.logsumexp(-1)
-    return logp_NK + torch.where(sum_N == -torch.inf, 0.0, kept_N - sum_N)[:, None], logtail_N
-
-
-class _SparseForwardKL(torch.autograd.Function):
-    """Forward KL divergence, averaged over rows, with a closed-form gradient.
-
-    With q the student's softmax and s its softmax outside the K ids, the derivative to logit j is q_j − p_j for a kept
-    j, and s_j (q_tail − p_tail) for the others.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        ids_NK: Tensor,
-        logp_NK: Tensor,
-        logtail_N: Tensor,
-        rows_N: Tensor,
-        chunk_rows: int,
-        n_beyond: int,
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
-        for rows_R in torch.split(rows_N, chunk_rows):
-            ids_RK, logp_RK, logtail_R = ids_NK[rows_R], logp_NK[rows_R], logtail_N[rows_R]
-            logq_RK, logq_tail_R, _ = _student(logits_NV, rows_R, ids_RK, n_beyond)
-            loss_R = _cross(logp_RK, logq_RK).sum(-1) + _cross(logtail_R, logq_tail_R)
-            total += loss_R.sum(dtype=torch.float64)
-        ctx.save_for_backward(logits_NV, ids_NK, logp_NK, logtail_N, rows_N)
-        ctx.chunk_rows, ctx.n_beyond = chunk_rows, n_beyond
-        return (total / max(1, len(rows_N))).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, ids_NK, logp_NK, logtail_N, rows_N = ctx.saved_tensors
-        grad_NV = torch.zeros_like(logits_NV)
-        scale = grads[0].float() / max(1, len(rows_N))
-        for rows_R in torch.split(rows_N, ctx.chunk_rows):
-            ids_RK = ids_NK[rows_R]
-            logq_RK, logq_tail_R, rest_RV = _student(logits_NV, rows_R, ids_RK, ctx.n_beyond)
-            share_R = logq_tail_R.exp() - logtail_N[rows_R].exp()
-            grad_RV = rest_RV.mul_((share_R * scale)[:, None])
-            grad_RV.scatter_(1, ids_RK, (logq_RK.exp() - logp_NK[rows_R].exp()) * scale)
-            grad_NV.index_copy_(0, rows_R, grad_RV[:, : grad_NV.shape[1]].to(grad_NV.dtype))
-        return grad_NV, None, None, None, None, None, None
-
-
-def _student(logits_NV: Tensor, rows_R: Tensor, ids_RK: Tensor, n_beyond: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a chunk's log-probs of the kept ids and of the tail, and the softmax outside the kept ids.
-
-    The tail is a sum over the other ids, not 1 − Σq, which cancels when q is sharp, along with its gradient.
-    """
-    logits_RV = logits_NV.index_select(0, rows_R).float()
-    if n_beyond:
-        logits_RV = torch.nn.functional.pad(logits_RV, (0, n_beyond), value=-torch.inf)
-    kept_RK = logits_RV.gather(1, ids_RK)
-    rest_RV = logits_RV.scatter_(1, ids_RK, -torch.inf)
-    maximum_R = rest_RV.amax(-1)
-    empty_R = maximum_R == -torch.inf
-    rest_RV.sub_(torch.where(empty_R, 0.0, maximum_R)[:, None]).exp_()
-    sum_R = rest_RV.sum(-1)
-    rest_R = sum_R.log() + maximum_R
-    total_R = torch.logaddexp(rest_R, kept_RK.logsumexp(-1))
-    rest_RV.div_(torch.where(empty_R, 1.0, sum_R)[:, None])
-    return kept_RK - total_R[:, None], rest_R - total_R, rest_RV
-
-
-def _cross(logp: Tensor, logq: Tensor) -> Tensor:
-    """Return p (log p − log q), or 0 if p is 0."""
-    return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - logq))
+def _warn_if_narrow(width: int, vocab_size: int) -> None:
+    if width < vocab_size:
+        warnings.warn(
+            f"The student has {width} logits, but the targets are for a vocabulary of {vocab_size}. Kept entries that "
+            "the student has no logit for count in the tail. Check that the student uses the teacher's tokenizer. To "
+            f"confirm, open the cache with CachedLogitsDataset(..., student_vocab_size={width}).",
+            stacklevel=4,
+        )

@@ -74,7 +74,7 @@ class _Tensors:
             elif isinstance(column[0], _Tensors):
                 values[field.name] = column[0].joined(column)
             else:
-                values[field.name] = max(column)
+                values[field.name] = None if column[0] is None else max(column)
         return cls(**values)
 
 
@@ -103,7 +103,11 @@ class SparseTargets(_Tensors):
         [N] bool, True at positions with targets, False at padding.
     vocab_size
         Width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids are
-        below it, and the student needs at least as many logits.
+        below it.
+    temperatures
+        J temperatures other than 1 with a logsumexp.
+    logsumexp_NJ
+        [N, J] float32, the logsumexp of the teacher's raw logits divided by each of the temperatures. None if J is 0.
 
     Raises
     ------
@@ -120,15 +124,23 @@ class SparseTargets(_Tensors):
     label_logprob: Tensor
     mask: Tensor
     vocab_size: int
+    temperatures: tuple[float, ...] = ()
+    logsumexp_NJ: Tensor | None = None
 
     def __post_init__(self) -> None:
-        entries = (*self.shape, self.topk_ids.shape[-1] if self.topk_ids.dim() else 0)
+        width = {
+            "topk_ids": self.topk_ids.shape[-1:],
+            "topk_logprobs": self.topk_ids.shape[-1:],
+            "logsumexp_NJ": (len(self.temperatures),),
+        }
         problems = []
         for field in fields(self):
             value = getattr(self, field.name)
-            expected = entries if field.name.startswith("topk_") else tuple(self.shape)
+            expected = (*self.shape, *width.get(field.name, ()))
             if isinstance(value, Tensor) and tuple(value.shape) != expected:
                 problems.append(f"{field.name}: expected the shape {expected}, got {tuple(value.shape)}")
+        if self.temperatures and self.logsumexp_NJ is None:
+            problems.append(f"logsumexp_NJ: expected one column for each of {self.temperatures}, got none")
         if problems:
             raise ConfigError("\n".join(problems), problems)
 

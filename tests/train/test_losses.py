@@ -1,4 +1,4 @@
-"""Sparse losses against dense ones in float64."""
+"""Losses of logits against dense ones in float64."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from dense_losses import dense_rows, sparse_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dask_logits import ConfigError, DatasetError, SparseTargets, distillation_loss
-from dask_logits.train.losses import normalise_targets
+from dask_logits import ConfigError, DatasetError, Objective, SparseTargets, distillation_loss
+from dask_logits.train.objective import LEAST_LOGMASS, normalise_targets
 from dask_logits.train.targets import CodedTargets
 
 
@@ -67,7 +68,7 @@ def test_value_and_gradient_equal_the_dense_loss(k: int, spread: float, seed: in
     ids, logp, tail = entries(teacher, k)
     one = student.float().requires_grad_()
     two = student.float().double().requires_grad_()
-    loss = distillation_loss(one, sparse(ids, logp, tail), chunk_rows=chunk_rows)
+    loss = distillation_loss(one, sparse(ids, logp, tail), chunk_rows=chunk_rows).loss
     expected = dense(two, ids, logp, tail)
     loss.backward()
     expected.backward()
@@ -81,13 +82,13 @@ def test_it_is_never_negative_even_for_rounded_targets(k: int, seed: int) -> Non
     teacher, student = pair(seed=seed)
     ids, logp, tail = entries(teacher, k)
     close = teacher + 1e-3 * student
-    assert distillation_loss(close.float(), sparse(ids, logp.half(), tail.float())).item() >= -1e-6
+    assert distillation_loss(close.float(), sparse(ids, logp.half(), tail.float())).loss.item() >= -1e-6
 
 
 def test_it_is_zero_with_zero_gradient_at_the_teacher() -> None:
     teacher, _ = pair()
     student = teacher.float().requires_grad_()
-    loss = distillation_loss(student, targets(teacher, 8))
+    loss = distillation_loss(student, targets(teacher, 8)).loss
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert student.grad.abs().max() < 1e-6
@@ -99,7 +100,7 @@ def test_the_gradient_does_not_vanish_for_a_sharp_student() -> None:
     student[0, 0] = 60.0
     student.requires_grad_()
     ids, logp, tail = entries(teacher, 1)
-    distillation_loss(student, sparse(torch.zeros_like(ids), logp, tail)).backward()
+    distillation_loss(student, sparse(torch.zeros_like(ids), logp, tail)).loss.backward()
     assert student.grad[0, 0] == pytest.approx(0.98, abs=1e-3)
     assert student.grad[0, 1:].sum() == pytest.approx(-0.98, abs=1e-3)
 
@@ -112,9 +113,9 @@ def test_masked_positions_do_not_count() -> None:
     logp = logp.clone()
     logp[1] = torch.nan
     batch = sparse(ids.reshape(2, 3, 5), logp.reshape(2, 3, 5), tail.reshape(2, 3), mask.reshape(2, 3))
-    loss = distillation_loss(whole, batch, chunk_rows=2)
+    loss = distillation_loss(whole, batch, chunk_rows=2).loss
     loss.backward()
-    expected = distillation_loss(student.float()[mask], sparse(ids[mask], logp[mask], tail[mask]))
+    expected = distillation_loss(student.float()[mask], sparse(ids[mask], logp[mask], tail[mask])).loss
     torch.testing.assert_close(loss, expected)
     assert (whole.grad.reshape(6, 50)[~mask] == 0).all()
     assert torch.isfinite(whole.grad).all()
@@ -123,12 +124,14 @@ def test_masked_positions_do_not_count() -> None:
 def test_a_batch_without_targets_gives_zero() -> None:
     teacher, student = pair()
     logits = student.float().requires_grad_()
-    loss = distillation_loss(logits, targets(teacher, 3, torch.zeros(7, dtype=torch.bool)))
+    loss = distillation_loss(logits, targets(teacher, 3, torch.zeros(7, dtype=torch.bool))).loss
     loss.backward()
     assert loss.item() == 0.0
     assert (logits.grad == 0).all()
     nothing = torch.zeros(0, 50, requires_grad=True)
-    assert distillation_loss(nothing, sparse(torch.zeros(0, 3).long(), torch.zeros(0, 3), torch.zeros(0))).item() == 0.0
+    empty = distillation_loss(nothing, sparse(torch.zeros(0, 3).long(), torch.zeros(0, 3), torch.zeros(0)))
+    empty.loss.backward()
+    assert (empty.loss.item(), empty.n_tokens, empty.n_labels) == (0.0, 0, 0)
 
 
 def test_logits_beyond_the_teachers_vocabulary_count_in_the_tail() -> None:
@@ -136,14 +139,17 @@ def test_logits_beyond_the_teachers_vocabulary_count_in_the_tail() -> None:
     wide = torch.nn.functional.pad(student.float(), (0, 6), value=1.0)
     ids, logp, tail = entries(teacher, 4)
     torch.testing.assert_close(
-        distillation_loss(wide, sparse(ids, logp, tail)).double(), dense(wide, ids, logp, tail), atol=1e-4, rtol=1e-4
+        distillation_loss(wide, sparse(ids, logp, tail)).loss.double(),
+        dense(wide, ids, logp, tail),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
 def test_half_precision_logits_get_half_precision_gradients() -> None:
     teacher, student = pair()
     logits = student.bfloat16().requires_grad_()
-    distillation_loss(logits, targets(teacher, 8)).backward()
+    distillation_loss(logits, targets(teacher, 8)).loss.backward()
     assert logits.grad.dtype == torch.bfloat16
 
 
@@ -163,7 +169,7 @@ def test_only_a_chunk_is_copied_to_float32() -> None:
     logits = student.bfloat16().requires_grad_()
     given_targets = targets(teacher, 8)
     with Widest() as widest:
-        distillation_loss(logits, given_targets, chunk_rows=4).backward()
+        distillation_loss(logits, given_targets, chunk_rows=4).loss.backward()
     assert widest.rows == 4
 
 
@@ -193,10 +199,9 @@ def batch_of(rows: int = 2, tokens: int = 5, k: int = 8) -> tuple[Tensor, Sparse
         (lambda logits: logits[..., 0], r"expected the shape \(2, 5, 'V'\), .* got \(2, 5\)"),
         (lambda logits: logits.argmax(-1), r"expected floating-point numbers \[..., V\], got torch.int64 of the shape"),
         (lambda logits: logits.to("meta"), r"logits are on meta, but the targets are on cpu. .*\.to\('meta'\)"),
-        (lambda logits: logits[..., :10], r"has 10 logits, but .* vocabulary of 50. Open .*student_vocab_size=10\)"),
         (lambda logits: {"logits": logits}, r"logits: expected a tensor, got dict; take .logits of"),
     ],
-    ids=["shifted", "shifted-left", "flat", "part", "no-vocabulary", "ids", "device", "narrow", "output"],
+    ids=["shifted", "shifted-left", "flat", "part", "no-vocabulary", "ids", "device", "output"],
 )
 def test_logits_that_cannot_belong_to_the_targets_are_refused(change, message: str) -> None:
     logits, batch = batch_of()
@@ -218,8 +223,8 @@ def test_what_is_no_decoded_target_is_refused() -> None:
 def test_the_loss_compares_the_students_tokens_with_the_teachers() -> None:
     logits, batch = batch_of()
     batch = dataclasses.replace(batch, input_ids=torch.arange(10).reshape(2, 5))
-    expected = distillation_loss(logits, batch)
-    assert distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5)) == expected
+    expected = distillation_loss(logits, batch).loss
+    assert distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5)).loss == expected
     with pytest.raises(DatasetError, match="reads other tokens than the teacher"):
         distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5).roll(1, -1))
 
@@ -246,8 +251,212 @@ def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: 
     cut_ids = ids.masked_fill(~there, 0).gather(-1, order)
     cut_logp = logp.masked_fill(~there, -torch.inf).gather(-1, order)
     tail = torch.log1p(-cut_logp.exp().sum(-1))
-    loss = distillation_loss(one, sparse(cut_ids, cut_logp, tail, vocab_size=width), chunk_rows=chunk_rows)
+    loss = distillation_loss(one, sparse(cut_ids, cut_logp, tail, vocab_size=width), chunk_rows=chunk_rows).loss
     loss.backward()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(one.grad.double(), two.grad, atol=1e-5, rtol=1e-3)
+
+
+DIVERGENCES = [
+    (divergence, tail)
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "total_variation")
+    for tail in ("ghost", "residual", "renormalised")
+    if divergence != "reverse_kl" or tail == "ghost"
+]
+# A label that is kept, several that are not, one position without.
+LABELS = torch.tensor([3, 7, -100, 0, 49, 12, 31])
+
+
+def objective(divergence: str, tail: str, **options) -> Objective:
+    """Make an objective without its warning."""
+    if tail != "renormalised":
+        return Objective(divergence=divergence, tail=tail, **options)
+    with pytest.warns(UserWarning, match=r"biased target\. .* \(arXiv 2503\.16870\)"):
+        return Objective(divergence=divergence, tail=tail, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("divergence", "tail"), DIVERGENCES)
+def test_every_objective_equals_the_dense_one(divergence, tail, temperature, alpha) -> None:
+    teacher, student = pair()
+    labels = LABELS.clone()
+    labels[0] = teacher[0].argmax()
+    one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
+    wanted = objective(divergence, tail, temperature=temperature, alpha=alpha, beta=0.3)
+    found = distillation_loss(one, sparse_targets(teacher, labels, 5), wanted, chunk_rows=3)
+    expected = dense_rows(two, teacher, labels, 5, wanted).mean()
+    found.loss.backward()
+    expected.backward()
+    torch.testing.assert_close(found.loss, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-12, rtol=0)
+    both = (1 - alpha) * found.cross_entropy + alpha * temperature**2 * found.divergence
+    torch.testing.assert_close(both, found.loss.detach(), atol=1e-12, rtol=0)
+    assert (found.n_tokens, found.n_labels) == (7, 6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+def test_every_divergence_is_zero_at_the_teacher_and_positive_elsewhere(divergence, temperature) -> None:
+    teacher, student = pair()
+    wanted = Objective(divergence=divergence, temperature=temperature)
+    equal = teacher.clone().requires_grad_()
+    at_teacher = distillation_loss(equal, sparse_targets(teacher, LABELS, 5), wanted)
+    at_teacher.loss.backward()
+    assert 0 <= at_teacher.loss.item() < 1e-14
+    if divergence != "total_variation":  # which has no derivative there
+        assert equal.grad.abs().max() < 1e-14
+    assert distillation_loss(student, sparse_targets(teacher, LABELS, 5), wanted).loss.item() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("divergence", "tail"), DIVERGENCES)
+def test_the_gradient_is_right_where_the_student_leaves_1e_12_outside_the_kept_ids(divergence, tail, dtype) -> None:
+    teacher, student = pair(rows=1)
+    kept = teacher.topk(5).indices
+    sharp = student.scatter(-1, kept, student.gather(-1, kept) - student.gather(-1, kept).logsumexp(-1))
+    outside = torch.ones_like(sharp, dtype=torch.bool).scatter(-1, kept, False)
+    sharp[outside] += torch.tensor(1e-12).double().log() - sharp[outside].logsumexp(-1)
+    wanted = objective(divergence, tail)
+    one, two = sharp.to(dtype).requires_grad_(), sharp.to(dtype).double().requires_grad_()
+    labels = torch.tensor([int(outside[0].nonzero()[0])])
+    distillation_loss(one, sparse_targets(teacher, labels, 5), wanted).loss.backward()
+    dense_rows(two, teacher, labels, 5, wanted).mean().backward()
+    bound = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(one.grad.double(), two.grad, atol=bound, rtol=bound)
+    assert (one.grad != 0).all()
+
+
+def test_values_per_token_have_gradients_of_their_own() -> None:
+    teacher, student = pair()
+    mask = torch.tensor([True, True, False, True, True, True, True])
+    wanted = Objective(tail="residual", alpha=0.4)
+    one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
+    found = distillation_loss(one, sparse_targets(teacher, LABELS, 5, mask), wanted, per_token=True)
+    weights = torch.arange(7).double()
+    rows = torch.where(mask, dense_rows(two, teacher, LABELS, 5, wanted), 0.0)
+    (found.loss * weights).sum().backward()
+    (rows * weights).sum().backward()
+    torch.testing.assert_close(found.loss, rows, atol=1e-12, rtol=0)
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-12, rtol=0)
+    q = student.softmax(-1)
+    kept = q.gather(-1, teacher.topk(5).indices).sum(-1)
+    torch.testing.assert_close(found.kept_mass, torch.where(mask, kept, 0.0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.entropy, torch.where(mask, -(q * q.log()).sum(-1), 0.0), atol=1e-12, rtol=0)
+    hard = torch.nn.functional.cross_entropy(student, LABELS, reduction="none")
+    torch.testing.assert_close(found.cross_entropy, hard, atol=1e-12, rtol=0)
+
+
+def test_details_are_at_temperature_one() -> None:
+    teacher, student = pair()
+    targets = sparse_targets(teacher, LABELS, 5)
+    warm, cold = (distillation_loss(student, targets, Objective(temperature=T), per_token=True) for T in (2.0, 1.0))
+    torch.testing.assert_close(warm.kept_mass, cold.kept_mass)
+    torch.testing.assert_close(warm.entropy, cold.entropy)
+    torch.testing.assert_close(warm.cross_entropy, cold.cross_entropy)
+
+
+def test_the_normaliser_makes_accumulated_batches_equal_one_batch() -> None:
+    teacher, student = pair()
+    mask = torch.tensor([True, True, False, True, True, True, False])
+    whole = student.clone().requires_grad_()
+    distillation_loss(whole, sparse_targets(teacher, LABELS, 5, mask), Objective(alpha=0.5)).loss.backward()
+    parts = student.clone().requires_grad_()
+    for rows in (slice(0, 2), slice(2, 7)):
+        targets = sparse_targets(teacher[rows], LABELS[rows], 5, mask[rows])
+        distillation_loss(parts[rows], targets, Objective(alpha=0.5), normaliser=torch.tensor(5)).loss.backward()
+    torch.testing.assert_close(parts.grad, whole.grad, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "residual", "renormalised"])
+def test_ids_without_a_logit_count_in_the_tail(tail) -> None:
+    teacher, student = pair()
+    teacher[0, 40:] += 20  # all kept ids are beyond the student
+    labels = LABELS.masked_fill(LABELS >= 40, -100)
+    width = 40
+    one, two = student[:, :width].clone().requires_grad_(), student[:, :width].clone().requires_grad_()
+    with pytest.warns(UserWarning, match=r"has 40 logits, but .* of 50\..*student_vocab_size=40\)"):
+        found = distillation_loss(one, sparse_targets(teacher, LABELS, 5), objective("forward_kl", tail))
+    p, q = teacher.softmax(-1), two.softmax(-1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(7):
+        ids = [i for i in teacher[row].topk(5).indices.tolist() if i < width]
+        p_cells, q_cells = [p[row, i] for i in ids], [q[row, i] for i in ids]
+        rest = 1 - torch.stack([torch.zeros((), dtype=torch.float64), *p_cells]).sum()
+        if tail == "renormalised":
+            p_cells = [value / sum(p_cells) for value in p_cells]
+        elif tail == "residual" and labels[row] >= 0:
+            label = int(labels[row])
+            if label in ids:
+                p_cells[ids.index(label)] += rest
+            else:
+                p_cells, q_cells = [*p_cells, rest], [*q_cells, q[row, label]]
+        else:
+            p_cells, q_cells = (
+                [*p_cells, rest],
+                [*q_cells, 1 - torch.stack([torch.zeros((), dtype=torch.float64), *q_cells]).sum()],
+            )
+        expected = expected + sum(a * (a.log() - b.log()) for a, b in zip(p_cells, q_cells, strict=True) if a > 1e-12)
+    found.loss.backward()
+    (expected / 7).backward()
+    torch.testing.assert_close(found.loss, expected.detach() / 7, atol=1e-12, rtol=0)
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-12, rtol=0)
+    assert found.n_labels == int((labels >= 0).sum())
+
+
+def test_the_reverse_kl_floors_a_tail_of_no_mass() -> None:
+    teacher, student = pair()
+    student = torch.nn.functional.pad(student, (0, 1)).requires_grad_()
+    whole = sparse_targets(teacher, LABELS, 50)
+    assert (whole.tail_logmass == -torch.inf).all()
+    found = distillation_loss(student, whole, Objective(divergence="reverse_kl"))
+    found.loss.backward()
+    p = torch.cat([teacher.log_softmax(-1), torch.full((7, 1), LEAST_LOGMASS, dtype=torch.float64)], -1)
+    logq = student.detach().log_softmax(-1)
+    torch.testing.assert_close(found.loss.detach(), (logq.exp() * (logq - p)).sum(-1).mean(), atol=1e-12, rtol=0)
+    assert student.grad.isfinite().all()
+    narrow = distillation_loss(student[:, :50].detach(), whole, Objective(divergence="reverse_kl"))
+    assert 0 < narrow.loss < found.loss
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "kl"}, r"divergence: expected one of forward_kl, reverse_kl, jsd, total_variation, got 'kl'"),
+        ({"tail": "none", "alpha": 2}, r"tail: expected one of ghost, .*'none'\nalpha: expected a number from 0 to 1"),
+        ({"beta": 0.0}, r"beta: expected a number between 0 and 1, got 0\.0"),
+        ({"temperature": -1.0}, r"temperature: expected a positive number, got -1\.0"),
+        (
+            {"divergence": "reverse_kl", "tail": "residual"},
+            r"tail: expected 'ghost' with the reverse KL, got 'residual'",
+        ),
+    ],
+)
+def test_an_objective_without_meaning_is_refused(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Objective(**options)
+
+
+def test_a_temperature_that_the_cache_lacks_is_refused() -> None:
+    teacher, student = pair()
+    with pytest.raises(ConfigError, match=r"temperature: expected one .* logsumexp for \(1, 2\), got 1\.5"):
+        distillation_loss(student, sparse_targets(teacher, LABELS, 5), Objective(temperature=1.5))
+    with pytest.raises(ConfigError, match=r"logsumexp for \(1\), got 2"):
+        distillation_loss(student, targets(teacher, 5), Objective(temperature=2.0))
+    with pytest.raises(ConfigError, match=r"logsumexp_NJ: expected one column for each of \(2\.0,\), got none"):
+        dataclasses.replace(targets(teacher, 5), temperatures=(2.0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normaliser": 0}, r"normaliser: expected a positive number of scored tokens, got 0"),
+        ({"normaliser": 3, "per_token": True}, r"normaliser: expected None with per_token=True"),
+        ({"chunk_rows": 0}, r"chunk_rows: expected at least 1, got 0"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(options, message) -> None:
+    teacher, student = pair()
+    with pytest.raises(ConfigError, match=message):
+        distillation_loss(student, targets(teacher, 5), **options)
