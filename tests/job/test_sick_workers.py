@@ -62,22 +62,23 @@ def sick_cluster(act: str, log: Path, workers: int = 2) -> Iterator[str]:
     settings = {
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.scheduler.allowed-failures": 2,
+        # Read at each death, so it must hold until the end.
         "distributed.deploy.lost-worker-timeout": "1 day",
     }
+    log.touch()
     with dask.config.set(settings):
         cluster = LocalCluster(
             n_workers=workers, threads_per_worker=2, memory_limit=None, dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
         )  # fmt: skip
-    log.touch()
-    try:
-        with Client(cluster) as client:
-            client.register_plugin(Sickness(act, log))
-            yield f"distillation.cluster.scheduler={cluster.scheduler_address}"
-    finally:
-        # distributed 2026.7.1 may hang in closing a cluster whose worker was restarted.
-        with contextlib.suppress(TimeoutError):
-            cluster.close(timeout=10)
+        try:
+            with Client(cluster) as client:
+                client.register_plugin(Sickness(act, log))
+                yield f"distillation.cluster.scheduler={cluster.scheduler_address}"
+        finally:
+            # distributed 2026.7.1 may hang in closing a cluster whose worker was restarted.
+            with contextlib.suppress(TimeoutError):
+                cluster.close(timeout=10)
 
 
 def failures(log: Path) -> list[tuple[str, int]]:
