@@ -183,7 +183,9 @@ class _Driver:
         """Record a partition that failed permanently, or whose rows could not be read."""
         self.failed[failure.index] = failure.reason
         note_failure(self._job.run, failure)
-        if self._bisects and failure.task is not None and not failure.rows:
+        # An error of a device says nothing about rows.
+        is_of_rows = failure.task is not None and not failure.rows and failure.kind != "device"
+        if self._bisects and is_of_rows:
             self.suspects.append(failure)
         else:
             self._settle(failure.index)

@@ -85,7 +85,7 @@ def failures(log: Path) -> list[tuple[str, int]]:
     return [(worker, int(index)) for worker, index in (line.split() for line in log.read_text().splitlines())]
 
 
-@pytest.mark.parametrize("act", ["sick", "none"])
+@pytest.mark.parametrize("act", ["sick", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path, act) -> None:
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster(act, tmp_path / "log") as scheduler:
@@ -101,6 +101,7 @@ def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path
     assert len(status.left_out) <= 1
 
 
+@pytest.mark.slow
 def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here, tmp_path) -> None:
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster("later", tmp_path / "log", workers=1) as scheduler:
