@@ -154,7 +154,7 @@ def test_a_hanging_partition_does_not_hold_up_other_workers(joined, overrides, t
     generate(load_config([*joined, single])).unlink()
     shutil.rmtree(cache_dir(overrides) / "receipts")
     with poisoned(tmp_path, 3, act, workers=2, threads=1) as (address, _):
-        more = [f"distillation.cluster.scheduler={address}", single, "distillation.job.stall_seconds=25"]
+        more = [f"distillation.cluster.scheduler={address}", single, "distillation.job.stall_seconds=40"]
         with pytest.raises(PartitionsFailedError) as caught:
             generate(load_config([*overrides, *more]))
         assert list(caught.value.reasons) == [3]

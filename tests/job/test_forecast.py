@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import cache_dir, sentences
+from fault_points import NUMERICS
 
 from dask_logits import load_config
 from dask_logits.files.atomic import replace_json
@@ -64,7 +65,7 @@ def test_the_speed_is_estimated_before_the_calibration_and_measured_after_it(ove
     assert forecast(prepare(load_config(joined))) is None
     run = RunFolder(cache_dir(overrides))
     run.path.mkdir()
-    replace_json(run.calibration_path, {"numerics": {}, "tokens_per_second": 50.0})
+    replace_json(run.calibration_path, {"numerics": NUMERICS, "tokens_per_second": 50.0})
     job = prepare(config)
     after = forecast(job)
     assert after == Forecast(tokens_per_second=50.0, is_measured=True)
