@@ -29,6 +29,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+# Errors raised by the code of a model's family when a way to run it does not fit.
+MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
 class DaskLogitsError(Exception):
     """Base class of all errors that this package raises deliberately.
 

@@ -387,8 +387,13 @@ class Window:
         self.roster.leave_out(reasons)
         for worker, reason in reasons.items():
             logger.error("worker %s gets no more work: %s", self.roster.name(worker), reason)
-        if not self.roster.usable(self._present):
+        if not self.roster.usable(self._present) and not self._comes_back():
             raise refused(f"distillation.cluster: expected a worker that can score, got none:\n{self.roster.listed()}")
+
+    def _comes_back(self) -> bool:
+        """Whether a worker that was restarted may return and get work."""
+        retired = {self.roster.nannies.get(worker) for worker in self.roster.left_out}
+        return bool({self.roster.nannies.get(worker) for worker in self._restarted} - retired - {None})
 
     def _is_left_out(self, task: PartitionTask, worker: str, error: BaseException) -> bool:
         """Exclude a worker that cannot score for this run. Its partition is retried elsewhere."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dask_logits.errors import TeacherError, first_line
+from dask_logits.errors import MISFITS, TeacherError, first_line
 from dask_logits.teacher.cpu import fused
 from dask_logits.teacher.model import HEADS, Head, ScoringPath, Teacher
 from dask_logits.teacher.oracle import Oracle, head_logits, random_tokens, rms
@@ -45,8 +45,6 @@ _LOUDNESS = (1.0, 8.0, 64.0)
 # Relative RMS difference of raw logits between two orders of the same sums, in units of the dtype's epsilon.
 _RAW_EPSILONS = {torch.float32: 100.0}
 _RAW_EPSILONS_HALF = 0.75
-# Errors raised by a family's code when a path does not fit.
-_MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +174,7 @@ def _probe_oracle(teacher: Teacher, choice: Choice) -> tuple[Oracle, str | None]
         try:
             probe = make_probe(teacher, whole=whole)
             return _shortened(probe)
-        except (*_MISFITS, TeacherError) as error:
+        except (*MISFITS, TeacherError) as error:
             logger.info("no float32 copy of %s: %s", "the teacher" if whole else "its first layers", first_line(error))
             reason = first_line(error)
     choice.refusals["float32"] = reason
@@ -193,7 +191,7 @@ def _shortened(probe: Teacher) -> tuple[Oracle, str | None]:
         try:
             shorter = Oracle(probe, tokens_BT, _LENGTHS)
             works = rms(shorter.plain_RV - oracle.plain_RV) > oracle.limit
-        except (*_MISFITS, TeacherError) as error:
+        except (*MISFITS, TeacherError) as error:
             logger.info("%s cannot be shortened to %d: %s", name, SHORT, first_line(error))
             works = False
         if works:
@@ -266,7 +264,7 @@ def _head_error(probe: Oracle, path: ScoringPath) -> float:
         return 0.0
     try:
         error = probe.error(path)
-    except _MISFITS as misfit:
+    except MISFITS as misfit:
         logger.info("head path %s does not apply: %s", path.head, misfit)
         return float("inf")
     if path.head == "replay" or error > probe.limit:
@@ -277,7 +275,7 @@ def _head_error(probe: Oracle, path: ScoringPath) -> float:
         teacher.take(ScoringPath(head="replay"))
         try:
             wanted_RV = head_logits(teacher, loud_RD).float()
-        except _MISFITS:
+        except MISFITS:
             # The family's code after the trunk cannot run alone. The forward has already been compared.
             return error
         finally:
@@ -299,7 +297,7 @@ def _choose_attention(probe: Oracle, path: ScoringPath, untested: str | None, ch
     choice.errors["blocks"] = float("inf")
     try:
         choice.errors["blocks"] = error = probe.error(blocks)
-    except _MISFITS as misfit:
+    except MISFITS as misfit:
         choice.refusals["blocks"] = first_line(misfit)
         return path
     if untested:
@@ -319,7 +317,7 @@ def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Ch
         given_up = "blocks" if way.attention == "blocks" else way.head
         try:
             error = 0.0 if way == ScoringPath() else own.error(way)
-        except _MISFITS as misfit:
+        except MISFITS as misfit:
             choice.refusals[given_up] = first_line(misfit)
             continue
         if error <= own.limit:

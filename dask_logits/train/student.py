@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dask_logits.errors import first_line
+from dask_logits.errors import MISFITS, first_line
 from dask_logits.train.heads import Adapter, Head
 from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
 from dask_logits.train.objective import Objective
@@ -31,8 +31,6 @@ _SHAPE = (2, 12)
 _LOUDNESS = (1.0, 8.0, 64.0)
 # Tolerated relative RMS difference of logits in units of the dtype's epsilon, as for teachers (teacher/selfcheck.py).
 _EPSILONS, _EPSILONS_HALF = 100.0, 0.75
-# Errors raised by a family's code when it does not fit.
-_MISFITS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def student_head(model: Any) -> Head | None:
@@ -52,7 +50,7 @@ def student_head(model: Any) -> Head | None:
         head = _described(model)
         with _evaluating(model), _noisy(head), torch.no_grad():
             return _agreeing(model, head)
-    except _MISFITS as error:
+    except MISFITS as error:
         logger.warning("%s uses the loss of full logits: %s", type(model).__name__, first_line(error))
         return None
 
