@@ -70,19 +70,23 @@ def make_run(folder: Path, partitions: int = PARTITIONS) -> RunFolder:
     return run
 
 
+# What stands in for the dataset and the teacher in the module of the task: name → its stand-in.
+STUBS: dict[str, Callable[..., object]] = {
+    "read_rows": lambda files, column: [],
+    "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
+    "make_items": lambda documents, settings, first_row: [],
+    "environment": lambda device: {},
+    "load_teacher": lambda spec, vocab_size: None,
+    "score_items": lambda *_, **__: None,
+}
+
+
 def publish(folder: Path, index: int = 0) -> None:
     """Compute and commit a partition, with a teacher that is pretended."""
     run = RunFolder(folder)
     made = records((4, 0, 2, 7, 3), k=K, vocab_size=VOCAB_SIZE, seed=index, first_row=index * ROWS)
-    stub = {
-        "read_rows": lambda files, column: [],
-        "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
-        "make_items": lambda documents, settings, first_row: [],
-        "environment": lambda device: {},
-        "load_teacher": lambda spec, vocab_size: None,
-        "score_items": lambda *_, **__: Scored(records=made, seconds={}, splits={}, padded_tokens=0),
-    }
-    vars(task_module).update(stub)
+    scored = Scored(records=made, seconds={}, splits={}, padded_tokens=0)
+    vars(task_module).update({**STUBS, "score_items": lambda *_, **__: scored})
     task = PartitionTask(
         run=str(folder),
         run_id="r",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from builders import tree
-from fault_points import PARTITIONS, consolidate, make_run, publish
+from fault_points import PARTITIONS, STUBS, consolidate, make_run, publish
 
 from dask_logits import CachedLogitsDataset, CacheError
 from dask_logits.cache.partition import PartitionReader
@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).with_name("fault_points.py")
 
 @pytest.fixture(autouse=True)
 def _stubs_are_undone(monkeypatch) -> None:
-    for name in ("read_rows", "read_documents", "make_items", "load_teacher", "score_items"):
+    for name in STUBS:
         monkeypatch.setattr(task_module, name, getattr(task_module, name))
 
 
