@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
-import typing
 from collections.abc import Iterator
 
-from dask_logits.config import Config, Setting, settings
+from dask_logits.config import Config, Group, Setting, settings
 
 USAGE = """\
 dask-logits COMMAND …
@@ -76,7 +74,7 @@ HYDRA_OPTIONS = (
 def settings_help(width: int = 100) -> str:
     """Return every setting in groups: path, default and description.
 
-    >>> "  distillation.teacher.generation.top_k=64\\n      Entries kept per position" in settings_help()
+    >>> "  distillation.teacher.generation.top_k=64\\n      Number of entries kept" in settings_help()
     True
     """
     blocks = []
@@ -92,19 +90,15 @@ def settings_help(width: int = 100) -> str:
     return intro + "\n\n".join(blocks) + "\n"
 
 
-def _groups(cls: type, path: str) -> Iterator[tuple[str, str]]:
+def _groups(group: type[Group], path: str) -> Iterator[tuple[str, str]]:
     """Yield the path and purpose of every group of settings."""
-    purpose = (cls.__doc__ or "").splitlines()[0].partition(": ")[2]
-    yield path, purpose
-    for field, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from _groups(hint, f"{path}.{field}")
+    yield path, (group.__doc__ or "").partition(": ")[2]
+    for name, field in group.model_fields.items():
+        if isinstance(field.default, Group):
+            yield from _groups(type(field.default), f"{path}.{name}")
 
 
 def _setting_lines(setting: Setting, width: int) -> list[str]:
-    shown = {None: "null", True: "true", False: "false"}
-    is_word = setting.default is None or isinstance(setting.default, bool)
-    default = shown[setting.default] if is_word else setting.default
     free = " (free)" if setting.kind == "how" else ""
     meaning = textwrap.wrap(setting.doc + free, width - 6, break_long_words=False, break_on_hyphens=False)
-    return [f"  {setting.path}={default}", *(f"      {line}" for line in meaning)]
+    return [f"  {setting.path}={setting.default_text}", *(f"      {line}" for line in meaning)]

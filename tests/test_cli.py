@@ -74,7 +74,7 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
     ("arguments", "message"),
     [
         (("generate", "distillation.dataset.nam=x"), "did you mean 'distillation.dataset.name'?"),
-        (("generate", "distillation.teacher.generation.top_k=zero"), "expected int, got 'zero'"),
+        (("generate", "distillation.teacher.generation.top_k=zero"), "expected int ≥ 1, got 'zero'"),
         (("generate", "teacher_logits.top_k=3"), "use distillation.teacher.generation.top_k=3"),
         (("generate", "cluster=lokal"), "Could not find 'cluster/lokal'"),
         (("plan", "distillation.job.retries=~a"), "=~a: expected SETTING=VALUE, got a value that Hydra's"),
@@ -159,4 +159,4 @@ def test_multirun_gives_each_job_its_folder(joined, tmp_path) -> None:
 def test_multirun_refusals_exit_2_too(joined, tmp_path) -> None:
     done = run("generate", "--multirun", *joined, "distillation.teacher.generation.top_k=2,0", cwd=tmp_path)
     assert done.returncode == 2
-    assert "expected int of at least 1, got 0" in done.stderr
+    assert "expected int ≥ 1, got 0" in done.stderr
