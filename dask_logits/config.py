@@ -260,10 +260,10 @@ class CacheConfig(Group):
 
 
 class SecurityConfig(Group):
-    """``distillation.cluster.security``: TLS between scheduler, workers and driver. Set all three files or none."""
+    """``distillation.cluster.security``: TLS between scheduler, workers and driver."""
 
     ca_file: str | None = _setting(
-        None, "how", "PEM file with the certificate of the authority that signed all certificates. null: no TLS."
+        None, "how", "PEM file with the certificate of the authority. null: no TLS. Set all three files or none."
     )
     cert: str | None = _setting(
         None, "how", "PEM file with the certificate of the driver, and of each side of a local cluster. null: no TLS."
@@ -377,11 +377,20 @@ class Setting:
     default: Any
     kind: Kind
     doc: str
+    purpose: str
+    """The purpose of its group."""
 
     @property
     def default_text(self) -> str:
         """The default as it is written on the command line."""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
+
+    @property
+    def choices(self) -> Collection[str]:
+        """The values that can be listed, as they are written on the command line."""
+        words = ["false", "true"] if self.type == "bool" else self.type.split(" or ")
+        listed = [word.strip("'") for word in words if re.fullmatch(r"'\w+'|\d+|null|false|true", word)]
+        return dict.fromkeys([*listed, self.default_text])
 
 
 def settings(group: type[Group] = Config, prefix: str = "distillation") -> Iterator[Setting]:
@@ -397,7 +406,8 @@ def settings(group: type[Group] = Config, prefix: str = "distillation") -> Itera
             yield from settings(type(field.default), path)
         else:
             extra: Any = field.json_schema_extra
-            yield Setting(path, _describe(hints[name]), field.default, extra["kind"], field.description or "")
+            purpose = (group.__doc__ or "").partition(": ")[2].rstrip(".")
+            yield Setting(path, _describe(hints[name]), field.default, extra["kind"], field.description or "", purpose)
 
 
 def _describe(hint: Any) -> str:
