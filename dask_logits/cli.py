@@ -5,24 +5,24 @@ stdout is the answer, stderr the log. Exit status: 0 done, 1 ran and something f
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-import re
-import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from types import FrameType
-from typing import NoReturn
+from typing import Any
 
-from dask_logits.config import nearest
-from dask_logits.errors import ConfigError, DaskLogitsError
+import click
+from click.shell_completion import CompletionItem
+
+from dask_logits.errors import DaskLogitsError
 from dask_logits.stderr import unblocked_stderr
-from dask_logits.usage import HELP, HYDRA_OPTIONS, USAGE, settings_help
 
 # SIGHUP is sent when a terminal closes, SIGUSR1 by Slurm as a warning (--signal=B:USR1@120).
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -32,33 +32,6 @@ _LAST_WORDS_SECONDS = 0.2
 
 # Time limit in seconds for counting the rows of a Parquet stream in `plan`.
 _COUNT_SECONDS = 10.0
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit with its status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "generate": _generate,
-        "plan": _plan,
-        "status": _status,
-        "retry": _retry,
-        "merge": _merge,
-        "verify": _verify,
-        "show": _show,
-        "convert": _convert,
-    }
-    if given and given[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"dask-logits {version('dask-logits')}")
-        sys.exit(0)
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        sys.exit(0 if given else 2)
-    if given[0] not in commands:
-        print(f"dask-logits: unknown command {given[0]!r}{nearest(given[0], commands)}\n\n{USAGE}", file=sys.stderr)
-        sys.exit(2)
-    run(lambda: commands[given[0]](given[1:]))
 
 
 def run(command: Callable[[], None]) -> None:
@@ -81,36 +54,116 @@ def _exit_on_error(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser for one command that suggests the nearest option for an unknown one."""
+class Command(click.Command):
+    """A command that signals can stop. Errors of this package become a message and an exit status."""
 
-    def error(self, message: str) -> NoReturn:
-        for option in re.findall(r"unrecognized arguments: (-[\w-]+)", message):
-            known = re.findall(r"--[\w-]+", self.format_help())
-            message = f"unknown option {option!r}{nearest(option, known)}; see {self.prog} --help"
-        super().error(message)
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        run(partial(super().invoke, ctx))
 
 
-def _print_help(command: str, arguments: Sequence[str]) -> bool:
-    """Print the help of a command that takes settings, if requested. Refuse unknown options."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        _say(f"{HELP[command]}\n{settings_help(min(100, shutil.get_terminal_size().columns))}".rstrip())
-        return True
-    known = HYDRA_OPTIONS if command == "generate" else ("--help",)
-    for argument in arguments:
-        option = argument.partition("=")[0]
-        if option.startswith("-") and option not in known:
-            hint = nearest(option, known) or "; settings have no dashes: distillation.PATH=VALUE"
-            raise ConfigError(f"{command}: unknown option {option!r}{hint}; see dask-logits {command} --help")
-    return False
+class _SettingsCommand(Command):
+    """A command whose help ends with the list of the settings."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from dask_logits.config import settings
+
+        formatter.write("\nA run may be resumed with other values of the settings that are marked (free).\n")
+        for (group, purpose), members in groupby(settings(), lambda each: (each.path.rpartition(".")[0], each.purpose)):
+            with formatter.section(f"{group}: {purpose}"):
+                for each in members:
+                    free = " (free)" if each.kind == "how" else ""
+                    # A narrow first column puts the description on a line of its own.
+                    formatter.write_dl([(f"{each.path}={each.default_text}", each.doc + free)], col_max=2)
 
 
-def _generate(overrides: list[str]) -> None:
+def complete_settings(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+    """Complete the names of settings and presets, and the values of the only one that matches."""
+    from dask_logits.config import settings
+    from dask_logits.hydra_config import config_dir
+
+    help_of = {each.path: each.doc for each in settings()} | {"cluster": "Preset of the group cluster."}
+    values = {each.path: each.choices for each in settings()}
+    values["cluster"] = tuple(sorted(path.stem for path in (config_dir() / "cluster").glob("*.yaml")))
+    # bash splits NAME=VALUE at the equals sign and completes the last part only.
+    *_, last = "", *(word for word in context.params[parameter.name or ""] or () if word != "=")
+    known = f"{last}=" if last in values else ""
+    word = known + incomplete
+    names = [name for name in values if f"{name}=".startswith(word) or word.startswith(f"{name}=")]
+    matches = [
+        (name, f"{name}={value}") for name in names for value in ("", *(values[name] if len(names) == 1 else ()))
+    ]
+    return [
+        CompletionItem(match.removeprefix(known), help=help_of[name])
+        for name, match in matches
+        if match.startswith(word) and match != word
+    ]
+
+
+settings_argument = click.argument(
+    "overrides", nargs=-1, metavar="[SETTING=VALUE]...", shell_complete=complete_settings
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_takeover = click.option("--takeover", is_flag=True, help="Take over the lock of a process on another host that died.")
+# The options of Hydra that `generate` passes on.
+_HYDRA = (
+    click.Option(["-c", "--cfg"], type=click.Choice(["job", "hydra", "all"]), help="Print the settings and stop."),
+    click.Option(["-m", "--multirun"], is_flag=True, help="Run one job for each of several values: SETTING=A,B."),
+    click.Option(["-p", "--package"], metavar="GROUP", help="With --cfg: print only this group of settings."),
+    click.Option(["--resolve"], is_flag=True, help="With --cfg: resolve interpolations."),
+    click.Option(["-r", "--run"], is_flag=True, help="Run a single job, the default."),
+    click.Option(["-i", "--info"], metavar="WHAT", help="Print information about Hydra: all, config, defaults, …"),
+    click.Option(["-cp", "--config-path"], metavar="DIR", help="Replace the folder of the configuration."),
+    click.Option(["-cn", "--config-name"], metavar="NAME", help="Replace the name of the configuration."),
+    click.Option(["-cd", "--config-dir"], metavar="DIR", help="Add a folder of configurations."),
+    click.Option(["--experimental-rerun"], metavar="FILE", help="Rerun a job from a pickled configuration."),
+    click.Option(["--hydra-help"], is_flag=True, help="Print the help of Hydra."),
+)
+
+
+class _Commands(click.Group):
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+    epilog="SETTING is a path such as distillation.dataset.name, or cluster for a preset such as cluster=local_cpu. "
+    "`dask-logits generate --help` lists every setting.",
+)
+@click.version_option(package_name="dask-logits", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Score a dataset with a teacher once, and train students from the file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. Exit with its status unless that is 0."""
+    try:
+        commands.main(arguments, prog_name="dask-logits")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+@commands.command(cls=_SettingsCommand, params=list(_HYDRA))
+@settings_argument
+def generate(overrides: tuple[str, ...], **hydra: str | bool | None) -> None:
+    """Score a dataset with a teacher into a run folder.
+
+    The same command resumes a run that was stopped. Two settings are required:
+
+    \b
+      dask-logits generate \\
+        distillation.teacher.model_path=Qwen/Qwen3-8B \\
+        distillation.dataset.name=Salesforce/wikitext \\
+        distillation.dataset.config_name=wikitext-103-raw-v1 \\
+        distillation.teacher.cache_dir=output/wikitext
+    """
     from dask_logits.config import Config
     from dask_logits.hydra_config import load_config, run_hydra_app
-
-    if _print_help("generate", overrides):
-        return
 
     def one(config: Config) -> None:
         from dask_logits.job.progress import Steps
@@ -123,16 +176,22 @@ def _generate(overrides: list[str]) -> None:
         generate(config)
         _say("\n".join(read_status(config.teacher.cache_dir).lines()))
 
-    if any(override.startswith("-") for override in overrides):
+    given = {f"--{name.replace('_', '-')}": value for name, value in hydra.items() if value}
+    options = [word for name, value in given.items() for word in ((name,) if value is True else (name, str(value)))]
+    if options:
         # Hydra prints a traceback for exceptions of its task. Ours are printed as messages.
-        run_hydra_app(overrides, lambda tree: _exit_on_error(lambda: one(Config.from_mapping(tree))))
+        run_hydra_app([*options, *overrides], lambda tree: _exit_on_error(lambda: one(Config.from_mapping(tree))))
     else:
         one(load_config(overrides))
 
 
-def _plan(overrides: list[str]) -> None:
-    if _print_help("plan", overrides):
-        return
+@commands.command(cls=_SettingsCommand)
+@settings_argument
+def plan(overrides: tuple[str, ...]) -> None:
+    """Estimate the cost of `generate`, without writing anything.
+
+    The estimate has rows, tokens, partitions, time, disk and memory, beside the free disk and memory.
+    """
     from dask_logits.hydra_config import load_config
     from dask_logits.job.progress import Steps
 
@@ -151,103 +210,102 @@ def _plan(overrides: list[str]) -> None:
     _say("\n".join(lines))
 
 
-def _status(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("run", type=click.Path())
+@_json
+def status(run: str, as_json: bool) -> None:
+    """Report the state of a run, from the files in its folder RUN."""
     from dask_logits.observe.status import read_status
 
-    parser = _Parser(prog="dask-logits status", description="Say what a run has done.")
-    parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parsed = parser.parse_args(arguments)
-    status = read_status(parsed.run)
-    _say(status.to_json() if parsed.json else "\n".join(status.lines()))
+    state = read_status(run)
+    _say(state.to_json() if as_json else "\n".join(state.lines()))
 
 
-def _retry(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("run", type=click.Path())
+@settings_argument
+@click.option("--bisect", is_flag=True, help="Find the rows that make a partition fail.")
+def retry(run: str, overrides: tuple[str, ...], bisect: bool) -> None:
+    """Score only the failed partitions of a run.
+
+    RUN is its folder. Settings that are free may have other values than before.
+    """
     from dask_logits.job.run import retry
     from dask_logits.observe.status import read_status
 
-    parser = _Parser(prog="dask-logits retry", description="Take up just the partitions that failed.")
-    parser.add_argument("run", help="the run folder (distillation.teacher.cache_dir)")
-    parser.add_argument("overrides", nargs="*", help="settings that are free to change: distillation.SETTING=VALUE")
-    parser.add_argument("--bisect", action="store_true", help="look for the rows that make a partition fail")
-    parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
-    retry(parsed.run, overrides=parsed.overrides, bisect=parsed.bisect)
-    _say("\n".join(read_status(parsed.run).lines()))
+    retry(run, overrides=overrides, bisect=bisect)
+    _say("\n".join(read_status(run).lines()))
 
 
-def _verify(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("path", type=click.Path())
+@click.option("--recompute", default=0, metavar="N", help="Score N rows of a run again and compare.")
+@click.option("--seed", default=0, help="Seed of the choice of these rows.")
+@_json
+def verify(path: str, recompute: int, seed: int, as_json: bool) -> None:
+    """Check all checksums and invariants.
+
+    PATH is a cache, an index or a run folder.
+    """
     from dask_logits.job.recompute import verify
 
-    parser = _Parser(prog="dask-logits verify", description="Check every checksum and every row.")
-    parser.add_argument("path", help="a cache, an index, or a run folder")
-    parser.add_argument("--recompute", type=int, default=0, help="rows of a run to score again and compare")
-    parser.add_argument("--seed", type=int, default=0, help="what these rows are drawn from")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
-    report = verify(parsed.path, recompute=parsed.recompute, seed=parsed.seed)
-    _say(report.to_json() if parsed.json else "\n".join(report.lines()))
+    report = verify(path, recompute=recompute, seed=seed)
+    _say(report.to_json() if as_json else "\n".join(report.lines()))
     if not report.ok:
         sys.exit(1)
 
 
-def _show(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("cache", type=click.Path())
+@_json
+def show(cache: str, as_json: bool) -> None:
+    """Show the metadata of a cache.
+
+    CACHE is a cache or its run folder.
+    """
     import json
 
     from dask_logits.ops.show import card, card_lines
 
-    parser = _Parser(prog="dask-logits show", description="Say what a cache is.")
-    parser.add_argument("cache", help="the cache, or the run folder it lies in")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parsed = parser.parse_args(arguments)
-    found = card(parsed.cache)
-    _say(json.dumps(found, indent=1, ensure_ascii=False) if parsed.json else "\n".join(card_lines(found)))
+    metadata = card(cache)
+    _say(json.dumps(metadata, indent=1, ensure_ascii=False) if as_json else "\n".join(card_lines(metadata)))
 
 
-def _convert(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("cache", type=click.Path())
+@click.argument("target", type=click.Path())
+@click.option("--profile", type=click.Choice(["plain", "compact"]), required=True)
+@click.option("--precision", type=click.Choice([8, 10, 12]), default=8, help="Bits of a log-prob.")
+@_takeover
+def convert(cache: str, target: str, **options: Any) -> None:
+    """Rewrite a cache in another profile, to the file TARGET."""
     from dask_logits.ops.convert import convert
 
-    parser = _Parser(prog="dask-logits convert", description="Write a cache in another profile.")
-    parser.add_argument("cache", help="the cache file")
-    parser.add_argument("target", help="the file to write")
-    parser.add_argument("--profile", choices=["plain", "compact"], required=True)
-    parser.add_argument("--precision", type=int, choices=[8, 10, 12], default=8, help="bits of a log-prob; default: 8")
-    parser.add_argument("--takeover", action="store_true", help="take over from a process elsewhere that is gone")
-    parsed = parser.parse_args(arguments)
     _log_to_stderr("info")
-    _say(
-        convert(
-            parsed.cache, parsed.target, profile=parsed.profile, precision=parsed.precision, takeover=parsed.takeover
-        )
-    )
+    _say(convert(cache, target, **options))
 
 
-def _merge(arguments: list[str]) -> None:
+@commands.command()
+@click.argument("parts", nargs=-1, type=click.Path())
+@click.option("--input-dir", type=click.Path(), help="Run folder of all workers, or a folder with their run folders.")
+@click.option("--num-workers", type=int, metavar="N", help="Number of static workers. Any other number is refused.")
+@click.option("--output", type=click.Path(), help="File to write.  [default: teacher_logits.h5 in the input folder]")
+@click.option("--index", is_flag=True, help="Write an index over one cache per part instead of a single cache.")
+@click.option("--max-file-size", metavar="SIZE", help="Split a larger cache into shards with an index, such as 20GB.")
+@_takeover
+def merge(parts: tuple[str, ...], input_dir: str | None, **options: Any) -> None:
+    """Merge the results of static workers into one cache.
+
+    PARTS are run folders or caches.
+    """
     from dask_logits.ops.merge import merge
 
-    parser = _Parser(prog="dask-logits merge", description="Make one cache of the parts of a job.")
-    parser.add_argument("parts", nargs="*", help="run folders or caches")
-    parser.add_argument("--input-dir", help="the run folder that workers shared, or a folder of their run folders")
-    parser.add_argument("--num-workers", type=int, help="static workers there were; refuse any other number")
-    parser.add_argument("--output", help="the file to write; default: teacher_logits.h5 in the input folder")
-    parser.add_argument("--index", action="store_true", help="write an index over a cache of each part instead")
-    parser.add_argument("--takeover", action="store_true", help="take over from a process elsewhere that is gone")
-    parser.add_argument("--max-file-size", help="split a larger cache into numbered files with an index, e.g. 20GB")
-    parsed = parser.parse_args(arguments)
-    parts = [*([parsed.input_dir] if parsed.input_dir else []), *parsed.parts]
-    if not parts:
-        parser.error("expected --input-dir or parts, got neither")
+    if not parts and not input_dir:
+        raise click.UsageError("expected --input-dir or parts, got neither")
     _log_to_stderr("info")
-    made = merge(
-        parts,
-        output=parsed.output,
-        num_workers=parsed.num_workers,
-        index=parsed.index,
-        max_file_size=parsed.max_file_size,
-        takeover=parsed.takeover,
-    )
-    _say(made)
+    _say(merge([*([input_dir] if input_dir else []), *parts], **options))
 
 
 def _say(answer: object) -> None:

@@ -1,7 +1,8 @@
-"""The configuration: frozen dataclasses that declare every setting, its type and its bounds.
+"""The configuration: frozen pydantic models that declare every setting, its type, its default and its bounds.
 
-Hydra composes the YAML tree (:mod:`dask_logits.hydra_config`). This module validates it without Hydra, so that workers
-and tests need neither. All problems are reported at once, each with the dotted path of its setting.
+Hydra composes the YAML tree (:mod:`dask_logits.hydra_config`). This module validates it without Hydra, so workers and
+tests need only this module. All problems are reported at once, each with the dotted path of its setting.
+``scripts/write_settings.py`` writes ``config/distillation/default.yaml`` and ``docs/SETTINGS.md`` from these models.
 
 A setting has one of three kinds:
 
@@ -14,19 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-import types
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dask_logits.errors import ConfigError
 
 UNBOUNDED_STREAM = (
-    "distillation.dataset.max_samples: expected a number of rows for a stream, got null; a stream may have no end, and "
-    "nobody would know what the job takes: set a number, or distillation.dataset.max_samples=all to read it to its end"
+    "distillation.dataset.max_samples: expected a number of rows for a stream, got null. The stream may be endless. "
+    "Set a number, or distillation.dataset.max_samples=all to read the stream to its end"
 )
 
 # A user name in a web address, a password (it may contain slashes, a port is not one), or a query with a token, a key
@@ -40,241 +42,296 @@ _CREDENTIALS = re.compile(
 # Default of `dataset.max_length`, for teachers with more positions.
 DEFAULT_MAX_LENGTH = 2048
 
+
+def _joined(value: Any) -> Any:
+    """Join GPUs that are given as a number or a list with commas."""
+    items = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    is_list = isinstance(items, list | tuple) and items and all(type(item) in (str, int) for item in items)
+    return ",".join(str(item).strip() for item in items) if is_list else value
+
+
 Kind = Literal["what", "numerics", "how"]
 Auto = Literal["auto"]
-_T = TypeVar("_T")
+# The titles name the types in messages and in the documentation.
+PositiveInt = Annotated[int, Field(ge=1, title="int ≥ 1")]
+NonNegativeInt = Annotated[int, Field(ge=0, title="int ≥ 0")]
+Files = Annotated[
+    tuple[str, ...],
+    Field(min_length=1, strict=False, title="list of str"),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
 
 
-def _setting(default: Any, kind: Kind, doc: str, *, low: float | None = None) -> Any:
-    """Declare a setting with its default, kind, one-sentence description and lower bound (inclusive)."""
-    return field(default=default, metadata={"kind": kind, "doc": doc, "low": low})
+def _setting(default: Any, kind: Kind, doc: str) -> Any:
+    """Declare a setting with its default, kind and description."""
+    return Field(default, description=doc, json_schema_extra={"kind": kind})
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class Group(BaseModel):
+    """A group of settings. Values are never converted: ``"64"`` is no number and ``1`` is no truth value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class GenerationConfig(Group):
     """``distillation.teacher.generation``: scoring by the teacher."""
 
-    top_k: int = _setting(64, "what", "Entries kept per position, most probable first.", low=1)
-    batch_size: int | None = _setting(
-        None, "numerics", "Bound on documents per batch; null: only `batch_tokens` bounds it.", low=1
+    top_k: PositiveInt = _setting(64, "what", "Number of entries kept per position, most probable first.")
+    batch_size: PositiveInt | None = _setting(
+        None, "numerics", "Maximum number of documents in a batch. null: only `batch_tokens` limits a batch."
     )
-    batch_tokens: Auto | int = _setting(
-        "auto", "numerics", "Token budget of one forward pass, padding included.", low=1
+    batch_tokens: Auto | PositiveInt = _setting(
+        "auto", "numerics", "Maximum number of tokens in a forward pass, with padding. auto: the calibration decides."
     )
-    head_rows: Auto | int = _setting(
-        "auto", "numerics", "Positions whose logits exist at one time (the head is applied in chunks).", low=1
+    head_rows: Auto | PositiveInt = _setting(
+        "auto", "numerics", "Number of positions per row chunk of the head. auto: 256 on CPUs, 4,096 on GPUs."
     )
-    torch_threads: Auto | int = _setting(
-        "auto", "numerics", "CPU threads of each worker; auto: cores / workers.", low=1
+    torch_threads: Auto | PositiveInt = _setting(
+        "auto", "numerics", "Number of CPU threads of each worker. auto: the cores divided by the workers."
     )
     device: Literal["auto", "cpu", "cuda"] = _setting(
-        "auto", "numerics", "Where the teacher runs; auto: cuda if a GPU is visible, else cpu."
+        "auto", "numerics", "Device of the teacher. auto: cuda if a GPU is visible, otherwise cpu."
     )
     force_regenerate: bool = _setting(
-        False,
-        "how",
-        "Set the run in this folder aside and compute it anew; the old one goes when the new is complete.",
+        False, "how", "Recompute the run in this folder. The old run is deleted when the new one is complete."
     )
-    num_workers: int | None = _setting(
-        None, "how", "Dask workers; null: one per GPU, or one per 2 cores on CPU.", low=1
+    num_workers: PositiveInt | None = _setting(
+        None, "how", "Number of Dask workers. null: one per GPU, or one per 2 cores without a GPU."
     )
-    devices: str | None = _setting(None, "how", "GPUs to use, e.g. [0,1] or '0,1'; null: all that are visible.")
-    gpus_per_worker: int = _setting(
-        1, "numerics", "GPUs over which each worker spreads the teacher's layers, where one is too small.", low=1
+    devices: Annotated[str, Field(title="str"), BeforeValidator(_joined)] | None = _setting(
+        None, "how", "GPUs to use, as `[0,1]` or `'0,1'`. null: all visible GPUs."
     )
-    worker_id: int | None = _setting(
-        None, "how", "Index of this static worker: it takes every `total_workers`-th partition, and no cluster.", low=0
+    gpus_per_worker: PositiveInt = _setting(
+        1, "numerics", "Number of GPUs per worker. The teacher's layers are spread over them."
     )
-    total_workers: int | None = _setting(None, "how", "Number of static workers that share the job.", low=1)
+    worker_id: NonNegativeInt | None = _setting(
+        None, "how", "Index of this static worker, from 0. null: the job runs on a Dask cluster."
+    )
+    total_workers: PositiveInt | None = _setting(
+        None, "how", "Number of static workers that share the job. null: the job runs on a Dask cluster."
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Group):
     """``distillation.teacher``: the model, and the folder for its targets."""
 
-    model_path: str | None = _setting(None, "what", "Folder or hub name of a causal language model. Required.")
-    revision: str | None = _setting(None, "what", "Branch, tag or commit on the hub; pinned to a commit in the run.")
-    tokenizer_path: str | None = _setting(None, "what", "Folder or hub name of the tokenizer; null: `model_path`.")
+    model_path: str | None = _setting(
+        None, "what", "Folder or hub name of a causal language model. It is required, so null is refused."
+    )
+    revision: str | None = _setting(
+        None, "what", "Branch, tag or commit of a hub teacher. null: the default branch. The run keeps the commit."
+    )
+    tokenizer_path: str | None = _setting(
+        None, "what", "Folder or hub name of the tokenizer. null: the same as `model_path`."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto",
         "numerics",
-        "Weights' dtype; auto: the checkpoint's, or float32 where the CPU has no bfloat16 units.",
+        "Data type of the weights. auto: the checkpoint's type, or float32 on a CPU without bfloat16 units.",
     )
-    trust_remote_code: bool = _setting(False, "what", "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = _setting(False, "what", "Run Python code that comes with the checkpoint.")
     allow_pickle: bool = _setting(
-        False, "how", "Load weights that are not in safetensors; a pickled checkpoint may be made to run code."
+        False, "how", "Load weights that are not in safetensors. A pickled checkpoint can run any code."
     )
-    cache_dir: str = _setting("output/teacher_logits", "how", "The run folder: everything the job writes.")
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    cache_dir: str = _setting("output/teacher_logits", "how", "The run folder. The job writes all its files there.")
+    generation: GenerationConfig = GenerationConfig()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
+class DatasetConfig(Group):
     """``distillation.dataset``: the documents."""
 
     name: str | None = _setting(
         None,
         "what",
-        "Hub name, a `save_to_disk` folder, a folder of files, or `json`, `csv`, `tsv`, `text`, `parquet`, … with "
-        "`data_files`. Required.",
+        "Hub name, `save_to_disk` folder, folder of files, or a reader for `data_files` (`json`, `csv`, `tsv`, `text`, "
+        "`parquet`, …). It is required, so null is refused unless a dataset object is passed.",
     )
-    config_name: str | None = _setting(None, "what", "Configuration of a hub dataset, e.g. `wikitext-103-raw-v1`.")
-    split: str = _setting("train", "what", "Split; slices and sums are allowed: `train[:10%]`, `train[:500]+test`.")
-    revision: str | None = _setting(None, "what", "Branch, tag or commit of a hub dataset.")
-    data_files: tuple[str, ...] | None = _setting(
-        None, "what", "Files, globs or URLs for `json`, `text`, `parquet`, …."
+    config_name: str | None = _setting(
+        None, "what", "Configuration of a hub dataset, such as `wikitext-103-raw-v1`. null: its default configuration."
+    )
+    split: str = _setting(
+        "train", "what", "Split. It can be a slice or a sum, such as `train[:10%]` or `train[:500]+test`."
+    )
+    revision: str | None = _setting(
+        None, "what", "Branch, tag or commit of a hub dataset. null: the default branch. The run keeps the commit."
+    )
+    data_files: Files | None = _setting(
+        None, "what", "Paths, globs or URLs of the files for a reader. null: the dataset's own files."
     )
     text_column: str | None = _setting(
         None,
         "what",
-        "Column with the documents, or a field such as `doc.text`; null: `text`, or `input_ids` where only that is "
-        "there.",
+        "Column of the documents, or a field such as `doc.text`. null: `text`, or `input_ids` if there is no `text`.",
     )
     on_bad_row: Literal["fail", "skip"] = _setting(
         "fail",
         "what",
-        "A row that cannot be used: fail its partition, or keep it as a document of 0 tokens and count it.",
+        "What to do with an unusable row. fail: its partition fails. skip: the row becomes a document of 0 tokens.",
     )
     add_special_tokens: bool = _setting(True, "what", "Let the tokenizer add its special tokens.")
-    vocab_size: int | None = _setting(
+    vocab_size: PositiveInt | None = _setting(
         None,
         "what",
-        "Ids that may occur; null: what the tokenizer can produce, without one the head's width.",
-        low=1,
+        "Number of valid token ids. null: as many as the tokenizer can produce, or the width of the head without a "
+        "tokenizer.",
     )
-    max_length: Auto | int = _setting(
+    max_length: Auto | PositiveInt = _setting(
         "auto",
         "what",
-        "Most tokens of a document, a window or a block; auto: 2,048, or the teacher's positions if these are fewer.",
-        low=1,
+        "Maximum number of tokens in a document, a text window or a packed block. auto: 2,048, or the teacher's "
+        "positions if these are fewer.",
     )
     long_documents: Literal["truncate", "window"] = _setting(
-        "truncate", "what", "Longer documents are cut off, or scored in windows that keep every token once."
+        "truncate",
+        "what",
+        "What to do with documents above `max_length`. truncate: cut them off. window: score them in text windows that "
+        "keep every token once.",
     )
-    window_stride: int | None = _setting(
-        None, "what", "Tokens a further window keeps, the rest being context; null: `max_length`, no context.", low=1
+    window_stride: PositiveInt | None = _setting(
+        None,
+        "what",
+        "Number of tokens that each further text window keeps. The rest of the window is context. null: `max_length`, "
+        "so windows have no context.",
     )
     packing: Literal["none", "concat"] = _setting(
-        "none", "what", "concat: documents are joined with a separator and cut into blocks of `max_length`."
+        "none",
+        "what",
+        "none: each document is an item. concat: join documents with a separator and cut them into blocks of "
+        "`max_length` tokens.",
     )
-    separator_id: int | None = _setting(
-        None, "what", "Token id between packed documents; null: the one that ends a text.", low=0
+    separator_id: NonNegativeInt | None = _setting(
+        None, "what", "Token id of the separator between packed documents. null: the token that ends a text."
     )
-    max_samples: int | Literal["all"] | None = _setting(
-        None, "how", "Rows used, from the first; null: all. May grow later. A stream needs a number, or `all`.", low=1
+    max_samples: PositiveInt | Literal["all"] | None = _setting(
+        None,
+        "how",
+        "Number of rows to use, from the first. It can be raised later. null: all rows. A stream needs a number, or "
+        "`all`.",
     )
-    streaming: bool = _setting(False, "what", "Read the dataset as a stream: constant memory, no download first.")
-    streaming_buffer_size: int = _setting(
-        10_000, "how", "Documents of a stream that are read ahead of their scoring.", low=1
+    streaming: bool = _setting(
+        False, "what", "Read the dataset as a stream, with constant memory and without a download before the start."
     )
-    streaming_chunk_size: int = _setting(1_000, "what", "Documents per partition of a stream.", low=1)
-    num_proc: int = _setting(4, "how", "Processes that prepare a hub dataset's Arrow files.", low=1)
+    streaming_buffer_size: PositiveInt = _setting(
+        10_000, "how", "Number of documents of a stream that are read ahead of scoring."
+    )
+    streaming_chunk_size: PositiveInt = _setting(1_000, "what", "Number of documents per partition of a stream.")
+    num_proc: PositiveInt = _setting(4, "how", "Number of processes that prepare the Arrow files of a hub dataset.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartitionConfig:
+class PartitionConfig(Group):
     """``distillation.partition``: the unit of work."""
 
-    rows: Auto | int = _setting("auto", "what", "Dataset rows per partition; auto: about 256k tokens.", low=1)
+    rows: Auto | PositiveInt = _setting(
+        "auto", "what", "Number of dataset rows per partition. auto: about 256,000 tokens."
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoringConfig:
+class ScoringConfig(Group):
     """``distillation.scoring``: computation of the targets."""
 
     logits: Literal["exact", "model"] = _setting(
         "exact",
         "numerics",
-        "exact: float32 logits, whatever the weights' dtype; model: rounded as the model rounds them.",
+        "exact: logits are float32 for every data type of the weights. model: logits are rounded as by the model.",
     )
     compile: Literal["auto", "always", "never"] = _setting(
-        "auto", "numerics", "Compile the teacher's layers; auto: where that pays for itself on this plan."
+        "auto", "numerics", "Compile the teacher's layers. auto: compile if this saves time on this plan."
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Group):
     """``distillation.cache``: storage of the targets."""
 
     profile: Literal["auto", "plain", "compact"] = _setting(
         "auto",
         "numerics",
-        "plain: as they are, for any HDF5 reader; compact: less than half of it; auto: compact unless the job is tiny.",
+        "plain: full values that any HDF5 reader can read. compact: less than half the size. auto: compact, but plain "
+        "for a tiny job.",
     )
     precision: Literal[8, 10, 12] = _setting(
-        8, "numerics", "Bits of a log-prob in the compact profile: 8 (adds 4e-5 nats of KL), 10 (3e-6) or 12 (2e-7)."
+        8, "numerics", "Bits per log-prob in the profile compact. 8 adds 4e-5 nats of KL, 10 adds 3e-6, 12 adds 2e-7."
     )
     max_file_size: int | str | None = _setting(
-        None, "how", "Bytes (`20GB`) of one file; a larger cache becomes numbered files with an index. null: one file."
+        None,
+        "how",
+        "Maximum size of a cache file in bytes, or with a unit (`20GB`). A larger cache is split into shards with an "
+        "index. null: one file.",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SecurityConfig:
-    """``distillation.cluster.security``: TLS between scheduler, workers and driver. All three files or none."""
+class SecurityConfig(Group):
+    """``distillation.cluster.security``: TLS between scheduler, workers and driver."""
 
-    ca_file: str | None = _setting(None, "how", "Certificate (PEM) of the authority that signed everybody's.")
-    cert: str | None = _setting(None, "how", "Certificate (PEM) of this side; of all sides in a cluster we make.")
-    key: str | None = _setting(None, "how", "Private key (PEM) of that certificate.")
+    ca_file: str | None = _setting(
+        None, "how", "PEM file with the certificate of the authority. null: no TLS. Set all three files or none."
+    )
+    cert: str | None = _setting(
+        None, "how", "PEM file with the certificate of the driver, and of each side of a local cluster. null: no TLS."
+    )
+    key: str | None = _setting(None, "how", "PEM file with the private key of `cert`. null: no TLS.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Group):
     """``distillation.cluster``: where the job runs."""
 
     kind: Literal["auto", "local_cuda", "local_cpu", "scheduler", "serial"] = _setting(
         "auto",
         "how",
-        "auto: the scheduler if one is named, this process for a static worker, else LocalCUDACluster if a GPU is "
-        "visible, else LocalCluster. serial: this process, without a cluster.",
+        "Kind of the cluster. auto: the scheduler if one is set, this process for a static worker, otherwise "
+        "LocalCUDACluster if a GPU is visible, otherwise LocalCluster. serial: this process, without a cluster.",
     )
-    scheduler: str | None = _setting(None, "how", "Address of a running scheduler, e.g. `tcp://10.0.0.1:8786`.")
-    scheduler_file: str | None = _setting(None, "how", "Scheduler file written by `dask scheduler`.")
+    scheduler: str | None = _setting(
+        None, "how", "Address of a running scheduler, such as `tcp://10.0.0.1:8786`. null: start a local cluster."
+    )
+    scheduler_file: str | None = _setting(
+        None, "how", "File that `dask scheduler` wrote. null: use `scheduler`, or start a local cluster."
+    )
     dashboard_address: str | None = _setting(
-        "127.0.0.1:8787", "how", "Where the dashboard of a cluster we make listens; null: no dashboard."
+        "127.0.0.1:8787", "how", "Address of the dashboard of a local cluster. null: no dashboard."
     )
-    wait_seconds: float = _setting(120.0, "how", "How long to wait for the first worker.", low=0)
+    wait_seconds: Annotated[float, Field(ge=0, title="float ≥ 0")] = _setting(
+        120.0, "how", "Seconds to wait for the first worker."
+    )
     allow_mixed_workers: bool = _setting(
         False,
         "how",
-        "Score on workers whose packages, instruction set or GPU model differ from the calibration's; recorded.",
+        "Also score on workers whose packages, instruction set or GPU model differ from the calibration's. Receipts "
+        "record the difference.",
     )
-    security: SecurityConfig = field(default_factory=SecurityConfig)
+    security: SecurityConfig = SecurityConfig()
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Group):
     """``distillation.job``: failure handling."""
 
-    retries: int = _setting(
-        2, "how", "Further attempts for a partition after an I/O error, or after its worker died.", low=0
+    retries: NonNegativeInt = _setting(
+        2, "how", "Number of further attempts at a partition after an I/O error or the death of its worker."
     )
-    stall_seconds: float = _setting(
-        1800.0, "how", "Without any progress for so long, the job stops with a diagnosis.", low=1
+    stall_seconds: Annotated[float, Field(ge=1, title="float ≥ 1")] = _setting(
+        1800.0, "how", "Seconds without progress after which the job stops with a diagnosis."
     )
-    max_failures: int = _setting(
-        5, "how", "So many failed partitions before the first success stop the job at once.", low=1
+    max_failures: PositiveInt = _setting(
+        5, "how", "Number of failed partitions that stop the job if none has succeeded yet."
     )
-    keep_partitions: bool = _setting(
-        False, "how", "Keep the Zarr partitions after they have been consolidated into the cache."
-    )
+    keep_partitions: bool = _setting(False, "how", "Keep the Zarr partitions after the cache is complete.")
     takeover: bool = _setting(
-        False, "how", "Take over from a driver on another machine that ended without a word; one that lives is refused."
+        False,
+        "how",
+        "Take over the lock of a driver on another host that died without releasing it. Live drivers keep theirs.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Verbosity of the log.")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Lowest level of log messages.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Group):
     """``distillation``: the whole tree."""
 
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    job: JobConfig = field(default_factory=JobConfig)
+    teacher: TeacherConfig = TeacherConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    partition: PartitionConfig = PartitionConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    cache: CacheConfig = CacheConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    job: JobConfig = JobConfig()
 
     @classmethod
     def from_mapping(cls, tree: Mapping[str, Any], *, dataset_given: bool = False) -> Config:
@@ -298,16 +355,20 @@ class Config:
         >>> Config.from_mapping(tree, dataset_given=True).teacher.generation.top_k
         8
         """
-        problems: list[str] = []
-        config = _build(cls, tree, "distillation", problems)
-        if config is not None:
-            problems += _cross_check(config, dataset_given)
-        if problems or config is None:
-            raise ConfigError.from_problems(problems)
+        wrong: dict[str, str] = {}
+        try:
+            config = cls.model_validate(tree)
+        except ValidationError as error:
+            wrong = dict(_problem(tree, each["loc"]) for each in error.errors())
+            config = cls.model_validate(_without(tree, wrong))
+        # A setting that is refused already has its default here.
+        problems = [problem for problem in _cross_check(config, dataset_given) if not problem.startswith(tuple(wrong))]
+        if wrong or problems:
+            raise ConfigError.from_problems([*wrong.values(), *problems])
         return config
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """One leaf of the configuration tree, as listed in the documentation."""
 
@@ -316,22 +377,64 @@ class Setting:
     default: Any
     kind: Kind
     doc: str
+    purpose: str
+    """The purpose of its group."""
+
+    @property
+    def default_text(self) -> str:
+        """The default as it is written on the command line."""
+        return self.default if isinstance(self.default, str) else json.dumps(self.default)
+
+    @property
+    def choices(self) -> Collection[str]:
+        """The values that can be listed, as they are written on the command line."""
+        words = ["false", "true"] if self.type == "bool" else self.type.split(" or ")
+        listed = [word.strip("'") for word in words if re.fullmatch(r"'\w+'|\d+|null|false|true", word)]
+        return dict.fromkeys([*listed, self.default_text])
 
 
-def settings(cls: type = Config, prefix: str = "distillation") -> Iterator[Setting]:
+def settings(group: type[Group] = Config, prefix: str = "distillation") -> Iterator[Setting]:
     """List every setting in the order of the tree.
 
     >>> next(iter(settings())).path
     'distillation.teacher.model_path'
     """
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        path = f"{prefix}.{f.name}"
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from settings(hints[f.name], path)
+    hints = typing.get_type_hints(group, include_extras=True)
+    for name, field in group.model_fields.items():
+        path = f"{prefix}.{name}"
+        if isinstance(field.default, Group):
+            yield from settings(type(field.default), path)
         else:
-            meta = f.metadata
-            yield Setting(path, _describe(hints[f.name]), f.default, meta["kind"], meta["doc"])
+            extra: Any = field.json_schema_extra
+            purpose = (group.__doc__ or "").partition(": ")[2].rstrip(".")
+            yield Setting(path, _describe(hints[name]), field.default, extra["kind"], field.description or "", purpose)
+
+
+def _describe(hint: Any) -> str:
+    """Name a type in words of the configuration.
+
+    >>> _describe(Auto | PositiveInt | None)
+    "'auto' or int ≥ 1 or null"
+    """
+    origin, arms = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return str(arms[1].title)
+    if arms:
+        return " or ".join(repr(arm) if origin is Literal else _describe(arm) for arm in arms)
+    return "null" if hint is type(None) else str(hint.__name__)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "distillation") -> dict[str, Any]:
+    """Map the dotted path of each leaf of a tree to its value.
+
+    >>> flat({"job": {"retries": 1, "takeover": True}})
+    {'distillation.job.retries': 1, 'distillation.job.takeover': True}
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}.{name}"
+        leaves |= flat(value, path) if isinstance(value, Mapping) else {path: value}
+    return leaves
 
 
 def parse_bytes(size: int | str) -> int:
@@ -356,7 +459,7 @@ def parse_bytes(size: int | str) -> int:
     return int(n_bytes)
 
 
-def nearest(word: str, known: typing.Iterable[str], cutoff: float = 0.6) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``", did you mean 'x'?"`` for the known spelling at least ``cutoff`` (0 to 1) close, else an empty string.
 
     >>> nearest("topk", ["top_k", "device"])
@@ -366,146 +469,105 @@ def nearest(word: str, known: typing.Iterable[str], cutoff: float = 0.6) -> str:
     return f", did you mean {match[0]!r}?" if match else ""
 
 
-def _build(cls: type[_T], tree: Any, path: str, problems: list[str]) -> _T | None:
-    if not isinstance(tree, Mapping):
-        problems.append(f"{path}: expected a group of settings, got {tree!r}")
-        return None
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        where = f"{path}.{key}"
-        if key not in fields:
-            problems.append(f"{where}: unknown setting{nearest(str(key), fields)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(typing.cast("type[Any]", hints[key]), value, where, problems)
-        else:
-            values[key] = _leaf(hints[key], value, fields[key].metadata["low"], where, problems)
-    broken_group = any(values[key] is None for key in values if dataclasses.is_dataclass(hints[key]))
-    return None if broken_group else cls(**values)
+def _problem(tree: Any, location: tuple[int | str, ...]) -> tuple[str, str]:
+    """Return the path and the message of a value that pydantic refused."""
+    types = {setting.path: setting.type for setting in settings()}
+    path, value = "distillation", tree
+    for name in location:
+        group, path, value = path, f"{path}.{name}", value[name]
+        if path in types:
+            return path, f"{path}: expected {types[path]}, got {value!r}"
+        names = dict.fromkeys(known.split(".")[path.count(".")] for known in types if known.startswith(f"{group}."))
+        if name not in names:
+            return path, f"{path}: unknown setting{nearest(str(name), names)}"
+    return path, f"{path}: expected a group of settings, got {value!r}"
 
 
-def _leaf(hint: Any, value: Any, low: float | None, where: str, problems: list[str]) -> Any:
-    if hint == tuple[str, ...] | None:
-        value = (value,) if isinstance(value, str) else value
-        if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
-            return tuple(value)
-    if where.endswith(".devices") and value is not None and not isinstance(value, bool):
-        items = value if isinstance(value, list | tuple) else str(value).split(",")
-        if items and all(str(item).strip() for item in items):
-            return ",".join(str(item).strip() for item in items)
-    if not _fits(hint, value):
-        problems.append(f"{where}: expected {_describe(hint)}, got {value!r}")
-    elif low is not None and isinstance(value, int | float) and value < low:
-        problems.append(f"{where}: expected {_describe(hint)} of at least {low}, got {value!r}")
-    return float(value) if hint is float and isinstance(value, int) else value
+def _without(tree: Any, paths: Collection[str], path: str = "distillation") -> dict[str, Any]:
+    """Copy a tree without some of its paths."""
+    if path in paths:
+        return {}
+    return {
+        name: _without(value, paths, f"{path}.{name}") if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if f"{path}.{name}" not in paths
+    }
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(arm, value) for arm in typing.get_args(hint))
-    if origin is Literal:
-        return type(value) in (str, int) and value in typing.get_args(hint)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    return False
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(arm) for arm in typing.get_args(hint))
-    if origin is Literal:
-        return " or ".join(repr(v) for v in typing.get_args(hint))
-    if origin is tuple:
-        return "list of str"
-    return "null" if hint is type(None) else str(hint.__name__)
-
-
-def _cross_check(config: Config, dataset_given: bool) -> list[str]:
-    problems = _check_homes(config)
-    if problems:
-        return problems
+def _cross_check(config: Config, dataset_given: bool) -> Iterator[str]:
+    """Yield the problems of settings that do not go together."""
+    homeless = list(_check_homes(config))
+    if homeless:
+        # The other checks open paths.
+        yield from homeless
+        return
     generation, dataset, cluster = config.teacher.generation, config.dataset, config.cluster
     if not config.teacher.model_path:
-        problems.append(
-            "distillation.teacher.model_path: expected a folder or a hub name, got nothing; set it, for example "
+        yield (
+            "distillation.teacher.model_path: expected a folder or a hub name, got nothing. Set it, for example "
             "distillation.teacher.model_path=Qwen/Qwen3-8B"
         )
     if not config.teacher.cache_dir:
-        problems.append("distillation.teacher.cache_dir: expected a folder, got ''; set it")
+        yield "distillation.teacher.cache_dir: expected a folder, got ''. Set it"
     if not dataset.name and not dataset_given:
-        problems.append(
-            "distillation.dataset.name: expected a hub name, a folder or a reader, got nothing; set it, for example "
+        yield (
+            "distillation.dataset.name: expected a hub name, a folder or a reader, got nothing. Set it, for example "
             "distillation.dataset.name=Salesforce/wikitext distillation.dataset.config_name=wikitext-103-raw-v1"
         )
     if dataset.name in {"json", "text", "parquet", "csv", "tsv", "arrow"} and dataset.data_files is None:
-        problems.append(
-            f"distillation.dataset.data_files: expected files for the {dataset.name!r} reader, got null; set it"
-        )
+        yield f"distillation.dataset.data_files: expected files for the reader {dataset.name!r}, got null. Set it"
     if dataset.streaming and dataset.max_samples is None:
-        problems.append(UNBOUNDED_STREAM)
+        yield UNBOUNDED_STREAM
     if config.cache.max_file_size is not None:
         try:
             parse_bytes(config.cache.max_file_size)
         except ConfigError as error:
-            problems.append(error.message)
-    problems += _check_share(generation, cluster)
-    problems += _check_secrets(config)
-    security = dataclasses.asdict(cluster.security)
-    if any(security.values()):
-        problems += [
-            f"distillation.cluster.security.{name}: expected a file, beside the other two, got {value!r}"
-            for name, value in security.items()
-            if value is None or not Path(value).expanduser().is_file()
-        ]
+            yield error.message
+    yield from _check_share(generation, cluster)
+    yield from _check_secrets(config)
+    files = dict(cluster.security)
+    for name, file in files.items() if any(files.values()) else ():
+        if file is None or not Path(file).expanduser().is_file():
+            yield f"distillation.cluster.security.{name}: expected a file, got {file!r}. Set all three files or none"
     if dataset.window_stride is not None and dataset.long_documents != "window":
-        problems.append(
-            f"distillation.dataset.window_stride: expected null unless long_documents is 'window', got "
-            f"{dataset.window_stride}; set distillation.dataset.long_documents=window"
+        yield (
+            "distillation.dataset.window_stride: expected null unless long_documents is 'window', got "
+            f"{dataset.window_stride}. Set distillation.dataset.long_documents=window"
         )
     elif dataset.window_stride is not None and isinstance(dataset.max_length, int):
-        problems += stride_problems(dataset.window_stride, dataset.max_length)
+        yield from stride_problems(dataset.window_stride, dataset.max_length)
     if dataset.packing == "concat" and dataset.long_documents == "window":
-        problems.append(
-            "distillation.dataset.long_documents: expected 'truncate' with packing=concat, got 'window'; blocks "
-            "already hold every token of a long document"
+        yield (
+            "distillation.dataset.long_documents: expected 'truncate' with packing=concat, got 'window'. Packed blocks "
+            "already keep every token of a long document"
         )
     if dataset.separator_id is not None and dataset.packing == "none":
-        problems.append(
-            f"distillation.dataset.separator_id: expected null with packing=none, got {dataset.separator_id}; set "
+        yield (
+            f"distillation.dataset.separator_id: expected null with packing=none, got {dataset.separator_id}. Set "
             "distillation.dataset.packing=concat"
         )
     named = next((name for name in ("scheduler", "scheduler_file") if getattr(cluster, name)), None)
     if named and cluster.kind not in ("auto", "scheduler"):
-        problems.append(
+        yield (
             f"distillation.cluster.{named}: expected null with cluster {cluster.kind}, got "
-            f"{getattr(cluster, named)!r}; leave it out, or set distillation.cluster.kind=scheduler"
+            f"{getattr(cluster, named)!r}. Leave it out, or set distillation.cluster.kind=scheduler"
         )
     if cluster.scheduler and cluster.scheduler_file:
-        problems.append("distillation.cluster.scheduler: expected one of scheduler and scheduler_file, got both")
+        yield "distillation.cluster.scheduler: expected one of scheduler and scheduler_file, got both. Remove one"
     if cluster.kind == "scheduler" and not (cluster.scheduler or cluster.scheduler_file):
-        problems.append("distillation.cluster.scheduler: expected an address or a scheduler_file, got neither; set one")
+        yield "distillation.cluster.scheduler: expected an address or a scheduler_file, got neither. Set one"
     if cluster.kind == "serial" and generation.num_workers not in (None, 1):
-        problems.append(
+        yield (
             f"distillation.teacher.generation.num_workers: expected 1 with cluster serial, got "
-            f"{generation.num_workers}; leave it out, or choose cluster=local_cpu or cluster=local_cuda"
+            f"{generation.num_workers}. Leave it out, or choose cluster=local_cpu or cluster=local_cuda"
         )
     if cluster.kind == "local_cpu" and generation.device == "cuda":
-        problems.append("distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'")
+        yield "distillation.teacher.generation.device: expected 'cpu' with cluster local_cpu, got 'cuda'"
     if generation.gpus_per_worker > 1 and (cluster.kind == "local_cpu" or generation.device == "cpu"):
-        problems.append(
-            "distillation.teacher.generation.gpus_per_worker: expected 1 where the teacher runs on CPUs, got "
-            f"{generation.gpus_per_worker}; leave it out, or set distillation.teacher.generation.device=cuda"
+        yield (
+            "distillation.teacher.generation.gpus_per_worker: expected 1 for a teacher on CPUs, got "
+            f"{generation.gpus_per_worker}. Remove it, or set distillation.teacher.generation.device=cuda"
         )
-    return problems
 
 
 def stride_problems(window_stride: int, max_length: int) -> list[str]:
@@ -513,62 +575,52 @@ def stride_problems(window_stride: int, max_length: int) -> list[str]:
     if window_stride <= max_length:
         return []
     return [
-        f"distillation.dataset.window_stride: expected at most max_length {max_length}, got {window_stride}; tokens "
-        "between windows would be lost"
+        f"distillation.dataset.window_stride: expected at most max_length {max_length}, got {window_stride}. Tokens "
+        "between the windows would be lost"
     ]
 
 
-def _check_secrets(config: Config) -> list[str]:
+def _check_secrets(config: Config) -> Iterator[str]:
     """Refuse credentials in addresses, because settings are written to the run folder and the log."""
-    return [
-        f"{name}: expected an address without credentials, got one with (not shown here); settings are kept in the run "
-        "folder: give tokens and passwords in the environment (HF_TOKEN, or as fsspec reads them)"
-        for name, text in _texts(config, "distillation")
-        if _CREDENTIALS.search(text)
-    ]
+    for path, text in _texts(config):
+        if _CREDENTIALS.search(text):
+            yield (
+                f"{path}: expected an address without credentials, got one with credentials (not shown here). Settings "
+                "are written to the run folder. Put tokens and passwords in the environment: HF_TOKEN, or fsspec's "
+                "variables"
+            )
 
 
-def _check_homes(config: Config) -> list[str]:
+def _check_homes(config: Config) -> Iterator[str]:
     """Refuse paths in the home folder of a user unknown on this machine."""
-    problems = []
-    for name, text in _texts(config, "distillation"):
+    for path, text in _texts(config):
         try:
             Path(text if text.startswith("~") else "").expanduser()
         except RuntimeError:
-            problems.append(f"{name}: expected a path, got {text!r}, whose home folder is not known; write it out")
-    return problems
+            yield f"{path}: expected a path, got {text!r}, whose home folder is not known. Write the full path"
 
 
-def _texts(group: Any, path: str) -> Iterator[tuple[str, str]]:
+def _texts(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the path and value of every setting that is a text or a list of texts."""
-    for name, value in vars(group).items():
-        if dataclasses.is_dataclass(value):
-            yield from _texts(value, f"{path}.{name}")
-        else:
-            texts = value if isinstance(value, tuple) else (value,)
-            yield from ((f"{path}.{name}", text) for text in texts if isinstance(text, str))
+    for path, value in flat(config.model_dump()).items():
+        texts = value if isinstance(value, tuple) else (value,)
+        yield from ((path, text) for text in texts if isinstance(text, str))
 
 
-def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> list[str]:
+def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> Iterator[str]:
     worker, total = generation.worker_id, generation.total_workers
     where = "distillation.teacher.generation"
-    if worker is None and total is None:
-        return []
     if worker is None or total is None:
-        missing = "worker_id" if worker is None else "total_workers"
-        return [f"{where}.{missing}: expected a number beside the other of worker_id and total_workers, got null"]
-    problems = []
+        if worker is not total:
+            missing, other = ("worker_id", "total_workers") if worker is None else ("total_workers", "worker_id")
+            yield f"{where}.{missing}: expected a number because {other} is set, got null. Set both or none"
+        return
     if worker >= total:
-        problems.append(
-            f"{where}.worker_id: expected less than total_workers {total}, got {worker}; workers count from 0"
-        )
+        yield f"{where}.worker_id: expected less than total_workers {total}, got {worker}. Workers count from 0"
     if cluster.kind == "scheduler" or cluster.scheduler or cluster.scheduler_file:
-        problems.append(
-            f"{where}.worker_id: expected null with an existing scheduler, got {worker}; it shares out the work itself"
-        )
+        yield f"{where}.worker_id: expected null with an existing scheduler, got {worker}. The scheduler assigns work"
     if generation.force_regenerate and total > 1:
-        problems.append(
-            f"{where}.force_regenerate: expected false with total_workers={total}, got True; workers would take each "
-            "other's results away: delete the run folder, or choose another"
+        yield (
+            f"{where}.force_regenerate: expected false with total_workers={total}, got True. Workers would delete each "
+            "other's results. Delete the run folder, or choose another one"
         )
-    return problems

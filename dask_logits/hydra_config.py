@@ -6,14 +6,13 @@ Override keys are checked before Hydra sees them, because Hydra stops at the fir
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dask_logits.config import Config, nearest, settings
+from dask_logits.config import Config, flat, nearest, settings
 from dask_logits.errors import ConfigError
 
 _OLD_TREE = "teacher_logits."
@@ -199,20 +198,11 @@ def generate_command(tree: Mapping[str, Any]) -> str | None:
     """
     if not (tree.get("dataset") or {}).get("name"):
         return None
-    changed = _changed(tree, dataclasses.asdict(Config()), "distillation")
+    defaults = flat(Config().model_dump())
+    changed = [(path, value) for path, value in flat(tree).items() if value != defaults.get(path)]
     return " \\\n  ".join(
-        ["dask-logits generate", *(shlex.quote(f"{key}={_written(value)}") for key, value in changed)]
+        ["dask-logits generate", *(shlex.quote(f"{path}={_written(value)}") for path, value in changed)]
     )
-
-
-def _changed(tree: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield path and value of every setting that differs from its default."""
-    for name, value in tree.items():
-        default = defaults.get(name)
-        if isinstance(value, Mapping) and isinstance(default, Mapping):
-            yield from _changed(value, default, f"{prefix}.{name}")
-        elif value != default:
-            yield f"{prefix}.{name}", value
 
 
 def _written(value: Any) -> str:

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-USAGE = """\
-dask-logits-parallel [--no-merge] N [DEVICES] [-- OVERRIDE…]
-dask-logits-parallel 4 0,1,2,3 -- distillation.dataset.name=Salesforce/wikitext …
+import click
 
-Score a dataset with N static workers that share one run folder, wait for them, and merge. Workers take the GPUs in
-turn; without GPUs they share the cores. After a failure run the same command again: completed partitions are kept.
-Logs: CACHE_DIR/logs/worker-I.log. Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
-"""
+from dask_logits.cli import Command, settings_argument
+
 _POLL_SECONDS = 0.2
 
 
@@ -44,27 +38,28 @@ class _Worker:
         return position + len(lines) + bool(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit with its status."""
-    from dask_logits.cli import run
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("count", metavar="N", type=click.IntRange(min=1))
+@click.argument("devices", metavar="[DEVICES]", required=False)
+@settings_argument
+@click.option("--no-merge", is_flag=True, help="Do not merge the results.")
+def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: bool) -> None:
+    """Score a dataset with N static workers that share one run folder, wait for them, and merge.
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given in (["-h"], ["--help"]):
-        print(USAGE, end="")
-        sys.exit(0)
-    options, overrides = given, []
-    if "--" in given:
-        at = given.index("--")
-        options, overrides = given[:at], given[at + 1 :]
-    merge = options[:1] != ["--no-merge"]
-    count, devices, *surplus = [*options[0 if merge else 1 :], "", ""]
-    if not re.fullmatch("[1-9][0-9]*", count) or "=" in devices or any(surplus):
-        print(USAGE, end="", file=sys.stderr)
-        sys.exit(2)
-    run(lambda: sys.exit(_launch(int(count), devices, overrides, merge=merge)))
+    \b
+      dask-logits-parallel 4 0,1,2,3 distillation.dataset.name=Salesforce/wikitext …
+
+    Workers take the GPUs DEVICES in turn. Without GPUs they share the cores. After a failure, run the same command
+    again: completed partitions are kept. The logs are in CACHE_DIR/logs/worker-I.log.
+
+    Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
+    """
+    if devices and "=" in devices:
+        overrides, devices = (devices, *overrides), None
+    sys.exit(_launch(count, devices, list(overrides), merge=not no_merge))
 
 
-def _launch(count: int, devices: str, overrides: list[str], *, merge: bool) -> int:
+def _launch(count: int, devices: str | None, overrides: list[str], *, merge: bool) -> int:
     from dask_logits.hydra_config import load_config
     from dask_logits.job.gpus import cores
 
@@ -148,4 +143,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="dask-logits-parallel")

@@ -8,6 +8,7 @@ from builders import sentences
 from datasets import Dataset
 
 from dask_logits import CachedLogitsDataset, ConfigError, generate_teacher_logits
+from dask_logits.config import settings
 
 PARAMETERS = {
     "teacher_model_path": inspect.Parameter.empty,
@@ -54,7 +55,7 @@ def test_one_call_from_dataset_to_cache(tmp_path, monkeypatch) -> None:
     [
         ({"streaming": True}, "expected a number of rows for a stream, got null"),
         ({"worker_id": 2, "total_workers": 2}, "worker_id: expected less than total_workers 2, got 2"),
-        ({"top_k": 0}, "expected int of at least 1, got 0"),
+        ({"top_k": 0}, "expected int ≥ 1, got 0"),
         ({"device": "tpu"}, "got 'tpu'"),
     ],
 )
@@ -62,3 +63,10 @@ def test_what_it_cannot_do_is_refused_plainly(changes, message, tmp_path) -> Non
     with pytest.raises(ConfigError, match=message):
         generate_teacher_logits("teacher", Dataset.from_dict({"text": ["a"]}), tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    parameters = inspect.signature(generate_teacher_logits).parameters
+    defaults = {setting.path.rpartition(".")[2]: setting.default for setting in settings()}
+    given = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    assert given == {name: None if name == "max_length" else defaults[name] for name in given}

@@ -28,7 +28,7 @@ LAYERS = [
     {"worker"},
     {"ops", "observe"},
     {"job"},
-    {"api", "usage"},
+    {"api"},
     {"cli"},
     {"parallel", "__main__"},
 ]
@@ -51,6 +51,7 @@ HOMES = {
     "IPython": {"observe.monitor"},
     "dask_cuda": {"job.cluster"},
     "pynvml": {"job.cluster", "job.gpus"},
+    "click": {"cli", "parallel"},
     "hydra": {"hydra_config"},
     "omegaconf": {"hydra_config"},
 }

@@ -74,19 +74,20 @@ def test_plan_says_what_it_takes_and_writes_nothing(overrides, tmp_path) -> None
     ("arguments", "message"),
     [
         (("generate", "distillation.dataset.nam=x"), "did you mean 'distillation.dataset.name'?"),
-        (("generate", "distillation.teacher.generation.top_k=zero"), "expected int, got 'zero'"),
+        (("generate", "distillation.teacher.generation.top_k=zero"), "expected int ≥ 1, got 'zero'"),
         (("generate", "teacher_logits.top_k=3"), "use distillation.teacher.generation.top_k=3"),
         (("generate", "cluster=lokal"), "Could not find 'cluster/lokal'"),
         (("plan", "distillation.job.retries=~a"), "=~a: expected SETTING=VALUE, got a value that Hydra's"),
         (("generate", "--cfg", "job", "distillation.teacher.top=1"), "unknown setting"),
         (("status", "no/such/run"), "expected a run folder with run.json, got none"),
         (("status", "~nobody-here/run"), "expected a path, got one whose home folder is not known"),
-        (("generat",), "did you mean 'generate'?"),
-        (("generate", "--multirn"), "unknown option '--multirn', did you mean '--multirun'?"),
-        (("generate", "--top-k=8"), "unknown option '--top-k'; settings have no dashes: distillation.PATH=VALUE"),
-        (("plan", "--hlp"), "unknown option '--hlp', did you mean '--help'?"),
-        (("status", "run", "--jsom"), "unknown option '--jsom', did you mean '--json'?"),
-        (("status",), "the following arguments are required: run"),
+        (("generat",), "No such command 'generat'. Did you mean 'generate'?"),
+        (("generate", "--multirn"), "No such option '--multirn'. Did you mean '--multirun'?"),
+        (("generate", "--top-k=8"), "Usage: dask-logits generate [OPTIONS] [SETTING=VALUE]..."),
+        (("plan", "--hlp"), "No such option '--hlp'. Did you mean '--help'?"),
+        (("status", "run", "--jsom"), "No such option '--jsom'. Did you mean '--json'?"),
+        (("status",), "Missing argument 'RUN'"),
+        (("merge",), "expected --input-dir or parts, got neither"),
     ],
 )
 def test_refusals_exit_2_with_a_message_and_no_trace(arguments, message, tmp_path) -> None:
@@ -118,7 +119,7 @@ def test_help_lists_the_commands_and_the_settings() -> None:
         assert f"\n  {command} " in usage.stdout
     for command in ("generate", "plan"):
         shown = run(command, "--help").stdout
-        assert shown.startswith(f"dask-logits {command} SETTING")
+        assert shown.startswith(f"Usage: dask-logits {command} [OPTIONS] [SETTING=VALUE]...\n")
         for setting in settings():
             assert f"  {setting.path}=" in shown
             assert setting.doc.split()[0] in shown
@@ -129,7 +130,7 @@ def test_every_command_explains_itself_and_the_package_its_version() -> None:
     for command in ("status", "retry", "merge", "verify", "show", "convert"):
         shown = run(command, "--help")
         assert (shown.returncode, shown.stderr) == (0, "")
-        assert shown.stdout.startswith(f"usage: dask-logits {command} ")
+        assert shown.stdout.startswith(f"Usage: dask-logits {command} ")
     assert run("--version").stdout == f"dask-logits {version('dask-logits')}\n"
 
 
@@ -159,4 +160,29 @@ def test_multirun_gives_each_job_its_folder(joined, tmp_path) -> None:
 def test_multirun_refusals_exit_2_too(joined, tmp_path) -> None:
     done = run("generate", "--multirun", *joined, "distillation.teacher.generation.top_k=2,0", cwd=tmp_path)
     assert done.returncode == 2
-    assert "expected int of at least 1, got 0" in done.stderr
+    assert "expected int ≥ 1, got 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "expected"),
+    [
+        ("bash", "ge", ["plain,generate"]),
+        ("bash", "generate --mu", ["plain,--multirun"]),
+        ("bash", "plan distillation.job.ret", [f"plain,distillation.job.retries={value}" for value in ("", "2")]),
+        # bash splits words at the equals sign.
+        ("bash", "generate distillation.teacher.dtype = fl", ["plain,float32", "plain,float16"]),
+        ("bash", "retry run cluster = l", ["plain,local_cpu", "plain,local_cuda"]),
+        ("zsh", "generate distillation.job.takeover=t", ["plain", "distillation.job.takeover=true"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_settings(shell, words, expected) -> None:
+    environment = {
+        **os.environ,
+        "_DASK_LOGITS_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": f"dask-logits {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dask_logits"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.splitlines()[: len(expected)] == expected

@@ -176,7 +176,7 @@ def record(job: Job, calibration: Calibration, table: Array | None) -> Calibrati
         total_workers=job.share.total,
         commit=job.source.commit,
         files=job.source.file_states,
-        how=dataclasses.asdict(job.config),
+        how=job.config.model_dump(),
         teacher=dataclasses.asdict(job.teacher),
         tokenizer_map_digest=job.tokenizer.map_digest if job.tokenizer else None,
         tokenizer_ids=job.tokenizer.vocab_size if job.tokenizer else 0,

@@ -269,7 +269,7 @@ def _address(config: ClusterConfig) -> str:
 
 def security(config: ClusterConfig) -> Security | None:
     """Return the configured certificates. None: Dask's own configuration applies."""
-    files = {name: str(Path(path).expanduser().absolute()) for name, path in vars(config.security).items() if path}
+    files = {name: str(Path(path).expanduser().absolute()) for name, path in config.security if path}
     if not files:
         return None
     sides = {

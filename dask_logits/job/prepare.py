@@ -276,7 +276,7 @@ def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Manifest |
     )
     if dataset.window_stride is not None and (problems := stride_problems(dataset.window_stride, length)):
         raise ConfigError.from_problems(problems)
-    return dataclasses.replace(config, dataset=dataclasses.replace(dataset, max_length=length))
+    return config.model_copy(update={"dataset": dataset.model_copy(update={"max_length": length})})
 
 
 def _warn_of_double_bos(documents: Sequence[Documents]) -> None:

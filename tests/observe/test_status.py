@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import subprocess
@@ -109,7 +108,7 @@ def test_settings_with_special_characters_survive_the_command() -> None:
         'distillation.dataset.split="train[:10%]"',
     ]
     config = load_config(overrides)
-    command = generate_command(dataclasses.asdict(config))
+    command = generate_command(config.model_dump())
     assert command is not None
     assert load_config(shlex.split(command.replace("\\\n", " "))[2:]) == config
     assert generate_command({"dataset": {"name": None}}) is None
