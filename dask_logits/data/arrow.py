@@ -95,7 +95,7 @@ class Corpus:
         """
         from datasets import concatenate_datasets
 
-        if self.dataset._indices is not None or not self.dataset.cache_files:
+        if not self.dataset.cache_files:
             return None
         paths = [entry["filename"] for entry in self.dataset.cache_files]
         mapped = [open_arrow(path) for path in paths]

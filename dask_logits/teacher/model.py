@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.torch_internals import strict_compiler, uncompile
+from dask_logits.teacher.transformers_internals import attention_of
 
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
@@ -100,7 +102,7 @@ class Teacher:
         self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
         self.dtype: torch.dtype = self.head.weight.dtype
         self.path = ScoringPath()
-        self._own_attention = getattr(self.model.config, "_attn_implementation", None)
+        self._own_attention = attention_of(self.model.config)
 
     def take(self, path: ScoringPath) -> None:
         """Switch the model to a path.
@@ -135,7 +137,7 @@ class Teacher:
     def _attend_by(self, kind: Literal["fused", "blocks", "model"]) -> None:
         name = self._own_attention if kind == "model" else attention.offer(kind)
         self.model.set_attn_implementation(name)
-        if self.model.config.get_text_config()._attn_implementation != name:
+        if attention_of(self.model.config.get_text_config()) != name:
             raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
 
     def layers(self) -> list[nn.Module]:
@@ -222,16 +224,11 @@ class Teacher:
         """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""
         if not (compiled or self.path.compiled):
             return nullcontext()
-        import torch._dynamo
-
-        patched: AbstractContextManager[object] = torch._dynamo.config.patch(
-            recompile_limit=_RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True
-        )
-        return patched
+        return strict_compiler(_RECOMPILE_LIMIT)
 
     def _uncompile(self) -> None:
         for layer in self.layers():
-            layer._compiled_call_impl = None
+            uncompile(layer)
 
 
 class _Stub(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.teacher.transformers_internals import unsplittable
 
 DeviceMap = dict[str, int | str]
 
@@ -101,7 +102,7 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
             "it with pip install 'dask-logits[cuda13]', or set gpus_per_worker=1"
         ) from error
 
-    whole = list(getattr(model, "_no_split_modules", None) or ())
+    whole = unsplittable(model)
     model.tie_weights()
     room = get_balanced_memory(model, dict(free_bytes), no_split_module_classes=whole, dtype=dtype)
     found: DeviceMap = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)

@@ -69,7 +69,8 @@ def environment(device: str) -> dict[str, str]:
         return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()
     # If the user forces a lower capability, these units are unused.
-    units = _cpu_flags() if capability.startswith("AVX512") else ()
+    found = torch.cpu.get_capabilities() if capability.startswith("AVX512") else {}
+    units = [flag for flag in _CPU_FLAGS if found.get(flag)]
     return {**_shared(), "cpu": " ".join([platform.machine(), capability, *units])}
 
 
@@ -109,13 +110,3 @@ def _source_digest() -> str:
         digest.update(f"{path.relative_to(package).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
-
-
-@functools.cache
-def _cpu_flags() -> tuple[str, ...]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ()
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return tuple(flag for flag in _CPU_FLAGS if flag in line)

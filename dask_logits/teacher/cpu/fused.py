@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dask_logits.teacher.torch_internals import load_cpp
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 # Floats of a register. Values are processed in whole registers, queries in pairs.
 _LANES = 16
@@ -25,14 +27,12 @@ _LANES = 16
 
 def available() -> bool:
     """Whether this machine's CPU has the instructions. Compiling also requires a C++ compiler."""
-    return platform.system() == "Linux" and torch.cpu._is_avx512_bf16_supported()
+    return platform.system() == "Linux" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    from torch._inductor.codecache import CppCodeCache
-
-    library: ctypes.CDLL = CppCodeCache.load(_SOURCE.read_text(), extra_flags=("-march=native",))
+    library = load_cpp(_SOURCE, ("-march=native",))
     library.attention_scratch.restype = ctypes.c_int64
     return library
 

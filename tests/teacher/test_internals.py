@@ -1,0 +1,49 @@
+"""Private parts of torch and transformers do what this package uses them for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from builders import tiny_model
+
+from dask_logits.teacher.torch_internals import load_cpp, strict_compiler, uncompile
+from dask_logits.teacher.transformers_internals import attention_of, unsplittable
+
+
+class _Double(torch.nn.Module):
+    def forward(self, x_N: torch.Tensor) -> torch.Tensor:
+        return 2 * x_N
+
+
+def test_a_compiled_module_is_made_eager_again() -> None:
+    module, seen = _Double(), []
+    module.compile(backend=lambda graph, inputs: seen.append(1) or graph.forward)
+    module(torch.ones(1))
+    uncompile(module)
+    module(torch.ones(3))
+    assert seen == [1]
+
+
+def test_the_compiler_raises_at_its_limit() -> None:
+    torch.compiler.reset()
+    function = torch.compile(lambda x, n: x * n, backend="eager", dynamic=False)
+    with strict_compiler(2), pytest.raises(Exception, match="recompile_limit"):
+        _ = [function(torch.ones(2), n) for n in range(9)]
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_file_of_c_is_compiled_and_loaded(tmp_path) -> None:
+    source = tmp_path / "double.cpp"
+    source.write_text('extern "C" int twice(int x) { return 2 * x; }')
+    assert load_cpp(source, ()).twice(21) == 42
+
+
+def test_a_model_names_its_attention_and_what_must_stay_whole() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    assert attention_of(model.config) == "eager"
+    assert unsplittable(model) == ["LlamaDecoderLayer"]
+    assert unsplittable(torch.nn.Linear(1, 1)) == []
