@@ -32,6 +32,7 @@ from dask_logits.job.gpus import (
     check_groups,
     gpu_groups,
     grouped_cluster,
+    misplaced,
     worker_facts,
 )
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
@@ -111,6 +112,11 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 _wait_for_worker(client, config.wait_seconds)
                 if device == "cuda":
                     facts, roster = _facts(client, config.wait_seconds)
+                    if reasons := misplaced(facts, generation.gpus_per_worker):
+                        roster.leave_out(reasons)
+                        raise ClusterError(
+                            f"distillation.cluster: expected workers with a GPU each, got:\n{roster.listed()}"
+                        )
                     environments = _environments(facts, device)
                 else:
                     # All workers share this machine and installation, so there is nothing to ask.
@@ -205,11 +211,18 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
             )
         device = generation.device
         if device == "auto":
-            device = "cuda" if all(fact.gpus for fact in facts.values()) else "cpu"
-        for address, fact in list(facts.items()):
-            if device not in fact.environments:
-                roster.leave_out({address: "it sees no GPU; start it where one is visible"})
-                del facts[address]
+            device = "cuda" if any(fact.gpus for fact in facts.values()) else "cpu"
+        reasons = {
+            address: "it sees no GPU; start it where one is visible, with a build of torch that has CUDA"
+            for address, fact in facts.items()
+            if device not in fact.environments
+        }
+        if device == "cuda":
+            reasons |= misplaced(facts, generation.gpus_per_worker)
+        if reasons:
+            roster.leave_out(reasons)
+            facts = {address: fact for address, fact in facts.items() if address not in reasons}
+            logger.error("these workers get no work:\n%s", roster.listed())
         if not facts:
             raise ClusterError(
                 "distillation.teacher.generation.device: expected workers with a GPU, got none:\n"
@@ -336,7 +349,10 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     facts = {address: answer[address] for address, answer in answers.items() if isinstance(answer, dict)}
     silent = {address: answer for address, answer in answers.items() if isinstance(answer, OSError)}
     broken = {address: answer for address, answer in answers.items() if not isinstance(answer, dict | OSError)}
-    roster = Roster(hosts={address: fact.host for address, fact in facts.items()})
+    roster = Roster(
+        hosts={address: fact.host for address, fact in facts.items()},
+        gpus={address: fact.gpus_in_use[0] for address, fact in facts.items() if fact.gpus_in_use},
+    )
     reason = "it cannot tell its environment ({!r}); install the same packages there"
     roster.leave_out({address: reason.format(error) for address, error in broken.items()})
     if broken and not facts:

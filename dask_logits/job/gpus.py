@@ -6,32 +6,57 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dask_logits.config import GenerationConfig
 from dask_logits.errors import ClusterError
-from dask_logits.worker.environment import Environment, environment
+from dask_logits.worker.environment import Environment, environment, gpus_in_use
 
 logger = logging.getLogger(__name__)
 
 
-def visible_gpus() -> int:
-    """Count the GPUs available to this process, without starting CUDA."""
+# Files of a loaded NVIDIA driver, one per GPU.
+_DEVICE_FILES = "nvidia[0-9]*"
+
+
+def visible_gpus(devices: Path = Path("/dev")) -> int:
+    """Count the GPUs available to this process, without starting CUDA.
+
+    Parameters
+    ----------
+    devices
+        Folder of the device files.
+
+    Raises
+    ------
+    ClusterError
+        If this machine has GPUs, and they cannot be counted.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None and named.strip() in ("", "-1", "NoDevFiles"):
         return 0
     try:
         import pynvml
-
+    except ImportError as error:
+        return _uncounted(devices, error)
+    try:
         pynvml.nvmlInit()
-    except ImportError:
-        return 0
-    except pynvml.NVMLError:
-        return 0
+    except pynvml.NVMLError as error:
+        return _uncounted(devices, error)
     count = int(pynvml.nvmlDeviceGetCount())
     # Named devices may be slices of a GPU, which NVML does not count.
     return count if named is None or count == 0 else len(named.split(","))
+
+
+def _uncounted(devices: Path, error: Exception) -> int:
+    if not any(devices.glob(_DEVICE_FILES)):
+        return 0
+    raise ClusterError(
+        f"distillation.teacher.generation.device: expected to count the GPUs of this machine, got {error}; check that "
+        "nvidia-smi works, install pip install 'dask-logits[cuda13]', or set distillation.teacher.generation.device=cpu"
+    ) from error
 
 
 def cores() -> int:
@@ -42,9 +67,22 @@ def cores() -> int:
 
 
 def named_gpus(generation: GenerationConfig) -> list[str]:
-    """Return the GPUs of this machine to use: the configured ones, or all visible ones."""
-    named = generation.devices or os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(max(1, visible_gpus()))]
+    """Return the GPUs of this machine to use: the configured ones, or all visible ones.
+
+    Raises
+    ------
+    ClusterError
+        If one is configured that ``CUDA_VISIBLE_DEVICES`` does not name.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = visible.split(",") if visible else [str(index) for index in range(max(1, visible_gpus()))]
+    named = generation.devices.split(",") if generation.devices else allowed
+    if visible and (others := [name for name in named if name not in allowed]):
+        raise ClusterError(
+            f"distillation.teacher.generation.devices: expected GPUs of CUDA_VISIBLE_DEVICES={visible}, got "
+            f"{','.join(others)}; name some of those, or leave it out to use all"
+        )
+    return named
 
 
 def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
@@ -123,7 +161,9 @@ class WorkerFacts(NamedTuple):
     cores
         CPU cores available to it, possibly shared with other workers of the machine.
     gpus
-        Visible GPUs, starting with the one used first.
+        Visible GPUs as they were given to it, starting with the one used first.
+    gpus_in_use
+        Model and UUID of the same GPUs, as torch reports them.
     environments
         Device → environment for scoring on it.
     """
@@ -132,6 +172,7 @@ class WorkerFacts(NamedTuple):
     cores: int
     gpus: tuple[str, ...]
     environments: Mapping[str, Environment] = MappingProxyType({})
+    gpus_in_use: tuple[str, ...] = ()
 
 
 def worker_facts() -> WorkerFacts:
@@ -144,7 +185,33 @@ def worker_facts() -> WorkerFacts:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
     environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
-    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments)
+    return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments, gpus_in_use(count))
+
+
+def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[str, str]:
+    """Return the workers that compute on a GPU that is not theirs: worker → reason.
+
+    Parameters
+    ----------
+    workers
+        Address → facts.
+    gpus_per_worker
+        Number of GPUs that each of them uses.
+    """
+    owners: dict[tuple[str, str], str] = {}
+    reasons: dict[str, str] = {}
+    for address, worker in workers.items():
+        for given, used in list(zip(worker.gpus, worker.gpus_in_use, strict=False))[:gpus_per_worker]:
+            owner = owners.setdefault((worker.host, used), address)
+            if given.startswith("GPU-") and not used.rpartition(" ")[2].startswith(given):
+                reasons[address] = f"it was given {given}, and computes on {used}; it used CUDA before it was given one"
+            # Slices of one GPU may share its UUID.
+            elif owner != address and not given.startswith("MIG-"):
+                reasons[address] = (
+                    f"it computes on {used}, as {owner} does; start workers with `dask cuda worker`, which gives each "
+                    "its own GPU"
+                )
+    return reasons
 
 
 def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:

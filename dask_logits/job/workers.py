@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.gpus import cores, named_gpus, visible_gpus
@@ -42,7 +44,7 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
     Raises
     ------
     ClusterError
-        If a GPU is requested and none is visible.
+        If a GPU is requested and none is visible, or one is visible and cannot be used.
     """
     if generation.device == "cpu" or cluster.kind == "local_cpu":
         return "cpu"
@@ -61,5 +63,11 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
         raise ClusterError(
             f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
             "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if gpus and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        raise ClusterError(
+            f"distillation.teacher.generation.device: expected a build of torch with CUDA on a machine with {gpus} "
+            f"GPUs, got {torch.__version__}; install pip install 'dask-logits[cuda13]', or set "
+            "distillation.teacher.generation.device=cpu"
         )
     return "cuda" if gpus else "cpu"

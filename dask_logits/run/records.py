@@ -141,6 +141,7 @@ class Receipt(Record):
     host: str | None = Field(default=None, description="Host of the worker.")
     process: Count | None = Field(default=None, description="Process id of the worker.")
     peak_rss_bytes: Count | None = Field(default=None, description="Peak memory of the worker.")
+    gpus: tuple[str, ...] = Field(default=(), description="Model and UUID of the worker's GPUs. Empty on a CPU.")
     environment: dict[str, str] | None = Field(
         default=None, description="Software and hardware of the worker, only if they differ from the calibration's."
     )
@@ -176,6 +177,7 @@ class DriverStatus(Record):
     state: str = Field(
         description="``starting``, ``calibrating``, ``running``, ``consolidating``, ``stopped``, ``failed``, ``done``."
     )
+    entered: dict[str, Finite] = Field(default={}, description="State → when the driver entered it, Unix time.")
     step: str | None = Field(default=None, description="Step of the calibration.")
     reason: str | None = Field(default=None, description="Reason why the driver failed.")
     failed: dict[str, str] = Field(default={}, description="Partition → reason, for permanent failures.")

@@ -74,6 +74,23 @@ def environment(device: str) -> dict[str, str]:
     return {**_shared(), "cpu": " ".join([platform.machine(), capability, *units])}
 
 
+def gpus_in_use(n_gpus: int) -> tuple[str, ...]:
+    """Return the model and UUID of the GPUs on which torch computes in this process, in its order.
+
+    Parameters
+    ----------
+    n_gpus
+        Number of GPUs of the worker. The first ones are used.
+
+    Returns
+    -------
+    tuple of str
+        Such as ``"NVIDIA H200 GPU-…"``. Fewer than `n_gpus` if fewer are visible.
+    """
+    found = [torch.cuda.get_device_properties(index) for index in range(min(n_gpus, torch.cuda.device_count()))]
+    return tuple(f"{gpu.name} GPU-{gpu.uuid}" for gpu in found)
+
+
 def differences(expected: Environment, got: Environment) -> dict[str, tuple[str, str]]:
     """Return the differences between two environments: name → (expected, got).
 

@@ -33,7 +33,7 @@ from dask_logits.run.records import Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
-from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
+from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for, gpus_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +212,7 @@ def process_partition(
         host=socket.gethostname(),
         process=os.getpid(),
         peak_rss_bytes=peak_rss_bytes(),
+        gpus=gpus_in_use(task.teacher.n_gpus) if task.teacher.device == "cuda" else (),
         **({"environment": here} if differing else {}),
     )
     manifest = run.manifest()

@@ -107,9 +107,9 @@ def test_gpus_are_grouped_and_static_workers_take_turns(monkeypatch, caplog) -> 
     assert "1 of 5 GPUs are not used: workers take 2 each" in caplog.text
     assert local_workers(GenerationConfig(gpus_per_worker=2), ClusterConfig(), "cuda") == 2
     assert gpu_groups(GenerationConfig(gpus_per_worker=2, worker_id=3, total_workers=4)) == [["2", "3"]]
-    assert gpu_groups(GenerationConfig(devices="7")) == [["7"]]
-    with pytest.raises(ClusterError, match=r"gpus_per_worker: expected at least 2 GPUs for a worker, got 1 \(7\)"):
-        gpu_groups(GenerationConfig(devices="7", gpus_per_worker=2))
+    assert gpu_groups(GenerationConfig(devices="3")) == [["3"]]
+    with pytest.raises(ClusterError, match=r"gpus_per_worker: expected at least 2 GPUs for a worker, got 1 \(3\)"):
+        gpu_groups(GenerationConfig(devices="3", gpus_per_worker=2))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,9 @@ def test_the_whole_job_on_a_gpu_equals_the_cpu_within_tolerance(overrides, joine
     exact = ["distillation.teacher.dtype=float32"]
     gpu = generate(load_config([*overrides, *exact, f"distillation.teacher.cache_dir={tmp_path / 'gpu'}"]))
     cpu = generate(load_config([*joined, *exact, "distillation.teacher.generation.device=cpu"]))
+    receipts = [json.loads(path.read_text()) for path in (cache_dir(overrides) / "receipts").rglob("*.json")]
+    assert {len(receipt["gpus"]) for receipt in receipts} == {1}
+    assert all("GPU-" in receipt["gpus"][0] for receipt in receipts)
     one, two = CacheReader(gpu), CacheReader(cpu)
     np.testing.assert_allclose(one.arrays["logsumexp"], two.arrays["logsumexp"], atol=1e-3)
     np.testing.assert_allclose(one.arrays["tail_logmass"], two.arrays["tail_logmass"], atol=1e-3)

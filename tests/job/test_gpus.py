@@ -1,0 +1,94 @@
+"""Each worker computes on a GPU of its own, and a machine whose GPUs cannot be used is told so."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.errors import ClusterError
+from dask_logits.job import gpus as home
+from dask_logits.job.gpus import WorkerFacts, misplaced, named_gpus, visible_gpus
+from dask_logits.job.workers import local_device
+
+
+def worker(given: str, *used: str, host: str = "a") -> WorkerFacts:
+    """A worker that was given GPUs and computes on others: the digits of their UUIDs."""
+    return WorkerFacts(host, 8, tuple(given.split(",")), gpus_in_use=tuple(f"NVIDIA H200 GPU-{uuid}" for uuid in used))
+
+
+def test_workers_on_gpus_of_their_own_are_left_alone() -> None:
+    workers = {
+        "tcp://a:1": worker("0,1", "e0", "e1"),
+        "tcp://a:2": worker("1,0", "e1", "e0"),
+        "tcp://a:3": worker("GPU-e2", "e2"),
+        "tcp://b:1": worker("0,1", "e0", "e1", host="b"),
+        "tcp://c:1": worker("MIG-1", "e5", host="c"),
+        "tcp://c:2": worker("MIG-2", "e5", host="c"),
+        "tcp://d:1": WorkerFacts("d", 8, ()),
+    }
+    assert misplaced(workers, 1) == {}
+    groups = {"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("2,3", "e2", "e3")}
+    assert misplaced(groups, 2) == {}
+
+
+def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
+    # `dask worker --nworkers 3` shows every GPU to every worker, and torch takes the first.
+    shared = {f"tcp://a:{port}": worker("0,1,2", "e0", "e1", "e2") for port in (1, 2, 3)}
+    reasons = misplaced(shared, 1)
+    assert list(reasons) == ["tcp://a:2", "tcp://a:3"]
+    assert (
+        "computes on NVIDIA H200 GPU-e0, as tcp://a:1 does; start workers with `dask cuda worker`"
+        in reasons["tcp://a:3"]
+    )
+    other = {"tcp://a:1": worker("GPU-e1", "e0")}
+    assert "was given GPU-e1, and computes on NVIDIA H200 GPU-e0" in misplaced(other, 1)["tcp://a:1"]
+    overlapping = {"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("1,2", "e1", "e2")}
+    assert misplaced(overlapping, 1) == {}
+    assert list(misplaced(overlapping, 2)) == ["tcp://a:2"]
+
+
+def _no_driver() -> None:
+    raise RuntimeError("Driver Not Loaded")
+
+
+@pytest.mark.parametrize(
+    ("pynvml", "got"),
+    [(None, "import of pynvml"), (SimpleNamespace(nvmlInit=_no_driver, NVMLError=RuntimeError), "Driver Not Loaded")],
+)
+def test_gpus_that_cannot_be_counted_are_told_of(monkeypatch, tmp_path, pynvml, got) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    assert visible_gpus(tmp_path) == 0
+    for name in ("nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus(tmp_path) == 0
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(ClusterError, match=rf"expected to count the GPUs of this machine, got {got}.*device=cpu"):
+        visible_gpus(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus(tmp_path) == 0
+
+
+def test_gpus_without_a_build_of_torch_for_them_are_told_of(monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.job.workers.visible_gpus", lambda: 2)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ClusterError, match=r"expected a build of torch with CUDA on a machine with 2 GPUs, got .*cpu"):
+        local_device(GenerationConfig(), ClusterConfig())
+    assert local_device(GenerationConfig(device="cpu"), ClusterConfig()) == "cpu"
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    assert local_device(GenerationConfig(), ClusterConfig()) == "cuda"
+
+
+def test_only_gpus_of_the_allocation_can_be_named(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert named_gpus(GenerationConfig()) == ["2", "3"]
+    assert named_gpus(GenerationConfig(devices="3")) == ["3"]
+    with pytest.raises(ClusterError, match=r"devices: expected GPUs of CUDA_VISIBLE_DEVICES=2,3, got 0,1; name some"):
+        named_gpus(GenerationConfig(devices="0,1,2"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(home, "visible_gpus", lambda: 2)
+    assert named_gpus(GenerationConfig(devices="7")) == ["7"]
