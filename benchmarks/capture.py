@@ -2,8 +2,9 @@
 
 The loop: documents in dataset order, four at a time, padded to the longest of the four, an attention mask, the model's
 ``.logits``, ``log_softmax`` in float32, ``torch.topk``, appended to a resizable HDF5 file with padding stripped.
-Ours: ``dask-logits generate`` from the first partition's start to the renamed HDF5. Imports, cluster start and loading
-the model and tokenizer are left out of all. The meter's limit is a GEMM of the same dtype measured in the same run.
+Ours: ``dask-logits generate cluster=serial``, from the first partition's start to the renamed HDF5, by the times in its
+``status.json``. Imports and loading the model and the tokenizer are left out of all. The meter's limit is a GEMM of the
+same dtype measured in the same run.
 
     python benchmarks/capture.py --documents 45 --rounds 3 --out benchmarks/results/NAME.json
     python benchmarks/capture.py --tiny    # does it run? the figures mean nothing
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,78 +72,40 @@ def loop(arguments: argparse.Namespace, path: Path) -> dict[str, float]:
     }
 
 
-def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Run the job in this process, with its worker in another."""
+def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the job in this process, and read what it recorded of itself."""
     from dask_logits import generate, load_config
-    from dask_logits.data.tokens import tokenize
-    from dask_logits.job import run as job_run
-    from dask_logits.run.timings import add_seconds
 
-    spans: dict[str, float] = {}
-    score, consolidate = job_run.score, job_run.consolidate_run
-
-    def timed_score(job: Any, cluster: Any, *given: Any, **named: Any) -> Any:
-        cluster.client.run(tokenize, ["warm"], job.tokenizer_spec)
-        cluster.client.run(import_readers_and_writers)
-        spans["planned"] = job.estimate.worker_bytes
-        spans["first"] = time.perf_counter()
-        return score(job, cluster, *given, **named)
-
-    def timed_consolidate(*given: Any, **named: Any) -> Any:
-        spans["consolidate"] = time.perf_counter()
-        done = consolidate(*given, **named)
-        spans["renamed"] = time.perf_counter()
-        return done
-
-    job_run.score, job_run.consolidate_run = timed_score, timed_consolidate
-    cache = generate(
-        load_config(
-            [
-                f"distillation.teacher.model_path={arguments.model}",
-                f"distillation.teacher.dtype={arguments.dtype}",
-                f"distillation.teacher.cache_dir={folder}",
-                f"distillation.teacher.generation.top_k={arguments.k}",
-                f"distillation.teacher.generation.torch_threads={arguments.threads}",
-                f"distillation.scoring.compile={arguments.compile}",
-                "distillation.teacher.generation.num_workers=1",
-                "distillation.dataset.name=json",
-                f"distillation.dataset.data_files={arguments.corpus}",
-                f"distillation.dataset.max_samples={arguments.documents}",
-                f"distillation.dataset.max_length={arguments.max_length}",
-                "distillation.cluster.dashboard_address=null",
-                "cluster=local_cpu",
-            ]
-        )
-    )
-    receipts = [json.loads(path.read_text()) for path in sorted((folder / "receipts").rglob("*.json"))]
-    parts: dict[str, float] = {}
-    for receipt in receipts:
-        parts = add_seconds(parts, receipt["seconds"])
+    settings = [
+        f"distillation.teacher.model_path={arguments.model}",
+        f"distillation.teacher.dtype={arguments.dtype}",
+        f"distillation.teacher.cache_dir={folder}",
+        f"distillation.teacher.generation.top_k={arguments.k}",
+        f"distillation.teacher.generation.torch_threads={arguments.threads}",
+        f"distillation.scoring.compile={arguments.compile}",
+        "distillation.dataset.name=json",
+        f"distillation.dataset.data_files={arguments.corpus}",
+        f"distillation.dataset.max_samples={arguments.documents}",
+        f"distillation.dataset.max_length={arguments.max_length}",
+        "cluster=serial",
+    ]
+    cache = generate(load_config(settings))
+    receipts = [json.loads(path.read_text()) for path in (folder / "receipts").rglob("*.json")]
     calibration = json.loads((folder / "calibration.json").read_text())
+    entered = json.loads((folder / "status.json").read_text())["entered"]
+    parts: Counter[str] = Counter()
+    for receipt in receipts:
+        parts.update(receipt["seconds"])
     return {
         "tokens": sum(receipt["statistics"]["tokens"] for receipt in receipts),
-        # The cluster is closed between the last partition and the consolidation; that is not work on tokens.
-        "seconds": receipts_span(receipts, spans) + spans["renamed"] - spans["consolidate"],
+        "seconds": entered["done"] - entered["running"],
+        "consolidate_seconds": entered["done"] - entered["consolidating"],
         "peak_rss_bytes": max(receipt["peak_rss_bytes"] for receipt in receipts),
-        "planned_rss_bytes": spans["planned"],
         "cache_bytes": cache.stat().st_size,
         "compile_seconds": calibration["compile_seconds"] or 0.0,
         "trials": calibration["trials_tokens_per_second"],
-        "consolidate_seconds": spans["renamed"] - spans["consolidate"],
         "parts": parts,
     }
-
-
-def import_readers_and_writers() -> None:
-    """Import in the worker what its first reading and writing would: the loop's imports are not counted either."""
-    import datasets  # noqa: F401
-    import zarr.codecs  # noqa: F401
-
-
-def receipts_span(receipts: list[dict[str, Any]], spans: dict[str, float]) -> float:
-    """Seconds from the first partition's submission to the last receipt."""
-    last = max(receipt["finished"] for receipt in receipts)
-    return last - (time.time() - (time.perf_counter() - spans["first"]))
 
 
 def gemm(arguments: argparse.Namespace) -> dict[str, float]:

@@ -39,6 +39,8 @@ class Reporter:
         self._path = job.run.status_path(job.share)
         self._since = time.time()
         self._state = "starting"
+        # State → when it was entered.
+        self._entered: dict[str, float] = {}
         self._step: str | None = None
         self._reason: str | None = None
         self._at = 0.0
@@ -64,12 +66,14 @@ class Reporter:
         self._at = time.monotonic()
         if state is not None:
             self._state, self._step, self._reason = state, step, reason
+            self._entered.setdefault(state, time.time())
         status = DriverStatus(
             dashboard=self.executor.dashboard if self.executor else None,
             **(self.progress.facts() if self.progress else {"tokens_per_second": 0.0, "seconds_left": None}),
             since=self._since,
             at=time.time(),
             state=self._state,
+            entered=self._entered,
             step=self._step,
             reason=self._reason,
             failed={str(index): text for index, text in self.failed.items()},
