@@ -127,7 +127,7 @@ class TeacherConfig(Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
         "auto",
         "numerics",
-        "Data type of the weights. auto: the checkpoint's type, or float32 on a CPU without bfloat16 units.",
+        "Data type of the weights. auto: the checkpoint's type, or float32 without bfloat16 units.",
     )
     trust_remote_code: bool = _setting(False, "what", "Run Python code that comes with the checkpoint.")
     allow_pickle: bool = _setting(

@@ -24,6 +24,7 @@ from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import resolve_dtype
 from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
 from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
+from dask_logits.worker.environment import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
     task = CalibrationTask(
         teacher=teacher_spec(
             job,
-            dtype=resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, executor.device),
+            dtype=_dtype(job, executor),
             device=executor.device,
             torch_threads=executor.torch_threads,
         ),
@@ -106,6 +107,19 @@ def _is_compact(job: Job) -> bool:
         return wanted == "compact"
     top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
     return earns(top_k, vocab_size, job.estimate.tokens, job.estimate.partition_tokens)
+
+
+def _dtype(job: Job, executor: Executor) -> str:
+    setting, stored = job.config.teacher.dtype, job.teacher.checkpoint_dtype
+    there = executor.environments.values()
+    has_units = executor.device != "cuda" or all(map(has_bfloat16, there))
+    dtype = resolve_dtype(setting, stored, executor.device, has_bfloat16=has_units)
+    if not has_units and (setting, stored) == ("auto", "bfloat16"):
+        logger.warning(
+            "the GPUs have no bfloat16 units: the teacher runs in float32; distillation.teacher.dtype=float16 is "
+            "faster and takes half the memory, if its values stay in range"
+        )
+    return dtype
 
 
 def _tokens_each(job: Job, executor: Executor) -> int | None:

@@ -43,7 +43,7 @@ from dask_logits.teacher.locate import (
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.memory import must_fit
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers
+from dask_logits.teacher.placement import free_gpu_bytes, require_code, require_room, spread_layers
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
@@ -206,13 +206,27 @@ def _max_positions(text_config: Any) -> int | None:
     return longest
 
 
-def resolve_dtype(setting: str, checkpoint_dtype: str, device: str) -> str:
+def resolve_dtype(setting: str, checkpoint_dtype: str, device: str, *, has_bfloat16: bool = True) -> str:
     """Return the dtype in which the weights are used.
 
     On a CPU without bfloat16 units, half precision is slower than float32 and less exact, so ``auto`` selects float32.
+    On a GPU without them it selects float32 for a bfloat16 checkpoint, whose values may be beyond float16.
+
+    Parameters
+    ----------
+    setting
+        ``distillation.teacher.dtype``.
+    checkpoint_dtype
+        Dtype of the stored weights.
+    device
+        ``cpu`` or ``cuda``.
+    has_bfloat16
+        Whether all GPUs have bfloat16 units.
     """
     if setting != "auto":
         return setting
+    if checkpoint_dtype == "bfloat16" and device == "cuda" and not has_bfloat16:
+        return "float32"
     if checkpoint_dtype == "float32" or device == "cuda":
         return checkpoint_dtype if checkpoint_dtype in DTYPES else "float32"
     return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
@@ -283,6 +297,8 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
             "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
         )
+    if spec.device == "cuda":
+        require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     folder = Path(spec.path)
     if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
         # The file system may be temporarily unavailable. Raise OSError so that the task is retried.

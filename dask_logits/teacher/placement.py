@@ -7,7 +7,7 @@ alive inside a Dask worker. ``accelerate`` makes the map and moves the activatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,39 @@ def require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> N
             need,
             free_bytes,
         )
+
+
+def require_code(name: str, capability: tuple[int, int], built_for: Sequence[str]) -> None:
+    """Refuse a GPU for which this build of torch has no code.
+
+    Parameters
+    ----------
+    name
+        Model of the GPU.
+    capability
+        Its compute capability.
+    built_for
+        Architectures of the build: ``sm_90`` runs on 9.0 and later minor versions, ``compute_90`` on 9.0 and later.
+
+    Raises
+    ------
+    TeacherError
+        If none of them runs on it.
+    """
+    here = 10 * capability[0] + capability[1]
+    for architecture in built_for:
+        kind, _, number = architecture.partition("_")
+        built = int(number.rstrip("af"))
+        # Code with an "a" runs on exactly one architecture.
+        is_portable = not number.endswith("a") and built < here
+        if built == here or (is_portable and (kind == "compute" or built // 10 == capability[0])):
+            return
+    raise TeacherError(
+        f"distillation.teacher.generation.device: expected a GPU that torch {torch.__version__} was built for "
+        f"({', '.join(built_for)}), got {name} with compute capability {capability[0]}.{capability[1]}; install a "
+        "build of torch for it, leave it out with distillation.teacher.generation.devices, or set "
+        "distillation.teacher.generation.device=cpu"
+    )
 
 
 def free_gpu_bytes(n_gpus: int) -> dict[int, int]:

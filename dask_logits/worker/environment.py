@@ -36,6 +36,9 @@ _FIXES = {
     "cpu": "use machines with one instruction set, and unset ATEN_CPU_CAPABILITY",
     "gpu": "use GPUs of one model",
 }
+_CAPABILITY = ", compute capability "
+# First compute capability with bfloat16 units.
+_BFLOAT16 = (8, 0)
 _INSTALL = "install the same packages on every machine"
 
 
@@ -66,12 +69,24 @@ def environment(device: str) -> dict[str, str]:
     """
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"}
+        return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}{_CAPABILITY}{major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()
     # If the user forces a lower capability, these units are unused.
     found = torch.cpu.get_capabilities() if capability.startswith("AVX512") else {}
     units = [flag for flag in _CPU_FLAGS if found.get(flag)]
     return {**_shared(), "cpu": " ".join([platform.machine(), capability, *units])}
+
+
+def has_bfloat16(there: Environment) -> bool:
+    """Whether the GPU of an environment has bfloat16 units. Older GPUs only emulate the type.
+
+    >>> has_bfloat16({"gpu": "Tesla T4, compute capability 7.5"})
+    False
+    >>> has_bfloat16({"gpu": "NVIDIA H200, compute capability 9.0"})
+    True
+    """
+    major, minor = there["gpu"].rpartition(_CAPABILITY)[2].split(".")
+    return (int(major), int(minor)) >= _BFLOAT16
 
 
 def gpus_in_use(n_gpus: int) -> tuple[str, ...]:

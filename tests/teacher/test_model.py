@@ -81,6 +81,12 @@ def test_weights_that_do_not_fit_the_gpu_are_refused_with_the_arithmetic(llama, 
     free, total = 1 << 10, 80 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
+    with pytest.raises(TeacherError, match=r"expected a GPU that torch .* was built for \(sm_80\), got NVIDIA X"):
+        load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
     with pytest.raises(
         CapacityError, match=r"values, most of 4 bytes\), got 0\.00 of 80\.00 GiB; use a smaller"
     ) as caught:
@@ -182,6 +188,14 @@ def test_a_frozen_path_that_no_longer_agrees_is_refused() -> None:
 )
 def test_dtype_resolution(setting: str, checkpoint: str, device: str, expected: str) -> None:
     assert resolve_dtype(setting, checkpoint, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "checkpoint", "expected"),
+    [("auto", "bfloat16", "float32"), ("auto", "float16", "float16"), ("float16", "bfloat16", "float16")],
+)
+def test_dtype_on_a_gpu_without_bfloat16_units(setting: str, checkpoint: str, expected: str) -> None:
+    assert resolve_dtype(setting, checkpoint, "cuda", has_bfloat16=False) == expected
 
 
 def test_half_precision_on_a_cpu_without_the_units_becomes_float32(monkeypatch) -> None:

@@ -11,10 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import free_gpu_bytes, require_room, spread_layers, weight_bytes
+from dask_logits.teacher.placement import free_gpu_bytes, require_code, require_room, spread_layers, weight_bytes
 from dask_logits.teacher.selfcheck import choose_path, try_compiled
 
 LAYERS = 8
+# As torch 2.13 for CUDA 13 is built.
+BUILT_FOR = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
 
 def config() -> LlamaConfig:
@@ -117,3 +119,24 @@ print(used[-1] - used[399])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(done.stdout or 2**60) < 30 << 20, done.stderr
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (13, 0)])
+def test_gpus_that_torch_has_code_for_are_accepted(capability) -> None:
+    require_code("NVIDIA X", capability, BUILT_FOR)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((7, 0), BUILT_FOR),
+        ((6, 1), BUILT_FOR),
+        ((13, 0), ["sm_90", "sm_120"]),
+        ((9, 1), ["sm_90a"]),
+        ((8, 0), ["sm_86"]),
+    ],
+)
+def test_gpus_that_torch_has_no_code_for_are_refused(capability, built_for) -> None:
+    got = rf"got NVIDIA X with compute capability {capability[0]}\.{capability[1]}; install a build of torch for it"
+    with pytest.raises(TeacherError, match=got):
+        require_code("NVIDIA X", capability, built_for)
