@@ -17,19 +17,15 @@ from dask_logits.cache.reader import CacheReader
 TEXTS = sentences(60, seed=11, longest=12)
 RUNNER = """
 import json, sys
-from distributed import LocalCluster
 from dask_logits import DaskLogitsError, generate, load_config, prepare_dataset
 
 if __name__ == "__main__":
     jobs = json.loads(sys.argv[1])
-    # Its worker shares the process: the libraries are imported once.
-    where = dict(processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None)
-    with LocalCluster(**where, n_workers=1, threads_per_worker=1, memory_limit=None) as cluster:
-        for overrides in jobs:
-            try:
-                generate(load_config([*overrides, f"distillation.cluster.scheduler={cluster.scheduler_address}"]))
-            except DaskLogitsError as error:
-                print(json.dumps(str(error)))
+    for overrides in jobs:
+        try:
+            generate(load_config([*overrides, "cluster=serial"]))
+        except DaskLogitsError as error:
+            print(json.dumps(str(error)))
 """
 
 

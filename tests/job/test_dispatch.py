@@ -119,6 +119,7 @@ def _of_another_environment() -> None:
     raise ModuleNotFoundError("No module named 'gone'")
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer_is_gone_on_without(caplog, monkeypatch) -> None:
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,

@@ -103,7 +103,7 @@ def expected(joined, tmp_path) -> str:
 @pytest.mark.parametrize(
     ("act", "kind", "reason"),
     [
-        ("die", "worker-death", "its worker died 2 times"),
+        pytest.param("die", "worker-death", "its worker died 2 times", marks=pytest.mark.slow),
         ("raise", "data", "odd text"),
         pytest.param(
             "hang",
@@ -146,7 +146,8 @@ def test_a_deadly_row_is_quarantined_and_named(overrides, expected, tmp_path, ac
     assert read_status(run).failed == {}
 
 
-@pytest.mark.parametrize("act", ["hold", pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["hold", "hang"])
 def test_a_hanging_partition_does_not_hold_up_other_workers(joined, overrides, tmp_path, act) -> None:
     # Two workers: while one hangs, the other goes on, and the stall is seen all the same.
     single = "distillation.partition.rows=1"
@@ -181,6 +182,7 @@ def with_room_for(kib: int | None, folder: Path, *command: str) -> subprocess.Co
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, expected, tmp_path) -> None:
     run, job = cache_dir(joined), ["generate", *joined, SMALL]
     # So that the dataset is in the cache of its library.

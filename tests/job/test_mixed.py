@@ -147,6 +147,7 @@ class Hole(WorkerPlugin):
         socket.gethostname = lambda: f"node{7 + worker.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["hole", "read-only"])
 def test_a_worker_that_fails_costs_a_few_attempts_and_no_partition(overrides, joined, tmp_path, act, caplog) -> None:
     data = write_json_lines(tmp_path / "many.jsonl", sentences(60, seed=5))

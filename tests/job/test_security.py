@@ -90,6 +90,7 @@ def test_a_job_speaks_tls_and_others_are_turned_away(overrides, joined, certific
     assert not [name for name, data in said.items() if b"PRIVATE KEY" in data]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_made_speaks_tls(overrides, certificates, monkeypatch) -> None:
     addresses: list[str] = []
 

@@ -111,6 +111,7 @@ def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here,
     assert read_status(cache_dir(overrides)).left_out == {}
 
 
+@pytest.mark.slow
 def test_when_every_device_is_sick_the_job_ends_and_blames_no_partition(overrides, tmp_path) -> None:
     with (
         sick_cluster("all", tmp_path / "log") as scheduler,
@@ -123,6 +124,7 @@ def test_when_every_device_is_sick_the_job_ends_and_blames_no_partition(override
     assert read_failures(RunFolder(cache_dir(overrides))) == {}
 
 
+@pytest.mark.slow
 def test_a_partition_that_breaks_good_devices_is_quarantined_and_no_row_is_blamed(overrides, here, tmp_path) -> None:
     with sick_cluster("row", tmp_path / "log") as scheduler:
         with pytest.raises(PartitionsFailedError, match="device-side assert") as caught:

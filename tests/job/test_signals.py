@@ -60,6 +60,7 @@ def _left(group: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path) -> None:
     data = write_json_lines(tmp_path / "many.jsonl", sentences(120, seed=5))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]

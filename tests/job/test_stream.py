@@ -507,7 +507,7 @@ def test_a_touched_parquet_file_is_the_same_file(parquet, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (["distillation.dataset.max_samples=null"], "ConfigError", "a stream may have no end"),
+        (["distillation.dataset.max_samples=null"], "ConfigError", "The stream may be endless"),
         (
             ["distillation.dataset.text_column=body"],
             "DatasetError",
@@ -538,7 +538,7 @@ def test_bad_streams_are_refused_and_nothing_changes_on_disk(parquet, tmp_path, 
 
 
 def test_a_stream_object_needs_a_bound_too(stream) -> None:
-    with pytest.raises(dask_logits.ConfigError, match="a stream may have no end"):
+    with pytest.raises(dask_logits.ConfigError, match="The stream may be endless"):
         dask_logits.generate_teacher_logits(
             stream[0].partition("=")[2], iter(TEXTS), cache_dir(stream), device="cpu", top_k=4
         )

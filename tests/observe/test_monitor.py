@@ -115,6 +115,7 @@ def interrupt_and_kill_a_kernel_that_watches(scheduler_file: Path) -> None:
         manager.cleanup_resources()
 
 
+@pytest.mark.slow
 def test_notebooks_watch_a_running_job_and_leave_it_alone(overrides, tmp_path, jupyter, monkeypatch) -> None:
     data = write_json_lines(tmp_path / "many.jsonl", sentences(3000))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=1"]
