@@ -36,7 +36,7 @@ def cache(tmp_path_factory) -> Path:
 
 def test_every_benchmark_has_a_tiny_mode() -> None:
     names = {path.name for path in BENCHMARKS.glob("*.py")}
-    assert names == {"capture.py", "loader.py", "loss.py", "scoring.py", "storage.py", "stream.py"}
+    assert names == {"capture.py", "gpu.py", "loader.py", "loss.py", "scoring.py", "storage.py", "stream.py"}
     assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_cpu.py"}
     for name in names:
         assert f"benchmarks/{name}" in (BENCHMARKS / name).read_text()
@@ -67,6 +67,17 @@ def test_scoring_runs(llama, corpus, tmp_path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["throughput"].keys() == {"length", "k", "vocabulary"}
     assert found["accuracy"]["rms_nats_bfloat16"] < 0.01
+
+
+def test_gpu_runs(tmp_path, capsys) -> None:
+    run("gpu.py", "--tiny", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["left_out"] == []
+    assert found["scoring"]["tiny"]["same_bytes"] == {"twice": True, "half_batches": True}
+    assert [row["length"] for row in found["scoring"]["tiny"]["rows"]] == [16, 32]
+    assert found["heads"].keys() == {"bfloat16", "float32 out"}
+    assert found["job"]["verified"]
+    assert "ours / loop" in capsys.readouterr().out
 
 
 def test_loss_runs(tmp_path, capsys) -> None:
