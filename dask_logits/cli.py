@@ -104,7 +104,6 @@ settings_argument = click.argument(
     "overrides", nargs=-1, metavar="[SETTING=VALUE]...", shell_complete=complete_settings
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_takeover = click.option("--takeover", is_flag=True, help="Take over the lock of a process on another host that died.")
 # The options of Hydra that `generate` passes on.
 _HYDRA = (
     click.Option(["-c", "--cfg"], type=click.Choice(["job", "hydra", "all"]), help="Print the settings and stop."),
@@ -278,7 +277,6 @@ def show(cache: str, as_json: bool) -> None:
 @click.argument("target", type=click.Path())
 @click.option("--profile", type=click.Choice(["plain", "compact"]), required=True)
 @click.option("--precision", type=click.Choice([8, 10, 12]), default=8, help="Bits of a log-prob.")
-@_takeover
 def convert(cache: str, target: str, **options: Any) -> None:
     """Rewrite a cache in another profile, to the file TARGET."""
     from dask_logits.ops.convert import convert
@@ -294,7 +292,6 @@ def convert(cache: str, target: str, **options: Any) -> None:
 @click.option("--output", type=click.Path(), help="File to write.  [default: teacher_logits.h5 in the input folder]")
 @click.option("--index", is_flag=True, help="Write an index over one cache per part instead of a single cache.")
 @click.option("--max-file-size", metavar="SIZE", help="Split a larger cache into shards with an index, such as 20GB.")
-@_takeover
 def merge(parts: tuple[str, ...], input_dir: str | None, **options: Any) -> None:
     """Merge the results of static workers into one cache.
 

@@ -314,11 +314,6 @@ class JobConfig(Group):
         5, "how", "Number of failed partitions that stop the job if none has succeeded yet."
     )
     keep_partitions: bool = _setting(False, "how", "Keep the Zarr partitions after the cache is complete.")
-    takeover: bool = _setting(
-        False,
-        "how",
-        "Take over the lock of a driver on another host that died without releasing it. Live drivers keep theirs.",
-    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Lowest level of log messages.")
 
 
@@ -427,8 +422,8 @@ def _describe(hint: Any) -> str:
 def flat(tree: Mapping[str, Any], prefix: str = "distillation") -> dict[str, Any]:
     """Map the dotted path of each leaf of a tree to its value.
 
-    >>> flat({"job": {"retries": 1, "takeover": True}})
-    {'distillation.job.retries': 1, 'distillation.job.takeover': True}
+    >>> flat({"job": {"retries": 1, "keep_partitions": True}})
+    {'distillation.job.retries': 1, 'distillation.job.keep_partitions': True}
     """
     leaves: dict[str, Any] = {}
     for name, value in tree.items():

@@ -172,7 +172,7 @@ def test_multirun_refusals_exit_2_too(joined, tmp_path) -> None:
         # bash splits words at the equals sign.
         ("bash", "generate distillation.teacher.dtype = fl", ["plain,float32", "plain,float16"]),
         ("bash", "retry run cluster = l", ["plain,local_cpu", "plain,local_cuda"]),
-        ("zsh", "generate distillation.job.takeover=t", ["plain", "distillation.job.takeover=true"]),
+        ("zsh", "generate distillation.job.keep_partitions=t", ["plain", "distillation.job.keep_partitions=true"]),
     ],
 )
 def test_the_shell_completes_commands_options_and_settings(shell, words, expected) -> None:

@@ -93,7 +93,7 @@ class Job:
 def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:
     """Return the original settings of a run, updated to its current folder and rows.
 
-    Permissions for a single start, to replace a run or to take over a lease, are dropped.
+    The permission to replace a run, given for a single start, is dropped.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:
     if isinstance(limit, int) and limit < log.n_rows:
         # The run has grown since then.
         dataset["max_samples"] = "all" if log.end == "exhausted" else log.n_rows
-    return {**how, "teacher": teacher, "dataset": dataset, "job": {**how["job"], "takeover": False}}
+    return {**how, "teacher": teacher, "dataset": dataset}
 
 
 def prepare(

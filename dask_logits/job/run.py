@@ -182,7 +182,6 @@ def _finish(job: Job, reporter: Reporter) -> Path:
             job.run,
             keep_partitions=config.job.keep_partitions,
             max_file_bytes=None if limit is None else parse_bytes(limit),
-            takeover=config.job.takeover,
             on_piece=reporter.tick,
         )
 
@@ -249,18 +248,16 @@ def _ran() -> Iterator[None]:
 def _held(job: Job) -> Iterator[None]:
     """Hold the share of the run for this driver. A start refused before its manifest leaves no trace."""
     run = job.run
-    lock = run.path / lock_name(job.share)
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     run.path.mkdir(parents=True, exist_ok=True)
-    with lease(lock, takeover=job.config.job.takeover):
-        try:
+    try:
+        with lease(run.path / lock_name(job.share)):
             yield
-        finally:
-            if not run.manifest_path.exists():
-                lock.unlink(missing_ok=True)
-                for folder in missing:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+    finally:
+        if not run.manifest_path.exists():
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -271,8 +268,8 @@ def _alone(job: Job) -> Iterator[None]:
     names = [CONSOLIDATION_LOCK, *(lock_name(Share(worker=worker, total=total)) for worker in range(total))]
     with contextlib.ExitStack() as held:
         for name in names:
-            if name != lock_name(job.share) and (job.run.path / name).exists():
-                held.enter_context(lease(job.run.path / name, takeover=job.config.job.takeover))
+            if name != lock_name(job.share):
+                held.enter_context(lease(job.run.path / name))
         yield
 
 

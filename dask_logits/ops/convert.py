@@ -41,7 +41,6 @@ def convert(
     *,
     profile: Literal["plain", "compact"],
     precision: Precision = 8,
-    takeover: bool = False,
 ) -> Path:
     """Rewrite a cache in another profile.
 
@@ -55,8 +54,6 @@ def convert(
         ``plain`` or ``compact``.
     precision
         Bits of a log-prob in the compact profile: 8, 10 or 12.
-    takeover
-        Take over the lease of a process on another machine that does not renew it.
 
     Returns
     -------
@@ -98,7 +95,7 @@ def convert(
     pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
     with room(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
+        with lease(target.parent / CONSOLIDATION_LOCK):
             consolidate(target, lambda: pieces, profile=made, packed=reader.is_packed, attributes=attributes)
     return target
 

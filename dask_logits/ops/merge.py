@@ -32,7 +32,6 @@ def merge(
     num_workers: int | None = None,
     index: bool = False,
     max_file_size: int | str | None = None,
-    takeover: bool = False,
 ) -> Path:
     """Merge the parts of a job into one cache, or build an index over them.
 
@@ -50,8 +49,6 @@ def merge(
     max_file_size
         Maximum size of a file (``"20GB"``). A larger cache becomes numbered files with an index. None: the setting of
         the run, else one file.
-    takeover
-        Take over the lease of a process on another machine that does not renew it.
 
     Returns
     -------
@@ -79,7 +76,7 @@ def merge(
     whole = _reference(opened)
     with room(target.parent):
         if isinstance(whole, RunPart) and len(opened) == 1 and target in (whole.run.cache_path, whole.run.index_path):
-            written = _consolidated(whole, max_bytes, takeover)
+            written = _consolidated(whole, max_bytes)
             if not index or written == target:
                 return written
             opened = [RunPart.open(whole.run)]
@@ -88,10 +85,10 @@ def merge(
             pieces = _ordered(opened, once=index)
             check_cover(whole, pieces())
         target.parent.mkdir(parents=True, exist_ok=True)
-        with lease(target.parent / CONSOLIDATION_LOCK, takeover=takeover):
+        with lease(target.parent / CONSOLIDATION_LOCK):
             if index:
                 check_replaceable(target, whole)
-                write_index(target, _caches(opened, target.parent, takeover), n_rows=opened[0].n_rows)
+                write_index(target, _caches(opened, target.parent), n_rows=opened[0].n_rows)
             elif [part.path for part in opened] != [target]:
                 return write_cache(target, whole, pieces, max_file_bytes=max_bytes)
     return target
@@ -106,13 +103,13 @@ def _check_name(target: Path, index: bool) -> None:
         raise ConfigError(f"--output: expected {expected}, got {found}: {target}; name a file")
 
 
-def _consolidated(part: RunPart, max_bytes: int | None, takeover: bool) -> Path:
+def _consolidated(part: RunPart, max_bytes: int | None) -> Path:
     """Return the cache of a separate run, consolidating it if necessary."""
     keep = bool(part.manifest.setting("job.keep_partitions"))
     limit = part.manifest.setting("cache.max_file_size")
     if not part.state.is_complete:
         max_bytes = max_bytes or (None if limit is None else parse_bytes(limit))
-        return consolidate_run(part.run, keep_partitions=keep, max_file_bytes=max_bytes, takeover=takeover)
+        return consolidate_run(part.run, keep_partitions=keep, max_file_bytes=max_bytes)
     cache = part.cache
     assert cache is not None
     logger.info("%s is complete: nothing to do", cache.path)
@@ -211,7 +208,7 @@ def _equal(one: Piece, other: Piece) -> bool:
     return same_rows and one.content_digest() == other.content_digest()
 
 
-def _caches(parts: Sequence[Part], held: Path, takeover: bool) -> list[Path]:
+def _caches(parts: Sequence[Part], held: Path) -> list[Path]:
     """Ensure that every part has its own cache. Return the files. We already hold the lease of the folder `held`."""
     caches = []
     for part in parts:
@@ -221,6 +218,6 @@ def _caches(parts: Sequence[Part], held: Path, takeover: bool) -> list[Path]:
             caches += [reader.path for reader in part.cache.readers]
         else:
             lock = part.run.path / CONSOLIDATION_LOCK
-            with contextlib.nullcontext() if part.run.path.samefile(held) else lease(lock, takeover=takeover):
+            with contextlib.nullcontext() if part.run.path.samefile(held) else lease(lock):
                 caches.append(write_cache(part.run.cache_path, part, part.pieces, partial=True))
     return caches

@@ -45,7 +45,6 @@ def consolidate_run(
     *,
     keep_partitions: bool = False,
     max_file_bytes: int | None = None,
-    takeover: bool = False,
     on_piece: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write the cache of a run whose partitions are all committed, then delete superfluous files.
@@ -58,8 +57,6 @@ def consolidate_run(
         Keep the Zarr partitions.
     max_file_bytes
         Write numbered files of at most this size (or one partition) if one file would be larger. None: one file.
-    takeover
-        Take over the lease of a process on another machine that does not renew it.
     on_piece
         Called after each partition.
 
@@ -78,7 +75,7 @@ def consolidate_run(
     CacheError
         If other data is damaged.
     """
-    with lease(run.path / CONSOLIDATION_LOCK, takeover=takeover):
+    with lease(run.path / CONSOLIDATION_LOCK):
         part = RunPart.open(run)
         check_cover(part, part.pieces())
         try:

@@ -57,7 +57,7 @@ def damage(bases: list[Path], folder: Path, pick: Pick) -> None:
 
 
 def _step(folder: Path, pick: Pick) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = files[pick(len(files))]
     how = pick(4)
     if how and path.suffix == ".json":

@@ -34,7 +34,7 @@ def bases(folder: Path, run: Path) -> list[Path]:
         shutil.copy(golden, made[-1])
     for name, absent in (("run", ()), ("scored", ("teacher_logits*",))):
         made.append(folder / name)
-        shutil.copytree(run, made[-1], ignore=shutil.ignore_patterns("*.lock", *absent))
+        shutil.copytree(run, made[-1], ignore=shutil.ignore_patterns(*absent))
     return made
 
 

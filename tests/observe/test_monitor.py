@@ -26,7 +26,7 @@ from dask_logits.files.atomic import replace_json
 from dask_logits.observe import monitor as module
 from dask_logits.observe.monitor import Monitor
 from dask_logits.run.failures import Failure, note_failure
-from dask_logits.run.folder import RUNS_TOPIC, RunFolder, Share
+from dask_logits.run.folder import RUNS_TOPIC, RunFolder, Share, lock_name
 from dask_logits.run.records import FORMAT, VERSION
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "monitor.ipynb"
@@ -37,12 +37,13 @@ FACTS = {
 
 
 def run_folder(path: Path, **facts) -> Path:
-    """Make a run that has only begun, with what its driver last wrote."""
+    """Make a run that has only begun, with what its driver last wrote and its lock."""
     path.mkdir()
     run = RunFolder(path)
     begun = {"run_id": "r", "fingerprint": "f", "what": {}, "how": {}, "total_workers": 1}
     replace_json(run.manifest_path, {"format": FORMAT, "version": VERSION, **begun})
     replace_json(run.status_path(Share()), {**FACTS, "at": time.time(), **facts})
+    (path / lock_name(Share())).touch()
     return path
 
 
@@ -169,6 +170,7 @@ def test_all_cells_can_be_executed_while_a_run_calibrates(tmp_path, jupyter, mon
     record = {**FACTS, "at": time.time(), "since": time.time(), "state": "calibrating", "step": "loading the teacher"}
     (tmp_path / "run").mkdir()
     replace_json(tmp_path / "run" / "status.json", record)
+    (tmp_path / "run" / lock_name(Share())).touch()
     monkeypatch.setenv("DASK_LOGITS_RUN", str(tmp_path / "run"))
     shown = execute()
     assert figures(shown["attach"])["state"].startswith("calibrating since ")

@@ -32,6 +32,7 @@ def driver_record(folder: Path, **facts) -> None:
 def test_a_run_is_visible_while_it_calibrates(tmp_path) -> None:
     folder = tmp_path / "run"
     driver_record(folder, **CALIBRATING)
+    (folder / lock_name(Share())).touch()
     status = read_status(folder)
     assert (status.state, status.step, status.running) == ("calibrating", "loading the teacher", 1)
     assert "\nstate         calibrating since " in "\n".join(status.lines())
@@ -126,5 +127,4 @@ def test_a_start_that_is_refused_leaves_no_record(overrides, tmp_path) -> None:
 def test_a_record_of_a_killed_driver_does_not_keep_the_next_one_out(here) -> None:
     folder = cache_dir(here)
     driver_record(folder, **CALIBRATING)
-    (folder / lock_name(Share())).touch()
     assert generate(load_config(here)).exists()

@@ -120,9 +120,7 @@ def test_a_large_cache_becomes_numbered_files_with_the_same_content(here, capsys
     before = tree(folder)
     assert run(here, SMALL, KEEP) == index
     assert merge([folder]) == index
-    assert {**tree(folder), ".consolidate.lock": b"", ".driver.lock": b""} == {
-        **before, ".consolidate.lock": b"", ".driver.lock": b"",
-    }  # fmt: skip
+    assert tree(folder) == before
     main(["merge", str(folder), "--output", str(folder / "again.h5"), "--max-file-size", "1KB"])
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "again.index.json")
     assert json.loads((folder / "again.index.json").read_text())["content_digest"] == whole.content_digest
