@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dask_logits.train.sampler import ResumableSampler
     from dask_logits.train.student import StudentWithLoss, student_head
     from dask_logits.train.targets import SparseTargets
+    from dask_logits.train.trainer import DistillationConfig, DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,9 @@ _HOMES = {
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
+    "DistillationConfig": "train.trainer",
     "DistillationLoss": "train.losses",
+    "DistillationTrainer": "train.trainer",
     "Head": "train.heads",
     "ItemOrder": "train.order",
     "Monitor": "observe.monitor",
@@ -87,7 +90,9 @@ __all__ = [
     "ConfigError",
     "DaskLogitsError",
     "DatasetError",
+    "DistillationConfig",
     "DistillationLoss",
+    "DistillationTrainer",
     "Head",
     "ItemOrder",
     "Monitor",

@@ -11,15 +11,15 @@ Use one sampler per loader. The sampler knows the positions it yielded. Only the
 - ``accelerate`` shards the batches itself. Use ``num_replicas=1, rank=0``, count `consumed` over all processes
   (steps × batch × processes), and call ``loader.set_epoch(epoch)`` on the prepared loader before each loop, first with
   ``sampler.epoch``. It counts epochs from 0 and would otherwise reset the sampler.
-- ``transformers.Trainer`` uses accelerate internally. If its sampler is the same, it skips to its old position itself,
-  without reading an item. Override, in a subclass::
+- ``transformers.Trainer``: :class:`dask_logits.DistillationTrainer` has this sampler. Any other Trainer with the same
+  sampler also skips to its old position without reading an item. Override, in a subclass::
 
       def _get_train_sampler(self, train_dataset=None):
           order = ItemOrder(len(self.train_dataset), seed=self.args.seed)
           return ResumableSampler(order, num_replicas=1, rank=0)
 
   With several processes it does not tell the sampler the resumed epoch (transformers 5.23, accelerate 1.15). Call
-  ``sampler.set_epoch(int(state.epoch or 0))`` in a callback's ``on_train_begin``.
+  ``sampler.set_epoch(int(state.epoch or 0))`` in a callback's ``on_epoch_begin``.
 """
 
 from __future__ import annotations
