@@ -158,6 +158,10 @@ class Records:
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
+    def tokens(self) -> dict[str, Array]:
+        """Return the arrays of the token axis by name."""
+        return {name: getattr(self, name) for name in TOKEN_ARRAYS}
+
 
 class ContentDigest:
     """Sum of the SHA-256 of all documents. Equal sums mean the same targets for the same tokens.

@@ -38,7 +38,9 @@ _LEVEL = 1
 _METADATA = "zarr.json"
 
 
-def write_partition(path: Path, records: Records, profile: Profile) -> dict[str, tuple[int, int]]:
+def write_partition(
+    path: Path, records: Records, profile: Profile, stored: Mapping[str, Array] | None = None
+) -> dict[str, tuple[int, int]]:
     """Write a partition into a new group and make it durable.
 
     Parameters
@@ -49,6 +51,8 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
         The partition.
     profile
         Storage of its token arrays.
+    stored
+        Its token arrays from :func:`encode_all`. None: they are encoded here.
 
     Returns
     -------
@@ -60,7 +64,9 @@ def write_partition(path: Path, records: Records, profile: Profile) -> dict[str,
     attributes = {"format": FORMAT, "version": VERSION, "profile": profile.name}
     group = zarr.create_group(str(path), zarr_format=3, attributes=attributes)
     arrays = dict(records.arrays())
-    for name, array in encode_all({name: arrays[name] for name in TOKEN_ARRAYS}, profile).items():
+    if stored is None:
+        stored = encode_all(records.tokens(), profile)
+    for name, array in stored.items():
         chunked = profile.arrays[name].chunked
         # Rank bytes do not compress. Arrays that are contiguous in the cache are decoded when they are copied.
         level = None if name == "topk_ids_b0" else _LEVEL

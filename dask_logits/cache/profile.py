@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,8 +36,8 @@ _CHUNK_BYTES = 32 << 10
 _MOST_CHUNK_BYTES = 1 << 20
 # Larger gaps are clipped: a kept entry e^-32 times as probable as the first is irrelevant.
 _RANGE_NATS = 32.0
-# Tokens encoded at a time. Intermediate arrays take eight times the size of the codes.
-_BLOCK_TOKENS = 16_384
+# Tokens encoded or decoded at a time, so that intermediate arrays fit into a core's cache.
+_BLOCK_TOKENS = 1024
 # Upper bound for an array of one dimension.
 _NPY_HEADER_BYTES = 4096
 _HALVED = ("logsumexp", "tail_logmass", "label_logprob")
@@ -296,18 +296,28 @@ def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array
     return out
 
 
-def as_kept(records: Records, profile: Profile) -> Records:
-    """Return records with their values after storing and reading, including the loss of precision."""
+def as_kept(records: Records, profile: Profile, stored: Mapping[str, Array] | None = None) -> Records:
+    """Return records with their values after storing and reading, including the loss of precision.
+
+    Parameters
+    ----------
+    records
+        The records.
+    profile
+        The profile.
+    stored
+        Their token arrays from :func:`encode_all`. None: they are encoded here.
+    """
     if isinstance(profile, Plain):
         return records
-    arrays = dict(records.arrays())
-    tokens = {name: arrays.pop(name) for name in TOKEN_ARRAYS}
+    tokens = records.tokens()
+    stored = encode_all(tokens, profile) if stored is None else stored
     out = {name: np.empty_like(array) for name, array in tokens.items()}
     for first in range(0, records.n_tokens, _BLOCK_TOKENS):
-        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()}
-        for name, array in profile.decode(profile.encode(part)).items():
+        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in stored.items()}
+        for name, array in profile.decode(part).items():
             out[name][first : first + _BLOCK_TOKENS] = array
-    return Records(**out, **arrays)
+    return replace(records, **out)
 
 
 def id_table(topk_ids: Array, vocab_size: int) -> Array:

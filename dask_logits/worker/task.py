@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dask_logits.cache.partition import remove_partition, write_partition
-from dask_logits.cache.profile import ProfileSpec, as_kept, load_profile
+from dask_logits.cache.profile import ProfileSpec, as_kept, encode_all, load_profile
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, read_documents, tokenize
@@ -180,7 +180,8 @@ def process_partition(
         scored = stages.run(score)
         lap("score")
     profile = load_profile(task.profile)
-    statistics, content_digest = _said_of(as_kept(scored.records, profile))
+    stored = encode_all(scored.records.tokens(), profile)
+    statistics, content_digest = _said_of(as_kept(scored.records, profile, stored))
     statistics = statistics.model_copy(
         update={"skipped_rows": len(documents.skipped), "double_bos_rows": documents.n_double_bos}
     )
@@ -189,7 +190,7 @@ def process_partition(
     flops = task.cost.flops(len(item.tokens) for item in items)
     attempt = run.attempt_path(task.partition.index)
     try:
-        files = write_partition(attempt, scored.records, profile)
+        files = write_partition(attempt, scored.records, profile, stored)
     except BaseException:
         remove_partition(attempt)
         raise

@@ -26,13 +26,13 @@ def dask_setup(worker: object) -> None:
 
     write, create = task.write_partition, task.create_json
 
-    def write_partition(attempt, records, profile):
+    def write_partition(attempt, *given):
         note(f"attempt {attempt.name[:6]}")
         time.sleep(_DRAW.random() * _SLEEP_SECONDS)
         if _DRAW.random() < _WRITE_FAILS:
             note("fault write")
             raise OSError(5, "Input/output error")
-        files = write(attempt, records, profile)
+        files = write(attempt, *given)
         if _DRAW.random() < _CUT_SHORT:
             note("fault cut")
             name = _DRAW.choice(sorted(name for name, (size, _) in files.items() if size))
