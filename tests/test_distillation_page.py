@@ -40,6 +40,7 @@ def test_every_block_runs_from_the_quickstart_alone(after_quickstart, capsys) ->
     assert names["trainer"].state.global_step == 4
     assert {"divergence", "cross_entropy", "tokens_per_second"} <= names["trainer"].state.log_history[0].keys()
     assert "held out: " in out
+    assert "student and curve: output/curve" in out
     assert len(names["parts"]) == len(names["dataset"]) == 12
     assert len(names["both"]) > 12
     assert names["first_of_document"].sum() > 1

@@ -140,7 +140,10 @@ def test_targets_arrive_whatever_the_loader_does(dataset, tmp_path, changes) -> 
 
 
 def test_gradient_checkpointing_changes_nothing(dataset, tmp_path) -> None:
-    found = trained(tmp_path, dataset, activation_checkpointing=True)
+    # transformers 5.23 renamed it.
+    has_new_name = hasattr(DistillationConfig, "activation_checkpointing")
+    name = "activation_checkpointing" if has_new_name else "gradient_checkpointing"
+    found = trained(tmp_path, dataset, **{name: True})
     assert found.model.is_gradient_checkpointing
     expected = trained(tmp_path, dataset)
     assert [entry["loss"] for entry in steps(found)] == [entry["loss"] for entry in steps(expected)]
@@ -155,6 +158,8 @@ def test_mixed_precision_is_close(dataset, tmp_path) -> None:
     assert all(value.dtype == torch.float32 for value in weights(found).values())
 
 
+# peft 0.19 takes every head for a tied one.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_lora_trains_its_adapters_alone(dataset, tmp_path) -> None:
     peft = pytest.importorskip("peft")

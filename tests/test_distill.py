@@ -1,0 +1,110 @@
+"""scripts/distill.py: a student from a cache, its curve and its refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import records, tiny_model, write_cache
+from transformers import AutoModelForCausalLM
+
+from dask_logits import CachedLogitsDataset, Objective, collate, distillation_loss
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "scripts" / "distill.py")
+SMALL = ["student.model.hidden_size=32", "student.model.intermediate_size=64", "student.model.num_hidden_layers=1"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    write_cache(tmp_path / "teacher_logits.h5", records([20, 30, 0, 10, 25, 15] * 4, k=8))
+    return tmp_path
+
+
+def distill(cache: Path, *more: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    output = cache / "student"
+    given = [f"distillation.teacher.cache_dir={cache}", f"student.output_dir={output}", "student.batch_tokens=128"]
+    monkeypatch.setattr("sys.argv", [SCRIPT, *given, "student.held_out=0.2", "student.warmup_steps=2", *more])
+    runpy.run_path(SCRIPT, run_name="__main__")
+    return output
+
+
+def test_a_random_student_learns_what_is_held_out_from_it(cache, monkeypatch, capsys) -> None:
+    more = ["student.steps=12", "student.eval_steps=5", "student.learning_rate=0.003", *SMALL]
+    output = distill(cache, *more, monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    before, after = map(
+        float, re.findall(r"divergence on 4 held-out items: ([\d.]+) before, ([\d.]+) after 12", out)[0]
+    )
+    curve = json.loads((output / "curve.json").read_text())
+    assert [entry["step"] for entry in curve["held_out"]] == [0, 5, 10, 12]
+    assert [entry["step"] for entry in curve["train"]] == list(range(1, 13))
+    assert sum(entry["loss"] for entry in curve["train"][-3:]) < sum(entry["loss"] for entry in curve["train"][:3])
+    assert curve["held_out"][-1]["divergence"] == pytest.approx(after, abs=1e-3)
+    assert curve["settings"]["steps"] == 12
+    assert "cross-entropy, held out" in (output / "curve.html").read_text()
+
+    dataset = CachedLogitsDataset(cache / "teacher_logits.h5")
+    assert curve["content_digest"] == dataset.content_digest
+    batch = collate([dataset[i] for i in range(16, 20)])
+    logits = AutoModelForCausalLM.from_pretrained(output)(batch["input_ids"], batch["attention_mask"]).logits
+    found = distillation_loss(logits, batch["targets"], Objective(alpha=0.9))
+    assert found.loss.item() == pytest.approx(curve["held_out"][-1]["loss"], rel=1e-4)
+    assert before != after
+
+
+def test_a_student_continues_from_its_folder(cache, monkeypatch) -> None:
+    tiny_model("llama").save_pretrained(cache / "started")
+    output = distill(cache, f"student.model_path={cache / 'started'}", "student.steps=1", monkeypatch=monkeypatch)
+    assert json.loads((output / "config.json").read_text())["hidden_size"] == 32
+
+
+def test_a_student_with_too_few_logits_is_refused(cache, monkeypatch, capsys) -> None:
+    tiny_model("llama", vocab_size=40).save_pretrained(cache / "small")
+    with pytest.raises(SystemExit, match="2"):
+        distill(cache, f"student.model_path={cache / 'small'}", monkeypatch=monkeypatch)
+    assert (
+        "student.model_path: expected at least 50 logits, the vocabulary of the cache, got 40"
+        in capsys.readouterr().err
+    )
+
+
+def test_batches_keep_to_their_tokens_and_lose_no_item(cache) -> None:
+    items = list(CachedLogitsDataset(cache / "teacher_logits.h5"))
+    batches = list(runpy.run_path(SCRIPT)["batches"](items, 64))
+    assert all(batch["input_ids"].numel() <= 64 for batch in batches)
+    assert [row for batch in batches for row in batch["row"].tolist()] == [item["row"].item() for item in items]
+    (alone, *_) = runpy.run_path(SCRIPT)["batches"](items, 1)
+    assert alone["input_ids"].shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["student.stpes=3"], r"Could not override 'student.stpes'"),
+        (["student.steps=0", "student.alpha=x"], r"2 problems .*\n  student.steps: it should be greater than or equal"),
+        (["student.alpha=2"], r"alpha: expected a number from 0 to 1, got 2"),
+        (["distillation.teacher.cache_dir=nowhere"], r"nowhere"),
+        (["student.model_path=nowhere"], r"student.model_path: expected a causal language model .*, got 'nowhere': "),
+        (["student.model.model_type=lama"], r"student.model: expected a causal language model .*Unrecognized model id"),
+        (["student.device=cuda"], r"student.device: expected 'auto' or 'cpu', because no GPU is visible, got 'cuda'"),
+        (["student.held_out=0.999"], r"student.held_out: expected a cache of two items or more"),
+    ],
+    ids=["unknown", "several", "objective", "cache", "folder", "type", "device", "share"],
+)
+def test_settings_that_do_not_fit_are_refused(cache, monkeypatch, capsys, given, message) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        distill(cache, *given, *SMALL, monkeypatch=monkeypatch)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (cache / "student").exists()
+
+
+def test_every_setting_is_described_and_has_a_default() -> None:
+    text = (ROOT / "config" / "student" / "default.yaml").read_text()
+    settings = runpy.run_path(SCRIPT)["StudentSettings"]
+    assert list(yaml.safe_load(text)) == list(settings.model_fields)
