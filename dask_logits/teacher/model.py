@@ -29,7 +29,7 @@ from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.torch_internals import strict_compiler, uncompile
-from dask_logits.teacher.transformers_internals import attention_of
+from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
 
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
@@ -154,7 +154,7 @@ class Teacher:
         Tensor
             [B, T, D].
         """
-        with self.strict():
+        with self.strict(), one_sequence_per_row():
             output = self.trunk(input_ids=input_ids_BT, use_cache=False, return_dict=True)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.to(self.device, non_blocking=True)

@@ -5,6 +5,8 @@ transformers 5.23 has a public setter of the attention (``set_attn_implementatio
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -17,3 +19,20 @@ def attention_of(config: Any) -> str | None:
 def unsplittable(model: Any) -> list[str]:
     """Return the names of the classes whose modules must stay on one device."""
     return list(getattr(model, "_no_split_modules", None) or ())
+
+
+@contextlib.contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Have no batch examined for several sequences packed into a row.
+
+    transformers 5.23 examines the positions on the device before it makes a mask, once for each kind of layer. On CUDA
+    the host then waits until the device has done all earlier work, and the device until the host has sent the next.
+    """
+    from transformers import masking_utils
+
+    examine = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = examine

@@ -9,7 +9,7 @@ import torch
 from builders import tiny_model
 
 from dask_logits.teacher.torch_internals import load_cpp, strict_compiler, uncompile
-from dask_logits.teacher.transformers_internals import attention_of, unsplittable
+from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row, unsplittable
 
 
 class _Double(torch.nn.Module):
@@ -47,3 +47,19 @@ def test_a_model_names_its_attention_and_what_must_stay_whole() -> None:
     assert attention_of(model.config) == "eager"
     assert unsplittable(model) == ["LlamaDecoderLayer"]
     assert unsplittable(torch.nn.Linear(1, 1)) == []
+
+
+def test_rows_of_one_sequence_are_not_examined() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    def mask(config) -> torch.Tensor | None:
+        states_BTD, positions_BT = torch.zeros(1, 4, 8), torch.tensor([[0, 1, 0, 1]])
+        return create_causal_mask(
+            config, states_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
+        )
+
+    config = tiny_model("llama").config
+    assert mask(config) is not None
+    with one_sequence_per_row():
+        assert mask(config) is None
+    assert mask(config) is not None
