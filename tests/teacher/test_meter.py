@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from builders import HEAD_WIDTH, VOCAB_SIZE, tiny_model
@@ -8,7 +7,6 @@ from popular import BY_TYPE, Family, build_family
 
 from dask_logits.teacher.meter import Cost, Stopwatch, _peak_flops, measure_cost
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.transfer import OutputRing, to_device
 
 CPU = torch.device("cpu")
 
@@ -123,17 +121,3 @@ def test_a_stage_inside_another_counts_once(monkeypatch) -> None:
     with watch.span("tail"), watch.span("refine"):
         pass
     assert watch.seconds() == {"tail": 5.0, "refine": 2.0}
-
-
-def test_a_ring_delivers_in_order_and_holds_no_more_than_its_slots() -> None:
-    delivered: list[float] = []
-    ring = OutputRing(CPU, slots=2)
-    for i in range(5):
-        ring.put({"x": torch.tensor([float(i)])}, lambda found: delivered.append(float(found["x"][0])))
-        assert delivered == [float(j) for j in range(max(0, i - 1))]
-    ring.drain()
-    assert delivered == [0.0, 1.0, 2.0, 3.0, 4.0]
-
-
-def test_arrays_reach_the_device_unchanged() -> None:
-    np.testing.assert_array_equal(to_device(np.arange(3), CPU).numpy(), [0, 1, 2])
