@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,7 +130,6 @@ def test_joined_workers_that_share_gpus_or_lack_them_are_refused(workers, got: s
     check_groups([WorkerFacts("a", 8, ("0", "1")), WorkerFacts("a", 8, ("2", "3")), WorkerFacts("b", 8, ("0", "1"))], 2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_more_gpus_for_a_worker_than_there_are_names_the_cure(overrides) -> None:
     config = load_config([*overrides, "distillation.teacher.generation.device=auto",
                           "distillation.teacher.generation.gpus_per_worker=2"])  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_scheduler_without_workers_is_refused_in_time(overrides, tmp_path) -> 
     assert not Path(config.teacher.cache_dir).exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a driver")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -213,6 +213,22 @@ def test_the_whole_job_on_a_gpu_equals_the_cpu_within_tolerance(overrides, joine
     one, two = CacheReader(gpu), CacheReader(cpu)
     np.testing.assert_allclose(one.arrays["logsumexp"], two.arrays["logsumexp"], atol=1e-3)
     np.testing.assert_allclose(one.arrays["tail_logmass"], two.arrays["tail_logmass"], atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_rounded_teacher_with_grouped_heads_uses_the_kernels_and_gives_the_same_bytes_twice(
+    overrides, teacher_folder, tmp_path
+) -> None:
+    rounded = [f"distillation.teacher.model_path={teacher_folder('qwen3')}", "distillation.teacher.dtype=bfloat16"]
+    caches = [
+        generate(load_config([*overrides, *rounded, f"distillation.teacher.cache_dir={tmp_path / name}"]))
+        for name in ("one", "two")
+    ]
+    numerics = json.loads((tmp_path / "one" / "calibration.json").read_text())["numerics"]
+    assert (numerics["device"], numerics["dtype"]) == ("cuda", "bfloat16")
+    assert numerics["path"]["kernels"]
+    assert digest(caches[0]) == digest(caches[1])
 
 
 @pytest.mark.slow
