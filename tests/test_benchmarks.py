@@ -36,7 +36,16 @@ def cache(tmp_path_factory) -> Path:
 
 def test_every_benchmark_has_a_tiny_mode() -> None:
     names = {path.name for path in BENCHMARKS.glob("*.py")}
-    assert names == {"capture.py", "gpu.py", "loader.py", "loss.py", "scoring.py", "storage.py", "stream.py"}
+    assert names == {
+        "capture.py",
+        "gpu.py",
+        "loader.py",
+        "loss.py",
+        "quality.py",
+        "scoring.py",
+        "storage.py",
+        "stream.py",
+    }
     assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_cpu.py"}
     for name in names:
         assert f"benchmarks/{name}" in (BENCHMARKS / name).read_text()
@@ -60,6 +69,15 @@ def test_storage_runs(cache, tmp_path, capsys) -> None:
 def test_stream_runs(llama, corpus, capsys) -> None:
     run("stream.py", "--tiny", "--model", llama, "--corpus", corpus)
     assert "tokenised before" in capsys.readouterr().out
+
+
+def test_quality_runs(tmp_path, capsys) -> None:
+    run("quality.py", "--tiny", "--out", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())["ways"]
+    assert len(found) == 11
+    assert found["cross-entropy"]["gap_closed_cross_entropy"] == 0
+    assert found["offline"]["cross_entropy"] == pytest.approx(found["live"]["cross_entropy"], abs=0.005)
+    assert "offline and live differ by at most 0.00" in capsys.readouterr().out
 
 
 def test_scoring_runs(llama, corpus, tmp_path) -> None:
