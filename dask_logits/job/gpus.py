@@ -59,6 +59,24 @@ def _uncounted(devices: Path, error: Exception) -> int:
     ) from error
 
 
+def require_cuda_build(gpus: int) -> None:
+    """Refuse a build of torch that cannot use the GPUs of this machine.
+
+    Raises
+    ------
+    ClusterError
+        If it was built without CUDA.
+    """
+    import torch
+
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        raise ClusterError(
+            f"distillation.teacher.generation.device: expected a build of torch with CUDA on a machine with {gpus} "
+            f"GPUs, got {torch.__version__}; install pip install 'dask-logits[cuda13]', or set "
+            "distillation.teacher.generation.device=cpu"
+        )
+
+
 def cores() -> int:
     """Return the CPU cores available to this process, by its affinity and its control group."""
     from dask.system import CPU_COUNT

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.gpus import cores, named_gpus, visible_gpus
+from dask_logits.job.gpus import cores, named_gpus, require_cuda_build, visible_gpus
 
 
 def joins_scheduler(cluster: ClusterConfig) -> bool:
@@ -64,10 +62,6 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
             f"distillation.teacher.generation.devices: expected visible GPUs for {generation.devices!r}, got none; "
             "leave it out to run on the CPU, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
-    if gpus and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        raise ClusterError(
-            f"distillation.teacher.generation.device: expected a build of torch with CUDA on a machine with {gpus} "
-            f"GPUs, got {torch.__version__}; install pip install 'dask-logits[cuda13]', or set "
-            "distillation.teacher.generation.device=cpu"
-        )
+    if gpus:
+        require_cuda_build(gpus)
     return "cuda" if gpus else "cpu"

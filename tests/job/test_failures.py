@@ -55,8 +55,8 @@ class Poison(WorkerPlugin):
                     raise ValueError("odd text")
             return read(rows, spec, first_row=first_row)
 
-        def write_full(attempt, records, profile):
-            files = write(attempt, records, profile)
+        def write_full(attempt, records, *given):
+            files = write(attempt, records, *given)
             if flag.exists() and act == "full" and row in records.document_row:
                 raise OSError(28, "No space left on device")
             return files
