@@ -6,7 +6,8 @@ transformers 5.23 has a public setter of the attention (``set_attn_implementatio
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -27,12 +28,22 @@ def one_sequence_per_row() -> Iterator[None]:
 
     transformers 5.23 examines the positions on the device before it makes a mask, once for each kind of layer. On CUDA
     the host then waits until the device has done all earlier work, and the device until the host has sent the next.
+
+    Every thread that leaves restores transformers' own function, so threads may enter and leave in any order.
     """
     from transformers import masking_utils
 
-    examine = masking_utils.find_packed_sequence_indices
+    examine = _examine()
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = examine
+
+
+@functools.cache
+def _examine() -> Callable[[Any], Any]:
+    from transformers import masking_utils
+
+    own: Callable[[Any], Any] = masking_utils.find_packed_sequence_indices
+    return own

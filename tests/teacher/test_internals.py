@@ -63,3 +63,10 @@ def test_rows_of_one_sequence_are_not_examined() -> None:
     with one_sequence_per_row():
         assert mask(config) is None
     assert mask(config) is not None
+    # Two threads, of which the first to enter is the first to leave.
+    first, second = one_sequence_per_row(), one_sequence_per_row()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert mask(config) is not None
