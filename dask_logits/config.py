@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dask_logits.errors import ConfigError
+from dask_logits.fields import MOST_TEMPERATURES
 
 UNBOUNDED_STREAM = (
     "distillation.dataset.max_samples: expected a number of rows for a stream, got null. The stream may be endless. "
@@ -50,6 +51,14 @@ def _joined(value: Any) -> Any:
     return ",".join(str(item).strip() for item in items) if is_list else value
 
 
+def _without_one(value: Any) -> Any:
+    """Sort temperatures, and drop 1, which every cache has."""
+    items = [value] if isinstance(value, int | float) else value
+    if not isinstance(items, list | tuple) or any(type(item) not in (int, float) for item in items):
+        return value
+    return tuple(sorted({float(item) for item in items} - {1.0}))
+
+
 Kind = Literal["what", "numerics", "how"]
 Auto = Literal["auto"]
 # The titles name the types in messages and in the documentation.
@@ -59,6 +68,12 @@ Files = Annotated[
     tuple[str, ...],
     Field(min_length=1, strict=False, title="list of str"),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+
+Temperatures = Annotated[
+    tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
+    Field(max_length=MOST_TEMPERATURES, strict=False, title="list of float > 0"),
+    BeforeValidator(_without_one),
 ]
 
 
@@ -77,6 +92,12 @@ class GenerationConfig(Group):
     """``distillation.teacher.generation``: scoring by the teacher."""
 
     top_k: PositiveInt = _setting(64, "what", "Number of entries kept per position, most probable first.")
+    temperatures: Temperatures = _setting(
+        (),
+        "what",
+        "Further temperatures for training students, such as `[2]`. For each, the tail's mass is stored. Temperature 1 "
+        "is always there.",
+    )
     batch_size: PositiveInt | None = _setting(
         None, "numerics", "Maximum number of documents in a batch. null: only `batch_tokens` limits a batch."
     )

@@ -18,6 +18,8 @@ from dask_logits.errors import CacheError
 
 # Far larger than any count, yet sums and products of a few counts still fit into 64 bits.
 MOST_COUNT = 1 << 48
+# Largest number of temperatures, besides 1, of a cache.
+MOST_TEMPERATURES = 16
 _MOST_NUMBER = 1e300
 _NAME = r"(?!\.\.?(?:/|$))[A-Za-z0-9_.-]{1,200}"
 _PATH = f"{_NAME}(?:/{_NAME})*"
@@ -56,6 +58,9 @@ _NUMBER = WithJsonSchema({"type": "number"})
 Count = Annotated[int, Field(strict=True, ge=0, lt=MOST_COUNT)]
 Flag = Annotated[bool, Field(strict=True)]
 Finite = Annotated[int | float, _must("a finite number", _is_finite), _NUMBER]
+Temperature = Annotated[
+    float, Field(gt=0), _must("a positive number", lambda value: _is_finite(value) and value > 0), _NUMBER
+]
 NumberOrInfinity = Annotated[
     int | float, _must("a number", lambda value: value in (float("inf"), float("-inf")) or _is_finite(value)), _NUMBER
 ]

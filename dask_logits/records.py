@@ -3,12 +3,13 @@
 The layout is ragged: a flat token axis with one entry per real token, and a document axis with bounds. Padding is never
 stored. Only plain integers and numpy are used, independent of teacher and file format.
 
-Dimension letters: N tokens, D documents, B blocks, K kept entries per position.
+Dimension letters: N tokens, D documents, B blocks, K kept entries per position, J temperatures.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from dask_logits.fields import Count, NumberOrInfinity, Record
 Array = npt.NDArray[Any]
 
 TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
+# Only for targets with further temperatures, and for masked data.
+OPTIONAL_TOKEN_ARRAYS = ("tail_logmass_T", "loss_mask")
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
 # Only for documents packed into blocks.
 BLOCK_ARRAYS = ("block_length",)
@@ -36,7 +39,36 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """The optional arrays of the token axis that a job makes.
+
+    Parameters
+    ----------
+    temperatures
+        J temperatures other than 1 whose tail is stored, ascending.
+    is_masked
+        Whether a mask says which positions a student learns from.
+    """
+
+    temperatures: tuple[float, ...] = ()
+    is_masked: bool = False
+
+    @property
+    def token_arrays(self) -> tuple[str, ...]:
+        """Names of all arrays of the token axis, in canonical order.
+
+        >>> Extras(temperatures=(2.0,)).token_arrays[-2:]
+        ('label_logprob', 'tail_logmass_T')
+        """
+        present = (bool(self.temperatures), self.is_masked)
+        return (*TOKEN_ARRAYS, *itertools.compress(OPTIONAL_TOKEN_ARRAYS, present))
+
+
+NO_EXTRAS = Extras()
+
+
+def schema(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Return name → (dtype, shape of one entry) of every logical array, in canonical order.
 
     >>> schema(64, 50_257)["topk_ids"]
@@ -51,6 +83,8 @@ def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[
         "logsumexp": (f32, ()),
         "tail_logmass": (f32, ()),
         "label_logprob": (f32, ()),
+        "tail_logmass_T": (f32, (len(extras.temperatures),)),
+        "loss_mask": (np.dtype(np.uint8), ()),
         "document_row": (np.dtype(np.uint64), ()),
         "document_offset": (np.dtype(np.uint32), ()),
         "document_length": (np.dtype(np.uint32), ()),
@@ -58,14 +92,14 @@ def schema(top_k: int, vocab_size: int) -> dict[str, tuple[np.dtype[Any], tuple[
     }
 
 
-def bytes_per_token(top_k: int, vocab_size: int) -> int:
+def bytes_per_token(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> int:
     """Return the bytes per token of the token arrays, in memory and in plain files. Each document adds 24 bytes.
 
     >>> bytes_per_token(64, 49_152)
     270
     """
-    entries = schema(top_k, vocab_size)
-    return sum(entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in TOKEN_ARRAYS)
+    entries = schema(top_k, vocab_size, extras)
+    return sum(entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in extras.token_arrays)
 
 
 def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
@@ -100,6 +134,10 @@ class Records:
     label_logprob
         [N] float32, log-prob of the true next token, including the first of a following window or block. NaN if there
         is none.
+    tail_logmass_T
+        [N, J] float32, log of the probability outside the K entries at each further temperature. None if J is 0.
+    loss_mask
+        [N] uint8, 1 at positions whose next token a student learns, else 0. None: it learns from all.
     document_row, document_offset, document_length
         [D], dataset row, position of the first token in the row, number of tokens.
     block_length
@@ -120,13 +158,15 @@ class Records:
     document_row: Array
     document_offset: Array
     document_length: Array
+    tail_logmass_T: Array | None = None
+    loss_mask: Array | None = None
     block_length: Array | None = None
 
     def __post_init__(self) -> None:
         tokens, documents = len(self.input_ids), len(self.document_row)
-        for name in TOKEN_ARRAYS:
-            if len(getattr(self, name)) != tokens:
-                raise ValueError(f"{name}: expected {tokens} entries, got {len(getattr(self, name))}")
+        for name, array in self.tokens().items():
+            if len(array) != tokens:
+                raise ValueError(f"{name}: expected {tokens} entries, got {len(array)}")
         for name in DOCUMENT_ARRAYS:
             if len(getattr(self, name)) != documents:
                 raise ValueError(f"{name}: expected {documents} entries, got {len(getattr(self, name))}")
@@ -154,13 +194,14 @@ class Records:
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Yield every array under its logical name, in canonical order."""
-        for name in (*TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+        for name in (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
     def tokens(self) -> dict[str, Array]:
         """Return the arrays of the token axis by name."""
-        return {name: getattr(self, name) for name in TOKEN_ARRAYS}
+        names = (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class ContentDigest:
@@ -187,8 +228,7 @@ class ContentDigest:
         """Add the documents and blocks of these records."""
         tokens = [
             (name, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
-            for name, array in records.arrays()
-            if name in TOKEN_ARRAYS
+            for name, array in records.tokens().items()
         ]
         head = ";".join(f"{name} {array.dtype.str} {list(array.shape[1:])}" for name, array in tokens).encode()
         ends = np.cumsum(records.document_length, dtype=np.int64)

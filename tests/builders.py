@@ -18,7 +18,7 @@ import numpy as np
 from dask_logits.cache.profile import Compact, Plain, Profile, as_kept
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
-from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, schema
+from dask_logits.records import NO_EXTRAS, ContentDigest, Extras, Records, schema
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"
@@ -140,7 +140,15 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, first_row: int = 0) -> Records:
+def records(
+    lengths=(3, 0, 2),
+    k: int = 2,
+    vocab_size: int = 50,
+    seed: int = 0,
+    first_row: int = 0,
+    temperatures: bool = False,
+    masked: bool = False,
+) -> Records:
     """Return random but well-formed records."""
     draw = np.random.default_rng(seed)
     n = int(sum(lengths))
@@ -154,6 +162,10 @@ def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, 
     ends = np.cumsum(lengths)
     label_logprob[[end - 1 for end, length in zip(ends, lengths, strict=True) if length]] = np.nan
     types = schema(k, vocab_size)
+    tails = []
+    for T in TEMPERATURES:
+        p = np.exp(logits / T)
+        tails.append(np.log1p(-np.take_along_axis(p, order, 1).sum(1) / p.sum(1)))
     return Records(
         input_ids=input_ids.astype(types["input_ids"][0]),
         topk_ids=order.astype(types["topk_ids"][0]),
@@ -161,10 +173,22 @@ def records(lengths=(3, 0, 2), k: int = 2, vocab_size: int = 50, seed: int = 0, 
         logsumexp=lse.astype(np.float32),
         tail_logmass=np.log1p(-np.exp(logp).sum(1)).astype(np.float32),
         label_logprob=label_logprob,
+        tail_logmass_T=np.stack(tails, 1).astype(np.float32) if temperatures else None,
+        loss_mask=draw.integers(2, size=n).astype(np.uint8) if masked else None,
         document_row=np.arange(first_row, first_row + len(lengths), dtype=np.uint64),
         document_offset=np.zeros(len(lengths), np.uint32),
         document_length=np.array(lengths, np.uint32),
     )
+
+
+# Of records(temperatures=True).
+TEMPERATURES = (0.5, 2.0)
+
+
+def extras_of(made: Records) -> Extras:
+    """Return the optional arrays that records have."""
+    temperatures = () if made.tail_logmass_T is None else TEMPERATURES
+    return Extras(temperatures=temperatures, is_masked=made.loss_mask is not None)
 
 
 def packed_records() -> Records:
@@ -179,14 +203,27 @@ def packed_records() -> Records:
     )
 
 
-def plain(top_k: int = 2, vocab_size: int = 50) -> Plain:
-    return Plain(top_k=top_k, vocab_size=vocab_size)
+def plain(top_k: int = 2, vocab_size: int = 50, extras: Extras = NO_EXTRAS) -> Plain:
+    return Plain(top_k=top_k, vocab_size=vocab_size, extras=extras)
 
 
-def compact(top_k: int = 2, vocab_size: int = 50, precision: int = 8, seed: int = 0, chunk_tokens: int = 4) -> Compact:
+def compact(
+    top_k: int = 2,
+    vocab_size: int = 50,
+    precision: int = 8,
+    seed: int = 0,
+    chunk_tokens: int = 4,
+    extras: Extras = NO_EXTRAS,
+) -> Compact:
     """Return a compact profile with a shuffled id table and small chunks."""
-    table = np.random.default_rng(seed).permutation(vocab_size).astype(np.uint32)
-    return Compact(top_k=top_k, vocab_size=vocab_size, precision=precision, id_table=table, chunk_tokens=chunk_tokens)
+    return Compact(
+        top_k=top_k,
+        vocab_size=vocab_size,
+        precision=precision,
+        id_table=np.random.default_rng(seed).permutation(vocab_size).astype(np.uint32),
+        chunk_tokens=chunk_tokens,
+        extras=extras,
+    )
 
 
 def content(*made: Records) -> str:
@@ -198,7 +235,7 @@ def content(*made: Records) -> str:
 
 def write_cache(path, made: Records, vocab_size: int = 50, profile: Profile | None = None, **attributes) -> str:
     """Write a cache of one piece; return its content digest."""
-    profile = profile or Plain(top_k=made.top_k, vocab_size=vocab_size)
+    profile = profile or Plain(top_k=made.top_k, vocab_size=vocab_size, extras=extras_of(made))
     arrays = dict(made.arrays())
     digest = content(as_kept(made, profile))
     with CacheWriter(
@@ -208,7 +245,7 @@ def write_cache(path, made: Records, vocab_size: int = 50, profile: Profile | No
         n_documents=made.n_documents,
         n_blocks=None if made.block_length is None else len(made.block_length),
     ) as writer:
-        writer.append_tokens({name: arrays.pop(name) for name in TOKEN_ARRAYS})
+        writer.append_tokens({name: arrays.pop(name) for name in made.tokens()})
         writer.align()
         for name, array in arrays.items():
             writer.append(name, array)

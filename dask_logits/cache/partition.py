@@ -29,7 +29,7 @@ from dask_logits.cache.profile import Profile, Stored, encode_all
 from dask_logits.errors import CacheError
 from dask_logits.fields import MOST_COUNT
 from dask_logits.files.atomic import is_there, read_json, sync_tree
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, TOKEN_ARRAYS, Array, Records, schema
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Records, schema
 
 FORMAT = "dask_logits.partition"
 VERSION = 2
@@ -295,7 +295,7 @@ class PartitionReader:
         if not blocks:
             none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
             blocks = [self.profile.decode(none)]
-        columns = {name: np.concatenate([block[name] for block in blocks]) for name in TOKEN_ARRAYS}
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
             if self._has(name):
                 parts = list(self.blocks(name))

@@ -8,9 +8,9 @@ Compact takes about 124 instead of 270 bytes per token at K = 64:
 * **log-probs**: the most probable entry as float16. The others are gaps below it, rounded on a scale that is fine for
   small gaps and coarse for large ones (``code = round(c · log1p(gap))``, companding as in ITU-T G.711). They are stored
   as differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
-* ``logsumexp``, ``tail_logmass`` and ``label_logprob`` as float16, the precision of plain log-probs.
+* ``logsumexp``, ``label_logprob`` and the tails as float16, the precision of plain log-probs.
 
-Dimension letters: N tokens, K kept entries, V vocabulary.
+Dimension letters: N tokens, K kept entries, V vocabulary, J temperatures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import create_bytes
-from dask_logits.records import TOKEN_ARRAYS, Array, Records, id_dtype, schema
+from dask_logits.records import NO_EXTRAS, Array, Extras, Records, id_dtype, schema
 
 Precision = Literal[8, 10, 12]
 PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
@@ -40,7 +40,8 @@ _RANGE_NATS = 32.0
 _BLOCK_TOKENS = 1024
 # Upper bound for an array of one dimension.
 _NPY_HEADER_BYTES = 4096
-_HALVED = ("logsumexp", "tail_logmass", "label_logprob")
+_HALVED = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
+_UNCHANGED = ("input_ids", "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ class Plain:
     ----------
     top_k, vocab_size
         Sizes of the records.
+    extras
+        Their optional arrays.
     """
 
     top_k: int
     vocab_size: int
+    extras: Extras = NO_EXTRAS
     name: ClassVar[Literal["plain"]] = "plain"
     alignment: ClassVar[int] = 1
 
@@ -86,13 +90,13 @@ class Plain:
     @property
     def arrays(self) -> dict[str, Stored]:
         """Name → storage of each array of the token axis."""
-        entries = schema(self.top_k, self.vocab_size)
-        return {name: Stored(*entries[name]) for name in TOKEN_ARRAYS}
+        entries = schema(self.top_k, self.vocab_size, self.extras)
+        return {name: Stored(*entries[name]) for name in self.extras.token_arrays}
 
     @property
     def tables(self) -> dict[str, Array]:
         """Name → array needed for decoding."""
-        return {}
+        return _temperatures(self.extras)
 
     def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
         """Encode logical arrays into stored ones."""
@@ -111,6 +115,8 @@ class Compact:
     ----------
     top_k, vocab_size
         Sizes of the records.
+    extras
+        Their optional arrays.
     precision
         Bits of a gap's code.
     id_table
@@ -131,6 +137,7 @@ class Compact:
     vocab_size: int
     precision: Precision
     id_table: Array
+    extras: Extras = NO_EXTRAS
     gap_table: Array | None = None
     chunk_tokens: int | None = None
     name: ClassVar[Literal["compact"]] = "compact"
@@ -155,7 +162,7 @@ class Compact:
         return (
             isinstance(other, Compact)
             and (self.top_k, self.vocab_size, self.precision) == (other.top_k, other.vocab_size, other.precision)
-            and self.alignment == other.alignment
+            and (self.extras, self.alignment) == (other.extras, other.alignment)
             and np.array_equal(self.id_table, other.id_table)
             and np.array_equal(self.gaps, other.gaps)
         )
@@ -205,21 +212,25 @@ class Compact:
     def arrays(self) -> dict[str, Stored]:
         """Name → storage of each array of the token axis."""
         byte, f16 = np.dtype(np.uint8), np.dtype(np.float16)
+        entries = schema(self.top_k, self.vocab_size, self.extras)
         return {
             "input_ids": Stored(id_dtype(self.vocab_size)),
             "topk_ids_b0": Stored(byte, (self.top_k,)),
             **{f"topk_ids_b{i}": Stored(byte, (self.top_k,), chunked=True) for i in range(1, self.n_id_planes)},
             **{f"topk_gaps_b{i}": Stored(byte, (self.top_k,), chunked=True) for i in range(self.n_gap_planes)},
             "top1_logprob": Stored(f16),
-            "logsumexp": Stored(f16),
-            "tail_logmass": Stored(f16),
-            "label_logprob": Stored(f16),
+            **{name: Stored(f16, entries[name][1]) for name in self._names(_HALVED)},
+            **{name: Stored(*entries[name]) for name in self._names(_UNCHANGED[1:])},
         }
+
+    def _names(self, names: tuple[str, ...]) -> list[str]:
+        """Return those of some arrays that are there."""
+        return [name for name in names if name in self.extras.token_arrays]
 
     @property
     def tables(self) -> dict[str, Array]:
         """Name → array needed for decoding."""
-        return {"id_table": self.id_table.astype(np.uint32), "gap_table": self.gaps}
+        return {"id_table": self.id_table.astype(np.uint32), "gap_table": self.gaps, **_temperatures(self.extras)}
 
     def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
         """Encode logical arrays into stored ones."""
@@ -235,7 +246,8 @@ class Compact:
             **{f"topk_ids_b{i}": (rank_NK >> 8 * i).astype(np.uint8) for i in range(self.n_id_planes)},
             **{f"topk_gaps_b{i}": (step_NK >> 8 * i).astype(np.uint8) for i in range(self.n_gap_planes)},
             "top1_logprob": tokens["topk_logprobs"][:, 0].astype(np.float16),
-            **{name: tokens[name].astype(np.float16) for name in _HALVED},
+            **{name: tokens[name].astype(np.float16) for name in self._names(_HALVED)},
+            **{name: tokens[name] for name in self._names(_UNCHANGED[1:])},
         }
 
     def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] = _half) -> dict[str, Array]:
@@ -249,10 +261,10 @@ class Compact:
             Converts float32 to float16. numpy's conversion takes a quarter of the total decoding time.
         """
         return {
-            "input_ids": stored["input_ids"],
             "topk_ids": self._ids(stored),
             "topk_logprobs": half(self._logprobs(stored)),
-            **{name: stored[name].astype(np.float32) for name in _HALVED},
+            **{name: stored[name].astype(np.float32) for name in self._names(_HALVED)},
+            **{name: stored[name] for name in self._names(_UNCHANGED)},
         }
 
     @cached_property
@@ -278,6 +290,10 @@ class Compact:
         top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
         logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK)
         return logprobs_NK
+
+
+def _temperatures(extras: Extras) -> dict[str, Array]:
+    return {"temperatures": np.array(extras.temperatures, np.float64)} if extras.temperatures else {}
 
 
 Profile = Plain | Compact
@@ -340,6 +356,8 @@ class ProfileSpec:
         Attributes of the profile.
     id_table
         File of the compact profile's id table, named by its SHA-256.
+    extras
+        The optional arrays.
     """
 
     name: Literal["plain", "compact"]
@@ -347,6 +365,7 @@ class ProfileSpec:
     vocab_size: int
     precision: Precision = 8
     id_table: str | None = None
+    extras: Extras = NO_EXTRAS
 
 
 @lru_cache(maxsize=4)
@@ -359,7 +378,7 @@ def load_profile(spec: ProfileSpec) -> Profile:
         If the id table is missing or damaged.
     """
     if spec.name == "plain":
-        return Plain(top_k=spec.top_k, vocab_size=spec.vocab_size)
+        return Plain(top_k=spec.top_k, vocab_size=spec.vocab_size, extras=spec.extras)
     path = Path(str(spec.id_table))
     table_bytes = spec.vocab_size * np.dtype(np.uint32).itemsize
     is_table = path.is_file() and table_bytes < path.stat().st_size <= table_bytes + _NPY_HEADER_BYTES
@@ -373,7 +392,13 @@ def load_profile(spec: ProfileSpec) -> Profile:
     # The .npy header is known, so it is not parsed.
     table = np.frombuffer(data[-table_bytes:], "<u4")
     try:
-        return Compact(top_k=spec.top_k, vocab_size=spec.vocab_size, precision=spec.precision, id_table=table)
+        return Compact(
+            top_k=spec.top_k,
+            vocab_size=spec.vocab_size,
+            precision=spec.precision,
+            id_table=table,
+            extras=spec.extras,
+        )
     except ValueError as error:
         raise CacheError(f"{path}: expected an id table, got {error}; restore it", str(path)) from error
 

@@ -41,8 +41,15 @@ from dask_logits.cache.layout import (
 )
 from dask_logits.cache.profile import Compact, Plain, Profile
 from dask_logits.errors import CacheError
-from dask_logits.fields import MOST_COUNT
-from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, schema
+from dask_logits.fields import MOST_COUNT, MOST_TEMPERATURES
+from dask_logits.records import (
+    DOCUMENT_ARRAYS,
+    OPTIONAL_TOKEN_ARRAYS,
+    Array,
+    Extras,
+    Records,
+    schema,
+)
 
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
@@ -367,8 +374,9 @@ class CacheReader:
         return header
 
     def _profile(self, file: h5py.File) -> Profile:
+        extras = self._extras(file)
         if self.attributes["profile"] == "plain":
-            return Plain(top_k=self.top_k, vocab_size=self.vocab_size)
+            return Plain(top_k=self.top_k, vocab_size=self.vocab_size, extras=extras)
         try:
             profile = Compact(
                 top_k=self.top_k,
@@ -379,10 +387,22 @@ class CacheReader:
                     file, "gap_table", 1 << min(16, self.attributes["precision"]), np.dtype(np.float32)
                 ),
                 chunk_tokens=self.attributes["chunk_tokens"],
+                extras=extras,
             )
         except ValueError as error:
             raise damaged(self.path, "the tables of a compact cache", str(error)) from error
         return profile
+
+    def _extras(self, file: h5py.File) -> Extras:
+        has_tails, is_masked = (find_dataset(file, self.path, name) is not None for name in OPTIONAL_TOKEN_ARRAYS)
+        if not has_tails:
+            return Extras(is_masked=is_masked)
+        temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
+        is_rising = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all()
+        if not is_rising or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
+            expected = f"1 to {MOST_TEMPERATURES} rising temperatures"
+            raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
+        return Extras(temperatures=tuple(temperatures.tolist()), is_masked=is_masked)
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
         dataset = find_dataset(file, self.path, name)

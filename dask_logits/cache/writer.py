@@ -32,7 +32,7 @@ from dask_logits.cache.profile import Compact, Profile
 from dask_logits.cache.sink import Sink
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import Array, schema
+from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, Array, schema
 
 _LEVEL = 1
 
@@ -92,6 +92,10 @@ class CacheWriter:
         entries = schema(profile.top_k, profile.vocab_size)
         for name in DOCUMENTS:
             self._create(name, (n_documents,), entries[name][0] if name in entries else np.dtype(np.uint64))
+        for name in profile.extras.token_arrays:
+            if name in OPTIONAL_TOKEN_ARRAYS:
+                # Readers that do not know it would compute another content digest, or ignore a mask.
+                self._file[name].attrs["critical"] = True
         if n_blocks is not None:
             self._create("block_length", (n_blocks,), entries["block_length"][0])
             self._create("block_start", (n_blocks,), np.dtype(np.uint64))

@@ -68,6 +68,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
         compact=_is_compact(job),
+        temperatures=generation.temperatures,
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )
     logger.info(

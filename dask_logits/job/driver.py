@@ -240,6 +240,7 @@ def tasks(
         batch_size=numerics.batch_size,
         head_rows=numerics.head_rows,
         path=ScoringPath(**numerics.path.model_dump()),
+        temperatures=job.config.teacher.generation.temperatures,
     )
     measured: dict[str, Any] = calibration.cost or {}
     cost = Cost(**measured)

@@ -30,6 +30,7 @@ from dask_logits.data.tokens import (
 from dask_logits.data.values import BadRow
 from dask_logits.errors import ConfigError, DatasetError, RunConflictError
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers
+from dask_logits.records import Extras
 from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
 from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
 from dask_logits.run.plan_log import PlanLog
@@ -173,6 +174,7 @@ def prepare(
     if not tokens_per_row:
         _check_filled(source)
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
+    extras = Extras(temperatures=generation.temperatures)
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
     longest = max((len(document) for document in sample), default=1)
@@ -186,6 +188,7 @@ def prepare(
         tokens_per_row=tokens_per_row,
         top_k=generation.top_k,
         vocab_size=spec.vocab_size,
+        extras=extras,
         teacher=TeacherShape(
             parameters=teacher.parameters,
             hidden_width=teacher.hidden_width,
@@ -215,6 +218,7 @@ def prepare(
             "teacher.content": teacher.identity,
             "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
             "teacher.generation.top_k": generation.top_k,
+            "teacher.generation.temperatures": list(generation.temperatures),
             **source.identity(),
             "dataset.column": source.column,
             "dataset.on_bad_row": config.dataset.on_bad_row,

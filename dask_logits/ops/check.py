@@ -207,6 +207,8 @@ class _Checker:
         # −inf is the log of probability 0, NaN a missing label.
         odd = np.isnan(logprobs_NK).any(1) | (logprobs_NK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
         odd |= np.isnan(tail_N) | (tail_N > _SLACK) | (label_N > _SLACK)
+        if records.tail_logmass_T is not None:
+            odd |= ~(records.tail_logmass_T <= _SLACK).all(1)
         self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
         error_NK = _rounding(logprobs_NK, profile)
         p_NK, tail_p_N = np.exp(logprobs_NK), np.exp(tail_N)

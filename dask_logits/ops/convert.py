@@ -89,7 +89,7 @@ def convert(
         sums = [one.header.statistics for one in readers if one.header.statistics is not None]
         if len(sums) == len(readers):
             attributes["statistics"] = sum(sums, Statistics()).model_dump()
-    made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size)
+    made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size, extras=reader.profile.extras)
     if profile == "compact":
         made = _compact(reader, precision)
     pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
@@ -120,4 +120,10 @@ def _compact(reader: CacheReader, precision: Precision) -> Compact:
     else:
         ids = np.asarray(reader.arrays["topk_ids"][:_TABLE_TOKENS])
         table = id_table(ids, reader.vocab_size)
-    return Compact(top_k=reader.top_k, vocab_size=reader.vocab_size, precision=precision, id_table=table)
+    return Compact(
+        top_k=reader.top_k,
+        vocab_size=reader.vocab_size,
+        precision=precision,
+        id_table=table,
+        extras=reader.profile.extras,
+    )

@@ -30,8 +30,9 @@ from pydantic import Field
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
 from dask_logits.cache.profile import ProfileSpec
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.fields import Count, Record, shown
+from dask_logits.fields import Count, Record, Temperature, shown
 from dask_logits.files.atomic import names_in, read_json, unreadable
+from dask_logits.records import Extras
 from dask_logits.run.records import FORMAT, VERSION, Calibration, DriverStatus, Manifest, Receipt
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class RunFolder:
             vocab_size=sizes.vocab_size,
             precision=storage.precision,
             id_table=str(self.tables_path / f"{storage.id_table}.npy") if storage.id_table else None,
+            extras=Extras(temperatures=sizes.temperatures),
         )
 
     @property
@@ -336,6 +338,7 @@ def conflict(folder: Path, differences: Mapping[str, tuple[object, object]]) -> 
 class _Sizes(Record):
     top_k: _Positive = Field(alias="teacher.generation.top_k")
     vocab_size: _Positive = Field(alias="dataset.vocab_size")
+    temperatures: tuple[Temperature, ...] = Field((), alias="teacher.generation.temperatures")
 
 
 def lock_name(share: Share) -> str:

@@ -232,6 +232,7 @@ def estimate(
     tokens_per_row: float,
     top_k: int,
     vocab_size: int,
+    extras: records.Extras = records.NO_EXTRAS,
     teacher: TeacherShape,
     batch_tokens: int,
     head_rows: int,
@@ -250,12 +251,14 @@ def estimate(
         Mean of a sample.
     top_k, vocab_size, batch_tokens, head_rows
         Resolved settings.
+    extras
+        Optional arrays.
     scratch_rows
         Positions whose float32 exponentials exist at one time.
     device
         ``cpu`` or ``cuda``.
     """
-    per_token = records.bytes_per_token(top_k, vocab_size)
+    per_token = records.bytes_per_token(top_k, vocab_size, extras)
     rows = partition_rows if n_rows is None else n_rows
     tokens = round(rows * tokens_per_row)
     cache_bytes = tokens * per_token + rows * 24

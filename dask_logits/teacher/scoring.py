@@ -7,7 +7,7 @@ A batch that does not fit into the device's memory is halved, recursively. The p
 receipt describes the computation exactly.
 
 Dimension letters: B sequences, T tokens, M valid positions of a batch, R of a chunk, C ids of a row, D hidden width,
-V vocabulary, K kept entries, N tokens of the partition.
+V vocabulary, K kept entries, J temperatures, N tokens of the partition.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
-from dask_logits.records import TOKEN_ARRAYS, Array, Records, schema
+from dask_logits.records import Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Stopwatch
@@ -54,6 +54,8 @@ class ScoringSettings:
         Positions whose logits exist at one time.
     path
         Scoring path from tokens to logits.
+    temperatures
+        Temperatures other than 1 whose tail is stored, ascending.
     """
 
     top_k: int
@@ -62,6 +64,7 @@ class ScoringSettings:
     batch_size: int | None
     head_rows: int
     path: ScoringPath
+    temperatures: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +182,10 @@ class _Run:
         self.lengths = np.array([len(item.tokens) for item in self.items], dtype=np.int64)
         self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
-        entries = schema(settings.top_k, settings.vocab_size)
+        extras = Extras(temperatures=settings.temperatures)
+        entries = schema(settings.top_k, settings.vocab_size, extras)
         n_tokens = int(self.starts[-1])
-        self.out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in TOKEN_ARRAYS}
+        self.out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in extras.token_arrays}
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)
@@ -276,6 +280,7 @@ class _Run:
                 vocab_size=self.settings.vocab_size,
                 path=path,
                 refine=functools.partial(self._refined, rows_R) if teacher.refines else None,
+                temperatures=self.settings.temperatures,
             )
             label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
             return {
@@ -284,6 +289,7 @@ class _Run:
                 "logsumexp": top.logsumexp_R,
                 "tail_logmass": top.tail_logmass_R,
                 "label_logprob": label_logprobs_R,
+                **({"tail_logmass_T": top.tail_logmass_RJ} if self.settings.temperatures else {}),
             }
 
     def _refined(self, rows_R: Tensor, ids_RC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ refinement, 3 µs order, 10 µs sums and small steps. ``torch.topk`` and ``log_s
 long.
 
 Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, G groups of neighbouring blocks, C candidates,
-K kept entries.
+K kept entries, J temperatures.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SPARE = 32
 _MOST_BLOCKS = 8
 # Rows whose float32 logits exist at one time without compilation: 16 rows × 49k × 4 bytes stay in the caches.
 _CPU_TILE = 16
+# Rows whose logits exist in float32 at one time for the tails at further temperatures.
+_TAIL_ROWS = 16
 
 PLAIN = ScoringPath()
 
@@ -58,6 +60,8 @@ class TopK:
         float32, log of the probability outside the K entries.
     label_logits_R
         float32, the labels' logits, arbitrary if there is no label.
+    tail_logmass_RJ
+        float32, log of the probability outside the K entries at each further temperature.
     """
 
     ids_RK: Tensor
@@ -65,6 +69,7 @@ class TopK:
     logsumexp_R: Tensor
     tail_logmass_R: Tensor
     label_logits_R: Tensor
+    tail_logmass_RJ: Tensor
 
 
 def padded_width(vocab_size: int) -> int:
@@ -93,6 +98,7 @@ def topk_with_tail(
     vocab_size: int | None = None,
     path: ScoringPath = PLAIN,
     refine: Callable[[Tensor], Tensor] | None = None,
+    temperatures: tuple[float, ...] = (),
 ) -> TopK:
     """Compute the targets of R positions from their logits.
 
@@ -110,6 +116,8 @@ def topk_with_tail(
         Factor and soft cap to apply to every logit, and whether passes over the logits run as compiled code.
     refine
         int64 ids [R, C] → float32 finished logits [R, C]. None: the logits are already exact.
+    temperatures
+        Divisors of the logits, each for one more tail.
     """
     rows, width = logits_RV.shape
     labels_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device) if labels_R is None else labels_R
@@ -124,7 +132,8 @@ def topk_with_tail(
         values = path.finish(candidates.float())
         ids = (chosen_RC[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits_RV.device)).view(rows, -1)
         place_RK = _ordered(values, ids, width, k, path)
-        ids_RK, kept_RK = ids.gather(1, place_RK), values.gather(1, place_RK)
+        ids_RC, values_RC = ids.gather(1, place_RK), values.gather(1, place_RK)
+        ids_RK, kept_RK = ids_RC, values_RC
         label_logits_R = path.finish(logits_RV.gather(1, labels_R1).float())[:, 0]
         highest_R1 = maxima_RN.amax(-1, keepdim=True)
         left_R = torch.zeros(rows, device=logits_RV.device)
@@ -134,8 +143,8 @@ def topk_with_tail(
         refined = refine(torch.cat([ids_RC, labels_R1], 1))
         values_RC, label_logits_R = refined[:, :-1].contiguous(), refined[:, -1]
         order_RC = _ordered(values_RC, ids_RC, width, count, PLAIN)
-        values_RC = values_RC.gather(1, order_RC)
-        ids_RK, kept_RK = ids_RC.gather(1, order_RC[:, :k]), values_RC[:, :k].contiguous()
+        ids_RC, values_RC = ids_RC.gather(1, order_RC), values_RC.gather(1, order_RC)
+        ids_RK, kept_RK = ids_RC[:, :k].contiguous(), values_RC[:, :k].contiguous()
         highest_R1 = torch.maximum(maxima_RN.amax(-1, keepdim=True), kept_RK[:, :1])
         left_R = (values_RC[:, k:] - highest_R1).exp().sum(-1)
     sums_RN.scatter_(1, chosen_RC, 0.0)
@@ -150,7 +159,32 @@ def topk_with_tail(
         logsumexp_R=highest_R1[:, 0] + total_R.log(),
         tail_logmass_R=left_R.log() - total_R.log(),
         label_logits_R=label_logits_R,
+        tail_logmass_RJ=_tails(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, k, temperatures, path),
     )
+
+
+def _tails(
+    logits_RV: Tensor,
+    exact_ids_RC: Tensor,
+    exact_RC: Tensor,
+    highest_R1: Tensor,
+    k: int,
+    temperatures: tuple[float, ...],
+    path: ScoringPath,
+) -> Tensor:
+    """Return the log of the mass outside the kept entries at some temperatures: float32 [R, J].
+
+    The first k of the entries with exact values are the kept ones. Exact values are relative to the highest one.
+    """
+    found_RJ = highest_R1.new_empty((len(logits_RV), len(temperatures)))
+    for first in range(0, len(logits_RV) if temperatures else 0, _TAIL_ROWS):
+        part = slice(first, first + _TAIL_ROWS)
+        rest = path.finish(logits_RV[part].float()).scatter(1, exact_ids_RC[part], -torch.inf) - highest_R1[part]
+        for j, temperature in enumerate(temperatures):
+            exact = (exact_RC[part] / temperature).exp()
+            left_R = (rest / temperature).exp().sum(-1) + exact[:, k:].sum(-1)
+            found_RJ[part, j] = left_R.log() - (left_R + exact[:, :k].sum(-1)).log()
+    return found_RJ
 
 
 def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:

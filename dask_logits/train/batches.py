@@ -36,10 +36,13 @@ class CachedItem(Mapping[str, Tensor]):
         Name → tensor, see :class:`dask_logits.CachedLogitsDataset`.
     vocab_size
         Exclusive upper bound of all ids.
+    temperatures
+        Temperature of each column of ``tail_logmass_T``.
     """
 
     tensors: dict[str, Tensor]
     vocab_size: int
+    temperatures: tuple[float, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -131,6 +134,8 @@ def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor)
         label_logprob=label_logprob_BT,
         mask=mask_BT,
         vocab_size=max(item.vocab_size for item in items),
+        temperatures=items[0].temperatures,
+        tail_logmass_NJ=_padded(items, "tail_logmass_T", 0.0, torch.float32) if items[0].temperatures else None,
     )
     if not is_coded:
         return targets

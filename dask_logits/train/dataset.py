@@ -27,12 +27,13 @@ from dask_logits.files.atomic import expanded
 from dask_logits.records import total_digest
 from dask_logits.train.batches import CachedItem, collate
 from dask_logits.train.decode import Decoder
+from dask_logits.train.objective import tails_with_dropped
 from dask_logits.train.order import is_integer
 from dask_logits.vocabulary import HasVocabulary, check_tokenizer
 
 # Other arrays keep the file's dtype. torch has no arithmetic on unsigned 16 and 32 bit integers.
 _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}
-_FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob")
+_FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
 # Entries whose token ids are read together.
 _SCAN_ENTRIES = 1 << 22
 
@@ -42,9 +43,10 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
     Item `i` is the `i`-th document in dataset order (or text window or packed block, depending on the job), excluding
     documents without tokens. It has ``input_ids`` [T] int64, ``topk_ids`` [T, K] int32, ``topk_logprobs`` [T, K]
-    float16, and ``logsumexp``, ``tail_logmass``, ``label_logprob`` [T] float32. ``row`` is its (first) dataset row, and
-    ``segments`` [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position
-    t are the teacher's distribution over the token at t + 1.
+    float16, and ``logsumexp``, ``tail_logmass``, ``label_logprob`` [T] float32. A cache with J further
+    temperatures also has ``tail_logmass_T`` [T, J] float32. ``row`` is the item's (first) dataset row, and ``segments``
+    [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position t are the
+    teacher's distribution over the token at t + 1.
 
     Parameters
     ----------
@@ -116,6 +118,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         self._order = _order(readers)
         self.top_k = first.top_k if top_k is None else top_k
         self.vocab_size = first.vocab_size
+        self.temperatures = first.profile.extras.temperatures
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
         for name, value in (("window", window), ("max_tokens", max_tokens), ("student_vocab_size", student_vocab_size)):
@@ -150,6 +153,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             "top_k": f"{self.top_k} of a vocabulary of {self.vocab_size:,}",
             "profile": self.attributes["profile"],
         }
+        if self.temperatures:
+            lines["temperatures"] = ", ".join(f"{value:g}" for value in sorted((1.0, *self.temperatures)))
         for name in ("window", "max_tokens", "student_vocab_size"):
             if getattr(self, name) is not None:
                 lines[name] = f"{getattr(self, name):,}"
@@ -181,7 +186,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         profile = self._opened()[0].profile
         if not isinstance(profile, Compact):
             raise ConfigError("decode: expected a compact cache, got a plain one, which has nothing to decode")
-        return Decoder(profile, self.top_k)
+        return Decoder(profile, self.top_k, self.temperatures)
 
     def __len__(self) -> int:
         if self.window is not None:
@@ -264,7 +269,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         reader, start, stop, segments_S3 = self._span(0)
         arrays = {**reader.profile.decode(reader.stored(start, stop)), "segments": segments_S3}
         item = {name: _tensor(name, array) for name, array in arrays.items()}
-        batch = collate([CachedItem(tensors={**item, "row": torch.tensor(0)}, vocab_size=self.vocab_size)])
+        tensors = {**item, "row": torch.tensor(0)}
+        batch = collate([CachedItem(tensors=tensors, vocab_size=self.vocab_size, temperatures=self.temperatures)])
         try:
             batch["targets"].check_alignment(batch["input_ids"])
         except DatasetError as error:
@@ -303,8 +309,12 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         if self.decode == "worker" and self.student_vocab_size is not None:
             item = self._within(item, self.student_vocab_size)
         if self.decode == "worker" and self.top_k < item["topk_ids"].shape[1]:
-            item = _cut(item, self.top_k)
-        return CachedItem(tensors=item, vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size))
+            item = _cut(item, self.top_k, self.temperatures)
+        return CachedItem(
+            tensors=item,
+            vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size),
+            temperatures=self.temperatures,
+        )
 
     def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
         """Move entries beyond the student's logits to the end, and add their mass to the tail."""
@@ -321,6 +331,10 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             order_TK = beyond_TK.to(torch.uint8).argsort(dim=-1, stable=True)
             lost_T = torch.where(beyond_TK, item["topk_logprobs"].float(), -torch.inf).logsumexp(-1)
             item["tail_logmass"] = torch.logaddexp(item["tail_logmass"], lost_T)
+            if self.temperatures:
+                item["tail_logmass_T"] = tails_with_dropped(
+                    item["tail_logmass_T"], self.temperatures, item["topk_logprobs"], beyond_TK
+                )
             item["topk_ids"] = item["topk_ids"].masked_fill(beyond_TK, 0).gather(-1, order_TK)
             item["topk_logprobs"] = item["topk_logprobs"].masked_fill(beyond_TK, -torch.inf).gather(-1, order_TK)
         return item
@@ -396,8 +410,12 @@ def _order(readers: Sequence[CacheReader]) -> npt.NDArray[np.int64] | None:
     return None if (order == np.arange(len(order))).all() else order
 
 
-def _cut(item: dict[str, Tensor], top_k: int) -> dict[str, Tensor]:
+def _cut(item: dict[str, Tensor], top_k: int, temperatures: tuple[float, ...]) -> dict[str, Tensor]:
     """Drop the entries after the first `top_k`, and add their mass to the tail."""
+    if temperatures:
+        is_dropped_K = torch.arange(item["topk_ids"].shape[1]) >= top_k
+        tails = tails_with_dropped(item["tail_logmass_T"], temperatures, item["topk_logprobs"], is_dropped_K)
+        item = {**item, "tail_logmass_T": tails}
     dropped_T = item["topk_logprobs"][:, top_k:].float().logsumexp(-1)
     return {
         **item,

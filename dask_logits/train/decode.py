@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_logits.cache.profile import Compact
+from dask_logits.train.objective import tails_with_dropped
 from dask_logits.train.targets import CodedTargets, SparseTargets
 
 
@@ -26,14 +27,17 @@ class Decoder(nn.Module):
         Profile of the cache.
     top_k
         Entries to decode. The mass of the others is added to the tail.
+    temperatures
+        Further temperatures of the cache.
     """
 
     id_table: Tensor
     gap_table: Tensor
 
-    def __init__(self, profile: Compact, top_k: int) -> None:
+    def __init__(self, profile: Compact, top_k: int, temperatures: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.top_k = top_k
+        self.temperatures = temperatures
         self.id_planes = [f"topk_ids_b{i}" for i in range(profile.n_id_planes)]
         self.gap_planes = [f"topk_gaps_b{i}" for i in range(profile.n_gap_planes)]
         self.register_buffer("id_table", torch.from_numpy(profile.id_table.astype("int64")), persistent=False)
@@ -62,11 +66,16 @@ class Decoder(nn.Module):
         top_N = codes["top1_logprob"].float()
         logprobs_NK = (top_N[..., None] - self.gap_table[code_NK.long().clamp_(max=len(self.gap_table) - 1)]).half()
         tail_logmass_N = coded.rest.tail_logmass
+        tail_logmass_NJ = coded.rest.tail_logmass_NJ
         if self.top_k < logprobs_NK.shape[-1]:
+            if tail_logmass_NJ is not None:
+                is_dropped_K = torch.arange(logprobs_NK.shape[-1], device=logprobs_NK.device) >= self.top_k
+                tail_logmass_NJ = tails_with_dropped(tail_logmass_NJ, self.temperatures, logprobs_NK, is_dropped_K)
             tail_logmass_N = torch.logaddexp(tail_logmass_N, logprobs_NK[..., self.top_k :].float().logsumexp(-1))
         return replace(
             coded.rest,
             topk_ids=self.id_table[rank_NK[..., : self.top_k].clamp_(max=len(self.id_table) - 1)],
             topk_logprobs=logprobs_NK[..., : self.top_k].float(),
             tail_logmass=tail_logmass_N,
+            tail_logmass_NJ=tail_logmass_NJ,
         )

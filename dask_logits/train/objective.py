@@ -49,7 +49,7 @@ class Objective:
         Weight of the teacher in ``jsd``, between 0 and 1. Other divergences ignore it.
     temperature
         Divides the raw logits of teacher and student in the divergence. The cross-entropy is always at temperature 1.
-        Temperatures other than 1 need targets with their logsumexp, except with ``renormalised``.
+        Temperatures other than 1 need targets with their tail, except with ``renormalised``.
     alpha
         Share of the divergence, from 0 to 1.
 
@@ -155,7 +155,7 @@ def teacher_cells(
     Raises
     ------
     ConfigError
-        If the targets do not have the logsumexp of the objective's temperature.
+        If the targets do not have the tail of the objective's temperature.
     DatasetError
         If a kept id is outside the teacher's vocabulary.
     """
@@ -164,11 +164,9 @@ def teacher_cells(
     _check_ids(torch.where(logp_NK > -torch.inf, ids_NK, 0), targets.vocab_size)
     if objective.tail == "renormalised":
         logp_NK, logtail_N = logp_NK / objective.temperature, torch.zeros_like(logp_NK[:, 0])
-    elif objective.temperature == 1:
-        logp_NK, logtail_N = normalise_targets(logp_NK, targets.tail_logmass.flatten()[rows_N].to(dtype))
     else:
-        shift_N = _shift(targets, objective.temperature).flatten()[rows_N].to(dtype)
-        logp_NK, logtail_N = _completed(logp_NK / objective.temperature + shift_N[:, None])
+        logtail_N = _tail(targets, objective.temperature).flatten()[rows_N].to(dtype)
+        logp_NK, logtail_N = normalise_targets(logp_NK / objective.temperature, logtail_N)
 
     beyond_NK = ids_NK >= width
     logtail_N = torch.logaddexp(logtail_N, logp_NK.masked_fill(~beyond_NK, -torch.inf).logsumexp(-1))
@@ -203,7 +201,8 @@ def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tenso
     Parameters
     ----------
     logp_NK, logtail_N
-        Log-probs as stored (rounded), and the tail's log-mass. Rows without kept entries are unchanged.
+        Log-probs as stored (rounded), or these divided by a temperature, and the tail's log-mass at that temperature.
+        Rows without kept entries are unchanged.
 
     Returns
     -------
@@ -211,7 +210,34 @@ def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tenso
     """
     kept_N = torch.log(-torch.expm1(logtail_N.clamp(max=-1e-7)))
     sum_N = logp_NK.logsumexp(-1)
-    return logp_NK + torch.where(sum_N == -torch.inf, 0.0, kept_N - sum_N)[:, None], logtail_N
+    return logp_NK + torch.where(sum_N == -torch.inf, 0.0, kept_N - sum_N)[..., None], logtail_N
+
+
+def tails_with_dropped(
+    tail_logmass_NJ: Tensor, temperatures: tuple[float, ...], topk_logprobs_NK: Tensor, is_dropped_NK: Tensor
+) -> Tensor:
+    """Add the mass of entries that are dropped to the tails at further temperatures.
+
+    Parameters
+    ----------
+    tail_logmass_NJ, temperatures
+        The tails, and the temperature of each.
+    topk_logprobs_NK
+        Log-probs of all kept entries, at temperature 1.
+    is_dropped_NK
+        Whether an entry is dropped.
+
+    Returns
+    -------
+    Tensor
+        [N, J].
+    """
+    tails = []
+    for j, temperature in enumerate(temperatures):
+        logp_NK, logtail_N = normalise_targets(topk_logprobs_NK.float() / temperature, tail_logmass_NJ[..., j])
+        dropped_N = logp_NK.masked_fill(~is_dropped_NK, -torch.inf).logsumexp(-1)
+        tails.append(torch.logaddexp(logtail_N, dropped_N))
+    return torch.stack(tails, -1) if tails else tail_logmass_NJ
 
 
 def _check_ids(ids_NK: Tensor, vocab_size: int) -> None:
@@ -225,22 +251,17 @@ def _check_ids(ids_NK: Tensor, vocab_size: int) -> None:
         )
 
 
-def _shift(targets: SparseTargets, temperature: float) -> Tensor:
-    """Return what turns log-probs at temperature 1, divided by the temperature, into log-probs at the temperature."""
-    if targets.logsumexp_NJ is None or temperature not in targets.temperatures:
-        has = ", ".join(f"{value:g}" for value in (1.0, *targets.temperatures))
+def _tail(targets: SparseTargets, temperature: float) -> Tensor:
+    """Return the tail's log-mass at a temperature."""
+    if temperature == 1:
+        return targets.tail_logmass
+    if targets.tail_logmass_NJ is None or temperature not in targets.temperatures:
+        has = ", ".join(f"{value:g}" for value in sorted((1.0, *targets.temperatures)))
         raise ConfigError(
-            f"temperature: expected one that the cache has a logsumexp for ({has}), got {temperature:g}; other "
-            "temperatures need the teacher's whole distribution"
+            f"temperature: expected one that the cache has a tail for ({has}), got {temperature:g}; make a cache with "
+            f"distillation.teacher.generation.temperatures=[{temperature:g}]"
         )
-    return targets.logsumexp / temperature - targets.logsumexp_NJ[..., targets.temperatures.index(temperature)]
-
-
-def _completed(logp_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return entries and the mass they leave. If they exceed one by rounding, they are scaled to one."""
-    sum_N = logp_NK.logsumexp(-1)
-    logp_NK = logp_NK - sum_N.clamp(min=0)[:, None]
-    return logp_NK, torch.where(sum_N < 0, torch.log(-torch.expm1(sum_N.clamp(max=-1e-300))), -torch.inf)
+    return targets.tail_logmass_NJ[..., targets.temperatures.index(temperature)]
 
 
 def _residual(ids_NK: Tensor, logp_NK: Tensor, logtail_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,9 +105,9 @@ class SparseTargets(_Tensors):
         Width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids are
         below it.
     temperatures
-        J temperatures other than 1 with a logsumexp.
-    logsumexp_NJ
-        [N, J] float32, the logsumexp of the teacher's raw logits divided by each of the temperatures. None if J is 0.
+        J temperatures other than 1 with a tail.
+    tail_logmass_NJ
+        [N, J] float32, log of the teacher's mass outside the kept entries at each of the temperatures. None if J is 0.
 
     Raises
     ------
@@ -125,13 +125,13 @@ class SparseTargets(_Tensors):
     mask: Tensor
     vocab_size: int
     temperatures: tuple[float, ...] = ()
-    logsumexp_NJ: Tensor | None = None
+    tail_logmass_NJ: Tensor | None = None
 
     def __post_init__(self) -> None:
         width = {
             "topk_ids": self.topk_ids.shape[-1:],
             "topk_logprobs": self.topk_ids.shape[-1:],
-            "logsumexp_NJ": (len(self.temperatures),),
+            "tail_logmass_NJ": (len(self.temperatures),),
         }
         problems = []
         for field in fields(self):
@@ -139,8 +139,8 @@ class SparseTargets(_Tensors):
             expected = (*self.shape, *width.get(field.name, ()))
             if isinstance(value, Tensor) and tuple(value.shape) != expected:
                 problems.append(f"{field.name}: expected the shape {expected}, got {tuple(value.shape)}")
-        if self.temperatures and self.logsumexp_NJ is None:
-            problems.append(f"logsumexp_NJ: expected one column for each of {self.temperatures}, got none")
+        if self.temperatures and self.tail_logmass_NJ is None:
+            problems.append(f"tail_logmass_NJ: expected one column for each of {self.temperatures}, got none")
         if problems:
             raise ConfigError("\n".join(problems), problems)
 

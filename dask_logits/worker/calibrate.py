@@ -96,6 +96,8 @@ class CalibrationTask:
         Settings of ``distillation.scoring``.
     compact
         Whether the compact profile will be used, which requires an id table.
+    temperatures
+        Temperatures other than 1 whose tail is stored.
     most_trial_seconds
         Maximum time of one trial.
     """
@@ -113,6 +115,7 @@ class CalibrationTask:
     logits: Literal["exact", "model"]
     compile: Literal["auto", "always", "never"]
     compact: bool = False
+    temperatures: tuple[float, ...] = ()
     most_trial_seconds: float = float("inf")
 
 
@@ -197,6 +200,7 @@ def calibrate(
         batch_size=task.batch_size,
         head_rows=task.head_rows,
         path=path,
+        temperatures=task.temperatures,
     )
     first = settings = _warmed(teacher, settings, task)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))

@@ -80,7 +80,9 @@ def sparse_targets(
         mask=torch.ones_like(labels, dtype=torch.bool) if mask is None else mask,
         vocab_size=teacher.shape[-1],
         temperatures=temperatures,
-        logsumexp_NJ=torch.stack([(teacher / T).logsumexp(-1) for T in temperatures], -1),
+        tail_logmass_NJ=torch.stack(
+            [(teacher / T).log_softmax(-1).scatter(-1, top.indices, -torch.inf).logsumexp(-1) for T in temperatures], -1
+        ),
     )
 
 
