@@ -27,6 +27,8 @@ def generate_teacher_logits(
     max_samples: int | str | None = None,
     max_length: int | None = None,
     text_column: str | None = None,
+    messages_column: str | None = None,
+    mask_column: str | None = None,
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
@@ -67,6 +69,10 @@ def generate_teacher_logits(
     text_column
         Column with the documents, or a field of a struct such as ``doc.text``. None: ``text``, or ``input_ids`` if
         there is no ``text``.
+    messages_column
+        Column of chats, of which a student learns the assistant's turns.
+    mask_column
+        Column beside ``input_ids`` that says which tokens a student learns.
 
     Returns
     -------
@@ -101,6 +107,8 @@ def generate_teacher_logits(
             "max_samples": max_samples,
             "max_length": "auto" if max_length is None else max_length,
             "text_column": text_column,
+            "messages_column": messages_column,
+            "mask_column": mask_column,
         },
     }
     config = Config.from_mapping(tree, dataset_given=not named)

@@ -184,6 +184,22 @@ class DatasetConfig(Group):
         "what",
         "Column of the documents, or a field such as `doc.text`. null: `text`, or `input_ids` if there is no `text`.",
     )
+    messages_column: str | None = _setting(
+        None,
+        "what",
+        "Column of chats, as lists of messages with `role` and `content`. The tokenizer's chat template renders them, "
+        "with the row's `tools` if there are any. null: rows are no chats.",
+    )
+    learn: Literal["assistant", "all"] = _setting(
+        "assistant",
+        "what",
+        "Tokens of a chat that a student learns. assistant: the assistant's turns. all: every token.",
+    )
+    mask_column: str | None = _setting(
+        None,
+        "what",
+        "Column beside token ids that says which of them a student learns: 1 or 0, or labels with -100. null: all.",
+    )
     on_bad_row: Literal["fail", "skip"] = _setting(
         "fail",
         "what",
@@ -545,6 +561,13 @@ def _cross_check(config: Config, dataset_given: bool) -> Iterator[str]:
     for name, file in files.items() if any(files.values()) else ():
         if file is None or not Path(file).expanduser().is_file():
             yield f"distillation.cluster.security.{name}: expected a file, got {file!r}. Set all three files or none"
+    if dataset.messages_column is not None:
+        for name in ("text_column", "mask_column"):
+            if getattr(dataset, name) is not None:
+                yield (
+                    f"distillation.dataset.{name}: expected null with messages_column, got {getattr(dataset, name)!r}. "
+                    "Remove one of them"
+                )
     if dataset.window_stride is not None and dataset.long_documents != "window":
         yield (
             "distillation.dataset.window_stride: expected null unless long_documents is 'window', got "

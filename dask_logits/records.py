@@ -275,6 +275,9 @@ class Statistics(Record, extra="forbid"):
         description="Sum of the log-probs of the true next tokens, in nats. Infinite if one has probability 0.",
     )
     labels: Count = Field(default=0, description="Tokens with a true next token.")
+    learned: Count = Field(
+        default=0, description="Positions whose next token a student learns, of masked data. 0 without a mask."
+    )
     skipped_rows: Count = Field(default=0, description="Unusable rows that were skipped. They have no tokens.")
     double_bos_rows: Count = Field(
         default=0, description="Texts that begin with the tokenizer's BOS token, so that it occurs twice."
@@ -291,6 +294,7 @@ class Statistics(Record, extra="forbid"):
             kept_mass=float(-np.expm1(records.tail_logmass.astype(np.float64)).sum()),
             label_logprob=float(labelled.astype(np.float64).sum()),
             labels=len(labelled),
+            learned=0 if records.loss_mask is None else int(records.loss_mask.sum()),
         )
 
     def __add__(self, other: Statistics) -> Statistics:

@@ -13,7 +13,7 @@ from builders import compact, plain, records, save_tokenizer, sentences, tiny_mo
 
 from dask_logits.cache.profile import as_kept
 from dask_logits.hydra_config import load_config
-from dask_logits.records import TOKEN_ARRAYS
+from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -95,7 +95,14 @@ def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
 def test_the_format_document_names_every_array() -> None:
     text = (ROOT / "docs" / "FORMAT.md").read_text()
     logical, _, stored = text.partition("## Profile `compact`")
-    arrays = [*TOKEN_ARRAYS, "document_row", "document_offset", "document_start", "document_length"]
+    arrays = [
+        *TOKEN_ARRAYS,
+        *OPTIONAL_TOKEN_ARRAYS,
+        "document_row",
+        "document_offset",
+        "document_start",
+        "document_length",
+    ]
     assert re.findall(r"^\| `(\w+)` \|", logical, re.M) == [*arrays, "block_length", "block_start", "token_crcs"]
     wide = compact(4, 70_000, precision=12)
     for name in (*wide.arrays, *wide.tables, "chunks/<name>/offset", "crc32/<name>"):

@@ -151,6 +151,10 @@ def fill(folder: Path) -> None:
     save_tokenizer(teacher, HEAD_WIDTH)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.eos_token = "w0"
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     tokenizer.save_pretrained(teacher)
     (folder / "output" / "corpus").mkdir()
     write_json_lines(folder / "output" / "corpus" / "python-reference.jsonl", sentences(40, longest=600))

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask_logits.config import DatasetConfig
+from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
 from dask_logits.data.load import load_rows, refuse_splits
 from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values
-from dask_logits.data.values import IDS, MASK, PROBLEM, TEXT, choose_column, row_value, type_problem, value_table
+from dask_logits.data.values import PROBLEM, row_value, type_problem, value_table
 from dask_logits.errors import DatasetError
 from dask_logits.files.lock import lease
 from dask_logits.run.folder import RunFolder, conflict
@@ -49,7 +50,7 @@ class Corpus:
     n_rows
         Number of rows used, from the first.
     column
-        ``input_ids`` or the text column.
+        The column of the documents.
     repairs
         Whether rows that could not be used may have been repaired since they were planned.
     """
@@ -58,14 +59,14 @@ class Corpus:
     commit: str | None = None
     file_states: tuple[str, ...] = ()
 
-    def __init__(self, dataset: Dataset, n_rows: int, column: str, *, repairs: bool = False) -> None:
+    def __init__(self, dataset: Dataset, n_rows: int, column: Column, *, repairs: bool = False) -> None:
         self.dataset = dataset
         self.n_rows = n_rows
         self.column = column
         self.repairs = repairs
         names = dataset.column_names
         # Columns that identify rows by content. A reader's notes on bad rows are kept separately.
-        self._content = [column, MASK] if column == IDS and MASK in names else [column]
+        self._content = [column.name, *(name for name in column.beside if name in names)]
         self._used = [*self._content, *(name for name in (PROBLEM,) if name in names)]
         # Partitions passed so far, wanted or not.
         self.passed = 0
@@ -74,7 +75,7 @@ class Corpus:
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenized."""
-        return self.column != IDS
+        return self.column.kind != "ids"
 
     @property
     def content_digest(self) -> str:
@@ -84,8 +85,12 @@ class Corpus:
     def _digest(self, first: int, n_rows: int) -> str:
         """Hash a range of rows, once."""
         if (first, n_rows) not in self._digests:
-            self._digests[first, n_rows] = hash_rows(self.dataset, self._content, first, n_rows)
+            self._digests[first, n_rows] = self._hashed(self.dataset, first, n_rows)
         return self._digests[first, n_rows]
+
+    def _hashed(self, dataset: Dataset, first: int, n_rows: int, without: frozenset[int] = frozenset()) -> str:
+        made = self.column if self.column.kind == "chat" or self.column.mask else None
+        return hash_rows(dataset, self._used if made else self._content, first, n_rows, without=without, made=made)
 
     @functools.cached_property
     def files(self) -> list[FileRows] | None:
@@ -102,7 +107,7 @@ class Corpus:
         if any(set(self._used) - set(part.column_names) for part in mapped) or sum(map(len, mapped)) < self.n_rows:
             return None
         whole = concatenate_datasets([part.select_columns(self._used) for part in mapped])
-        if hash_rows(whole, self._content, 0, self.n_rows) != self.content_digest:
+        if self._hashed(whole, 0, self.n_rows) != self.content_digest:
             return None
         return [FileRows(path=path, first=0, n_rows=len(part)) for path, part in zip(paths, mapped, strict=True)]
 
@@ -140,7 +145,7 @@ class Corpus:
         bad = segment.source.get("bad_rows")
         if not bad or not self.repairs:
             return False
-        found = hash_rows(self.dataset, self._content, segment.first_row, segment.n_rows, without=frozenset(bad))
+        found = self._hashed(self.dataset, segment.first_row, segment.n_rows, without=frozenset(bad))
         return bool(found == segment.source["content"])
 
     def _source(self, first: int, n_rows: int) -> dict[str, Any]:
@@ -251,6 +256,7 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
     """
     from datasets import Dataset as RegularDataset
 
+    wanted = ColumnSettings.of(config)
     if dataset is None:
         opened = load_rows(
             str(config.name),
@@ -258,11 +264,11 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
             split=config.split,
             data_files=config.data_files,
             revision=config.revision,
-            text_column=config.text_column,
+            wanted=wanted,
             num_proc=config.num_proc,
         )
     else:
-        opened = _from_rows(dataset, config.text_column) if isinstance(dataset, list | tuple) else dataset
+        opened = _from_rows(dataset, wanted) if isinstance(dataset, list | tuple) else dataset
     refuse_splits(opened)
     if not isinstance(opened, RegularDataset):
         raise DatasetError(
@@ -276,26 +282,26 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
         raise DatasetError(
             "distillation.dataset.name: expected at least one row, got an empty dataset; check the split"
         )
-    column = choose_column([name for name in opened.column_names if name != PROBLEM], config.text_column)
-    if column not in opened.column_names:
+    names = opened.column_names
+    column = choose_column([name for name in names if name != PROBLEM], wanted, is_converted=PROBLEM in names)
+    where = f"distillation.dataset.{'messages' if column.kind == 'chat' else 'text'}_column"
+    if column.name not in names:
         opened = opened.flatten()
-        if column not in opened.column_names:
-            raise DatasetError(
-                f"distillation.dataset.text_column: expected one of the fields {opened.column_names}, got {column!r}"
-            )
-    problem = type_problem(opened.data.schema.field(column).type, column)
+        if column.name not in opened.column_names:
+            raise DatasetError(f"{where}: expected one of the fields {opened.column_names}, got {column.name!r}")
+    problem = type_problem(opened.data.schema.field(column.name).type, column)
     if problem is not None:
-        first = opened.with_format(None).select_columns([column])[0][column]
-        expected = "lists of integers" if column == IDS else "texts"
-        reason = row_value({column: first}, column)
+        first = opened.with_format(None).select_columns([column.name])[0][column.name]
+        expected = {"ids": "lists of integers", "text": "texts", "chat": "lists of messages, or texts with their JSON"}
+        reason = row_value({column.name: first}, column)
         raise DatasetError(
-            f"distillation.dataset.text_column: expected {expected} in the column {column!r}, got {problem}; dataset "
-            f"row 0: {getattr(reason, 'reason', repr(first)[:80])}"
+            f"{where}: expected {expected[column.kind]} in the column {column.name!r}, got {problem}; dataset row 0: "
+            f"{getattr(reason, 'reason', repr(first)[:80])}"
         )
     return Corpus(opened, n_rows, column, repairs=config.on_bad_row == "fail")
 
 
-def _from_rows(rows: Sequence[Any], text_column: str | None) -> Dataset:
+def _from_rows(rows: Sequence[Any], wanted: ColumnSettings) -> Dataset:
     """Build a dataset from a list of texts or mappings, with only the used column of mappings."""
     from datasets import Dataset as RegularDataset
 
@@ -306,7 +312,7 @@ def _from_rows(rows: Sequence[Any], text_column: str | None) -> Dataset:
             "row a text, or a dict with a text or input_ids column"
         )
     names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
-    column = choose_column(list(names), text_column) if names else text_column or TEXT
+    column = choose_column(list(names) or [wanted.text or TEXT], wanted)
     return RegularDataset(value_table([row_value(row, column) for row in rows], column))
 
 
@@ -330,15 +336,33 @@ def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[Fil
 
 
 def hash_rows(
-    dataset: Dataset, columns: Sequence[str], first: int, n_rows: int, *, without: frozenset[int] = frozenset()
+    dataset: Dataset,
+    columns: Sequence[str],
+    first: int,
+    n_rows: int,
+    *,
+    without: frozenset[int] = frozenset(),
+    made: Column | None = None,
 ) -> str:
-    """Digest a range of rows of some columns by content. Rows in `without` count as rows without a value."""
-    digests = [RowsDigest() for _ in columns]
+    """Digest a range of rows of some columns by content.
+
+    Parameters
+    ----------
+    dataset, columns, first, n_rows
+        The rows.
+    without
+        Rows that count as rows without a value.
+    made
+        Column whose values are made of the columns. None: the columns themselves are compared.
+    """
+    digests = [RowsDigest() for _ in (columns if made is None else [made])]
     narrow = dataset.select_columns(list(columns)).with_format("arrow")
     for start in range(first, first + n_rows, _HASH_ROWS):
         table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
         places = [row - start for row in without if start <= row < start + len(table)]
-        for name, digest in zip(columns, digests, strict=True):
+        if made is not None:
+            table = value_table(table_values(table, made), made).drop_columns([PROBLEM])
+        for name, digest in zip(columns if made is None else [made.name], digests, strict=True):
             digest.update(_without(table[name], places) if places else table[name])
     if len(digests) == 1:
         return digests[0].hexdigest()

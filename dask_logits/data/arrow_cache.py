@@ -18,30 +18,26 @@ from typing import Any
 
 import pyarrow as pa
 
+from dask_logits.data.columns import IDS, TEXT, Column, ColumnSettings, both_columns, choose_column
 from dask_logits.data.parquet_files import file_state, parquet_batches, read_footer
 from dask_logits.data.text_files import Format, located, read_file
 from dask_logits.data.values import (
-    IDS,
-    MASK,
     PROBLEM,
-    TEXT,
     BadRow,
     Value,
     arrow_values,
-    both_columns,
-    choose_column,
     row_value,
     value_table,
 )
 from dask_logits.errors import DatasetError, first_line
 
-_VERSION = 1
+_VERSION = 2
 _BATCH_ROWS = 1_000
 # Rows inspected for columns before the column is chosen.
 _LOOKED_AT_ROWS = 100
 
 
-def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str | None, text_column: str | None) -> Path:
+def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str | None, wanted: ColumnSettings) -> Path:
     """Return the Arrow file for a list of files, writing it if it does not exist.
 
     Parameters
@@ -54,17 +50,17 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
         Local paths or URLs, in order.
     separator
         Separator of CSV fields. None: detected from the header.
-    text_column
-        The requested column.
+    wanted
+        The requested columns.
 
     Raises
     ------
     DatasetError
         If a file cannot be read to its end, or the column is missing.
     """
-    column = choose_column(_columns(reader, files, separator), text_column)
+    column = choose_column(_columns(reader, files, separator), wanted)
     states = [[file, *vars(file_state(file)).values()] for file in files]
-    key = json.dumps([_VERSION, reader, separator, column, text_column, states])
+    key = json.dumps([_VERSION, reader, separator, [*vars(column).values()], wanted.is_chosen, states])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if path.exists():
         return path
@@ -75,7 +71,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
     try:
         with aside.open("wb") as sink:
             with pa.ipc.new_stream(sink, empty.schema) as writer:
-                for table in _tables(reader, files, separator, column, chosen=text_column is not None):
+                for table in _tables(reader, files, separator, column, chosen=wanted.is_chosen):
                     writer.write_table(table)
                     n_rows += len(table)
             os.fsync(sink.fileno())
@@ -148,7 +144,7 @@ def _format(reader: str) -> Format:
 
 
 def _tables(
-    reader: str, files: Sequence[str], separator: str | None, column: str, *, chosen: bool
+    reader: str, files: Sequence[str], separator: str | None, column: Column, *, chosen: bool
 ) -> Iterator[pa.Table]:
     if reader == "parquet":
         for file in files:
@@ -165,8 +161,8 @@ def _tables(
         yield value_table(batch, column)
 
 
-def _value(row: Mapping[str, Any], column: str, *, chosen: bool) -> Value:
-    other = {TEXT: IDS, IDS: TEXT}.get(column)
+def _value(row: Mapping[str, Any], column: Column, *, chosen: bool) -> Value:
+    other = {TEXT: IDS, IDS: TEXT}.get(column.name)
     if not chosen and other is not None and row.get(other) is not None:
         # Later rows have a second column that the first rows lack.
         raise both_columns()
@@ -174,15 +170,15 @@ def _value(row: Mapping[str, Any], column: str, *, chosen: bool) -> Value:
     return value
 
 
-def _narrow(batch: pa.RecordBatch, column: str) -> pa.Table:
+def _narrow(batch: pa.RecordBatch, column: Column) -> pa.Table:
     """Return the used column of Parquet rows, without inspecting each row if its type allows it."""
     kind = batch.schema.field(0).type
-    plain = column in batch.schema.names and MASK not in batch.schema.names
+    plain = column.kind == "text" and column.name in batch.schema.names
     if plain and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         texts = batch.column(0).cast(pa.large_string())
         try:
             texts.validate(full=True)
         except pa.ArrowInvalid:
             return value_table(arrow_values(batch, column), column)
-        return pa.table({column: texts, PROBLEM: pa.nulls(len(texts), pa.string())})
+        return pa.table({column.name: texts, PROBLEM: pa.nulls(len(texts), pa.string())})
     return value_table(arrow_values(batch, column), column)

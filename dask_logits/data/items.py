@@ -8,6 +8,7 @@ Dimension letters: C context tokens, L kept tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -80,12 +81,15 @@ class Item:
         The token after the last one, −1 if there is none.
     spans
         Origin of the L kept tokens.
+    loss_mask
+        [L] bool, whether a student learns the token after each kept one. None: it learns all.
     """
 
     tokens: Array
     context: int
     next_token: int
     spans: tuple[Span, ...]
+    loss_mask: Array | None = None
 
     @property
     def n_kept(self) -> int:
@@ -106,7 +110,13 @@ def plain_items(documents: Sequence[Array], first_row: int = 0) -> list[Item]:
     return [_whole(document, first_row + i) for i, document in enumerate(documents)]
 
 
-def make_items(documents: Sequence[Array], settings: ItemSettings, *, first_row: int = 0) -> list[Item]:
+def make_items(
+    documents: Sequence[Array],
+    settings: ItemSettings,
+    *,
+    first_row: int = 0,
+    masks: Sequence[Array] | None = None,
+) -> list[Item]:
     """Convert the documents of a partition to items.
 
     Parameters
@@ -117,6 +127,8 @@ def make_items(documents: Sequence[Array], settings: ItemSettings, *, first_row:
         How documents are split or packed.
     first_row
         Dataset row of the first document.
+    masks
+        Which tokens of each document a student learns, bool. None: all.
 
     Examples
     --------
@@ -125,10 +137,31 @@ def make_items(documents: Sequence[Array], settings: ItemSettings, *, first_row:
     [([0, 1, 2, 3], 0, 4), ([2, 3, 4, 5], 2, 6), ([4, 5, 6], 2, -1)]
     """
     if settings.packing == "concat":
-        return _blocks(documents, settings, first_row)
-    if settings.long_documents == "truncate":
-        return plain_items([document[: settings.max_length] for document in documents], first_row)
-    return [item for i, document in enumerate(documents) for item in _windows(document, settings, first_row + i)]
+        items = _blocks(documents, settings, first_row)
+    elif settings.long_documents == "truncate":
+        items = plain_items([document[: settings.max_length] for document in documents], first_row)
+    else:
+        items = [item for i, document in enumerate(documents) for item in _windows(document, settings, first_row + i)]
+    if masks is None:
+        return items
+    next_masks = [_next_mask(document, mask) for document, mask in zip(documents, masks, strict=True)]
+    return [dataclasses.replace(item, loss_mask=_mask_of(item, next_masks, first_row)) for item in items]
+
+
+def _next_mask(document: Array, mask: Array) -> Array:
+    """Return whether each token's next one is learned. Nothing is learned after the last token, nor a separator."""
+    next_T: Array = np.zeros(len(document) + 1, bool)
+    next_T[: max(0, len(document) - 1)] = mask[1:]
+    return next_T
+
+
+def _mask_of(item: Item, next_masks: Sequence[Array], first_row: int) -> Array:
+    parts = [next_masks[span.row - first_row][span.offset : span.offset + span.length] for span in item.spans]
+    mask_L: Array = np.concatenate(parts)
+    if item.next_token < 0 and len(mask_L):
+        # The next token was cut off.
+        mask_L[-1] = False
+    return mask_L
 
 
 def _whole(document: Array, row: int) -> Item:

@@ -26,9 +26,10 @@ import pyarrow as pa
 
 from dask_logits.config import nearest
 from dask_logits.data.arrow_cache import arrow_file
+from dask_logits.data.columns import IDS, ColumnSettings, choose_column
 from dask_logits.data.parquet_files import needed_for
 from dask_logits.data.tokens import encode
-from dask_logits.data.values import IDS, PROBLEM, BadRow, arrow_values, choose_column, with_problems
+from dask_logits.data.values import PROBLEM, BadRow, arrow_values, with_problems
 from dask_logits.errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def prepare_dataset(
     DatasetError
         If the dataset, split or column does not exist.
     """
+    wanted = ColumnSettings(text=text_column)
     if tokenizer is None:
         loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
         return _first(loaded, max_samples, streaming)
@@ -136,12 +138,12 @@ def prepare_dataset(
             split=split,
             data_files=data_files,
             revision=revision,
-            text_column=text_column,
+            wanted=wanted,
             num_proc=num_proc,
         )
     loaded = _first(loaded, max_samples, streaming)
     columns = loaded.column_names or list(next(iter(loaded), {}))
-    column = choose_column([name for name in columns if name != PROBLEM], text_column)
+    column = choose_column([name for name in columns if name != PROBLEM], wanted)
 
     def tokens(rows: Any) -> pa.Table:
         values = arrow_values(rows, column)
@@ -150,7 +152,7 @@ def prepare_dataset(
         bad = next((value for value in values if isinstance(value, BadRow)), None)
         if bad is not None:
             raise DatasetError(f"{bad.reason}; fix the row")
-        if column == IDS:
+        if column.kind == "ids":
             return _ids_table([value if isinstance(value, list) else [] for value in values])
         texts = [value for value in values if isinstance(value, str) and value]
         ids = iter(encode(tokenizer, texts, add_special_tokens, max_length))
@@ -385,7 +387,7 @@ def load_rows(
     split: str,
     data_files: Sequence[str] | None,
     revision: str | None,
-    text_column: str | None,
+    wanted: ColumnSettings,
     num_proc: int | None,
 ) -> Any:
     """Load a regular dataset. Only the used column of text and Parquet files is loaded.
@@ -407,7 +409,7 @@ def load_rows(
     check_name(name, data_files)
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "dask_logits"
     is_hub = name not in _READERS and not Path(name).expanduser().exists()
-    asked = json.dumps([name, config_name, revision, data_files, text_column])
+    asked = json.dumps([name, config_name, revision, data_files, *vars(wanted).values()])
     memory = folder / "hub" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
     try:
         found = find_files(name, config_name, data_files, revision)
@@ -424,7 +426,7 @@ def load_rows(
 
     def part(key: str) -> Any:
         files = _translated(name, lambda: _downloaded(found.files[key], num_proc))
-        path = str(arrow_file(folder, found.reader, files, found.separator, text_column))
+        path = str(arrow_file(folder, found.reader, files, found.separator, wanted))
         if is_hub:
             memory.parent.mkdir(parents=True, exist_ok=True)
             memory.write_text(json.dumps({**_remembered(memory), key: path}))

@@ -9,6 +9,7 @@ from typing import Any
 
 from dask_logits.config import UNBOUNDED_STREAM, DatasetConfig
 from dask_logits.data.arrow_cache import file_rows
+from dask_logits.data.columns import ColumnSettings
 from dask_logits.data.load import (
     FoundFiles,
     check_name,
@@ -55,10 +56,10 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
     if config.max_samples is None:
         raise ConfigError.from_problems([UNBOUNDED_STREAM])
     limit = None if config.max_samples == "all" else int(config.max_samples)
-    skips = config.on_bad_row == "skip"
+    wanted, skips = ColumnSettings.of(config), config.on_bad_row == "skip"
     if dataset is not None:
         refuse_splits(dataset)
-        return RowStream([dataset], config.text_column, limit, {"dataset.stream": "object"}, skips=skips)
+        return RowStream([dataset], wanted, limit, {"dataset.stream": "object"}, skips=skips)
     name = str(config.name)
     identity: dict[str, Any] = {
         "dataset.name": name,
@@ -70,7 +71,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
     if is_saved(name):
         saved = prepare_dataset(name, split=config.split, streaming=True)
         arrow = sorted(str(path) for path in Path(name).expanduser().rglob("*.arrow"))
-        return RowStream([saved], config.text_column, limit, identity, file_states=_states(arrow), skips=skips)
+        return RowStream([saved], wanted, limit, identity, file_states=_states(arrow), skips=skips)
     check_name(name, config.data_files)
     found = find_files(name, config.config_name, config.data_files, commit or config.revision)
     parts = stream_parts(config.split, list(found.files))
@@ -79,17 +80,17 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         raise DatasetError(f"distillation.dataset.name: expected files of {name!r}, got none; check data_files")
     whole = all(first == 0 and last is None for _, first, last in parts)
     if found.reader == "parquet" and found.is_ours and whole:
-        return ParquetStream(files, config.text_column, limit, identity)
+        return ParquetStream(files, wanted, limit, identity)
     rows: Iterable[Any]
     if found.is_ours:
-        rows = _file_parts(found, parts, config.text_column)
+        rows = _file_parts(found, parts)
     else:
         rows = itertools.chain.from_iterable(
             _sliced(list(shards(_opened(config, split, commit))), first, last) for split, first, last in parts
         )
     return RowStream(
         rows,
-        config.text_column,
+        wanted,
         limit,
         identity,
         commit=pinned_commit(files),
@@ -109,9 +110,7 @@ def _opened(config: DatasetConfig, split: str, commit: str | None) -> Any:
     )
 
 
-def _file_parts(
-    found: FoundFiles, parts: Sequence[tuple[str, int, int | None]], text_column: str | None
-) -> Iterator[Iterable[Any]]:
+def _file_parts(found: FoundFiles, parts: Sequence[tuple[str, int, int | None]]) -> Iterator[Iterable[Any]]:
     """Yield the rows of each file, or of each slice of a split."""
     for split, first, last in parts:
         files = [_rows(found, file) for file in found.files[split]]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dask_logits.data.columns import ColumnSettings, choose_column
 from dask_logits.data.load import pinned_commit
 from dask_logits.data.parquet_files import (
     FileState,
@@ -26,7 +27,6 @@ from dask_logits.data.parquet_files import (
     unreachable,
 )
 from dask_logits.data.source import FileRows, Planned
-from dask_logits.data.values import IDS, choose_column
 from dask_logits.errors import DatasetError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment, group_cuts
@@ -44,8 +44,8 @@ class ParquetStream:
     ----------
     files
         Paths or URLs, in order.
-    text_column
-        The requested column.
+    wanted
+        The requested columns.
     limit
         Rows used, from the first. None: all.
     identity
@@ -55,7 +55,7 @@ class ParquetStream:
     streams = True
     file_states: tuple[str, ...] = ()
 
-    def __init__(self, files: list[str], text_column: str | None, limit: int | None, identity: dict[str, Any]) -> None:
+    def __init__(self, files: list[str], wanted: ColumnSettings, limit: int | None, identity: dict[str, Any]) -> None:
         self.files = files
         self.limit = limit
         self.commit = pinned_commit(files)
@@ -70,12 +70,12 @@ class ParquetStream:
                 f"distillation.dataset.name: expected a Parquet file with rows, got none in {len(files)} files such as "
                 f"{files[0]!r}; restore the files"
             )
-        self.column = choose_column(first.columns, text_column)
+        self.column = choose_column(first.columns, wanted)
 
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenized."""
-        return self.column != IDS
+        return self.column.kind != "ids"
 
     @property
     def n_rows(self) -> int | None:

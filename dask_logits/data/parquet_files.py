@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dask_logits.data.values import IDS, MASK, Value, arrow_values
+from dask_logits.data.columns import Column
+from dask_logits.data.values import Value, arrow_values
 from dask_logits.errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def read_footer(path: str) -> Footer:
     )
 
 
-def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str | None = None) -> list[Value]:
+def read_parquet(path: str, column: Column, first: int, n_rows: int, *, footer: str | None = None) -> list[Value]:
     """Read a range of rows of one column. Padding is removed from token ids.
 
     Parameters
@@ -151,7 +152,7 @@ def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str
     path
         Path or URL.
     column
-        Column name, or the path of a field inside a struct.
+        The column.
     first, n_rows
         The range, in rows of the file.
     footer
@@ -179,8 +180,8 @@ def read_parquet(path: str, column: str, first: int, n_rows: int, *, footer: str
     return rows
 
 
-def parquet_batches(path: str, column: str) -> Iterator[Any]:
-    """Yield all rows of a file: the used column and, for token ids, their mask.
+def parquet_batches(path: str, column: Column) -> Iterator[Any]:
+    """Yield all rows of a file: the used column, and those read beside it.
 
     Raises
     ------
@@ -202,18 +203,19 @@ def all_batches(path: str) -> Iterator[Any]:
         yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS)
 
 
-def _used_columns(path: str, column: str, footer: Footer) -> list[str]:
+def _used_columns(path: str, column: Column, footer: Footer) -> list[str]:
     """Return the columns to read. Of a struct, only the used field is read."""
-    head = column if column in footer.columns else column.split(".")[0]
-    if head not in footer.columns:
-        raise DatasetError(f"{path}: expected a column {column!r}, got {list(footer.columns)}; take the file out")
-    return [column, MASK] if column == IDS and MASK in footer.columns else [column]
+    head = column.name if column.name in footer.columns else column.head
+    for name, found in ((column.name, head), (column.mask, column.mask)):
+        if found is not None and found not in footer.columns:
+            raise DatasetError(f"{path}: expected a column {name!r}, got {list(footer.columns)}; take the file out")
+    return [column.name, *(name for name in column.beside if name in footer.columns)]
 
 
 class _Cursor:
     """Reads one column of one file forward."""
 
-    def __init__(self, path: str, column: str, footer: str | None) -> None:
+    def __init__(self, path: str, column: Column, footer: str | None) -> None:
         import pyarrow.parquet as pq
 
         self.key = (path, column, footer)
@@ -246,7 +248,7 @@ class _Cursor:
                 self.position += len(taken)
         return rows
 
-    def _seek(self, row: int, column: str) -> None:
+    def _seek(self, row: int, column: Column) -> None:
         """Move to a row: forward within the current row group, else to the start of its own row group."""
         if row >= self._group_end:
             if row >= self._starts[-1]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
+from dask_logits.data.columns import Column
 from dask_logits.data.parquet_files import read_parquet
 from dask_logits.data.values import PROBLEM, arrow_values, with_problems
 from dask_logits.errors import DatasetError
@@ -65,7 +66,7 @@ class Planned:
 
     partition: Partition
     files: tuple[FileRows, ...]
-    column: str
+    column: Column
     error: str | None = None
     n_bytes: int = 0
 
@@ -73,7 +74,7 @@ class Planned:
 class Source(Protocol):
     """Interface of a dataset for the job."""
 
-    column: str
+    column: Column
     streams: bool
     # Hub commit to which it is pinned.
     commit: str | None
@@ -134,8 +135,8 @@ class RowsDigest:
         return hashlib.sha256(self._lengths.digest() + self._values.digest()).hexdigest()
 
 
-def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
-    """Read consecutive rows: texts, or token ids without padding. Unusable rows are returned as ``BadRow``.
+def read_rows(files: Sequence[FileRows], column: Column) -> list[Any]:
+    """Read consecutive rows: texts, chats, or token ids without padding. Unusable rows are returned as ``BadRow``.
 
     Raises
     ------
@@ -157,7 +158,7 @@ def read_rows(files: Sequence[FileRows], column: str) -> list[Any]:
     return rows
 
 
-def table_values(table: Any, column: str) -> list[Any]:
+def table_values(table: Any, column: Column) -> list[Any]:
     """Return the values of Arrow rows, with bad rows where a reader marked them."""
     values = arrow_values(table, column)
     return with_problems(values, table[PROBLEM].to_pylist()) if PROBLEM in table.column_names else values

@@ -15,18 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dask_logits.data.columns import IDS, TEXT, Column, ColumnSettings, both_columns, choose_column
 from dask_logits.data.source import FileRows, Planned, RowsDigest, write_spool
 from dask_logits.data.text_files import located
-from dask_logits.data.values import (
-    IDS,
-    TEXT,
-    BadRow,
-    Value,
-    both_columns,
-    choose_column,
-    row_value,
-    value_table,
-)
+from dask_logits.data.values import BadRow, Value, row_value, value_table
 from dask_logits.errors import DatasetError, RunConflictError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment
@@ -72,8 +64,8 @@ class RowStream:
     parts
         Iterables over rows, read in order: the files of a reader, or one object. If a part breaks off, reading
         continues with the next one.
-    text_column
-        The requested column.
+    wanted
+        The requested columns.
     limit
         Rows used, from the first. None: all.
     identity
@@ -91,7 +83,7 @@ class RowStream:
     def __init__(
         self,
         parts: Iterable[Any],
-        text_column: str | None,
+        wanted: ColumnSettings,
         limit: int | None,
         identity: dict[str, Any],
         commit: str | None = None,
@@ -106,7 +98,7 @@ class RowStream:
         self.passed = 0
         self._identity = identity
         self._skips = skips
-        self._is_chosen = text_column is not None
+        self._is_chosen = wanted.is_chosen
         self._events = _events(parts)
         self._buffer: deque[Any] = deque()
         self._plain_text = False
@@ -122,12 +114,13 @@ class RowStream:
                 f"dataset: expected a stream of mappings or texts, got {type(first).__name__} {first!r:.80}; make each "
                 "row a dict with a text or input_ids column"
             )
-        self.column = text_column or TEXT if isinstance(first, str) else choose_column(list(first), text_column)
+        names = [wanted.text or TEXT] if isinstance(first, str) else list(first)
+        self.column: Column = choose_column(names, wanted)
 
     @property
     def is_text(self) -> bool:
         """Whether rows must be tokenized."""
-        return self.column != IDS
+        return self.column.kind != "ids"
 
     @property
     def n_rows(self) -> int | None:
@@ -302,8 +295,8 @@ class RowStream:
         if isinstance(row, BadRow):
             return row
         if isinstance(row, str) and not self._plain_text:
-            return BadRow(reason=f"expected a column {self.column!r}, got str")
-        other = {TEXT: IDS, IDS: TEXT}.get(self.column)
+            return BadRow(reason=f"expected a column {self.column.name!r}, got str")
+        other = {TEXT: IDS, IDS: TEXT}.get(self.column.name)
         if not self._is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
             raise both_columns()
         value: Value = located(row, row_value(row, self.column))

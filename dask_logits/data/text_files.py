@@ -19,8 +19,9 @@ from typing import IO, Any, Literal
 
 import pyarrow as pa
 
+from dask_logits.data.columns import TEXT
 from dask_logits.data.parquet_files import open_bytes
-from dask_logits.data.values import TEXT, BadRow
+from dask_logits.data.values import BadRow
 from dask_logits.errors import DatasetError
 
 Format = Literal["json", "csv", "text"]

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.data.chat import encode_chat, template_digest
+from dask_logits.data.columns import Column
 from dask_logits.data.values import BadRow, check_ids, check_text
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
@@ -46,6 +48,10 @@ class TokenizerSpec:
         Valid vocabulary.
     on_bad_row
         Whether an unusable row is an error, or a document of 0 tokens.
+    chat_template
+        Digest of the template that renders rows, which are chats. None: rows are no chats.
+    is_masked
+        Whether some tokens are not learned by a student.
     """
 
     path: str | None
@@ -56,6 +62,8 @@ class TokenizerSpec:
     max_length: int | None
     vocab_size: int
     on_bad_row: Literal["fail", "skip"] = "fail"
+    chat_template: str | None = None
+    is_masked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +78,14 @@ class Documents:
         Row → reason why it could not be used. Such a row has 0 tokens.
     n_double_bos
         Number of texts that begin with the tokenizer's BOS token, so that it occurs twice.
+    masks
+        Which tokens of each row a student learns, bool. None: all.
     """
 
     tokens: list[Array]
     skipped: dict[int, str]
     n_double_bos: int
+    masks: list[Array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +114,7 @@ class Tokenizer:
 
 
 def inspect_tokenizer(
-    config: TeacherConfig, dataset: DatasetConfig, *, is_text: bool, head_width: int, max_length: int | None
+    config: TeacherConfig, dataset: DatasetConfig, *, column: Column, head_width: int, max_length: int | None
 ) -> tuple[Tokenizer | None, TokenizerSpec]:
     """Load the tokenizer in the driver and determine the valid vocabulary.
 
@@ -111,8 +122,8 @@ def inspect_tokenizer(
     ----------
     config, dataset
         Settings of the teacher and the dataset.
-    is_text
-        Whether rows are text, which requires a tokenizer, or ids.
+    column
+        Column of the documents. Texts and chats require a tokenizer.
     head_width
         Logit width of the teacher.
     max_length
@@ -121,16 +132,19 @@ def inspect_tokenizer(
     Raises
     ------
     TeacherError
-        If text has no tokenizer, or the tokenizer does not match the teacher's vocabulary.
+        If text has no tokenizer, or chats no template, or the tokenizer does not match the teacher's vocabulary.
     """
+    is_text, is_chat = column.kind != "ids", column.kind == "chat"
     path = config.tokenizer_path or str(config.model_path)
     if Path(path).expanduser().is_dir():
         # Workers may have another working directory.
         path = str(Path(path).expanduser().absolute())
     revision = config.revision if config.tokenizer_path is None else None
     tokenizer: Tokenizer | None = None
+    template: str | None = None
     try:
-        tokenizer = _identify(_read_tokenizer(path, revision, config.trust_remote_code))
+        loaded = _read_tokenizer(path, revision, config.trust_remote_code)
+        tokenizer, template = _identify(loaded), template_digest(loaded) if is_chat else None
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         if is_text or config.tokenizer_path is not None:
             raise TeacherError(
@@ -154,6 +168,8 @@ def inspect_tokenizer(
         max_length=max_length,
         vocab_size=vocab_size,
         on_bad_row=dataset.on_bad_row,
+        chat_template=template,
+        is_masked=column.mask is not None or (is_chat and dataset.learn == "assistant"),
     )
 
 
@@ -200,10 +216,19 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
             bad(i, value.reason)
         values.append(None if isinstance(value, BadRow) else value)
     n_double_bos = 0
+    masks: list[Array] = []
+    marks = [np.zeros(0, bool) for _ in values]
     ids: list[list[int]] = [[] for _ in values] if spec.path else [value or [] for value in values]
     filled = [i for i, value in enumerate(values) if value]
-    if spec.path is not None and filled:
-        tokenizer = _load_tokenizer(spec.path, spec.revision, spec.trust_remote_code, spec.identity)
+    if spec.path is not None and spec.chat_template is not None:
+        for i in filled:
+            found = encode_chat(_loaded(spec), values[i], marks=spec.is_masked)
+            if isinstance(found, BadRow):
+                bad(i, found.reason)
+            else:
+                ids[i], marks[i] = found
+    elif spec.path is not None and filled:
+        tokenizer = _loaded(spec)
         encoded = encode(tokenizer, [values[i] for i in filled], spec.add_special_tokens, spec.max_length)
         bos = tokenizer.bos_token_id
         for i, row_ids in zip(filled, encoded, strict=True):
@@ -212,6 +237,9 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     tokens = []
     for i, row_ids in enumerate(ids):
         array = np.asarray(row_ids[: spec.max_length], dtype=np.int64)
+        if spec.is_masked:
+            marks_T = array >= 0 if spec.path is None else marks[i][: spec.max_length]
+            array = np.where(array < 0, ~array, array)
         if array.size and (array.min() < 0 or array.max() >= spec.vocab_size):
             wrong = int(array[(array < 0) | (array >= spec.vocab_size)][0])
             bad(
@@ -221,7 +249,9 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
             )
             array = array[:0]
         tokens.append(array.astype(np.int32))
-    return Documents(tokens=tokens, skipped=skipped, n_double_bos=n_double_bos)
+        if spec.is_masked:
+            masks.append(marks_T[: len(array)])
+    return Documents(tokens=tokens, skipped=skipped, n_double_bos=n_double_bos, masks=masks if spec.is_masked else None)
 
 
 def sample_documents(rows: Iterable[tuple[int, Any]], spec: TokenizerSpec) -> Iterator[Documents]:
@@ -308,6 +338,17 @@ def _cut(text: str, length: int) -> int:
         if text[place].isspace() and not text[place - 1].isspace():
             return place
     return length
+
+
+def _loaded(spec: TokenizerSpec) -> Any:
+    """Return the tokenizer, as the driver saw it."""
+    loaded = _load_tokenizer(str(spec.path), spec.revision, spec.trust_remote_code, spec.identity)
+    if spec.chat_template is not None and template_digest(loaded) != spec.chat_template:
+        raise TeacherError(
+            f"distillation.teacher.tokenizer_path: expected the chat template {spec.chat_template[:16]}… that the "
+            f"driver saw, got another at {spec.path!r}; give every machine the same files"
+        )
+    return loaded
 
 
 @functools.lru_cache(maxsize=2)

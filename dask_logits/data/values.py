@@ -1,4 +1,4 @@
-"""Extract one value from a dataset row: a text, or token ids without padding, or the reason why it has none.
+"""Extract one value from a dataset row: a text, a chat, or token ids without padding, or the reason why it has none.
 
 All readers use these functions, so that regular datasets, streams, Parquet files and lists treat a row alike. An
 unusable row becomes a :class:`BadRow`, which is handled according to ``distillation.dataset.on_bad_row``.
@@ -6,26 +6,20 @@ unusable row becomes a :class:`BadRow`, which is handled according to ``distilla
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dask_logits.config import nearest
-from dask_logits.errors import DatasetError
+from dask_logits.data.columns import MASK, TOOLS, Column, chat_advice
 
-TEXT = "text"
-IDS = "input_ids"
-MASK = "attention_mask"
 # Column of this package's Arrow files, beside the values: the reason why a row has none.
 PROBLEM = "__problem__"
-_CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
-_CHAT_ADVICE = (
-    "chat columns are not supported yet: render each chat to a text first with "
-    "tokenizer.apply_chat_template(messages, tokenize=False), and set distillation.dataset.add_special_tokens=false"
-)
+# Roles of a widespread format of chats, with the keys ``from`` and ``value``.
+_ROLES = {"human": "user", "gpt": "assistant"}
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
@@ -43,65 +37,12 @@ class BadRow:
     reason: str
 
 
+# A chat is the JSON text of its messages and tools. A token id that a student does not learn is kept as its
+# complement, ~id, which is negative, so that ids and their mask are one value.
 Value = str | list[int] | BadRow | None
 
 
-def choose_column(columns: Sequence[str], text_column: str | None) -> str:
-    """Return the column that contains the documents.
-
-    Parameters
-    ----------
-    columns
-        Columns of the dataset.
-    text_column
-        The requested column, or the path of a field inside a struct such as ``doc.text``. None: ``text``, or
-        ``input_ids`` if there is no ``text``.
-
-    Raises
-    ------
-    DatasetError
-        If the column is missing, or `text_column` is None and both columns exist.
-
-    Examples
-    --------
-    >>> choose_column(["id", "text"], None), choose_column(["text", "input_ids"], "input_ids")
-    ('text', 'input_ids')
-    """
-    where = "distillation.dataset.text_column"
-    if text_column is not None:
-        if text_column in columns or text_column.split(".")[0] in columns:
-            return text_column
-        raise DatasetError(
-            f"{where}: expected one of the columns {list(columns)}, got {text_column!r}{nearest(text_column, columns)}"
-        )
-    if TEXT in columns and IDS in columns:
-        raise DatasetError(
-            f"{where}: the dataset has both a column {TEXT!r} and a column {IDS!r}, which may come from another "
-            f"model's tokenizer; set {where}={TEXT} to tokenize the text, or {where}={IDS} to use the ids"
-        )
-    if TEXT in columns or IDS in columns:
-        return TEXT if TEXT in columns else IDS
-    chat = next((name for name in _CHATS if name in columns), None)
-    if chat is not None:
-        raise DatasetError(
-            f"{where}: expected a column {TEXT!r} or {IDS!r}, got the chat column {chat!r}; {_CHAT_ADVICE}"
-        )
-    raise DatasetError(
-        f"{where}: expected one of the columns {list(columns)}, got null, and none of them is {TEXT!r} or {IDS!r}; set "
-        "it to the column that holds the text"
-    )
-
-
-def both_columns() -> DatasetError:
-    """Build the error for a row with both a text and token ids when no column was chosen."""
-    try:
-        choose_column([TEXT, IDS], None)
-    except DatasetError as error:
-        return error
-    raise AssertionError
-
-
-def row_value(row: Any, column: str) -> Value:
+def row_value(row: Any, column: Column) -> Value:
     """Return the value of a column of one row.
 
     Parameters
@@ -109,33 +50,113 @@ def row_value(row: Any, column: str) -> Value:
     row
         A mapping of columns, or a plain text.
     column
-        Column, or the path of a field inside a struct.
+        The column.
 
     Examples
     --------
-    >>> row_value({"input_ids": [0, 0, 5, 7], "attention_mask": [0, 0, 1, 1]}, "input_ids")
+    >>> row_value({"input_ids": [0, 0, 5, 7], "attention_mask": [0, 0, 1, 1]}, Column.named("input_ids"))
     [5, 7]
-    >>> row_value({"doc": {"text": "red"}}, "doc.text")
+    >>> row_value({"doc": {"text": "red"}}, Column.named("doc.text"))
     'red'
-    >>> row_value({"text": 3}, "text")
+    >>> row_value({"text": 3}, Column.named("text"))
     BadRow(reason='expected a text, got int 3')
     """
     if isinstance(row, str):
         return check_text(row)
     if not isinstance(row, Mapping):
-        return BadRow(reason=f"expected a column {column!r}, got {type(row).__name__}")
-    if column in row:
-        value = row[column]
+        return BadRow(reason=f"expected a column {column.name!r}, got {type(row).__name__}")
+    if column.name in row:
+        value = row[column.name]
     else:
         value = row
-        for name in column.split("."):
+        for name in column.name.split("."):
             if value is None and value is not row:
                 return None
             if not isinstance(value, Mapping) or name not in value:
                 names = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-                return BadRow(reason=f"expected a column {column!r}, got {names}")
+                return BadRow(reason=f"expected a column {column.name!r}, got {names}")
             value = value[name]
-    return check_ids(value, row.get(MASK)) if column == IDS else check_text(value)
+    match column.kind:
+        case "text":
+            return check_text(value)
+        case "chat":
+            return check_chat(value, row.get(TOOLS))
+        case "ids":
+            if column.mask is not None and value is not None:
+                value = _with_learned(check_ids(value), row.get(column.mask), column.mask)
+            return value if isinstance(value, BadRow) else check_ids(value, row.get(MASK))
+
+
+def check_chat(value: Any, tools: Any = None) -> str | BadRow | None:
+    """Return a chat as JSON text, None for one without messages.
+
+    Parameters
+    ----------
+    value
+        A list of messages with ``role`` and ``content`` (or ``from`` and ``value``), a mapping with such a list as
+        ``messages``, or JSON of one of them.
+    tools
+        Functions that the model may call: a list of mappings, or its JSON.
+
+    Examples
+    --------
+    >>> check_chat([{"role": "user", "content": "Hi", "name": None}])
+    '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    try:
+        value, tools = (json.loads(one) if isinstance(one, str) else one for one in (value, tools))
+    except (ValueError, RecursionError) as error:
+        return BadRow(reason=f"expected messages, or JSON of them, got text that is none ({error})")
+    if isinstance(value, Mapping) and "messages" in value:
+        value, tools = value["messages"], value.get("tools") or tools
+    found = [] if value is None else _plain_list(value)
+    if found is None or not all(isinstance(message, Mapping) for message in found):
+        return BadRow(reason=f"expected a list of messages with role and content, got {type(value).__name__}")
+    messages = [_message(_without_none(message)) for message in found]
+    wrong = next((message for message in messages if not isinstance(message.get("role"), str)), None)
+    if wrong is not None:
+        return BadRow(reason=f"expected messages with role and content, got one with {sorted(map(str, wrong))}")
+    chat = {"messages": messages, **({"tools": _without_none(tools)} if tools else {})}
+    try:
+        text = json.dumps(chat, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        return BadRow(reason=f"expected messages of text, numbers, lists and mappings, got {error}")
+    return check_text(text) if messages else None
+
+
+def _message(message: Any) -> Any:
+    if "role" in message or "from" not in message:
+        return message
+    others = {name: value for name, value in message.items() if name not in ("from", "value")}
+    return {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value", ""), **others}
+
+
+def _without_none(value: Any) -> Any:
+    """Drop keys without a value, which Arrow adds so that all rows have the same keys."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _with_learned(ids: Any, learned: Any, name: str) -> Any:
+    """Store the ids that a student does not learn as their complement, as a mask or a column of labels says."""
+    if isinstance(ids, BadRow):
+        return ids
+    marks = _plain_list(learned)
+    if marks is None or len(marks) != len(ids):
+        found = f"{len(marks)}" if marks is not None else f"{type(learned).__name__}"
+        return BadRow(reason=f"expected {len(ids)} entries in {name!r}, one for each of the token ids, got {found}")
+    if any(one < 0 for one in ids):
+        return BadRow(reason=f"expected token ids of at least 0, got {min(ids)}")
+    if set(marks) - {0, 1}:
+        odd = next((i for i, (mark, one) in enumerate(zip(marks, ids, strict=True)) if mark not in (-100, one)), None)
+        if odd is not None:
+            return BadRow(
+                reason=f"expected a mask of 0 and 1 in {name!r}, or labels that are the token ids or -100, got "
+                f"{marks[odd]!r} at position {odd}, where the token id is {ids[odd]}"
+            )
+        marks = [mark != -100 for mark in marks]
+    return [one if mark else ~one for one, mark in zip(ids, marks, strict=True)]
 
 
 def check_text(value: Any) -> str | BadRow | None:
@@ -145,7 +166,7 @@ def check_text(value: Any) -> str | BadRow | None:
     if not isinstance(value, str):
         reason = f"expected a text, got {type(value).__name__} {value!r:.80}"
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            reason += f"; {_CHAT_ADVICE}"
+            reason += f"; {chat_advice('COLUMN')}"
         elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
             reason += "; give each row one text (is this a batch of rows?)"
         elif isinstance(value, Mapping):
@@ -190,7 +211,7 @@ def _masked(ids: list[int], mask: Any) -> list[int] | BadRow:
     marks = _plain_list(mask)
     if marks is None or len(marks) != len(ids):
         found = f"{len(marks)}" if marks is not None else f"{type(mask).__name__}"
-        return BadRow(reason=f"expected an {MASK} of {len(ids)} entries, one for each of the {IDS}, got {found}")
+        return BadRow(reason=f"expected an {MASK} of {len(ids)} entries, one for each of the input_ids, got {found}")
     if set(marks) - {0, 1}:
         wrong = next(mark for mark in marks if mark not in (0, 1))
         return BadRow(reason=f"expected an {MASK} of 0 and 1, got {wrong!r}")
@@ -224,26 +245,34 @@ def _has_numpy(items: list[Any]) -> bool:
     return bool(items) and isinstance(items[0], np.generic)
 
 
-def type_problem(kind: pa.DataType, column: str) -> str | None:
+def type_problem(kind: pa.DataType, column: Column) -> str | None:
     """Return the reason why a column of an Arrow type cannot hold documents, or None if it can."""
     if pa.types.is_null(kind):
         return None
-    if column == IDS:
-        if any(is_list(kind) for is_list in _LISTS):
+    is_list = any(is_list(kind) for is_list in _LISTS)
+    if column.kind == "ids":
+        if is_list:
             inner = kind.value_type
             return None if pa.types.is_integer(inner) or pa.types.is_null(inner) else f"lists of {inner}"
         return str(kind)
+    if column.kind == "chat" and (pa.types.is_struct(kind) or (is_list and pa.types.is_struct(kind.value_type))):
+        return None
     return None if any(is_string(kind) for is_string in _STRINGS) else str(kind)
 
 
-def arrow_values(batch: pa.RecordBatch | pa.Table, column: str) -> list[Value]:
+def arrow_values(batch: pa.RecordBatch | pa.Table, column: Column) -> list[Value]:
     """Return the values of a column of Arrow rows. A text with invalid UTF-8 is a bad row."""
-    head = column if column in batch.column_names else column.split(".")[0]
+    names = batch.column_names
+    head = column.name if column.name in names else column.head
     values = _python_values(batch.column(head))
-    if head == column and column != IDS:
+    if head == column.name and column.kind == "text":
         return [value if isinstance(value, BadRow) else check_text(value) for value in values]
-    masks = _python_values(batch.column(MASK)) if column == IDS and MASK in batch.column_names else [None] * len(values)
-    rows = ({head: value, MASK: mask} for value, mask in zip(values, masks, strict=True))
+    if column.mask not in names:
+        # This package's own Arrow files hold ids with their mask.
+        column = replace(column, mask=None)
+    beside = [name for name in column.beside if name in names]
+    others = [_python_values(batch.column(name)) for name in beside]
+    rows = ({head: value, **dict(zip(beside, more, strict=True))} for value, *more in zip(values, *others, strict=True))
     return [
         value if isinstance(value, BadRow) else row_value(row, column) for value, row in zip(values, rows, strict=True)
     ]
@@ -265,12 +294,12 @@ def _decoded(value: bytes | None) -> str | BadRow | None:
         return BadRow(reason=f"expected a text, got bytes that are not valid UTF-8 ({error})")
 
 
-def value_table(values: Sequence[Value], column: str) -> pa.Table:
+def value_table(values: Sequence[Value], column: Column) -> pa.Table:
     """Return values as an Arrow table: the column, and the reasons for missing values."""
     usable = [None if isinstance(value, BadRow) else value for value in values]
-    kind = pa.large_list(pa.int64()) if column == IDS else pa.large_string()
+    kind = pa.large_list(pa.int64()) if column.kind == "ids" else pa.large_string()
     problems = [value.reason if isinstance(value, BadRow) else None for value in values]
-    return pa.table({column: pa.array(usable, kind), PROBLEM: pa.array(problems, pa.string())})
+    return pa.table({column.name: pa.array(usable, kind), PROBLEM: pa.array(problems, pa.string())})
 
 
 def with_problems(values: Sequence[Any], problems: Sequence[str | None]) -> list[Any]:

@@ -159,22 +159,28 @@ def prepare(
     tokenizer, spec = inspect_tokenizer(
         config.teacher,
         config.dataset,
-        is_text=source.is_text,
+        column=source.column,
         head_width=teacher.head_width,
         max_length=items.kept_tokens,
     )
     items = _with_separator(items, tokenizer, spec.vocab_size)
     _check_bounds(config, teacher, spec.vocab_size)
 
-    logger.info("documents are taken from the column %r", source.column)
+    logger.info("documents are taken from the column %r", source.column.name)
     documents = list(sample_documents(source.sample(), spec))
     _warn_of_double_bos(documents)
     sample = [tokens for one in documents for tokens in one.tokens]
     tokens_per_row = sum(len(document) for document in sample) / max(1, len(sample))
     if not tokens_per_row:
         _check_filled(source)
+    elif spec.is_masked and not any(mask[1:].any() for one in documents for mask in one.masks or ()):
+        raise DatasetError(
+            f"distillation.dataset.{'mask_column' if source.column.mask else 'messages_column'}: expected tokens that "
+            f"a student learns, got none in {len(documents)} rows that were looked at; "
+            + ("check the mask" if source.column.mask else "give chats with turns of the role 'assistant'")
+        )
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
-    extras = Extras(temperatures=generation.temperatures)
+    extras = Extras(temperatures=generation.temperatures, is_masked=spec.is_masked)
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
     longest = max((len(document) for document in sample), default=1)
@@ -220,9 +226,12 @@ def prepare(
             "teacher.generation.top_k": generation.top_k,
             "teacher.generation.temperatures": list(generation.temperatures),
             **source.identity(),
-            "dataset.column": source.column,
+            "dataset.column": source.column.name,
+            "dataset.mask_column": source.column.mask,
+            "dataset.learn": config.dataset.learn if source.column.kind == "chat" else None,
+            "dataset.chat_template": spec.chat_template,
             "dataset.on_bad_row": config.dataset.on_bad_row,
-            "dataset.add_special_tokens": config.dataset.add_special_tokens if source.is_text else None,
+            "dataset.add_special_tokens": config.dataset.add_special_tokens if source.column.kind == "text" else None,
             "dataset.vocab_size": spec.vocab_size,
             **{f"dataset.{name}": value for name, value in dataclasses.asdict(items).items()},
             "partition.rows": partition_rows,
@@ -264,7 +273,7 @@ def _check_filled(source: Source) -> None:
             return
         looked_at += 1
     raise DatasetError(
-        f"distillation.dataset.text_column: expected text or ids in {source.column!r}, got null or nothing in all "
+        f"distillation.dataset.text_column: expected text or ids in {source.column.name!r}, got null or nothing in all "
         f"{looked_at:,} rows that were looked at; name another column"
     )
 

@@ -18,7 +18,7 @@ from dask_logits.cache.profile import as_kept, load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.data.items import make_items, plain_items
 from dask_logits.data.source import read_rows
-from dask_logits.data.tokens import tokenize
+from dask_logits.data.tokens import read_documents
 from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded
 from dask_logits.hydra_config import override
@@ -211,9 +211,10 @@ class _Differences:
 def _score(task: PartitionTask, rows: list[int]) -> tuple[Records, dict[int, Targets], dict[int, Array]]:
     """Score a partition in its original batches, and some of its rows alone, both normally and in full."""
     texts = read_rows(task.files, task.column)
-    documents = tokenize(texts, task.tokenizer, first_row=task.partition.first_row)
+    read = read_documents(texts, task.tokenizer, first_row=task.partition.first_row)
+    documents = read.tokens
     teacher = load_teacher(task.teacher, task.scoring.vocab_size)
-    items = make_items(documents, task.items, first_row=task.partition.first_row)
+    items = make_items(documents, task.items, first_row=task.partition.first_row, masks=read.masks)
     live = score_items(teacher, items, task.scoring, packed=task.items.packing == "concat").records
     whole = dataclasses.replace(task.scoring, top_k=task.scoring.vocab_size)
     alone: dict[int, Targets] = {}

@@ -209,6 +209,9 @@ class _Checker:
         odd |= np.isnan(tail_N) | (tail_N > _SLACK) | (label_N > _SLACK)
         if records.tail_logmass_T is not None:
             odd |= ~(records.tail_logmass_T <= _SLACK).all(1)
+        if records.loss_mask is not None:
+            wrong = (records.loss_mask > 1) | ((records.loss_mask == 1) & np.isnan(label_N))
+            self._add(self.finite, wrong, places, "expected a mask of 0 and 1, and a next token where it is 1")
         self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
         error_NK = _rounding(logprobs_NK, profile)
         p_NK, tail_p_N = np.exp(logprobs_NK), np.exp(tail_N)

@@ -162,7 +162,10 @@ class RunFolder:
             vocab_size=sizes.vocab_size,
             precision=storage.precision,
             id_table=str(self.tables_path / f"{storage.id_table}.npy") if storage.id_table else None,
-            extras=Extras(temperatures=sizes.temperatures),
+            extras=Extras(
+                temperatures=sizes.temperatures,
+                is_masked=sizes.mask_column is not None or sizes.learn == "assistant",
+            ),
         )
 
     @property
@@ -339,6 +342,8 @@ class _Sizes(Record):
     top_k: _Positive = Field(alias="teacher.generation.top_k")
     vocab_size: _Positive = Field(alias="dataset.vocab_size")
     temperatures: tuple[Temperature, ...] = Field((), alias="teacher.generation.temperatures")
+    mask_column: str | None = Field(None, alias="dataset.mask_column")
+    learn: str | None = Field(None, alias="dataset.learn")
 
 
 def lock_name(share: Share) -> str:

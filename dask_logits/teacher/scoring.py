@@ -182,10 +182,13 @@ class _Run:
         self.lengths = np.array([len(item.tokens) for item in self.items], dtype=np.int64)
         self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
-        extras = Extras(temperatures=settings.temperatures)
+        masks = [item.loss_mask for item in self.items if item.loss_mask is not None]
+        extras = Extras(temperatures=settings.temperatures, is_masked=bool(masks))
         entries = schema(settings.top_k, settings.vocab_size, extras)
         n_tokens = int(self.starts[-1])
         self.out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in extras.token_arrays}
+        if masks:
+            self.out["loss_mask"] = np.concatenate(masks).astype(np.uint8)
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)

@@ -67,10 +67,11 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding, as Hugging Face
-        models expect them (they shift inside). ``targets``, the :class:`dask_logits.SparseTargets` [B, T] of the batch.
-        ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and lengths 0 for missing segments. ``n_beyond`` [B] with a
-        `student_vocab_size`. With ``decode="device"`` the targets are still encoded.
+        ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding and at tokens
+        that are not learned, as Hugging Face models expect them (they shift inside). ``targets``, the
+        :class:`dask_logits.SparseTargets` [B, T] of the batch. ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and
+        lengths 0 for missing segments. ``n_beyond`` [B] with a `student_vocab_size`. With ``decode="device"`` the
+        targets are still encoded.
 
     Raises
     ------
@@ -92,11 +93,17 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
+    learned_BT, labels_BT = mask_BT, torch.where(mask_BT, input_ids_BT, IGNORED_LABEL)
+    if "loss_mask" in items[0]:
+        learned_BT = mask_BT & _padded(items, "loss_mask", False, torch.bool)
+        # A position's mask is about the next token, labels are about the token itself.
+        labels_BT[:, 1:].masked_fill_(~learned_BT[:, :-1], IGNORED_LABEL)
+        labels_BT[:, :1] = IGNORED_LABEL
     batch = {
         "input_ids": input_ids_BT,
         "attention_mask": mask_BT.long(),
-        "labels": torch.where(mask_BT, input_ids_BT, IGNORED_LABEL),
-        "targets": _targets(items, input_ids_BT, mask_BT),
+        "labels": labels_BT,
+        "targets": _targets(items, input_ids_BT, mask_BT, learned_BT),
         "row": torch.stack([item["row"] for item in items]),
         "segments": _padded_segments([item["segments"] for item in items]),
     }
@@ -116,7 +123,9 @@ def _check_items(items: Sequence[CachedItem]) -> None:
             )
 
 
-def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor) -> SparseTargets | CodedTargets:
+def _targets(
+    items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor, learned_BT: Tensor
+) -> SparseTargets | CodedTargets:
     label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
     label_ids_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
     label_logprob_BT = _padded(items, "label_logprob", float("nan"), torch.float32)
@@ -132,7 +141,7 @@ def _targets(items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor)
         logsumexp=_padded(items, "logsumexp", 0.0, torch.float32),
         label_ids=label_ids_BT,
         label_logprob=label_logprob_BT,
-        mask=mask_BT,
+        mask=learned_BT,
         vocab_size=max(item.vocab_size for item in items),
         temperatures=items[0].temperatures,
         tail_logmass_NJ=_padded(items, "tail_logmass_T", 0.0, torch.float32) if items[0].temperatures else None,

@@ -32,7 +32,7 @@ from dask_logits.train.order import is_integer
 from dask_logits.vocabulary import HasVocabulary, check_tokenizer
 
 # Other arrays keep the file's dtype. torch has no arithmetic on unsigned 16 and 32 bit integers.
-_DTYPES = {"input_ids": np.int64, "topk_ids": np.int32}
+_DTYPES = {"input_ids": np.int64, "topk_ids": np.int32, "loss_mask": np.bool_}
 _FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
 # Entries whose token ids are read together.
 _SCAN_ENTRIES = 1 << 22
@@ -44,7 +44,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
     Item `i` is the `i`-th document in dataset order (or text window or packed block, depending on the job), excluding
     documents without tokens. It has ``input_ids`` [T] int64, ``topk_ids`` [T, K] int32, ``topk_logprobs`` [T, K]
     float16, and ``logsumexp``, ``tail_logmass``, ``label_logprob`` [T] float32. A cache with J further
-    temperatures also has ``tail_logmass_T`` [T, J] float32. ``row`` is the item's (first) dataset row, and ``segments``
+    temperatures also has ``tail_logmass_T`` [T, J] float32, and one of masked data ``loss_mask`` [T] bool, True where a
+    student learns the next token. ``row`` is the item's (first) dataset row, and ``segments``
     [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position t are the
     teacher's distribution over the token at t + 1.
 

@@ -21,9 +21,10 @@ from typing import TypeVar
 
 from dask_logits.cache.partition import remove_partition, write_partition
 from dask_logits.cache.profile import ProfileSpec, as_kept, encode_all, load_profile
+from dask_logits.data.columns import Column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.source import FileRows, read_rows
-from dask_logits.data.tokens import TokenizerSpec, read_documents, tokenize
+from dask_logits.data.tokens import TokenizerSpec, read_documents
 from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.files.atomic import create_json
 from dask_logits.records import ContentDigest, Records, Statistics
@@ -95,7 +96,7 @@ class PartitionTask:
     run_id: str
     partition: Partition
     files: tuple[FileRows, ...]
-    column: str
+    column: Column
     tokenizer: TokenizerSpec
     items: ItemSettings
     teacher: TeacherSpec
@@ -166,7 +167,7 @@ def process_partition(
         rows = read_rows(task.files, task.column)
         lap("read")
         documents = read_documents(rows, task.tokenizer, first_row=task.partition.first_row)
-        items = make_items(documents.tokens, task.items, first_row=task.partition.first_row)
+        items = make_items(documents.tokens, task.items, first_row=task.partition.first_row, masks=documents.masks)
         lap("tokenize")
     packed = task.items.packing == "concat"
 
@@ -253,7 +254,8 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
     """
     first_row = task.partition.first_row + first
     rows = read_rows(task.files, task.column)[first : first + n_rows]
-    items = make_items(tokenize(rows, task.tokenizer, first_row=first_row), task.items, first_row=first_row)
+    documents = read_documents(rows, task.tokenizer, first_row=first_row)
+    items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks)
 
     def score() -> Scored:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size)

@@ -28,6 +28,7 @@ from dask_logits import DatasetError, prepare_dataset
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.data import tokens
 from dask_logits.data.arrow import open_corpus
+from dask_logits.data.columns import Column
 from dask_logits.data.open import open_stream
 from dask_logits.data.tokens import encode, inspect_tokenizer, read_documents, tokenize
 from dask_logits.data.values import BadRow, row_value
@@ -162,7 +163,7 @@ def test_a_typed_column_of_another_shape_is_refused_at_once(ids, message) -> Non
 def test_a_second_bos_is_counted(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(bos="<|end|>")
     tokenizer.save_pretrained(tmp_path / "t")
-    settled = {"is_text": True, "head_width": len(tokenizer), "max_length": 64}
+    settled = {"column": Column.named("text"), "head_width": len(tokenizer), "max_length": 64}
     teacher = TeacherConfig(model_path=str(tmp_path / "t"))
     _, spec = inspect_tokenizer(teacher, DatasetConfig(), **settled)
     rows = ["<|end|>user hello", "plain", None, "<|end|>"]
@@ -315,9 +316,9 @@ def test_chats_are_refused_with_what_to_do(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "Explain."}]}]
     path = write_lines(tmp_path / "d.jsonl", rows)
     for chosen in ({}, {"text_column": "messages"}):
-        with pytest.raises(DatasetError, match="apply_chat_template"):
+        with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column="):
             tokenize(streamed("json", path, **chosen), ids_spec(path="unused"))
-        with pytest.raises(DatasetError, match="apply_chat_template"):
+        with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column="):
             open_corpus(DatasetConfig(**chosen), Dataset.from_list(rows))
 
 
@@ -415,7 +416,7 @@ def test_batches_of_rows_are_refused_with_a_clear_message() -> None:
     found = list(open_stream(DatasetConfig(max_samples="all"), batches).head())
     with pytest.raises(DatasetError, match=r"dataset row 0: expected a text, got list .*is this a batch of rows"):
         tokenize(found, ids_spec(path="unused"))
-    assert "is this a batch" in row_value({"input_ids": [[1], [2]]}, "input_ids").reason
+    assert "is this a batch" in row_value({"input_ids": [[1], [2]]}, Column.named("input_ids")).reason
 
 
 def test_folders_with_an_equals_sign_are_read(tmp_path: Path) -> None:

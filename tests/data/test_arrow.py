@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.data.arrow import open_corpus, slice_files
+from dask_logits.data.columns import Column
 from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.errors import DatasetError, TeacherError
@@ -43,7 +44,7 @@ def test_slices_of_files_cover_a_range_exactly(sizes: list[int], data) -> None:
 
 def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),)))
-    assert (opened.n_rows, opened.column, opened.is_text) == (40, "text", True)
+    assert (opened.n_rows, opened.column.name, opened.is_text) == (40, "text", True)
     files = opened.files
     assert files is not None
     assert sum(file.n_rows for file in files) == 40
@@ -94,7 +95,7 @@ def test_any_dataset_object_is_read_back_row_by_row(change, llama, corpus, tmp_p
     _, spec = inspect_tokenizer(
         TeacherConfig(model_path=str(llama)),
         DatasetConfig(),
-        is_text=opened.is_text,
+        column=opened.column,
         head_width=HEAD_WIDTH,
         max_length=2048,
     )
@@ -108,7 +109,7 @@ def test_ids_of_fixed_length_are_read(tmp_path) -> None:
     features = Features({"input_ids": Sequence(Value("int32"), length=3)})
     opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features))
     files = opened.materialise(tmp_path / "dataset")
-    found = tokenize(read_rows(files, "input_ids"), ids_spec())
+    found = tokenize(read_rows(files, Column.named("input_ids")), ids_spec())
     assert [d.tolist() for d in found] == [[1, 2, 3], [4, 5, 6]]
 
 
@@ -191,7 +192,11 @@ def test_ids_are_taken_as_they_are_and_cut() -> None:
 
 def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
     _, spec = inspect_tokenizer(
-        TeacherConfig(model_path=str(llama)), DatasetConfig(), is_text=True, head_width=HEAD_WIDTH, max_length=2
+        TeacherConfig(model_path=str(llama)),
+        DatasetConfig(),
+        column=Column.named("text"),
+        head_width=HEAD_WIDTH,
+        max_length=2,
     )
     found = tokenize(["red green blue", "", None, "red"], spec)
     assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
@@ -248,7 +253,7 @@ class TestTokenizerMatch:
         return inspect_tokenizer(
             TeacherConfig(model_path=str(path)),
             DatasetConfig(**config),
-            is_text=opened.is_text,
+            column=opened.column,
             head_width=head_width,
             max_length=2048,
         )
@@ -294,7 +299,7 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
     for texts in (["red", "green"], ["blue", "cat"]):
         opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[len(text)] for text in texts]}))
         files = opened.materialise(tmp_path / "dataset")
-        found = tokenize(read_rows(files, "input_ids"), ids_spec())
+        found = tokenize(read_rows(files, Column.named("input_ids")), ids_spec())
         assert [d.tolist() for d in found] == [[len(text)] for text in texts]
         shutil.rmtree(tmp_path / "dataset")
 

@@ -1,0 +1,129 @@
+"""Chats: from a row's messages to token ids, with a mask of the assistant's turns.
+
+A chat travels between reader and tokenizer as JSON text, ``{"messages": […], "tools": […]}``. The tokenizer's own
+template renders it. The assistant's turns come from the template's generation markers. Without markers they are found
+by rendering the messages before each turn: that text, with the prompt for an answer, must be the beginning of the whole
+text, and the turn ends where the rendering of the messages up to it ends. Both are compared with the whole text. A row
+whose turns cannot be found is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dask_logits.data.values import BadRow
+from dask_logits.errors import TeacherError, first_line
+from dask_logits.records import Array
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's chat templates.
+
+    Raises
+    ------
+    TeacherError
+        If it has none, or cannot say which characters a token stands for.
+    """
+    where = "distillation.dataset.messages_column"
+    templates = getattr(tokenizer, "chat_template", None)
+    if not templates:
+        raise TeacherError(
+            f"{where}: expected a tokenizer with a chat template, got one without; set "
+            "distillation.teacher.tokenizer_path to that of a model for chats"
+        )
+    if not tokenizer.is_fast:
+        raise TeacherError(
+            f"{where}: expected a fast tokenizer, which says where its tokens begin, got "
+            f"{type(tokenizer).__name__}; use the fast one of this model"
+        )
+    return hashlib.sha256(json.dumps(templates, sort_keys=True).encode()).hexdigest()
+
+
+def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], Array] | BadRow:
+    """Return a chat's token ids, and which of them the assistant wrote.
+
+    Parameters
+    ----------
+    tokenizer
+        A tokenizer with a chat template.
+    chat
+        JSON of the messages and tools.
+    marks
+        Whether to find the assistant's turns. Otherwise every token is marked.
+
+    Returns
+    -------
+    ids, mask or BadRow
+        [T] ids and bool, or the reason why the chat cannot be rendered, or its turns not be found.
+    """
+    parsed = json.loads(chat)
+    messages, tools = parsed["messages"], parsed.get("tools")
+    try:
+        text = _rendered(tokenizer, messages, tools)
+        if marks and _MARKER.search(str(tokenizer.get_chat_template(None, tools))):
+            found = _marked(tokenizer, messages, tools)
+            return list(found["input_ids"]), np.array(found["assistant_masks"], bool)
+        spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
+    # A template may raise any error, its own exception among them.
+    except Exception as error:  # noqa: BLE001
+        return BadRow(reason=f"expected messages for the tokenizer's chat template, got {first_line(error)}")
+    if isinstance(spans, BadRow):
+        return spans
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts_T = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
+    ends_T = np.array([end for _, end in encoded["offset_mapping"]], np.int64)
+    mask_T = np.zeros(len(starts_T), bool)
+    for start, end in spans:
+        mask_T |= (starts_T >= start) & (ends_T <= end) & (ends_T > starts_T)
+    return list(encoded["input_ids"]), mask_T
+
+
+def _rendered(tokenizer: Any, messages: list[Any], tools: Any, *, prompts: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompts))
+
+
+def _marked(tokenizer: Any, messages: list[Any], tools: Any) -> Mapping[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Mapping[str, Any] = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    return found
+
+
+def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[tuple[int, int]] | BadRow:
+    """Return the characters [start, end) of the text that each turn of the assistant takes."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, messages[:i], tools, prompts=True) if i else ""
+        until = _rendered(tokenizer, messages[: i + 1], tools)
+        end = len(until) if text.startswith(until) else _end(until, text, message, len(before))
+        if not text.startswith(before) or end is None or end < len(before):
+            return BadRow(
+                reason=f"expected a chat template that renders message {i} the same whether or not others follow, got "
+                "another; mark the assistant's turns in the template with {% generation %}, or set "
+                "distillation.dataset.learn=all"
+            )
+        spans.append((len(before), end))
+    return spans
+
+
+def _end(until: str, text: str, message: Mapping[str, Any], start: int) -> int | None:
+    """Return the end of a turn that is rendered with more, such as its reasoning, while it is the last one."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip() or content.strip() not in until[start:]:
+        return None
+    closing = until[until.rindex(content.strip()) + len(content.strip()) :]
+    place = text.find(content.strip() + closing, start)
+    return None if place < 0 else place + len(content.strip()) + len(closing)

@@ -1,0 +1,328 @@
+"""Chats and masks, from the row to the items."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import SMOLLM2, WORDS, save_tokenizer, write_json_lines
+from transformers import AutoTokenizer
+
+from dask_logits import ConfigError, DatasetError, TeacherError
+from dask_logits.config import Config, DatasetConfig
+from dask_logits.data.arrow import open_corpus, slice_files
+from dask_logits.data.chat import encode_chat, template_digest
+from dask_logits.data.columns import Column, ColumnSettings, choose_column
+from dask_logits.data.items import ItemSettings, make_items
+from dask_logits.data.open import open_stream
+from dask_logits.data.source import read_rows
+from dask_logits.data.tokens import TokenizerSpec, _identify, read_documents
+from dask_logits.data.values import BadRow, check_chat, row_value
+
+# As SmolLM2 and Qwen 2.5 render chats.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Qwen 3 does: an answer has its (empty) thoughts only while no user's message follows it.
+THINKING = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# A template that numbers the messages from the end, so that no beginning stays the same.
+BACKWARDS = "{% for m in messages %}{{ loop.revindex ~ m['role'] ~ ': ' ~ m['content'] ~ '\n' }}{% endfor %}"
+TWO_TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "red or green?"},
+    {"role": "assistant", "content": "the red cat"},
+    {"role": "user", "content": "and the sun?"},
+    {"role": "assistant", "content": "sleeps"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SMOLLM2)
+
+
+def learned(tokenizer, messages, template, tools=None) -> list[str]:
+    """Return the texts of the runs of tokens that are learned."""
+    tokenizer.chat_template = template
+    found = encode_chat(tokenizer, check_chat(messages, tools), marks=True)
+    assert not isinstance(found, BadRow), found
+    ids, mask = found
+    whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert tokenizer.decode(ids) == whole
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    return [tokenizer.decode(ids[first:stop]) for first, stop in edges.reshape(-1, 2)]
+
+
+def test_turns_are_found_without_markers(tokenizer) -> None:
+    assert learned(tokenizer, TWO_TURNS, CHATML) == ["the red cat<|im_end|>\n", "sleeps<|im_end|>\n"]
+
+
+def test_markers_are_used_where_a_template_has_them(tokenizer) -> None:
+    assert learned(tokenizer, TWO_TURNS, MARKED) == ["the red cat<|im_end|>", "sleeps<|im_end|>"]
+
+
+def test_an_answer_that_is_rendered_otherwise_while_it_is_the_last_is_found(tokenizer) -> None:
+    found = learned(tokenizer, TWO_TURNS, THINKING)
+    assert found == ["the red cat<|im_end|>\n", "<think>\n\n</think>\n\nsleeps<|im_end|>\n"]
+
+
+def test_words_that_occur_twice_are_found_in_their_turn(tokenizer) -> None:
+    twice = [
+        *TWO_TURNS[:2],
+        {"role": "assistant", "content": "red"},
+        TWO_TURNS[3],
+        {"role": "assistant", "content": "red"},
+    ]
+    for template in (CHATML, THINKING):
+        assert [text.count("red") for text in learned(tokenizer, twice, template)] == [1, 1]
+
+
+def test_a_chat_that_the_assistant_begins_is_rendered(tokenizer) -> None:
+    begun = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "hi"}]
+    (only,) = learned(tokenizer, begun, CHATML)
+    assert only.startswith("<|im_start|>assistant\nhello<|im_end|>")
+
+
+def test_a_template_that_hides_its_turns_is_refused(tokenizer) -> None:
+    tokenizer.chat_template = BACKWARDS
+    found = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=True)
+    assert isinstance(found, BadRow)
+    assert "renders message 2 the same whether or not others follow" in found.reason
+    assert "distillation.dataset.learn=all" in found.reason
+    ids, mask = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=False)
+    assert len(ids) == len(mask) > 10
+
+
+def test_the_real_template_and_its_tools(tokenizer) -> None:
+    real = AutoTokenizer.from_pretrained(SMOLLM2)
+    found = learned(real, TWO_TURNS, real.chat_template)
+    assert found == ["the red cat<|im_end|>\n", "sleeps<|im_end|>\n"]
+    with_tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    tools = [{"type": "function", "function": {"name": "look", "description": None}}]
+    assert learned(tokenizer, TWO_TURNS, with_tools, [{"type": "function", "function": {"name": "look"}}])
+    ids, _ = encode_chat(tokenizer, check_chat(TWO_TURNS, tools), marks=True)
+    assert tokenizer.decode(ids).startswith('[{"type": "function", "function": {"name": "look"}}]')
+
+
+def test_what_a_template_refuses_is_a_bad_row(tokenizer) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    found = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=True)
+    assert found.reason == "expected messages for the tokenizer's chat template, got roles must alternate"
+
+
+def test_the_template_is_told_apart_and_has_to_be_there(tokenizer) -> None:
+    tokenizer.chat_template = CHATML
+    one = template_digest(tokenizer)
+    tokenizer.chat_template = MARKED
+    assert template_digest(tokenizer) != one
+    tokenizer.chat_template = None
+    with pytest.raises(TeacherError, match="expected a tokenizer with a chat template, got one without"):
+        template_digest(tokenizer)
+
+
+SHARE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": None}]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (SHARE, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]),
+        (json.dumps(TWO_TURNS), TWO_TURNS),
+        ({"messages": TWO_TURNS}, TWO_TURNS),
+        (np.array(TWO_TURNS[:1], object), TWO_TURNS[:1]),
+    ],
+)
+def test_ways_to_write_a_chat(value, expected) -> None:
+    assert json.loads(check_chat(value))["messages"] == expected
+    # What was read once is read again, from this package's own files.
+    assert check_chat(check_chat(value)) == check_chat(value)
+
+
+@pytest.mark.parametrize("value", [None, [], "[]"])
+def test_a_chat_without_messages_is_an_empty_document(value) -> None:
+    assert check_chat(value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("hello", "expected messages, or JSON of them, got text that is none"),
+        (3, "expected a list of messages with role and content, got int"),
+        (["hello"], "expected a list of messages with role and content, got list"),
+        ([{"content": "x"}], r"expected messages with role and content, got one with \['content'\]"),
+        ([{"role": "user", "content": {1, 2}}], "expected messages of text, numbers, lists and mappings"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+    ],
+)
+def test_what_is_no_chat_says_why(value, reason) -> None:
+    assert re.search(reason, check_chat(value).reason)
+
+
+MASKED = Column(name="input_ids", kind="ids", mask="labels")
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ([0, 0, 1], [~5, ~6, 7]),
+        ([False, True, True], [~5, 6, 7]),
+        ([-100, -100, 7], [~5, ~6, 7]),
+        ([-100, -100, -100], [~5, ~6, ~7]),
+        (np.array([1, 1, 1]), [5, 6, 7]),
+    ],
+)
+def test_masks_and_labels_say_what_is_learned(marks, expected) -> None:
+    assert row_value({"input_ids": [5, 6, 7], "labels": marks}, MASKED) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"input_ids": [5, 6], "labels": [1]}, "expected 2 entries in 'labels', one for each of the token ids, got 1"),
+        ({"input_ids": [5, 6]}, "got NoneType"),
+        ({"input_ids": [5, 6], "labels": [6, -100]}, "got 6 at position 0, where the token id is 5"),
+        ({"input_ids": [5, -6], "labels": [1, 1]}, "expected token ids of at least 0, got -6"),
+        ({"input_ids": ["a"], "labels": [1]}, "which are integers"),
+    ],
+)
+def test_masks_that_cannot_be_right_say_why(row, reason) -> None:
+    assert reason in row_value(row, MASKED).reason
+
+
+def test_padding_takes_its_mask_along() -> None:
+    row = {"input_ids": [0, 5, 6, 0], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 6, -100]}
+    assert row_value(row, MASKED) == [~5, 6]
+
+
+def ids_of(rows) -> tuple[list, list]:
+    spec = TokenizerSpec(path=None, revision=None, trust_remote_code=False, identity=None, add_special_tokens=True,
+                         max_length=None, vocab_size=50, is_masked=True)  # fmt: skip
+    found = read_documents(rows, spec)
+    return [tokens.tolist() for tokens in found.tokens], [mask.tolist() for mask in found.masks]
+
+
+ROWS = [{"input_ids": [5, 6, 7], "mask": [0, 1, 1]}, {"input_ids": [], "mask": []}, {"input_ids": [8], "mask": [1]}]
+
+
+@pytest.fixture(params=["list", "json", "parquet", "dataset", "parquet stream", "json stream", "stream"])
+def masked_rows(request, tmp_path: Path) -> list:
+    """Return the rows as a worker reads them, by every way in."""
+    settings = DatasetConfig(name="json", mask_column="mask", max_samples="all")
+    if request.param == "stream":
+        source = open_stream(settings, iter(ROWS))
+        return list(source.head())
+    if request.param == "list":
+        opened = open_corpus(settings, ROWS)
+    elif request.param == "dataset":
+        opened = open_corpus(settings, datasets.Dataset.from_list(ROWS))
+    else:
+        file = write_json_lines(tmp_path / "a.jsonl", ROWS)
+        if "parquet" in request.param:
+            file = tmp_path / "a.parquet"
+            pq.write_table(pa.Table.from_pylist(ROWS), file)
+        settings = settings.model_copy(update={"name": file.suffix[1:].removesuffix("l"), "data_files": (str(file),)})
+        if "stream" in request.param:
+            return list(open_stream(settings).head())
+        opened = open_corpus(settings)
+    files = opened.files or opened.materialise(tmp_path / "rows")
+    return read_rows(slice_files(files, 0, opened.n_rows), opened.column)
+
+
+def test_every_reader_reads_ids_with_their_mask(masked_rows) -> None:
+    assert ids_of(masked_rows) == ([[5, 6, 7], [], [8]], [[False, True, True], [], [True]])
+
+
+CHATS = [
+    {"id": 1, "messages": TWO_TURNS},
+    {"id": 2, "messages": []},
+    {"id": 3, "messages": TWO_TURNS[1:3], "tools": None},
+]
+
+
+@pytest.mark.parametrize("way", ["list", "json", "parquet", "dataset", "parquet stream", "json stream", "stream"])
+def test_every_reader_reads_chats_alike(way, tmp_path) -> None:
+    settings = DatasetConfig(name="json", messages_column="messages", max_samples="all")
+    file = write_json_lines(tmp_path / "a.jsonl", CHATS)
+    if "parquet" in way:
+        file = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(CHATS), file)
+    named = settings.model_copy(update={"name": file.suffix[1:].removesuffix("l"), "data_files": (str(file),)})
+    if "stream" in way:
+        source = open_stream(settings, iter(CHATS)) if way == "stream" else open_stream(named)
+        rows = list(source.head())
+    else:
+        given = {"list": CHATS, "dataset": datasets.Dataset.from_list(CHATS)}.get(way)
+        opened = open_corpus(named if given is None else settings, given)
+        files = opened.files or opened.materialise(tmp_path / "rows")
+        rows = read_rows(slice_files(files, 0, opened.n_rows), opened.column)
+        assert opened.column.kind == "chat"
+    assert [json.loads(row)["messages"] if row else None for row in rows] == [TWO_TURNS, None, TWO_TURNS[1:3]]
+
+
+def test_columns_that_are_missing_or_do_not_fit_are_named() -> None:
+    with pytest.raises(DatasetError, match=r"dataset\.messages_column: expected one of .*did you mean 'messages'"):
+        choose_column(["id", "messages"], ColumnSettings(messages="mesages"))
+    with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column=messages"):
+        choose_column(["id", "messages"], ColumnSettings())
+    with pytest.raises(DatasetError, match=r"mask_column: expected null for the column 'text', which holds text"):
+        choose_column(["text", "mask"], ColumnSettings(mask="mask"))
+    with pytest.raises(DatasetError, match=r"dataset\.mask_column: expected one of"):
+        choose_column(["input_ids"], ColumnSettings(mask="mask"))
+    with pytest.raises(DatasetError, match=r"messages_column: expected lists of messages, .*got list<item: int64>"):
+        open_corpus(DatasetConfig(messages_column="messages"), datasets.Dataset.from_dict({"messages": [[1]]}))
+    tree = {"teacher": {"model_path": "x"}, "dataset": {"name": "y", "messages_column": "a", "text_column": "b"}}
+    with pytest.raises(ConfigError, match=r"dataset\.text_column: expected null with messages_column, got 'b'"):
+        Config.from_mapping(tree)
+
+
+def masks_of(documents, masks, **settings) -> list[list[int]]:
+    arrays = [np.array(document, np.int32) for document in documents]
+    items = make_items(arrays, ItemSettings(**settings), masks=[np.array(mask, bool) for mask in masks])
+    return [item.loss_mask.astype(int).tolist() for item in items]
+
+
+def test_a_positions_mask_is_that_of_the_next_token() -> None:
+    documents, masks = [[1, 2, 3, 4], [], [5]], [[0, 0, 1, 1], [], [1]]
+    assert masks_of(documents, masks, max_length=8) == [[0, 1, 1, 0], [], [0]]
+    # The token after the cut is not there, so it is not learned.
+    assert masks_of(documents, masks, max_length=2) == [[0, 0], [], [0]]
+    cut = masks_of([list(range(7))], [[0, 1, 0, 1, 1, 1, 1]], max_length=4, long_documents="window", window_stride=2)
+    assert cut == [[1, 0, 1, 1], [1, 1], [0]]
+
+
+def test_a_separator_is_not_learned() -> None:
+    documents, masks = [[1, 2, 3], [4, 5, 6]], [[1, 1, 1], [1, 1, 1]]
+    packed = masks_of(documents, masks, max_length=5, packing="concat", separator_id=9)
+    # 1 2 3 9 4 | 5 6 9: a document's last token and a separator predict nothing that is learned.
+    assert packed == [[1, 1, 0, 0, 1], [1, 0, 0]]
+
+
+def test_a_tokenizer_of_another_template_is_refused(tmp_path) -> None:
+    save_tokenizer(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.chat_template = CHATML
+    loaded.save_pretrained(tmp_path)
+    spec = TokenizerSpec(path=str(tmp_path), revision=None, trust_remote_code=False, identity=_identify(loaded).digest,
+                         add_special_tokens=True, max_length=None, vocab_size=104, chat_template="0" * 64)  # fmt: skip
+    with pytest.raises(TeacherError, match="expected the chat template 0000000000000000… that the driver saw"):
+        read_documents([check_chat([{"role": "user", "content": WORDS[0]}])], spec)
