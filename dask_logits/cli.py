@@ -186,11 +186,15 @@ def generate(overrides: tuple[str, ...], **hydra: str | bool | None) -> None:
 
 @commands.command(cls=_SettingsCommand)
 @settings_argument
-def plan(overrides: tuple[str, ...]) -> None:
+@click.option("--measure", is_flag=True, help="Load the teacher and score a sample: measured time, and a table by k.")
+@_json
+def plan(overrides: tuple[str, ...], measure: bool, as_json: bool) -> None:
     """Estimate the cost of `generate`, without writing anything.
 
     The estimate has rows, tokens, partitions, time, disk and memory, beside the free disk and memory.
     """
+    import json
+
     from dask_logits.hydra_config import load_config
     from dask_logits.job.progress import Steps
 
@@ -198,15 +202,22 @@ def plan(overrides: tuple[str, ...]) -> None:
     _log_to_stderr(config.job.log_level)
     with Steps("planning", is_live=False) as steps:
         steps.show("loading libraries")
-        from dask_logits.job.capacity import plan_lines
-        from dask_logits.job.forecast import forecast_lines
+        from dask_logits.job.capacity import plan_figures, plan_lines
+        from dask_logits.job.forecast import forecast, forecast_lines
+        from dask_logits.job.measured_plan import measure_plan, measured_figures, measured_lines
         from dask_logits.job.prepare import check_folder, prepare
 
         job = prepare(config, on_step=steps.show, count_seconds=_COUNT_SECONDS)
         check_folder(job)
-        steps.show("estimating the speed")
-        lines = [*plan_lines(job), *forecast_lines(job)]
-    _say("\n".join(lines))
+        if measure:
+            found = measure_plan(job, on_step=steps.show)
+            lines, figures = measured_lines(job, found), measured_figures(job, found)
+        else:
+            steps.show("estimating the speed")
+            expected = forecast(job)
+            lines = forecast_lines(job, expected)
+            figures = {"tokens_per_second": expected and expected.tokens_per_second}
+    _say(json.dumps({**plan_figures(job), **figures}) if as_json else "\n".join([*plan_lines(job), *lines]))
 
 
 @commands.command()

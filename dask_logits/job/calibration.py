@@ -35,6 +35,23 @@ _TRIALS_IN_STALL = 8
 def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[Calibration, Array | None]:
     """Determine the numerics on a worker, and the id table of the compact profile."""
     reporter.report("calibrating")
+    task = calibration_task(job, executor)
+    logger.info(
+        "calibrating on %s; a long plan also tries larger batches and compiled layers",
+        plural(len(task.documents), "sequence"),
+    )
+    with Steps("calibrating") as steps:
+
+        def on_step(step: str) -> None:
+            steps.show(step)
+            reporter.report("calibrating", step=step)
+
+        found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
+    return found
+
+
+def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
+    """Read the first documents of a plan, for its calibration on one of the executor's workers."""
     generation = job.config.teacher.generation
     batch_tokens, head_rows = auto_budgets(executor.device, generation.batch_tokens, generation.head_rows)
     documents: list[Array] = []
@@ -49,7 +66,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         # The stream has ended here, whatever its limit is.
         plan_tokens = tokens
     sequences = [item.tokens for item in make_items(documents, job.items)]
-    task = CalibrationTask(
+    return CalibrationTask(
         teacher=teacher_spec(
             job,
             dtype=_dtype(job, executor),
@@ -71,18 +88,6 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         temperatures=generation.temperatures,
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )
-    logger.info(
-        "calibrating on %s; a long plan also tries larger batches and compiled layers",
-        plural(len(task.documents), "sequence"),
-    )
-    with Steps("calibrating") as steps:
-
-        def on_step(step: str) -> None:
-            steps.show(step)
-            reporter.report("calibrating", step=step)
-
-        found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
-    return found
 
 
 def _log_calibration(calibration: Calibration) -> None:

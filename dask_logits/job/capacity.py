@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -100,6 +101,23 @@ def plan_lines(job: Job) -> list[str]:
         f"peak disk     {gib(cost.peak_disk_bytes)}{_each(job)}, {gib(free_disk_bytes(job.run.path))} free",
         f"peak memory   {memory}",
     ]
+
+
+def plan_figures(job: Job) -> dict[str, Any]:
+    """Return a plan as JSON values. Sizes are in bytes, those of a stream for each partition."""
+    return {
+        "run": str(job.run.path),
+        "teacher": job.config.teacher.model_path,
+        "parameters": job.teacher.parameters,
+        "vocab_size": job.tokenizer_spec.vocab_size,
+        "rows": job.n_rows,
+        "partition_rows": job.partition_rows,
+        "workers": job.n_workers,
+        "tokens": job.estimate.tokens,
+        "cache_bytes": job.estimate.cache_bytes,
+        "peak_disk_bytes": job.estimate.peak_disk_bytes,
+        "worker_bytes": job.estimate.worker_bytes,
+    }
 
 
 def _amount(job: Job) -> str:

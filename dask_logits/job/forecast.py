@@ -88,9 +88,8 @@ def _product_seconds(a_DD: object) -> float:
     return time.perf_counter() - started
 
 
-def forecast_lines(job: Job) -> list[str]:
+def forecast_lines(job: Job, expected: Forecast | None) -> list[str]:
     """Format speed and duration for display."""
-    expected = forecast(job)
     if expected is None:
         return ["time          unknown until the calibration has measured the speed of the joined workers"]
     workers = max(1, job.n_workers)

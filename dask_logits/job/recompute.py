@@ -32,6 +32,7 @@ from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.scoring import score_items
 from dask_logits.worker.environment import describe, differences, environment
+from dask_logits.worker.measure import truncation_nats
 from dask_logits.worker.task import PartitionTask
 
 # Positions of a row for which the whole distribution is computed.
@@ -155,7 +156,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
             cached.add(_cached_document(readers, row), now)
             if task.items.packing == "none":
                 noise.add(alone[row], now)
-            truncation += _truncation(dense[row], task.scoring.top_k)
+            truncation += truncation_nats(dense[row], task.scoring.top_k)
     figures = {
         "rows_scored_again": len(chosen),
         "positions": cached.positions,
@@ -250,14 +251,3 @@ def _cached_document(readers: list[CacheReader], row: int) -> Targets:
             ids.append(tokens["topk_ids"])
             logprobs.append(tokens["topk_logprobs"])
     return np.concatenate(ids), np.concatenate(logprobs)
-
-
-def _truncation(logprobs_NV: Array, top_k: int) -> list[float]:
-    """Return KL(p ‖ q) of each position: sum over the tail of p log(p / (tail mass / (V − K)))."""
-    tail_NT = logprobs_NV[:, top_k:].astype(np.float64)
-    if not tail_NT.shape[1]:
-        return [0.0] * len(tail_NT)
-    p_NT = np.exp(tail_NT)
-    spread_N1 = np.log(np.maximum(p_NT.sum(1, keepdims=True), np.finfo(np.float64).tiny) / tail_NT.shape[1])
-    terms_NT = np.where(p_NT > 0, p_NT * (np.where(p_NT > 0, tail_NT, 0.0) - spread_N1), 0.0)
-    return [float(nats) for nats in np.maximum(terms_NT.sum(1), 0.0)]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir, sentences
+from builders import cache_dir, sentences, write_json_lines
 from fault_points import NUMERICS
 
-from dask_logits import load_config
+from dask_logits import ConfigError, generate, load_config, verify
+from dask_logits.cache.reader import CacheReader
+from dask_logits.cli import main
 from dask_logits.files.atomic import replace_json
 from dask_logits.job.capacity import plan_lines
 from dask_logits.job.forecast import Forecast, forecast, forecast_lines, matrix_flops
+from dask_logits.job.measured_plan import measure_plan, measured_lines
 from dask_logits.job.prepare import prepare
+from dask_logits.ops.show import card as show
 from dask_logits.run.folder import RunFolder
 
 
@@ -69,7 +74,67 @@ def test_the_speed_is_estimated_before_the_calibration_and_measured_after_it(ove
     job = prepare(config)
     after = forecast(job)
     assert after == Forecast(tokens_per_second=50.0, is_measured=True)
-    first, second = forecast_lines(job)
+    first, second = forecast_lines(job, forecast(job))
     assert first.startswith("speed         50 tokens/s for ")
     assert first.endswith(", measured by the calibration")
     assert second.startswith("time          about ")
+
+
+@pytest.fixture
+def measured(overrides, tmp_path) -> list[str]:
+    """Overrides of a job of 4,000 rows, of which nothing is scored."""
+    file = write_json_lines(tmp_path / "many.jsonl", sentences(400) * 10)
+    return [*overrides, "cluster=local_cpu", "distillation.teacher.generation.num_workers=1",
+            f"distillation.dataset.data_files={file}", "distillation.cache.profile=compact"]  # fmt: skip
+
+
+def test_a_plan_can_be_measured(measured, llama, tmp_path, capsys) -> None:
+    main(["plan", "--measure", "--json", *measured])
+    found = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert found["rows"] == 4000
+    least, most = found["seconds"]
+    assert 0.5 * found["tokens"] / found["tokens_per_second"] < least < most
+    ks = [one["top_k"] for one in found["by_k"]]
+    assert ks == [8, 16, 32, 64]
+    for name, sign in (("kept_mass", 1), ("bytes_per_token", 1), ("lost_nats", -1)):
+        values = [sign * one[name] for one in found["by_k"]]
+        assert values == sorted(values), name
+        assert len(set(values)) == len(values), name
+    assert 0 < found["by_k"][-1]["kept_mass"] < 1
+    assert found["peak_bytes"] > 0
+
+
+def test_what_k_keeps_and_costs_is_what_a_run_has(measured) -> None:
+    config = load_config(
+        [*measured, "distillation.teacher.generation.top_k=16", "distillation.dataset.max_samples=400"]
+    )
+    found = measure_plan(prepare(config))
+    (of_k,) = [one for one in found.choices if one.top_k == 16]
+    cache = generate(config)
+    card = show(cache)
+    # The sample is the first documents, and the file has an id table and documents beside the tokens.
+    assert of_k.kept_mass == pytest.approx(card["kept_mass"], abs=0.02)
+    assert of_k.lost_nats == pytest.approx(
+        verify(cache.parent, recompute=20).recomputed["nats_lost_by_keeping_k"], rel=0.3
+    )
+    reader = CacheReader(cache)
+    gaps = int(reader.arrays["chunks/topk_gaps_b0/size"].sum()) / reader.n_tokens
+    # Entries that fill the last chunk take no place among the figures of a token.
+    plain = (
+        sum(array.nbytes for name, array in reader.arrays.items() if name in reader.profile.arrays) / reader.n_entries
+    )
+    assert of_k.bytes_per_token == pytest.approx(gaps + plain, rel=0.05)
+
+
+def test_a_plan_for_other_machines_is_not_measured_here(overrides) -> None:
+    job = prepare(load_config([*overrides, "distillation.cluster.scheduler=tcp://127.0.0.1:1"]))
+    with pytest.raises(ConfigError, match="plan --measure: expected a job on this machine, got one on a scheduler"):
+        measure_plan(job)
+
+
+def test_a_measured_plan_marks_the_chosen_k(measured) -> None:
+    job = prepare(load_config(measured))
+    lines = measured_lines(job, measure_plan(job))
+    assert [line for line in lines if line.endswith("← top_k")] == [line for line in lines if line.split()[:1] == ["8"]]
+    assert any(line.startswith("time ") and " to " in line for line in lines)

@@ -1,0 +1,178 @@
+"""Measure what a plan only estimates: a worker's speed, and what k entries keep and cost.
+
+Dimension letters: N positions, V vocabulary, K kept entries.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dask_logits.cache.chunks import compress
+from dask_logits.cache.profile import Compact, Profile, encode_all, id_table
+from dask_logits.data.items import plain_items
+from dask_logits.records import Array, Extras, bytes_per_token
+from dask_logits.run.records import Calibration
+from dask_logits.teacher.checkpoint import load_teacher
+from dask_logits.teacher.model import ScoringPath
+from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.worker.calibrate import CalibrationTask, calibrate, first_documents, sample_tokens
+
+_KS = (8, 16, 32, 64, 128, 256)
+# Rounds of the sample that are timed.
+_ROUNDS = 3
+# Time in seconds after which no further round begins.
+_MOST_SECONDS = 20.0
+# Positions whose whole distribution is looked at, and tokens of each document among them.
+_DENSE_TOKENS, _DENSE_DOCUMENT = 512, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a number of kept entries means for the targets.
+
+    Parameters
+    ----------
+    top_k
+        K.
+    kept_mass
+        Mean probability of the kept entries.
+    lost_nats
+        Mean KL divergence in nats of the teacher from itself with its tail spread evenly.
+    bytes_per_token
+        Size in the cache.
+    """
+
+    top_k: int
+    kept_mass: float
+    lost_nats: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured on a sample.
+
+    Parameters
+    ----------
+    calibration
+        The calibration that a run would start with.
+    tokens_per_second
+        Speeds of one worker in some rounds.
+    choices
+        Figures by K.
+    peak_bytes
+        Peak memory of the process, or of its GPU.
+    """
+
+    calibration: Calibration
+    tokens_per_second: tuple[float, ...]
+    choices: tuple[Choice, ...]
+    peak_bytes: int
+
+
+def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step: None) -> Measurement:
+    """Calibrate as a run would, then time its sample and compare numbers of kept entries.
+
+    Parameters
+    ----------
+    task
+        Input of the calibration.
+    on_step
+        Called with a description of each step when it begins.
+
+    Raises
+    ------
+    TeacherError, CapacityError
+        As by :func:`~dask_logits.worker.calibrate.calibrate`.
+    """
+    calibration, _ = calibrate(task, on_step)
+    numerics = calibration.numerics
+    settings = ScoringSettings(
+        top_k=task.top_k,
+        vocab_size=task.vocab_size,
+        batch_tokens=numerics.batch_tokens,
+        batch_size=numerics.batch_size,
+        head_rows=numerics.head_rows,
+        path=ScoringPath(**numerics.path.model_dump()),
+        temperatures=task.temperatures,
+    )
+    teacher = load_teacher(task.teacher, task.vocab_size)
+    documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
+    items = plain_items(documents)
+    rates: list[float] = []
+    started = time.perf_counter()
+    for number in range(_ROUNDS):
+        if rates and time.perf_counter() - started > _MOST_SECONDS:
+            break
+        on_step(f"timing the sample, round {number + 1} of {_ROUNDS}")
+        scored = score_items(teacher, items, settings)
+        rates.append(scored.records.n_tokens / max(scored.seconds["score"], 1e-9))
+    on_step("comparing numbers of kept entries")
+    ks = tuple(sorted({k for k in _KS if k <= task.vocab_size} | {task.top_k}))
+    widest = score_items(teacher, items, replace(settings, top_k=ks[-1]))
+    few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
+    whole = score_items(teacher, few, replace(settings, top_k=task.vocab_size, temperatures=()))
+    return Measurement(
+        calibration=calibration,
+        tokens_per_second=tuple(rates),
+        choices=tuple(
+            Choice(
+                top_k=k,
+                kept_mass=float(np.exp(widest.records.topk_logprobs[:, :k].astype(np.float32)).sum(1).mean()),
+                lost_nats=float(np.mean(truncation_nats(whole.records.topk_logprobs, k))),
+                bytes_per_token=_size(widest.records.tokens(), k, task),
+            )
+            for k in ks
+        ),
+        peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
+    )
+
+
+def _size(tokens: dict[str, Array], k: int, task: CalibrationTask) -> float:
+    """Return the bytes per token of a sample that keeps k entries."""
+    extras = Extras(temperatures=task.temperatures)
+    if not task.compact:
+        return float(bytes_per_token(k, task.vocab_size, extras))
+    cut = {**tokens, "topk_ids": tokens["topk_ids"][:, :k], "topk_logprobs": tokens["topk_logprobs"][:, :k]}
+    profile: Profile = Compact(
+        top_k=k,
+        vocab_size=task.vocab_size,
+        precision=8,
+        id_table=id_table(cut["topk_ids"], task.vocab_size),
+        extras=extras,
+    )
+    n_bytes = 0
+    for name, array in encode_all(cut, profile).items():
+        step = profile.alignment if profile.arrays[name].chunked else 0
+        pieces: list[Any] = [array[at : at + step] for at in range(0, len(array), step)] if step else []
+        n_bytes += sum(len(compress(piece)) for piece in pieces) if step else array.nbytes
+    return n_bytes / max(1, len(cut["input_ids"]))
+
+
+def truncation_nats(logprobs_NV: Array, top_k: int) -> list[float]:
+    """Return KL(p ‖ q) of each position, where q spreads the tail's mass evenly.
+
+    Parameters
+    ----------
+    logprobs_NV
+        Log-probs of the whole vocabulary, most probable first.
+    top_k
+        Entries that q keeps.
+
+    Returns
+    -------
+    list
+        N values in nats: the sum over the tail of ``p log(p / (tail mass / (V − K)))``.
+    """
+    tail_NT = logprobs_NV[:, top_k:].astype(np.float64)
+    if not tail_NT.shape[1]:
+        return [0.0] * len(tail_NT)
+    p_NT = np.exp(tail_NT)
+    spread_N1 = np.log(np.maximum(p_NT.sum(1, keepdims=True), np.finfo(np.float64).tiny) / tail_NT.shape[1])
+    terms_NT = np.where(p_NT > 0, p_NT * (np.where(p_NT > 0, tail_NT, 0.0) - spread_N1), 0.0)
+    return [float(nats) for nats in np.maximum(terms_NT.sum(1), 0.0)]
