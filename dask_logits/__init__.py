@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dask_logits.train.dataset import CachedLogitsDataset
     from dask_logits.train.heads import Head
     from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
+    from dask_logits.train.mixture import MixedDataset
     from dask_logits.train.objective import Objective
     from dask_logits.train.order import ItemOrder
     from dask_logits.train.sampler import ResumableSampler
@@ -57,6 +58,7 @@ _HOMES = {
     "DistillationTrainer": "train.trainer",
     "Head": "train.heads",
     "ItemOrder": "train.order",
+    "MixedDataset": "train.mixture",
     "Monitor": "observe.monitor",
     "Objective": "train.objective",
     "PartitionsFailedError": "errors",
@@ -95,6 +97,7 @@ __all__ = [
     "DistillationTrainer",
     "Head",
     "ItemOrder",
+    "MixedDataset",
     "Monitor",
     "Objective",
     "PartitionsFailedError",

@@ -70,7 +70,8 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
         ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding and at tokens
         that are not learned, as Hugging Face models expect them (they shift inside). ``targets``, the
         :class:`dask_logits.SparseTargets` [B, T] of the batch. ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and
-        lengths 0 for missing segments. ``n_beyond`` [B] with a `student_vocab_size`. With ``decode="device"`` the
+        lengths 0 for missing segments. ``n_beyond`` [B] with a `student_vocab_size`, ``source``
+        [B] with a :class:`dask_logits.MixedDataset`. With ``decode="device"`` the
         targets are still encoded.
 
     Raises
@@ -107,9 +108,13 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
         "row": torch.stack([item["row"] for item in items]),
         "segments": _padded_segments([item["segments"] for item in items]),
     }
-    if "n_beyond" in items[0]:
-        batch["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
-    return batch
+    return batch | _of_items(items)
+
+
+def _of_items(items: Sequence[CachedItem]) -> dict[str, Tensor]:
+    """Return the further numbers of each item, by name."""
+    names = [name for name in ("n_beyond", "source") if name in items[0]]
+    return {name: torch.stack([item[name] for item in items]) for name in names}
 
 
 def _check_items(items: Sequence[CachedItem]) -> None:
@@ -220,9 +225,7 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
         "row": torch.stack([item["row"] for item in items]),
         "segments": _padded_segments([item["segments"] for item in items]),
     }
-    if "n_beyond" in items[0]:
-        batch["n_beyond"] = torch.stack([item["n_beyond"] for item in items])
-    return batch
+    return batch | _of_items(items)
 
 
 def _collate_default(items: Sequence[CachedItem], *, collate_fn_map: object = None) -> dict[str, Any]:

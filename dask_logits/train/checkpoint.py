@@ -18,16 +18,17 @@ from dask_logits.errors import CacheError, ConfigError
 from dask_logits.fields import Count, Digest, Record
 from dask_logits.files.atomic import read_json
 from dask_logits.train.dataset import CachedLogitsDataset
+from dask_logits.train.mixture import MixedDataset
 
 STATE_NAME = "distillation_state.json"
 _CURE = "resume from another checkpoint"
 
 
 class TrainedOn(Record):
-    """A dataset over a cache."""
+    """A dataset over a cache, or over several."""
 
     content_digest: Digest = Field(description="Content digest of all files of the cache.")
-    path: str = Field(description="The first file.")
+    path: str = Field(description="The first file, or one of each source.")
     top_k: Count = Field(description="Entries per position.")
     window: Count | None = Field(description="Tokens of a window.")
     max_tokens: Count | None = Field(description="Tokens kept of each document.")
@@ -36,7 +37,7 @@ class TrainedOn(Record):
 
     @classmethod
     def of(cls, dataset: Any) -> TrainedOn:
-        """Describe a :class:`dask_logits.CachedLogitsDataset`, or a torch ``Subset`` of one."""
+        """Describe a dataset over caches, or a torch ``Subset`` of one."""
         cache, indices = cache_of("train_dataset", dataset), hashlib.sha256()
         is_subset = isinstance(dataset, Subset)
         while isinstance(dataset, Subset):
@@ -44,7 +45,7 @@ class TrainedOn(Record):
             dataset = dataset.dataset
         return cls(
             content_digest=cache.content_digest,
-            path=str(cache.paths[0]),
+            path=", ".join(str(source.paths[0]) for source in getattr(cache, "sources", {"": cache}).values()),
             top_k=cache.top_k,
             window=cache.window,
             max_tokens=cache.max_tokens,
@@ -101,7 +102,7 @@ class DistillationState(Record):
             raise CacheError(
                 f"{folder}: expected the cache that this checkpoint was trained on, with content digest "
                 f"{then.content_digest}, got {now.content_digest} ({now.path}); resume with "
-                f"train_dataset=CachedLogitsDataset({then.path!r}), or start anew without resume_from_checkpoint",
+                f"that of {then.path!r}, or start anew without resume_from_checkpoint",
                 now.path,
             )
         problems = [
@@ -114,8 +115,8 @@ class DistillationState(Record):
             raise ConfigError("\n".join(problems), problems)
 
 
-def cache_of(name: str, dataset: Any) -> CachedLogitsDataset:
-    """Return the cache of a dataset, which may be a torch ``Subset`` of it.
+def cache_of(name: str, dataset: Any) -> CachedLogitsDataset | MixedDataset:
+    """Return the dataset over caches, of which another one may be a torch ``Subset``.
 
     Raises
     ------
@@ -124,10 +125,10 @@ def cache_of(name: str, dataset: Any) -> CachedLogitsDataset:
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    if not isinstance(dataset, CachedLogitsDataset):
+    if not isinstance(dataset, CachedLogitsDataset | MixedDataset):
         raise ConfigError(
-            f"{name}: expected a CachedLogitsDataset, or a torch Subset of one, got {type(dataset).__name__}; open the "
-            "teacher's cache with CachedLogitsDataset(path)"
+            f"{name}: expected a CachedLogitsDataset, a MixedDataset, or a torch Subset of one, got "
+            f"{type(dataset).__name__}; open the teacher's cache with CachedLogitsDataset(path)"
         )
     if dataset.decode != "worker":
         raise ConfigError(f"{name}: expected a dataset with decode='worker', got {dataset.decode!r}")

@@ -120,6 +120,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         self.top_k = first.top_k if top_k is None else top_k
         self.vocab_size = first.vocab_size
         self.temperatures = first.profile.extras.temperatures
+        self.is_masked = first.profile.extras.is_masked
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
         for name, value in (("window", window), ("max_tokens", max_tokens), ("student_vocab_size", student_vocab_size)):

@@ -374,7 +374,10 @@ def test_two_processes_equal_one(folder, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1, 2], r"train_dataset: expected a CachedLogitsDataset, or a torch Subset of one, got list; open"),
+        (
+            [1, 2],
+            r"train_dataset: expected a CachedLogitsDataset, a MixedDataset, or a torch Subset of one, got list; open",
+        ),
         (ConcatDataset([[1]]), r"train_dataset: expected a CachedLogitsDataset, .*, got ConcatDataset"),
     ],
     ids=["list", "concat"],

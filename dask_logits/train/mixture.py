@@ -1,0 +1,175 @@
+"""``MixedDataset``: several caches as one dataset, each with a weight.
+
+Dimension letters: S sources, I items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from dask_logits.errors import ConfigError
+from dask_logits.train.batches import CachedItem
+from dask_logits.train.dataset import CachedLogitsDataset
+from dask_logits.train.order import is_integer
+
+_SHARED = ("top_k", "vocab_size", "temperatures", "is_masked", "decode", "student_vocab_size")
+
+
+class MixedDataset(Dataset[CachedItem]):
+    """Items of several caches, such as other corpora or other teachers with the same tokenizer.
+
+    Each item has ``source``, the place of its cache among the sources. The numbers of items follow the weights exactly.
+    The items of a source come in an order that the seed draws anew for each pass over it, so none comes twice before
+    all others of its source have come once. The whole is shuffled, and it is the same in every process.
+
+    Parameters
+    ----------
+    sources
+        Name → opened cache. All must agree on the number of entries, the vocabulary, the temperatures, and whether they
+        have a mask.
+    weights
+        Name → share of the items, any positive numbers. None: every item of every source once.
+    n_items
+        Number of items. None: as many as there are until the first source is used up.
+    seed
+        Any integer. It draws the order.
+
+    Raises
+    ------
+    ConfigError
+        If the sources or their tokenizers do not agree, or weights do not match them.
+
+    Examples
+    --------
+    >>> mixed = MixedDataset({"web": web, "code": code}, weights={"web": 3, "code": 1})  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, CachedLogitsDataset],
+        *,
+        weights: Mapping[str, float] | None = None,
+        n_items: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.sources = dict(sources)
+        _check_sources(self.sources)
+        self.seed = seed
+        first = next(iter(self.sources.values()))
+        self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
+        self.decode, self.student_vocab_size = first.decode, first.student_vocab_size
+        # Each source has its own, and the content digest covers them.
+        self.window: int | None = None
+        self.max_tokens: int | None = None
+        sizes_S = np.array([len(source) for source in self.sources.values()], np.int64)
+        share_S = self._shares(weights, sizes_S)
+        if n_items is None:
+            n_items = int((sizes_S / share_S).min() + 1e-9)
+        elif not is_integer(n_items) or n_items < 1:
+            raise ConfigError(f"n_items: expected a positive integer or None, got {n_items!r}")
+        counts_S = _counts(share_S, n_items)
+        self._source_I = np.repeat(np.arange(len(sizes_S), dtype=np.int32), counts_S)
+        self._item_I = np.concatenate([self._drawn(s, sizes_S[s], count) for s, count in enumerate(counts_S.tolist())])
+        order_I = np.random.default_rng([seed % (1 << 64), len(sizes_S)]).permutation(n_items)
+        self._source_I, self._item_I = self._source_I[order_I], self._item_I[order_I]
+
+    def _shares(self, weights: Mapping[str, float] | None, sizes_S: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        if weights is None:
+            return np.asarray(sizes_S / sizes_S.sum())
+        if weights.keys() != self.sources.keys():
+            raise ConfigError(f"weights: expected one for each of {sorted(self.sources)}, got {sorted(weights)}")
+        wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
+        if wrong:
+            raise ConfigError(f"weights: expected positive numbers, got {wrong}")
+        found_S = np.array([weights[name] for name in self.sources], np.float64)
+        return np.asarray(found_S / found_S.sum())
+
+    def _drawn(self, source: int, size: int, count: int) -> npt.NDArray[np.int64]:
+        """Return the items of a source in order, pass after pass."""
+        passes = [
+            np.random.default_rng([self.seed % (1 << 64), source, number]).permutation(size)
+            for number in range(-(-count // size))
+        ]
+        return np.concatenate([*passes, np.zeros(0, np.int64)])[:count].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._item_I)
+
+    def __getitem__(self, index: int) -> CachedItem:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index}: expected an index below {len(self)}")
+        place = int(self._source_I[index])
+        item = list(self.sources.values())[place][int(self._item_I[index])]
+        return replace(item, tensors={**item.tensors, "source": torch.tensor(place)})
+
+    def __repr__(self) -> str:
+        counts_S = np.bincount(self._source_I, minlength=len(self.sources))
+        lines = [
+            f"\n    {name}: {count:,} of {len(source):,} items"
+            for (name, source), count in zip(self.sources.items(), counts_S.tolist(), strict=True)
+        ]
+        return f"MixedDataset({''.join(lines)}\n)"
+
+    @property
+    def paths(self) -> tuple[Any, ...]:
+        """Files of all sources."""
+        return tuple(path for source in self.sources.values() for path in source.paths)
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of the sources' content and of the order of the items."""
+        options = ("top_k", "window", "max_tokens", "student_vocab_size")
+        parts = [
+            [name, source.content_digest, len(source), *(getattr(source, option) for option in options)]
+            for name, source in self.sources.items()
+        ]
+        order = hashlib.sha256(self._source_I.astype("<i4").tobytes() + self._item_I.astype("<i8").tobytes())
+        return hashlib.sha256(json.dumps([parts, order.hexdigest()]).encode()).hexdigest()
+
+
+def _check_sources(sources: Mapping[str, CachedLogitsDataset]) -> None:
+    """Refuse sources whose items cannot be in one batch, or whose ids mean other tokens."""
+    if not sources:
+        raise ConfigError("sources: expected at least one cache, got none")
+    for name, source in sources.items():
+        if not isinstance(source, CachedLogitsDataset):
+            raise ConfigError(f"sources: expected opened caches, got {type(source).__name__} for {name!r}")
+        if not len(source):
+            raise ConfigError(f"sources: expected caches with items, got none in {name!r}")
+    first_name, first = next(iter(sources.items()))
+    for name, source in sources.items():
+        for what in _SHARED:
+            ours, theirs = getattr(first, what), getattr(source, what)
+            if ours != theirs:
+                cure = "open them with the same top_k" if what == "top_k" else "mix caches that agree"
+                raise ConfigError(
+                    f"sources: expected the same {what}, got {ours} in {first_name!r} and {theirs} in {name!r}; {cure}"
+                )
+        maps = [one.attributes.get("tokenizer_map_digest") for one in (first, source)]
+        if all(maps) and maps[0] != maps[1]:
+            raise ConfigError(
+                f"sources: expected teachers with one tokenizer, got others in {first_name!r} and {name!r}: an "
+                "id would mean two tokens"
+            )
+
+
+def _counts(share_S: npt.NDArray[np.float64], n_items: int) -> npt.NDArray[np.int64]:
+    """Round shares to whole items that sum to `n_items`, the largest remainders up.
+
+    >>> _counts(np.array([0.5, 0.25, 0.25]), 7).tolist()
+    [3, 2, 2]
+    """
+    exact_S = share_S * n_items
+    counts_S: npt.NDArray[np.int64] = np.floor(exact_S + 1e-9).astype(np.int64)
+    left = n_items - int(counts_S.sum())
+    counts_S[np.argsort(counts_S - exact_S, kind="stable")[:left]] += 1
+    return counts_S
