@@ -21,7 +21,7 @@ from dask_logits.train.batches import CachedItem
 from dask_logits.train.dataset import CachedLogitsDataset
 from dask_logits.train.order import is_integer
 
-_SHARED = ("top_k", "vocab_size", "temperatures", "is_masked", "decode", "student_vocab_size")
+_SHARED = ("top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
 
 
 class MixedDataset(Dataset[CachedItem]):
@@ -34,8 +34,8 @@ class MixedDataset(Dataset[CachedItem]):
     Parameters
     ----------
     sources
-        Name → opened cache. All must agree on the number of entries, the vocabulary, the temperatures, and whether they
-        have a mask.
+        Name → opened cache. All must agree on the number of entries, the vocabulary and the temperatures. If some have
+        a mask, all tokens of the others are learned.
     weights
         Name → share of the items, any positive numbers. None: every item of every source once.
     n_items
@@ -67,6 +67,7 @@ class MixedDataset(Dataset[CachedItem]):
         first = next(iter(self.sources.values()))
         self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
         self.decode, self.student_vocab_size = first.decode, first.student_vocab_size
+        self.is_masked = any(source.is_masked for source in self.sources.values())
         # Each source has its own, and the content digest covers them.
         self.window: int | None = None
         self.max_tokens: int | None = None
@@ -109,7 +110,10 @@ class MixedDataset(Dataset[CachedItem]):
             raise IndexError(f"item {index}: expected an index below {len(self)}")
         place = int(self._source_I[index])
         item = list(self.sources.values())[place][int(self._item_I[index])]
-        return replace(item, tensors={**item.tensors, "source": torch.tensor(place)})
+        tensors = {**item.tensors, "source": torch.tensor(place)}
+        if self.is_masked and "loss_mask" not in tensors:
+            tensors["loss_mask"] = torch.ones(len(item["input_ids"]), dtype=torch.bool)
+        return replace(item, tensors=tensors)
 
     def __repr__(self) -> str:
         counts_S = np.bincount(self._source_I, minlength=len(self.sources))

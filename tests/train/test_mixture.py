@@ -127,11 +127,21 @@ def test_what_cannot_be_mixed_is_refused(sources, tmp_path) -> None:
     refused(
         "same top_k, got 3 in 'web' and 2 in 'other'; open them with the same top_k", with_other(records((2,), k=2))
     )
-    refused("same is_masked, got False in 'web' and True", with_other(records((2,), k=3, masked=True)))
     refused(
         "one tokenizer, got others in 'web' and 'other'", with_other(records((2,), k=3), tokenizer_map_digest="b" * 64)
     )
     refused("expected caches with items, got none in 'other'", with_other(records((0,), k=3)))
+
+
+def test_texts_and_chats_are_mixed(sources, tmp_path) -> None:
+    chats = records((4, 5), k=3, masked=True)
+    write_cache(tmp_path / "chats.h5", chats, tokenizer_map_digest="a" * 64)
+    mixed = MixedDataset({"web": sources["web"], "chats": CachedLogitsDataset(tmp_path / "chats.h5")})
+    (batch,) = DataLoader(mixed, batch_size=8)
+    learned = batch["targets"].mask.sum(1)
+    lengths = batch["attention_mask"].sum(1)
+    assert torch.equal(learned[batch["source"] == 0], lengths[batch["source"] == 0])
+    assert int(learned[batch["source"] == 1].sum()) == int(chats.loss_mask.sum())
 
 
 def test_a_checkpoint_knows_its_mixture(sources, tmp_path) -> None:
