@@ -221,6 +221,20 @@ def status(run: str, as_json: bool) -> None:
 
 
 @commands.command()
+@click.argument("path", type=click.Path())
+@click.option("--output", type=click.Path(), help="File to write.  [default: report.html in the run, or by the cache]")
+def report(path: str, output: str | None) -> None:
+    """Write a page with charts of a run or a cache.
+
+    PATH is a run folder in any state, a cache or an index. The page is one file and needs no network.
+    """
+    from dask_logits.observe.report import write_report
+
+    _log_to_stderr("warning")
+    _say(write_report(path, output))
+
+
+@commands.command()
 @click.argument("run", type=click.Path())
 @settings_argument
 @click.option("--bisect", is_flag=True, help="Find the rows that make a partition fail.")
@@ -297,12 +311,18 @@ def merge(parts: tuple[str, ...], input_dir: str | None, **options: Any) -> None
 
     PARTS are run folders or caches.
     """
+    from dask_logits.observe.report import leave_report
     from dask_logits.ops.merge import merge
+    from dask_logits.run.folder import RunFolder
 
     if not parts and not input_dir:
         raise click.UsageError("expected --input-dir or parts, got neither")
     _log_to_stderr("info")
-    _say(merge([*([input_dir] if input_dir else []), *parts], **options))
+    merged = merge([*([input_dir] if input_dir else []), *parts], **options)
+    run = RunFolder(merged.parent)
+    if run.manifest_path.exists():
+        leave_report(run)
+    _say(merged)
 
 
 def _say(answer: object) -> None:
