@@ -235,6 +235,32 @@ def report(path: str, output: str | None) -> None:
 
 
 @commands.command()
+@click.argument("cache", type=click.Path())
+@click.option("--port", default=0, metavar="N", help="Port on this machine.  [default: any that is free]")
+@click.option("--html", "output", type=click.Path(), help="Write some documents to this file instead of serving all.")
+@click.option("--documents", metavar="N,N,…", help="Numbers of the documents for --html, from 0.")
+def explore(cache: str, port: int, output: str | None, documents: str | None) -> None:
+    """Show what the teacher expected at each token of a document, in a browser.
+
+    CACHE is a cache, an index or a run folder. The page is served on this machine only, until Ctrl-C.
+    """
+    from dask_logits.observe.explore import Explorer, ExploreServer, write_explorer
+
+    if (output is None) != (documents is None):
+        raise click.UsageError("expected --html and --documents together, got one of them")
+    if output is not None and documents is not None:
+        words = documents.split(",")
+        if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+            raise click.UsageError(f"--documents: expected numbers such as 0,5,7, got {documents!r}")
+        _say(write_explorer(cache, output, [int(word) for word in words]))
+        return
+    with ExploreServer(Explorer(cache), port) as server:
+        _say(f"{server.address}  (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@commands.command()
 @click.argument("run", type=click.Path())
 @settings_argument
 @click.option("--bisect", is_flag=True, help="Find the rows that make a partition fail.")
