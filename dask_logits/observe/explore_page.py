@@ -30,8 +30,10 @@ button:disabled{color:var(--soft);cursor:default}#number{width:8rem}#query{width
 aside{position:sticky;top:1rem;border:1px solid var(--line);border-radius:8px;padding:1rem;max-height:92vh;
 overflow:auto;background:var(--paper)}aside h2{font-size:1rem;white-space:pre-wrap}
 aside td,aside th{padding:.2rem .6rem .2rem 0}
-aside code{white-space:pre-wrap}.true td{font-weight:650}meter{width:4rem;height:.6rem}
-ol{padding-left:1.25rem}li{margin:.3rem 0}#message{color:var(--bad)}
+aside code{white-space:pre-wrap}.true td{font-weight:650}
+.share{display:block;height:.5rem;margin-top:.45rem;background:var(--accent);border-radius:2px}
+#list{max-height:20rem;overflow:auto;margin-bottom:1rem}ol{padding-left:2rem}
+li{margin:.3rem 0}#message{color:var(--bad)}
 @media(max-width:50rem){.view{display:block}aside{position:sticky;top:auto;bottom:0;margin-top:1rem;max-height:40vh}}
 """
 
@@ -123,9 +125,7 @@ function explain(i) {
     const line = make(table, "tr", "", isTrue ? "true" : "");
     make(make(line, "td"), "code", name);
     make(line, "td", percent(p) + (isTrue ? " ✓" : ""), "n");
-    const meter = make(make(line, "td"), "meter");
-    meter.value = p;
-    meter.setAttribute("aria-label", percent(p));
+    make(make(line, "td"), "span", "", "share").style.width = 4 * p + "rem";
   };
   for (const [id, piece, p] of best) row(visible(piece), p, id === shown.ids[i]);
   if (about.top_k > best.length) row((about.top_k - best.length) + " more that are kept", shown.others[i], false);
@@ -158,15 +158,14 @@ function list(sentence, found, more) {
 
 async function surprising() {
   const answer = await ask("surprising", {});
-  const all = answer.sampled >= answer.items ? "All " : "A sample of ";
-  list(all + grouped(answer.sampled) + " of " + grouped(answer.items) + " " + about.noun +
-    "s was ranked by mean surprise. The most surprising are:", answer.found);
+  list(grouped(answer.sampled) + " of " + grouped(answer.items) + " " + about.noun +
+    "s, evenly spread, were ranked by mean surprise. The most surprising of these are:", answer.found);
 }
 
 async function search(query, place, before) {
   const answer = await ask("search", {query, file: place[0], entry: place[1]});
   const read = before + answer.read;
-  list(grouped(answer.found.length) + " matches. " + grouped(Math.min(read, about.tokens)) + " of " +
+  list(grouped(answer.found.length) + " matches here. " + grouped(Math.min(read, about.tokens)) + " of " +
     grouped(about.tokens) + " tokens were searched so far.", answer.found,
     answer.next && (() => search(query, answer.next, read)));
 }

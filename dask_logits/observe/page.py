@@ -36,6 +36,7 @@ background:var(--line);border:1px solid var(--line);border-radius:8px;overflow:h
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:.25rem}
 th,td{text-align:left;vertical-align:top;padding:.4rem 1rem .4rem 0;border-bottom:1px solid var(--line)}
+.wide td{overflow-wrap:break-word}
 th{font-weight:500;color:var(--soft)}thead th{white-space:nowrap}tbody th{min-width:8rem}
 td.n,th.n{text-align:right;white-space:nowrap}.text{min-width:14rem}tr>:last-child{padding-right:0}
 code,pre{font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -57,7 +58,7 @@ stroke-width:1.5}.line{fill:none;stroke:var(--accent);stroke-width:2}
 .cross path{stroke:var(--bad);stroke-width:2;fill:none}.pause{stroke:var(--soft);stroke-dasharray:3 3}
 .bar{display:block;width:100%;height:1.75rem;margin:.75rem 0}
 .spark{width:9rem;height:1.6rem;display:block}
-.lanes{display:grid;grid-template-columns:minmax(6rem,11rem) 1fr;gap:.3rem .75rem;align-items:center;font-size:.75rem;
+.lanes{display:grid;grid-template-columns:minmax(5rem,11rem) 1fr;gap:.3rem .75rem;align-items:center;font-size:.75rem;
 color:var(--soft)}.lane{display:block;width:100%;height:1rem;background:var(--wash)}.lanes .x{grid-column:2}
 .key{display:inline-block;width:.75rem;height:.75rem;border-radius:2px;margin-right:.5rem;vertical-align:-.05rem}
 """ + "".join(f".part{i}{{fill:var(--c{i});background:var(--c{i})}}" for i in range(8))  # fmt: skip

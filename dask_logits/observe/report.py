@@ -36,6 +36,8 @@ from dask_logits.run.timings import duration
 
 logger = logging.getLogger(__name__)
 
+_DATASET_FACTS = ("name", "config_name", "split", "revision", "data_files", "text_column", "max_length", "max_samples",
+                  "long_documents", "packing", "streaming")  # fmt: skip
 _BAD_STATES = ("failed", "damaged", "stopped")
 
 
@@ -284,10 +286,11 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
 
 def _computed(facts: Facts) -> Html:
     """What was computed: teacher, data, settings, environment."""
+    named = {name: facts.dataset.get(name) for name in _DATASET_FACTS}
     rows: list[tuple[str, object]] = [("teacher", facts.teacher)]
     rows += [(name.replace("_", " "), number(value) if isinstance(value, int) else value)
              for name, value in facts.identity.items() if value is not None]  # fmt: skip
-    rows += [(f"dataset {name}", value) for name, value in sections.leaves(facts.dataset) if value is not None]
+    rows += [(f"dataset {name}", value) for name, value in sections.leaves(named) if value is not None]
     parts: list[object] = ["The teacher, the data, and the settings that fix every number in the cache.", pairs(rows)]
     calibration = facts.calibration
     if calibration is not None:
