@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dask_logits.job.recompute import verify
     from dask_logits.job.run import generate, retry
     from dask_logits.observe.monitor import Monitor
+    from dask_logits.observe.report import write_report
     from dask_logits.observe.status import read_status
     from dask_logits.ops.convert import convert
     from dask_logits.ops.merge import merge
@@ -81,6 +82,7 @@ _HOMES = {
     "retry": "job.run",
     "student_head": "train.student",
     "verify": "job.recompute",
+    "write_report": "observe.report",
 }
 
 __all__ = [
@@ -120,6 +122,7 @@ __all__ = [
     "retry",
     "student_head",
     "verify",
+    "write_report",
 ]
 
 

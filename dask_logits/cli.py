@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from dask_logits.errors import DaskLogitsError
 from dask_logits.stderr import unblocked_stderr
+
+if TYPE_CHECKING:
+    from dask_logits.observe.status import Status
 
 # SIGHUP is sent when a terminal closes, SIGUSR1 by Slurm as a warning (--signal=B:USR1@120).
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -223,12 +226,79 @@ def plan(overrides: tuple[str, ...], measure: bool, as_json: bool) -> None:
 @commands.command()
 @click.argument("run", type=click.Path())
 @_json
-def status(run: str, as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="Repeat until the run ends. Exit with 1 if it failed, 130 if it stopped.")
+def status(run: str, as_json: bool, watch: bool) -> None:
     """Report the state of a run, from the files in its folder RUN."""
     from dask_logits.observe.status import read_status
+    from dask_logits.observe.watch import EXIT_STATUS
 
-    state = read_status(run)
+    if watch and as_json:
+        raise click.UsageError("expected --json or --watch, got both")
+    state = _watched(run) if watch else read_status(run)
     _say(state.to_json() if as_json else "\n".join(state.lines()))
+    if watch:
+        # A reader that closed the pipe did not wait for the end.
+        sys.exit(EXIT_STATUS.get(state.state, 0))
+
+
+def _watched(run: str) -> Status:
+    """Show a run until it ends: in place on a terminal, else a line for each change. Return its last state."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from dask_logits.observe.watch import follow, progress_line
+
+    console, before = Console(), ""
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for state in follow(run):
+            line = progress_line(state)
+            if console.is_terminal:
+                live.update(Text("\n".join(state.lines())), refresh=True)
+            elif line != before and not _say(f"{time.strftime('%H:%M:%S')} {line}"):
+                break
+            before = line
+    return state
+
+
+@commands.command()
+@click.argument("path", type=click.Path())
+@click.option("--output", type=click.Path(), help="File to write.  [default: report.html in the run, or by the cache]")
+def report(path: str, output: str | None) -> None:
+    """Write a page with charts of a run or a cache.
+
+    PATH is a run folder in any state, a cache or an index. The page is one file and needs no network.
+    """
+    from dask_logits.observe.report import write_report
+
+    _log_to_stderr("warning")
+    _say(write_report(path, output))
+
+
+@commands.command()
+@click.argument("cache", type=click.Path())
+@click.option("--port", default=0, metavar="N", help="Port on this machine.  [default: any that is free]")
+@click.option("--html", "output", type=click.Path(), help="Write some documents to this file instead of serving all.")
+@click.option("--documents", metavar="N,N,…", help="Numbers of the documents for --html, from 0.")
+def explore(cache: str, port: int, output: str | None, documents: str | None) -> None:
+    """Show what the teacher expected at each token of a document, in a browser.
+
+    CACHE is a cache, an index or a run folder. The page is served on this machine only, until Ctrl-C.
+    """
+    from dask_logits.observe.explore import Explorer, ExploreServer, write_explorer
+
+    if (output is None) != (documents is None):
+        raise click.UsageError("expected --html and --documents together, got one of them")
+    if output is not None and documents is not None:
+        words = documents.split(",")
+        if not all(word.strip().isascii() and word.strip().isdigit() for word in words):
+            raise click.UsageError(f"--documents: expected numbers such as 0,5,7, got {documents!r}")
+        _say(write_explorer(cache, output, [int(word) for word in words]))
+        return
+    with ExploreServer(Explorer(cache), port) as server:
+        _say(f"{server.address}  (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @commands.command()
@@ -308,21 +378,29 @@ def merge(parts: tuple[str, ...], input_dir: str | None, **options: Any) -> None
 
     PARTS are run folders or caches.
     """
+    from dask_logits.observe.report import leave_report
     from dask_logits.ops.merge import merge
+    from dask_logits.run.folder import RunFolder
 
     if not parts and not input_dir:
         raise click.UsageError("expected --input-dir or parts, got neither")
     _log_to_stderr("info")
-    _say(merge([*([input_dir] if input_dir else []), *parts], **options))
+    merged = merge([*([input_dir] if input_dir else []), *parts], **options)
+    run = RunFolder(merged.parent)
+    if run.manifest_path.exists():
+        leave_report(run)
+    _say(merged)
 
 
-def _say(answer: object) -> None:
-    """Print the answer. Ignore a reader that closes the pipe early, such as `head`."""
+def _say(answer: object) -> bool:
+    """Print the answer. Return False if the reader has closed the pipe early, such as `head`."""
     try:
         print(answer, flush=True)
     except BrokenPipeError:
         # Otherwise the interpreter would report the closed pipe again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _log_to_stderr(level: str) -> None:

@@ -227,7 +227,7 @@ def run_command(words: list[str], folder: Path) -> None:
             assert words in all_commands(ADVANCED)
         case ["dask-logits", "generate" | "plan", *overrides]:
             run_job(words[1], overrides)
-        case ["dask-logits", "status" | "verify" | "merge" | "show" | "convert", *_]:
+        case ["dask-logits", "status" | "report" | "explore" | "verify" | "merge" | "show" | "convert", *_]:
             main(words[1:])
         case ["python", script, *arguments]:
             with pytest.MonkeyPatch.context() as patched:

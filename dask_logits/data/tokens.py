@@ -173,6 +173,28 @@ def inspect_tokenizer(
     )
 
 
+def local_tokenizer(path: str, digest: str) -> Any | None:
+    """Load a tokenizer from this machine's files to decode token ids. No network is used, and no code of the files.
+
+    Parameters
+    ----------
+    path
+        A folder, or a hub name that was downloaded before.
+    digest
+        Expected ``map_digest`` of its id → token map.
+
+    Returns
+    -------
+    PreTrainedTokenizerBase or None
+        None if there is none, or another one.
+    """
+    try:
+        loaded = _read_tokenizer(str(Path(path).expanduser()), None, False, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError):
+        return None
+    return loaded if map_digest(loaded.get_vocab()) == digest else None
+
+
 def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> list[Array]:
     """Return the token ids of rows, as :func:`read_documents` does."""
     return read_documents(rows, spec, first_row=first_row).tokens
@@ -364,10 +386,12 @@ def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool, id
     return loaded
 
 
-def _read_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+def _read_tokenizer(path: str, revision: str | None, trust_remote_code: bool, *, local_files_only: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+    )
     # Documents are truncated at their end, regardless of the saved setting.
     loaded.truncation_side = "right"
     return loaded

@@ -168,8 +168,13 @@ def create_bytes(path: Path, data: bytes) -> bool:
 
 def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
     """Replace a JSON file atomically, flushed to the disk only if ``durable``."""
+    replace_text(path, json.dumps(value, indent=1), durable=durable)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replace a text file in UTF-8 atomically, flushed to the disk only if ``durable``."""
     with _aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1))
+        aside.write_text(text, encoding="utf-8")
         if durable:
             sync(aside)
         aside.replace(path)

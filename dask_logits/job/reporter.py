@@ -15,6 +15,7 @@ from dask_logits.files.atomic import replace_json
 from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
+from dask_logits.observe.report import leave_report
 from dask_logits.run.folder import RUNS_TOPIC
 from dask_logits.run.records import DriverStatus
 
@@ -88,7 +89,7 @@ class Reporter:
 
 @contextlib.contextmanager
 def reported(job: Job) -> Iterator[Reporter]:
-    """Report a driver from its start to its end. Restore the earlier record if the start is refused."""
+    """Report a driver from its start to its end, then leave a page. Restore the earlier record if it is refused."""
     path = job.run.status_path(job.share)
     before = None
     with contextlib.suppress(OSError):
@@ -104,6 +105,7 @@ def reported(job: Job) -> Iterator[Reporter]:
                 reporter.report("stopped")
             else:
                 reporter.report("failed", reason=first_line(error))
+                leave_report(job.run)
         else:
             # The error to show is the one that refused the start.
             with contextlib.suppress(OSError):
@@ -113,3 +115,4 @@ def reported(job: Job) -> Iterator[Reporter]:
                     path.write_bytes(before)
         raise
     reporter.report("done")
+    leave_report(job.run)

@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import WORKING_STATES, RunFolder
 from dask_logits.run.records import FailureEntry, Manifest
-from dask_logits.run.state import RunState, cache_state
+from dask_logits.run.state import PartitionState, RunState, cache_state
 from dask_logits.run.timings import add_seconds, duration, plural, shares
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class Status:
         Size of the cache per token. None before it is complete.
     content_digest
         Content digest of the cache. None before it is complete.
+    report
+        The report that the last driver left. None if there is none.
     kept_mass_by_k
         Kept mass by k from the calibration.
     """
@@ -113,6 +115,7 @@ class Status:
     cache: str | None
     bytes_per_token: float | None
     content_digest: str | None
+    report: str | None
     kept_mass_by_k: dict[str, float]
 
     def to_json(self) -> str:
@@ -141,6 +144,8 @@ class Status:
             out.append(f"bytes/token   {self.bytes_per_token:.1f}")
             out.append(f"content       {self.content_digest}")
             out.append(f"cache         {self.cache}")
+        if self.report is not None and self.state not in WORKING_STATES:
+            out.append(f"report        {self.report}")
         first, *more = self.next_command.splitlines()
         if self.state == "complete":
             more = [
@@ -206,12 +211,13 @@ def read_status(path: Path | str) -> Status:
     """
     run = RunFolder(expanded(path))
     before = cache_state(run)
-    status = _read_status(run)
+    status = status_of(run)
     # If the job wrote its cache in the meantime, it deleted its partitions.
-    return status if cache_state(run) == before else _read_status(run)
+    return status if cache_state(run) == before else status_of(run)
 
 
-def _read_status(run: RunFolder) -> Status:
+def status_of(run: RunFolder, on_partition: Callable[[PartitionState], None] = lambda each: None) -> Status:
+    """Read the state of a run once, and call a function with each planned partition. Otherwise as `read_status`."""
     drivers = Drivers.of(run)
     found = RunState.find(run)
     if found is None:
@@ -220,6 +226,7 @@ def _read_status(run: RunFolder) -> Status:
     sums, count, rows, splits, flops, lacking = Statistics(), 0, 0, 0, 0.0, 0
     seconds: dict[str, float] = {}
     for each in found.partitions():
+        on_partition(each)
         if each.error is not None:
             if each.is_unreadable:
                 raise each.error
@@ -284,6 +291,7 @@ def _read_status(run: RunFolder) -> Status:
         cache=str(cache.path) if cache else None,
         bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,
         content_digest=cache.content_digest if cache else None,
+        report=str(run.report_path) if run.report_path.exists() else None,
         kept_mass_by_k=(calibration.kept_mass_by_k if calibration else None) or {},
     )
 
@@ -323,6 +331,7 @@ def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
         cache=None,
         bytes_per_token=None,
         content_digest=None,
+        report=None,
         kept_mass_by_k={},
     )
 

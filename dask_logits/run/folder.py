@@ -12,6 +12,7 @@ It holds small, readable JSON files::
     teacher_logits.h5         the cache, or an index and numbered files in teacher_logits/
     status.json               state and progress of a driver; the first file of a run, written before the
                               calibration (status-1-of-4.json of a static worker)
+    report.html               what was computed, written at the end
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _Positive = Annotated[Count, Field(gt=0)]
 
 PREVIOUS = "previous"
+REPORT_NAME = "report.html"
 CONSOLIDATION_LOCK = ".consolidate.lock"
 SETTING_ASIDE = ".setting-aside"
 # Marks a folder in which a start set an older run aside. A folder of that name without the mark belongs to the user.
@@ -47,7 +49,7 @@ _SET_ASIDE_MARK = ".set-aside"
 # In the order in which a run is set aside: the cache first, so that the remainder never looks complete.
 RUN_NAMES = (
     CACHE_NAME, INDEX_NAME, SHARDS_NAME, "receipts", "partitions", "dataset", "spool", "calibration.json", "tables",
-    "failures", "status.json", "plan", "run.json",
+    "failures", "status.json", REPORT_NAME, "plan", "run.json",
 )  # fmt: skip
 # Dask event topic on which drivers publish their status records.
 RUNS_TOPIC = "dask_logits.runs"
@@ -122,6 +124,11 @@ class RunFolder:
     def index_path(self) -> Path:
         """Index over the files of a cache that is larger than ``cache.max_file_size``."""
         return self.path / INDEX_NAME
+
+    @property
+    def report_path(self) -> Path:
+        """``report.html``."""
+        return self.path / REPORT_NAME
 
     @property
     def partitions_path(self) -> Path:

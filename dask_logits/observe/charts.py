@@ -1,0 +1,208 @@
+"""Charts as inline SVG: no script, no library, a few kilobytes each.
+
+Shapes stretch with the page (``preserveAspectRatio="none"``). Labels are HTML beside them, so that they stay readable
+on a phone, in print and for a screen reader. Every chart has a title and a description for those who cannot see it.
+
+Dimension letters: B bins, P points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import count, pairwise
+
+import numpy as np
+
+from dask_logits.records import Array
+
+# Width and height of the drawing, in units that the page stretches.
+WIDTH, HEIGHT = 1000, 200
+_LEVELS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Labels along a side: (share of its length, text)."""
+
+    ticks: tuple[tuple[float, str], ...]
+
+
+class Charts:
+    """Draws the charts of one page, whose ids are unique."""
+
+    def __init__(self) -> None:
+        self._ids = count(1)
+
+    def svg(self, title: str, description: str, shapes: str, *, height: int = HEIGHT, css: str = "") -> str:
+        """Return a drawing with its title and description."""
+        name = f"chart{next(self._ids)}"
+        return (
+            f'<svg viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" role="img" class="{css}" '
+            f'aria-labelledby="{name}t {name}d"><title id="{name}t">{escape(title)}</title>'
+            f'<desc id="{name}d">{escape(description)}</desc>{shapes}</svg>'
+        )
+
+    def figure(self, title: str, description: str, shapes: str, x: Axis, y: Axis, *, unit: str = "") -> str:
+        """Return a drawing with labels on both axes, and the unit of the lower one."""
+        lines = "".join(
+            f'<line x1="0" x2="{WIDTH}" y1="{_n(HEIGHT * (1 - at))}" y2="{_n(HEIGHT * (1 - at))}" class="grid"/>'
+            for at, _ in y.ticks
+        )
+        below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x.ticks)
+        beside = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y.ticks)
+        return (
+            f'<div class="chart"><div class="y" aria-hidden="true">{beside}</div>'
+            f'<div class="plot">{self.svg(title, description, lines + shapes)}</div>'
+            f'<div class="x" aria-hidden="true">{below}</div><div class="unit">{escape(unit)}</div></div>'
+        )
+
+    def histogram(self, title: str, counts: Array, low: float, high: float, *, unit: str, description: str) -> str:
+        """Return the columns of a histogram whose bins are equally wide, from `low` to `high`."""
+        top = nice_top(float(counts.max(initial=0)))
+        width = WIDTH / max(1, len(counts))
+        bars = "".join(
+            f"M{_n(i * width + 0.75)} {HEIGHT}v-{_n(HEIGHT * value / top)}h{_n(width - 1.5)}V{HEIGHT}z"
+            for i, value in enumerate(counts.tolist())
+            if value
+        )
+        shapes = f'<path d="{bars}" class="fill"/>'
+        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 3), unit=unit)
+
+    def area(self, title: str, values: Array, x: Axis, *, unit: str, description: str, marks: str = "") -> str:
+        """Return a stepped area of values in equal bins."""
+        top = nice_top(float(values.max(initial=0)))
+        shapes = f'<path d="{_steps(values, top, HEIGHT)}" class="area"/>{marks}'
+        return self.figure(title, description, shapes, x, axis(0, top, 3), unit=unit)
+
+    def sparkline(self, title: str, values: Array, top: float, *, description: str) -> str:
+        """Return a small stepped area, with the same scale for several of them."""
+        return self.svg(
+            title, description, f'<path d="{_steps(values, top, 40)}" class="area"/>', height=40, css="spark"
+        )
+
+    def line(self, title: str, points: Mapping[str, float], *, unit: str, description: str) -> str:
+        """Return a line through values from 0 to 1, equally far apart, each with its label."""
+        step = WIDTH / max(1, len(points))
+        places = [(step * (i + 0.5), HEIGHT * (1 - value)) for i, value in enumerate(points.values())]
+        way = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+        dots = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in places)
+        shapes = f'<path d="{way}" class="line"/><path d="{dots}" class="dot"/>'
+        x = Axis(ticks=tuple((x / WIDTH, label) for (x, _), label in zip(places, points, strict=True)))
+        return self.figure(title, description, shapes, x, axis(0, 1, 4), unit=unit)
+
+    def shares(self, title: str, parts: Sequence[tuple[str, float]], *, description: str) -> str:
+        """Return one bar cut into parts, in the colours of a legend: ``part0``, ``part1`` and so on."""
+        total, at, shapes = sum(value for _, value in parts) or 1.0, 0.0, ""
+        for i, (name, value) in enumerate(parts):
+            width = WIDTH * value / total
+            shapes += (
+                f'<rect x="{_n(at)}" y="0" width="{_n(max(0.0, width - 1))}" height="40" class="part{i}">'
+                f"<title>{escape(name)}: {100 * value / total:.1f} %</title></rect>"
+            )
+            at += width
+        return self.svg(title, description, shapes, height=40, css="bar")
+
+    def spans(self, title: str, spans: Sequence[tuple[float, float, str]], *, description: str, marks: str = "") -> str:
+        """Return boxes (begin, end as shares of the width, text on hover) in one lane."""
+        boxes = "".join(
+            f'<rect x="{_n(WIDTH * begin)}" y="0" width="{_n(max(1.0, WIDTH * (end - begin)))}" height="20" '
+            f'class="box"><title>{escape(text)}</title></rect>'
+            for begin, end, text in spans
+        )
+        return self.svg(title, description, boxes + marks, height=20, css="lane")
+
+    def shades(self, title: str, shares_B: Array, *, description: str, marks: str = "") -> str:
+        """Return one lane of bins, the darker the larger their shares from 0 to 1."""
+        levels = np.ceil(np.clip(shares_B, 0, 1) * _LEVELS).astype(int)
+        edges = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
+        unit, paths = WIDTH / max(1, len(levels)), [""] * (_LEVELS + 1)
+        for first, last in pairwise(edges):
+            paths[levels[first]] += (
+                f"M{_n(first * unit)} 0h{_n((last - first) * unit)}v20h-{_n((last - first) * unit)}z"
+            )
+        shapes = "".join(
+            f'<path d="{path}" class="fill" opacity="{level / _LEVELS:.1f}"/>'
+            for level, path in enumerate(paths)
+            if level and path
+        )
+        return self.svg(title, description, shapes + marks, height=20, css="lane")
+
+
+def crosses(places: Sequence[tuple[float, str]]) -> str:
+    """Return crosses at shares of the width, with their text on hover."""
+    return "".join(
+        f'<g class="cross"><title>{escape(text)}</title><path d="M{_n(WIDTH * at - 5)} 3l10 14m-10 0l10 -14"/></g>'
+        for at, text in places
+    )
+
+
+def pauses(places: Sequence[tuple[float, str]], height: int = HEIGHT) -> str:
+    """Return dashed lines at shares of the width, with their text on hover."""
+    return "".join(
+        f'<line x1="{_n(WIDTH * at)}" x2="{_n(WIDTH * at)}" y1="0" y2="{height}" class="pause">'
+        f"<title>{escape(text)}</title></line>"
+        for at, text in places
+    )
+
+
+def axis(low: float, high: float, most: int = 5) -> Axis:
+    """Return an axis with at most `most` round steps.
+
+    >>> axis(0, 1000, 4).ticks
+    ((0.0, '0'), (0.5, '500'), (1.0, '1,000'))
+    """
+    span = high - low
+    if not span > 0:
+        return Axis(ticks=((0.0, number(low)),))
+    return Axis(ticks=tuple(((at - low) / span, number(at)) for at in _round_steps(low, high, most)))
+
+
+def _round_steps(low: float, high: float, most: int) -> Iterator[float]:
+    step = _nice((high - low) / most)
+    at = math.ceil(low / step - 1e-9)
+    while at * step <= high + 1e-9 * step:
+        yield at * step
+        at += 1
+
+
+def _nice(value: float) -> float:
+    """Round up to 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
+
+
+def nice_top(value: float) -> float:
+    """Return the end of an axis for values from 0.
+
+    >>> nice_top(0.0), nice_top(83.0), nice_top(1200.0)
+    (1.0, 90.0, 1200.0)
+    """
+    if not 0 < value < math.inf:
+        return 1.0
+    step = _nice(value / 10)
+    return math.ceil(value / step - 1e-9) * step if step > 0 else 1.0
+
+
+def number(value: float) -> str:
+    """Format a number for a label.
+
+    >>> number(0.25), number(12), number(1234.5), number(2_500_000)
+    ('0.25', '12', '1,234', '2.5 M')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:,.3g} {letter}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _steps(values: Array, top: float, height: int) -> str:
+    width = WIDTH / max(1, len(values))
+    tops = (height - height * np.clip(values / top, 0, 1)).tolist()
+    return f"M0 {height}" + "".join(f"V{_n(y)}H{_n((i + 1) * width)}" for i, y in enumerate(tops)) + f"V{height}z"
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,406 @@
+"""Look into a cache: what the teacher expected at each token of a document, in a page on this machine.
+
+Documents are read when they are asked for. "Most surprising" means within a bounded sample, and a search reads a
+bounded number of tokens per request and goes on from there, so that a cache of any size opens at once. The page is
+served on loopback only, and requests under another host name are refused: a web site could have pointed it here (DNS
+rebinding).
+
+Dimension letters: N tokens, K kept entries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+
+from dask_logits.cache.find import find_caches
+from dask_logits.cache.reader import CacheReader
+from dask_logits.errors import CacheError, ClusterError, ConfigError
+from dask_logits.files.atomic import expanded, replace_text, room
+from dask_logits.observe.explore_page import POLICY, explore_page
+from dask_logits.observe.sample import decoded, sample_caches, tokenizer_of
+from dask_logits.records import Array
+
+Json = dict[str, Any]
+
+_HOST = "127.0.0.1"
+# Tokens of a document that are sent at once.
+_PART_TOKENS = 512
+# Entries of each position that are sent. The mass of the others is summed.
+_SENT_ENTRIES = 16
+_MOST_SURPRISING = 30
+_MOST_MATCHES = 30
+# Tokens that one search request reads.
+_SEARCH_TOKENS = 8 << 20
+_SEARCH_BLOCK = 1 << 20
+_UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Explorer:
+    """Answers what a page asks about a cache. Safe to use from several threads.
+
+    Parameters
+    ----------
+    path
+        A cache, an index over several, or a run folder.
+
+    Raises
+    ------
+    CacheError
+        If it is not a complete cache.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = expanded(path)
+        self.readers = [CacheReader(file) for file in find_caches(self.path)]
+        # Numbers of items begin here in each file.
+        self._firsts = np.cumsum([0, *(reader.n_items for reader in self.readers)]).tolist()
+        # None if it is not on this machine.
+        self.tokenizer: Any | None = tokenizer_of(self.readers)
+        # A tokenizer serves one thread at a time.
+        self._lock = threading.Lock()
+        self._sampling = threading.Lock()
+        self._texts: dict[int, str] = {}
+        self._ranked: Json | None = None
+
+    def about(self) -> Json:
+        """Return sizes and names."""
+        first = self.readers[0]
+        return {
+            "path": str(self.path),
+            "teacher": str(first.attributes.get("teacher_path") or "unknown teacher"),
+            "items": self._firsts[-1],
+            "noun": "block" if first.is_packed else "document",
+            "tokens": sum(reader.n_tokens for reader in self.readers),
+            "top_k": first.top_k,
+            "decoded": self.tokenizer is not None,
+        }
+
+    def document(self, number: int, first: int = 0, n_tokens: int = _PART_TOKENS) -> Json:
+        """Return some tokens of an item with what the teacher expected in their place.
+
+        Parameters
+        ----------
+        number
+            The item, counted from 0.
+        first, n_tokens
+            The first token, and how many.
+
+        Returns
+        -------
+        dict
+            ``ids`` and ``texts`` of the tokens. ``surprise`` of each in nats, None if unknown. ``best``, the most
+            probable [id, text, probability] in its place, the probability of the ``others`` that are kept, and of the
+            ``tail``. A place without an expectation, such as the first, has none of them.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such item.
+        CacheError
+            If it is damaged.
+        """
+        file, index = self._find(number)
+        reader = self.readers[file]
+        start, stop, segments = reader.place(index)
+        first = max(0, min(first, stop - start - 1))
+        # The targets of a token are those of the position before it.
+        before = min(first, 1)
+        arrays = reader.tokens(start + first - before, min(stop, start + first + n_tokens))
+        ids = arrays["input_ids"].tolist()
+        surprise_N, best, others, tail = self._expected(arrays)
+        missing = [None] * (1 - before) if ids else []
+        found = reader.segments(segments)["segments"]
+        return {
+            "number": number,
+            "row": int(found[0, 0]),
+            "offset": int(found[0, 1]),
+            "n_tokens": stop - start,
+            "first": first,
+            "ids": ids[before:],
+            "texts": self._pieces(ids)[before:],
+            "surprise": [*missing, *surprise_N],
+            "best": [*missing, *best],
+            "others": [*missing, *others],
+            "tail": [*missing, *tail],
+        }
+
+    def _find(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < self._firsts[-1]:
+            raise ConfigError(f"document: expected a number from 0 to {self._firsts[-1] - 1}, got {number}")
+        file = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return file, number - self._firsts[file]
+
+    def _expected(self, arrays: dict[str, Array]) -> tuple[list[float | None], list[Any], list[float], list[float]]:
+        """Return surprise, best entries, mass of the others and of the tail for all positions but the last."""
+        shown = min(_SENT_ENTRIES, arrays["topk_ids"].shape[1])
+        p_NK = np.exp(arrays["topk_logprobs"][:-1].astype(np.float64))
+        surprise = [
+            None if math.isnan(value) else round(value, 3) if math.isfinite(value) else 1e9
+            for value in (-arrays["label_logprob"][:-1].astype(np.float64)).tolist()
+        ]
+        best = [
+            [[i, self._text(i), round(p, 6)] for i, p in zip(ids, ps, strict=True)]
+            for ids, ps in zip(arrays["topk_ids"][:-1, :shown].tolist(), p_NK[:, :shown].tolist(), strict=True)
+        ]
+        others = p_NK[:, shown:].sum(1).round(6).tolist()
+        return surprise, best, others, np.exp(arrays["tail_logmass"][:-1].astype(np.float64)).round(6).tolist()
+
+    def _text(self, token: int) -> str:
+        """Return the text of a token by itself."""
+        if token not in self._texts:
+            with self._lock:
+                text = decoded(self.tokenizer, [token])
+                if self.tokenizer is not None and _UNDECODABLE in text:
+                    text = str(self.tokenizer.convert_ids_to_tokens(token))
+            self._texts[token] = text
+        return self._texts[token]
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the part of the text that each token adds, empty where a character needs further tokens."""
+        if self.tokenizer is None:
+            return [f"{token} " for token in ids]
+        pieces, begin, read = [], 0, 0
+        with self._lock:
+            for i in range(len(ids)):
+                # Decoded with the tokens before it, because some tokenizers drop a leading space.
+                text = decoded(self.tokenizer, ids[begin : i + 1])
+                if text.endswith(_UNDECODABLE) and i - read < 4:
+                    pieces.append("")
+                    continue
+                pieces.append(text[len(decoded(self.tokenizer, ids[begin:read])) :])
+                begin, read = read, i + 1
+        return pieces
+
+    def surprising(self) -> Json:
+        """Return the documents of a bounded sample whose tokens surprise the teacher most."""
+        with self._sampling:
+            if self._ranked is None:
+                self._ranked = self._rank()
+            return self._ranked
+
+    def _rank(self) -> Json:
+        sample = sample_caches(self.readers, self.tokenizer)
+        known = (each for each in sample.documents if not math.isnan(each.surprise))
+        ranked = sorted(known, key=lambda each: -each.surprise)
+        with self._lock:
+            found = [
+                {"number": each.number, "row": each.row, "surprise": round(min(each.surprise, 1e9), 3),
+                 "text": sample.text(each.opening_ids)}
+                for each in ranked[:_MOST_SURPRISING]
+            ]  # fmt: skip
+        return {"found": found, "sampled": len(sample.documents), "items": sample.n_documents}
+
+    def search(self, query: str, file: int = 0, entry: int = 0) -> Json:
+        """Find a text or a token in the next tokens of the cache.
+
+        Parameters
+        ----------
+        query
+            A token id such as ``#42``, or a text. A text is found where it is made of the tokens that the tokenizer
+            gives it, at the beginning of a line or after a space.
+        file, entry
+            Where to begin, as returned in ``next``.
+
+        Returns
+        -------
+        dict
+            ``found`` items with the position of the match, ``next`` as [file, entry] or None at the end, and
+            ``read``, the number of tokens that were read.
+
+        Raises
+        ------
+        ConfigError
+            If the query is empty, or a text without a tokenizer, or if the place lies outside the cache.
+        """
+        if min(file, entry) < 0:
+            raise ConfigError(
+                f"search: expected a place in the cache, got {[file, entry]}; give the last answer's next"
+            )
+        patterns = self._patterns(query)
+        found: list[Json] = []
+        left = _SEARCH_TOKENS
+        while file < len(self.readers):
+            reader = self.readers[file]
+            ids_N = reader.arrays["input_ids"]
+            while entry < len(ids_N) and left > 0:
+                stop = min(len(ids_N), entry + _SEARCH_BLOCK)
+                for at, length in _matches(ids_N, entry, stop, patterns):
+                    match = self._match(file, at, length)
+                    if match is None:
+                        continue
+                    found.append(match)
+                    if len(found) == _MOST_MATCHES:
+                        return {"found": found, "next": [file, at + 1], "read": _SEARCH_TOKENS - left + at - entry + 1}
+                left -= stop - entry
+                entry = stop
+            if entry < len(ids_N):
+                return {"found": found, "next": [file, entry], "read": _SEARCH_TOKENS - left}
+            file, entry = file + 1, 0
+        return {"found": found, "next": None, "read": _SEARCH_TOKENS - left}
+
+    def _patterns(self, query: str) -> list[list[int]]:
+        if query.startswith("#") and query[1:].isascii() and query[1:].isdigit():
+            return [[int(query[1:])]]
+        if not query or self.tokenizer is None:
+            expected = "a token id such as #42" if self.tokenizer is None else "a text, or a token id such as #42"
+            raise ConfigError(f"search: expected {expected}, got {query!r}")
+        with self._lock:
+            tried = [self.tokenizer.encode(text, add_special_tokens=False) for text in (query, f" {query}")]
+        return [ids for ids in tried if ids]
+
+    def _match(self, file: int, at: int, length: int) -> Json | None:
+        """Return the item of an entry. None between items, and for a match that reaches into the next item."""
+        reader = self.readers[file]
+        starts = reader.arrays["block_start" if reader.is_packed else "document_start"]
+        index = int(np.searchsorted(starts, np.asarray(at, starts.dtype), side="right")) - 1
+        # Documents without tokens begin where the next one does.
+        start, stop, _ = reader.place(index)
+        if not start <= at <= stop - length:
+            return None
+        near = reader.arrays["input_ids"][max(start, at - 6) : min(stop, at + length + 6)].tolist()
+        with self._lock:
+            text = decoded(self.tokenizer, near)
+        return {"number": self._firsts[file] + index, "position": at - start, "text": text}
+
+
+def _matches(ids_N: Array, entry: int, stop: int, patterns: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Return the entries from `entry` to `stop` at which one of the patterns begins, and its length."""
+    found: dict[int, int] = {}
+    for pattern in patterns:
+        block = np.asarray(ids_N[entry : stop + len(pattern) - 1])
+        n = min(stop - entry, len(block) - len(pattern) + 1)
+        if n > 0:
+            hits = np.logical_and.reduce([block[i : i + n] == token for i, token in enumerate(pattern)])
+            found.update(dict.fromkeys((np.flatnonzero(hits) + entry).tolist(), len(pattern)))
+    return sorted(found.items())
+
+
+class ExploreServer(ThreadingHTTPServer):
+    """Serves the page of one cache on loopback. ``serve_forever`` runs it, and closing it ends it.
+
+    Parameters
+    ----------
+    explorer
+        The cache.
+    port
+        The port, 0 for any that is free.
+
+    Raises
+    ------
+    ClusterError
+        If the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, explorer: Explorer, port: int = 0) -> None:
+        self.explorer = explorer
+        try:
+            super().__init__((_HOST, port), _Handler)
+        except OSError as error:
+            raise ClusterError(f"--port: expected a free port, got {port} ({error}); leave it out") from error
+
+    @property
+    def address(self) -> str:
+        """Address of the page."""
+        return f"http://{_HOST}:{self.server_port}/"
+
+    def answer(self, path: str, query: dict[str, str]) -> Json | str | None:
+        """Return the page, JSON, or None if there is no such path."""
+        if path == "/":
+            return explore_page(self.explorer.about())
+        if path == "/document":
+            return self.explorer.document(int(query["number"]), int(query.get("first", "0")))
+        if path == "/surprising":
+            return self.explorer.surprising()
+        if path == "/search":
+            return self.explorer.search(
+                query.get("query", ""), int(query.get("file", "0")), int(query.get("entry", "0"))
+            )
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ExploreServer
+    protocol_version = "HTTP/1.1"
+    # A viewer that sends nothing must not keep a thread.
+    timeout = 60
+
+    def handle(self) -> None:
+        # A viewer may leave at any time.
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def do_GET(self) -> None:
+        port = self.server.server_port
+        if self.headers.get("Host") not in (f"{_HOST}:{port}", f"localhost:{port}"):
+            return self._send(403, {"error": f"expected the address {self.server.address}"})
+        parts = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        try:
+            answer = self.server.answer(parts.path, query)
+        except (ConfigError, CacheError) as error:
+            return self._send(400, {"error": error.message})
+        except (KeyError, ValueError) as error:
+            return self._send(400, {"error": f"expected whole numbers, got {query}: {error}"})
+        return self._send(404, {"error": "not found"}) if answer is None else self._send(200, answer)
+
+    def _send(self, status: int, answer: Json | str) -> None:
+        is_page = isinstance(answer, str)
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if is_page else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Log nothing: the terminal shows the address alone."""
+
+
+def write_explorer(path: str | Path, output: str | Path, documents: Sequence[int]) -> Path:
+    """Write some documents as one self-contained page.
+
+    Parameters
+    ----------
+    path
+        A cache, an index or a run folder.
+    output
+        The file to write.
+    documents
+        Numbers of documents (or packed blocks), counted from 0. The first 2,048 tokens of each are shown.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such document, or none is given.
+    CacheError
+        If it is not a complete cache.
+    CapacityError
+        If the file cannot be written.
+    """
+    if not documents:
+        raise ConfigError("documents: expected at least one number, got none; name them as in --documents 0,5,7")
+    explorer, target = Explorer(path), expanded(output)
+    shown = [explorer.document(number, n_tokens=4 * _PART_TOKENS) for number in documents]
+    with room(target.parent):
+        replace_text(target, explore_page(explorer.about(), shown).encode("utf-8", "replace").decode())
+    return target

@@ -1,0 +1,348 @@
+"""The sections of a report: speed, workers, time, failures, targets, documents. Each opens with what one sees in it."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dask_logits.observe.charts import Axis, Charts, axis, crosses, nice_top, number, pauses
+from dask_logits.observe.history import Clock, History, Rates, rates
+from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text
+from dask_logits.observe.sample import Document, Sample
+from dask_logits.records import Array
+from dask_logits.run.records import FailureEntry
+from dask_logits.run.timings import duration, plural
+
+_BINS = 120
+_LANE_BINS = 300
+# More partitions than this are drawn as shades.
+_MOST_BOXES = 400
+_MOST_WORKERS = 40
+_MOST_FAILURES = 50
+_EXTREME_DOCUMENTS = 10
+# Documents shorter than this are left out of the lists if enough longer ones remain.
+_LEAST_TOKENS = 8
+_HISTOGRAM_BINS = 40
+# Largest share of values that the last column of a histogram gathers.
+_CUT_SHARE = 0.005
+_UNITS = ((2 * 86_400, 86_400, "days"), (2 * 3_600, 3_600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
+# Stages of `score`, in order, between those before and after it.
+_SCORING = ("trunk", "head", "tail", "refine", "transfer")
+_STAGES = ("read", "tokenize", "load", "trunk", "head", "tail", "rest", "write")
+
+
+def time_axis(clock: Clock) -> tuple[Axis, str]:
+    """Return the labels of the time at work, and their unit."""
+    _, size, unit = next(each for each in _UNITS if clock.seconds >= each[0])
+    return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
+
+
+def speed(charts: Charts, history: History, clock: Clock) -> Html:
+    """Tokens per second over time, in total and of each worker."""
+    found = rates(history, clock, _BINS)
+    total = found.tokens_per_second.sum(1)
+    tokens = int(history.column("tokens").sum())
+    x, unit = time_axis(clock)
+    began = datetime.datetime.fromtimestamp(clock.begin)
+    left_out = f" {_pause_text(clock)}" if clock.pauses else ""
+    sentence = (
+        f"{plural(len(history.workers), 'worker')} scored {plural(tokens, 'token')} in {duration(clock.seconds)}: "
+        f"{number(tokens / clock.seconds)} tokens/s on average, {number(float(total.max()))} at the fastest. The first "
+        f"partition began on {began:%Y-%m-%d at %H:%M:%S}.{left_out}"
+    )
+    chart = charts.area("Tokens per second over time", total, x, unit=unit, description=sentence,
+                        marks=pauses(_pause_places(clock)))  # fmt: skip
+    return section("speed", "Speed", sentence, Html(chart), _workers(charts, history, found))
+
+
+def _workers(charts: Charts, history: History, found: Rates) -> Html:
+    order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)
+    top = nice_top(float(found.tokens_per_second.max(initial=0)))
+    rows: list[list[object]] = []
+    for i in order[:_MOST_WORKERS]:
+        worker = history.workers[i]
+        rate = worker.tokens / worker.score_seconds if worker.score_seconds else 0.0
+        spark = charts.sparkline(f"Speed of {worker.name}", found.tokens_per_second[:, i], top,
+                                 description=f"{number(rate)} tokens/s while scoring")  # fmt: skip
+        name = worker.name + (f" ({', '.join(worker.gpus)})" if worker.gpus else "")
+        memory = f"{worker.peak_rss_bytes / 2**30:.1f} GiB" if worker.peak_rss_bytes else "–"
+        rows.append([name, f"{worker.partitions:,}", f"{worker.tokens:,}", number(rate), f"{worker.splits:,}", memory,
+                     Html(spark)])  # fmt: skip
+    head = ("worker", "partitions", "tokens", "tokens/s", "batches split", "peak memory", "tokens/s over time")
+    more = len(order) - _MOST_WORKERS
+    rest = Html(f"<p class=soft>{plural(more, 'more worker')} with fewer tokens.</p>") if more > 0 else Html("")
+    said = "Each worker while it scores. The small charts share one scale, and a batch is split if it lacks memory."
+    return Html(f"<h3>Workers</h3><p>{said}</p>{table(head, rows, numbers=(1, 2, 3, 4, 5), label='Workers')}{rest}")
+
+
+def time_shares(charts: Charts, seconds: Mapping[str, float]) -> Html:
+    """Where the time of the workers went."""
+    inner = {stage: seconds.get(stage, 0.0) for stage in _SCORING}
+    outer = {stage: value for stage, value in seconds.items() if stage not in (*_SCORING, "score", "wait")}
+    known = {**outer, **inner, "rest": max(0.0, seconds.get("score", 0.0) - sum(inner.values()))}
+    small = sum(known.pop(stage) for stage in list(known) if stage not in _STAGES)
+    known["rest"] += small
+    parts = [(stage, known.get(stage, 0.0)) for stage in _STAGES]
+    total = sum(value for _, value in parts) or 1.0
+    name, most = max(parts, key=lambda part: part[1])
+    sentence = f"The workers were busy for {duration(total)} in all, {100 * most / total:.0f} % of it in {name}."
+    rows = [
+        (Html(f'<span class="key part{i}"></span>{text(stage)}'), _MEANING[stage], f"{100 * value / total:.1f} %",
+         duration(value))
+        for i, (stage, value) in enumerate(parts)
+    ]  # fmt: skip
+    waited = seconds.get("wait", 0.0)
+    note = f"Besides, partitions waited {duration(waited)} for the teacher while it scored others." if waited else ""
+    chart = charts.shares("Shares of the workers' time", parts, description=sentence)
+    return section("time", "Where the time went", sentence, Html(chart),
+                   table(("stage", "", "share", "time"), rows, numbers=(2, 3), label="Stages"), note)  # fmt: skip
+
+
+_MEANING = {
+    "read": "rows from the dataset",
+    "tokenize": "text to token ids",
+    "load": "the teacher, once per worker",
+    "trunk": "all layers of the teacher",
+    "head": "hidden states to logits",
+    "tail": "logits to top-k and tail",
+    "rest": "everything else while scoring",
+    "write": "encoding, files and receipt",
+}
+
+
+def timeline(charts: Charts, history: History, clock: Clock, failures: Mapping[int, FailureEntry]) -> Html:
+    """Show the partitions of each worker, and those that failed."""
+    x, unit = time_axis(clock)
+    order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
+    few = len(history) <= _MOST_BOXES
+    marks = pauses(_pause_places(clock), 20)
+    lanes = _boxes(charts, history, clock, order, marks) if few else _shades(charts, history, clock, order, marks)
+    drawn = "A box is a partition, from its loading to its receipt." if few else (
+        "The darker, the larger the share of the time in which the worker was busy."
+    )  # fmt: skip
+    if failures:
+        at = [
+            (float(clock.shown(entry.at or clock.end)) / clock.seconds, f"partition {index}: {entry.reason}")
+            for index, entry in list(sorted(failures.items()))[:_MOST_BOXES]
+        ]
+        lanes += f"<div>failed</div>{charts.spans('Failed partitions', (), description='Failures', marks=crosses(at))}"
+    crossed = " A cross is a partition that failed for good, at the time of its last attempt." if failures else ""
+    more = len(history.workers) - len(order)
+    hidden = f" {plural(more, 'worker')} with fewer tokens are not drawn." if more else ""
+    below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x.ticks)
+    return section(
+        "timeline", "Timeline", f"One line per worker. {drawn}{crossed}{hidden}",
+        Html(f'<div class="lanes">{lanes}<div class="x" aria-hidden="true">{below}</div></div>'
+             f'<p class="soft" style="text-align:right;max-width:none;font-size:.75rem">{unit}</p>'),
+    )  # fmt: skip
+
+
+def _boxes(charts: Charts, history: History, clock: Clock, order: Sequence[int], marks: str) -> str:
+    begin, end = (clock.shown(history.column(name)) / clock.seconds for name in ("begin", "end"))
+    owner, index, tokens = (history.column(name) for name in ("worker", "index", "tokens"))
+    lanes = ""
+    for i in order:
+        spans = [
+            (float(begin[j]), float(end[j]), f"partition {index[j]:.0f}: {tokens[j]:,.0f} tokens in "
+             f"{duration(history.column('end')[j] - history.column('begin')[j])}")
+            for j in np.flatnonzero(owner == i)
+        ]  # fmt: skip
+        lanes += _lane(
+            history, i, charts.spans(_lane_title(history, i), spans, description=_lane_text(history, i), marks=marks)
+        )
+    return lanes
+
+
+def _shades(charts: Charts, history: History, clock: Clock, order: Sequence[int], marks: str) -> str:
+    busy = rates(history, clock, _LANE_BINS).busy
+    return "".join(
+        _lane(
+            history,
+            i,
+            charts.shades(_lane_title(history, i), busy[:, i], description=_lane_text(history, i), marks=marks),
+        )
+        for i in order
+    )
+
+
+def _lane_title(history: History, i: int) -> str:
+    return f"Timeline of {history.workers[i].name}"
+
+
+def _lane_text(history: History, i: int) -> str:
+    return plural(history.workers[i].partitions, "partition")
+
+
+def _lane(history: History, i: int, svg: str) -> str:
+    return f"<div>{text(history.workers[i].name)}</div>{svg}"
+
+
+def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | None:
+    """List the partitions that failed, and receipts that cannot be used. None if there are none."""
+    if not failures and not history.n_problems:
+        return None
+    rows = [
+        (f"{index:06d}", entry.kind, f"{entry.attempts}", entry.reason, ", ".join(map(str, entry.rows[:10])) or "–",
+         ", ".join(entry.workers[:4]) or "–")
+        for index, entry in sorted(failures.items())[:_MOST_FAILURES]
+    ]  # fmt: skip
+    parts: list[object] = []
+    if failures:
+        parts += [
+            f"{plural(len(failures), 'partition')} failed for good. `dask-logits retry` scores them again once the "
+            "cause is mended.",
+            table(("partition", "kind", "attempts", "reason", "rows", "workers"), rows, numbers=(2,), label="Failures"),
+        ]
+    if len(failures) > _MOST_FAILURES:
+        parts.append(f"{len(failures) - _MOST_FAILURES} more are in the folder failures/ of the run.")
+    if history.n_problems:
+        listed = table(("partition", "receipt"), [(f"{i:06d}", why) for i, why in history.problems.items()],
+                       label="Damaged receipts")  # fmt: skip
+        said = f"{plural(history.n_problems, 'receipt')} cannot be used and are not counted. The first:"
+        parts += [said, listed]
+    return section("failures", "Failures", *parts)
+
+
+def targets(charts: Charts, sample: Sample, noun: str) -> Html:
+    """Show the histograms of the targets, and the kept mass by k."""
+    n_tokens = sum(len(each.entropies) for each in sample.documents)
+    whole = n_tokens >= sample.lengths.sum()
+    said = (
+        f"These figures are those of all {plural(n_tokens, 'token')}."
+        if whole
+        else f"These figures are those of {plural(n_tokens, 'token')} in {len(sample.documents):,} of "
+        f"{sample.n_documents:,} {noun}, evenly spread."
+    )
+    long = sample.lengths
+    mass = sample.mass_by_k
+    charted = [
+        _histogram(charts, f"Length of {noun}", long, "tokens", f"The longest has {long.max():,} tokens."),
+        _histogram(charts, "Entropy of the kept distribution", sample.joined("entropies"), "nats",
+                   "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
+        _histogram(charts, "Kept mass", sample.joined("kept"), "probability",
+                   "How much of the teacher's probability the kept tokens hold.", span=(0.0, 1.0)),
+        _histogram(charts, "Surprise", sample.joined("surprises"), "nats",
+                   "How little the teacher expected the token that really comes next: −log of its probability."),
+    ]  # fmt: skip
+    top = max(mass)
+    sentence = (
+        f"The most probable token holds {100 * mass[1]:.1f} % of the probability on average, all {top} hold "
+        f"{100 * mass[top]:.1f} %."
+    )
+    by_k = {f"{k:,}": value for k, value in mass.items()}
+    line = charts.line("Kept mass by k", by_k, unit="k, the number of tokens kept", description=sentence)
+    values = table(("k", "kept mass"), [(k, f"{value:.4f}") for k, value in by_k.items()], numbers=(1,), label="By k")
+    kept = f"<div><h3>Kept mass by k</h3><p>{sentence}</p>{line}{folded('Values', values)}</div>"
+    return section("targets", "Targets", said, Html(f'<div class="pair">{"".join(charted)}{kept}</div>'))
+
+
+def _histogram(
+    charts: Charts, title: str, values: Array, unit: str, sentence: str, span: tuple[float, float] | None = None
+) -> str:
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not len(finite):
+        return f"<div><h3>{text(title)}</h3><p>There are no values.</p></div>"
+    high = float(finite.max())
+    usual = float(np.quantile(finite, 1 - _CUT_SHARE))
+    cut = 2 * usual < high
+    low, high = span or (0.0, nice_top(usual if cut else high))
+    counts, edges = np.histogram(np.clip(finite, low, high), _HISTOGRAM_BINS, (low, high))
+    noted = f" The last column holds all above {number(high)}, up to {number(float(finite.max()))}." if cut else ""
+    infinite = len(values) - len(finite)
+    noted += f" {infinite:,} infinite values are not drawn." if infinite else ""
+    at = np.quantile(finite, (0.05, 0.5, 0.95))
+    middle = f" 5 % lie below {number(at[0])}, half below {number(at[1])}, 95 % below {number(at[2])}."
+    drawn = charts.histogram(title, counts, low, high, unit=unit, description=sentence + middle)
+    rows = [
+        (f"{number(a)} to {number(b)}", f"{n:,}")
+        for a, b, n in zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
+    ]
+    values_table = folded("Values", table((unit, "count"), rows, numbers=(1,), label=title))
+    return f"<div><h3>{text(title)}</h3><p>{text(sentence + middle + noted)}</p>{drawn}{values_table}</div>"
+
+
+def extremes(sample: Sample, noun: str) -> Html:
+    """List the documents of which the teacher is most and least certain."""
+    long = [each for each in sample.documents if len(each.entropies) >= _LEAST_TOKENS]
+    chosen = long if len(long) >= 2 * _EXTREME_DOCUMENTS else list(sample.documents)
+    ranked = sorted(chosen, key=lambda each: each.entropy)
+    limit = f" of at least {_LEAST_TOKENS} tokens" if chosen is long else ""
+    said = f"By mean entropy, among {len(chosen):,} sampled {noun}{limit}."
+    tokens = "" if sample.tokenizer is not None else (
+        " The tokenizer of the teacher is not on this machine, so token ids are shown."
+    )  # fmt: skip
+    parts = [
+        Html(f"<h3>{title}</h3>{_documents(sample, some, title)}")
+        for title, some in (
+            ("Most certain", ranked[:_EXTREME_DOCUMENTS]),
+            ("Least certain", ranked[::-1][:_EXTREME_DOCUMENTS]),
+        )
+    ]
+    return section("documents", noun.capitalize(), said + tokens, *parts)
+
+
+def _documents(sample: Sample, documents: Sequence[Document], label: str) -> Html:
+    rows = [
+        (f"{each.row:,}" + (f" from {each.offset:,}" if each.offset else ""), f"{each.n_tokens:,}",
+         f"{each.entropy:.2f}", "–" if math.isnan(each.surprise) else f"{each.surprise:.2f}",
+         Html(f'<div class="text">{shortened(sample.text(each.opening_ids))}</div>'))
+        for each in documents
+    ]  # fmt: skip
+    head = ("row", "tokens", "entropy", "surprise", "beginning")
+    return table(head, rows, numbers=(0, 1, 2, 3), label=label)
+
+
+def loading(path: str, top_k: int) -> Html:
+    """Show how to load the cache."""
+    code = (
+        "from torch.utils.data import DataLoader\n\n"
+        "from dask_logits import CachedLogitsDataset, collate\n\n"
+        f"dataset = CachedLogitsDataset({path!r})\n"
+        "loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=collate)\n"
+        'batch = next(iter(loader))  # batch["input_ids"], batch["targets"]\n'
+    )
+    said = (
+        f"Each position has {top_k} token ids with log-probs, the mass of the rest, and the log-prob of the true token."
+    )
+    commands = f"dask-logits verify {shlex.quote(path)}"
+    return section("loading", "Load the cache", said, Html(f"<pre>{text(code)}</pre>"),
+                   "Its checksums are checked with", Html(f"<pre>{text(commands)}</pre>"))  # fmt: skip
+
+
+def settings(values: Mapping[str, Any]) -> Html:
+    """Return a table of settings that are set."""
+    return pairs((name, value) for name, value in leaves(values) if value is not None)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the dotted names and values of nested objects, lists as text."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            shown = ", ".join(map(str, value[:10]))
+            found.append((f"{prefix}{key}", f"{shown}, {len(value) - 10} more" if len(value) > 10 else shown))
+        else:
+            found.append((f"{prefix}{key}", str(value).lower() if isinstance(value, bool) else value))
+    return found
+
+
+def _pause_places(clock: Clock) -> list[tuple[float, str]]:
+    return [
+        (float(clock.shown(begin)) / clock.seconds, f"paused for {duration(end - begin)}")
+        for begin, end in clock.pauses
+    ]
+
+
+def _pause_text(clock: Clock) -> str:
+    total = sum(end - begin for begin, end in clock.pauses)
+    count = len(clock.pauses)
+    return (
+        f"{plural(count, 'pause')} of {duration(total)} in all {'is' if count == 1 else 'are'} left out: dashed lines."
+    )
