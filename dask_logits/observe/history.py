@@ -1,7 +1,8 @@
 """Who scored what and when, from the receipts of a run: speed over time, per worker.
 
 A partition is taken to occupy its worker from the end of its wait for the teacher until its receipt: loading, scoring
-and writing. Its tokens are spread evenly over that time. Times are those of the workers' clocks.
+and writing. Its tokens are spread evenly over loading and scoring, because the next partition is scored while this one
+is written. Times are those of the workers' clocks.
 
 Dimension letters: P partitions, W workers, E edges of time bins.
 """
@@ -65,7 +66,7 @@ class History:
     n_problems: int = 0
     _numbers: dict[tuple[str, int], int] = field(default_factory=dict)
     _columns: dict[str, array[float]] = field(
-        default_factory=lambda: {name: array("d") for name in ("index", "worker", "begin", "end", "tokens")}
+        default_factory=lambda: {name: array("d") for name in ("index", "worker", "begin", "scored", "end", "tokens")}
     )
 
     def add(self, state: PartitionState) -> None:
@@ -91,12 +92,14 @@ class History:
         worker.peak_rss_bytes = max(worker.peak_rss_bytes, receipt.peak_rss_bytes or 0)
         if receipt.finished is None:
             return
-        values = (receipt.partition, number, receipt.finished - busy, receipt.finished, receipt.statistics.tokens)
+        end = receipt.finished
+        scored = end - receipt.seconds.get("write", 0.0)
+        values = (receipt.partition, number, end - busy, scored, end, receipt.statistics.tokens)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
     def column(self, name: str) -> Array:
-        """Return ``index``, ``worker``, ``begin``, ``end`` (Unix time in seconds) or ``tokens``: [P] float64."""
+        """Return ``index``, ``worker``, ``tokens``, or ``begin``, ``scored``, ``end`` in Unix time: [P] float64."""
         return np.frombuffer(self._columns[name], np.float64)
 
     def __len__(self) -> int:
@@ -174,14 +177,14 @@ class Rates:
 
 def rates(history: History, clock: Clock, n_bins: int) -> Rates:
     """Return the speed of each worker over time, in time proportional to partitions × bins."""
-    begin, end = clock.shown(history.column("begin")), clock.shown(history.column("end"))
-    long = np.maximum(end - begin, 1e-6)
+    begin, scored, end = (clock.shown(history.column(name)) for name in ("begin", "scored", "end"))
+    scoring, busy = np.maximum(scored - begin, 1e-6), np.maximum(end - begin, 1e-6)
     worker, tokens = history.column("worker").astype(np.int64), history.column("tokens")
     edges = np.linspace(0.0, clock.seconds, n_bins + 1)
     before_EW = np.empty((2, n_bins + 1, len(history.workers)))
     for i, edge in enumerate(edges):
-        done = np.clip((edge - begin) / long, 0.0, 1.0)
-        for sums, weights in zip(before_EW, (tokens, long), strict=True):
+        for sums, long, weights in zip(before_EW, (scoring, busy), (tokens, busy), strict=True):
+            done = np.clip((edge - begin) / long, 0.0, 1.0)
             sums[i] = np.bincount(worker, done * weights, len(history.workers))
-    made, busy = np.diff(before_EW, axis=1) / np.diff(edges)[:, None]
-    return Rates(edges_seconds=edges, tokens_per_second=made, busy=np.minimum(busy, 1.0))
+    made, shares = np.diff(before_EW, axis=1) / np.diff(edges)[:, None]
+    return Rates(edges_seconds=edges, tokens_per_second=made, busy=np.minimum(shares, 1.0))

@@ -28,9 +28,9 @@ nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:1.5rem 0 0;font-size:.
 nav a:hover{text-decoration:underline}
 .state{display:inline-block;padding:0 .6rem;border:1px solid currentColor;border-radius:1rem;font-size:.85rem;
 color:var(--accent)}.state.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:1px;margin:1.5rem 0 0;padding:0;
-background:var(--line);border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{background:var(--paper);padding:.75rem 1rem}.tiles dt{color:var(--soft);font-size:.8rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(6.8rem,1fr));gap:1px;margin:1.5rem 0 0;padding:0;
+border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.tiles div{box-shadow:0 0 0 1px var(--line);padding:.75rem}.tiles dt{color:var(--soft);font-size:.8rem}
 .tiles dd{margin:0;font-size:1.15rem;white-space:nowrap;font-weight:600;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
