@@ -10,12 +10,10 @@ import ctypes
 import dataclasses
 import errno
 import gc
-import hashlib
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from dask_logits.teacher.architecture import (
     is_quantized,
     read_architecture,
 )
+from dask_logits.teacher.identity import Identity, identify, require_same
 from dask_logits.teacher.locate import (
     Location,
     hub_commit,
@@ -51,8 +50,6 @@ _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 # PyTorch and oneDNN cache 0.3 MB of code for each shape of a matrix product, up to 1,024 shapes each. One batch uses
 # at most about 260, because attention has two for each of its blocks.
 _KEPT_SHAPES = 384
-# Prefix of the identity of a teacher in a folder. The identity of a hub teacher is its commit.
-_FOLDER_IDENTITY = "sha256:"
 # Maximum number of teachers held by one process.
 _MOST_TEACHERS = 4
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -70,8 +67,9 @@ class TeacherSpec:
     ----------
     path, revision
         Folder, or hub name and commit.
-    identity
-        Digest of the weights and configuration (folder) or the commit (hub).
+    identity, sample, stamp
+        Digests of weights and configuration, or the commit of a hub model (:mod:`dask_logits.teacher.identity`).
+        Without a sample, a worker reads all bytes.
     dtype, device
         Resolved values: ``float32``, ``bfloat16`` or ``float16``, and ``cpu`` or ``cuda``.
     torch_threads
@@ -93,6 +91,8 @@ class TeacherSpec:
     n_gpus: int = 1
     trust_remote_code: bool
     allow_pickle: bool = False
+    sample: str = ""
+    stamp: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class TeacherFacts:
 
     Parameters
     ----------
-    identity
+    identity, sample, stamp
         As in :class:`TeacherSpec`.
     revision
         Commit on the hub, None for a folder.
@@ -124,12 +124,21 @@ class TeacherFacts:
     layers: int
     checkpoint_dtype: str
     max_positions: int | None
+    sample: str = ""
+    stamp: str = ""
 
 
-def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
+def inspect_teacher(config: TeacherConfig, known: Mapping[str, Any] | None = None) -> TeacherFacts:
     """Read a teacher's configuration and the headers of its weights, and fingerprint its files.
 
     transformers' own loading matches the weights of a folder against the model, with shapes instead of values.
+
+    Parameters
+    ----------
+    config
+        The teacher.
+    known
+        Facts recorded by the run. Files that have not changed since then are not read again.
 
     Raises
     ------
@@ -163,8 +172,11 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     require_matching_tensors(location, architecture)
     model = architecture.model
     head = model.get_output_embeddings()
+    identity = identify(location, commit, known or {})
     return TeacherFacts(
-        identity=_identity(location, commit),
+        identity=identity.content,
+        sample=identity.sample,
+        stamp=identity.stamp,
         revision=commit,
         parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.weight.numel(),
@@ -300,15 +312,12 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     if spec.device == "cuda":
         require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     folder = Path(spec.path)
-    if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
+    seen = Identity(content=spec.identity, sample=spec.sample, stamp=spec.stamp)
+    if seen.is_of_folder and not folder.is_dir():
         # The file system may be temporarily unavailable. Raise OSError so that the task is retried.
         raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
     location = locate_teacher(spec.path, allow_pickle=spec.allow_pickle)
-    if folder.is_dir() and (identity := _identity(location, spec.revision)) != spec.identity:
-        raise TeacherError(
-            f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
-            f"{identity[:23]}… in {spec.path!r}; give every machine the same files"
-        )
+    require_same(location, spec.revision, seen)
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         with must_fit(*_TEACHER):
@@ -401,37 +410,6 @@ def set_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in _MALLOC:
             mallopt(option, value)
-
-
-def _identity(location: Location, commit: str | None) -> str:
-    """Digest the files that define a teacher: weights, configuration, code, and an adapter with its base model."""
-    if location.adapter is None:
-        return _fingerprint(_defining_files(location.folder)) if location.folder else f"commit:{commit}"
-    files = _defining_files(location.adapter.folder)
-    if location.folder is None:
-        return _fingerprint(files, f"base {location.base}@{commit}\n")
-    if location.folder != location.adapter.folder:
-        files |= {f"base/{name}": path for name, path in _defining_files(location.folder).items()}
-    return _fingerprint(files)
-
-
-def _defining_files(folder: Path) -> dict[str, Path]:
-    patterns = ("*.safetensors", "*.bin", "config.json", "*.py", "*.index.json", "adapter_config.json")
-    return {path.name: path for pattern in patterns for path in folder.glob(pattern)}
-
-
-def _fingerprint(files: Mapping[str, Path], more: str = "") -> str:
-    # In the order recorded by runs of earlier releases.
-    names = sorted(files, key=lambda name: files[name])
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_file_digest, (files[name] for name in names)))
-    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)) + more
-    return _FOLDER_IDENTITY + hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cpu_has_bfloat16() -> bool:
