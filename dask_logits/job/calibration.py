@@ -75,10 +75,14 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         plural(len(task.documents), "sequence"),
     )
     with Steps("calibrating") as steps:
+        shown: str | None = None
 
         def on_step(step: str) -> None:
-            steps.show(step)
-            reporter.report("calibrating", step=step)
+            nonlocal shown
+            if step != shown:
+                shown = step
+                steps.show(step)
+                reporter.report("calibrating", step=step)
 
         found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
     return found

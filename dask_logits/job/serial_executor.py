@@ -172,6 +172,7 @@ class SerialExecutor:
         """Run one function in the computing thread and wait for it."""
         name = function.__name__
         steps: queue.SimpleQueue[str] = queue.SimpleQueue()
+        alive = time.monotonic()
 
         def step(text: str) -> None:
             if self._stop.is_set():
@@ -179,13 +180,13 @@ class SerialExecutor:
             steps.put(text)
 
         future = SCORER.submit(function, argument, step)
-        deadline = time.monotonic() + self._job.stall_seconds
         try:
             while not future.done():
-                if time.monotonic() > deadline:
+                if time.monotonic() - alive > self._job.stall_seconds:
                     raise too_slow(name, self._job.stall_seconds)
                 with contextlib.suppress(queue.Empty):
                     on_step(steps.get(timeout=_POLL_SECONDS))
+                    alive = time.monotonic()
                 on_turn()
             while not steps.empty():
                 on_step(steps.get())

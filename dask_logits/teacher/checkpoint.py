@@ -6,6 +6,7 @@ The driver reads sizes and a fingerprint of the files. A worker loads only files
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import errno
@@ -13,8 +14,9 @@ import gc
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from dask_logits.teacher.architecture import (
     read_architecture,
 )
 from dask_logits.teacher.identity import Identity, identify, require_same
+from dask_logits.teacher.loading import loading
 from dask_logits.teacher.locate import (
     Location,
     hub_commit,
@@ -42,7 +45,8 @@ from dask_logits.teacher.locate import (
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.memory import must_fit
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import free_gpu_bytes, require_code, require_room, spread_layers
+from dask_logits.teacher.placement import DeviceMap, free_gpu_bytes, require_code, require_room, spread_layers
+from dask_logits.teacher.transformers_internals import kept_in_float32
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
@@ -254,8 +258,17 @@ _TEACHER = (
 _LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
 
 
-def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
+def load_teacher(spec: TeacherSpec, vocab_size: int, on_life: Callable[[], None] = lambda: None) -> Teacher:
     """Load the teacher, or return the one this process already holds. Other teachers are dropped if memory is short.
+
+    Parameters
+    ----------
+    spec
+        The teacher.
+    vocab_size
+        Valid vocabulary.
+    on_life
+        Called at most twice a second while weights arrive, or while other processes of this host load theirs.
 
     Raises
     ------
@@ -269,7 +282,8 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
     key = (spec, vocab_size)
     if key not in _LOADED:
         _make_room(spec)
-        _LOADED[key] = _load(spec, vocab_size)
+        with loading(on_life):
+            _LOADED[key] = _load(spec, vocab_size)
     teacher = _LOADED[key] = _LOADED.pop(key)
     if teacher.device.type == "cuda":
         # Also a per-thread setting, for events and kernels. A head may be on another GPU than the first layer.
@@ -337,17 +351,51 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             "check that this worker sees the model's folder or the hub's cache"
         ) from error
     require_complete(loading, location.base, architecture)
+    if is_quantized(architecture):
+        _settle_dtype(model, getattr(torch, spec.dtype))
     if location.adapter is not None:
         model = merge_adapter(model, location.adapter)
     model.requires_grad_(False)
     model.eval()
-    if spec.n_gpus > 1:
-        return Teacher(model, vocab_size)
-    if spec.device == "cuda":
+    if spec.device == "cuda" and model.device.type == "cpu":
         require_room(model, *torch.cuda.mem_get_info())
-    with must_fit(*_TEACHER):
-        model.to("cuda:0" if spec.device == "cuda" else "cpu")
+        with must_fit(*_TEACHER):
+            model.to("cuda:0")
     return Teacher(model, vocab_size)
+
+
+def _settle_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Convert a dequantized model to the teacher's dtype. A model whose weights are still quantized is left as it is.
+
+    transformers 5.23 leaves dequantized FP8 weights in the dtype of their scales, and the others as they are stored.
+    """
+    dense = {getattr(torch, name) for name in DTYPES}
+    parameters = dict(model.named_parameters())
+    if any(parameter.dtype not in dense for parameter in parameters.values()):
+        return
+    excepted = kept_in_float32(model, is_half=dtype == torch.float16)
+    for name, parameter in parameters.items():
+        if not any(part in name for part in excepted):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _device_map(spec: TeacherSpec, location: Location, architecture: Architecture) -> DeviceMap | None:
+    """Return where transformers puts the weights, or None if they are loaded into main memory first.
+
+    An adapter is merged there, with the same bits for every device.
+    """
+    dtype = getattr(torch, spec.dtype)
+    if spec.n_gpus > 1:
+        return spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype)
+    if location.adapter is not None or find_spec("accelerate") is None:
+        return None
+    if is_quantized(architecture):
+        # Some methods choose a GPU by themselves, and some models cannot be moved later.
+        return {"": 0 if spec.device == "cuda" else "cpu"}
+    if spec.device != "cuda":
+        return None
+    require_room(architecture.model.to(dtype), *torch.cuda.mem_get_info())
+    return {"": 0}
 
 
 def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
@@ -355,7 +403,7 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec.dtype)
-    device_map = spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype) if spec.n_gpus > 1 else None
+    device_map = _device_map(spec, location, architecture)
     use_safetensors = None if spec.allow_pickle else True
     with contextlib.ExitStack() as stack:
         source = location.base
@@ -375,7 +423,8 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
         else:
             loaded = type(architecture.model).from_pretrained(
                 source,
-                config=architecture.load_config,
+                # transformers 5.23 deletes the quantization from it when it dequantizes the weights.
+                config=copy.deepcopy(architecture.load_config),
                 revision=spec.revision,
                 dtype=dtype,
                 use_safetensors=use_safetensors,
