@@ -34,6 +34,7 @@ from dask_logits.teacher.transformers_internals import attention_of, one_sequenc
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Code is compiled for one and for several sequences. Every process starts from these shapes, so all run the same code.
 _WARM_SHAPES = ((2, 64), (1, 64))
 # Kinds of layers times the two shapes, plus a margin.
@@ -100,7 +101,9 @@ class Teacher:
         self.device: torch.device = self.head.weight.device
         placed = getattr(self.model, "hf_device_map", {}).values()
         self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
-        self.dtype: torch.dtype = self.head.weight.dtype
+        stored: torch.dtype = self.head.weight.dtype
+        # A quantized head computes in another dtype than it is stored in. No logits may be rounded to that.
+        self.dtype = stored if stored in _FLOATS else torch.float32
         self.path = ScoringPath()
         self._own_attention = attention_of(self.model.config)
 
