@@ -17,6 +17,7 @@ from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.job.roster import Roster
 from dask_logits.run.failures import Failure, Kind
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
 from dask_logits.worker.task import PartitionTask
 
@@ -134,6 +135,9 @@ class Executor(Protocol):
         DaskLogitsError
             The function's error.
         """
+
+    def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
+        """Have the workers load a teacher during the block, where that does not disturb other work on their machine."""
 
     def trials(self) -> AbstractContextManager[Trial]:
         """Return a function that scores some rows of a partition without storing the results."""

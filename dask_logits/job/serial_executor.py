@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any
 
 from distributed.threadpoolexecutor import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
 from dask_logits.job.workers import local_device, threads_each
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import environment
 from dask_logits.worker.task import PartitionTask, process_partition, try_rows
 
@@ -195,6 +197,10 @@ class SerialExecutor:
             if isinstance(error, DaskLogitsError) or no_room(error) is not None:
                 raise
             raise unreadable_there(name, error, self.roster.name(_HERE)) from error
+
+    def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
+        """Do nothing: there is no other worker."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def trials(self) -> Iterator[Trial]:
