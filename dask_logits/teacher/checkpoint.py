@@ -45,7 +45,14 @@ from dask_logits.teacher.locate import (
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.memory import must_fit
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import DeviceMap, free_gpu_bytes, require_code, require_room, spread_layers
+from dask_logits.teacher.placement import (
+    DeviceMap,
+    free_gpu_bytes,
+    require_code,
+    require_room,
+    spread_layers,
+    working_bytes,
+)
 from dask_logits.teacher.transformers_internals import kept_in_float32
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
@@ -294,7 +301,7 @@ def load_teacher(spec: TeacherSpec, vocab_size: int, on_life: Callable[[], None]
 def _make_room(spec: TeacherSpec) -> None:
     """Drop the least recently used teachers until another one fits into memory."""
     while _LOADED and (spec.device == "cuda" or len(_LOADED) >= _MOST_TEACHERS or not _fits_beside(spec)):
-        _LOADED.pop(next(iter(_LOADED)))
+        _LOADED.pop(next(iter(_LOADED))).close()
         gc.collect()
     if spec.device == "cuda":
         torch.cuda.empty_cache()
@@ -357,11 +364,14 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         model = merge_adapter(model, location.adapter)
     model.requires_grad_(False)
     model.eval()
-    if spec.device == "cuda" and model.device.type == "cpu":
+    if spec.device == "cuda" and spec.n_gpus == 1 and model.device.type == "cpu":
         require_room(model, *torch.cuda.mem_get_info())
         with must_fit(*_TEACHER):
             model.to("cuda:0")
-    return Teacher(model, vocab_size)
+    teacher = Teacher(model, vocab_size)
+    if spec.n_gpus > 1:
+        teacher.stage()
+    return teacher
 
 
 def _settle_dtype(model: Any, dtype: torch.dtype) -> None:
@@ -386,7 +396,7 @@ def _device_map(spec: TeacherSpec, location: Location, architecture: Architectur
     """
     dtype = getattr(torch, spec.dtype)
     if spec.n_gpus > 1:
-        return spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype)
+        return _spread(architecture.model, free_gpu_bytes(spec.n_gpus), dtype)
     if location.adapter is not None or find_spec("accelerate") is None:
         return None
     if is_quantized(architecture):
@@ -396,6 +406,22 @@ def _device_map(spec: TeacherSpec, location: Location, architecture: Architectur
         return None
     require_room(architecture.model.to(dtype), *torch.cuda.mem_get_info())
     return {"": 0}
+
+
+def _spread(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:
+    """Spread layers such that each GPU keeps room for a batch. If there is none, the weights alone must fit."""
+    working = working_bytes(model, dtype)
+    try:
+        return spread_layers(model, {gpu: max(0, free - working) for gpu, free in free_bytes.items()}, dtype)
+    except CapacityError:
+        found = spread_layers(model, free_bytes, dtype)
+    logger.warning(
+        "the GPUs of a worker have room for the weights, but not for %.1f GiB more each, which scoring takes with the "
+        "default budgets: batches will be halved; use more GPUs for each worker, or lower "
+        "distillation.teacher.generation.batch_tokens and head_rows",
+        working / 2**30,
+    )
+    return found
 
 
 def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:

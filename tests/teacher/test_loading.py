@@ -14,6 +14,7 @@ from dask_logits.teacher import checkpoint, loading
 from dask_logits.teacher.architecture import read_architecture
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.locate import locate_teacher
+from dask_logits.teacher.placement import working_bytes
 
 
 def spec(path, **changes) -> TeacherSpec:
@@ -88,3 +89,32 @@ def test_a_quantized_teacher_is_placed_by_name(tmp_path) -> None:
     )
     assert device_map(path) == {"": "cpu"}
     assert device_map(path, device="cuda") == {"": 0}
+
+
+def test_each_gpu_keeps_room_for_a_batch(llama, monkeypatch, caplog) -> None:
+    model = read_architecture(str(llama), None, trust_remote_code=False).model
+    working = working_bytes(model, torch.float32)
+    # Eight and three widths of activations for 16,384 tokens, and 4,096 rows of logits.
+    assert working == 16_384 * (8 * 32 + 3 * 64) * 4 + 4_096 * 112 * 4
+    monkeypatch.setattr(checkpoint, "free_gpu_bytes", lambda n: dict.fromkeys(range(n), working + (1 << 20)))
+    assert set(device_map(llama, device="cuda", n_gpus=2).values()) == {0, 1}
+    assert "room for the weights" not in caplog.text
+    monkeypatch.setattr(checkpoint, "free_gpu_bytes", lambda n: dict.fromkeys(range(n), 1 << 20))
+    assert set(device_map(llama, device="cuda", n_gpus=2).values()) == {0, 1}
+    assert "room for the weights, but not for 0.0 GiB more each" in caplog.text
+    monkeypatch.setattr(checkpoint, "free_gpu_bytes", lambda n: dict.fromkeys(range(n), 1 << 10))
+    with pytest.raises(checkpoint.CapacityError, match="room for a layer on each GPU"):
+        device_map(llama, device="cuda", n_gpus=2)
+
+
+def test_a_teacher_on_several_gpus_becomes_a_pipeline(llama, monkeypatch) -> None:
+    staged = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("get_device_name", "X"), ("get_device_capability", (9, 0)), ("get_arch_list", ["sm_90"])):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(checkpoint, "_device_map", lambda *_: {"": "cpu"})
+    monkeypatch.setattr(checkpoint.Teacher, "stage", lambda teacher: staged.append(teacher))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    teacher = load_teacher(spec(llama, device="cuda", n_gpus=2), VOCAB_SIZE)
+    assert staged == [teacher]
