@@ -1,4 +1,4 @@
-"""One writer at a time: a lease in a file, for all machines that share the file system.
+"""One writer at a time: a lease in a file, for all machines that share the file system. Slots: few at a time on one.
 
 ``filelock.SoftFileLease`` writes its holder into the lock file, renews the file's time and deletes the file in the end.
 A lease is free if its process on this machine has ended, or if nothing renews it while this process watches. No clocks
@@ -17,10 +17,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import LeaseCompromise, LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
+from filelock import FileLock, LeaseCompromise, LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
 # Private in filelock 4.3, which offers no other way to ask whether a holder has ended without taking its lease.
 from filelock._identity import host_name, owner_is_stale
@@ -70,6 +70,40 @@ def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
         raise error from None
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold one of a few slots of this machine. A slot is free when its process ends, however that happens.
+
+    Without a folder that belongs to this user, and on a file system without locks, there is no limit.
+
+    Parameters
+    ----------
+    folder
+        Folder on a disk of this machine, for the lock files. It is made if it does not exist.
+    count
+        Number of slots.
+    on_wait
+        Called several times a second while all are taken.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.lstat().st_uid == os.getuid():
+                # The kernel releases these locks, unlike a lease, with the last descriptor of the file.
+                locks = [FileLock(folder / f"slot-{number}.lock") for number in range(count)]
+                while not (free := next(filter(_take, locks), None)):
+                    on_wait()
+                    time.sleep(_POLL_SECONDS)
+                held.callback(free.release)
+        yield
+
+
+def _take(lock: FileLock) -> bool:
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)
+    return lock.is_locked
 
 
 def is_abandoned(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -40,11 +41,18 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         "calibrating on %s; a long plan also tries larger batches and compiled layers",
         plural(len(task.documents), "sequence"),
     )
-    with Steps("calibrating") as steps:
+    with Steps("calibrating") as steps, contextlib.ExitStack() as meanwhile:
+        shown: str | None = None
 
         def on_step(step: str) -> None:
-            steps.show(step)
-            reporter.report("calibrating", step=step)
+            nonlocal shown
+            if shown is None:
+                # The worker that calibrates loads first.
+                meanwhile.enter_context(executor.preload(task.teacher, task.vocab_size))
+            if step != shown:
+                shown = step
+                steps.show(step)
+                reporter.report("calibrating", step=step)
 
         found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)
     return found

@@ -10,17 +10,19 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import dask
 from distributed import Client
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.executor import Event, Trial, Waiting
-from dask_logits.job.remote import TOKENS_TOPIC
+from dask_logits.job.remote import TOKENS_TOPIC, load_on_worker
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, wait_for_scheduler
 from dask_logits.job.single import run_one
 from dask_logits.job.trials import passes, two_deaths_are_enough
 from dask_logits.job.window import Window
+from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
 from dask_logits.worker.task import PartitionTask
 
@@ -102,6 +104,21 @@ class DaskExecutor:
     ) -> Any:
         """Run one function on one worker, and on another if the first is lost."""
         return run_one(self.client, function, argument, self.job, roster=self.roster, on_step=on_step, on_turn=on_turn)
+
+    @contextlib.contextmanager
+    def preload(self, teacher: TeacherSpec, vocab_size: int) -> Iterator[None]:
+        """Have the workers with GPUs load a teacher. On CPUs, that would disturb the worker that calibrates."""
+        chosen = sorted(self.roster.usable(self.environments)) if self.device == "cuda" else []
+        futures = [
+            self.client.compute(dask.delayed(load_on_worker, pure=False)(teacher, vocab_size), workers=[worker])
+            for worker in chosen
+        ]
+        try:
+            yield
+        finally:
+            # An error is raised again by the first partition.
+            for future in futures:
+                future.release()
 
     @contextlib.contextmanager
     def trials(self) -> Iterator[Trial]:

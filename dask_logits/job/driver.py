@@ -284,6 +284,8 @@ def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> Te
         path=str(folder.absolute()) if folder.is_dir() else str(job.config.teacher.model_path),
         revision=job.teacher.revision,
         identity=job.teacher.identity,
+        sample=job.teacher.sample,
+        stamp=job.teacher.stamp,
         dtype=dtype,
         device=device,
         torch_threads=torch_threads,

@@ -17,6 +17,7 @@ from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.job.roster import Roster
 from dask_logits.run.failures import Failure, Kind
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
 from dask_logits.worker.task import PartitionTask
 
@@ -119,7 +120,7 @@ class Executor(Protocol):
         Parameters
         ----------
         function
-            Takes the argument, and a callback for descriptions of its steps.
+            Takes the argument, and a callback for descriptions of its steps. A repeated step is a sign of life.
         argument
             Argument of the function.
         on_step
@@ -130,10 +131,13 @@ class Executor(Protocol):
         Raises
         ------
         ClusterError
-            If workers are lost repeatedly, or there is no result within ``distillation.job.stall_seconds``.
+            If workers are lost repeatedly, or a step takes longer than ``distillation.job.stall_seconds``.
         DaskLogitsError
             The function's error.
         """
+
+    def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
+        """Have the workers load a teacher during the block, where that does not disturb other work on their machine."""
 
     def trials(self) -> AbstractContextManager[Trial]:
         """Return a function that scores some rows of a partition without storing the results."""
@@ -185,8 +189,8 @@ def stalled(seconds: float, idle: float, where: str, more: str = "") -> ClusterE
 def too_slow(name: str, seconds: float) -> ClusterError:
     """Return the error for a single call without a result."""
     return has_run(
-        f"distillation.job.stall_seconds: expected the {name} task to end within {seconds:g} s, got nothing; look at "
-        "the workers' logs, then run the same command again and allow more if the teacher is that slow"
+        f"distillation.job.stall_seconds: expected the {name} task to end or take a step within {seconds:g} s, got "
+        "nothing; look at the workers' logs, then run the same command again and allow more if the teacher is that slow"
     )
 
 

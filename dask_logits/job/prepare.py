@@ -146,7 +146,7 @@ def prepare(
     joins = joins_scheduler(config.cluster)
     device = ("cuda" if generation.device == "cuda" else "cpu") if joins else local_device(generation, config.cluster)
     on_step("reading the teacher's configuration and weight files")
-    teacher = inspect_teacher(config.teacher)
+    teacher = inspect_teacher(config.teacher, manifest.teacher if manifest else None)
     config = _with_max_length(config, teacher, manifest)
     on_step("opening the dataset")
     source: Source

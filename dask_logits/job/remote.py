@@ -10,6 +10,7 @@ from distributed import get_worker
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.worker.task import PartitionTask, Stages, process_partition, try_rows
 
 TOKENS_TOPIC = "dask_logits.tokens."
@@ -32,6 +33,11 @@ def run_on_worker(task: PartitionTask) -> tuple[Receipt, str]:
 def try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
     """Score some rows of a partition inside a Dask worker, and discard the results."""
     try_rows(task, first, n_rows, STAGES)
+
+
+def load_on_worker(teacher: TeacherSpec, vocab_size: int) -> None:
+    """Load a teacher in a Dask worker, for its next partition."""
+    SCORER.submit(load_teacher, teacher, vocab_size).result()
 
 
 def call_on_worker(function: Callable[[Any, Callable[[str], None]], Any], argument: Any, topic: str) -> Any:

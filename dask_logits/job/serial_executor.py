@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any
 
 from distributed.threadpoolexecutor import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
 from dask_logits.job.workers import local_device, threads_each
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import environment
 from dask_logits.worker.task import PartitionTask, process_partition, try_rows
 
@@ -172,6 +174,7 @@ class SerialExecutor:
         """Run one function in the computing thread and wait for it."""
         name = function.__name__
         steps: queue.SimpleQueue[str] = queue.SimpleQueue()
+        alive = time.monotonic()
 
         def step(text: str) -> None:
             if self._stop.is_set():
@@ -179,13 +182,13 @@ class SerialExecutor:
             steps.put(text)
 
         future = SCORER.submit(function, argument, step)
-        deadline = time.monotonic() + self._job.stall_seconds
         try:
             while not future.done():
-                if time.monotonic() > deadline:
+                if time.monotonic() - alive > self._job.stall_seconds:
                     raise too_slow(name, self._job.stall_seconds)
                 with contextlib.suppress(queue.Empty):
                     on_step(steps.get(timeout=_POLL_SECONDS))
+                    alive = time.monotonic()
                 on_turn()
             while not steps.empty():
                 on_step(steps.get())
@@ -194,6 +197,10 @@ class SerialExecutor:
             if isinstance(error, DaskLogitsError) or no_room(error) is not None:
                 raise
             raise unreadable_there(name, error, self.roster.name(_HERE)) from error
+
+    def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
+        """Do nothing: there is no other worker."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def trials(self) -> Iterator[Trial]:

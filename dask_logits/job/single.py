@@ -60,7 +60,7 @@ def run_one(
     client
         A connected client.
     function
-        Takes the argument, and a callback for descriptions of its steps.
+        Takes the argument, and a callback for descriptions of its steps. A repeated step is a sign of life.
     argument
         Argument of the function.
     job
@@ -75,7 +75,7 @@ def run_one(
     Raises
     ------
     ClusterError
-        If the scheduler is lost, workers are lost repeatedly, or there is no result within ``stall_seconds``.
+        If the scheduler is lost, workers are lost repeatedly, or a step takes longer than ``stall_seconds``.
     DaskLogitsError
         The function's error, if it failed on each worker that was tried.
     """
@@ -85,6 +85,7 @@ def run_one(
 
     def turn() -> None:
         while not steps.empty():
+            task.alive = time.monotonic()
             on_step(steps.get())
         on_turn()
 
@@ -125,6 +126,8 @@ class _Task:
     roster: Roster
     topic: str = field(default_factory=lambda: _STEPS_TOPIC + uuid.uuid4().hex[:8])
     attempts: list[_Attempt] = field(default_factory=list)
+    # Time of the start, then of the last step.
+    alive: float = field(default_factory=time.monotonic)
     # Workers that do not get the task again.
     _tried: set[str] = field(default_factory=set)
     # Workers that ended during the task, with the time in seconds.
@@ -136,7 +139,7 @@ class _Task:
 
     def run(self, on_turn: Callable[[], None]) -> Any:
         """Run the task to its end."""
-        started, looked = time.monotonic(), 0.0
+        looked = 0.0
         while True:
             on_turn()
             try:
@@ -150,7 +153,7 @@ class _Task:
             except SchedulerLostError:
                 for _ in wait_for_scheduler(self.client, self.job.stall_seconds):
                     on_turn()
-            if time.monotonic() - started > self.job.stall_seconds:
+            if time.monotonic() - self.alive > self.job.stall_seconds:
                 raise too_slow(self.name, self.job.stall_seconds)
             time.sleep(_POLL_SECONDS)
 

@@ -226,7 +226,9 @@ class Window:
                 # It is queued at the scheduler.
                 running.alive = now
         silent = {key for key, running in self._running.items() if now - running.alive > self.job.stall_seconds}
-        workers = {held[key] for key in silent}
+        # A partition may wait for another one of its worker, which is scored or whose teacher is loaded.
+        workers = {held[key] for key in silent} - {held[key] for key in self._running.keys() - silent if key in held}
+        silent = {key for key in silent if held[key] in workers}
         again = {held[key] for key in silent if self._running[key].task.partition.index in self._alone}
         self._hung_in_a_row += len(workers - again)
         if self._hung_in_a_row > 1 and now - self.last_progress > self.job.stall_seconds:

@@ -6,17 +6,17 @@ The driver reads sizes and a fingerprint of the files. A worker loads only files
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import errno
 import gc
-import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from dask_logits.teacher.architecture import (
     is_quantized,
     read_architecture,
 )
+from dask_logits.teacher.identity import Identity, identify, require_same
+from dask_logits.teacher.loading import loading
 from dask_logits.teacher.locate import (
     Location,
     hub_commit,
@@ -43,7 +45,15 @@ from dask_logits.teacher.locate import (
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.memory import must_fit
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import free_gpu_bytes, require_code, require_room, spread_layers
+from dask_logits.teacher.placement import (
+    DeviceMap,
+    free_gpu_bytes,
+    require_code,
+    require_room,
+    spread_layers,
+    working_bytes,
+)
+from dask_logits.teacher.transformers_internals import kept_in_float32
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
@@ -51,8 +61,6 @@ _MALLOC = ((-8, 1), (-4, 0), (-1, 2**31 - 1))
 # PyTorch and oneDNN cache 0.3 MB of code for each shape of a matrix product, up to 1,024 shapes each. One batch uses
 # at most about 260, because attention has two for each of its blocks.
 _KEPT_SHAPES = 384
-# Prefix of the identity of a teacher in a folder. The identity of a hub teacher is its commit.
-_FOLDER_IDENTITY = "sha256:"
 # Maximum number of teachers held by one process.
 _MOST_TEACHERS = 4
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
@@ -70,8 +78,9 @@ class TeacherSpec:
     ----------
     path, revision
         Folder, or hub name and commit.
-    identity
-        Digest of the weights and configuration (folder) or the commit (hub).
+    identity, sample, stamp
+        Digests of weights and configuration, or the commit of a hub model (:mod:`dask_logits.teacher.identity`).
+        Without a sample, a worker reads all bytes.
     dtype, device
         Resolved values: ``float32``, ``bfloat16`` or ``float16``, and ``cpu`` or ``cuda``.
     torch_threads
@@ -93,6 +102,8 @@ class TeacherSpec:
     n_gpus: int = 1
     trust_remote_code: bool
     allow_pickle: bool = False
+    sample: str = ""
+    stamp: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +112,7 @@ class TeacherFacts:
 
     Parameters
     ----------
-    identity
+    identity, sample, stamp
         As in :class:`TeacherSpec`.
     revision
         Commit on the hub, None for a folder.
@@ -124,12 +135,21 @@ class TeacherFacts:
     layers: int
     checkpoint_dtype: str
     max_positions: int | None
+    sample: str = ""
+    stamp: str = ""
 
 
-def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
+def inspect_teacher(config: TeacherConfig, known: Mapping[str, Any] | None = None) -> TeacherFacts:
     """Read a teacher's configuration and the headers of its weights, and fingerprint its files.
 
     transformers' own loading matches the weights of a folder against the model, with shapes instead of values.
+
+    Parameters
+    ----------
+    config
+        The teacher.
+    known
+        Facts recorded by the run. Files that have not changed since then are not read again.
 
     Raises
     ------
@@ -163,8 +183,11 @@ def inspect_teacher(config: TeacherConfig) -> TeacherFacts:
     require_matching_tensors(location, architecture)
     model = architecture.model
     head = model.get_output_embeddings()
+    identity = identify(location, commit, known or {})
     return TeacherFacts(
-        identity=_identity(location, commit),
+        identity=identity.content,
+        sample=identity.sample,
+        stamp=identity.stamp,
         revision=commit,
         parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.weight.numel(),
@@ -242,8 +265,17 @@ _TEACHER = (
 _LOADED: dict[tuple[TeacherSpec, int], Teacher] = {}
 
 
-def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
+def load_teacher(spec: TeacherSpec, vocab_size: int, on_life: Callable[[], None] = lambda: None) -> Teacher:
     """Load the teacher, or return the one this process already holds. Other teachers are dropped if memory is short.
+
+    Parameters
+    ----------
+    spec
+        The teacher.
+    vocab_size
+        Valid vocabulary.
+    on_life
+        Called at most twice a second while weights arrive, or while other processes of this host load theirs.
 
     Raises
     ------
@@ -257,7 +289,8 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
     key = (spec, vocab_size)
     if key not in _LOADED:
         _make_room(spec)
-        _LOADED[key] = _load(spec, vocab_size)
+        with loading(on_life):
+            _LOADED[key] = _load(spec, vocab_size)
     teacher = _LOADED[key] = _LOADED.pop(key)
     if teacher.device.type == "cuda":
         # Also a per-thread setting, for events and kernels. A head may be on another GPU than the first layer.
@@ -268,7 +301,7 @@ def load_teacher(spec: TeacherSpec, vocab_size: int) -> Teacher:
 def _make_room(spec: TeacherSpec) -> None:
     """Drop the least recently used teachers until another one fits into memory."""
     while _LOADED and (spec.device == "cuda" or len(_LOADED) >= _MOST_TEACHERS or not _fits_beside(spec)):
-        _LOADED.pop(next(iter(_LOADED)))
+        _LOADED.pop(next(iter(_LOADED))).close()
         gc.collect()
     if spec.device == "cuda":
         torch.cuda.empty_cache()
@@ -300,15 +333,12 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     if spec.device == "cuda":
         require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     folder = Path(spec.path)
-    if spec.identity.startswith(_FOLDER_IDENTITY) and not folder.is_dir():
+    seen = Identity(content=spec.identity, sample=spec.sample, stamp=spec.stamp)
+    if seen.is_of_folder and not folder.is_dir():
         # The file system may be temporarily unavailable. Raise OSError so that the task is retried.
         raise FileNotFoundError(errno.ENOENT, "the teacher's folder is not here", str(folder))
     location = locate_teacher(spec.path, allow_pickle=spec.allow_pickle)
-    if folder.is_dir() and (identity := _identity(location, spec.revision)) != spec.identity:
-        raise TeacherError(
-            f"distillation.teacher.model_path: expected the teacher {spec.identity[:23]}… that the driver saw, got "
-            f"{identity[:23]}… in {spec.path!r}; give every machine the same files"
-        )
+    require_same(location, spec.revision, seen)
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         with must_fit(*_TEACHER):
@@ -328,17 +358,70 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             "check that this worker sees the model's folder or the hub's cache"
         ) from error
     require_complete(loading, location.base, architecture)
+    if is_quantized(architecture):
+        _settle_dtype(model, getattr(torch, spec.dtype))
     if location.adapter is not None:
         model = merge_adapter(model, location.adapter)
     model.requires_grad_(False)
     model.eval()
-    if spec.n_gpus > 1:
-        return Teacher(model, vocab_size)
-    if spec.device == "cuda":
+    if spec.device == "cuda" and spec.n_gpus == 1 and model.device.type == "cpu":
         require_room(model, *torch.cuda.mem_get_info())
-    with must_fit(*_TEACHER):
-        model.to("cuda:0" if spec.device == "cuda" else "cpu")
-    return Teacher(model, vocab_size)
+        with must_fit(*_TEACHER):
+            model.to("cuda:0")
+    teacher = Teacher(model, vocab_size)
+    if spec.n_gpus > 1:
+        teacher.stage()
+    return teacher
+
+
+def _settle_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Convert a dequantized model to the teacher's dtype. A model whose weights are still quantized is left as it is.
+
+    transformers 5.23 leaves dequantized FP8 weights in the dtype of their scales, and the others as they are stored.
+    """
+    dense = {getattr(torch, name) for name in DTYPES}
+    parameters = dict(model.named_parameters())
+    if any(parameter.dtype not in dense for parameter in parameters.values()):
+        return
+    excepted = kept_in_float32(model, is_half=dtype == torch.float16)
+    for name, parameter in parameters.items():
+        if not any(part in name for part in excepted):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _device_map(spec: TeacherSpec, location: Location, architecture: Architecture) -> DeviceMap | None:
+    """Return where transformers puts the weights, or None if they are loaded into main memory first.
+
+    An adapter is merged there, with the same bits for every device.
+    """
+    dtype = getattr(torch, spec.dtype)
+    if spec.n_gpus > 1:
+        return _spread(architecture.model, free_gpu_bytes(spec.n_gpus), dtype)
+    if location.adapter is not None or find_spec("accelerate") is None:
+        return None
+    if is_quantized(architecture):
+        # Some methods choose a GPU by themselves, and some models cannot be moved later.
+        return {"": 0 if spec.device == "cuda" else "cpu"}
+    if spec.device != "cuda":
+        return None
+    require_room(architecture.model.to(dtype), *torch.cuda.mem_get_info())
+    return {"": 0}
+
+
+def _spread(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:
+    """Spread layers such that each GPU keeps room for a batch. If there is none, the weights alone must fit."""
+    working = working_bytes(model, dtype)
+    try:
+        return spread_layers(model, {gpu: max(0, free - working) for gpu, free in free_bytes.items()}, dtype)
+    except CapacityError:
+        found = spread_layers(model, free_bytes, dtype)
+    logger.warning(
+        "the GPUs of a worker have room for the weights, but not for %.1f GiB more each, which scoring takes with the "
+        "default budgets: batches will be halved; use more GPUs for each worker, or lower "
+        "distillation.teacher.generation.batch_tokens and head_rows",
+        working / 2**30,
+    )
+    return found
 
 
 def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
@@ -346,7 +429,7 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, spec.dtype)
-    device_map = spread_layers(architecture.model, free_gpu_bytes(spec.n_gpus), dtype) if spec.n_gpus > 1 else None
+    device_map = _device_map(spec, location, architecture)
     use_safetensors = None if spec.allow_pickle else True
     with contextlib.ExitStack() as stack:
         source = location.base
@@ -366,7 +449,8 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
         else:
             loaded = type(architecture.model).from_pretrained(
                 source,
-                config=architecture.load_config,
+                # transformers 5.23 deletes the quantization from it when it dequantizes the weights.
+                config=copy.deepcopy(architecture.load_config),
                 revision=spec.revision,
                 dtype=dtype,
                 use_safetensors=use_safetensors,
@@ -401,37 +485,6 @@ def set_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in _MALLOC:
             mallopt(option, value)
-
-
-def _identity(location: Location, commit: str | None) -> str:
-    """Digest the files that define a teacher: weights, configuration, code, and an adapter with its base model."""
-    if location.adapter is None:
-        return _fingerprint(_defining_files(location.folder)) if location.folder else f"commit:{commit}"
-    files = _defining_files(location.adapter.folder)
-    if location.folder is None:
-        return _fingerprint(files, f"base {location.base}@{commit}\n")
-    if location.folder != location.adapter.folder:
-        files |= {f"base/{name}": path for name, path in _defining_files(location.folder).items()}
-    return _fingerprint(files)
-
-
-def _defining_files(folder: Path) -> dict[str, Path]:
-    patterns = ("*.safetensors", "*.bin", "config.json", "*.py", "*.index.json", "adapter_config.json")
-    return {path.name: path for pattern in patterns for path in folder.glob(pattern)}
-
-
-def _fingerprint(files: Mapping[str, Path], more: str = "") -> str:
-    # In the order recorded by runs of earlier releases.
-    names = sorted(files, key=lambda name: files[name])
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_file_digest, (files[name] for name in names)))
-    lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)) + more
-    return _FOLDER_IDENTITY + hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cpu_has_bfloat16() -> bool:

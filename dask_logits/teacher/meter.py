@@ -152,12 +152,14 @@ def count_linear_flops(teacher: Teacher) -> float:
     share = _expert_share(teacher.model.config.get_text_config())
     count = float(teacher.head.weight.numel())
     counted = embeddings | {id(teacher.head.weight)}
-    for name, weight in decoder.named_parameters():
-        if weight.dim() < 2 or id(weight) in counted:
-            continue
-        is_routed = _ROUTED.search(name) is not None
-        count += weight.numel() * (share if is_routed else 1.0)
-    return 2.0 * count
+    sizes: list[tuple[str, int]] = []
+    for name, module in decoder.named_modules():
+        # Quantized weights are packed, and only the module knows their shape.
+        if isinstance(getattr(module, "in_features", None), int):
+            sizes.append((f"{name}.weight", module.in_features * module.out_features))
+            counted |= {id(parameter) for parameter in module.parameters()}
+    sizes += [(name, p.numel()) for name, p in decoder.named_parameters() if p.dim() > 1 and id(p) not in counted]
+    return 2.0 * (count + sum(size * (share if _ROUTED.search(name) else 1.0) for name, size in sizes))
 
 
 def _expert_share(config: Any) -> float:

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.stages import Pipeline, split_layers, staged
 from dask_logits.teacher.torch_internals import strict_compiler, uncompile
 from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
 
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Code is compiled for one and for several sequences. Every process starts from these shapes, so all run the same code.
 _WARM_SHAPES = ((2, 64), (1, 64))
 # Kinds of layers times the two shapes, plus a margin.
@@ -100,8 +102,12 @@ class Teacher:
         self.device: torch.device = self.head.weight.device
         placed = getattr(self.model, "hf_device_map", {}).values()
         self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
-        self.dtype: torch.dtype = self.head.weight.dtype
+        stored: torch.dtype = self.head.weight.dtype
+        # A quantized head computes in another dtype than it is stored in. No logits may be rounded to that.
+        self.dtype = stored if stored in _FLOATS else torch.float32
         self.path = ScoringPath()
+        # Batches go through it one behind the other, if the layers are on several devices.
+        self.pipeline: Pipeline | None = None
         self._own_attention = attention_of(self.model.config)
 
     def take(self, path: ScoringPath) -> None:
@@ -145,6 +151,16 @@ class Teacher:
         text: nn.Module = getattr(self.trunk, "language_model", self.trunk)
         lists = [list(module) for module in text.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len, default=[])
+
+    def stage(self) -> None:
+        """Use a pipeline, if the layers are on several devices and it gives the same bits."""
+        self.pipeline = staged(self.trunk, split_layers(self.layers()), self.device)
+
+    def close(self) -> None:
+        """End the threads that hold the layers."""
+        if self.pipeline is not None:
+            self.pipeline.close()
+            self.pipeline = None
 
     def hidden_states(self, input_ids_BT: Tensor) -> Tensor:
         """Run the trunk on right-padded tokens, without a mask, because padding on the right cannot affect the left.

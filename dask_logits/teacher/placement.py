@@ -1,12 +1,13 @@
 """Placement of the weights: on one device, or layer by layer on several GPUs of one worker.
 
-A teacher larger than a GPU is split into whole layers, run in sequence by one process. Batches are independent and the
-next batch is sent without waiting for results, so each GPU can work on its own batch, and no process group must be kept
-alive inside a Dask worker. ``accelerate`` makes the map and moves the activations.
+A teacher larger than a GPU is split into whole layers, run in sequence by one process. Batches are independent, so each
+GPU can work on its own batch (:mod:`dask_logits.teacher.stages`), and no process group must be kept alive inside a Dask
+worker. ``accelerate`` makes the map, and its hooks move the activations where the stages cannot.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.transformers_internals import unsplittable
 
+# Default budgets on GPUs.
+_BATCH_TOKENS, _HEAD_ROWS = 16_384, 4_096
 DeviceMap = dict[str, int | str]
 
 
@@ -102,6 +105,33 @@ def free_gpu_bytes(n_gpus: int) -> dict[int, int]:
     return {index: torch.cuda.mem_get_info(index)[0] for index in range(n_gpus)}
 
 
+def working_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Estimate what scoring takes on a GPU beside the weights, with the default budgets.
+
+    A layer holds about eight rows of the hidden width and three of its inner width for each token of a batch. The GPU
+    with the head also holds float32 logits of a row chunk.
+
+    Parameters
+    ----------
+    model
+        A transformers model, possibly without its weights.
+    dtype
+        Dtype of its activations.
+    """
+    head_VD = model.get_output_embeddings().weight
+    width = head_VD.shape[1]
+    inner = getattr(model.config.get_text_config(), "intermediate_size", None) or 4 * width
+    return int(_BATCH_TOKENS * (8 * width + 3 * inner) * dtype.itemsize + _HEAD_ROWS * head_VD.shape[0] * 4)
+
+
+def without_hooks(model: torch.nn.Module) -> None:
+    """Remove accelerate's hooks, which move tensors between devices, from a model and its modules, if there are any."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(model, recurse=True)
+
+
 def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:
     """Assign whole layers to GPUs, balanced by size.
 
@@ -138,7 +168,10 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
     whole = unsplittable(model)
     model.tie_weights()
     room = get_balanced_memory(model, dict(free_bytes), no_split_module_classes=whole, dtype=dtype)
-    found: DeviceMap = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
+    with warnings.catch_warnings():
+        # accelerate warns of what does not fit. The error below has the arithmetic.
+        warnings.simplefilter("ignore", UserWarning)
+        found: DeviceMap = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
     left = sorted(name for name, device in found.items() if device in ("cpu", "disk"))
     if left:
         values = sum(tensor.numel() for tensor in model.parameters())

@@ -12,6 +12,7 @@ V vocabulary, K kept entries, J temperatures, N tokens of the partition.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
@@ -29,6 +30,7 @@ from dask_logits.teacher.batching import plan_batches
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Stopwatch
 from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.teacher.stages import Ahead
 from dask_logits.teacher.topk import padded_width, topk_with_tail
 from dask_logits.teacher.transfer import OutputRing, to_device
 
@@ -133,7 +135,7 @@ def score_items(
         ) from error
     run = _Run(teacher, items, settings)
     batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
-    with teacher.strict():
+    with teacher.strict(), run.ahead(batches):
         for number, batch in enumerate(batches):
             for part in run.parts(number, batch):
                 on_tokens(run.score(part))
@@ -176,6 +178,7 @@ class _Run:
     padded_tokens: int = 0
     _too_large: int | None = None
     _fits: bool = True
+    _ahead: Ahead[tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         settings, device = self.settings, self.teacher.device
@@ -199,6 +202,22 @@ class _Run:
             f"the logits of a chunk take {n_bytes / 2**30:.2f} GiB: lower it, or free memory of the device",
         ):
             self.logits_RV = torch.full((settings.head_rows, width), -torch.inf, dtype=dtype, device=device)
+
+    @contextlib.contextmanager
+    def ahead(self, batches: Sequence[tuple[int, ...]]) -> Iterator[None]:
+        """Let the teacher's pipeline, if there is one, run ahead of the head."""
+        pipeline = None if self.settings.path.head == "forward" else self.teacher.pipeline
+        if pipeline is None:
+            yield
+            return
+        with contextlib.closing(Ahead(pipeline, batches, self._tokens)) as self._ahead:
+            yield
+
+    def _tokens(self, part: tuple[int, ...]) -> Tensor:
+        return to_device(_padded([self.items[i] for i in part])[0], self.teacher.device)
+
+    def _hidden_states(self, part: tuple[int, ...], input_ids_BT: Tensor) -> Tensor:
+        return self.teacher.hidden_states(input_ids_BT) if self._ahead is None else self._ahead.take(part)
 
     def parts(self, number: int, batch: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Yield a batch, or in order its parts that fit into memory. Parts that do not fit are halved."""
@@ -254,7 +273,7 @@ class _Run:
         labels_M = to_device(labels_BT[kept_BT], device)
         with self.watch.span("trunk"):
             whole = path.head == "forward"
-            states = self.teacher.logits_forward(input_ids_BT) if whole else self.teacher.hidden_states(input_ids_BT)
+            states = self.teacher.logits_forward(input_ids_BT) if whole else self._hidden_states(part, input_ids_BT)
             rows_M = states.flatten(0, 1)
         for first in range(0, len(where_M), self.settings.head_rows):
             chunk = slice(first, first + self.settings.head_rows)

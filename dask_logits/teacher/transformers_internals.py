@@ -22,6 +22,12 @@ def unsplittable(model: Any) -> list[str]:
     return list(getattr(model, "_no_split_modules", None) or ())
 
 
+def kept_in_float32(model: Any, *, is_half: bool) -> set[str]:
+    """Return parts of the names of parameters that a family keeps in float32, more of them with float16."""
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return names | set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_half else names
+
+
 @contextlib.contextmanager
 def one_sequence_per_row() -> Iterator[None]:
     """Have no batch examined for several sequences packed into a row.

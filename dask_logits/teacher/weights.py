@@ -146,6 +146,13 @@ def file_tensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def header_bytes(file: Path) -> bytes:
+    """Return the header of a safetensors file, with its length in front."""
+    with file.open("rb") as stream:
+        start = stream.read(_LENGTH_BYTES)
+        return start + stream.read(min(int.from_bytes(start, "little"), _LONGEST_HEADER))
+
+
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
     """Return the floating-point dtype of most stored values, or None.
 

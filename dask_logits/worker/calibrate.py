@@ -44,6 +44,7 @@ from dask_logits.worker.task import peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 
+LOADING = "loading the teacher"
 # The sample: a bounded share of the tokens that a worker will score.
 TOKENS = 10_000
 _SAMPLE_SHARE = 0.02
@@ -162,7 +163,7 @@ def calibrate(
     task
         Input of the calibration.
     on_step
-        Called with a description of each step when it begins.
+        Called with a description of each step when it begins, and again while the teacher is loaded.
 
     Returns
     -------
@@ -178,8 +179,8 @@ def calibrate(
     CapacityError
         If it does not fit into memory with one row of logits.
     """
-    on_step("loading the teacher")
-    teacher = load_teacher(task.teacher, task.vocab_size)
+    on_step(LOADING)
+    teacher = load_teacher(task.teacher, task.vocab_size, on_life=lambda: on_step(LOADING))
     with must_fit("calibration", "stop other processes on this device, or use one with more memory"):
         on_step("measuring the device's speed")
         cost = measure_cost(teacher)

@@ -119,7 +119,7 @@ def process_partition(
     task
         The partition.
     on_tokens
-        Called after each batch with the tokens scored since the last call.
+        Called after each batch with the tokens scored since the last call, and with 0 while the teacher is loaded.
     stages
         Locks shared with other threads of this process.
 
@@ -172,7 +172,7 @@ def process_partition(
     packed = task.items.packing == "concat"
 
     def score() -> Scored:
-        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size, on_life=lambda: on_tokens(0))
         lap("load")
         return score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
 

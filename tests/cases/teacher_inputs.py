@@ -204,6 +204,42 @@ def unknown_quantization(folder: Path) -> Path:
     return change_config(teacher(folder), quantization_config={"quant_method": "exl9", "bits": 4})
 
 
+def fp8_with_scales(folder: Path, block: int = 16) -> Path:
+    """Projections in 8 bits with a float32 scale for each block, as those of DeepSeek V3."""
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, weight in weights.items():
+            if "proj" not in name:
+                found[name] = weight.bfloat16()
+                continue
+            blocks = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+            scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+            found[name] = (blocks / scales).flatten(2, 3).flatten(0, 1).to(torch.float8_e4m3fn)
+            found[f"{name}_scale_inv"] = scales[:, 0, :, 0].clone()
+        return found
+
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    return change_config(change_weights(teacher(folder), change), quantization_config=settings)
+
+
+QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
+    "compressed-tensors": (
+        {"format": "float-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}}, "ignore": ["lm_head"]},
+        "compressed-tensors"),
+    "gptq": ({"bits": 4, "group_size": 32}, "optimum|gptqmodel"),
+    "awq": ({"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, "gptqmodel"),
+    "bitsandbytes": ({"load_in_4bit": True}, "bitsandbytes"),
+    "torchao": ({"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}, "torchao"),
+}  # fmt: skip
+
+
+def quantized(folder: Path, method: str) -> Path:
+    """A checkpoint whose quantization method needs a package. Its weights do not matter."""
+    return change_config(teacher(folder), quantization_config={"quant_method": method, **QUANTIZED[method][0]})
+
+
 def quantization_without_package(folder: Path) -> Path:
     settings = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 1}
     return change_config(teacher(folder), quantization_config=settings)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from dask_logits.config import TeacherConfig
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
+from dask_logits.teacher.selfcheck import check
 
 TOKENS = torch.arange(2, 42).view(2, 20)
 
@@ -66,6 +68,30 @@ def test_a_decoder_that_was_cut_from_an_encoder_decoder_is_a_teacher(tmp_path) -
     model = BartForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(load(tmp_path).model), logits(model), rtol=0, atol=0)
+
+
+# --- quantized weights ---
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_in_fp8_is_dequantized_on_a_cpu(dtype: str, tmp_path) -> None:
+    path = teacher_inputs.fp8_with_scales(tmp_path / "fp8")
+    teacher = load(path, dtype)
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {getattr(torch, dtype)}
+    # Scales and three bits of the mantissa: one eighth of a percent of the variance.
+    plain = tiny_model("llama")
+    for name, weight in plain.named_parameters():
+        dequantized = dict(teacher.model.named_parameters())[name].float()
+        torch.testing.assert_close(dequantized, weight.data, rtol=0.07, atol=1e-3)
+    assert check(teacher, exact=True).path.head == "linear"
+
+
+@pytest.mark.parametrize("method", teacher_inputs.QUANTIZED)
+def test_a_quantization_without_its_package_names_it(method: str, tmp_path) -> None:
+    package = teacher_inputs.QUANTIZED[method][1]
+    if any(find_spec(name.replace("-", "_")) for name in package.split("|")):
+        pytest.skip(f"{package} is installed")
+    message = rf"is quantized by '{method}', which needs a package that is missing: .*({package}).*; install it, or use"
+    with pytest.raises(TeacherError, match=message):
+        inspect(teacher_inputs.quantized(tmp_path / "quantized", method))
 
 
 # --- adapters ---

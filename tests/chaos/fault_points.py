@@ -76,7 +76,7 @@ STUBS: dict[str, Callable[..., object]] = {
     "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
     "make_items": lambda documents, settings, first_row: [],
     "environment": lambda device: {},
-    "load_teacher": lambda spec, vocab_size: None,
+    "load_teacher": lambda spec, vocab_size, on_life: None,
     "score_items": lambda *_, **__: None,
 }
 

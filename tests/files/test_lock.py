@@ -206,3 +206,35 @@ def test_a_folder_that_cannot_be_written_is_an_error(left) -> None:
             if is_root:
                 os.seteuid(0)
             Path(folder).chmod(0o755)
+
+
+def test_slots_are_few_and_end_with_their_process(tmp_path) -> None:
+    code = (
+        "import sys, pathlib; from dask_logits.files.lock import slot\n"
+        "with slot(pathlib.Path(sys.argv[1]), 1, lambda: None): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "slots")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    waits = []
+
+    def on_wait() -> None:
+        waits.append(1)
+        if len(waits) == 3:
+            holder.kill()
+
+    with module.slot(tmp_path / "slots", 1, on_wait):
+        assert len(waits) >= 3
+    holder.communicate()
+    with module.slot(tmp_path / "slots", 2, pytest.fail), module.slot(tmp_path / "slots", 2, pytest.fail):
+        pass
+
+
+def test_without_a_folder_of_this_user_there_is_no_limit(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    with module.slot(tmp_path / "file" / "slots", 0, pytest.fail):
+        pass
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    with module.slot(tmp_path, 0, pytest.fail):
+        pass

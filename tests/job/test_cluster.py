@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,34 @@ def test_one_and_two_workers_give_the_same_cache(overrides, joined, tmp_path) ->
     workers = {json.loads(path.read_text())["process"] for path in (tmp_path / "two" / "receipts").rglob("*.json")}
     assert len(workers) == 2
     assert digest(two) == digest(generate(load_config([*joined, compact])))
+
+
+def test_other_workers_load_the_teacher_while_one_calibrates(overrides, monkeypatch, llama) -> None:
+    from dask_logits.teacher import checkpoint
+
+    facts = checkpoint.inspect_teacher(load_config(overrides).teacher)
+    spec = checkpoint.TeacherSpec(
+        path=str(llama), revision=None, identity=facts.identity, dtype="float32", device="cpu", torch_threads=1,
+        trust_remote_code=False,
+    )  # fmt: skip
+    two = GenerationConfig(num_workers=2, device="cpu")
+    with open_cluster(two, ClusterConfig(kind="local_cpu", dashboard_address=None)) as executor:
+        monkeypatch.setattr("dask_logits.job.dask_executor.load_on_worker", pytest.fail)
+        with executor.preload(spec, 104):
+            # On CPUs nothing is loaded.
+            pass
+        monkeypatch.undo()
+        with dataclasses.replace(executor, device="cuda").preload(spec, 104):
+            deadline = time.monotonic() + 120
+            while executor.client.run(_loaded) != dict.fromkeys(executor.environments, 1):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+
+
+def _loaded() -> int:
+    from dask_logits.teacher import checkpoint
+
+    return len(checkpoint._LOADED)
 
 
 def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overrides, joined, tmp_path) -> None:

@@ -25,7 +25,7 @@ from dask_logits.job.cluster import _facts
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS
 from dask_logits.job.trials import passes, two_deaths_are_enough
-from dask_logits.job.window import Window
+from dask_logits.job.window import Window, _Running
 from dask_logits.run.plan import Partition
 
 
@@ -98,6 +98,20 @@ def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
         window._later[:] = later
         with pytest.raises(ClusterError, match="expected progress within 1 s"):
             window.check_stall()
+
+
+def test_a_partition_that_waits_for_another_of_its_worker_is_not_hung(monkeypatch) -> None:
+    held = SimpleNamespace(status="running", scheduler=None)
+    window = Window(held, iter(()), JobConfig(stall_seconds=1))
+    given_up = []
+    monkeypatch.setattr(window, "_held", lambda: {"loads": "one", "waits": "one", "hangs": "two", "also": "two"})
+    monkeypatch.setattr(window, "_give_up", lambda keys, worker: given_up.append((keys, worker)))
+    for index, key in enumerate(window._held()):
+        task = SimpleNamespace(partition=Partition(index=index, first_row=index, n_rows=1))
+        window._running[key] = _Running(task, future=None, alive=-1e9)
+    window.note_tokens(0, 0)
+    window.check_hung()
+    assert given_up == [(["hangs", "also"], "two")]
 
 
 def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:

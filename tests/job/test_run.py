@@ -97,6 +97,13 @@ def test_status_reads_files_only(here, cache) -> None:
         read_status(cache_dir(here).parent)
 
 
+def test_a_second_start_does_not_read_the_weights_again(here, cache, monkeypatch) -> None:
+    monkeypatch.setattr("dask_logits.teacher.identity._of_content", lambda path: pytest.fail(f"{path} was read"))
+    (cache_dir(here) / "teacher_logits.h5").unlink()
+    next((cache_dir(here) / "receipts" / "000").iterdir()).unlink()
+    assert run(here) == cache
+
+
 def test_resume_computes_only_what_is_missing(here, tmp_path) -> None:
     keep = "distillation.job.keep_partitions=true"
     first = run(here, keep)

@@ -120,10 +120,21 @@ def test_a_hang_ends_in_a_diagnosis(monkeypatch) -> None:
         release.wait(60)
         return {}
 
-    with pytest.raises(ClusterError, match="expected the slow task to end within 1 s, got nothing"):
+    with pytest.raises(ClusterError, match="expected the slow task to end or take a step within 1 s, got nothing"):
         executor.call(slow, None)
     release.set()
     executor.close()
+
+
+def test_a_step_that_is_repeated_is_a_sign_of_life() -> None:
+    def slow(argument, on_step):
+        for _ in range(8):
+            on_step("loading")
+            time.sleep(0.25)
+        return "loaded"
+
+    with contextlib.closing(SerialExecutor(device="cpu", torch_threads=1, job=JobConfig(stall_seconds=1))) as executor:
+        assert executor.call(slow, None) == "loaded"
 
 
 def test_closing_ends_a_partition_at_its_next_batch(executor, monkeypatch) -> None:

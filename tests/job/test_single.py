@@ -50,6 +50,18 @@ def _silent_at_first(folder: Path, on_step) -> dict:
     return {"pid": os.getpid()}
 
 
+def _hangs(seconds: float, on_step) -> None:
+    on_step("loading")
+    time.sleep(seconds)
+
+
+def _loads_slowly(seconds: float, on_step) -> str:
+    for _ in range(round(seconds / 0.5)):
+        on_step("loading")
+        time.sleep(0.5)
+    return "loaded"
+
+
 def _deadly(folder: Path, on_step) -> dict:
     _calls(folder)
     # Longer than the scheduler is looked at.
@@ -69,6 +81,14 @@ def test_what_one_worker_cannot_read_is_done_by_another(client, tmp_path, caplog
     with pytest.raises(ClusterError, match=r"got \[Errno 2\] no such file") as caught:
         run_one(client, _unreadable_at_first, tmp_path, JobConfig(), roster=Roster(left_out={only: "other release"}))
     assert caught.value.ran
+
+
+def test_a_step_that_is_repeated_is_a_sign_of_life(client) -> None:
+    steps = []
+    assert run_one(client, _loads_slowly, 6.0, JobConfig(stall_seconds=3), on_step=steps.append) == "loaded"
+    assert len(steps) > 6
+    with pytest.raises(ClusterError, match="to end or take a step within 2 s"):
+        run_one(client, _hangs, 20.0, JobConfig(stall_seconds=2))
 
 
 def test_a_worker_that_falls_silent_is_not_waited_for(client, tmp_path, monkeypatch) -> None:

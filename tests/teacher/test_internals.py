@@ -9,7 +9,7 @@ import torch
 from builders import tiny_model
 
 from dask_logits.teacher.torch_internals import load_cpp, strict_compiler, uncompile
-from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row, unsplittable
+from dask_logits.teacher.transformers_internals import attention_of, kept_in_float32, one_sequence_per_row, unsplittable
 
 
 class _Double(torch.nn.Module):
@@ -70,3 +70,12 @@ def test_rows_of_one_sequence_are_not_examined() -> None:
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert mask(config) is not None
+
+
+def test_families_name_what_they_keep_in_float32() -> None:
+    model = tiny_model("deepseek_v3")
+    kept = kept_in_float32(model, is_half=False)
+    assert kept
+    assert any(part in name for part in kept for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    assert kept <= kept_in_float32(model, is_half=True)
+    assert kept_in_float32(torch.nn.Linear(1, 1), is_half=True) == set()

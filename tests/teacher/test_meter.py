@@ -49,6 +49,15 @@ def test_flops_agree_with_a_counter_that_runs_the_model(family: str) -> None:
     assert counted == pytest.approx(counter.get_total_flops() / 4, rel=0.05)
 
 
+def test_packed_weights_count_as_what_they_multiply() -> None:
+    model = tiny_model("llama")
+    packed = model.model.layers[0].mlp.down_proj
+    # As bitsandbytes stores four bits: two in a byte, in one column.
+    packed.weight = torch.nn.Parameter(torch.zeros(packed.weight.numel() // 2, 1, dtype=torch.uint8), False)
+    packed.weight_scale = torch.nn.Parameter(torch.zeros(32, 1))
+    assert measure_cost(Teacher(model, VOCAB_SIZE)).linear_flops == cost_of("llama").linear_flops
+
+
 def test_layers_with_a_window_count_the_pairs_in_it() -> None:
     cost = cost_of("gemma2")
     assert (cost.attention_flops, cost.window_flops, cost.window) == (4 * 32, 4 * 32, 8)

@@ -174,3 +174,29 @@ def test_a_path_that_fails_on_the_whole_teacher_is_given_up(monkeypatch) -> None
     choice = check(teacher_of("llama"), exact=True)
     assert dataclasses.replace(choice.path, exact=False) == ScoringPath(attention="model", head="linear")
     assert "in torch.float32" in choice.refusals["blocks"]
+
+
+class _Fp8Head(torch.nn.Module):
+    """A head that is stored in 8 bits, and computes in the dtype of its input."""
+
+    def __init__(self, weight_VD: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = weight_VD.abs().amax() / 448
+        self.weight = torch.nn.Parameter((weight_VD / self.scale).to(torch.float8_e4m3fn), False)
+
+    def forward(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden_RD, self.weight.to(hidden_RD.dtype) * self.scale)
+
+
+def test_a_quantized_head_runs_its_own_code_and_its_logits_are_not_rounded() -> None:
+    model = family_model("llama")
+    model.lm_head = _Fp8Head(model.lm_head.weight.data)
+    teacher = Teacher(model, VALID)
+    path = check(teacher, exact=True).path
+    assert (teacher.logits_dtype, path.head) == (torch.float32, "replay")
+    tokens_BT = torch.arange(2, 42).view(2, 20)
+    with torch.inference_mode():
+        expected_RV = model(input_ids=tokens_BT).logits.flatten(0, 1)[:, :VALID]
+        found_RV = torch.empty_like(expected_RV)
+        teacher.logits(teacher.hidden_states(tokens_BT).flatten(0, 1), found_RV)
+    torch.testing.assert_close(found_RV, expected_RV, rtol=1e-4, atol=1e-5)
