@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import warm
 
 from dask_logits.cache.profile import Compact, Plain, Profile, as_kept
 from dask_logits.cache.reader import CacheReader
@@ -262,10 +263,10 @@ _LOCAL = ["--host", "127.0.0.1", "--no-dashboard"]
 
 
 @contextlib.contextmanager
-def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
+def dask_processes(folder: Path) -> Iterator[tuple[Path, warm.Popen]]:
     """Start ``dask scheduler`` and one ``dask worker``; yield the scheduler file and the scheduler."""
     file = folder / "scheduler.json"
-    scheduler = subprocess.Popen([*_DASK, "scheduler", "--scheduler-file", str(file), *_LOCAL, "--port", "0"], **_QUIET)
+    scheduler = warm.Popen([*_DASK, "scheduler", "--scheduler-file", str(file), *_LOCAL, "--port", "0"], **_QUIET)
     worker = start_worker(file)
     try:
         wait_for(file.exists, scheduler)
@@ -277,18 +278,18 @@ def dask_processes(folder: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
             finish(process)
 
 
-def start_worker(scheduler_file: Path, *, cuda: bool = False) -> subprocess.Popen:
+def start_worker(scheduler_file: Path, *, cuda: bool = False) -> warm.Popen | subprocess.Popen:
     """Start a ``dask worker``, or a ``dask cuda worker`` that pretends to have a GPU."""
     common = ["--scheduler-file", str(scheduler_file), "--nthreads", "1", "--memory-limit", "0", "--local-directory",
               str(scheduler_file.parent)]  # fmt: skip
     if not cuda:
-        return subprocess.Popen([*_DASK, "worker", *common, *_LOCAL], **_QUIET)
+        return warm.Popen([*_DASK, "worker", *common, *_LOCAL], **_QUIET)
     pretended = {**os.environ, "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC": "1", "CUDA_VISIBLE_DEVICES": "0"}
     command = [*_DASK, "cuda", "worker", *common, "--host", "127.0.0.1", "--device-memory-limit", "0"]
     return subprocess.Popen([*command, "--dashboard-address", "127.0.0.1:0"], env=pretended, **_QUIET)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300):
+def wait_for(condition, process: warm.Popen | subprocess.Popen, seconds: float = 300):
     """Wait until a condition holds and return it; fail if the process ends or the time does."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -302,7 +303,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300):
     raise AssertionError(f"waited in vain: {process.communicate()}")
 
 
-def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+def finish(process: warm.Popen | subprocess.Popen, seconds: float = 300) -> str:
     """Wait until a process ends and return its log; kill it after that time."""
     try:
         return process.communicate(timeout=seconds)[1]

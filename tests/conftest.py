@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from builders import save_tokenizer, sentences, tiny_model, write_json_lines
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,21 @@ def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf-datasets")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Dask starts its workers as forks of a process that has imported what they need."""
+    warm.serve()
+
+
+@pytest.fixture
+def new_interpreters(fork_server: None) -> Iterator[None]:
+    """Dask starts its workers as new interpreters, as it does for users."""
+    import dask
+
+    with dask.config.set({warm.METHOD: "spawn"}):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +73,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scheduler() -> Iterator[str]:
+def scheduler(fork_server: None) -> Iterator[str]:
     """Address of one scheduler with one worker process, which the suite's jobs join."""
     from distributed import LocalCluster
 
@@ -68,7 +84,7 @@ def scheduler() -> Iterator[str]:
 
 
 @pytest.fixture
-def overrides(llama: Path, corpus: Path, tmp_path: Path) -> list[str]:
+def overrides(llama: Path, corpus: Path, tmp_path: Path, fork_server: None) -> list[str]:
     """Overrides of a small job on a cluster of its own. Takes seconds to start: use ``here`` where any will do."""
     return [
         f"distillation.teacher.model_path={llama}",

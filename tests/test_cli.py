@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import warm
 from builders import tree
 
 from dask_logits.cache.reader import CacheReader
@@ -21,7 +22,7 @@ GOLDEN = ROOT / "tests" / "cache" / "golden" / "v1.0-plain.h5"
 
 
 def run(*arguments: str, module: tuple[str, ...] = ("-m", "dask_logits"), cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *module, *arguments], capture_output=True, text=True, cwd=cwd)
+    return warm.run([sys.executable, *module, *arguments], cwd=cwd)
 
 
 def test_generate_and_status(joined, tmp_path) -> None:
@@ -182,7 +183,6 @@ def test_the_shell_completes_commands_options_and_settings(shell, words, expecte
         "COMP_WORDS": f"dask-logits {words}",
         "COMP_CWORD": str(len(words.split())),
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "dask_logits"], capture_output=True, text=True, env=environment, check=True
-    )
+    done = warm.run([sys.executable, "-m", "dask_logits"], env=environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[: len(expected)] == expected

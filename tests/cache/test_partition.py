@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import zarr
@@ -13,8 +15,17 @@ from dask_logits.errors import CacheError
 PROFILES = [plain(), compact(), compact(chunk_tokens=2), compact(precision=12)]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("lengths", [(3, 0, 2), (0,), (1,), (BLOCK_TOKENS,), (BLOCK_TOKENS + 1, 5)])
+@pytest.mark.parametrize(
+    ("lengths", "profile"),
+    [
+        *itertools.product([(3, 0, 2), (0,), (1,)], PROFILES),
+        # Thousands of chunks would take seconds.
+        *itertools.product(
+            [(BLOCK_TOKENS,), (BLOCK_TOKENS + 1, 5)],
+            [plain(), compact(chunk_tokens=64), compact(precision=12, chunk_tokens=64)],
+        ),
+    ],
+)
 def test_a_partition_reads_back_as_it_was_written(lengths, profile, tmp_path) -> None:
     made = records(lengths)
     files = write_partition(tmp_path / "p.zarr", made, profile)
@@ -95,7 +106,7 @@ def test_what_is_not_such_a_partition_is_refused(tmp_path) -> None:
         PartitionReader(tmp_path / "p.zarr", compact())
 
 
-@pytest.mark.parametrize("profile", [plain(5), compact(5, precision=10)])
+@pytest.mark.parametrize("profile", [plain(5), compact(5, precision=10, chunk_tokens=64)])
 def test_zarr_reads_the_same(profile, tmp_path) -> None:
     write_partition(tmp_path / "p.zarr", records((9, BLOCK_TOKENS), k=5), profile)
     reader, group = PartitionReader(tmp_path / "p.zarr", profile), zarr.open_group(str(tmp_path / "p.zarr"), mode="r")

@@ -33,8 +33,17 @@ def dense(tmp_path):
     return tmp_path / "d.h5"
 
 
-@pytest.mark.parametrize("profile", [plain(1), compact(1), compact(1, precision=10, chunk_tokens=4096)])
-@pytest.mark.parametrize("lengths", [(4, 0, 2, 7), (0, 0), (1,), (400_000, 3)])
+LARGE_CHUNKS = compact(1, precision=10, chunk_tokens=4096)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "profile"),
+    [
+        *itertools.product([(4, 0, 2, 7), (0, 0), (1,)], [plain(1), compact(1), LARGE_CHUNKS]),
+        *itertools.product([(400_000, 3)], [plain(1), LARGE_CHUNKS]),
+        ((40_000, 3), compact(1)),
+    ],
+)
 def test_documents_read_back_as_they_were_written(lengths, profile, tmp_path) -> None:
     made = as_kept(records(lengths, k=1), profile)
     assert write_cache(tmp_path / "c.h5", records(lengths, k=1), profile=profile) == content(made)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from builders import cache_dir, dask_processes, digest, finish, sentences, start_worker, wait_for, write_json_lines
 
 from dask_logits import ClusterError, generate, load_config, read_status
@@ -79,7 +80,7 @@ def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overri
     run_folder = tmp_path / "killed"
     mine = [*overrides, *many, f"distillation.teacher.cache_dir={run_folder}", "cluster=local_cpu"]
     receipts = run_folder / "receipts"
-    driver = subprocess.Popen([*COMMAND, *mine], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    driver = warm.Popen([*COMMAND, *mine], start_new_session=True, stderr=subprocess.PIPE)
     first = wait_for(lambda: sorted(receipts.rglob("*.json")), driver)
     os.kill(json.loads(first[0].read_text())["process"], signal.SIGKILL)
     before = len(first)
@@ -91,7 +92,8 @@ def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overri
     assert read_status(run_folder).state == "stopped"
     untouched = {path: path.read_text() for path in receipts.rglob("*.json")}
 
-    subprocess.run([*COMMAND, *mine], check=True, capture_output=True, text=True)
+    done = warm.run([*COMMAND, *mine])
+    assert done.returncode == 0, done.stderr
     assert digest(run_folder / "teacher_logits.h5") == whole
     assert {path: path.read_text() for path in untouched} == untouched
 
@@ -219,7 +221,7 @@ def test_hidden_gpus_are_not_counted(monkeypatch, hidden: str) -> None:
     assert visible_gpus() == 0
 
 
-def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides) -> None:
+def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides, new_interpreters) -> None:
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     config = load_config([*overrides, "cluster=local_cpu", "distillation.teacher.generation.torch_threads=auto"])
     with open_cluster(config.teacher.generation, config.cluster) as cluster:

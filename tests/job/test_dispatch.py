@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import dask
 import pytest
+import warm
 from builders import cache_dir, dask_processes, finish, wait_for
 from distributed import Client, LocalCluster, WorkerPlugin
 from test_cluster import COMMAND
@@ -179,7 +180,7 @@ def test_a_scheduler_that_is_stopped_for_a_while_is_waited_for(overrides, joined
 def test_a_lost_scheduler_ends_the_job_and_keeps_what_is_committed(overrides, tmp_path) -> None:
     with dask_processes(tmp_path) as (file, scheduler):
         mine = [*overrides, "distillation.partition.rows=1", f"distillation.cluster.scheduler_file={file}"]
-        driver = subprocess.Popen([*COMMAND, *mine], stderr=subprocess.PIPE, text=True)
+        driver = warm.Popen([*COMMAND, *mine], stderr=subprocess.PIPE)
         wait_for(lambda: list((cache_dir(overrides) / "receipts").rglob("*.json")), driver)
         scheduler.kill()
         log = finish(driver)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from builders import cache_dir, digest, run, sentences, write_json_lines
 from distributed import Client, LocalCluster, WorkerPlugin
 
@@ -36,7 +37,8 @@ def workers(address: str, folder: Path, **environments: dict[str, str]) -> Itera
     command = [sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--memory-limit", "0", "--no-nanny",
                "--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder)]  # fmt: skip
     started = [
-        subprocess.Popen(
+        # What a library reads when it is imported takes a new interpreter.
+        (subprocess if more else warm).Popen(
             # ``python -m`` looks into the working directory first.
             [*command, "--name", name],
             cwd=more.get("PYTHONPATH"),

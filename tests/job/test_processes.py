@@ -12,6 +12,7 @@ from multiprocessing import spawn
 from pathlib import Path
 
 import pytest
+import warm
 from builders import finish, sentences, wait_for, write_json_lines
 
 from dask_logits import ClusterError, read_status
@@ -58,7 +59,7 @@ def test_a_script_without_a_guard_may_be_edited_and_deleted_while_it_runs(local,
     receipts = tmp_path / "run" / "receipts"
     answer = tmp_path / "answer"
     with answer.open("w") as stdout:
-        job = subprocess.Popen([sys.executable, str(script)], stdout=stdout, stderr=subprocess.PIPE, text=True)
+        job = warm.Popen([sys.executable, str(script)], stdout=stdout, stderr=subprocess.PIPE)
     (first,) = wait_for(lambda: _worker_of(receipts), job)
     script.write_text("this is no longer Python")
     os.kill(first, signal.SIGKILL)
@@ -115,9 +116,7 @@ def test_a_worker_of_a_cuda_cluster_is_replaced_though_the_script_has_changed(ov
     script.write_text(CUDA.format(overrides=mine))
     # A test hook of dask-cuda, not an API.
     pretended = {**os.environ, "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC": "1", "CUDA_VISIBLE_DEVICES": "0"}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=pretended, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.run([sys.executable, str(script)], env=pretended)
     assert done.returncode == 0, done.stderr
     assert script.read_text() == "this is no longer Python"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from builders import cache_dir, tree, wait_for
 
 from dask_logits import ClusterError, ConfigError, TeacherError, generate, load_config
@@ -61,10 +62,10 @@ def encrypted_processes(folder: Path, certificates: dict[str, Path]) -> Iterator
     tls = ["--tls-ca-file", str(certificates["ca.pem"]), "--tls-cert", str(certificates["node.pem"]),
            "--tls-key", str(certificates["node.key"]), "--scheduler-file", str(file), "--no-dashboard"]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    scheduler = subprocess.Popen([*DASK, "scheduler", *tls, "--protocol", "tls", "--port", "0"], **quiet)
+    scheduler = warm.Popen([*DASK, "scheduler", *tls, "--protocol", "tls", "--port", "0"], **quiet)
     wait_for(lambda: file.exists() and file.read_text(), scheduler)
     more = ["--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder)]
-    worker = subprocess.Popen([*DASK, "worker", *tls, *more], **quiet)
+    worker = warm.Popen([*DASK, "worker", *tls, *more], **quiet)
     try:
         yield file
     finally:
@@ -164,7 +165,7 @@ def test_addresses_without_credentials_are_taken(overrides, address) -> None:
 def test_tokens_of_the_environment_reach_no_file_and_no_log(joined) -> None:
     secret = "hf_" + "swordfish" * 4
     command = [sys.executable, "-m", "dask_logits", "generate", *joined, "distillation.job.log_level=debug"]
-    done = subprocess.run(command, env={**os.environ, "HF_TOKEN": secret}, capture_output=True, text=True, timeout=300)
+    done = warm.run(command, env={**os.environ, "HF_TOKEN": secret})
     assert done.returncode == 0, done.stderr
     assert secret not in done.stdout + done.stderr
     assert not [name for name, data in tree(cache_dir(joined)).items() if secret.encode() in data]

@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+import warm
 from builders import cache_dir, digest, run, wait_for
 from test_cluster import COMMAND
 
@@ -195,7 +196,7 @@ def test_a_row_that_fails_is_found(here, tmp_path, monkeypatch) -> None:
 def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> None:
     whole = digest(run(here, f"distillation.teacher.cache_dir={tmp_path / 'whole'}", "distillation.partition.rows=1"))
     command = [*COMMAND, *here, "distillation.partition.rows=1"]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    driver = warm.Popen(command, stderr=subprocess.PIPE)
     wait_for(lambda: list((cache_dir(here) / "receipts").rglob("*.json")), driver)
     driver.send_signal(signal.SIGINT)
     started = time.monotonic()
@@ -225,13 +226,13 @@ def job(overrides):
     print(generate(load_config(overrides)))
 
 if __name__ == "__main__":
-    process = multiprocessing.get_context("spawn").Process(target=job, args=(sys.argv[1:],), daemon=True)
+    process = multiprocessing.get_context("forkserver").Process(target=job, args=(sys.argv[1:],), daemon=True)
     process.start()
     process.join()
     sys.exit(process.exitcode)
 """
     script = tmp_path / "job.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, str(script), *here], capture_output=True, text=True)
+    done = warm.run([sys.executable, str(script), *here])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("teacher_logits.h5")

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from builders import cache_dir, digest, run, sentences, tree, wait_for, write_json_lines
 from datasets import Dataset, IterableDataset
 from test_cluster import COMMAND
@@ -233,7 +234,7 @@ def test_a_stream_whose_driver_was_killed_equals_an_undisturbed_one(parquet, ove
     mine = [*stream, *lines, "distillation.dataset.streaming_chunk_size=2", "distillation.dataset.max_samples=110"]
     whole = digest(run([*mine, "cluster=serial"], f"distillation.teacher.cache_dir={tmp_path / 'undisturbed'}"))
     local = [*mine, "distillation.cluster.dashboard_address=null"]
-    driver = subprocess.Popen([*COMMAND, *local], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    driver = warm.Popen([*COMMAND, *local], start_new_session=True, stderr=subprocess.PIPE)
     receipts = cache_dir(parquet) / "receipts"
     wait_for(lambda: len(list(receipts.rglob("*.json"))) > 5, driver)
     with contextlib.suppress(ProcessLookupError):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import warm
 from builders import cache_dir, compact, plain, records, sentences, tree, write_json_lines
 
 from dask_logits import (
@@ -77,12 +76,10 @@ print(json.dumps(found))
 
 
 def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}:{tests / 'chaos'}"}
-
     def opens(n: int) -> dict[str, dict[str, int]]:
         command = [sys.executable, "-c", OPENS, str(tmp_path / str(n)), str(n)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = warm.run(command)
+        assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     few, many = opens(3), opens(12)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 pytest.importorskip("triton")
 
@@ -51,9 +51,7 @@ for name, kernel, signature, constants, pointers, warps in jobs:
 def test_kernels_compile_without_spills(capability: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True, timeout=500
-    )
+    done = warm.run([sys.executable, "-c", COMPILE, str(capability)], env=environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 6

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import warm
 from dense_losses import LABELS, MASK, OBJECTIVES, D, K, N, Student, V, batch, dense_rows, gradients, sparse_targets
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,8 +266,7 @@ def test_two_processes_equal_one(tmp_path) -> None:
     paths = f"import sys; sys.path[:0] = {sys.path!r}\n"
     script.write_text(paths + script.read_text())
     ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        warm.Popen([sys.executable, str(script), str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from builders import compact, records, tiny_model, write_cache
 from torch.utils.data import ConcatDataset, Subset
 from transformers import HfArgumentParser, TrainingArguments
@@ -336,12 +337,11 @@ def test_two_processes_equal_one(folder, tmp_path) -> None:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), str(tmp_path)],
+        warm.Popen(
+            [sys.executable, str(script), str(folder), str(tmp_path)],
             env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in "01"
     ]
