@@ -30,8 +30,8 @@ nav a:hover{text-decoration:underline}
 color:var(--accent)}.state.bad{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(6.8rem,1fr));gap:1px;margin:1.5rem 0 0;padding:0;
 border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{box-shadow:0 0 0 1px var(--line);padding:.75rem}.tiles dt{color:var(--soft);font-size:.8rem}
-.tiles dd{margin:0;font-size:1.15rem;white-space:nowrap;font-weight:600;font-variant-numeric:tabular-nums}
+.tiles div{box-shadow:0 0 0 1px var(--line);padding:.75rem .6rem}.tiles dt{color:var(--soft);font-size:.8rem}
+.tiles dd{margin:0;font-size:1rem;white-space:nowrap;font-weight:600;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:.25rem}
