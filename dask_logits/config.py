@@ -70,6 +70,7 @@ Files = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
 ]
 
+Words = Annotated[tuple[str, ...], Field(min_length=1, strict=False, title="list of str")]
 Temperatures = Annotated[
     tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
     Field(max_length=MOST_TEMPERATURES, strict=False, title="list of float > 0"),
@@ -351,6 +352,12 @@ class JobConfig(Group):
         5, "how", "Number of failed partitions that stop the job if none has succeeded yet."
     )
     keep_partitions: bool = _setting(False, "how", "Keep the Zarr partitions after the cache is complete.")
+    notify_command: Words | None = _setting(
+        None,
+        "how",
+        "Command to call when a job is done or has failed, as a list of words. It reads a JSON message on stdin. "
+        "null: none. A webhook's address comes from the environment (`DASK_LOGITS_WEBHOOK`).",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how", "Lowest level of log messages.")
 
 

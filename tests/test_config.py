@@ -33,7 +33,7 @@ PATHS = [
     "cluster.kind", "cluster.scheduler", "cluster.scheduler_file",
     "cluster.dashboard_address", "cluster.wait_seconds", "cluster.allow_mixed_workers", "cluster.security.ca_file",
     "cluster.security.cert", "cluster.security.key", "job.retries", "job.stall_seconds", "job.max_failures",
-    "job.keep_partitions", "job.log_level",
+    "job.keep_partitions", "job.notify_command", "job.log_level",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dask_logits.errors import DaskLogitsError, first_line
 from dask_logits.files.atomic import replace_json
 from dask_logits.job.executor import Executor
+from dask_logits.job.notify import notify
 from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
 from dask_logits.observe.report import leave_report
@@ -89,7 +90,10 @@ class Reporter:
 
 @contextlib.contextmanager
 def reported(job: Job) -> Iterator[Reporter]:
-    """Report a driver from its start to its end, then leave a page. Restore the earlier record if it is refused."""
+    """Report a driver from its start to its end, then leave a page and tell of it.
+
+    The earlier record is restored if the driver is refused.
+    """
     path = job.run.status_path(job.share)
     before = None
     with contextlib.suppress(OSError):
@@ -106,6 +110,7 @@ def reported(job: Job) -> Iterator[Reporter]:
             else:
                 reporter.report("failed", reason=first_line(error))
                 leave_report(job.run)
+                notify(job.config.job, job.run.path, "failed", first_line(error))
         else:
             # The error to show is the one that refused the start.
             with contextlib.suppress(OSError):
@@ -116,3 +121,4 @@ def reported(job: Job) -> Iterator[Reporter]:
         raise
     reporter.report("done")
     leave_report(job.run)
+    notify(job.config.job, job.run.path, "done")
