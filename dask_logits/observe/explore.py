@@ -83,6 +83,7 @@ class Explorer:
             "tokens": sum(reader.n_tokens for reader in self.readers),
             "top_k": first.top_k,
             "decoded": self.tokenizer is not None,
+            "masked": first.profile.extras.is_masked,
         }
 
     def document(self, number: int, first: int = 0, n_tokens: int = _PART_TOKENS) -> Json:
@@ -100,7 +101,8 @@ class Explorer:
         dict
             ``ids`` and ``texts`` of the tokens. ``surprise`` of each in nats, None if unknown. ``best``, the most
             probable [id, text, probability] in its place, the probability of the ``others`` that are kept, and of the
-            ``tail``. A place without an expectation, such as the first, has none of them.
+            ``tail``. A place without an expectation, such as the first, has none of them. ``learned``, of masked data:
+            whether a student learns the token.
 
         Raises
         ------
@@ -119,6 +121,7 @@ class Explorer:
         ids = arrays["input_ids"].tolist()
         surprise_N, best, others, tail = self._expected(arrays)
         missing = [None] * (1 - before) if ids else []
+        learned = arrays["loss_mask"][:-1].astype(bool).tolist() if "loss_mask" in arrays else None
         found = reader.segments(segments)["segments"]
         return {
             "number": number,
@@ -129,6 +132,7 @@ class Explorer:
             "ids": ids[before:],
             "texts": self._pieces(ids)[before:],
             "surprise": [*missing, *surprise_N],
+            "learned": None if learned is None else [*missing, *learned],
             "best": [*missing, *best],
             "others": [*missing, *others],
             "tail": [*missing, *tail],

@@ -26,6 +26,7 @@ button:disabled{color:var(--soft);cursor:default}#number{width:8rem}#query{width
 #tokens span:hover,#tokens span:focus{outline:2px solid var(--accent);outline-offset:1px}
 .s1{background:rgb(213 94 0/.1)}.s2{background:rgb(213 94 0/.2)}.s3{background:rgb(213 94 0/.32)}
 .s4{background:rgb(213 94 0/.46)}.s5{background:rgb(213 94 0/.62)}
+.learned{border-bottom:2px solid var(--accent)}
 .legend span{display:inline-block;padding:.1rem .5rem;border-radius:3px;font-size:.8rem}
 aside{position:sticky;top:1rem;border:1px solid var(--line);border-radius:8px;padding:1rem;max-height:92vh;
 overflow:auto;background:var(--paper)}aside h2{font-size:1rem;white-space:pre-wrap}
@@ -94,6 +95,7 @@ async function show(number, position) {
     const surprise = found.surprise[i];
     const level = surprise === null ? 0 : LIMITS.filter((limit) => surprise >= limit).length;
     const token = make(box, "span", piece === "" ? "▫" : piece.replace(/\n/g, "↵\n"), "s" + level);
+    if (found.learned && found.learned[i]) token.classList.add("learned");
     token.tabIndex = i ? -1 : 0;
     token.setAttribute("role", "option");
     token.setAttribute("aria-selected", "false");
@@ -112,6 +114,8 @@ function explain(i) {
   at("tokens").children[i].setAttribute("aria-selected", "true");
   make(panel, "h2", visible(shown.texts[i]));
   make(panel, "p", "token " + grouped(shown.first + i) + ", id " + shown.ids[i], "soft");
+  if (shown.learned)
+    make(panel, "p", "A student " + (shown.learned[i] ? "learns" : "does not learn") + " this token.", "soft");
   const best = shown.best[i];
   if (!best) {
     make(panel, "p", "The teacher was not asked for this token: nothing comes before it.");
@@ -231,6 +235,7 @@ def explore_page(about: dict[str, Any], documents: Sequence[dict[str, Any]] | No
         f'<span class="s{i}">{words}</span>'
         for i, words in enumerate(("below 0.5", "0.5 to 1.5", "1.5 to 3", "3 to 5", "5 to 8", "above 8"))
     )
+    learned = " Underlined tokens are those that a student learns." if about["masked"] else ""
     ids = "" if about["decoded"] else " The teacher's tokenizer is not on this machine, so token ids are shown."
     # No "<" in the data, so that no text of a document can end the script element.
     data = json.dumps({"about": about, "documents": documents}).replace("<", "\\u003c")
@@ -238,7 +243,7 @@ def explore_page(about: dict[str, Any], documents: Sequence[dict[str, Any]] | No
     body = f"""<header><h1>What the teacher expected</h1>
 <p>{text(about["teacher"])} · {text(about["path"])} · {about["items"]:,} {noun}s, {about["tokens"]:,} tokens</p>
 </header><main><p>Each token is coloured by the teacher's surprise: −log of the probability that it gave to this token.
-Point at a token, or move with the arrow keys, to see what the teacher expected in its place.{ids}</p>
+Point at a token, or move with the arrow keys, to see what the teacher expected in its place.{learned}{ids}</p>
 <p class="legend" aria-label="Surprise in nats">surprise in nats: {legend}</p>
 <div class="tools"><form id="go"><label for="number">{noun}</label>
 <input id="number" type="number" min="0" max="{about["items"] - 1}" value="0"><button>Show</button>

@@ -114,7 +114,7 @@ def distillation_loss(
     ------
     ConfigError
         If `logits` do not fit the targets: another shape, one position less, another device, or not floating-point.
-        If the targets have no logsumexp at the objective's temperature.
+        If the targets have no tail at the objective's temperature.
     DatasetError
         If `input_ids` differ from the teacher's tokens, or if a kept id is outside the vocabulary.
 

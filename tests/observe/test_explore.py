@@ -72,6 +72,19 @@ def test_a_token_stands_beside_what_the_teacher_expected_in_its_place(cache) -> 
             explorer.document(number)
 
 
+def test_tokens_that_a_student_learns_are_marked(tmp_path) -> None:
+    made = records((5, 4), k=3, masked=True)
+    write_cache(tmp_path / "c.h5", made)
+    explorer = Explorer(tmp_path / "c.h5")
+    mask = made.loss_mask.astype(bool).tolist()
+    assert explorer.document(0)["learned"] == [None, *mask[:4]]
+    assert explorer.document(1, first=2)["learned"] == mask[6:8]
+    assert "Underlined tokens" in write_explorer(tmp_path / "c.h5", tmp_path / "e.html", [0]).read_text()
+    write_cache(tmp_path / "d.h5", records((5, 4), k=3))
+    assert Explorer(tmp_path / "d.h5").document(0)["learned"] is None
+    assert "Underlined" not in write_explorer(tmp_path / "d.h5", tmp_path / "e.html", [0]).read_text()
+
+
 def test_bytes_of_one_character_are_joined(tmp_path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
