@@ -1,4 +1,4 @@
-"""Train a tiny random student from a cache for a few steps, and show its distillation loss before and after.
+"""Train two tiny random students on the same batches, one from a cache and one from the labels alone, and compare them.
 
 ``python scripts/train_tiny_student.py output/quickstart``; a plain loop to start your own from.
 """
@@ -6,24 +6,47 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dask_logits import CachedLogitsDataset, collate, distillation_loss
+from dask_logits import CachedLogitsDataset, DistillationLoss, Objective, collate, distillation_loss
+
+# Share of the divergence from the teacher in the loss. The rest is the cross-entropy with the labels.
+STUDENTS = {"the teacher": 1.0, "labels alone": 0.0}
 
 
-def loss_of(student: LlamaForCausalLM, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the distillation loss of a batch, in nats per token."""
+def new_student(vocab_size: int, tokens: int) -> LlamaForCausalLM:
+    """Return a student, always with the same random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=tokens, **sizes))
+
+
+def loss_of(student: LlamaForCausalLM, batch: dict[str, Any], alpha: float) -> DistillationLoss:
+    """Return the loss of a batch, and its two terms in nats per token."""
     logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return distillation_loss(logits, batch["targets"], input_ids=batch["input_ids"]).loss
+    return distillation_loss(logits, batch["targets"], Objective(alpha=alpha), input_ids=batch["input_ids"])
+
+
+def train(student: LlamaForCausalLM, batches: Iterator[dict[str, Any]], steps: int, alpha: float) -> None:
+    """Take some steps."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for step, batch in enumerate(islice(batches, steps), start=1):
+        loss = loss_of(student, batch, alpha).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 0 or step in (1, steps):
+            print(f"  step {step:3d} of {steps}: {loss.item():.3f} nats per token", flush=True)
 
 
 def main() -> None:
-    """Parse the command line and train."""
+    """Parse the command line, train and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", help="teacher_logits.h5, or the run folder it lies in")
     parser.add_argument("--steps", type=int, default=20)
@@ -31,39 +54,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens used of each document")
     arguments = parser.parse_args()
 
-    torch.manual_seed(0)
     dataset = CachedLogitsDataset(arguments.cache, max_tokens=arguments.tokens)
     print(dataset)
-    student = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=dataset.vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=arguments.tokens,
-        )
-    )
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    loader = DataLoader(dataset, arguments.batch_size, shuffle=True, collate_fn=collate)
-    # The same documents before and after. Hold them out of the training in a loop of your own.
-    sample = collate([dataset[i] for i in range(min(4, len(dataset)))])
-
+    # Neither student is trained on the last documents.
+    n_training = len(dataset) - min(4, len(dataset) // 2)
+    training = Subset(dataset, range(n_training))
+    held_out = [dataset[i] for i in range(n_training, len(dataset))]
+    found = {"nothing yet": new_student(dataset.vocab_size, arguments.tokens)}
+    for name, alpha in STUDENTS.items():
+        print(f"a student that learns from {name}:")
+        found[name] = new_student(dataset.vocab_size, arguments.tokens)
+        # The same batches in the same order for both.
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(training, arguments.batch_size, shuffle=True, collate_fn=collate, generator=order)
+        train(found[name], chain.from_iterable(repeat(loader)), arguments.steps, alpha)
+    print(f"on {len(held_out)} documents that no student has seen, in nats per token:")
     with torch.no_grad():
-        before = loss_of(student, sample).item()
-    epochs = chain.from_iterable(repeat(loader))
-    for step, batch in enumerate(islice(epochs, arguments.steps), start=1):
-        loss = loss_of(student, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 5 == 0 or step in (1, arguments.steps):
-            print(f"step {step:3d} of {arguments.steps}: {loss.item():.3f} nats per token", flush=True)
-    with torch.no_grad():
-        after = loss_of(student, sample).item()
-    print(f"distillation loss on the first {len(sample['row'])} documents: {before:.3f} before, {after:.3f} after")
-    if not after < before:
-        raise SystemExit("the distillation loss did not fall")
+        terms = {name: loss_of(student, collate(held_out), 0.5) for name, student in found.items()}
+    for name, one in terms.items():
+        figures = f"{one.divergence:.3f} from the teacher, {one.cross_entropy:.3f} from the text"
+        print(f"  learned from {name + ':':13} {figures}")
+    if not terms["the teacher"].divergence < terms["nothing yet"].divergence:
+        raise SystemExit("the student that learns from the teacher did not come closer to it")
 
 
 if __name__ == "__main__":
