@@ -27,6 +27,8 @@ PARAMETERS = {
     "max_samples": None,
     "max_length": None,
     "text_column": None,
+    "messages_column": None,
+    "mask_column": None,
 }
 
 

@@ -74,7 +74,7 @@ def make_run(folder: Path, partitions: int = PARTITIONS) -> RunFolder:
 STUBS: dict[str, Callable[..., object]] = {
     "read_rows": lambda files, column: [],
     "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
-    "make_items": lambda documents, settings, first_row: [],
+    "make_items": lambda documents, settings, first_row, masks: [],
     "environment": lambda device: {},
     "load_teacher": lambda spec, vocab_size, on_life: None,
     "score_items": lambda *_, **__: None,

@@ -53,7 +53,7 @@ def test_what_lands_on_disk(here, cache) -> None:
     run_folder = cache_dir(here)
     names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
     assert names == {
-        "run.json", "calibration.json", "status.json", "teacher_logits.h5",
+        "run.json", "calibration.json", "status.json", "teacher_logits.h5", "report.html",
         "tables/token_crcs.npy", "plan/000/000000.json", "plan/000/000001.json",
         *(f"receipts/000/00000{i}.json" for i in range(4)),
     }  # fmt: skip
@@ -356,7 +356,7 @@ def test_nothing_bulky_goes_through_dask(here, cache) -> None:
     planned = job.source.plan(PlanLog(job.run), job.partition_rows, lambda index: True)
     sizes = [len(pickle.dumps(task)) for task in tasks(job, calibration, planned, pytest.fail)]
     assert len(sizes) == 4
-    assert max(sizes) < 2_000
+    assert max(sizes) < 2_500
 
 
 def texts_of(corpus: Path) -> list[list[int]]:

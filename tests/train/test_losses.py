@@ -444,7 +444,7 @@ def test_a_temperature_that_the_cache_lacks_is_refused() -> None:
         ConfigError, match=r"temperature: expected one that the cache has a tail for \(1, 2\), got 1\.5"
     ):
         distillation_loss(student, sparse_targets(teacher, LABELS, 5), Objective(temperature=1.5))
-    with pytest.raises(ConfigError, match=r"logsumexp for \(1\), got 2"):
+    with pytest.raises(ConfigError, match=r"a tail for \(1\), got 2"):
         distillation_loss(student, targets(teacher, 5), Objective(temperature=2.0))
     with pytest.raises(ConfigError, match=r"tail_logmass_NJ: expected one column for each of \(2\.0,\), got none"):
         dataclasses.replace(targets(teacher, 5), temperatures=(2.0,))

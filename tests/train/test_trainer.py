@@ -266,7 +266,11 @@ def test_a_checkpoint_names_the_cache_and_the_position(undisturbed, dataset) -> 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"cache": "other"}, CacheError, r"content digest {then}, got {now} \(.*other.h5\); resume with .*train.h5'\)"),
+        (
+            {"cache": "other"},
+            CacheError,
+            r"content digest {then}, got {now} \(.*other.h5\); resume with that of .*train.h5'",
+        ),
         ({"top_k": 2}, ConfigError, r"train_dataset, top_k: expected 4, .*, got 2; open the cache with the same"),
         ({"seed": 6}, ConfigError, r"sampler state, seed: expected 6, got 5"),
         ({"batch": 2}, ConfigError, r"after 3 of which item 12 of epoch 0 is next, got steps of 2 items, with item 6"),
