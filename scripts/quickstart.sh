@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a student that learns from cached targets, in about five minutes after the installation: prepares a
 # real teacher and a real corpus, scores through Dask as many documents as this machine can in 2.5 minutes into
-# output/quickstart, and trains a tiny student on them. Run it again: no work is done twice.
+# output/quickstart, and trains tiny students on them. Run it again: no work is done twice.
 #   scripts/quickstart.sh [distillation.OVERRIDE=VALUE …]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,8 +38,8 @@ fi
 cat <<TEXT
 Next:
   source .venv/bin/activate
-  dask-logits show $run        # teacher, data, sizes
+  dask-logits explore $run     # each document, coloured by the teacher's surprise
   dask-logits verify $run      # every checksum
-  dask-logits generate --help  # all settings
-README.md, "Training from it", shows the loop for your own student.
+  python scripts/distill.py distillation.teacher.cache_dir=$run student.output_dir=output/student
+$run/report.html shows how the run went. README.md, "Training from it", shows the loop for your own student.
 TEXT
