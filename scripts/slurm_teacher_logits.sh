@@ -5,6 +5,7 @@
 # Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each; without, so
 # many on each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
 # is done. Logs: output/slurm-JOB/. Exit status: that of `dask-logits generate`; 1 if scheduler or workers are lost.
+# If DASK_LOGITS_WEBHOOK is set where you submit, that address is told when the job is done or has failed.
 #SBATCH --job-name=teacher-logits
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:TERM@120
