@@ -120,12 +120,13 @@ def choose_column(columns: Sequence[str], wanted: ColumnSettings, *, is_converte
             f"{_WHERE}.mask_column: expected null for the column {column.name!r}, which holds text, got "
             f"{wanted.mask!r}; a mask belongs to token ids: set {_WHERE}.text_column={IDS}"
         )
-    mask = wanted.mask if is_converted else _existing(columns, "mask_column", wanted.mask)
+    # A mask is read beside the ids, so it cannot be a field of another column.
+    mask = wanted.mask if is_converted else _existing(columns, "mask_column", wanted.mask, fields=False)
     return Column(name=column.name, kind="ids", mask=mask)
 
 
-def _existing(columns: Sequence[str], setting: str, name: str) -> str:
-    if name in columns or name.split(".")[0] in columns:
+def _existing(columns: Sequence[str], setting: str, name: str, *, fields: bool = True) -> str:
+    if name in columns or (fields and name.split(".")[0] in columns):
         return name
     raise DatasetError(
         f"{_WHERE}.{setting}: expected one of the columns {list(columns)}, got {name!r}{nearest(name, columns)}"

@@ -243,8 +243,9 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     ids: list[list[int]] = [[] for _ in values] if spec.path else [value or [] for value in values]
     filled = [i for i, value in enumerate(values) if value]
     if spec.path is not None and spec.chat_template is not None:
+        tokenizer = _loaded(spec) if filled else None
         for i in filled:
-            found = encode_chat(_loaded(spec), values[i], marks=spec.is_masked)
+            found = encode_chat(tokenizer, values[i], marks=spec.is_masked)
             if isinstance(found, BadRow):
                 bad(i, found.reason)
             else:

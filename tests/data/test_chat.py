@@ -288,6 +288,8 @@ def test_columns_that_are_missing_or_do_not_fit_are_named() -> None:
         choose_column(["text", "mask"], ColumnSettings(mask="mask"))
     with pytest.raises(DatasetError, match=r"dataset\.mask_column: expected one of"):
         choose_column(["input_ids"], ColumnSettings(mask="mask"))
+    with pytest.raises(DatasetError, match=r"dataset\.mask_column: expected one of .*, got 'meta\.mask'"):
+        choose_column(["input_ids", "meta"], ColumnSettings(mask="meta.mask"))
     with pytest.raises(DatasetError, match=r"messages_column: expected lists of messages, .*got list<item: int64>"):
         open_corpus(DatasetConfig(messages_column="messages"), datasets.Dataset.from_dict({"messages": [[1]]}))
     tree = {"teacher": {"model_path": "x"}, "dataset": {"name": "y", "messages_column": "a", "text_column": "b"}}
