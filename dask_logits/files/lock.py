@@ -87,17 +87,33 @@ def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[None
     on_wait
         Called several times a second while all are taken.
     """
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError, NotImplementedError):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if folder.lstat().st_uid == os.getuid():
-                # The kernel releases these locks, unlike a lease, with the last descriptor of the file.
-                locks = [FileLock(folder / f"slot-{number}.lock") for number in range(count)]
-                while not (free := next(filter(_take, locks), None)):
-                    on_wait()
-                    time.sleep(_POLL_SECONDS)
-                held.callback(free.release)
+    held: FileLock | None = None
+    locks = _slots(folder, count)
+    while locks and held is None:
+        try:
+            held = next(filter(_take, locks), None)
+        except (OSError, NotImplementedError):
+            # A file system without locks.
+            break
+        if held is None:
+            on_wait()
+            time.sleep(_POLL_SECONDS)
+    try:
         yield
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _slots(folder: Path, count: int) -> list[FileLock]:
+    """Return the locks in a folder of this user, or none if it cannot be made or is another user's."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_ours = folder.lstat().st_uid == os.getuid()
+    except OSError:
+        return []
+    # The kernel releases these locks, unlike a lease, with the last descriptor of the file.
+    return [FileLock(folder / f"slot-{number}.lock") for number in range(count)] if is_ours else []
 
 
 def _take(lock: FileLock) -> bool:

@@ -47,10 +47,6 @@ class MixedDataset(Dataset[CachedItem]):
     ------
     ConfigError
         If the sources or their tokenizers do not agree, or weights do not match them.
-
-    Examples
-    --------
-    >>> mixed = MixedDataset({"web": web, "code": code}, weights={"web": 3, "code": 1})  # doctest: +SKIP
     """
 
     def __init__(

@@ -231,6 +231,24 @@ def test_slots_are_few_and_end_with_their_process(tmp_path) -> None:
         pass
 
 
+def test_an_error_while_a_slot_is_awaited_is_not_hidden(tmp_path) -> None:
+    def fails() -> None:
+        raise OSError("the driver is gone")
+
+    expected = pytest.raises(OSError, match="the driver is gone")
+    with module.slot(tmp_path, 1, pytest.fail), expected, module.slot(tmp_path, 1, fails):
+        pass
+
+
+def test_a_file_system_without_locks_has_no_limit(tmp_path, monkeypatch) -> None:
+    def refuse(lock: object, timeout: float) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(module.FileLock, "acquire", refuse)
+    with module.slot(tmp_path, 1, pytest.fail), module.slot(tmp_path, 1, pytest.fail):
+        pass
+
+
 def test_without_a_folder_of_this_user_there_is_no_limit(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     with module.slot(tmp_path / "file" / "slots", 0, pytest.fail):
