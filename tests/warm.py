@@ -101,8 +101,11 @@ class Popen:
         cwd: Path | None = None,
         text: bool = True,
         start_new_session: bool = False,
+        stdin: int | None = None,
+        process_group: int | None = None,
     ) -> None:
         assert (command[0], text) == (sys.executable, True)
+        assert stdin in (None, subprocess.DEVNULL)
         serve()
         self.args = command
         # What goes to a pipe is kept in memory, where it takes no reader.
@@ -112,7 +115,8 @@ class Popen:
             _as_connection(own if file is None else file if kept is None else kept)
             for own, (kept, file) in enumerate(zip(self._kept, (stdout, stderr), strict=True), 1)
         ]
-        given = (command[1:], dict(env or os.environ), cwd or Path.cwd(), start_new_session)
+        group = "session" if start_new_session else process_group
+        given = (command[1:], dict(env or os.environ), cwd or Path.cwd(), group)
         self._process = multiprocessing.get_context("forkserver").Process(target=_python, args=(*given, *ends))
         self._process.start()
         self.pid = self._process.pid
@@ -155,8 +159,11 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: Sequence[str], *, timeout: float = 300, **settings: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str], *, timeout: float = 300, check: bool = False, **settings: Any
+) -> subprocess.CompletedProcess[str]:
     """``subprocess.run`` of a Python module, script or code in a fork, with its output as text."""
+    assert not check
     process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
     try:
         return subprocess.CompletedProcess(command, process.wait(timeout), *process.communicate())
@@ -172,11 +179,13 @@ def _as_connection(file: Any) -> Connection:
 
 
 def _python(
-    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, new_session: bool, *outputs: Connection
+    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, group: int | str | None, *outputs: Connection
 ) -> None:
     """Do in this process what a new interpreter does with its arguments."""
-    if new_session:
+    if group == "session":
         os.setsid()
+    elif group is not None:
+        os.setpgid(0, group)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

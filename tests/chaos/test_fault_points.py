@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from builders import tree
 from fault_points import PARTITIONS, STUBS, consolidate, make_run, publish
 
@@ -33,14 +32,7 @@ def _stubs_are_undone(monkeypatch) -> None:
 
 def killed(act: str, base: Path, stride: int) -> list[tuple[Path, str]]:
     """Kill the act at every n-th step and each of the last; return what is left, and where it was killed."""
-    tests = os.pathsep.join(str(folder) for folder in (SCRIPT.parents[1], SCRIPT.parents[2]))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), act, str(base), str(stride)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": tests},
-    )
+    done = warm.run([sys.executable, str(SCRIPT), act, str(base), str(stride)])
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in done.stdout.splitlines()]
     return [(base.with_name(f"{base.name}.{step['step']}"), step["at"]) for step in steps]
@@ -53,7 +45,7 @@ def receipts(run: RunFolder) -> list[Receipt]:
 
 
 # Every step takes minutes.
-STRIDES = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+STRIDES = pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @STRIDES
@@ -114,7 +106,7 @@ def test_many_attempts_at_once_leave_one_result(tmp_path) -> None:
     for _ in range(4):
         code = f"import sys; sys.path[:0] = {[str(SCRIPT.parent), str(SCRIPT.parents[1])]!r}\n"
         code += f"from pathlib import Path; from fault_points import publish; publish(Path({str(run.path)!r}), 1)"
-        children.append(subprocess.Popen([sys.executable, "-c", code]))
+        children.append(warm.Popen([sys.executable, "-c", code]))
     assert [child.wait(120) for child in children] == [0] * 4
     receipt = run.receipt(1)
     assert [path.name for path in run.partitions_path.iterdir()] == [receipt.attempt]
@@ -137,7 +129,7 @@ def fail(path, value):
 task.create_json = fail
 fault_points.publish(Path({str(run.path)!r}), 1)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", code])
     assert "Input/output error" in done.stderr
     # It may have been written, and only its folder not flushed.
     names = [run.receipt(1).attempt] if linked else []

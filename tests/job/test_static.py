@@ -8,16 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from builders import cache_dir, digest, finish, run, tree, wait_for
+import warm
+from builders import cache_dir, digest, run, tree
 from datasets import Dataset
 from filelock import SoftFileLease
 
 import dask_logits
-from dask_logits import CachedLogitsDataset, load_config, merge, read_status
+from dask_logits import CachedLogitsDataset, load_config, merge, parallel, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
@@ -41,11 +46,28 @@ def small(overrides: list[str]) -> list[str]:
     return [o for o in overrides if "partition.rows" not in o] + ["distillation.partition.rows=5"]
 
 
-@pytest.fixture
-def whole(small: list[str], scheduler: str, tmp_path: Path) -> str:
+def job(llama: Path, corpus: Path, folder: Path, *more: str) -> Path:
+    return run(
+        [
+            f"distillation.teacher.model_path={llama}",
+            f"distillation.teacher.cache_dir={folder}",
+            "distillation.teacher.generation.top_k=8",
+            "distillation.teacher.generation.torch_threads=1",
+            "distillation.dataset.name=json",
+            f"distillation.dataset.data_files={corpus}",
+            "distillation.dataset.max_length=16",
+            "distillation.partition.rows=5",
+            "distillation.cluster.dashboard_address=null",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, corpus: Path, scheduler: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Content of the same job done by a cluster."""
-    mine = [*small, f"distillation.cluster.scheduler={scheduler}", f"distillation.teacher.cache_dir={tmp_path / 'w'}"]
-    return digest(run(mine))
+    folder = tmp_path_factory.mktemp("whole")
+    return digest(job(llama, corpus, folder, f"distillation.cluster.scheduler={scheduler}"))
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +75,7 @@ def made(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Three workers' shares in folders of their own."""
     folder = tmp_path_factory.mktemp("parts")
     for worker in range(3):
-        run(
-            [
-                f"distillation.teacher.model_path={llama}",
-                f"distillation.teacher.cache_dir={folder / f'worker-{worker}'}",
-                "distillation.teacher.generation.top_k=8",
-                "distillation.teacher.generation.torch_threads=1",
-                "distillation.dataset.name=json",
-                f"distillation.dataset.data_files={corpus}",
-                "distillation.dataset.max_length=16",
-                "distillation.partition.rows=5",
-                "distillation.cluster.dashboard_address=null",
-                *share(worker, 3),
-            ]
-        )
+        job(llama, corpus, folder / f"worker-{worker}", *share(worker, 3))
     return folder
 
 
@@ -78,48 +87,85 @@ def parts(made: Path, tmp_path: Path) -> Path:
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the launcher as a user does, in new interpreters."""
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, env=environment)
 
 
-def test_the_launcher_runs_workers_side_by_side_and_merges(small, whole) -> None:
-    done = launch("2", "--", *small)
-    assert done.returncode == 0, done.stderr
-    assert "worker 0: done\n" in done.stderr
-    assert "worker 1: done\n" in done.stderr
+@pytest.fixture
+def launched(monkeypatch, fork_server) -> Callable[..., int]:
+    """Run the launcher in this process, and its workers as forks. Return its exit status."""
+    monkeypatch.setattr(
+        parallel, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, Popen=warm.Popen, run=warm.run)
+    )
+
+    def call(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            parallel.main(arguments)
+        return ended.value.code
+
+    return call
+
+
+def check_launched(folder: Path, errors: str, expected: str) -> None:
+    """Check logs, receipts and cache of two workers."""
+    assert "worker 0: done\n" in errors
+    assert "worker 1: done\n" in errors
     # Each line of a worker's log is shown while the worker runs.
     for number in (0, 1):
-        log = (cache_dir(small) / "logs" / f"worker-{number}.log").read_text().splitlines()
+        log = (folder / "logs" / f"worker-{number}.log").read_text().splitlines()
+        assert log
         assert [f"[worker {number}] {line}" for line in log] == [
-            line for line in done.stderr.splitlines() if line.startswith(f"[worker {number}]")
+            line for line in errors.splitlines() if line.startswith(f"[worker {number}]")
         ]
-    folder = cache_dir(small)
-    assert done.stdout.strip() == str(folder / "teacher_logits.h5")
-    assert digest(folder / "teacher_logits.h5") == whole
+    assert digest(folder / "teacher_logits.h5") == expected
     assert sorted(path.name for path in (folder / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
     owners = {json.loads(p.read_text())["partition"]: json.loads(p.read_text())["process"]
               for p in (folder / "receipts").rglob("*.json")}  # fmt: skip
     assert len({owners[i] for i in (0, 2, 4, 6)}) == len({owners[i] for i in (1, 3, 5, 7)}) == 1
     assert owners[0] != owners[1]
+
+
+@pytest.mark.slow
+def test_the_script_runs_workers_side_by_side_and_merges(small, whole) -> None:
+    done = launch("2", "--", *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(cache_dir(small) / "teacher_logits.h5")
+    check_launched(cache_dir(small), done.stderr, whole)
+
+
+def test_the_launcher_runs_workers_side_by_side_and_merges(small, whole, launched, capfd) -> None:
+    folder = cache_dir(small)
+    assert launched("2", "--", *small) == 0
+    check_launched(folder, capfd.readouterr().err, whole)
     before = tree(folder / "receipts")
-    assert launch("2", "--", *small).returncode == 0
+    assert launched("2", "--", *small) == 0
     assert tree(folder / "receipts") == before
 
 
-def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_again(small, whole) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable}
-    started = subprocess.Popen(
-        ["bash", str(LAUNCHER), "2", "--", *small], stderr=subprocess.PIPE, text=True, env=environment
-    )
+def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_again(
+    small, whole, launched, capfd
+) -> None:
     folder = cache_dir(small)
-    os.kill(wait_for(lambda: SoftFileLease(folder / ".driver-1-of-2.lock").pid, started), signal.SIGKILL)
-    errors = finish(started)
-    assert started.returncode == 1
+    ended = threading.Event()
+
+    def kill_the_second() -> None:
+        while not (pid := SoftFileLease(folder / ".driver-1-of-2.lock").pid) and not ended.is_set():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill_the_second)
+        try:
+            assert launched("2", "--", *small) == 1
+        finally:
+            ended.set()
+        killer.result()
+    errors = capfd.readouterr().err
     assert "worker 0: done" in errors
     assert "worker 1: failed with exit status 137" in errors
     assert not (folder / "teacher_logits.h5").exists()
-    done = launch("--no-merge", "2", "--", *small)
-    assert done.returncode == 0, done.stderr
+    assert launched("--no-merge", "2", "--", *small) == 0
     assert read_status(folder).state == "scored"
     assert digest(merge([folder])) == whole
 
@@ -189,7 +235,7 @@ def test_parts_in_folders_of_their_own_become_one_cache(parts, whole, small, cap
     assert capsys.readouterr().out.strip() == str(cache)
     assert cache.stat().st_mtime_ns == first
     script = [sys.executable, str(ROOT / "scripts" / "merge_teacher_logits.py"), *main_arguments[1:]]
-    assert subprocess.run(script, check=True, capture_output=True, text=True).stdout.strip() == str(cache)
+    assert warm.run(script).stdout.strip() == str(cache)
     assert CacheReader(cache).attributes["statistics"]["documents"] == 40
 
 
