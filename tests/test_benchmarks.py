@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from builders import ROOT, records, write_cache
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -123,7 +123,7 @@ def test_capture_runs(llama, corpus, tmp_path, capsys) -> None:
 )
 def test_peers_name_the_package_they_lack(name, package, arguments) -> None:
     script = str(BENCHMARKS / "peers" / name)
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    done = warm.run([sys.executable, script, *arguments])
     assert done.returncode == 1
     assert package in done.stderr
     assert "not installed here; make an environment of its own" in done.stderr

@@ -98,6 +98,7 @@ def test_wikitext_c4_and_fineweb_by_their_names(base, tmp_path) -> None:
     assert plan["source"]["etag"]
 
 
+@pytest.mark.slow
 def test_only_the_files_that_are_needed_are_fetched(base, tmp_path) -> None:
     make_hub_repos(tmp_path / "hub", TEXTS)
     job = named(base, tmp_path / "run", "HuggingFaceFW/fineweb", "sample-10BT", "distillation.dataset.streaming=true")

@@ -73,6 +73,7 @@ def test_a_script_without_a_guard_may_be_edited_and_deleted_while_it_runs(local,
     assert read_status(tmp_path / "run").state == "complete"
 
 
+@pytest.mark.slow
 def test_a_generator_in_a_script_on_standard_input(local, tmp_path) -> None:
     script = GENERATOR.format(
         texts=sentences(20),

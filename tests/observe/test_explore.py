@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from builders import records, save_tokenizer, write_cache
 from test_report import HOSTILE, Page
 
@@ -249,12 +250,12 @@ def test_the_command_serves_until_ctrl_c_and_writes_a_file(cache, tmp_path) -> N
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0
     target = str(tmp_path / "page.html")
-    done = subprocess.run([*command, "--html", target, "--documents", "0,5"], capture_output=True, text=True)
+    done = warm.run([*command, "--html", target, "--documents", "0,5"])
     assert (done.returncode, done.stdout) == (0, f"{target}\n")
     for options, reason in (
         (["--html", target], "expected --html and --documents together, got one"),
         (["--html", target, "--documents", "a"], "--documents: expected numbers such as 0,5,7, got 'a'"),
     ):
-        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        done = warm.run([*command, *options])
         assert done.returncode == 2
         assert reason in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from builders import cache_dir, records, save_tokenizer, write_cache
 from test_monitor import run_folder
 
@@ -181,7 +181,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(here, caplog, monkeypatch)
 def test_the_command_writes_the_report_of_a_cache_alone(tmp_path) -> None:
     target = tmp_path / "page.html"
     command = [sys.executable, "-m", "dask_logits", "report", str(GOLDEN), "--output", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{target}\n", "")
     page = checked(target.read_text())
     assert [attributes["id"] for attributes in page.all("section")] == ["targets", "documents", "computed", "loading"]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from test_monitor import FACTS, run_folder
 
 from dask_logits import RunConflictError
@@ -93,6 +94,6 @@ def test_a_reader_that_leaves_ends_the_watching(tmp_path) -> None:
 
 
 def test_json_is_for_one_reading(tmp_path) -> None:
-    done = subprocess.run([*command(tmp_path), "--json"], capture_output=True, text=True)
+    done = warm.run([*command(tmp_path), "--json"])
     assert done.returncode == 2
     assert "expected --json or --watch, got both" in done.stderr
