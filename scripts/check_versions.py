@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 # What README.md, CONTRIBUTING.md and the scripts install; "" is the package without extras.
-INSTALLS = ("", "cuda13", "dashboard,quickstart", "dev", "adapters,gcs,http,s3")
-EVERYWHERE = "adapters,dashboard,dev,gcs,http,quickstart,s3"
+INSTALLS = ("", "cuda13", "dashboard,quickstart", "dev", "docs", "adapters,gcs,http,s3")
+EVERYWHERE = "adapters,dashboard,dev,docs,gcs,http,quickstart,s3"
 # Settings that would bring packages which the public index does not have.
 LOCAL = ("CONSTRAINT", "EXTRA_INDEX_URL", "FIND_LINKS", "INDEX", "INDEX_URL", "OVERRIDE", "TORCH_BACKEND")
 UNREACHABLE = ("error sending request", "Failed to fetch", "client error", "dns error", "network was disabled")

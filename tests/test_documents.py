@@ -40,7 +40,12 @@ ADVANCED = ROOT / "docs" / "TEACHER_LOGITS_ADVANCED.md"
 DISTILLATION = ROOT / "docs" / "DISTILLATION.md"
 IMPROVEMENTS = ROOT / "IMPROVEMENTS_TEACHER_LOGITS.md"
 DOCUMENTS = (ADVANCED, DISTILLATION, IMPROVEMENTS)
-NAMES = [path.stem for path in DOCUMENTS]
+# Pages of the documentation site only.
+PAGES = [
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "tutorial", "explanation", "troubleshooting")),
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+    *sorted((ROOT / "docs" / "reference").glob("*.md")),
+]
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.S | re.M)
 GENERATION = "distillation.teacher.generation"
 JOIN = "distillation.cluster.scheduler_file=scheduler.json"
@@ -225,6 +230,12 @@ def run_command(words: list[str], folder: Path) -> None:
         case ["export" | "dask", *_]:
             # The fixture has done it.
             assert words in all_commands(ADVANCED)
+        case ["scripts/quickstart.sh"]:
+            # The fixture has done what it leaves.
+            assert Path("output/quickstart/teacher_logits.h5").exists()
+        case ["dask-logits", "plan", "--measure", *_]:
+            # A scheduler's workers cannot be measured.
+            main(words[1:])
         case ["dask-logits", "generate" | "plan", *overrides]:
             run_job(words[1], overrides)
         case ["dask-logits", "status" | "report" | "explore" | "verify" | "merge" | "show" | "convert", *_]:
@@ -256,13 +267,16 @@ def run_job(command: str, overrides: list[str]) -> None:
 
 
 def run_document(document: Path, folder: Path) -> dict:
-    """Run what a document shows, in order; return the names that its examples leave."""
+    """Run what a document shows, in order; return the names that its examples leave.
+
+    A block of text is output. A name in braces is a directive of the documentation site.
+    """
     names: dict = {"__name__": "__main__"}
     for language, body in FENCE.findall(document.read_text()):
         if language == "bash":
             for words in commands(body):
                 run_command(words, folder)
-        else:
+        elif language != "text" and not language.startswith("{"):
             assert language == "python", f"{document.name}: a block of {language!r}, which nothing runs"
             body = re.sub(r"load_config\(\s*\[", f'load_config(["{JOIN}", ', body)
             exec(compile(body, document.name, "exec"), names)
@@ -273,10 +287,10 @@ def digest(path: str) -> str:
     return CacheReader(Path(path) / "teacher_logits.h5").attributes["content_digest"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.stem)
 def test_every_job_of_the_documents_composes(document) -> None:
     jobs = [
-        words[2:]
+        [word for word in words[2:] if not word.startswith("--")]
         for words in all_commands(document)
         if words[:2] in (["dask-logits", "generate"], ["dask-logits", "plan"])
     ]
@@ -348,7 +362,7 @@ def test_the_slurm_preset_joins_the_scheduler_that_the_environment_names(monkeyp
     assert (cluster.kind, cluster.scheduler_file) == ("scheduler", "/a folder/s=1,2.json")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.stem)
 def test_settings_files_and_links_that_are_named_exist(document: Path) -> None:
     text = document.read_text()
     known = {setting.path for setting in settings()}
@@ -383,10 +397,15 @@ def sayings() -> str:
     return " ".join(" ".join(found).replace("'…'", "…").split())
 
 
-def test_messages_in_the_troubleshooting_table_are_real() -> None:
-    section = ADVANCED.read_text().partition("## Troubleshooting")[2].partition("\n## ")[0]
+@pytest.mark.parametrize(
+    ("document", "title", "at_least"),
+    [(ADVANCED, "## Troubleshooting", 20), (ROOT / "docs" / "troubleshooting.md", "## Messages", 10)],
+    ids=["job", "training"],
+)
+def test_messages_in_the_troubleshooting_tables_are_real(document, title, at_least) -> None:
+    section = document.read_text().partition(title)[2].partition("\n## ")[0]
     messages = re.findall(r"^\| `(.*?)` \|", section, re.M)
-    assert len(messages) > 20
+    assert len(messages) > at_least
     said = sayings()
     for message in messages:
         assert message.removesuffix("…").strip() in said, message

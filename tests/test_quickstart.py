@@ -48,7 +48,7 @@ def test_an_earlier_run_is_continued_with_its_documents(
         assert "continuing with these" in reason
 
 
-@pytest.mark.parametrize("name", ["check", "install.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["check", "docs.sh", "install.sh", "quickstart.sh", "test.sh"])
 def test_scripts_are_valid_and_executable(name) -> None:
     import os
     import subprocess

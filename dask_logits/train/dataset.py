@@ -164,7 +164,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Attributes of the (first) cache: teacher, settings, statistics, content digest."""
+        """Attributes of the (first) cache, among them teacher, settings, statistics and content digest."""
         return self._opened()[0].attributes
 
     @property

@@ -78,11 +78,10 @@ def distillation_loss(
     input_ids: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> DistillationLoss:
-    r"""Compute the loss of a student's logits.
+    """Compute the loss of a student's logits.
 
     By default, this is the forward KL divergence with the tail as one ghost token:
-
-    .. math:: \sum_k p_k (\log p_k - \log q_k) + p_\text{tail} (\log p_\text{tail} - \log q_\text{tail})
+    ``Σ p_k (log p_k − log q_k) + p_tail (log p_tail − log q_tail)``, the sum over the kept entries k.
 
     Parameters
     ----------
@@ -122,7 +121,7 @@ def distillation_loss(
     -----
     Stored log-probs are rounded to float16. The kept entries are rescaled to the mass outside the tail, so that the
     teacher's distribution sums to one. The reverse KL is infinite where the teacher has no tail mass but the student
-    has. There the mass is taken as the smallest positive float32, e\ :sup:`−103.3`.
+    has. There the mass is taken as the smallest positive float32, ``e^−103.3``.
 
     Examples
     --------

@@ -40,7 +40,8 @@ class Objective:
     divergence
         ``forward_kl``, KL(teacher ‖ student). ``reverse_kl``, KL(student ‖ teacher). ``jsd``, the generalised
         Jensen-Shannon divergence ``beta · KL(p ‖ m) + (1 − beta) · KL(q ‖ m)`` with ``m = beta · p + (1 − beta) · q``,
-        p the teacher and q the student (arXiv 2306.13649). ``total_variation``, half the sum of |p − q|.
+        p the teacher and q the student (arXiv 2306.13649). ``total_variation``, half the sum of the absolute values of
+        ``p − q``.
     tail
         What becomes of the teacher's mass outside the kept entries. ``ghost``: one cell, compared with the student's
         mass outside the kept entries. ``residual``: the true next token gets it. ``renormalised``: the kept entries are
