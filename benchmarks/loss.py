@@ -1,7 +1,8 @@
 """The loss of a step from hidden states to gradients: time and memory, by vocabulary, against other ways to compute it.
 
 Every way gets the same hidden states, weight and targets, and ends with the gradients to both. Ways are timed in turn,
-round by round, in one process; medians count. The others are written here: ``dense`` and ``loop`` by autograd,
+round by round, in one process; medians count. Ratios are of processor time, which other work on the machine changes
+less. The others are written here: ``dense`` and ``loop`` by autograd,
 ``renormalised`` in the shape of VeOmni's chunked top-k loss (one ``autograd.Function``, logits computed again in
 backward, no tail). ``label loss`` is torch's ``linear_cross_entropy``, once in our chunks and once in its own: without
 a teacher, the least that a loss over the vocabulary can cost.
@@ -146,18 +147,18 @@ def memory_bytes(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def measured(way: Callable[[], None], tensors: tuple[Tensor, ...]) -> tuple[float, int]:
-    """Run a way once. Return its seconds and the bytes it added to the process at its peak."""
+def measured(way: Callable[[], None], tensors: tuple[Tensor, ...]) -> tuple[float, float, int]:
+    """Run a way once. Return its seconds, those of the processor, and the bytes it added to the process at its peak."""
     for tensor in tensors:
         tensor.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_bytes("VmRSS")
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     way()
-    seconds = time.perf_counter() - start
-    return seconds, memory_bytes("VmHWM") - before
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    return seconds, cpu_seconds, memory_bytes("VmHWM") - before
 
 
 def compare(arguments: argparse.Namespace, vocabulary: int) -> dict[str, dict[str, Any]]:
@@ -168,18 +169,23 @@ def compare(arguments: argparse.Namespace, vocabulary: int) -> dict[str, dict[st
     # Buffers of the matrix library are allocated once, by any product.
     (hidden_ND.detach() @ weight_VD.detach()[:4096].t()).sum()
     seconds: dict[str, list[float]] = {name: [] for name in wanted}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in wanted}
     peaks: dict[str, list[int]] = {name: [] for name in wanted}
     for _ in range(arguments.rounds):
         for name, way in wanted.items():
-            took, peak = measured(way, (hidden_ND, weight_VD))
+            took, took_cpu, peak = measured(way, (hidden_ND, weight_VD))
             seconds[name].append(took)
+            cpu_seconds[name].append(took_cpu)
             peaks[name].append(peak)
     gradients = 4 * (hidden_ND.numel() + weight_VD.numel())
     chunk = 4 * vocabulary * chunk_rows(arguments.tokens, vocabulary)
     return {
         name: {
             "seconds": seconds[name],
-            "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds["label loss"], strict=True)),
+            "cpu_seconds": cpu_seconds[name],
+            "ratio": statistics.median(
+                a / b for a, b in zip(cpu_seconds[name], cpu_seconds["label loss"], strict=True)
+            ),
             "peak_bytes": max(peaks[name]),
             "beyond_bytes": max(peaks[name]) - gradients - chunk,
         }
@@ -204,7 +210,7 @@ def plot(tables: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axes[1].barh(places, [row["peak_bytes"] / 2**30 for row in rows.values()], height)
     axes[0].set_yticks(range(len(rows)), list(rows))
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("time, relative to the label loss")
+    axes[0].set_xlabel("processor time, relative to the label loss")
     axes[1].set_xlabel("peak memory, GiB")
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,10 +238,11 @@ def main() -> None:
     tables = {}
     for vocabulary in arguments.vocabularies:
         tables[str(vocabulary)] = rows = compare(arguments, vocabulary)
-        print(f"V = {vocabulary:<15d} seconds  ratio  peak MiB  beyond MiB", flush=True)
+        print(f"V = {vocabulary:<15d} seconds  CPU seconds  ratio  peak MiB  beyond MiB", flush=True)
         for name, row in rows.items():
             print(
-                f"{name:>19s} {statistics.median(row['seconds']):7.2f}  {row['ratio']:5.2f}  "
+                f"{name:>19s} {statistics.median(row['seconds']):7.2f}  {statistics.median(row['cpu_seconds']):11.2f}  "
+                f"{row['ratio']:5.2f}  "
                 f"{row['peak_bytes'] / 2**20:8.0f}  {row['beyond_bytes'] / 2**20:10.0f}"
             )
     if arguments.out is not None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dask_logits.ops.merge import merge
     from dask_logits.train.batches import collate, collate_flat
     from dask_logits.train.dataset import CachedLogitsDataset
+    from dask_logits.train.ensemble import EnsembleDataset
     from dask_logits.train.heads import Head
     from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
     from dask_logits.train.mixture import MixedDataset
@@ -57,6 +58,7 @@ _HOMES = {
     "DistillationConfig": "train.trainer",
     "DistillationLoss": "train.losses",
     "DistillationTrainer": "train.trainer",
+    "EnsembleDataset": "train.ensemble",
     "Head": "train.heads",
     "ItemOrder": "train.order",
     "MixedDataset": "train.mixture",
@@ -97,6 +99,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationLoss",
     "DistillationTrainer",
+    "EnsembleDataset",
     "Head",
     "ItemOrder",
     "MixedDataset",

@@ -150,6 +150,9 @@ def _targets(
         vocab_size=max(item.vocab_size for item in items),
         temperatures=items[0].temperatures,
         tail_logmass_NJ=_padded(items, "tail_logmass_T", 0.0, torch.float32) if items[0].temperatures else None,
+        topk_logprobs_NKJ=_padded(items, "topk_logprobs_T", 0.0, torch.float32)
+        if "topk_logprobs_T" in items[0]
+        else None,
     )
     if not is_coded:
         return targets

@@ -18,6 +18,7 @@ from dask_logits.errors import CacheError, ConfigError
 from dask_logits.fields import Count, Digest, Record
 from dask_logits.files.atomic import read_json
 from dask_logits.train.dataset import CachedLogitsDataset
+from dask_logits.train.ensemble import EnsembleDataset
 from dask_logits.train.mixture import MixedDataset
 
 STATE_NAME = "distillation_state.json"
@@ -115,7 +116,7 @@ class DistillationState(Record):
             raise ConfigError("\n".join(problems), problems)
 
 
-def cache_of(name: str, dataset: Any) -> CachedLogitsDataset | MixedDataset:
+def cache_of(name: str, dataset: Any) -> CachedLogitsDataset | EnsembleDataset | MixedDataset:
     """Return the dataset over caches, of which another one may be a torch ``Subset``.
 
     Raises
@@ -125,9 +126,9 @@ def cache_of(name: str, dataset: Any) -> CachedLogitsDataset | MixedDataset:
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    if not isinstance(dataset, CachedLogitsDataset | MixedDataset):
+    if not isinstance(dataset, CachedLogitsDataset | EnsembleDataset | MixedDataset):
         raise ConfigError(
-            f"{name}: expected a CachedLogitsDataset, a MixedDataset, or a torch Subset of one, got "
+            f"{name}: expected a CachedLogitsDataset, MixedDataset or EnsembleDataset, or a torch Subset of one, got "
             f"{type(dataset).__name__}; open the teacher's cache with CachedLogitsDataset(path)"
         )
     if dataset.decode != "worker":

@@ -177,6 +177,15 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         """Number of tokens of all items."""
         return int(self._item_lengths().sum())
 
+    def places(self) -> npt.NDArray[np.int64]:
+        """Return the dataset row, offset and length of each document (text window, packed block): [items, 3].
+
+        A packed block has those of its first token, and its own length. A `window` is not considered.
+        """
+        places_I2 = np.concatenate([np.stack(reader.item_places(), 1) for reader in self._opened()])
+        places_I2 = np.delete(places_I2 if self._order is None else places_I2[self._order], self._left_out, 0)
+        return np.column_stack([places_I2, self._item_lengths()])
+
     def decoder(self) -> Decoder:
         """Return the module that decodes a batch of codes (``decode="device"``).
 

@@ -21,7 +21,7 @@ from dask_logits.train.batches import CachedItem
 from dask_logits.train.dataset import CachedLogitsDataset
 from dask_logits.train.order import is_integer
 
-_SHARED = ("top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
+_OPTIONS = ("top_k", "decode", "student_vocab_size", "window", "max_tokens")
 
 
 class MixedDataset(Dataset[CachedItem]):
@@ -58,7 +58,7 @@ class MixedDataset(Dataset[CachedItem]):
         seed: int = 0,
     ) -> None:
         self.sources = dict(sources)
-        _check_sources(self.sources)
+        check_sources(self.sources, "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
         self.seed = seed
         first = next(iter(self.sources.values()))
         self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
@@ -67,8 +67,9 @@ class MixedDataset(Dataset[CachedItem]):
         # Each source has its own, and the content digest covers them.
         self.window: int | None = None
         self.max_tokens: int | None = None
-        sizes_S = np.array([len(source) for source in self.sources.values()], np.int64)
-        share_S = self._shares(weights, sizes_S)
+        sizes = {name: len(source) for name, source in self.sources.items()}
+        sizes_S = np.array([*sizes.values()], np.int64)
+        share_S = shares(sizes if weights is None else weights, sources)
         if n_items is None:
             n_items = int((sizes_S / share_S).min() + 1e-9)
         elif not is_integer(n_items) or n_items < 1:
@@ -78,17 +79,6 @@ class MixedDataset(Dataset[CachedItem]):
         self._item_I = np.concatenate([self._drawn(s, sizes_S[s], count) for s, count in enumerate(counts_S.tolist())])
         order_I = np.random.default_rng([seed % (1 << 64), len(sizes_S)]).permutation(n_items)
         self._source_I, self._item_I = self._source_I[order_I], self._item_I[order_I]
-
-    def _shares(self, weights: Mapping[str, float] | None, sizes_S: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        if weights is None:
-            return np.asarray(sizes_S / sizes_S.sum())
-        if weights.keys() != self.sources.keys():
-            raise ConfigError(f"weights: expected one for each of {sorted(self.sources)}, got {sorted(weights)}")
-        wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
-        if wrong:
-            raise ConfigError(f"weights: expected positive numbers, got {wrong}")
-        found_S = np.array([weights[name] for name in self.sources], np.float64)
-        return np.asarray(found_S / found_S.sum())
 
     def _drawn(self, source: int, size: int, count: int) -> npt.NDArray[np.int64]:
         """Return the items of a source in order, pass after pass."""
@@ -136,8 +126,21 @@ class MixedDataset(Dataset[CachedItem]):
         return hashlib.sha256(json.dumps([parts, order.hexdigest()]).encode()).hexdigest()
 
 
-def _check_sources(sources: Mapping[str, CachedLogitsDataset]) -> None:
-    """Refuse sources whose items cannot be in one batch, or whose ids mean other tokens."""
+def check_sources(sources: Mapping[str, CachedLogitsDataset], *shared: str) -> None:
+    """Refuse sources whose items cannot be in one batch, or whose ids mean other tokens.
+
+    Parameters
+    ----------
+    sources
+        Name → opened cache.
+    shared
+        Attributes of the datasets that must be equal.
+
+    Raises
+    ------
+    ConfigError
+        Naming two sources that differ.
+    """
     if not sources:
         raise ConfigError("sources: expected at least one cache, got none")
     for name, source in sources.items():
@@ -147,10 +150,10 @@ def _check_sources(sources: Mapping[str, CachedLogitsDataset]) -> None:
             raise ConfigError(f"sources: expected caches with items, got none in {name!r}")
     first_name, first = next(iter(sources.items()))
     for name, source in sources.items():
-        for what in _SHARED:
+        for what in shared:
             ours, theirs = getattr(first, what), getattr(source, what)
             if ours != theirs:
-                cure = "open them with the same top_k" if what == "top_k" else "mix caches that agree"
+                cure = f"open them with the same {what}" if what in _OPTIONS else "mix caches that agree"
                 raise ConfigError(
                     f"sources: expected the same {what}, got {ours} in {first_name!r} and {theirs} in {name!r}; {cure}"
                 )
@@ -160,6 +163,23 @@ def _check_sources(sources: Mapping[str, CachedLogitsDataset]) -> None:
                 f"sources: expected teachers with one tokenizer, got others in {first_name!r} and {name!r}: an "
                 "id would mean two tokens"
             )
+
+
+def shares(weights: Mapping[str, float], sources: Mapping[str, object]) -> npt.NDArray[np.float64]:
+    """Scale the weights of the sources so that they sum to one.
+
+    Raises
+    ------
+    ConfigError
+        If a source has no weight, or a weight is not a positive number.
+    """
+    if weights.keys() != sources.keys():
+        raise ConfigError(f"weights: expected one for each of {sorted(sources)}, got {sorted(weights)}")
+    wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
+    if wrong:
+        raise ConfigError(f"weights: expected positive numbers, got {wrong}")
+    weight_S = np.array([weights[name] for name in sources], np.float64)
+    return np.asarray(weight_S / weight_S.sum())
 
 
 def _counts(share_S: npt.NDArray[np.float64], n_items: int) -> npt.NDArray[np.int64]:

@@ -161,13 +161,14 @@ def teacher_cells(
         If a kept id is outside the teacher's vocabulary.
     """
     ids_NK = targets.topk_ids.flatten(0, -2)[rows_N].long()
-    logp_NK = targets.topk_logprobs.flatten(0, -2)[rows_N].to(dtype)
+    entries, divisor = _entries(targets, objective.temperature)
+    logp_NK = entries.flatten(0, -2)[rows_N].to(dtype) / divisor
     _check_ids(torch.where(logp_NK > -torch.inf, ids_NK, 0), targets.vocab_size)
     if objective.tail == "renormalised":
-        logp_NK, logtail_N = logp_NK / objective.temperature, torch.zeros_like(logp_NK[:, 0])
+        logtail_N = torch.zeros_like(logp_NK[:, 0])
     else:
         logtail_N = _tail(targets, objective.temperature).flatten()[rows_N].to(dtype)
-        logp_NK, logtail_N = normalise_targets(logp_NK / objective.temperature, logtail_N)
+        logp_NK, logtail_N = normalise_targets(logp_NK, logtail_N)
 
     beyond_NK = ids_NK >= width
     logtail_N = torch.logaddexp(logtail_N, logp_NK.masked_fill(~beyond_NK, -torch.inf).logsumexp(-1))
@@ -252,17 +253,31 @@ def _check_ids(ids_NK: Tensor, vocab_size: int) -> None:
         )
 
 
+def _entries(targets: SparseTargets, temperature: float) -> tuple[Tensor, float]:
+    """Return log-probs of the kept entries, and what divides them at a temperature."""
+    if targets.topk_logprobs_NKJ is None or temperature == 1:
+        return targets.topk_logprobs, temperature
+    return targets.topk_logprobs_NKJ[..., _place(targets, temperature)], 1.0
+
+
 def _tail(targets: SparseTargets, temperature: float) -> Tensor:
     """Return the tail's log-mass at a temperature."""
     if temperature == 1:
         return targets.tail_logmass
-    if targets.tail_logmass_NJ is None or temperature not in targets.temperatures:
+    column = _place(targets, temperature)
+    assert targets.tail_logmass_NJ is not None
+    return targets.tail_logmass_NJ[..., column]
+
+
+def _place(targets: SparseTargets, temperature: float) -> int:
+    """Return the column of a temperature."""
+    if temperature not in targets.temperatures:
         has = ", ".join(f"{value:g}" for value in sorted((1.0, *targets.temperatures)))
         raise ConfigError(
             f"temperature: expected one that the cache has a tail for ({has}), got {temperature:g}; make a cache with "
             f"distillation.teacher.generation.temperatures=[{temperature:g}]"
         )
-    return targets.tail_logmass_NJ[..., targets.temperatures.index(temperature)]
+    return targets.temperatures.index(temperature)
 
 
 def _residual(ids_NK: Tensor, logp_NK: Tensor, logtail_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

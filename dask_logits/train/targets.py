@@ -90,7 +90,7 @@ class SparseTargets(_Tensors):
         [N] int64, the tokens read by the teacher.
     topk_ids, topk_logprobs
         [N, K] int64 and float32, the kept entries, most probable first. An entry with log-prob −∞ is absent, and its id
-        is ignored.
+        is ignored. In a position without absent entries no other token is more probable than the kept ones.
     tail_logmass
         [N] float32, log of the teacher's mass outside the kept entries.
     logsumexp
@@ -108,6 +108,9 @@ class SparseTargets(_Tensors):
         J temperatures other than 1 with a tail.
     tail_logmass_NJ
         [N, J] float32, log of the teacher's mass outside the kept entries at each of the temperatures. None if J is 0.
+    topk_logprobs_NKJ
+        [N, K, J] float32, the log-probs of the kept entries at each of the temperatures, for a mixture of teachers.
+        None for one teacher, whose log-probs at temperature 1 determine them.
 
     Raises
     ------
@@ -126,12 +129,14 @@ class SparseTargets(_Tensors):
     vocab_size: int
     temperatures: tuple[float, ...] = ()
     tail_logmass_NJ: Tensor | None = None
+    topk_logprobs_NKJ: Tensor | None = None
 
     def __post_init__(self) -> None:
         width = {
             "topk_ids": self.topk_ids.shape[-1:],
             "topk_logprobs": self.topk_ids.shape[-1:],
             "tail_logmass_NJ": (len(self.temperatures),),
+            "topk_logprobs_NKJ": (*self.topk_ids.shape[-1:], len(self.temperatures)),
         }
         problems = []
         for field in fields(self):
@@ -196,11 +201,12 @@ class SparseTargets(_Tensors):
     def _check_labels(self) -> None:
         """Refuse targets whose label log-probs contradict the kept entries, because they belong to other tokens."""
         present_NK = self.topk_logprobs > -torch.inf
-        known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan() & present_NK.any(-1)
         is_label_NK = (self.topk_ids == self.label_ids[..., None]) & present_NK
         least_N = torch.where(present_NK, self.topk_logprobs, torch.inf).amin(-1)
         kept_N = torch.where(is_label_NK, self.topk_logprobs, -torch.inf).amax(-1)
         is_kept_N = is_label_NK.any(-1)
+        is_bounded_N = is_kept_N | present_NK.all(-1)
+        known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan() & is_bounded_N
         bound_N = torch.where(is_kept_N, kept_N, least_N)
         top_N = torch.where(present_NK, self.topk_logprobs, -torch.inf).amax(-1)
         off_N = self.label_logprob - bound_N

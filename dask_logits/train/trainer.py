@@ -89,7 +89,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     args
         None: the defaults.
     train_dataset
-        A :class:`dask_logits.CachedLogitsDataset`, or a torch ``Subset`` of one.
+        A :class:`dask_logits.CachedLogitsDataset`, a :class:`dask_logits.MixedDataset`, a
+        :class:`dask_logits.EnsembleDataset`, or a torch ``Subset`` of one.
     eval_dataset
         The same, or a dict of them.
     data_collator

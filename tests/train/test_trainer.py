@@ -380,7 +380,8 @@ def test_two_processes_equal_one(folder, tmp_path) -> None:
     [
         (
             [1, 2],
-            r"train_dataset: expected a CachedLogitsDataset, a MixedDataset, or a torch Subset of one, got list; open",
+            "train_dataset: expected a CachedLogitsDataset, MixedDataset or EnsembleDataset, or a torch Subset of one, "
+            "got list; open",
         ),
         (ConcatDataset([[1]]), r"train_dataset: expected a CachedLogitsDataset, .*, got ConcatDataset"),
     ],
