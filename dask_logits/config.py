@@ -42,6 +42,8 @@ _CREDENTIALS = re.compile(
 
 # Default of `dataset.max_length`, for teachers with more positions.
 DEFAULT_MAX_LENGTH = 2048
+# Default of `position_share` with positions=entropy. This share of positions loses nothing (arXiv 2602.01395).
+DEFAULT_POSITION_SHARE = 0.2
 
 
 def _joined(value: Any) -> Any:
@@ -70,6 +72,7 @@ Files = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
 ]
 
+Fraction = Annotated[float, Field(gt=0, le=1, title="float > 0 and ≤ 1")]
 Words = Annotated[tuple[str, ...], Field(min_length=1, strict=False, title="list of str")]
 Temperatures = Annotated[
     tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...],
@@ -92,12 +95,31 @@ class Group(BaseModel):
 class GenerationConfig(Group):
     """``distillation.teacher.generation``: scoring by the teacher."""
 
+    @property
+    def target_share(self) -> float:
+        """Share of the scored positions that keep their targets."""
+        if self.positions != "entropy":
+            return 1.0
+        return DEFAULT_POSITION_SHARE if self.position_share is None else self.position_share
+
     top_k: PositiveInt = _setting(64, "what", "Number of entries kept per position, most probable first.")
     temperatures: Temperatures = _setting(
         (),
         "what",
         "Further temperatures for training students, such as `[2]`. For each, the tail's mass is stored. Temperature 1 "
         "is always there.",
+    )
+    positions: Literal["all", "labels", "entropy"] = _setting(
+        "all",
+        "what",
+        "Positions that get targets. labels: those whose next token a student learns, by a mask. entropy: those where "
+        "the teacher's distribution has the highest entropy, among those that a student learns.",
+    )
+    position_share: Fraction | None = _setting(
+        None,
+        "what",
+        "Share of the positions of each document, text window or packed block that get targets with "
+        "`positions=entropy`. null: 0.2.",
     )
     batch_size: PositiveInt | None = _setting(
         None, "numerics", "Maximum number of documents in a batch. null: only `batch_tokens` limits a batch."
@@ -563,6 +585,7 @@ def _cross_check(config: Config, dataset_given: bool) -> Iterator[str]:
         except ConfigError as error:
             yield error.message
     yield from _check_share(generation, cluster)
+    yield from _check_positions(generation, dataset)
     yield from _check_secrets(config)
     files = dict(cluster.security)
     for name, file in files.items() if any(files.values()) else ():
@@ -651,6 +674,21 @@ def _texts(config: Config) -> Iterator[tuple[str, str]]:
     for path, value in flat(config.model_dump()).items():
         texts = value if isinstance(value, tuple) else (value,)
         yield from ((path, text) for text in texts if isinstance(text, str))
+
+
+def _check_positions(generation: GenerationConfig, dataset: DatasetConfig) -> Iterator[str]:
+    where = "distillation.teacher.generation"
+    if generation.position_share is not None and generation.positions != "entropy":
+        yield (
+            f"{where}.position_share: expected null with positions={generation.positions}, got "
+            f"{generation.position_share}. Set {where}.positions=entropy"
+        )
+    has_mask = dataset.mask_column is not None or (dataset.messages_column is not None and dataset.learn != "all")
+    if generation.positions == "labels" and not has_mask:
+        yield (
+            f"{where}.positions: expected 'all' or 'entropy' without a mask, got 'labels'. Set "
+            "distillation.dataset.messages_column with learn=assistant, or distillation.dataset.mask_column"
+        )
 
 
 def _check_share(generation: GenerationConfig, cluster: ClusterConfig) -> Iterator[str]:

@@ -3,7 +3,11 @@
 The layout is ragged: a flat token axis with one entry per real token, and a document axis with bounds. Padding is never
 stored. Only plain integers and numpy are used, independent of teacher and file format.
 
-Dimension letters: N tokens, D documents, B blocks, K kept entries per position, J temperatures.
+There are two axes of positions: the tokens, and those of them that have targets. They are the same one unless a job
+keeps targets at chosen positions only (``target_pos``).
+
+Dimension letters: N tokens, M positions with targets, D documents, B blocks, K kept entries per position,
+J temperatures.
 """
 
 from __future__ import annotations
@@ -11,20 +15,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dask_logits.fields import Count, NumberOrInfinity, Record
 
 Array = npt.NDArray[Any]
 
 TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
-# Only for targets with further temperatures, and for masked data.
-OPTIONAL_TOKEN_ARRAYS = ("tail_logmass_T", "loss_mask")
+# Only for targets with further temperatures, for masked data, and for targets at chosen positions.
+OPTIONAL_TOKEN_ARRAYS = ("tail_logmass_T", "loss_mask", "target_pos")
+# These have an entry for each token. All other token arrays have one for each position with targets.
+EVERY_TOKEN = ("input_ids", "loss_mask")
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
 # Only for documents packed into blocks.
 BLOCK_ARRAYS = ("block_length",)
@@ -49,10 +55,13 @@ class Extras:
         J temperatures other than 1 whose tail is stored, ascending.
     is_masked
         Whether a mask says which positions a student learns from.
+    has_target_pos
+        Whether only chosen positions have targets.
     """
 
     temperatures: tuple[float, ...] = ()
     is_masked: bool = False
+    has_target_pos: bool = False
 
     @property
     def token_arrays(self) -> tuple[str, ...]:
@@ -61,7 +70,7 @@ class Extras:
         >>> Extras(temperatures=(2.0,)).token_arrays[-2:]
         ('label_logprob', 'tail_logmass_T')
         """
-        present = (bool(self.temperatures), self.is_masked)
+        present = (bool(self.temperatures), self.is_masked, self.has_target_pos)
         return (*TOKEN_ARRAYS, *itertools.compress(OPTIONAL_TOKEN_ARRAYS, present))
 
 
@@ -85,6 +94,7 @@ def schema(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> dict[str,
         "label_logprob": (f32, ()),
         "tail_logmass_T": (f32, (len(extras.temperatures),)),
         "loss_mask": (np.dtype(np.uint8), ()),
+        "target_pos": (np.dtype(np.uint64), ()),
         "document_row": (np.dtype(np.uint64), ()),
         "document_offset": (np.dtype(np.uint32), ()),
         "document_length": (np.dtype(np.uint32), ()),
@@ -92,14 +102,15 @@ def schema(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> dict[str,
     }
 
 
-def bytes_per_token(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> int:
+def bytes_per_token(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS, target_share: float = 1.0) -> float:
     """Return the bytes per token of the token arrays, in memory and in plain files. Each document adds 24 bytes.
 
-    >>> bytes_per_token(64, 49_152)
-    270
+    >>> bytes_per_token(64, 49_152), bytes_per_token(64, 49_152, Extras(has_target_pos=True), target_share=0.25)
+    (270.0, 71.0)
     """
     entries = schema(top_k, vocab_size, extras)
-    return sum(entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in extras.token_arrays)
+    sizes = {n: entries[n][0].itemsize * int(np.prod(entries[n][1], dtype=int)) for n in extras.token_arrays}
+    return sum(size * (1.0 if name in EVERY_TOKEN else target_share) for name, size in sizes.items())
 
 
 def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
@@ -125,19 +136,21 @@ class Records:
     input_ids
         [N], token ids.
     topk_ids, topk_logprobs
-        [N, K], the K most probable next tokens, most probable first, ties by lower id. Log-probs are in nats at
+        [M, K], the K most probable next tokens, most probable first, ties by lower id. Log-probs are in nats at
         temperature 1, normalised over the whole valid vocabulary.
     logsumexp
-        [N] float32, of the raw logits: raw logit = log-prob + logsumexp.
+        [M] float32, of the raw logits: raw logit = log-prob + logsumexp.
     tail_logmass
-        [N] float32, log of the probability outside the K entries. −inf if K is the whole vocabulary.
+        [M] float32, log of the probability outside the K entries. −inf if K is the whole vocabulary.
     label_logprob
-        [N] float32, log-prob of the true next token, including the first of a following window or block. NaN if there
+        [M] float32, log-prob of the true next token, including the first of a following window or block. NaN if there
         is none.
     tail_logmass_T
-        [N, J] float32, log of the probability outside the K entries at each further temperature. None if J is 0.
+        [M, J] float32, log of the probability outside the K entries at each further temperature. None if J is 0.
     loss_mask
         [N] uint8, 1 at positions whose next token a student learns, else 0. None: it learns from all.
+    target_pos
+        [M] uint64, the tokens whose positions have targets, rising. None: all of them, M = N.
     document_row, document_offset, document_length
         [D], dataset row, position of the first token in the row, number of tokens.
     block_length
@@ -146,7 +159,7 @@ class Records:
     Raises
     ------
     ValueError
-        If the shapes disagree.
+        If the shapes disagree, or `target_pos` does not rise below N.
     """
 
     input_ids: Array
@@ -160,13 +173,18 @@ class Records:
     document_length: Array
     tail_logmass_T: Array | None = None
     loss_mask: Array | None = None
+    target_pos: Array | None = None
     block_length: Array | None = None
 
     def __post_init__(self) -> None:
         tokens, documents = len(self.input_ids), len(self.document_row)
+        targets = tokens if self.target_pos is None else len(self.target_pos)
         for name, array in self.tokens().items():
-            if len(array) != tokens:
-                raise ValueError(f"{name}: expected {tokens} entries, got {len(array)}")
+            expected = tokens if name in EVERY_TOKEN else targets
+            if len(array) != expected:
+                raise ValueError(f"{name}: expected {expected} entries, got {len(array)}")
+        if self.target_pos is not None and not is_rising(self.target_pos, tokens):
+            raise ValueError(f"target_pos: expected rising positions below {tokens}, got {self.target_pos[:8]}")
         for name in DOCUMENT_ARRAYS:
             if len(getattr(self, name)) != documents:
                 raise ValueError(f"{name}: expected {documents} entries, got {len(getattr(self, name))}")
@@ -181,6 +199,11 @@ class Records:
     def n_tokens(self) -> int:
         """Number of tokens, N."""
         return len(self.input_ids)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of positions with targets, M."""
+        return len(self.topk_ids)
 
     @property
     def n_documents(self) -> int:
@@ -199,18 +222,38 @@ class Records:
                 yield name, getattr(self, name)
 
     def tokens(self) -> dict[str, Array]:
-        """Return the arrays of the token axis by name."""
+        """Return the arrays of the token axis and the target axis by name."""
         names = (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def at(self, target_pos: Array) -> Records:
+        """Return the same records with targets at fewer positions: [M], rising, of those that have some."""
+        places = self.targets_of(target_pos)
+        kept = {name: array[places] for name, array in self.tokens().items() if name not in EVERY_TOKEN}
+        return replace(self, **{**kept, "target_pos": target_pos.astype(np.uint64)})
+
+    def targets_of(self, tokens: Array) -> Array:
+        """Return the places on the target axis that belong to places on the token axis, such as document bounds."""
+        return tokens if self.target_pos is None else np.searchsorted(self.target_pos, tokens.astype(np.uint64))
+
+
+def is_rising(target_pos: Array, n_tokens: int) -> bool:
+    """Whether positions rise strictly and are below a number of tokens.
+
+    >>> is_rising(np.array([0, 2], np.uint64), 3), is_rising(np.array([2, 2], np.uint64), 3)
+    (True, False)
+    """
+    return not len(target_pos) or bool((target_pos[1:] > target_pos[:-1]).all() and target_pos[-1] < n_tokens)
 
 
 class ContentDigest:
     """Sum of the SHA-256 of all documents. Equal sums mean the same targets for the same tokens.
 
-    A document's hash covers its row, offset and length and the bytes of all its token arrays. A packed block's hash
-    covers its length and the place of its first token. The sum therefore does not depend on partition boundaries, host,
-    time or order, and the sum of a whole is the sum of its parts. It detects damage and mistakes, but does not protect
-    against someone who can choose the targets, because sums of hashes can be steered.
+    A document's hash covers its row, offset and length and the bytes of all its token arrays. Its target positions
+    count from its first token. A packed block's hash covers its length and the place of its first token. The sum
+    therefore does not depend on partition boundaries, host, time or order, and the sum of a whole is the sum of its
+    parts. It detects damage and mistakes, but does not protect against someone who can choose the targets, because sums
+    of hashes can be steered.
 
     >>> digest = ContentDigest()
     >>> digest.add(f"{1:064x}"); digest.add(f"{2:064x}"); int(digest.hexdigest(), 16)
@@ -234,11 +277,15 @@ class ContentDigest:
         ends = np.cumsum(records.document_length, dtype=np.int64)
         starts = ends - records.document_length
         places = list(zip(records.document_row.tolist(), records.document_offset.tolist(), strict=True))
-        for place, start, stop in zip(places, starts.tolist(), ends.tolist(), strict=True):
+        bounds = zip(*(at.tolist() for at in (starts, ends, *map(records.targets_of, (starts, ends)))), strict=True)
+        for place, (start, stop, first, last) in zip(places, bounds, strict=True):
             found = hashlib.sha256(head)
             found.update(f"document {place} {stop - start}".encode())
-            for _, array in tokens:
-                found.update(array[start:stop].reshape(-1).view(np.uint8).data)
+            for name, array in tokens:
+                part = array[start:stop] if name in EVERY_TOKEN else array[first:last]
+                if name == "target_pos":
+                    part = part - part.dtype.type(start)
+                found.update(part.reshape(-1).view(np.uint8).data)
             self.add(found.hexdigest())
         if records.block_length is not None:
             block_starts = np.cumsum(records.block_length, dtype=np.int64) - records.block_length
@@ -266,15 +313,16 @@ class Statistics(Record, extra="forbid"):
 
     documents: Count = Field(default=0, description="Documents. Windows and block segments count as documents.")
     tokens: Count = Field(default=0, description="Tokens.")
+    targets: Count = Field(default=0, description="Positions with targets. If absent: as many as tokens.")
     blocks: Count = Field(default=0, description="Packed blocks, 0 if documents were not packed.")
     kept_mass: NumberOrInfinity = Field(
-        default=0.0, description="Sum over tokens of the probability inside the K entries."
+        default=0.0, description="Sum over targets of the probability inside the K entries."
     )
     label_logprob: NumberOrInfinity = Field(
         default=0.0,
         description="Sum of the log-probs of the true next tokens, in nats. Infinite if one has probability 0.",
     )
-    labels: Count = Field(default=0, description="Tokens with a true next token.")
+    labels: Count = Field(default=0, description="Targets with a true next token.")
     learned: Count = Field(
         default=0, description="Positions whose next token a student learns, of masked data. 0 without a mask."
     )
@@ -283,6 +331,12 @@ class Statistics(Record, extra="forbid"):
         default=0, description="Texts that begin with the tokenizer's BOS token, so that it occurs twice."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_targets(cls, values: Any) -> Any:
+        """Count the targets of a record without them, which has one for each token."""
+        return {"targets": values["tokens"], **values} if isinstance(values, dict) and "tokens" in values else values
+
     @classmethod
     def of(cls, records: Records) -> Statistics:
         """Compute the sums of one partition in float64."""
@@ -290,6 +344,7 @@ class Statistics(Record, extra="forbid"):
         return cls(
             documents=records.n_documents,
             tokens=records.n_tokens,
+            targets=records.n_targets,
             blocks=0 if records.block_length is None else len(records.block_length),
             kept_mass=float(-np.expm1(records.tail_logmass.astype(np.float64)).sum()),
             label_logprob=float(labelled.astype(np.float64).sum()),
@@ -305,8 +360,8 @@ class Statistics(Record, extra="forbid"):
 
     @property
     def mean_kept_mass(self) -> float:
-        """Mean probability of the K entries, NaN without tokens."""
-        return self.kept_mass / self.tokens if self.tokens else float("nan")
+        """Mean probability of the K entries, NaN without targets."""
+        return self.kept_mass / self.targets if self.targets else float("nan")
 
     @property
     def perplexity(self) -> float:

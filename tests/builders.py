@@ -189,7 +189,9 @@ TEMPERATURES = (0.5, 2.0)
 def extras_of(made: Records) -> Extras:
     """Return the optional arrays that records have."""
     temperatures = () if made.tail_logmass_T is None else TEMPERATURES
-    return Extras(temperatures=temperatures, is_masked=made.loss_mask is not None)
+    return Extras(
+        temperatures=temperatures, is_masked=made.loss_mask is not None, has_target_pos=made.target_pos is not None
+    )
 
 
 def packed_records() -> Records:
@@ -243,6 +245,7 @@ def write_cache(path, made: Records, vocab_size: int = 50, profile: Profile | No
         path,
         profile=profile,
         n_tokens=made.n_tokens,
+        n_targets=made.n_targets,
         n_documents=made.n_documents,
         n_blocks=None if made.block_length is None else len(made.block_length),
     ) as writer:

@@ -17,7 +17,7 @@ PATHS = [
     "teacher.model_path", "teacher.revision", "teacher.tokenizer_path", "teacher.dtype", "teacher.trust_remote_code",
     "teacher.allow_pickle",
     "teacher.cache_dir", "teacher.generation.top_k", "teacher.generation.temperatures",
-    "teacher.generation.batch_size",
+    "teacher.generation.positions", "teacher.generation.position_share", "teacher.generation.batch_size",
     "teacher.generation.batch_tokens", "teacher.generation.head_rows", "teacher.generation.torch_threads",
     "teacher.generation.device", "teacher.generation.force_regenerate", "teacher.generation.num_workers",
     "teacher.generation.devices", "teacher.generation.gpus_per_worker", "teacher.generation.worker_id",

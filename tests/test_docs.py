@@ -13,7 +13,7 @@ from builders import compact, plain, records, save_tokenizer, sentences, tiny_mo
 
 from dask_logits.cache.profile import as_kept
 from dask_logits.hydra_config import load_config
-from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS, Records
+from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS, Extras, Records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,14 +82,19 @@ def test_the_one_call_example_runs(tmp_path, monkeypatch) -> None:
 def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     examples = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
-    for example, profile in zip(examples, (plain(4, 300), compact(4, 300)), strict=True):
+    profiles = (plain(4, 300), plain(4, 300, Extras(has_target_pos=True)), compact(4, 300))
+    for example, profile in zip(examples, profiles, strict=True):
         made = records((5, 3), k=4, vocab_size=300)
+        if profile.extras.has_target_pos:
+            made = made.at(np.array([1, 4, 6]))
         write_cache(tmp_path / "teacher_logits.h5", made, vocab_size=300, profile=profile)
         found: dict = {}
         exec(example, found)
         kept = as_kept(made, profile)
-        assert found["next_token_ids"].tolist() == kept.topk_ids[:5].tolist()
-        assert found["next_token_logprobs"].astype(np.float16).tolist() == kept.topk_logprobs[:5].tolist()
+        n_targets = 5 if made.target_pos is None else 2
+        assert found["next_token_ids"].tolist() == kept.topk_ids[:n_targets].tolist()
+        assert found["next_token_logprobs"].astype(np.float16).tolist() == kept.topk_logprobs[:n_targets].tolist()
+        assert found.get("positions", np.array([1, 4])).tolist() == [1, 4]
 
 
 def test_the_format_document_names_every_array() -> None:

@@ -27,6 +27,8 @@ class Header(Record):
     n_tokens: Count
     n_entries: Count
     n_documents: Count
+    n_targets: Count | None = None
+    n_target_entries: Count | None = None
     top_k: Count
     vocab_size: Count
     content_digest: Digest

@@ -12,6 +12,7 @@ Dimension letters: N tokens, K kept entries.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -29,7 +30,7 @@ from dask_logits.cache.profile import Profile, Stored, encode_all
 from dask_logits.errors import CacheError
 from dask_logits.fields import MOST_COUNT
 from dask_logits.files.atomic import is_there, read_json, sync_tree
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Records, schema
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, EVERY_TOKEN, Array, Records, schema
 
 FORMAT = "dask_logits.partition"
 VERSION = 2
@@ -147,6 +148,11 @@ class PartitionReader:
         return self._layout("input_ids").shape[0]
 
     @property
+    def n_targets(self) -> int:
+        """Number of positions with targets, M."""
+        return self._layout("target_pos" if self.profile.extras.has_target_pos else "input_ids").shape[0]
+
+    @property
     def n_documents(self) -> int:
         """Number of documents, D."""
         return self._layout("document_row").shape[0]
@@ -219,10 +225,11 @@ class PartitionReader:
                 rows = []
 
     def tokens(self) -> Iterator[dict[str, Array]]:
-        """Yield the logical token arrays in blocks of at most 16,384 tokens."""
-        names = list(self.profile.arrays)
-        for parts in zip(*(self.blocks(name) for name in names), strict=True):
-            yield self.profile.decode(dict(zip(names, parts, strict=True)))
+        """Yield the logical token arrays in blocks of at most 16,384 entries of each axis. The targets end first."""
+        none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
+        for parts in itertools.zip_longest(*(self.blocks(name) for name in none)):
+            found = {name: part for name, part in zip(none, parts, strict=True) if part is not None}
+            yield self.profile.decode({**none, **found})
 
     def chunks(self, name: str) -> list[memoryview]:
         """Return the compressed chunks of a chunked array unchanged."""
@@ -276,8 +283,10 @@ class PartitionReader:
                 rows=rows,
                 compressed="zstd" in codecs,
             )
-            if name in self.profile.arrays and length != self.n_tokens:
-                raise self._unreadable(name, f"{length} tokens instead of {self.n_tokens}")
+            if name in self.profile.arrays:
+                n_entries = self.n_tokens if name in EVERY_TOKEN else self.n_targets
+                if length != n_entries or length > self.n_tokens:
+                    raise self._unreadable(name, f"{length} entries instead of {n_entries} of {self.n_tokens} tokens")
         return self._layouts[name]
 
     def _kind(self, name: str) -> Stored:

@@ -19,14 +19,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dask_logits.cache.layout import round_up
 from dask_logits.cache.partition import BLOCK_TOKENS, PartitionReader
-from dask_logits.cache.profile import Profile, as_kept
+from dask_logits.cache.profile import Profile, as_kept, entries_of
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, ContentDigest, Records, Statistics
+from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, EVERY_TOKEN, Array, ContentDigest, Records, Statistics
 
 # Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
 _DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
@@ -57,8 +56,8 @@ class Piece(Protocol):
     def n_bytes(self) -> int:
         """Stored size in bytes."""
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return tokens, documents and blocks."""
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return tokens, targets, documents and blocks."""
 
     def content_digest(self) -> str:
         """Return the content digest."""
@@ -76,7 +75,7 @@ class Piece(Protocol):
         """Yield the compressed chunks of the chunked arrays, some at a time."""
 
     def tokens(self) -> Iterator[dict[str, Array]]:
-        """Yield the logical token arrays, :data:`BLOCK_TOKENS` tokens at a time."""
+        """Yield the logical token arrays, :data:`BLOCK_TOKENS` entries of each axis at a time."""
 
 
 class Committed(Protocol):
@@ -122,9 +121,11 @@ class PartitionPiece:
     @property
     def n_bytes(self) -> int:
         """Bytes in a cache: compressed chunks unchanged, all other arrays unpacked."""
-        tokens, documents, blocks = self.counts()
-        entries, n_bytes = round_up(tokens, self.profile.alignment), documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
+        tokens, targets, documents, blocks = self.counts()
+        token_entries, target_entries = entries_of(self.profile, tokens, targets)
+        n_bytes = documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
         for name, stored in self.profile.arrays.items():
+            entries = token_entries if name in EVERY_TOKEN else target_entries
             if stored.chunked:
                 files = (size for file, (size, _) in self.receipt.files.items() if file.startswith(f"{name}/c/"))
                 n_bytes += sum(files) + entries // self.profile.alignment * _CHUNK_BYTES
@@ -132,10 +133,10 @@ class PartitionPiece:
                 n_bytes += entries * stored.dtype.itemsize * math.prod(stored.shape)
         return n_bytes
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return tokens, documents and blocks."""
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return tokens, targets, documents and blocks."""
         sums = self.receipt.statistics
-        return sums.tokens, sums.documents, sums.blocks
+        return sums.tokens, sums.targets, sums.documents, sums.blocks
 
     def content_digest(self) -> str:
         """Return the digest computed by the worker."""
@@ -152,10 +153,11 @@ class PartitionPiece:
     def check(self) -> None:
         """Check every file against the receipt."""
         self._reader.check(self.receipt.files)
-        found = (self._reader.n_tokens, self._reader.n_documents, self._reader.n_blocks)
+        reader = self._reader
+        found = (reader.n_tokens, reader.n_targets, reader.n_documents, reader.n_blocks)
         if found != self.counts():
             raise CacheError(
-                f"{self.path}: expected {self.counts()} tokens, documents and blocks, got {found}; delete the "
+                f"{self.path}: expected {self.counts()} tokens, targets, documents and blocks, got {found}; delete the "
                 "partition's receipt and run the job again",
                 str(self.path),
             )
@@ -183,8 +185,8 @@ class CachePiece:
         The cache.
     first_row, n_rows
         Dataset rows.
-    documents, tokens, packed
-        Their ranges (start, stop) on the document, token and block axes.
+    documents, token_range, targets, packed
+        Their ranges (start, stop) on the document, token, target and block axes.
     """
 
     reader: CacheReader
@@ -192,6 +194,7 @@ class CachePiece:
     n_rows: int
     documents: tuple[int, int]
     token_range: tuple[int, int]
+    targets: tuple[int, int]
     packed: tuple[int, int]
 
     @property
@@ -210,11 +213,11 @@ class CachePiece:
         start, stop = self.token_range
         return -(-self.path.stat().st_size * (stop - start) // max(1, self.reader.n_entries))
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return tokens, documents and blocks."""
-        ranges = (self.token_range, self.documents, self.packed)
-        tokens, documents, blocks = (stop - start for start, stop in ranges)
-        return tokens, documents, blocks
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return tokens, targets, documents and blocks."""
+        ranges = (self.token_range, self.targets, self.documents, self.packed)
+        tokens, targets, documents, blocks = (stop - start for start, stop in ranges)
+        return tokens, targets, documents, blocks
 
     def content_digest(self) -> str:
         """Compute the content digest of these rows."""
@@ -232,20 +235,26 @@ class CachePiece:
 
     def blocks(self, name: str) -> Iterator[Array]:
         """Yield a stored array piece by piece."""
-        axis = self.packed if name in BLOCK_ARRAYS else self.documents if name in DOCUMENT_ARRAYS else self.token_range
+        axes = {BLOCK_ARRAYS: self.packed, DOCUMENT_ARRAYS: self.documents, EVERY_TOKEN: self.token_range}
+        axis = next((axis for names, axis in axes.items() if name in names), self.targets)
         for first in range(*axis, BLOCK_TOKENS):
-            yield np.asarray(self.reader.arrays[name][first : min(first + BLOCK_TOKENS, axis[1])])
+            block = np.asarray(self.reader.arrays[name][first : min(first + BLOCK_TOKENS, axis[1])])
+            yield block - np.uint64(self.token_range[0]) if name == "target_pos" else block
 
     def frames(self) -> Iterator[Mapping[str, Sequence[memoryview]]]:
         """Yield chunks of the chunked arrays, some at a time."""
         step = _CHUNKS * self.profile.alignment
-        for first in range(*self.token_range, step):
-            yield self.reader.frames(first, min(first + step, self.token_range[1]))
+        for first in range(*self.targets, step):
+            yield self.reader.frames(first, min(first + step, self.targets[1]))
 
     def tokens(self) -> Iterator[dict[str, Array]]:
         """Yield the logical token arrays piece by piece."""
-        for first in range(*self.token_range, BLOCK_TOKENS):
-            yield self.reader.tokens(first, min(first + BLOCK_TOKENS, self.token_range[1]))
+        for skip in range(0, self.counts()[0], BLOCK_TOKENS):
+            tokens, targets = (
+                (min(start + skip, stop), min(start + skip + BLOCK_TOKENS, stop))
+                for start, stop in (self.token_range, self.targets)
+            )
+            yield self.profile.decode(self.reader.stored_at(tokens, targets, self.token_range[0]))
 
 
 def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
@@ -272,6 +281,7 @@ def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
             n_rows=int(rows[stop - 1] - rows[first]) + 1,
             documents=(first, stop),
             token_range=tokens,
+            targets=reader.targets_of(*tokens),
             packed=reader.blocks_between(*tokens),
         )
 
@@ -315,7 +325,7 @@ def consolidate(
     CacheError
         If a piece is missing or damaged, or rows are not consecutive. An older cache is unchanged.
     """
-    n_entries, n_tokens, n_documents, n_blocks = _sizes(cache_path, pieces(), n_rows, profile)
+    entries, (n_tokens, n_targets, n_documents, n_blocks) = _sizes(cache_path, pieces(), n_rows, profile)
     for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
         stale.unlink()
     aside = cache_path.with_name(f".{cache_path.name}.{os.getpid()}.tmp")
@@ -324,7 +334,8 @@ def consolidate(
         aside,
         profile=profile,
         n_tokens=n_tokens,
-        n_entries=n_entries,
+        n_targets=n_targets,
+        entries=entries,
         n_documents=n_documents,
         n_blocks=n_blocks if packed else None,
     ) as writer:
@@ -332,7 +343,7 @@ def consolidate(
         for piece in pieces():
             piece.check()
             digest.add(_copy(writer, piece, start, packed=packed))
-            start += round_up(piece.counts()[0], profile.alignment)
+            start += entries_of(profile, *piece.counts()[:2])[0]
             on_piece()
         writer.finish({**attributes, "content_digest": digest.hexdigest()})
         CacheReader(aside).verify_checksums(trailers=False)
@@ -349,11 +360,13 @@ def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str
         for name, stored in profile.arrays.items():
             if not stored.chunked:
                 for block in piece.blocks(name):
-                    writer.append(name, block)
+                    writer.append(name, block + np.uint64(start) if name == "target_pos" else block)
         for frames in piece.frames():
             writer.append_chunks(frames)
     else:
         for tokens in piece.tokens():
+            if "target_pos" in tokens:
+                tokens["target_pos"] = tokens["target_pos"] + np.uint64(start)
             writer.append_tokens(tokens)
     writer.align()
     for name in (*DOCUMENT_ARRAYS, *(BLOCK_ARRAYS if packed else ())):
@@ -377,9 +390,9 @@ def _digest(runs: Iterable[Records], profile: Profile) -> str:
 
 def _sizes(
     cache_path: Path, pieces: Iterable[Piece], n_rows: int | None, profile: Profile
-) -> tuple[int, int, int, int]:
-    """Check that rows are consecutive. Return entries of the token axis, tokens, documents and blocks."""
-    sums = (0, 0, 0, 0)
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Check that rows are consecutive. Return entries of both axes, and tokens, targets, documents and blocks."""
+    sums = np.zeros(6, np.int64)
     row = 0
     for piece in pieces:
         if piece.first_row < row or (n_rows is not None and piece.first_row != row):
@@ -388,9 +401,9 @@ def _sizes(
                 str(cache_path),
             )
         row = piece.first_row + piece.n_rows
-        tokens, documents, blocks = piece.counts()
-        entries = round_up(tokens, profile.alignment)
-        sums = (sums[0] + entries, sums[1] + tokens, sums[2] + documents, sums[3] + blocks)
+        counts = piece.counts()
+        sums += np.array([*entries_of(profile, *counts[:2]), *counts])
     if n_rows is not None and row != n_rows:
         raise CacheError(f"{cache_path}: expected {n_rows} rows, got {row}", str(cache_path))
-    return sums
+    n_entries, n_target_entries, tokens, targets, documents, blocks = sums.tolist()
+    return (n_entries, n_target_entries), (tokens, targets, documents, blocks)

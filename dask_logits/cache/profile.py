@@ -10,7 +10,7 @@ Compact takes about 124 instead of 270 bytes per token at K = 64:
   as differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
 * ``logsumexp``, ``label_logprob`` and the tails as float16, the precision of plain log-probs.
 
-Dimension letters: N tokens, K kept entries, V vocabulary, J temperatures.
+Dimension letters: N positions, K kept entries, V vocabulary, J temperatures.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from dask_logits.cache.layout import round_up
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import create_bytes
-from dask_logits.records import NO_EXTRAS, Array, Extras, Records, id_dtype, schema
+from dask_logits.records import EVERY_TOKEN, NO_EXTRAS, Array, Extras, Records, id_dtype, schema
 
 Precision = Literal[8, 10, 12]
 PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
@@ -41,7 +42,7 @@ _BLOCK_TOKENS = 1024
 # Upper bound for an array of one dimension.
 _NPY_HEADER_BYTES = 4096
 _HALVED = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
-_UNCHANGED = ("input_ids", "loss_mask")
+_UNCHANGED = ("input_ids", "loss_mask", "target_pos")
 
 
 @dataclass(frozen=True)
@@ -299,13 +300,31 @@ def _temperatures(extras: Extras) -> dict[str, Array]:
 Profile = Plain | Compact
 
 
+def entries_of(profile: Profile, n_tokens: int, n_targets: int) -> tuple[int, int]:
+    """Return the entries that a partition takes on the token axis and on the target axis of a cache.
+
+    A partition begins with a chunk, so the axis of the chunked arrays is padded. If that is the target axis alone, one
+    spare entry of the token axis follows the tokens. It is the `target_pos` of all padding.
+
+    >>> entries_of(Plain(top_k=1, vocab_size=9, extras=Extras(has_target_pos=True)), 10, 4)
+    (10, 4)
+    """
+    if not profile.extras.has_target_pos:
+        entries = round_up(n_tokens, profile.alignment)
+        return entries, entries
+    return n_tokens + (profile.alignment > 1), round_up(n_targets, profile.alignment)
+
+
 def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array]:
     """Encode a whole partition's tokens, some at a time."""
     if isinstance(profile, Plain):
         return profile.encode(tokens)
-    n = len(tokens["input_ids"])
-    out = {name: np.empty((n, *kind.shape), kind.dtype) for name, kind in profile.arrays.items()}
-    for first in range(0, n, _BLOCK_TOKENS):
+    n_tokens, n_targets = len(tokens["input_ids"]), len(tokens["topk_ids"])
+    out = {
+        name: np.empty((n_tokens if name in EVERY_TOKEN else n_targets, *kind.shape), kind.dtype)
+        for name, kind in profile.arrays.items()
+    }
+    for first in range(0, n_tokens, _BLOCK_TOKENS):
         part = profile.encode({name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()})
         for name, array in part.items():
             out[name][first : first + _BLOCK_TOKENS] = array

@@ -5,7 +5,7 @@ it, and this one maps it into memory. In *compact*, all but the lowest byte plan
 behind a Fletcher-32, with an index of our own. h5py is closed after the header is read, and nothing is shared between
 processes, threads or forks.
 
-Dimension letters: N tokens, D documents, B blocks, K kept entries.
+Dimension letters: N tokens, M positions with targets, D documents, B blocks, K kept entries.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ from dask_logits.errors import CacheError
 from dask_logits.fields import MOST_COUNT, MOST_TEMPERATURES
 from dask_logits.records import (
     DOCUMENT_ARRAYS,
+    EVERY_TOKEN,
     OPTIONAL_TOKEN_ARRAYS,
     Array,
     Extras,
     Records,
+    is_rising,
     schema,
 )
 
@@ -76,8 +78,9 @@ class CacheReader:
         The file's attributes, JSON ones decoded.
     profile : Plain or Compact
         Storage of token arrays.
-    n_tokens, n_entries, n_documents, top_k, vocab_size : int
-        Sizes. The token axis has ``n_entries``, some of which may belong to no document.
+    n_tokens, n_entries, n_targets, n_target_entries, n_documents, top_k, vocab_size : int
+        Sizes. The token axis has ``n_entries``, some of which may belong to no document. The target axis has
+        ``n_target_entries``. Both are the same axis unless the cache has ``target_pos``.
     arrays : dict
         Stored name → memory map of every contiguous array.
     """
@@ -96,6 +99,10 @@ class CacheReader:
         self.top_k = self.header.top_k
         self.vocab_size = self.header.vocab_size
         self.profile = self._profile(file)
+        has_target_pos = self.profile.extras.has_target_pos
+        self.n_targets = self._count("n_targets") if has_target_pos else self.n_tokens
+        self.n_target_entries = self._count("n_target_entries") if has_target_pos else self.n_entries
+        self._check_entries()
         datasets = self._check_arrays(file)
         chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
         self.names = tuple(name for name in datasets if name not in chunked)
@@ -110,6 +117,12 @@ class CacheReader:
         self._block_start = self.arrays["block_start"].astype(np.int64) if self.is_packed else None
         if self.is_packed and self.n_items and not self.n_documents:
             raise damaged(self.path, "segments of its blocks", "none")
+
+    def _count(self, name: str) -> int:
+        value = getattr(self.header, name)
+        if value is None:
+            raise damaged(self.path, f"{name} of a cache with target_pos", "none")
+        return int(value)
 
     def said(self) -> dict[str, Any]:
         """Return the attributes for a writer: the file's, plus a byte of each id's token if it has them."""
@@ -131,16 +144,44 @@ class CacheReader:
         """Number of documents without tokens, whose rows were null or empty."""
         return self.n_documents - int(np.count_nonzero(np.asarray(self.arrays["document_length"])))
 
-    def stored(self, start: int, stop: int) -> dict[str, Array]:
-        """Return the encoded token arrays of entries [start, stop).
+    def targets_of(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the range on the target axis of the entries [start, stop) of the token axis.
 
         Raises
         ------
         CacheError
-            If a chunk is damaged.
+            If its ``target_pos`` do not rise from `start` to `stop`.
         """
-        found = {name: self._read(name, start, stop) for name in self.profile.arrays if name in self.arrays}
-        return found if self._planes is None else {**found, **self._planes.rows(start, stop)}
+        if not self.profile.extras.has_target_pos:
+            return start, stop
+        target_pos = self.arrays["target_pos"]
+        # In the array's dtype, because numpy would convert the whole array otherwise.
+        first, last = (int(at) for at in np.searchsorted(target_pos, np.array([start, stop], np.uint64)))
+        chosen = target_pos[first:last]
+        if first > last or not is_rising(chosen, stop) or (len(chosen) and int(chosen[0]) < start):
+            raise damaged(self.path, f"target_pos that rise from {start} to {stop}", f"{chosen[:4]} and others")
+        return first, last
+
+    def stored(self, start: int, stop: int) -> dict[str, Array]:
+        """Return the encoded token arrays of entries [start, stop), with ``target_pos`` counted from `start`.
+
+        Raises
+        ------
+        CacheError
+            If a chunk or ``target_pos`` is damaged.
+        """
+        return self.stored_at((start, stop), self.targets_of(start, stop), start)
+
+    def stored_at(self, tokens: tuple[int, int], targets: tuple[int, int], origin: int) -> dict[str, Array]:
+        """Return the encoded arrays of a range of each axis, with ``target_pos`` counted from `origin`."""
+        found = {
+            name: self._read(name, *(tokens if name in EVERY_TOKEN else targets))
+            for name in self.profile.arrays
+            if name in self.arrays
+        }
+        if "target_pos" in found:
+            found["target_pos"] = found["target_pos"] - np.uint64(origin)
+        return found if self._planes is None else {**found, **self._planes.rows(*targets)}
 
     def _read(self, name: str, start: int, stop: int) -> Array:
         return np.asarray(self.arrays[name][start:stop])
@@ -150,7 +191,7 @@ class CacheReader:
         return self.profile.decode(self.stored(start, stop))
 
     def frames(self, start: int, stop: int) -> dict[str, list[memoryview]]:
-        """Return the verified compressed chunks of all chunked arrays that contain entries [start, stop)."""
+        """Return the verified compressed chunks of all chunked arrays with the target entries [start, stop)."""
         if self._planes is None:
             return {}
         return self._planes.frames(start // self.profile.alignment, -(-stop // self.profile.alignment))
@@ -282,8 +323,8 @@ class CacheReader:
                     str(self.path),
                 )
         step = 256 * self.profile.alignment
-        for first in range(0, self.n_entries, step):
-            stop = min(first + step, self.n_entries)
+        for first in range(0, self.n_target_entries, step):
+            stop = min(first + step, self.n_target_entries)
             if self._planes is not None:
                 self._planes.check(*(at // self.profile.alignment for at in (first, stop)), trailers=trailers)
         self._check_places()
@@ -333,6 +374,7 @@ class CacheReader:
                 f"documents of {self.n_tokens} tokens, one after the other in {self.n_entries} entries",
                 f"{length.sum()} tokens, which end at {end.max(initial=0)}, or overlap",
             )
+        self._check_target_pos(start, end)
         if self._block_start is None:
             return
         lengths = self.item_lengths()
@@ -342,6 +384,31 @@ class CacheReader:
         held = before[lasts] - before[firsts]
         if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
             raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
+
+    def _check_target_pos(self, start: Array, end: Array) -> None:
+        """Refuse target positions that do not rise, or of which documents hold another number than the header says."""
+        if not self.profile.extras.has_target_pos:
+            return
+        target_pos = np.minimum(self.arrays["target_pos"], np.uint64(MOST_COUNT)).astype(np.int64)
+        document = np.searchsorted(start, target_pos, side="right") - 1
+        is_inside = (document >= 0) & (target_pos < np.append(end, 0)[document])
+        rises = (np.diff(target_pos) >= 0).all() and is_rising(target_pos[is_inside], self.n_entries)
+        if not rises or is_inside.sum() != self.n_targets or (target_pos >= self.n_entries).any():
+            raise damaged(
+                self.path,
+                f"{self.n_targets} rising target_pos inside documents",
+                f"{is_inside.sum()}{'' if rises else ' in another order'}",
+            )
+
+    def _check_entries(self) -> None:
+        """Refuse axes that are too short, or not cut into chunks."""
+        step = self.profile.alignment
+        if self.n_entries < self.n_tokens or self.n_target_entries < self.n_targets or self.n_target_entries % step:
+            raise damaged(
+                self.path,
+                f"n_entries for {self.n_tokens} tokens and {self.n_targets} targets in chunks of {step}",
+                f"{self.n_entries} and {self.n_target_entries}",
+            )
 
     def _check_header(self) -> Header:
         found = self.attributes.get("format")
@@ -367,10 +434,6 @@ class CacheReader:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
         if not 0 < header.top_k <= header.vocab_size <= 1 << 32:
             raise damaged(self.path, "0 < top_k <= vocab_size", f"{header.top_k} and {header.vocab_size}")
-        step = header.chunk_tokens if isinstance(header, CompactHeader) else 1
-        if header.n_entries < header.n_tokens or not step or header.n_entries % step:
-            expected = f"n_entries for {header.n_tokens} tokens in chunks of {step}"
-            raise damaged(self.path, expected, str(header.n_entries))
         return header
 
     def _profile(self, file: h5py.File) -> Profile:
@@ -394,15 +457,17 @@ class CacheReader:
         return profile
 
     def _extras(self, file: h5py.File) -> Extras:
-        has_tails, is_masked = (find_dataset(file, self.path, name) is not None for name in OPTIONAL_TOKEN_ARRAYS)
+        has_tails, is_masked, has_target_pos = (
+            find_dataset(file, self.path, name) is not None for name in OPTIONAL_TOKEN_ARRAYS
+        )
         if not has_tails:
-            return Extras(is_masked=is_masked)
+            return Extras(is_masked=is_masked, has_target_pos=has_target_pos)
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
         is_rising = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all()
         if not is_rising or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
             expected = f"1 to {MOST_TEMPERATURES} rising temperatures"
             raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
-        return Extras(temperatures=tuple(temperatures.tolist()), is_masked=is_masked)
+        return Extras(temperatures=tuple(temperatures.tolist()), is_masked=is_masked, has_target_pos=has_target_pos)
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
         dataset = find_dataset(file, self.path, name)
@@ -417,9 +482,10 @@ class CacheReader:
         u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
         expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         for name, stored in self.profile.arrays.items():
-            expected[name] = ((self.n_entries, *stored.shape), stored.dtype)
+            length = self.n_entries if name in EVERY_TOKEN else self.n_target_entries
+            expected[name] = ((length, *stored.shape), stored.dtype)
             if stored.chunked:
-                n_chunks = self.n_entries // self.profile.alignment
+                n_chunks = self.n_target_entries // self.profile.alignment
                 for part in INDEX:
                     expected[f"chunks/{name}/{part}"] = ((n_chunks,), u64 if part == "offset" else u32)
         for name in DOCUMENTS:

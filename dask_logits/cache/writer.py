@@ -26,13 +26,12 @@ from dask_logits.cache.layout import (
     INDEX,
     ZSTD_FILTER,
     BlockCrc,
-    round_up,
 )
-from dask_logits.cache.profile import Compact, Profile
+from dask_logits.cache.profile import Compact, Profile, entries_of
 from dask_logits.cache.sink import Sink
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, Array, schema
+from dask_logits.records import EVERY_TOKEN, OPTIONAL_TOKEN_ARRAYS, Array, schema
 
 _LEVEL = 1
 
@@ -48,8 +47,11 @@ class CacheWriter:
         Storage of token arrays.
     n_tokens, n_documents
         Final sizes.
-    n_entries
-        Final length of the token axis: the tokens of every piece, rounded up to the profile's alignment.
+    n_targets
+        Positions with targets. None: every token.
+    entries
+        Final lengths of the token axis and the target axis, each a sum of :func:`entries_of` over all pieces. None:
+        those of one piece.
     n_blocks
         Packed blocks. None if documents were not packed.
     """
@@ -61,7 +63,8 @@ class CacheWriter:
         profile: Profile,
         n_tokens: int,
         n_documents: int,
-        n_entries: int | None = None,
+        n_targets: int | None = None,
+        entries: tuple[int, int] | None = None,
         n_blocks: int | None = None,
     ) -> None:
         self.path = path
@@ -73,11 +76,14 @@ class CacheWriter:
         # v110, because HDF5 1.14 cannot read the files that libver="latest" writes today.
         self._sink = Sink(path)
         self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
-        length = round_up(n_tokens, profile.alignment) if n_entries is None else n_entries
+        n_targets = n_tokens if n_targets is None else n_targets
+        n_entries, n_target_entries = entries_of(profile, n_tokens, n_targets) if entries is None else entries
+        chosen = {"n_targets": n_targets, "n_target_entries": n_target_entries}
         self._sizes = {
             "n_tokens": n_tokens,
-            "n_entries": length,
+            "n_entries": n_entries,
             "n_documents": n_documents,
+            **(chosen if profile.extras.has_target_pos else {}),
             "top_k": profile.top_k,
             "vocab_size": profile.vocab_size,
             **({} if n_blocks is None else {"n_blocks": n_blocks}),
@@ -85,19 +91,20 @@ class CacheWriter:
         self._chunk_sizes: dict[str, list[int]] = {}
         self._chunk_crcs: dict[str, list[int]] = {}
         for name, stored in profile.arrays.items():
+            length = n_entries if name in EVERY_TOKEN else n_target_entries
             if stored.chunked:
                 self._create_chunked(name, (length, *stored.shape))
             else:
                 self._create(name, (length, *stored.shape), stored.dtype)
-        entries = schema(profile.top_k, profile.vocab_size)
+        kinds = schema(profile.top_k, profile.vocab_size)
         for name in DOCUMENTS:
-            self._create(name, (n_documents,), entries[name][0] if name in entries else np.dtype(np.uint64))
+            self._create(name, (n_documents,), kinds[name][0] if name in kinds else np.dtype(np.uint64))
         for name in profile.extras.token_arrays:
             if name in OPTIONAL_TOKEN_ARRAYS:
-                # Readers that do not know it would compute another content digest, or ignore a mask.
+                # Readers that do not know it would compute another content digest, ignore a mask, or mix up positions.
                 self._file[name].attrs["critical"] = True
         if n_blocks is not None:
-            self._create("block_length", (n_blocks,), entries["block_length"][0])
+            self._create("block_length", (n_blocks,), kinds["block_length"][0])
             self._create("block_start", (n_blocks,), np.dtype(np.uint64))
             # Readers without block support would treat block segments as separately scored documents.
             self._file["block_length"].attrs["critical"] = True
@@ -151,7 +158,7 @@ class CacheWriter:
         self._sink.check()
 
     def append_tokens(self, tokens: Mapping[str, Array]) -> None:
-        """Encode and write the next tokens. All but the last block of a piece fill whole chunks."""
+        """Encode and write the next tokens. All but the last targets of a piece fill whole chunks."""
         step = self.profile.alignment
         stored = self.profile.encode(tokens)
         frames: dict[str, list[bytes]] = {}
@@ -165,11 +172,14 @@ class CacheWriter:
         self.append_chunks(frames)
 
     def align(self) -> None:
-        """Pad contiguous token arrays with zeros to the next chunk, where the next piece begins."""
+        """Pad contiguous token arrays to the next chunk, where the next piece begins (:func:`entries_of`)."""
+        chosen, n_tokens = self.profile.extras.has_target_pos, self._filled["input_ids"]
         for name, kind in self.profile.arrays.items():
             short = -self._filled[name] % self.profile.alignment
+            if chosen and name in EVERY_TOKEN:
+                short = int(self.profile.alignment > 1)
             if short:
-                self.append(name, np.zeros((short, *kind.shape), kind.dtype))
+                self.append(name, np.full((short, *kind.shape), n_tokens if name == "target_pos" else 0, kind.dtype))
 
     def finish(self, attributes: Mapping[str, Any]) -> None:
         """Write the index, checksums and attributes, the completeness flag last, and flush to the disk.

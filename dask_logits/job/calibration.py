@@ -94,6 +94,7 @@ def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
         compile=job.config.scoring.compile,
         compact=_is_compact(job),
         temperatures=generation.temperatures,
+        target_share=job.estimate.target_share,
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )
 
@@ -120,7 +121,9 @@ def _is_compact(job: Job) -> bool:
     if wanted != "auto":
         return wanted == "compact"
     top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
-    return earns(top_k, vocab_size, job.estimate.tokens, job.estimate.partition_tokens)
+    cost = job.estimate
+    targets = None if cost.tokens is None else round(cost.tokens * cost.target_share)
+    return earns(top_k, vocab_size, targets, cost.partition_tokens * cost.target_share)
 
 
 def _dtype(job: Job, executor: Executor) -> str:

@@ -241,6 +241,8 @@ def tasks(
         head_rows=numerics.head_rows,
         path=ScoringPath(**numerics.path.model_dump()),
         temperatures=job.config.teacher.generation.temperatures,
+        positions=job.config.teacher.generation.positions,
+        position_share=job.config.teacher.generation.target_share,
     )
     measured: dict[str, Any] = calibration.cost or {}
     cost = Cost(**measured)

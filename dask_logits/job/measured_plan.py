@@ -81,6 +81,11 @@ def measured_lines(job: Job, found: Measurement) -> list[str]:
         mark = "  ← top_k" if one.top_k == job.config.teacher.generation.top_k else ""
         figures = f"{one.top_k:8}   {one.kept_mass:9.4f}   {one.lost_nats:11.4f}   {one.bytes_per_token:11.1f}"
         lines.append(f"{figures}   {size}{mark}")
+    lines += ["", "   share   bytes/token   cache   (of positions with targets, by highest entropy)"]
+    planned = min(found.bytes_by_share, key=lambda share: abs(share - job.estimate.target_share))
+    for share, each in found.bytes_by_share.items():
+        size = "" if tokens is None else gib(tokens * each)
+        lines.append(f"{share:8g}   {each:11.1f}   {size}{'  ← planned' if share == planned else ''}")
     return lines
 
 
@@ -92,4 +97,5 @@ def measured_figures(job: Job, found: Measurement) -> dict[str, Any]:
         "seconds": None if spread is None else list(spread),
         "peak_bytes": found.peak_bytes,
         "by_k": [vars(one) for one in found.choices],
+        "bytes_per_token_by_share": found.bytes_by_share,
     }

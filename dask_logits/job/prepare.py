@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, stride_problems
+from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, GenerationConfig, stride_problems
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.items import ItemSettings
 from dask_logits.data.open import is_stream, open_stream
@@ -180,7 +180,11 @@ def prepare(
             + ("check the mask" if source.column.mask else "give chats with turns of the role 'assistant'")
         )
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
-    extras = Extras(temperatures=generation.temperatures, is_masked=spec.is_masked)
+    extras = Extras(
+        temperatures=generation.temperatures,
+        is_masked=spec.is_masked,
+        has_target_pos=generation.positions != "all",
+    )
     batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
     dtype = resolve_dtype(config.teacher.dtype, teacher.checkpoint_dtype, device)
     longest = max((len(document) for document in sample), default=1)
@@ -195,6 +199,7 @@ def prepare(
         top_k=generation.top_k,
         vocab_size=spec.vocab_size,
         extras=extras,
+        target_share=_target_share(generation, documents),
         teacher=TeacherShape(
             parameters=teacher.parameters,
             hidden_width=teacher.hidden_width,
@@ -225,6 +230,10 @@ def prepare(
             "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
             "teacher.generation.top_k": generation.top_k,
             "teacher.generation.temperatures": list(generation.temperatures),
+            "teacher.generation.positions": generation.positions,
+            "teacher.generation.position_share": (
+                generation.target_share if generation.positions == "entropy" else None
+            ),
             **source.identity(),
             "dataset.column": source.column.name,
             "dataset.mask_column": source.column.mask,
@@ -251,6 +260,13 @@ def prepare(
         device=device,
         n_workers=0 if joins else local_workers(generation, config.cluster, device),
     )
+
+
+def _target_share(generation: GenerationConfig, documents: Sequence[Documents]) -> float:
+    """Return the share of a sample's positions that get targets."""
+    masks = [mask for one in documents for mask in one.masks or ()]
+    learned = sum(int(mask[1:].sum()) for mask in masks) / max(1, sum(len(mask) for mask in masks))
+    return generation.target_share * (learned if masks and generation.positions != "all" else 1.0)
 
 
 def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:

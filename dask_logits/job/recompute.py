@@ -1,6 +1,6 @@
 """Verify a cache or run: checksums and invariants, with optional re-scoring of random rows.
 
-Dimension letters: N positions, K kept entries, V vocabulary, T = V − K.
+Dimension letters: M positions with targets, K kept entries, V vocabulary, T = V − K.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
-from dask_logits.teacher.scoring import score_items
+from dask_logits.teacher.positions import highest_entropy
+from dask_logits.teacher.scoring import Scored, score_items
 from dask_logits.worker.environment import describe, differences, environment
 from dask_logits.worker.measure import truncation_nats
 from dask_logits.worker.task import PartitionTask
@@ -70,13 +72,13 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
     report = check_files(path)
     if recompute and report.ok:
         with tempfile.TemporaryDirectory(prefix="dask-logits-") as scratch:
-            report.recomputed, check, notes = _recompute(RunFolder(path), recompute, seed, Path(scratch))
-        report.checks.append(check)
+            report.recomputed, checks, notes = _recompute(RunFolder(path), recompute, seed, Path(scratch))
+        report.checks += checks
         report.notes += notes
     return report
 
 
-def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], Check, list[str]]:
+def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], list[Check], list[str]]:
     """Re-score random rows with the run's teacher and frozen numerics.
 
     The rows' whole partitions are scored in their original batches. "Live" is the result before storage. It is compared
@@ -84,6 +86,9 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     batch changes the last bits. The cost of keeping K entries is KL(p ‖ q) in nats, where p is the teacher's
     distribution and q its kept entries with the rest of the mass spread evenly over the other ids, at the first
     positions of each row.
+
+    Targets at chosen positions are compared with new scores of all positions that compete. The stored ones must have
+    the highest entropy, up to the rounding of another environment.
 
     Parameters
     ----------
@@ -100,9 +105,9 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     -------
     dict
         Figures.
-    Check
-        Whether the cache equals the recomputed targets exactly, or approximately for partitions scored in another
-        environment than this process's.
+    list
+        Checks: whether the cache equals the recomputed targets exactly, or approximately for partitions scored in
+        another environment than this process's, and whether its positions are those of the highest entropy.
     list
         Partitions that are equal only approximately, with the differences between the environments.
 
@@ -125,17 +130,22 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     }
     planned = job.source.plan(log, job.partition_rows, lambda index: bool(rows_of.get(index)))
     readers = [CacheReader(file) for file in find_caches(run.path)]
-    check = Check("partitions that come out the same now")
+    check, ranks = (
+        Check("partitions that come out the same now"),
+        Check("positions of the highest entropy have targets"),
+    )
     here = environment(calibration.numerics.device)
     near: Counter[str] = Counter()
     cached, noise, truncation = _Differences(), _Differences(), []
     for task in tasks(job, calibration, planned, lambda failure: None):
         if task is None:
             continue
-        live, alone, dense = _score(task, rows_of[task.partition.index])
+        scored, chosen_M, alone, dense = _score(task, rows_of[task.partition.index])
+        live = scored.records
         kept = as_kept(live, load_profile(task.profile))
         digest = ContentDigest()
-        digest.update(kept)
+        digest.update(kept if chosen_M is None else kept.at(chosen_M))
+        near_nats = _NEAR_NATS.get(calibration.numerics.dtype, 0.01)
         check.looked_at += 1
         receipt = run.receipt(task.partition.index)
         if receipt is None or digest.hexdigest() != receipt.content_digest:
@@ -144,7 +154,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
             off = _Differences()
             for row in rows_of[task.partition.index]:
                 off.add(_cached_document(readers, row), _document(kept, row))
-            if differing and off.is_near(_NEAR_NATS.get(calibration.numerics.dtype, 0.01)):
+            if differing and off.is_near(near_nats):
                 near[differing] += 1
             else:
                 cause = f"; the environment differs, which is the likely cause: {differing}" if differing else ""
@@ -152,8 +162,10 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
                     [f"partition {task.partition.name}: expected the content of its receipt, got another{cause}"]
                 )
         for row in rows_of[task.partition.index]:
-            now = _document(live, row)
-            cached.add(_cached_document(readers, row), now)
+            now, stored = _document(live, row), _cached_document(readers, row)
+            cached.add(stored, now)
+            if scored.entropy_M is not None:
+                _check_ranks(ranks, scored, row, stored[0], near_nats)
             if task.items.packing == "none":
                 noise.add(alone[row], now)
             truncation += truncation_nats(dense[row], task.scoring.top_k)
@@ -169,10 +181,11 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
         f"({differing}); for an exact comparison run verify where they were scored"
         for differing, count in near.items()
     ]
-    return figures, check, notes
+    return figures, [check, ranks] if ranks.looked_at else [check], notes
 
 
-Targets = tuple[Array, Array]
+# Positions in the row [M], ids and log-probs [M, K].
+Targets = tuple[Array, Array, Array]
 
 
 class _Differences:
@@ -183,8 +196,10 @@ class _Differences:
         self.most = self.squares = 0.0
 
     def add(self, one: Targets, other: Targets) -> None:
-        """Compare (ids, log-probs) [N, K] with others of the same positions."""
-        for ids_K, logprobs_K, others_K, other_logprobs_K in zip(*one, *other, strict=True):
+        """Compare targets with others at the positions that both have."""
+        _, here, there = np.intersect1d(one[0], other[0], assume_unique=True, return_indices=True)
+        pairs = zip(*(array[here] for array in one[1:]), *(array[there] for array in other[1:]), strict=True)
+        for ids_K, logprobs_K, others_K, other_logprobs_K in pairs:
             _, at, other_at = np.intersect1d(ids_K, others_K, assume_unique=True, return_indices=True)
             off = np.abs(logprobs_K[at].astype(np.float64) - other_logprobs_K[other_at].astype(np.float64))
             off = off[np.isfinite(off)]
@@ -209,45 +224,74 @@ class _Differences:
         }
 
 
-def _score(task: PartitionTask, rows: list[int]) -> tuple[Records, dict[int, Targets], dict[int, Array]]:
-    """Score a partition in its original batches, and some of its rows alone, both normally and in full."""
+def _score(task: PartitionTask, rows: list[int]) -> tuple[Scored, Array | None, dict[int, Targets], dict[int, Array]]:
+    """Score a partition in its original batches, and some of its rows alone, both normally and in full.
+
+    Of a choice by entropy, all positions that compete are returned, and those that it keeps. None: it keeps all.
+    """
     texts = read_rows(task.files, task.column)
     read = read_documents(texts, task.tokenizer, first_row=task.partition.first_row)
     documents = read.tokens
     teacher = load_teacher(task.teacher, task.scoring.vocab_size)
     items = make_items(documents, task.items, first_row=task.partition.first_row, masks=read.masks)
-    live = score_items(teacher, items, task.scoring, packed=task.items.packing == "concat").records
-    whole = dataclasses.replace(task.scoring, top_k=task.scoring.vocab_size)
+    settings = dataclasses.replace(task.scoring, position_share=1.0)
+    scored = score_items(teacher, items, settings, packed=task.items.packing == "concat")
+    chosen_M: Array | None = None
+    if scored.entropy_M is not None and scored.records.target_pos is not None:
+        competing_M = scored.records.target_pos.astype(np.int64)
+        chosen_M = highest_entropy(items, competing_M, scored.entropy_M, task.scoring.position_share)
+    all_positions = dataclasses.replace(task.scoring, positions="all")
+    whole = dataclasses.replace(all_positions, top_k=task.scoring.vocab_size)
     alone: dict[int, Targets] = {}
     dense: dict[int, Array] = {}
     for row in rows:
         tokens = documents[row - task.partition.first_row]
         if task.items.packing == "none":
-            found = score_items(teacher, make_items([tokens], task.items, first_row=row), task.scoring).records
+            found = score_items(teacher, make_items([tokens], task.items, first_row=row), all_positions).records
             alone[row] = _document(found, row)
         few = plain_items([tokens[:_DENSE_TOKENS]], row)
         dense[row] = score_items(teacher, few, whole).records.topk_logprobs
-    return live, alone, dense
+    return scored, chosen_M, alone, dense
+
+
+def _parts(records: Records, row: int) -> Iterator[tuple[Array, Array]]:
+    """Yield the positions in the row [M] and the places on the target axis [M] of each document of a row."""
+    ends = np.cumsum(records.document_length, dtype=np.int64)
+    for i in np.flatnonzero(records.document_row == row):
+        start = int(ends[i]) - int(records.document_length[i])
+        at_M = np.arange(*records.targets_of(np.array([start, ends[i]])))
+        tokens_M = at_M if records.target_pos is None else records.target_pos[at_M].astype(np.int64)
+        yield tokens_M - start + int(records.document_offset[i]), at_M
 
 
 def _document(records: Records, row: int) -> Targets:
     """Return the targets of a row."""
-    ends = np.cumsum(records.document_length, dtype=np.int64)
-    mine = [
-        np.arange(ends[i] - int(records.document_length[i]), ends[i])
-        for i in np.flatnonzero(records.document_row == row)
-    ]
-    at = np.concatenate(mine)
-    return records.topk_ids[at], records.topk_logprobs[at]
+    positions, places = (np.concatenate(each) for each in zip(*_parts(records, row), strict=True))
+    return positions, records.topk_ids[places], records.topk_logprobs[places]
+
+
+def _check_ranks(check: Check, scored: Scored, row: int, stored: Array, allowed_nats: float) -> None:
+    """Check that no position of a row without targets has a higher entropy than one with targets in its document."""
+    assert scored.entropy_M is not None
+    for positions, places in _parts(scored.records, row):
+        has_targets, entropy = np.isin(positions, stored), scored.entropy_M[places]
+        least, most = entropy[has_targets].min(initial=np.inf), entropy[~has_targets].max(initial=0.0)
+        check.looked_at += len(positions)
+        if least < most - allowed_nats and has_targets.any():
+            check.found(
+                [f"row {row}: expected entropies of at least {most:.4g} nats at stored positions, got {least:.4g}"]
+            )
 
 
 def _cached_document(readers: list[CacheReader], row: int) -> Targets:
     """Return the targets of a row from the cache."""
-    ids, logprobs = [], []
+    positions, ids, logprobs = [], [], []
     for reader in readers:
         for i in np.flatnonzero(np.asarray(reader.arrays["document_row"]) == row):
             start = int(reader.document_start[i])
             tokens = reader.tokens(start, start + int(reader.arrays["document_length"][i]))
+            at = tokens.get("target_pos", np.arange(len(tokens["topk_ids"]))).astype(np.int64)
+            positions.append(at + int(reader.arrays["document_offset"][i]))
             ids.append(tokens["topk_ids"])
             logprobs.append(tokens["topk_logprobs"])
-    return np.concatenate(ids), np.concatenate(logprobs)
+    return np.concatenate(positions), np.concatenate(ids), np.concatenate(logprobs)

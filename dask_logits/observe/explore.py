@@ -5,7 +5,7 @@ bounded number of tokens per request and goes on from there, so that a cache of 
 served on loopback only, and requests under another host name are refused: a web site could have pointed it here (DNS
 rebinding).
 
-Dimension letters: N tokens, K kept entries.
+Dimension letters: N tokens, M positions with targets, K kept entries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ class Explorer:
         dict
             ``ids`` and ``texts`` of the tokens. ``surprise`` of each in nats, None if unknown. ``best``, the most
             probable [id, text, probability] in its place, the probability of the ``others`` that are kept, and of the
-            ``tail``. A place without an expectation, such as the first, has none of them. ``learned``, of masked data:
-            whether a student learns the token.
+            ``tail``. A place without an expectation, such as the first, or one after a position without targets, has
+            None for each. ``learned``, of masked data: whether a student learns the token.
 
         Raises
         ------
@@ -144,20 +144,26 @@ class Explorer:
         file = int(np.searchsorted(self._firsts, number, side="right")) - 1
         return file, number - self._firsts[file]
 
-    def _expected(self, arrays: dict[str, Array]) -> tuple[list[float | None], list[Any], list[float], list[float]]:
-        """Return surprise, best entries, mass of the others and of the tail for all positions but the last."""
-        shown = min(_SENT_ENTRIES, arrays["topk_ids"].shape[1])
-        p_NK = np.exp(arrays["topk_logprobs"][:-1].astype(np.float64))
+    def _expected(self, arrays: dict[str, Array]) -> Iterator[list[Any]]:
+        """Yield surprise, best entries, mass of the others and of the tail for all positions but the last."""
+        n_positions = max(0, len(arrays["input_ids"]) - 1)
+        target_pos = arrays.get("target_pos", np.arange(len(arrays["topk_ids"])))
+        places = target_pos[target_pos < n_positions].tolist()
+        upto, shown = len(places), min(_SENT_ENTRIES, arrays["topk_ids"].shape[1])
+        p_MK = np.exp(arrays["topk_logprobs"][:upto].astype(np.float64))
         surprise = [
             None if math.isnan(value) else round(value, 3) if math.isfinite(value) else 1e9
-            for value in (-arrays["label_logprob"][:-1].astype(np.float64)).tolist()
+            for value in (-arrays["label_logprob"][:upto].astype(np.float64)).tolist()
         ]
         best = [
             [[i, self._text(i), round(p, 6)] for i, p in zip(ids, ps, strict=True)]
-            for ids, ps in zip(arrays["topk_ids"][:-1, :shown].tolist(), p_NK[:, :shown].tolist(), strict=True)
+            for ids, ps in zip(arrays["topk_ids"][:upto, :shown].tolist(), p_MK[:, :shown].tolist(), strict=True)
         ]
-        others = p_NK[:, shown:].sum(1).round(6).tolist()
-        return surprise, best, others, np.exp(arrays["tail_logmass"][:-1].astype(np.float64)).round(6).tolist()
+        others = p_MK[:, shown:].sum(1).round(6).tolist()
+        tail = np.exp(arrays["tail_logmass"][:upto].astype(np.float64)).round(6).tolist()
+        for values in (surprise, best, others, tail):
+            known = dict(zip(places, values, strict=True))
+            yield [known.get(position) for position in range(n_positions)]
 
     def _text(self, token: int) -> str:
         """Return the text of a token by itself."""

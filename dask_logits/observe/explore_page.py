@@ -118,7 +118,8 @@ function explain(i) {
     make(panel, "p", "A student " + (shown.learned[i] ? "learns" : "does not learn") + " this token.", "soft");
   const best = shown.best[i];
   if (!best) {
-    make(panel, "p", "The teacher was not asked for this token: nothing comes before it.");
+    make(panel, "p", shown.first + i === 0 ? "The teacher was not asked for this token: nothing comes before it."
+      : "The cache has no targets for this token.");
     return;
   }
   const surprise = shown.surprise[i];

@@ -259,7 +259,9 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
         figures += [("tokens/s in total", number(tokens / clock.seconds)), ("time at work", duration(clock.seconds))]
     if status is not None and status.mfu == status.mfu:
         figures.append(("MFU", f"{status.mfu:.2f}"))
-    if sums.tokens:
+    if sums.targets not in (0, sums.tokens):
+        figures.append(("targets", number(sums.targets)))
+    if sums.targets:
         figures.append(("kept mass", f"{sums.mean_kept_mass:.4f}"))
     if sums.labels:
         figures.append(("perplexity", f"{sums.perplexity:.2f}"))

@@ -19,7 +19,7 @@ from dask_logits.cache.partition import PartitionReader
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.data.tokens import local_tokenizer
-from dask_logits.records import Array, kept_mass_by_k
+from dask_logits.records import EVERY_TOKEN, Array, kept_mass_by_k
 from dask_logits.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Sample:
     Parameters
     ----------
     documents
-        Those with at least one token.
+        Those with at least one target.
     lengths
         [D] tokens of documents, of all of them unless there are more than 2 million.
     n_documents
@@ -242,10 +242,19 @@ def _first_documents(
     if not blocks:
         return
     arrays = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    target_pos = arrays.get("target_pos", np.arange(len(arrays["topk_ids"])))
     ends = np.cumsum(columns["document_length"], dtype=np.int64)
     whole = np.flatnonzero((ends <= len(arrays["input_ids"])) & (columns["document_length"] > 0))
     for i in whole[:most_documents].tolist():
         length = int(columns["document_length"][i])
-        part = {name: values[ends[i] - length : ends[i]][:_MOST_TOKENS_EACH] for name, values in arrays.items()}
+        start = int(ends[i]) - length
+        tokens = np.array([start, start + min(length, _MOST_TOKENS_EACH)], target_pos.dtype)
+        targets = np.searchsorted(target_pos, tokens)
+        part = {
+            name: values[slice(*(tokens if name in EVERY_TOKEN else targets).tolist())]
+            for name, values in arrays.items()
+        }
+        if not len(part["topk_ids"]):
+            continue
         row, offset = int(columns["document_row"][i]), int(columns["document_offset"][i])
         yield measured(part, row=row, offset=offset, n_tokens=length, number=None)

@@ -125,7 +125,8 @@ class Status:
         values |= {
             "documents": sums.documents,
             "tokens": sums.tokens,
-            "kept_mass": sums.mean_kept_mass if sums.tokens else None,
+            "targets": sums.targets,
+            "kept_mass": sums.mean_kept_mass if sums.targets else None,
             "perplexity": sums.perplexity if sums.labels else None,
             "tokens_per_second": self.tokens_per_second if sums.tokens else None,
             "mfu": self.mfu if self.mfu == self.mfu else None,
@@ -161,6 +162,7 @@ class Status:
             f"rows          {self.committed_rows:,} of {self.rows:,}",
             f"{self.items_noun:13} {self.statistics.documents:,}",
             f"tokens        {self.statistics.tokens:,}",
+            *([f"targets       {sums.targets:,}"] if (sums := self.statistics).targets != sums.tokens else []),
         ]
 
     def _speed_lines(self) -> list[str]:
@@ -172,6 +174,7 @@ class Status:
                 out.append(f"MFU           {self.mfu:.2f} of the rate of a large matrix product")
             if self.splits:
                 out.append(f"splits        {plural(self.splits, 'batch')} did not fit into memory; lower batch_tokens")
+        if sums.targets:
             out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")

@@ -1,13 +1,13 @@
 """Verify a cache or run: checksums, invariants of every row, and coverage of each dataset row exactly once.
 
-Dimension letters: N tokens, D documents, K kept entries.
+Dimension letters: N tokens, M positions with targets, D documents, K kept entries.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,50 +195,60 @@ class _Checker:
         """Check every position of some documents."""
         if not records.n_tokens:
             return
-        ids_NK, logprobs_NK = records.topk_ids, records.topk_logprobs.astype(np.float64)
-        tail_N, label_N = (array.astype(np.float64) for array in (records.tail_logmass, records.label_logprob))
+        ids_MK, logprobs_MK = records.topk_ids, records.topk_logprobs.astype(np.float64)
+        tail_M, label_M = (array.astype(np.float64) for array in (records.tail_logmass, records.label_logprob))
         places = _Places(records)
-        sorted_NK = np.sort(ids_NK, axis=1)
-        bad = (records.input_ids >= profile.vocab_size) | (sorted_NK[:, -1] >= profile.vocab_size)
-        twice = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
-        self._add(self.ids, bad | twice, places, f"expected distinct ids below {profile.vocab_size}")
-        rising = (np.diff(logprobs_NK, axis=1) > 0).any(1) | (logprobs_NK[:, 0] > _SLACK)
-        self._add(self.order, rising, places, "expected log-probs that descend from at most 0")
+        sorted_MK = np.sort(ids_MK, axis=1)
+        bad_N = records.input_ids >= profile.vocab_size
+        bad_N[places.targets_M] |= sorted_MK[:, -1] >= profile.vocab_size
+        bad_N[places.targets_M] |= (sorted_MK[:, 1:] == sorted_MK[:, :-1]).any(1)
+        self._add(self.ids, bad_N, places.name, f"expected distinct ids below {profile.vocab_size}")
+        rising = (np.diff(logprobs_MK, axis=1) > 0).any(1) | (logprobs_MK[:, 0] > _SLACK)
+        self._add(self.order, rising, places.name_of_target, "expected log-probs that descend from at most 0")
         # −inf is the log of probability 0, NaN a missing label.
-        odd = np.isnan(logprobs_NK).any(1) | (logprobs_NK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
-        odd |= np.isnan(tail_N) | (tail_N > _SLACK) | (label_N > _SLACK)
+        odd = np.isnan(logprobs_MK).any(1) | (logprobs_MK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
+        odd |= np.isnan(tail_M) | (tail_M > _SLACK) | (label_M > _SLACK)
         if records.tail_logmass_T is not None:
             odd |= ~(records.tail_logmass_T <= _SLACK).all(1)
         if records.loss_mask is not None:
-            wrong = (records.loss_mask > 1) | ((records.loss_mask == 1) & np.isnan(label_N))
-            self._add(self.finite, wrong, places, "expected a mask of 0 and 1, and a next token where it is 1")
-        self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
-        error_NK = _rounding(logprobs_NK, profile)
-        p_NK, tail_p_N = np.exp(logprobs_NK), np.exp(tail_N)
-        mass_N = p_NK.sum(1) + tail_p_N
+            wrong_N = records.loss_mask > 1
+            wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
+            self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
+        self._add(self.finite, odd, places.name_of_target, "expected numbers, and no log-prob above 0")
+        error_MK = _rounding(logprobs_MK, profile)
+        p_MK, tail_p_M = np.exp(logprobs_MK), np.exp(tail_M)
+        mass_M = p_MK.sum(1) + tail_p_M
         with np.errstate(invalid="ignore"):
-            tail_error_N = np.nan_to_num(tail_p_N * np.abs(tail_N) * _FLOAT16)
+            tail_error_M = np.nan_to_num(tail_p_M * np.abs(tail_M) * _FLOAT16)
         with np.errstate(over="ignore", invalid="ignore"):
-            allowed_N = (p_NK * np.expm1(error_NK)).sum(1) + tail_error_N + _SLACK
-        self._add(self.mass, ~(np.abs(mass_N - 1) <= allowed_N), places, "expected a mass of 1", mass_N)
-        next_N = np.append(records.input_ids[1:], 0).astype(np.int64)
-        inside_N = ~places.is_last & ~np.isnan(label_N)
-        match_NK = ids_NK.astype(np.int64) == next_N[:, None]
-        kept_N = match_NK.any(1)
-        at_N = match_NK.argmax(1)
-        rows = np.arange(len(at_N))
-        expected_N = np.where(kept_N, logprobs_NK[rows, at_N], logprobs_NK[:, -1])
-        allowed_N = error_NK[rows, np.where(kept_N, at_N, -1)] + np.abs(label_N) * _FLOAT16 + _SLACK
+            allowed_M = (p_MK * np.expm1(error_MK)).sum(1) + tail_error_M + _SLACK
+        self._add(self.mass, ~(np.abs(mass_M - 1) <= allowed_M), places.name_of_target, "expected a mass of 1", mass_M)
+        next_M = np.append(records.input_ids[1:], 0).astype(np.int64)[places.targets_M]
+        inside_M = ~places.is_last[places.targets_M] & ~np.isnan(label_M)
+        match_MK = ids_MK.astype(np.int64) == next_M[:, None]
+        kept_M = match_MK.any(1)
+        at_M = match_MK.argmax(1)
+        rows = np.arange(len(at_M))
+        expected_M = np.where(kept_M, logprobs_MK[rows, at_M], logprobs_MK[:, -1])
+        allowed_M = error_MK[rows, np.where(kept_M, at_M, -1)] + np.abs(label_M) * _FLOAT16 + _SLACK
         with np.errstate(invalid="ignore"):
-            off_N = label_N - expected_N
-        wrong_N = np.where(kept_N, np.abs(off_N) > allowed_N, off_N > allowed_N) & inside_N & np.isfinite(expected_N)
-        self._add(self.labels, wrong_N, places, "expected the kept entry's log-prob, or less than the last's", label_N)
+            off_M = label_M - expected_M
+        wrong_M = np.where(kept_M, np.abs(off_M) > allowed_M, off_M > allowed_M) & inside_M & np.isfinite(expected_M)
+        self._add(
+            self.labels,
+            wrong_M,
+            places.name_of_target,
+            "expected the kept entry's log-prob, or less than the last's",
+            label_M,
+        )
 
-    def _add(self, check: Check, wrong_N: Array, places: _Places, text: str, values_N: Array | None = None) -> None:
-        check.looked_at += len(wrong_N)
-        bad = np.flatnonzero(wrong_N)
-        got = ["" if values_N is None else f", got {values_N[at]:.6g}" for at in bad[:_NAMED].tolist()]
-        check.found([f"{places.name(int(at))}: {text}{end}" for at, end in zip(bad, got, strict=False)], len(bad))
+    def _add(
+        self, check: Check, wrong: Array, name: Callable[[int], str], text: str, values: Array | None = None
+    ) -> None:
+        check.looked_at += len(wrong)
+        bad = np.flatnonzero(wrong)
+        got = ["" if values is None else f", got {values[at]:.6g}" for at in bad[:_NAMED].tolist()]
+        check.found([f"{name(int(at))}: {text}{end}" for at, end in zip(bad, got, strict=False)], len(bad))
 
 
 class _Places:
@@ -247,8 +257,14 @@ class _Places:
     def __init__(self, records: Records) -> None:
         self._records = records
         self._ends = np.cumsum(records.document_length, dtype=np.int64)
+        everything = np.arange(records.n_tokens)
+        self.targets_M = everything if records.target_pos is None else records.target_pos.astype(np.int64)
         self.is_last = np.zeros(records.n_tokens, bool)
         self.is_last[self._ends[records.document_length > 0] - 1] = True
+
+    def name_of_target(self, target: int) -> str:
+        """Describe the location of an entry of the target axis."""
+        return self.name(int(self.targets_M[target]))
 
     def name(self, position: int) -> str:
         """Describe the location of a position."""

@@ -27,9 +27,9 @@ from dask_logits.run.folder import CONSOLIDATION_LOCK
 _TABLE_TOKENS = 50_000
 # Attributes set by the new file.
 _OWN = {
-    "format", "format_version", "profile", "n_tokens", "n_entries", "n_documents", "n_blocks", "top_k", "vocab_size",
-    "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift", "order", "content_digest",
-    "complete",
+    "format", "format_version", "profile", "n_tokens", "n_entries", "n_targets", "n_target_entries", "n_documents",
+    "n_blocks", "top_k", "vocab_size", "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift",
+    "order", "content_digest", "complete",
 }  # fmt: skip
 # Attributes of a numbered file only.
 _OF_A_PART = {"partial", "shard", "made_of"}

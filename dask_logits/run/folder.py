@@ -172,6 +172,7 @@ class RunFolder:
             extras=Extras(
                 temperatures=sizes.temperatures,
                 is_masked=sizes.mask_column is not None or sizes.learn == "assistant",
+                has_target_pos=sizes.positions != "all",
             ),
         )
 
@@ -349,6 +350,7 @@ class _Sizes(Record):
     top_k: _Positive = Field(alias="teacher.generation.top_k")
     vocab_size: _Positive = Field(alias="dataset.vocab_size")
     temperatures: tuple[Temperature, ...] = Field((), alias="teacher.generation.temperatures")
+    positions: str = Field("all", alias="teacher.generation.positions")
     mask_column: str | None = Field(None, alias="dataset.mask_column")
     learn: str | None = Field(None, alias="dataset.learn")
 

@@ -187,6 +187,8 @@ class Estimate:
         Peak memory of one worker: weights, one batch, one chunk of logits, one partition's results.
     partition_tokens
         Expected tokens of a partition.
+    target_share
+        Expected share of the positions that get targets.
     """
 
     tokens: int | None
@@ -194,6 +196,7 @@ class Estimate:
     peak_disk_bytes: int
     worker_bytes: int
     partition_tokens: float = 0.0
+    target_share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +236,7 @@ def estimate(
     top_k: int,
     vocab_size: int,
     extras: records.Extras = records.NO_EXTRAS,
+    target_share: float = 1.0,
     teacher: TeacherShape,
     batch_tokens: int,
     head_rows: int,
@@ -253,6 +257,8 @@ def estimate(
         Resolved settings.
     extras
         Optional arrays.
+    target_share
+        Share of the positions that get targets.
     scratch_rows
         Positions whose float32 exponentials exist at one time.
     device
@@ -261,7 +267,7 @@ def estimate(
     per_token = records.bytes_per_token(top_k, vocab_size, extras)
     rows = partition_rows if n_rows is None else n_rows
     tokens = round(rows * tokens_per_row)
-    cache_bytes = tokens * per_token + rows * 24
+    cache_bytes = round(tokens * records.bytes_per_token(top_k, vocab_size, extras, target_share)) + rows * 24
     value = teacher.bytes_per_value
     batch = batch_tokens * teacher.hidden_width * _WIDTHS_PER_TOKEN * value
     head = head_rows * vocab_size * value + scratch_rows * vocab_size * 4
@@ -273,6 +279,7 @@ def estimate(
         peak_disk_bytes=2 * cache_bytes,
         worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + process),
         partition_tokens=min(partition_rows, rows) * tokens_per_row,
+        target_share=target_share,
     )
 
 

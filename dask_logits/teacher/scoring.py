@@ -6,8 +6,8 @@ of ``head_rows`` × V logits in a reused buffer. Results leave the device in the
 A batch that does not fit into the device's memory is halved, recursively. The places of the cuts are fixed, so that the
 receipt describes the computation exactly.
 
-Dimension letters: B sequences, T tokens, M valid positions of a batch, R of a chunk, C ids of a row, D hidden width,
-V vocabulary, K kept entries, J temperatures, N tokens of the partition.
+Dimension letters: B sequences, T tokens, N kept tokens and M of them with targets (of a batch or of the partition),
+R positions of a chunk, C ids of a row, D hidden width, V vocabulary, K kept entries, J temperatures.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from torch import Tensor
 
 from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
-from dask_logits.records import Array, Extras, Records, schema
+from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Stopwatch
 from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.teacher.positions import Positions, highest_entropy, scored_positions
 from dask_logits.teacher.stages import Ahead
 from dask_logits.teacher.topk import padded_width, topk_with_tail
 from dask_logits.teacher.transfer import OutputRing, to_device
 
 # Code is compiled for sequences of at least two tokens.
 _SHORTEST = 2
+_ENTROPY = "entropy"
 # Rows whose candidates' weights exist at one time if refinement is not compiled.
 _REFINED_ROWS = 32
 
@@ -58,6 +60,10 @@ class ScoringSettings:
         Scoring path from tokens to logits.
     temperatures
         Temperatures other than 1 whose tail is stored, ascending.
+    positions
+        Positions with targets: ``all``, ``labels`` (those that a student learns), or ``entropy``.
+    position_share
+        With ``entropy``: share of the positions of each item to keep, those of the highest entropy.
     """
 
     top_k: int
@@ -67,6 +73,8 @@ class ScoringSettings:
     head_rows: int
     path: ScoringPath
     temperatures: tuple[float, ...] = ()
+    positions: Positions = "all"
+    position_share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,8 @@ class Scored:
     ----------
     records
         The targets.
+    entropy_M
+        [M] float32, entropies in nats of their distributions if `positions` is ``entropy``. None otherwise.
     seconds
         Stage → seconds: ``trunk``, ``head``, ``tail`` (logsumexp, top-k), ``refine`` (kept logits in float32),
         ``transfer``, and ``score`` for the total.
@@ -87,6 +97,7 @@ class Scored:
     """
 
     records: Records
+    entropy_M: Array | None = None
     seconds: dict[str, float]
     splits: dict[int, list[int]]
     padded_tokens: int
@@ -140,6 +151,15 @@ def score_items(
             for part in run.parts(number, batch):
                 on_tokens(run.score(part))
     run.ring.drain()
+    bad = ~np.isfinite(run.out["logsumexp"])
+    if bad.any():
+        row = _row_of(items, run.starts, int(run.scored_M[np.flatnonzero(bad)[0]]))
+        raise TeacherError(
+            f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
+            "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
+            row=row,
+        )
+    entropy_M = run.out.pop(_ENTROPY, None)
     spans = [span for item in items for span in item.spans]
     records = Records(
         **run.out,
@@ -148,16 +168,18 @@ def score_items(
         document_length=np.array([span.length for span in spans], np.uint32),
         block_length=run.lengths[run.lengths > 0].astype(np.uint32) if packed else None,
     )
-    bad = ~np.isfinite(records.logsumexp)
-    if bad.any():
-        row = _row_of(items, run.starts, int(np.flatnonzero(bad)[0]))
-        raise TeacherError(
-            f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
-            "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
-            row=row,
-        )
+    if entropy_M is not None:
+        chosen_M = highest_entropy(items, run.scored_M, entropy_M, settings.position_share)
+        entropy_M = entropy_M[records.targets_of(chosen_M)]
+        records = records.at(chosen_M)
     seconds = run.watch.seconds() | {"score": round(time.perf_counter() - started, 4)}
-    return Scored(records=records, seconds=seconds, splits=run.splits, padded_tokens=run.padded_tokens)
+    return Scored(
+        records=records,
+        entropy_M=entropy_M,
+        seconds=seconds,
+        splits=run.splits,
+        padded_tokens=run.padded_tokens,
+    )
 
 
 def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
@@ -186,12 +208,26 @@ class _Run:
         self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
         masks = [item.loss_mask for item in self.items if item.loss_mask is not None]
-        extras = Extras(temperatures=settings.temperatures, is_masked=bool(masks))
+        has_target_pos = settings.positions != "all"
+        extras = Extras(temperatures=settings.temperatures, is_masked=bool(masks), has_target_pos=has_target_pos)
         entries = schema(settings.top_k, settings.vocab_size, extras)
         n_tokens = int(self.starts[-1])
-        self.out = {name: np.empty((n_tokens, *entries[name][1]), entries[name][0]) for name in extras.token_arrays}
+        self.scored_M = scored_positions(self.items, settings.positions)
+        # Place on the target axis of each token, −1 if it does not go through the head.
+        self._target_N = np.full(n_tokens, -1, np.int64)
+        self._target_N[self.scored_M] = np.arange(len(self.scored_M))
+        self.out = {
+            name: np.empty(
+                (n_tokens if name in EVERY_TOKEN else len(self.scored_M), *entries[name][1]), entries[name][0]
+            )
+            for name in extras.token_arrays
+        }
         if masks:
             self.out["loss_mask"] = np.concatenate(masks).astype(np.uint8)
+        if has_target_pos:
+            self.out["target_pos"] = self.scored_M.astype(np.uint64)
+        if settings.positions == "entropy":
+            self.out[_ENTROPY] = np.empty(len(self.scored_M), np.float32)
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)
@@ -267,10 +303,12 @@ class _Run:
         chosen = list(part)
         place_T = np.arange(tokens_BT.shape[1])
         kept_BT = (place_T < self.lengths[chosen][:, None]) & (place_T >= self.contexts[chosen][:, None])
-        where_M = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
+        where_N = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
+        target_N = self._target_N[where_N]
+        where_M = target_N[target_N >= 0]
         input_ids_BT = to_device(tokens_BT, device)
-        valid_M = to_device(np.flatnonzero(kept_BT), device)
-        labels_M = to_device(labels_BT[kept_BT], device)
+        valid_M = to_device(np.flatnonzero(kept_BT)[target_N >= 0], device)
+        labels_M = to_device(labels_BT[kept_BT][target_N >= 0], device)
         with self.watch.span("trunk"):
             whole = path.head == "forward"
             states = self.teacher.logits_forward(input_ids_BT) if whole else self._hidden_states(part, input_ids_BT)
@@ -280,9 +318,9 @@ class _Run:
             targets = self._targets(rows_M.index_select(0, valid_M[chunk]), labels_M[chunk])
             with self.watch.span("transfer"):
                 self.ring.put(targets, functools.partial(self._deliver, where_M[chunk]))
-        self.out["input_ids"][where_M] = tokens_BT[kept_BT]
+        self.out["input_ids"][where_N] = tokens_BT[kept_BT]
         self.padded_tokens += tokens_BT.size
-        return len(where_M)
+        return len(where_N)
 
     def _targets(self, rows_R: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
         """Return the targets of a chunk in their stored dtypes. Columns beyond the vocabulary remain −inf."""
@@ -303,6 +341,7 @@ class _Run:
                 path=path,
                 refine=functools.partial(self._refined, rows_R) if teacher.refines else None,
                 temperatures=self.settings.temperatures,
+                has_entropy=self.settings.positions == "entropy",
             )
             label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
             return {
@@ -312,6 +351,7 @@ class _Run:
                 "tail_logmass": top.tail_logmass_R,
                 "label_logprob": label_logprobs_R,
                 **({"tail_logmass_T": top.tail_logmass_RJ} if self.settings.temperatures else {}),
+                **({} if top.entropy_R is None else {_ENTROPY: top.entropy_R}),
             }
 
     def _refined(self, rows_R: Tensor, ids_RC: Tensor) -> Tensor:

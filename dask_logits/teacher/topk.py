@@ -41,6 +41,9 @@ _CPU_TILE = 16
 # Rows whose logits exist in float32 at one time for the tails at further temperatures.
 _TAIL_ROWS = 16
 
+# Relative to the highest logit. Its exponential is 0 in float32.
+_LEAST_LOGIT = -200.0
+
 PLAIN = ScoringPath()
 
 
@@ -62,6 +65,8 @@ class TopK:
         float32, the labels' logits, arbitrary if there is no label.
     tail_logmass_RJ
         float32, log of the probability outside the K entries at each further temperature.
+    entropy_R
+        float32, entropy of the whole distribution in nats. None unless it is asked for.
     """
 
     ids_RK: Tensor
@@ -70,6 +75,7 @@ class TopK:
     tail_logmass_R: Tensor
     label_logits_R: Tensor
     tail_logmass_RJ: Tensor
+    entropy_R: Tensor | None = None
 
 
 def padded_width(vocab_size: int) -> int:
@@ -99,6 +105,7 @@ def topk_with_tail(
     path: ScoringPath = PLAIN,
     refine: Callable[[Tensor], Tensor] | None = None,
     temperatures: tuple[float, ...] = (),
+    has_entropy: bool = False,
 ) -> TopK:
     """Compute the targets of R positions from their logits.
 
@@ -118,6 +125,8 @@ def topk_with_tail(
         int64 ids [R, C] → float32 finished logits [R, C]. None: the logits are already exact.
     temperatures
         Divisors of the logits, each for one more tail.
+    has_entropy
+        Whether to compute the entropy.
     """
     rows, width = logits_RV.shape
     labels_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device) if labels_R is None else labels_R
@@ -160,6 +169,7 @@ def topk_with_tail(
         tail_logmass_R=left_R.log() - total_R.log(),
         label_logits_R=label_logits_R,
         tail_logmass_RJ=_tails(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, k, temperatures, path),
+        entropy_R=_entropy(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, path) if has_entropy else None,
     )
 
 
@@ -185,6 +195,25 @@ def _tails(
             left_R = (rest / temperature).exp().sum(-1) + exact[:, k:].sum(-1)
             found_RJ[part, j] = left_R.log() - (left_R + exact[:, :k].sum(-1)).log()
     return found_RJ
+
+
+def _entropy(
+    logits_RV: Tensor, exact_ids_RC: Tensor, exact_RC: Tensor, highest_R1: Tensor, path: ScoringPath
+) -> Tensor:
+    """Return the entropy of the distribution in nats: float32 [R].
+
+    With z relative to the highest logit and Z = Σ exp(z), H = log Z − Σ exp(z) z / Z (Shannon's −Σ p log p). Columns of
+    −inf count 0. Exact values are relative to the highest one and replace the rounded ones.
+    """
+    found_R = highest_R1.new_empty(len(logits_RV))
+    for first in range(0, len(logits_RV), _TAIL_ROWS):
+        part = slice(first, first + _TAIL_ROWS)
+        z_RV = path.finish(logits_RV[part].float()) - highest_R1[part]
+        z_RV.scatter_(1, exact_ids_RC[part], exact_RC[part])
+        exp_RV = z_RV.exp()
+        sum_R = exp_RV.sum(-1)
+        found_R[part] = sum_R.log() - (exp_RV * z_RV.clamp_(min=_LEAST_LOGIT)).sum(-1) / sum_R
+    return found_R
 
 
 def kernels_agree(logits_RV: Tensor, k: int, path: ScoringPath) -> bool:

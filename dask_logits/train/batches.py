@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from dask_logits.errors import DatasetError
+from dask_logits.records import EVERY_TOKEN
 from dask_logits.train.targets import IGNORED_LABEL, CodedTargets, SparseTargets
 
 _CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
@@ -69,9 +70,9 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     dict
         ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding and at tokens
         that are not learned, as Hugging Face models expect them (they shift inside). ``targets``, the
-        :class:`dask_logits.SparseTargets` [B, T] of the batch. ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and
-        lengths 0 for missing segments. ``n_beyond`` [B] with a `student_vocab_size`, ``source``
-        [B] with a :class:`dask_logits.MixedDataset`. With ``decode="device"`` the
+        :class:`dask_logits.SparseTargets` [B, T] of the batch, with the mask False at positions without targets.
+        ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and lengths 0 for missing segments. ``n_beyond`` [B] with a
+        `student_vocab_size`, ``source`` [B] with a :class:`dask_logits.MixedDataset`. With ``decode="device"`` the
         targets are still encoded.
 
     Raises
@@ -96,6 +97,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
     learned_BT, labels_BT = mask_BT, torch.where(mask_BT, input_ids_BT, IGNORED_LABEL)
     if "loss_mask" in items[0]:
+        # What a causal model learns from its labels does not depend on which positions have targets.
         learned_BT = mask_BT & _padded(items, "loss_mask", False, torch.bool)
         # A position's mask is about the next token, labels are about the token itself.
         labels_BT[:, 1:].masked_fill_(~learned_BT[:, :-1], IGNORED_LABEL)
@@ -104,7 +106,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
         "input_ids": input_ids_BT,
         "attention_mask": mask_BT.long(),
         "labels": labels_BT,
-        "targets": _targets(items, input_ids_BT, mask_BT, learned_BT),
+        "targets": _targets(items, input_ids_BT, mask_BT, learned_BT & _has_targets(items, mask_BT)),
         "row": torch.stack([item["row"] for item in items]),
         "segments": _padded_segments([item["segments"] for item in items]),
     }
@@ -160,11 +162,23 @@ def _targets(
     return CodedTargets(codes={name: _padded(items, name, 0, items[0][name].dtype) for name in names}, rest=targets)
 
 
+def _has_targets(items: Sequence[CachedItem], mask_BT: Tensor) -> Tensor:
+    """Return which positions have targets, those of padding included unless an item has ``target_pos``."""
+    has_targets_BT = torch.ones_like(mask_BT)
+    for b, item in enumerate(items):
+        if "target_pos" in item:
+            has_targets_BT[b] = False
+            has_targets_BT[b, item["target_pos"]] = True
+    return has_targets_BT
+
+
 def _padded(items: Sequence[CachedItem], name: str, fill: float, dtype: torch.dtype) -> Tensor:
+    """Pad an array of the items. Targets of chosen positions are put in their places."""
     width = max(len(item["input_ids"]) for item in items)
     out = torch.full((len(items), width, *items[0][name].shape[1:]), fill, dtype=dtype)
     for b, item in enumerate(items):
-        out[b, : len(item[name])] = item[name]
+        is_chosen = "target_pos" in item and name not in EVERY_TOKEN
+        out[b, item["target_pos"] if is_chosen else slice(len(item[name]))] = item[name].to(dtype)
     return out
 
 

@@ -1,10 +1,11 @@
 """``CachedLogitsDataset``: the cache as a map-style dataset.
 
-An item of T tokens consists of arrays of T rows. No array has width V. Each process opens the file on first use, so the
-dataset can be forked, pickled and spawned. Excluded items (by default those without tokens) are determined when the
-dataset is opened, so that its length, the order of the items and a resumable sampler agree.
+An item of T tokens consists of arrays of T rows, or of M rows if only M of its positions have targets. No array has
+width V. Each process opens the file on first use, so the dataset can be forked, pickled and spawned. Excluded items (by
+default those without tokens) are determined when the dataset is opened, so that its length, the order of the items and
+a resumable sampler agree.
 
-Dimension letters: T tokens, S segments of an item, K kept entries.
+Dimension letters: T tokens, M positions with targets, S segments of an item, K kept entries.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dask_logits.train.order import is_integer
 from dask_logits.vocabulary import HasVocabulary, check_tokenizer
 
 # Other arrays keep the file's dtype. torch has no arithmetic on unsigned 16 and 32 bit integers.
-_DTYPES = {"input_ids": np.int64, "topk_ids": np.int32, "loss_mask": np.bool_}
+_DTYPES = {"input_ids": np.int64, "topk_ids": np.int32, "loss_mask": np.bool_, "target_pos": np.int64}
 _FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
 # Entries whose token ids are read together.
 _SCAN_ENTRIES = 1 << 22
@@ -48,6 +49,9 @@ class CachedLogitsDataset(Dataset[CachedItem]):
     student learns the next token. ``row`` is the item's (first) dataset row, and ``segments``
     [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position t are the
     teacher's distribution over the token at t + 1.
+
+    A cache with targets at chosen positions also has ``target_pos`` [M] int64, the item's positions with targets,
+    rising. All arrays but ``input_ids`` and ``loss_mask`` then have M rows. Options that cut tokens cut both.
 
     Parameters
     ----------
@@ -121,6 +125,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         self.vocab_size = first.vocab_size
         self.temperatures = first.profile.extras.temperatures
         self.is_masked = first.profile.extras.is_masked
+        self.has_target_pos = first.profile.extras.has_target_pos
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
         for name, value in (("window", window), ("max_tokens", max_tokens), ("student_vocab_size", student_vocab_size)):
@@ -155,6 +160,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             "top_k": f"{self.top_k} of a vocabulary of {self.vocab_size:,}",
             "profile": self.attributes["profile"],
         }
+        if self.has_target_pos:
+            lines["targets"] = f"at {sum(reader.n_targets for reader in self._opened()):,} positions of the cache"
         if self.temperatures:
             lines["temperatures"] = ", ".join(f"{value:g}" for value in sorted((1.0, *self.temperatures)))
         for name in ("window", "max_tokens", "student_vocab_size"):
@@ -307,6 +314,11 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             at += take
             item += 1
         parts = [self._tokens(*entries) for entries in ranges]
+        n_before = 0
+        for part in parts:
+            if "target_pos" in part:
+                part["target_pos"] = part["target_pos"] + np.uint64(n_before)
+            n_before += len(part["input_ids"])
         found = parts[0]
         if len(parts) > 1:
             found = {name: np.concatenate([part[name] for part in parts]) for name in found}

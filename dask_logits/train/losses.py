@@ -90,7 +90,8 @@ def distillation_loss(
         t, so nothing is shifted. Logits beyond the teacher's vocabulary count in the student's tail. Kept entries that
         the student has no logit for count in the teacher's tail.
     targets
-        ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask are ignored.
+        ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask are ignored, also by the
+        cross-entropy. With targets at chosen positions, both terms therefore cover only those.
     objective
         Divergence, tail, temperature and mix.
     normaliser

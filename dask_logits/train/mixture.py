@@ -35,7 +35,8 @@ class MixedDataset(Dataset[CachedItem]):
     ----------
     sources
         Name → opened cache. All must agree on the number of entries, the vocabulary and the temperatures. If some have
-        a mask, all tokens of the others are learned.
+        a mask, all tokens of the others are learned. If some have targets at chosen positions, the others have them at
+        all.
     weights
         Name → share of the items, any positive numbers. None: every item of every source once.
     n_items

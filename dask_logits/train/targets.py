@@ -100,7 +100,8 @@ class SparseTargets(_Tensors):
     label_logprob
         [N] float32, the teacher's log-prob of the document's next token, NaN at the end of the document.
     mask
-        [N] bool, True at positions that a student learns from, False at padding and at masked positions.
+        [N] bool, True at positions that a student learns from, False at padding, at masked positions and at positions
+        without targets, whose other values have no meaning.
     vocab_size
         Width of the teacher's vocabulary, or of the student's if the cache was opened with a smaller one. All ids are
         below it.

@@ -99,6 +99,8 @@ class CalibrationTask:
         Whether the compact profile will be used, which requires an id table.
     temperatures
         Temperatures other than 1 whose tail is stored.
+    target_share
+        Expected share of the positions that get targets, for the sizes of a plan. The sample is scored at all.
     most_trial_seconds
         Maximum time of one trial.
     """
@@ -117,6 +119,7 @@ class CalibrationTask:
     compile: Literal["auto", "always", "never"]
     compact: bool = False
     temperatures: tuple[float, ...] = ()
+    target_share: float = 1.0
     most_trial_seconds: float = float("inf")
 
 

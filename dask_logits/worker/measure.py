@@ -6,7 +6,7 @@ Dimension letters: N positions, V vocabulary, K kept entries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,18 @@ import numpy as np
 
 from dask_logits.cache.chunks import compress
 from dask_logits.cache.profile import Compact, Profile, encode_all, id_table
-from dask_logits.data.items import plain_items
-from dask_logits.records import Array, Extras, bytes_per_token
+from dask_logits.data.items import Item, plain_items
+from dask_logits.records import Array, Extras, Records, bytes_per_token
 from dask_logits.run.records import Calibration
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.model import ScoringPath
-from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.teacher.positions import highest_entropy
+from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
 from dask_logits.worker.calibrate import CalibrationTask, calibrate, first_documents, sample_tokens
 
 _KS = (8, 16, 32, 64, 128, 256)
+# Shares of the positions that get targets.
+_SHARES = (0.1, 0.2, 0.5, 1.0)
 # Rounds of the sample that are timed.
 _ROUNDS = 3
 # Time in seconds after which no further round begins.
@@ -64,7 +67,9 @@ class Measurement:
     tokens_per_second
         Speeds of one worker in some rounds.
     choices
-        Figures by K.
+        Figures by K, with targets at all positions.
+    bytes_by_share
+        Share of the positions that get targets, those of the highest entropy → bytes per token.
     peak_bytes
         Peak memory of the process, or of its GPU.
     """
@@ -72,6 +77,7 @@ class Measurement:
     calibration: Calibration
     tokens_per_second: tuple[float, ...]
     choices: tuple[Choice, ...]
+    bytes_by_share: dict[float, float]
     peak_bytes: int
 
 
@@ -114,7 +120,8 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         rates.append(scored.records.n_tokens / max(scored.seconds["score"], 1e-9))
     on_step("comparing numbers of kept entries")
     ks = tuple(sorted({k for k in _KS if k <= task.vocab_size} | {task.top_k}))
-    widest = score_items(teacher, items, replace(settings, top_k=ks[-1]))
+    widest = score_items(teacher, items, replace(settings, top_k=ks[-1], positions="entropy"))
+    shares = sorted({*_SHARES, round(task.target_share, 2) or _SHARES[0]})
     few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
     whole = score_items(teacher, few, replace(settings, top_k=task.vocab_size, temperatures=()))
     return Measurement(
@@ -125,19 +132,28 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
                 top_k=k,
                 kept_mass=float(np.exp(widest.records.topk_logprobs[:, :k].astype(np.float32)).sum(1).mean()),
                 lost_nats=float(np.mean(truncation_nats(whole.records.topk_logprobs, k))),
-                bytes_per_token=_size(widest.records.tokens(), k, task),
+                bytes_per_token=_size(widest.records, k, task),
             )
             for k in ks
         ),
+        bytes_by_share={share: _size(_chosen(items, widest, share), task.top_k, task) for share in shares},
         peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
     )
 
 
-def _size(tokens: dict[str, Array], k: int, task: CalibrationTask) -> float:
+def _chosen(items: Sequence[Item], scored: Scored, share: float) -> Records:
+    """Return the targets at a share of the positions."""
+    assert scored.entropy_M is not None
+    return scored.records.at(highest_entropy(items, np.arange(len(scored.entropy_M)), scored.entropy_M, share))
+
+
+def _size(records: Records, k: int, task: CalibrationTask) -> float:
     """Return the bytes per token of a sample that keeps k entries."""
-    extras = Extras(temperatures=task.temperatures)
+    share = records.n_targets / max(1, records.n_tokens)
+    extras = Extras(temperatures=task.temperatures, has_target_pos=share < 1)
     if not task.compact:
-        return float(bytes_per_token(k, task.vocab_size, extras))
+        return bytes_per_token(k, task.vocab_size, extras, share)
+    tokens = {name: array for name, array in records.tokens().items() if name in extras.token_arrays}
     cut = {**tokens, "topk_ids": tokens["topk_ids"][:, :k], "topk_logprobs": tokens["topk_logprobs"][:, :k]}
     profile: Profile = Compact(
         top_k=k,
