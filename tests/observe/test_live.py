@@ -21,20 +21,6 @@ from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder
 
 
-@pytest.fixture
-def scored(here, monkeypatch) -> RunFolder:
-    """A run of four committed partitions, stopped before its cache was written."""
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.consolidate_run", stop)
-        with pytest.raises(KeyboardInterrupt):
-            generate(load_config(here))
-    return RunFolder(cache_dir(here))
-
-
 def snapshot(n_partitions: int, n_workers: int = 3) -> Snapshot:
     states_P = np.zeros(n_partitions, np.uint8)
     states_P[-9:] = 1
