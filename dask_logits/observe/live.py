@@ -8,6 +8,7 @@ replaced.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ class _Log(PlanLog):
 
 
 class LiveRun:
-    """Reads a run folder repeatedly. Nothing is written.
+    """Reads a run folder repeatedly, for one thread at a time. Nothing is written.
 
     Parameters
     ----------
@@ -118,6 +119,7 @@ class LiveRun:
         self._stamp: object = None
         self._folder = _Folder(path)
         self._log: _Log | None = None
+        self._lock = threading.Lock()
 
     def read(self) -> Snapshot:
         """Read what has changed.
@@ -129,6 +131,10 @@ class LiveRun:
         CacheError
             If its files cannot be read, or are those of a newer version.
         """
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Snapshot:
         drivers = Drivers.of(self._folder)
         stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
         if self._stamp != stamp:
