@@ -272,7 +272,7 @@ def _lines(event: DriverStatus) -> list[str]:
     facts = {name.replace("_", " "): value for name, value in event if name not in ("run", "at", "entered", "failed")}
     facts = {"run": f"{event.run} (not visible on this machine)", **facts}
     facts |= {f"failed {int(index):06d}": reason for index, reason in event.failed.items()}
-    return [f"{label:<17}  {text}" for label, text in facts.items() if text is not None]
+    return [f"{label:<17}  {text}" for label, text in facts.items() if text not in (None, (), {})]
 
 
 def _table(lines: list[str]) -> str:

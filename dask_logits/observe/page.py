@@ -65,6 +65,7 @@ vector-effect:none;fill:none}.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25
 .lanes{display:grid;grid-template-columns:minmax(5rem,11rem) 1fr;gap:.3rem .75rem;align-items:center;font-size:.75rem;
 color:var(--soft)}.lane{display:block;width:100%;height:1rem;background:var(--wash)}.lanes .x{grid-column:2}
 .key{display:inline-block;width:.75rem;height:.75rem;border-radius:2px;margin-right:.5rem;vertical-align:-.05rem}
+td:has(.key){white-space:nowrap}
 """ + "".join(f".part{i}{{fill:var(--c{i});background:var(--c{i})}}" for i in range(8))  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_a_cell_of_a_notebook_keeps_its_style_to_itself() -> None:
     for letter in style:
         outside += letter if not depth else ""
         depth += (letter == "{") - (letter == "}")
-    assert outside == ".dask-logits{.dask-logits{"
+    assert outside == ".dask-logits{.dask-logits.dask-logits{"
 
 
 def test_ten_thousand_partitions_make_a_small_map() -> None:
