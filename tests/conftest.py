@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import warm
-from builders import save_tokenizer, sentences, tiny_model, write_json_lines
+from builders import cache_dir, save_tokenizer, sentences, tiny_model, write_json_lines
+
+if TYPE_CHECKING:
+    from dask_logits.run.folder import RunFolder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -111,3 +115,19 @@ def joined(overrides: list[str], scheduler: str) -> list[str]:
 def here(overrides: list[str]) -> list[str]:
     """The same job in this process, without a cluster."""
     return [*overrides, "cluster=serial"]
+
+
+@pytest.fixture
+def scored(here: list[str], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run of four committed partitions, stopped before its cache was written."""
+    from dask_logits import generate, load_config
+    from dask_logits.run.folder import RunFolder
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.consolidate_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(load_config(here))
+    return RunFolder(cache_dir(here))

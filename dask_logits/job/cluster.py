@@ -93,6 +93,9 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
         "distributed.admin.tick.interval": "1s",
         "distributed.worker.profile.interval": "1s",
     }
+    if config.dashboard_address is not None:
+        name = "distributed.scheduler.preload"
+        settings[name] = [*dask.config.get(name), "dask_logits.job.dashboard"]
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core. Existing environment variables take precedence.
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))

@@ -88,8 +88,9 @@ def score(
                             driver.on_receipt(receipt)
                         case Failed(failure):
                             driver.on_failure(failure)
-                        case Progress(tokens=tokens):
+                        case Progress(index, tokens):
                             progress.tokens(tokens)
+                            reporter.scoring.add(index)
                     reporter.tick()
             if driver.suspects:
                 with executor.trials() as passes:
@@ -165,6 +166,7 @@ class _Driver:
             f", {len(receipt.splits)} batches split for lack of memory" if receipt.splits else "",
         )
         self._seconds = add_seconds(self._seconds, receipt.seconds)
+        self._reporter.scoring.discard(receipt.partition)
         forget_failure(self._job.run, receipt.partition)
         self._settle(receipt.partition)
 
@@ -182,6 +184,7 @@ class _Driver:
     def on_unreadable(self, failure: Failure) -> None:
         """Record a partition that failed permanently, or whose rows could not be read."""
         self.failed[failure.index] = failure.reason
+        self._reporter.scoring.discard(failure.index)
         note_failure(self._job.run, failure)
         # An error of a device says nothing about rows.
         is_of_rows = failure.task is not None and not failure.rows and failure.kind != "device"

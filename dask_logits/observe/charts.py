@@ -21,6 +21,9 @@ from dask_logits.records import Array
 # Width and height of the drawing, in units that the page stretches.
 WIDTH, HEIGHT = 1000, 200
 _LEVELS = 5
+# Least columns of a map, so that few squares stay small, and how many times wider than high a large one is.
+_LEAST_COLUMNS = 40
+_ASPECT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,13 @@ class Charts:
     def __init__(self) -> None:
         self._ids = count(1)
 
-    def svg(self, title: str, description: str, shapes: str, *, height: int = HEIGHT, css: str = "") -> str:
+    def svg(
+        self, title: str, description: str, shapes: str, *, width: int = WIDTH, height: int = HEIGHT, css: str = ""
+    ) -> str:
         """Return a drawing with its title and description."""
         name = f"chart{next(self._ids)}"
         return (
-            f'<svg viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" role="img" class="{css}" '
+            f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" class="{css}" '
             f'aria-labelledby="{name}t {name}d"><title id="{name}t">{escape(title)}</title>'
             f'<desc id="{name}d">{escape(description)}</desc>{shapes}</svg>'
         )
@@ -129,6 +134,22 @@ class Charts:
             if level and path
         )
         return self.svg(title, description, shapes + marks, height=20, css="lane")
+
+    def cells(self, title: str, kinds_C: Array, n_kinds: int, *, description: str) -> str:
+        """Return a map of small squares, row by row, in the colours of a legend: ``kind0``, ``kind1`` and so on.
+
+        Neighbours of one kind are one dashed line, so that thousands of squares take a few kilobytes.
+        """
+        columns = max(_LEAST_COLUMNS, math.ceil(math.sqrt(_ASPECT * len(kinds_C))))
+        paths = [""] * n_kinds
+        for y, first in enumerate(range(0, len(kinds_C), columns)):
+            row = kinds_C[first : first + columns]
+            edges = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+            for begin, end in pairwise(edges):
+                paths[row[begin]] += f"M{10 * begin + 1} {10 * y + 5}h{10 * (end - begin) - 2}"
+        shapes = "".join(f'<path d="{path}" class="kind{i}"/>' for i, path in enumerate(paths) if path)
+        height = 10 * math.ceil(len(kinds_C) / columns)
+        return self.svg(title, description, shapes, width=10 * columns, height=height, css="cells")
 
 
 def crosses(places: Sequence[tuple[float, str]]) -> str:

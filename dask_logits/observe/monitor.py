@@ -1,10 +1,11 @@
-"""Watch a run from a notebook: figures that refresh in place, next to the link to the Dask dashboard.
+"""Watch a run from a notebook: figures and charts that refresh in place, next to the link to the Dask dashboard.
 
 The source is the files of the run folder, so watching needs no cluster and cannot disturb one. A scheduler is only
 asked for the announcements of drivers, over a connection that is closed immediately. Nothing is submitted, held or kept
 alive. If the announced folder is not visible on this machine, the announcements themselves are shown.
 
-This is the only module that imports IPython. A refresh costs one ``read_status``.
+This is the only module that imports IPython. The charts are HTML and SVG in an output that is replaced. They need no
+script, no extension and no kernel, so JupyterLab, VS Code and Colab show them, also in a saved notebook.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rich.console import Console
 
 from dask_logits.errors import CacheError, ClusterError, ConfigError, DaskLogitsError, RunConflictError
 from dask_logits.files.atomic import expanded, read_json
+from dask_logits.observe.live import LiveRun
+from dask_logits.observe.live_page import cell
 from dask_logits.observe.status import Status, read_status
 from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES, RunFolder
 from dask_logits.run.records import DriverStatus
@@ -33,6 +37,20 @@ _SILENT_SECONDS = 120.0
 # Time for cluster start or consolidation of a small cache, during which no driver reports scoring.
 _GRACE_SECONDS = 30.0
 _FILE_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """A run at one moment: its lines, the HTML of its charts, and whether a driver is active. No files: no status."""
+
+    status: Status | None = None
+    lines: list[str]
+    charts: str = ""
+    is_at_work: bool = False
+
+    @property
+    def html(self) -> str:
+        return f"{self.charts}\n{_table(self.lines)}"
 
 
 class Monitor:
@@ -80,10 +98,12 @@ class Monitor:
         self._scheduler: str | None = None
         if run:
             self.run = str(expanded(run))
+            self._live = LiveRun(Path(self.run))
             self.status()
             return
         address = scheduler or _address(Path(str(scheduler_file)), wait_seconds)
         self.run = _choose(_announced(address, wait_seconds), address)
+        self._live = LiveRun(Path(self.run))
         folder = RunFolder(Path(self.run))
         if not folder.manifest_path.exists() and not folder.driver_statuses():
             self._scheduler = address
@@ -92,7 +112,7 @@ class Monitor:
         return f"Monitor({self.run!r})"
 
     def _repr_html_(self) -> str:
-        return _table(self._look()[1])
+        return self._look().html
 
     def status(self) -> Status:
         """Read the state of the run from its files.
@@ -151,36 +171,41 @@ class Monitor:
         """Stop watching in the background."""
         self._stop_background.set()
 
-    def _in_background(self, show: Callable[[list[str]], object], seconds: float, stop: threading.Event) -> None:
+    def _in_background(self, show: Callable[[_Look], object], seconds: float, stop: threading.Event) -> None:
         try:
             self._watch(show, seconds, None, stop)
         except DaskLogitsError as error:
-            show([f"error         {error.message}"])
+            show(_Look(lines=[f"error         {error.message}"]))
 
     def _watch(
-        self, show: Callable[[list[str]], object], seconds: float, until: float | None, stop: threading.Event
+        self, show: Callable[[_Look], object], seconds: float, until: float | None, stop: threading.Event
     ) -> Status | None:
         started = worked = time.monotonic()
         while True:
-            status, lines, at_work = self._look()
-            show(lines)
+            look = self._look()
+            show(look)
             now = time.monotonic()
-            worked = now if at_work else worked
+            worked = now if look.is_at_work else worked
             left = float("inf") if until is None else started + until - now
-            is_over = status is not None and status.state == "complete"
+            is_over = look.status is not None and look.status.state == "complete"
             if is_over or now - worked >= _GRACE_SECONDS or left <= 0 or stop.wait(min(seconds, left)):
-                return status
+                return look.status
 
-    def _look(self) -> tuple[Status | None, list[str], bool]:
-        """Return the status if there are files, the lines to show, and whether a driver is active."""
+    def _look(self) -> _Look:
         if self._scheduler is None:
-            status = self.status()
+            snapshot = self._live.read()
+            status = snapshot.status
             dashboard = [f"dashboard     {status.dashboard}"] if status.dashboard else []
-            return status, status.lines() + dashboard, status.running > 0
+            return _Look(
+                status=status,
+                lines=status.lines() + dashboard,
+                charts=cell(snapshot),
+                is_at_work=status.running > 0,
+            )
         event = _announced(self._scheduler, self._wait_seconds).get(self.run)
         if event is None:
             raise ClusterError(f"{self._scheduler}: expected news of {self.run}, got none: the scheduler was replaced")
-        return None, _lines(event), _at_work(event)
+        return _Look(lines=_lines(event), is_at_work=_at_work(event))
 
 
 def _address(file: Path, wait_seconds: float) -> str:
@@ -247,7 +272,7 @@ def _lines(event: DriverStatus) -> list[str]:
     facts = {name.replace("_", " "): value for name, value in event if name not in ("run", "at", "entered", "failed")}
     facts = {"run": f"{event.run} (not visible on this machine)", **facts}
     facts |= {f"failed {int(index):06d}": reason for index, reason in event.failed.items()}
-    return [f"{label:<17}  {text}" for label, text in facts.items() if text is not None]
+    return [f"{label:<17}  {text}" for label, text in facts.items() if text not in (None, (), {})]
 
 
 def _table(lines: list[str]) -> str:
@@ -267,8 +292,8 @@ def _table(lines: list[str]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _screen() -> Callable[[list[str]], object]:
-    """Return a function that shows lines: in place in a notebook, otherwise block after block on stdout."""
+def _screen() -> Callable[[_Look], object]:
+    """Return a function that shows a run: in place in a notebook, otherwise block after block on stdout."""
     try:
         from IPython import get_ipython
         from IPython.display import DisplayHandle
@@ -278,8 +303,8 @@ def _screen() -> Callable[[list[str]], object]:
         return _print
     handle: Any = DisplayHandle()  # type: ignore[no-untyped-call]
     handle.display({"text/plain": ""}, raw=True)
-    return lambda lines: handle.update({"text/html": _table(lines), "text/plain": "\n".join(lines)}, raw=True)
+    return lambda look: handle.update({"text/html": look.html, "text/plain": "\n".join(look.lines)}, raw=True)
 
 
-def _print(lines: list[str]) -> None:
-    Console().print(*lines, "", sep="\n", markup=False, highlight=False, soft_wrap=True)
+def _print(look: _Look) -> None:
+    Console().print(*look.lines, "", sep="\n", markup=False, highlight=False, soft_wrap=True)

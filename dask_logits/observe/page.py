@@ -57,10 +57,15 @@ stroke-width:1.5}.line{fill:none;stroke:var(--accent);stroke-width:2}
 .box{fill:var(--accent);stroke:var(--paper);stroke-width:1}.box:hover{fill-opacity:.7}
 .cross path{stroke:var(--bad);stroke-width:2;fill:none}.pause{stroke:var(--soft);stroke-dasharray:3 3}
 .bar{display:block;width:100%;height:1.75rem;margin:.75rem 0}
+.cells{display:block;width:100%;height:auto;margin:.75rem 0}.cells path{stroke-width:8;stroke-dasharray:8 2;
+vector-effect:none;fill:none}.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.85rem;margin:.5rem 0}
+.kind0{stroke:var(--c2);background:var(--c2)}.kind1{stroke:var(--line);background:var(--line)}
+.kind2{stroke:var(--c1);background:var(--c1)}.kind3{stroke:var(--bad);background:var(--bad)}
 .spark{width:9rem;height:1.6rem;display:block}
 .lanes{display:grid;grid-template-columns:minmax(5rem,11rem) 1fr;gap:.3rem .75rem;align-items:center;font-size:.75rem;
 color:var(--soft)}.lane{display:block;width:100%;height:1rem;background:var(--wash)}.lanes .x{grid-column:2}
 .key{display:inline-block;width:.75rem;height:.75rem;border-radius:2px;margin-right:.5rem;vertical-align:-.05rem}
+td:has(.key){white-space:nowrap}
 """ + "".join(f".part{i}{{fill:var(--c{i});background:var(--c{i})}}" for i in range(8))  # fmt: skip
 
 

@@ -42,8 +42,8 @@ def time_axis(clock: Clock) -> tuple[Axis, str]:
     return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
 
 
-def speed(charts: Charts, history: History, clock: Clock) -> Html:
-    """Tokens per second over time, in total and of each worker."""
+def speed(charts: Charts, history: History, clock: Clock, *, workers: bool = True) -> Html:
+    """Tokens per second over time, in total and, if asked for, of each worker."""
     found = rates(history, clock, _BINS)
     total = found.tokens_per_second.sum(1)
     tokens = int(history.column("tokens").sum())
@@ -57,7 +57,7 @@ def speed(charts: Charts, history: History, clock: Clock) -> Html:
     )
     chart = charts.area("Tokens per second over time", total, x, unit=unit, description=sentence,
                         marks=pauses(_pause_places(clock)))  # fmt: skip
-    return section("speed", "Speed", sentence, Html(chart), _workers(charts, history, found))
+    return section("speed", "Speed", sentence, Html(chart), _workers(charts, history, found) if workers else None)
 
 
 def _workers(charts: Charts, history: History, found: Rates) -> Html:

@@ -19,6 +19,7 @@ from dask_logits.records import Statistics
 from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import WORKING_STATES, RunFolder
+from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry, Manifest
 from dask_logits.run.state import PartitionState, RunState, cache_state
 from dask_logits.run.timings import add_seconds, duration, plural, shares
@@ -219,10 +220,28 @@ def read_status(path: Path | str) -> Status:
     return status if cache_state(run) == before else status_of(run)
 
 
-def status_of(run: RunFolder, on_partition: Callable[[PartitionState], None] = lambda each: None) -> Status:
-    """Read the state of a run once, and call a function with each planned partition. Otherwise as `read_status`."""
+def status_of(
+    run: RunFolder,
+    on_partition: Callable[[PartitionState], None] = lambda each: None,
+    *,
+    log: PlanLog | None = None,
+    level: int = logging.WARNING,
+) -> Status:
+    """Read the state of a run once. Otherwise as `read_status`.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    on_partition
+        Called with each planned partition.
+    log
+        Its plan. None: read from its files.
+    level
+        Level at which damaged receipts are logged.
+    """
     drivers = Drivers.of(run)
-    found = RunState.find(run)
+    found = RunState.find(run, log)
     if found is None:
         return _before_manifest(run, drivers)
     manifest, log, damaged = found.manifest, found.log, found.cache_error is not None
@@ -233,7 +252,7 @@ def status_of(run: RunFolder, on_partition: Callable[[PartitionState], None] = l
         if each.error is not None:
             if each.is_unreadable:
                 raise each.error
-            logger.warning("left out: %s", each.error)
+            logger.log(level, "left out: %s", each.error)
         if each.is_done:
             count += 1
             rows += each.partition.n_rows
@@ -245,7 +264,7 @@ def status_of(run: RunFolder, on_partition: Callable[[PartitionState], None] = l
         flops += each.receipt.flops
         splits += len(each.receipt.splits)
     if lacking:
-        logger.warning("%d receipts are damaged or gone; their partitions are in the cache, not in sums", lacking)
+        logger.log(level, "%d receipts are damaged or gone; their partitions are in the cache, not in sums", lacking)
     is_complete = not damaged and found.is_complete
     cache = found.cache if is_complete else None
     calibration = run.calibration()

@@ -72,6 +72,11 @@ class Drivers:
         return max(left) if left and len(left) == len(self.alive) else None
 
     @property
+    def scoring(self) -> frozenset[int]:
+        """Partitions that active drivers have scored in part."""
+        return frozenset(index for record in self.alive for index in record.scoring)
+
+    @property
     def left_out(self) -> dict[str, str]:
         """Worker → reason why it gets no work."""
         return {worker: why for record in self.records for worker, why in (record.left_out or {}).items()}

@@ -163,7 +163,10 @@ def test_watching_a_complete_run_ends_at_once(joined) -> None:
     assert status is not None
     assert (status.state, status.committed, status.failed) == ("complete", 4, {})
     assert time.monotonic() - started < 300
-    assert figures(Monitor(run)._repr_html_())["cache"] == str(run / "teacher_logits.h5")
+    shown = Monitor(run)._repr_html_()
+    assert figures(shown)["cache"] == str(run / "teacher_logits.h5")
+    assert ">4 committed<" in shown
+    assert shown.count("<svg") == 3
 
 
 def test_all_cells_can_be_executed_while_a_run_calibrates(tmp_path, jupyter, monkeypatch) -> None:

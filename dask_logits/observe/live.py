@@ -1,0 +1,169 @@
+"""A run that is read again and again: each receipt and each entry of the plan is read once.
+
+``read_status`` reads every receipt on every call, some seconds for 10,000 partitions. A page that refreshes keeps them
+in memory, without their lists of files: about 2 kB each. What it keeps is dropped when a driver starts or the run is
+replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dask_logits.observe.history import History
+from dask_logits.observe.status import Status, status_of
+from dask_logits.records import Array
+from dask_logits.run.drivers import Drivers
+from dask_logits.run.failures import read_failures
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan import PlanEnd, Segment
+from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import FailureEntry, Receipt
+from dask_logits.run.state import PartitionState, cache_state
+
+# States of a partition. Where one square of a map stands for several partitions, the last of their states is drawn.
+STATES = ("committed", "waiting", "running", "failed")
+_COMMITTED, _WAITING, _RUNNING, _FAILED = range(len(STATES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run at one moment.
+
+    Parameters
+    ----------
+    status
+        Its status.
+    history
+        Its receipts.
+    failures
+        Partition → its failure.
+    at
+        Time of the reading, Unix time in seconds.
+    states_P
+        [P] uint8 index into ``STATES`` of each planned partition.
+    """
+
+    status: Status
+    history: History
+    failures: Mapping[int, FailureEntry]
+    at: float
+    states_P: Array
+
+    def counts(self) -> dict[str, int]:
+        """Return state → number of partitions."""
+        found = Counter(self.states_P.tolist())
+        return {name: found[i] for i, name in enumerate(STATES)}
+
+
+@dataclass(frozen=True)
+class _Folder(RunFolder):
+    """A run folder whose valid receipts are read once."""
+
+    known: dict[int, Receipt] = field(default_factory=dict)
+
+    def receipt(self, index: int) -> Receipt | None:
+        found = self.known.get(index)
+        if found is None:
+            found = super().receipt(index)
+            if found is not None:
+                found = self.known[index] = found.model_copy(update={"files": {}})
+        return found
+
+    def receipt_indices(self) -> set[int]:
+        present = super().receipt_indices()
+        for deleted in self.known.keys() - present:
+            del self.known[deleted]
+        return present
+
+
+class _Log(PlanLog):
+    """A plan whose entries are read once."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._known: dict[int, Segment | PlanEnd] = {}
+        super().__init__(run)
+
+    def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
+        found = self._known.get(ordinal)
+        if found is None:
+            found = super()._entry(ordinal)
+            if found is not None:
+                self._known[ordinal] = found
+        return found
+
+    def refresh(self) -> _Log:
+        """Read the entries that were added."""
+        self._recount()
+        return self
+
+
+class LiveRun:
+    """Reads a run folder repeatedly, for one thread at a time. Nothing is written.
+
+    Parameters
+    ----------
+    path
+        The run folder. It need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: object = None
+        self._folder = _Folder(path)
+        self._log: _Log | None = None
+        self._lock = threading.Lock()
+
+    def read(self) -> Snapshot:
+        """Read what has changed.
+
+        Raises
+        ------
+        RunConflictError
+            If the folder contains no run.
+        CacheError
+            If its files cannot be read, or are those of a newer version.
+        """
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Snapshot:
+        drivers = Drivers.of(self._folder)
+        stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
+        if self._stamp != stamp:
+            self._stamp, self._folder, self._log = stamp, _Folder(self._path), None
+        run = self._folder
+        self._log = self._log.refresh() if self._log is not None else _Log(run)
+        # The cache may be written, and the partitions deleted, while they are read.
+        for _ in range(2):
+            before, history, states = cache_state(run), History(), bytearray()
+
+            def add(each: PartitionState, history: History = history, states: bytearray = states) -> None:
+                history.add(each)
+                states.append(_COMMITTED if each.is_done else _WAITING)
+
+            status = status_of(run, add, log=self._log, level=logging.DEBUG)
+            if cache_state(run) == before:
+                break
+        failures = {} if status.state == "complete" else read_failures(run)
+        states_P = np.frombuffer(states, np.uint8)
+        for indices, state in ((drivers.scoring, _RUNNING), (failures, _FAILED)):
+            for index in indices:
+                if index < len(states_P) and states_P[index] != _COMMITTED:
+                    states_P[index] = state
+        return Snapshot(status=status, history=history, failures=failures, at=time.time(), states_P=states_P)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -1,0 +1,234 @@
+"""What a page or a notebook shows of a run while it works, and the same figures for programs.
+
+The charts are those of the report. A page replaces only the sections that changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dask_logits.observe import sections
+from dask_logits.observe.charts import Charts, number
+from dask_logits.observe.history import Clock
+from dask_logits.observe.live import STATES, Snapshot
+from dask_logits.observe.page import STYLE, Html, section, text, tiles
+from dask_logits.observe.page import document as whole_page
+from dask_logits.records import Array
+from dask_logits.run.timings import duration, plural
+
+# More partitions than this share squares of the map.
+_MOST_CELLS = 2_000
+_BAD_STATES = ("failed", "damaged", "stopped")
+
+_SCRIPT = """
+"use strict";
+const live = document.getElementById("live"), note = document.getElementById("note");
+async function refresh() {
+  try {
+    const answer = await fetch(location.pathname + "/body" + location.search, {cache: "no-store"});
+    if (!answer.ok) throw new Error(answer.status);
+    const next = document.createElement("div");
+    next.innerHTML = await answer.text();
+    const parts = [...next.children];
+    if (parts.length !== live.children.length) live.replaceChildren(...parts);
+    else parts.forEach((part, i) => {
+      if (part.outerHTML !== live.children[i].outerHTML) live.children[i].replaceWith(part);
+    });
+    note.textContent = "";
+  } catch (error) {
+    note.textContent = "The scheduler does not answer. These are the last figures that it sent.";
+  }
+  setTimeout(refresh, document.hidden ? 20000 : 2000);
+}
+setTimeout(refresh, 2000);
+"""
+_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+POLICY = (
+    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; connect-src 'self'; img-src data:"
+)
+# Wide enough for "10,000 of 10,000".
+_STYLE = ".tiles{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}"
+# Colours of whatever surrounds an output cell: JupyterLab, Colab and VS Code choose light or dark themselves.
+_CELL_STYLE = (
+    ".dask-logits{--paper:transparent;--ink:currentColor;--soft:color-mix(in srgb,currentColor 65%,transparent);"
+    "--line:color-mix(in srgb,currentColor 22%,transparent);--wash:color-mix(in srgb,currentColor 6%,transparent);"
+    "--accent:#2f7fc4;--bad:#d55e00;--c0:#0072b2;--c1:#e69f00;--c2:#009e73;--c3:#56b4e9;--c4:#d55e00;--c5:#cc79a7;"
+    "--c6:#b8a800;--c7:#7d8794;max-width:60rem;font:14px/1.5 system-ui,sans-serif}"
+    # Twice, to prevail over the style that JupyterLab has for outputs.
+    f".dask-logits.dask-logits{{{STYLE}{_STYLE}section{{margin-top:1.25rem}}h2{{font-size:1rem;margin:0 0 .25rem}}"
+    ".tiles{margin-top:.5rem}.tiles :is(dt,dd){float:none;width:auto;margin:0;padding:0}.tiles dt{font-weight:400}"
+    "tbody tr:nth-child(n){background:none}th,td{white-space:normal;max-width:none}}"
+)
+
+
+def page(body: str) -> str:
+    """Return the page around its sections, which refreshes itself."""
+    shell = f'<div id="live">{body}</div><p id="note" class="soft" role="status"></p>'
+    icon = '<link rel="icon" href="data:,">'
+    return whole_page("dask_logits", shell, style=STYLE + _STYLE, head=icon, end=f"<script>{_SCRIPT}</script>")
+
+
+def body(snapshot: Snapshot) -> str:
+    """Return the sections of a page."""
+    charts, status, history = Charts(), snapshot.status, snapshot.history
+    parts: list[Html | None] = [_header(snapshot), _figures(snapshot), _partitions(charts, snapshot)]
+    clock = Clock.of(history)
+    if clock is not None:
+        parts += [sections.speed(charts, history, clock), sections.time_shares(charts, status.seconds)]
+    parts.append(sections.failed(snapshot.failures, history))
+    return "".join(part for part in parts if part is not None)
+
+
+def cell(snapshot: Snapshot) -> str:
+    """Return the figures and charts for an output cell of a notebook. Its style leaves the notebook alone."""
+    charts, history = Charts(), snapshot.history
+    parts = [_figures(snapshot), _partitions(charts, snapshot)]
+    clock = Clock.of(history)
+    if clock is not None:
+        parts += [sections.speed(charts, history, clock, workers=False),
+                  sections.time_shares(charts, snapshot.status.seconds)]  # fmt: skip
+    # Several cells may show a run, and an id has to be unique in their page.
+    inner = re.sub(r' id="(?!chart)[a-z]+"', "", "".join(part for part in parts if part is not None))
+    return f'<style>{_CELL_STYLE}</style><div class="dask-logits">{inner}</div>'
+
+
+def problem(run: str, message: str) -> str:
+    """Return the section of a run that cannot be read."""
+    return f"<header><h1>{text(Path(run).name or run)}</h1><p>{text(run)}</p><p>{text(message)}</p></header>"
+
+
+def values(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the figures as JSON values: the status, and partitions by state."""
+    indices = {name: np.flatnonzero(snapshot.states_P == i).tolist() for i, name in enumerate(STATES)}
+    return {
+        **json.loads(snapshot.status.to_json()),
+        "partitions_by_state": snapshot.counts(),
+        "running_partitions": indices["running"],
+        "failed_partitions": indices["failed"],
+        "workers": [
+            {"host": worker.host, "process": worker.process, "gpus": list(worker.gpus), "tokens": worker.tokens,
+             "partitions": worker.partitions, "peak_rss_bytes": worker.peak_rss_bytes}
+            for worker in snapshot.history.workers
+        ],
+    }  # fmt: skip
+
+
+def metrics(snapshots: Sequence[Snapshot]) -> str:
+    """Return the figures of several runs in the text format of Prometheus."""
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for snapshot in snapshots:
+        for name, labels, value in _samples(snapshot):
+            samples.setdefault(name, []).append(({"run": snapshot.status.run, **labels}, value))
+    lines = []
+    for name, found in samples.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# HELP dask_logits_{name} {_HELP[name]}", f"# TYPE dask_logits_{name} {kind}"]
+        for labels, value in found:
+            shown = ",".join(f'{label}="{_label(said)}"' for label, said in labels.items())
+            lines.append(f"dask_logits_{name}{{{shown}}} {value!r}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+_HELP = {
+    "partitions": "Planned partitions by state.",
+    "tokens_total": "Tokens of committed partitions.",
+    "tokens_per_second": "Speed of all active drivers, in wall-clock time.",
+    "seconds_left": "Time until the run is scored.",
+    "mfu": "FLOPs of the tokens relative to those of a large matrix product.",
+    "kept_mass": "Mean probability of the kept tokens.",
+    "stage_seconds_total": "Time of all workers by stage.",
+    "worker_peak_bytes": "Peak memory of a worker.",
+}
+
+
+def _samples(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, str], float]]:
+    status = snapshot.status
+    for state, count in snapshot.counts().items():
+        yield "partitions", {"state": state}, float(count)
+    yield "tokens_total", {}, float(status.statistics.tokens)
+    yield "tokens_per_second", {}, status.running_tokens_per_second
+    if status.seconds_left is not None:
+        yield "seconds_left", {}, status.seconds_left
+    if status.mfu == status.mfu:
+        yield "mfu", {}, status.mfu
+    if status.statistics.tokens:
+        yield "kept_mass", {}, status.statistics.mean_kept_mass
+    for stage, seconds in status.seconds.items():
+        yield "stage_seconds_total", {"stage": stage}, seconds
+    for worker in snapshot.history.workers:
+        yield "worker_peak_bytes", {"worker": worker.name}, float(worker.peak_rss_bytes)
+
+
+def _label(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _header(snapshot: Snapshot) -> Html:
+    status = snapshot.status
+    bad = " bad" if status.state in _BAD_STATES else ""
+    step = f" {text(status.step)}" if status.step else ""
+    at = f"{datetime.datetime.fromtimestamp(snapshot.at):%H:%M:%S}"
+    why = f"<p>{text(status.reason)}</p>" if status.reason else ""
+    idle = "" if status.running else f"<p>Next:</p><pre>{text(status.next_command)}</pre>"
+    left_out = "".join(f"<p>No work for {text(worker)}: {text(said)}</p>" for worker, said in status.left_out.items())
+    state = f'<p><span class="state{bad}">{text(status.state)}</span>{step} <span class="soft">{at}</span></p>'
+    return Html(
+        f"<header><h1>{text(Path(status.run).name or status.run)}</h1><p>{text(status.run)}</p>"
+        f"{state}{why}{idle}{left_out}</header>"
+    )
+
+
+def _figures(snapshot: Snapshot) -> Html:
+    status = snapshot.status
+    sums, is_growing = status.statistics, "" if status.planned_all else "+"
+    rows: list[tuple[str, object]] = []
+    if status.running_tokens_per_second:
+        rows.append(("tokens/s", number(status.running_tokens_per_second)))
+    if status.running and status.seconds_left is not None:
+        rows.append(("time left", duration(status.seconds_left)))
+    rows.append(("partitions", f"{number(status.committed)} of {number(status.partitions)}{is_growing}"))
+    if sums.tokens:
+        rows += [("tokens", number(sums.tokens)), (status.items_noun, number(sums.documents))]
+    if status.mfu == status.mfu:
+        rows.append(("MFU", f"{status.mfu:.2f}"))
+    if sums.tokens:
+        rows.append(("kept mass", f"{sums.mean_kept_mass:.4f}"))
+    if sums.labels:
+        rows.append(("perplexity", f"{sums.perplexity:.2f}"))
+    return tiles(rows)
+
+
+def _partitions(charts: Charts, snapshot: Snapshot) -> Html | None:
+    states_P, counts = snapshot.states_P, snapshot.counts()
+    if not len(states_P):
+        return None
+    each, kinds_C = grouped(states_P)
+    legend = "".join(
+        f'<span><span class="key kind{i}"></span>{counts[name]:,} {name}</span>' for i, name in enumerate(STATES)
+    )
+    said = ", ".join(f"{counts[name]:,} {name}" for name in STATES)
+    shared = f"A square is {each} partitions, in the last of these states that one of them has." if each > 1 else ""
+    drawn = charts.cells("Partitions by state", kinds_C, len(STATES),
+                         description=f"{plural(len(states_P), 'partition')}: {said}.")  # fmt: skip
+    return section("partitions", "Partitions", shared, Html(f'<div class="legend">{legend}</div>{drawn}'))
+
+
+def grouped(states_P: Array) -> tuple[int, Array]:
+    """Return how many partitions share a square of the map, and the state of each square.
+
+    >>> grouped(np.array([0, 3, 1], np.uint8))
+    (1, array([0, 3, 1], dtype=uint8))
+    """
+    each = -(-len(states_P) // _MOST_CELLS)
+    if each == 1:
+        return each, states_P
+    return each, np.maximum.reduceat(states_P, np.arange(0, len(states_P), each))

@@ -1,0 +1,144 @@
+"""The page of the runs in a real scheduler's dashboard, over HTTP and in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+from test_monitor import FACTS
+from test_report import HOSTILE, Page
+
+from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.job import dashboard
+from dask_logits.job.cluster import open_cluster
+from dask_logits.observe.live import LiveRun
+from dask_logits.run.folder import RUNS_TOPIC, RunFolder
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    """A scheduler without workers that loads the page as `dask scheduler --preload` does."""
+    with (
+        dask.config.set({"distributed.scheduler.preload": ["dask_logits.job.dashboard"]}),
+        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", host="127.0.0.1") as made,
+    ):
+        yield made
+
+
+def announce(cluster: LocalCluster, run: object, **facts) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        client.log_event(RUNS_TOPIC, {"run": run, **FACTS, "at": time.time(), **facts})
+
+
+def get(cluster: LocalCluster, path: str) -> str:
+    address = f"http://127.0.0.1:{cluster.scheduler.http_server.port}/{path}"
+    with urllib.request.urlopen(address, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_the_page_shows_the_runs_of_a_scheduler(cluster, scored, tmp_path, monkeypatch) -> None:
+    assert "No run was announced" in Page(get(cluster, "dask-logits")).text
+    assert json.loads(get(cluster, "dask-logits.json")) == {"runs": []}
+    assert '<a href="dask-logits">' in get(cluster, "status"), "distributed has another way to extend its navigation"
+
+    far = f"/far/{HOSTILE}"
+    announce(cluster, far, failed={"3": HOSTILE}, state="stopped")
+    announce(cluster, str(scored.path))
+    for malformed in (None, 3, ["x"]):
+        announce(cluster, malformed)
+    announce(cluster, str(tmp_path), state=["no", "state"])
+
+    monkeypatch.setattr(dashboard, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "_REST", 0.0)
+    page = Page(get(cluster, "dask-logits"))
+    assert str(scored.path) in page.text
+    assert "4 of 4" in page.text
+    assert [link["href"] for link in page.all("a")] == [f"?run={quote(far)}"]
+    assert "Where the time went" in Page(get(cluster, f"dask-logits/body?run={quote(str(scored.path))}")).text
+
+    there = Page(get(cluster, f"dask-logits?run={quote(far)}"))
+    assert f"{far}: expected a run folder with run.json" in there.text
+    assert HOSTILE in there.text.partition("What its driver announced last:")[2]
+    assert there.all("img") == []
+    assert len(there.all("script")) == 1
+
+    known, lost = json.loads(get(cluster, "dask-logits.json"))["runs"]
+    assert (known["run"], known["partitions_by_state"]["committed"]) == (str(scored.path), 4)
+    assert (lost["run"], lost["error"][:5]) == (far, "/far/")
+    metrics = get(cluster, "dask-logits/metrics")
+    assert f'dask_logits_partitions{{run="{scored.path}",state="committed"}} 4.0' in metrics
+
+    # Only announced folders are read.
+    assert str(scored.path) in get(cluster, f"dask-logits/body?run={quote(str(tmp_path))}")
+    with ThreadPoolExecutor(2) as viewers:
+        assert len(set(viewers.map(lambda _: "4 of 4" in get(cluster, "dask-logits/body"), range(6)))) == 1
+
+    shutil.rmtree(scored.path)
+    assert "expected a run folder" in get(cluster, "dask-logits/body")
+    monkeypatch.setattr(LiveRun, "read", lambda _: 1 / 0)
+    assert "ZeroDivisionError" in get(cluster, "dask-logits/body")
+    assert "dask_logits" not in get(cluster, "dask-logits/metrics")
+
+
+def test_a_slow_file_system_keeps_nobody_waiting(cluster, tmp_path, monkeypatch) -> None:
+    reads = []
+
+    def slow(self: LiveRun) -> None:
+        reads.append(self)
+        time.sleep(1.0)
+
+    monkeypatch.setattr(LiveRun, "read", slow)
+    monkeypatch.setattr(dashboard, "_WAIT_SECONDS", 0.05)
+    announce(cluster, str(tmp_path))
+    for _ in range(3):
+        assert "Its files are being read." in get(cluster, "dask-logits/body")
+    assert len(reads) == 1
+
+
+def test_a_cluster_of_a_job_has_the_page_where_it_has_a_dashboard(fork_server) -> None:
+    generation = GenerationConfig(device="cpu", num_workers=1)
+    config = ClusterConfig(kind="local_cpu", dashboard_address="127.0.0.1:0", wait_seconds=300)
+    with open_cluster(generation, config) as executor:
+        address = str(executor.dashboard).replace("/status", "/dask-logits.json")
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert json.loads(answer.read()) == {"runs": []}
+            assert "script-src 'sha256-" in answer.headers["Content-Security-Policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_follows_a_run_without_an_error(cluster, scored, monkeypatch) -> None:
+    """The page refreshes itself: 3 partitions at first, 4 after the receipt is back."""
+    assert CHROMIUM is not None
+    receipt = RunFolder(scored.path).receipt_path(2)
+    receipt.rename(receipt.with_suffix(".away"))
+    announce(cluster, str(scored.path))
+    monkeypatch.setattr(dashboard, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "_REST", 0.0)
+    assert "3 committed" in get(cluster, "dask-logits/body")
+    served = dashboard._Page.get
+
+    async def once(self: dashboard._Page) -> None:
+        await served(self)
+        receipt.with_suffix(".away").rename(receipt)
+
+    monkeypatch.setattr(dashboard._Page, "get", once)
+    address = f"http://127.0.0.1:{cluster.scheduler.http_server.port}/dask-logits"
+    options = ["--no-sandbox", "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", address]
+    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
+    assert "4 committed" in done.stdout
+    assert '<p id="note" class="soft" role="status"></p>' in done.stdout
+    assert re.findall(r"CONSOLE.*", done.stderr) == []

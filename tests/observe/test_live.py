@@ -1,0 +1,166 @@
+"""A run that is read again and again: what is read once, what is noticed, and what a page shows of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from builders import cache_dir
+from test_monitor import run_folder
+from test_report import HOSTILE, Page, checked, history, read_status_of_nothing
+
+from dask_logits import CacheError, RunConflictError, generate, load_config, read_status
+from dask_logits.files.atomic import replace_json
+from dask_logits.observe import live_page
+from dask_logits.observe.charts import Charts
+from dask_logits.observe.live import STATES, LiveRun, Snapshot
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import RunFolder
+
+
+def snapshot(n_partitions: int, n_workers: int = 3) -> Snapshot:
+    states_P = np.zeros(n_partitions, np.uint8)
+    states_P[-9:] = 1
+    made = history([(float(i + 10), i % n_workers) for i in range(n_partitions)])
+    return Snapshot(status=read_status_of_nothing(), history=made, failures={}, at=1e9, states_P=states_P)
+
+
+def test_a_run_is_followed_from_its_calibration_to_its_cache_without_reading_a_receipt_twice(
+    here, scored, monkeypatch
+) -> None:
+    live = LiveRun(scored.path)
+    first = live.read()
+    assert first.counts() == {"committed": 4, "waiting": 0, "running": 0, "failed": 0}
+    assert first.status == read_status(scored.path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "receipt", lambda *_: pytest.fail("a receipt was read again"))
+        again = live.read()
+    assert again.status.statistics == first.status.statistics
+    assert len(again.history) == 4
+
+    kept = scored.receipt_path(2).read_text()
+    scored.receipt_path(2).unlink()
+    scored.receipt_path(3).write_text("{")
+    note_failure(scored, Failure(index=2, kind="data", reason="row 30 is bad"))
+    # What is known of a receipt holds while its file exists.
+    lacking = live.read()
+    assert lacking.states_P.tolist() == [0, 0, 3, 0]
+    assert LiveRun(scored.path).read().states_P.tolist() == [0, 0, 3, 1]
+    assert LiveRun(scored.path).read().history.n_problems == 1
+    scored.receipt_path(2).write_text(kept)
+    assert live.read().counts()["failed"] == 0
+
+    generate(load_config(here))
+    done = live.read()
+    assert (done.status.state, done.counts()["committed"]) == ("complete", 4)
+
+
+def test_partitions_at_work_are_told_by_the_drivers_record(scored) -> None:
+    scored.receipt_path(1).unlink()
+    scored.receipt_path(3).unlink()
+    record = json.loads((scored.path / "status.json").read_text())
+    replace_json(scored.path / "status.json", {**record, "state": "running", "at": time.time(), "scoring": [1, 2, 99]})
+    (scored.path / ".driver.lock").touch()
+    found = LiveRun(scored.path).read()
+    assert [STATES[i] for i in found.states_P] == ["committed", "running", "committed", "waiting"]
+    assert live_page.values(found)["running_partitions"] == [1]
+
+
+def test_a_driver_names_the_partitions_that_it_scores(here, monkeypatch) -> None:
+    from dask_logits.job.reporter import Reporter
+
+    seen: list[list[int]] = []
+    report = Reporter.report
+
+    def observed(self: Reporter, *arguments, **named) -> None:
+        report(self, *arguments, **named)
+        seen.append(json.loads((cache_dir(here) / "status.json").read_text())["scoring"])
+
+    monkeypatch.setattr(Reporter, "report", observed)
+    monkeypatch.setattr("dask_logits.job.reporter._REPORT_SECONDS", 0.0)
+    generate(load_config(here))
+    assert {index for each in seen for index in each} == {0, 1, 2, 3}
+    assert max(len(each) for each in seen) <= 2, "one is scored, and another is written"
+    assert seen[-1] == []
+
+
+def test_a_replaced_run_is_read_anew_and_a_folder_that_vanishes_is_refused(scored, tmp_path) -> None:
+    live = LiveRun(scored.path)
+    assert live.read().counts()["committed"] == 4
+    manifest = json.loads(scored.manifest_path.read_text())
+    replace_json(scored.manifest_path, {**manifest, "run_id": "another"})
+    assert live.read().counts()["committed"] == 0
+    replace_json(scored.manifest_path, {**manifest, "version": 99})
+    with pytest.raises(CacheError, match=r"got .* version 99; use the release that wrote it"):
+        live.read()
+    shutil.rmtree(scored.path)
+    with pytest.raises(RunConflictError, match="expected a run folder"):
+        live.read()
+
+
+def test_a_page_shows_a_run_and_escapes_what_others_wrote(scored, caplog) -> None:
+    scored.receipt_path(1).unlink()
+    scored.receipt_path(3).write_text("{")
+    receipt = json.loads(scored.receipt_path(0).read_text())
+    replace_json(scored.receipt_path(0), {**receipt, "host": HOSTILE})
+    note_failure(scored, Failure(index=1, kind="data", reason=f"row 13: {HOSTILE}", attempts=3, workers=(HOSTILE,)))
+    hostile = scored.path.rename(scored.path.parent / "a<b>&\"'")
+    found = LiveRun(hostile).read()
+    inner = live_page.body(found)
+    shown = checked(f"<div>{inner}</div>")
+    assert shown.all("img") == shown.all("script") == []
+    assert "2 committed 1 waiting 0 running 1 failed" in " ".join(" ".join(shown.words).split())
+    assert f"row 13: {HOSTILE}" in shown.text
+    assert "1 receipt cannot be used" in shown.text
+    assert "a<b>&\"'" in shown.text
+    assert [attributes["id"] for attributes in shown.all("section")] == ["partitions", "speed", "time", "failures"]
+    whole = Page(live_page.page(inner))
+    assert len(whole.all("script")) == 1
+    assert caplog.text == "", "a damaged receipt is shown, and not logged at every reading"
+
+    lines = live_page.metrics([found]).splitlines()
+    assert f'dask_logits_partitions{{run="{hostile.parent}/a<b>&\\"\'",state="failed"}} 1.0' in lines
+    assert len([line for line in lines if line.startswith("# TYPE")]) == len(
+        {line for line in lines if "# TYPE" in line}
+    )
+    assert json.loads(json.dumps(live_page.values(found)))["partitions_by_state"]["committed"] == 2
+
+
+def test_a_cell_of_a_notebook_keeps_its_style_to_itself() -> None:
+    shown = Page(live_page.cell(snapshot(50)))
+    assert not [attributes for name, attributes in shown.elements if name == "section" and "id" in attributes]
+    assert shown.all("script") == []
+    style = live_page.cell(snapshot(50)).partition("<style>")[2].partition("</style>")[0]
+    assert style.count("{") == style.count("}")
+    depth, outside = 0, ""
+    for letter in style:
+        outside += letter if not depth else ""
+        depth += (letter == "{") - (letter == "}")
+    assert outside == ".dask-logits{.dask-logits.dask-logits{"
+
+
+def test_ten_thousand_partitions_make_a_small_map() -> None:
+    began = time.process_time()
+    made = snapshot(10_000, 64)
+    inner = live_page.body(made)
+    assert time.process_time() - began < 2.0
+    assert len(inner) < 200_000
+    each, kinds_C = live_page.grouped(made.states_P)
+    assert (each, len(kinds_C), kinds_C[-2:].tolist()) == (5, 2000, [1, 1])
+    assert "A square is 5 partitions" in inner
+
+
+def test_squares_of_one_state_are_one_line() -> None:
+    svg = Charts().cells("Map", np.array([0] * 30 + [2] * 20, np.uint8), 4, description="50 squares")
+    assert 'viewBox="0 0 400 20"' in svg
+    assert '<path d="M1 5h298" class="kind0"/><path d="M301 5h98M1 15h98" class="kind2"/>' in svg
+
+
+def test_a_run_that_has_only_begun_is_shown(tmp_path) -> None:
+    found = LiveRun(run_folder(tmp_path / "run")).read()
+    assert len(found.states_P) == 0
+    assert "56.5" in live_page.body(found)
