@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +243,14 @@ def mix_cells(
     logp_JTM = logp_JTM.gather(2, order_TM.expand_as(logp_JTM))
 
     # A source has an id once, so an id that all of them have is a run of S equal ids.
-    is_common_TW = ids_TM[:, : ids_TM.shape[1] - n_sources + 1] == ids_TM[:, n_sources - 1 :]
-    logp_JTW = logp_JTM.unfold(2, n_sources, 1).logsumexp(-1).masked_fill(~is_common_TW, -torch.inf)
+    width = ids_TM.shape[1] - n_sources + 1
+    is_common_TW = ids_TM[:, :width] == ids_TM[:, n_sources - 1 :]
+    logp_JTW = reduce(torch.logaddexp, [logp_JTM[..., place : place + width] for place in range(n_sources)])
+    logp_JTW = logp_JTW.masked_fill(~is_common_TW, -torch.inf)
     best_TK = logp_JTW[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
     is_cell_TM = torch.zeros_like(ids_TM, dtype=torch.bool)
     for place in range(n_sources):
-        is_cell_TM[:, place : place + is_common_TW.shape[1]] |= is_common_TW
+        is_cell_TM[:, place : place + width] |= is_common_TW
     rest_JT = logp_JTM.masked_fill(is_cell_TM, -torch.inf).logsumexp(-1)
     tail_JT = (logtail_JST + share_S.log()[:, None]).logsumexp(1)
     return (
