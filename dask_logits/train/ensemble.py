@@ -30,7 +30,7 @@ from dask_logits.train.dataset import CachedLogitsDataset
 from dask_logits.train.mixture import check_sources, shares
 from dask_logits.train.objective import normalise_targets
 
-_SHARED = ("top_k", "vocab_size", "decode", "student_vocab_size", "window", "max_tokens", "is_masked")
+_SHARED = ("top_k", "vocab_size", "decode", "student_vocab_size", "window", "max_tokens", "is_masked", "has_target_pos")
 
 
 class EnsembleDataset(Dataset[CachedItem]):
@@ -81,7 +81,8 @@ class EnsembleDataset(Dataset[CachedItem]):
         if first.decode != self.decode:
             raise ConfigError(f"sources: expected caches opened with decode='worker', got {first.decode!r}")
         self.top_k, self.vocab_size, self.student_vocab_size = first.top_k, first.vocab_size, first.student_vocab_size
-        self.window, self.max_tokens, self.is_masked = first.window, first.max_tokens, first.is_masked
+        self.window, self.max_tokens = first.window, first.max_tokens
+        self.is_masked, self.has_target_pos = first.is_masked, first.has_target_pos
         self.temperatures = tuple(
             T for T in first.temperatures if all(T in source.temperatures for source in self.sources.values())
         )
@@ -186,6 +187,11 @@ class EnsembleDataset(Dataset[CachedItem]):
                 raise ConfigError(
                     f"sources: expected the same segments, got {first['segments'].tolist()} in {names[0]} and "
                     f"{item['segments'].tolist()} in {name}; pack the same documents for each teacher"
+                )
+            if self.has_target_pos and not torch.equal(first["target_pos"], item["target_pos"]):
+                raise ConfigError(
+                    f"sources: expected targets at the same positions, got other ones in {names[0]} and {name} in "
+                    f"dataset row {int(first['segments'][0, 0])}; score with positions=all or labels"
                 )
             for what in ("input_ids", "loss_mask") if self.is_masked else ("input_ids",):
                 differs_T = first[what] != item[what]

@@ -327,6 +327,29 @@ def test_other_tokens_and_masks_are_refused_when_they_are_read(tmp_path) -> None
         EnsembleDataset({"a": sources["a"], "b": opened(tmp_path / "first.h5", first)})
 
 
+def test_targets_at_chosen_positions_are_mixed_where_all_teachers_have_them(tmp_path) -> None:
+    made = [of_teacher(seed) for seed in (1, 2)]
+    places = {"same": (np.array([0, 2, 4, 9, 12]),) * 2, "other": (np.array([0, 2, 9]), np.array([0, 2, 10]))}
+    whole, same, other = (
+        {
+            name: opened(tmp_path / f"{what}-{name}.h5", one if at is None else one.at(at))
+            for name, one, at in zip("ab", made, ats, strict=True)
+        }
+        for what, ats in {"whole": (None, None), **places}.items()
+    )
+    items, all_items = EnsembleDataset(same), EnsembleDataset(whole)
+    for item, expected in zip(items, all_items, strict=True):
+        at = item["target_pos"]
+        for name in ("topk_ids", "topk_logprobs", "tail_logmass", "label_logprob"):
+            torch.testing.assert_close(item[name], expected[name][at], equal_nan=True, rtol=0, atol=0)
+    batch = collate([items[i] for i in range(len(items))])
+    assert int(batch["targets"].mask.sum()) == 5
+    with pytest.raises(ConfigError, match=r"expected targets at the same positions, .* row 2; score with positions="):
+        EnsembleDataset(other)[2]
+    with pytest.raises(ConfigError, match="expected the same has_target_pos"):
+        EnsembleDataset({"a": whole["a"], "b": same["b"]})
+
+
 def test_a_checkpoint_knows_its_teachers(sources, tmp_path) -> None:
     mixed = EnsembleDataset(sources)
     state = DistillationState(version=1, dataset=TrainedOn.of(mixed), sampler={})
