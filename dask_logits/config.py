@@ -42,7 +42,7 @@ _CREDENTIALS = re.compile(
 
 # Default of `dataset.max_length`, for teachers with more positions.
 DEFAULT_MAX_LENGTH = 2048
-# Default of `position_share` with positions=entropy. This share of positions loses nothing (arXiv 2602.01395).
+# Default of `position_share` with positions=entropy: the share of arXiv 2602.01395.
 DEFAULT_POSITION_SHARE = 0.2
 
 

@@ -38,8 +38,8 @@ def scored_positions(items: Sequence[Item], positions: Positions) -> Array:
 def highest_entropy(items: Sequence[Item], scored_M: Array, entropy_M: Array, share: float) -> Array:
     """Return the tokens of each item whose positions have the highest entropy, equal ones by lower position.
 
-    An item keeps its share, rounded half up, and at least one position if it has any. A student that learns the 20 % of
-    positions with the highest entropy of the teacher's distribution loses nothing (arXiv 2602.01395).
+    An item keeps its share, rounded half up, and at least one position if it has any. arXiv 2602.01395 selects by the
+    student's entropy, which a cache cannot know, and loses nothing with 20 % of the positions.
 
     Parameters
     ----------
