@@ -192,12 +192,13 @@ class _Differences:
     """Differences between two sets of targets for the same positions, at the ids kept by both."""
 
     def __init__(self) -> None:
-        self.positions = self.same_top1 = self.n_pairs = 0
+        self.positions = self.same_top1 = self.n_pairs = self.n_unmatched = 0
         self.most = self.squares = 0.0
 
     def add(self, one: Targets, other: Targets) -> None:
-        """Compare targets with others at the positions that both have."""
+        """Compare targets with those of the same positions among others."""
         _, here, there = np.intersect1d(one[0], other[0], assume_unique=True, return_indices=True)
+        self.n_unmatched += len(one[0]) - len(here)
         pairs = zip(*(array[here] for array in one[1:]), *(array[there] for array in other[1:]), strict=True)
         for ids_K, logprobs_K, others_K, other_logprobs_K in pairs:
             _, at, other_at = np.intersect1d(ids_K, others_K, assume_unique=True, return_indices=True)
@@ -210,8 +211,8 @@ class _Differences:
             self.squares += float((off**2).sum())
 
     def is_near(self, nats: float) -> bool:
-        """Whether the root mean square difference is at most `nats`."""
-        return self.n_pairs == 0 or (self.squares / self.n_pairs) ** 0.5 <= nats
+        """Whether all positions are compared, and the root mean square difference is at most `nats`."""
+        return not self.n_unmatched and (self.n_pairs == 0 or (self.squares / self.n_pairs) ** 0.5 <= nats)
 
     def figures(self, name: str) -> dict[str, float]:
         """Return the largest and the root mean square difference in nats, and the share of equal first ids."""

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import warm
@@ -41,12 +42,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches")
     for name, lengths, seed in (("train", LENGTHS, 1), ("other", LENGTHS, 2), ("eval", [4, 11, 6, 9, 3, 8, 5], 3)):
         write_cache(folder / f"{name}.h5", records(lengths, k=4, seed=seed))
+    write_cache(folder / "some.h5", records(LENGTHS, k=4, seed=1).at(np.arange(1, sum(LENGTHS), 3)))
     return folder
 
 
 @pytest.fixture
 def dataset(folder: Path) -> CachedLogitsDataset:
     return CachedLogitsDataset(folder / "train.h5")
+
+
+@pytest.fixture(params=["train", "some"], ids=["all positions", "some positions"])
+def either(folder: Path, request: pytest.FixtureRequest) -> CachedLogitsDataset:
+    return CachedLogitsDataset(folder / f"{request.param}.h5")
 
 
 def settings(output: Path, **changes: Any) -> DistillationConfig:
@@ -98,13 +105,13 @@ def assert_equal(found: dict, expected: dict) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-def test_it_trains_like_a_plain_loop_and_logs_both_terms(dataset, tmp_path) -> None:
-    trainer = trained(tmp_path, dataset, lr_scheduler_type="constant", max_grad_norm=0.0)
+def test_it_trains_like_a_plain_loop_and_logs_both_terms(either, tmp_path) -> None:
+    trainer = trained(tmp_path, either, lr_scheduler_type="constant", max_grad_norm=0.0)
     model, objective = student(), Objective(alpha=0.7)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     order = ItemOrder(20, seed=5).items(0, 12).reshape(3, 4).tolist()
     for logged, items in zip(steps(trainer), order, strict=True):
-        batch = collate([dataset[i] for i in items])
+        batch = collate([either[i] for i in items])
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         expected = distillation_loss(logits, batch["targets"], objective)
         expected.loss.backward()
@@ -125,9 +132,9 @@ def test_a_log_of_several_steps_has_their_means(dataset, tmp_path) -> None:
         assert whole[name] == pytest.approx(sum(entry[name] for entry in each) / 4, rel=1e-6)
 
 
-def test_accumulated_batches_equal_one(dataset, tmp_path) -> None:
-    whole = trained(tmp_path, dataset)
-    parts = trained(tmp_path, dataset, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+def test_accumulated_batches_equal_one(either, tmp_path) -> None:
+    whole = trained(tmp_path, either)
+    parts = trained(tmp_path, either, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert_close(weights(parts), weights(whole), 1e-6)
     for found, expected in zip(steps(parts), steps(whole), strict=True):
         for name in ("loss", "divergence", "cross_entropy", "grad_norm"):
