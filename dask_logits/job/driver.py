@@ -79,7 +79,7 @@ def score(
     """
     with _progress(job, done) as progress:
         driver = _Driver(job, done, progress, reporter, only, bisects)
-        due = tasks(job, calibration, driver.planned(), driver.on_unreadable)
+        due = driver.noted(tasks(job, calibration, driver.planned(), driver.on_unreadable))
         try:
             with contextlib.closing(executor.run(due, run_id(job), driver.has_read)) as events:
                 for event in events:
@@ -88,9 +88,8 @@ def score(
                             driver.on_receipt(receipt)
                         case Failed(failure):
                             driver.on_failure(failure)
-                        case Progress(index, tokens):
+                        case Progress(tokens=tokens):
                             progress.tokens(tokens)
-                            reporter.scoring.add(index)
                     reporter.tick()
             if driver.suspects:
                 with executor.trials() as passes:
@@ -151,6 +150,13 @@ class _Driver:
         self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
         return iter(self._ahead)
 
+    def noted(self, due: Iterator[PartitionTask | None]) -> Iterator[PartitionTask | None]:
+        """Yield tasks, and note that the executor has them."""
+        for task in due:
+            if task is not None:
+                self._reporter.running.add(task.partition.index)
+            yield task
+
     def on_receipt(self, receipt: Receipt) -> None:
         """Record a committed partition."""
         self._n_committed += 1
@@ -166,7 +172,7 @@ class _Driver:
             f", {len(receipt.splits)} batches split for lack of memory" if receipt.splits else "",
         )
         self._seconds = add_seconds(self._seconds, receipt.seconds)
-        self._reporter.scoring.discard(receipt.partition)
+        self._reporter.running.discard(receipt.partition)
         forget_failure(self._job.run, receipt.partition)
         self._settle(receipt.partition)
 
@@ -184,7 +190,7 @@ class _Driver:
     def on_unreadable(self, failure: Failure) -> None:
         """Record a partition that failed permanently, or whose rows could not be read."""
         self.failed[failure.index] = failure.reason
-        self._reporter.scoring.discard(failure.index)
+        self._reporter.running.discard(failure.index)
         note_failure(self._job.run, failure)
         # An error of a device says nothing about rows.
         is_of_rows = failure.task is not None and not failure.rows and failure.kind != "device"

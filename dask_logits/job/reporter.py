@@ -37,8 +37,8 @@ class Reporter:
         self.progress: JobProgress | None = None
         # Partition → reason, for permanent failures.
         self.failed: dict[int, str] = {}
-        # Partitions of which a worker has reported scored tokens.
-        self.scoring: set[int] = set()
+        # Partitions that workers were given.
+        self.running: set[int] = set()
         self._run = str(job.run.path)
         self._path = job.run.status_path(job.share)
         self._since = time.time()
@@ -81,7 +81,7 @@ class Reporter:
             step=self._step,
             reason=self._reason,
             failed={str(index): text for index, text in self.failed.items()},
-            scoring=tuple(sorted(self.scoring)) if self._state == "running" else (),
+            running=tuple(sorted(self.running)) if self._state == "running" else (),
             left_out=self.executor.roster.named() if self.executor else {},
         )
         # A full disk is reported where partitions are written.

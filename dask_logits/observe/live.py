@@ -154,7 +154,7 @@ class LiveRun:
                 break
         failures = {} if status.state == "complete" else read_failures(run)
         states_P = np.frombuffer(states, np.uint8)
-        for indices, state in ((drivers.scoring, _RUNNING), (failures, _FAILED)):
+        for indices, state in ((drivers.running, _RUNNING), (failures, _FAILED)):
             for index in indices:
                 if index < len(states_P) and states_P[index] != _COMMITTED:
                     states_P[index] = state

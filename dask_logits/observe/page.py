@@ -60,7 +60,7 @@ stroke-width:1.5}.line{fill:none;stroke:var(--accent);stroke-width:2}
 .cells{display:block;width:100%;height:auto;margin:.75rem 0}.cells path{stroke-width:8;stroke-dasharray:8 2;
 vector-effect:none;fill:none}.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.85rem;margin:.5rem 0}
 .kind0{stroke:var(--c2);background:var(--c2)}.kind1{stroke:var(--line);background:var(--line)}
-.kind2{stroke:var(--c1);background:var(--c1)}.kind3{stroke:var(--bad);background:var(--bad)}
+.kind2{stroke:var(--accent);background:var(--accent)}.kind3{stroke:var(--c4);background:var(--c4)}
 .spark{width:9rem;height:1.6rem;display:block}
 .lanes{display:grid;grid-template-columns:minmax(5rem,11rem) 1fr;gap:.3rem .75rem;align-items:center;font-size:.75rem;
 color:var(--soft)}.lane{display:block;width:100%;height:1rem;background:var(--wash)}.lanes .x{grid-column:2}

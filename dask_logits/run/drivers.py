@@ -72,9 +72,9 @@ class Drivers:
         return max(left) if left and len(left) == len(self.alive) else None
 
     @property
-    def scoring(self) -> frozenset[int]:
-        """Partitions that active drivers have scored in part."""
-        return frozenset(index for record in self.alive for index in record.scoring)
+    def running(self) -> frozenset[int]:
+        """Partitions that active drivers have given to workers."""
+        return frozenset(index for record in self.alive for index in record.running)
 
     @property
     def left_out(self) -> dict[str, str]:

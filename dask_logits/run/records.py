@@ -181,5 +181,5 @@ class DriverStatus(Record):
     step: str | None = Field(default=None, description="Step of the calibration.")
     reason: str | None = Field(default=None, description="Reason why the driver failed.")
     failed: dict[str, str] = Field(default={}, description="Partition → reason, for permanent failures.")
-    scoring: tuple[Count, ...] = Field(default=(), description="Partitions that are being scored.")
+    running: tuple[Count, ...] = Field(default=(), description="Partitions that workers were given.")
     left_out: dict[str, str] | None = Field(default=None, description="Worker → reason why it gets no work.")
