@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Header(Record):
     shard: Count | None = None
     fingerprint: str | None = None
     run_id: str | None = None
+    source_precision: Literal[8, 10, 12] | None = None
     plan_digest: str | None = None
     plan_end: str | None = None
     tokenizer_map_digest: str | None = None

@@ -189,15 +189,7 @@ class Compact:
     @cached_property
     def gaps(self) -> Array:
         """[2^precision] float32, gap in nats of each code. The last code means probability 0."""
-        if self.gap_table is not None:
-            return self.gap_table.astype(np.float32)
-        table = np.expm1(np.arange(1 << self.precision) / self._codes_per_log).astype(np.float32)
-        table[-1] = np.inf
-        return table
-
-    @property
-    def _codes_per_log(self) -> float:
-        return float(((1 << self.precision) - 2) / np.log1p(_RANGE_NATS))
+        return gaps_of(self.precision) if self.gap_table is None else self.gap_table.astype(np.float32)
 
     @property
     def n_id_planes(self) -> int:
@@ -239,7 +231,9 @@ class Compact:
         logprobs_NK = tokens["topk_logprobs"].astype(np.float32)
         gap_NK = logprobs_NK[:, :1] - logprobs_NK
         highest = (1 << self.precision) - 2
-        code_NK = np.minimum(np.rint(self._codes_per_log * np.log1p(np.minimum(gap_NK, _RANGE_NATS))), highest)
+        code_NK = np.minimum(
+            np.rint(_codes_per_log(self.precision) * np.log1p(np.minimum(gap_NK, _RANGE_NATS))), highest
+        )
         code_NK = np.where(np.isposinf(gap_NK), highest + 1, code_NK).astype(np.uint16)
         step_NK = np.diff(code_NK, axis=1, prepend=np.zeros((len(code_NK), 1), np.uint16))
         return {
@@ -353,6 +347,17 @@ def as_kept(records: Records, profile: Profile, stored: Mapping[str, Array] | No
         for name, array in profile.decode(part).items():
             out[name][first : first + _BLOCK_TOKENS] = array
     return replace(records, **out)
+
+
+def gaps_of(precision: Precision) -> Array:
+    """Return the gap in nats of each code: [2^precision] float32. The last code means probability 0."""
+    table = np.expm1(np.arange(1 << precision) / _codes_per_log(precision)).astype(np.float32)
+    table[-1] = np.inf
+    return table
+
+
+def _codes_per_log(precision: Precision) -> float:
+    return float(((1 << precision) - 2) / np.log1p(_RANGE_NATS))
 
 
 def id_table(topk_ids: Array, vocab_size: int) -> Array:

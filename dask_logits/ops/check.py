@@ -16,7 +16,7 @@ import numpy as np
 
 from dask_logits.cache.find import find_caches, is_index
 from dask_logits.cache.pieces import PartitionPiece, cache_pieces
-from dask_logits.cache.profile import Compact, Profile
+from dask_logits.cache.profile import Compact, Precision, Profile, gaps_of
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
 from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
@@ -191,8 +191,8 @@ class _Checker:
             for what, count in self.others.items()
         ]
 
-    def records(self, records: Records, profile: Profile) -> None:
-        """Check every position of some documents."""
+    def records(self, records: Records, profile: Profile, source_precision: Precision | None = None) -> None:
+        """Check every position of some documents, which may have been stored in fewer bits before."""
         if not records.n_tokens:
             return
         ids_MK, logprobs_MK = records.topk_ids, records.topk_logprobs.astype(np.float64)
@@ -215,7 +215,7 @@ class _Checker:
             wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
             self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
         self._add(self.finite, odd, places.name_of_target, "expected numbers, and no log-prob above 0")
-        error_MK = _rounding(logprobs_MK, profile)
+        error_MK = _rounding(logprobs_MK, profile, source_precision)
         p_MK, tail_p_M = np.exp(logprobs_MK), np.exp(tail_M)
         mass_M = p_MK.sum(1) + tail_p_M
         with np.errstate(invalid="ignore"):
@@ -274,11 +274,13 @@ class _Places:
         return f"row {int(self._records.document_row[document])}, token {token}"
 
 
-def _rounding(logprobs_NK: Array, profile: Profile) -> Array:
-    """Return the rounding error of stored log-probs: float16, and half a step of the gap table."""
+def _rounding(logprobs_NK: Array, profile: Profile, source_precision: Precision | None) -> Array:
+    """Return the rounding error of stored log-probs: float16, and half a step of each gap table they went through."""
     error_NK: Array = np.abs(np.where(np.isfinite(logprobs_NK), logprobs_NK, 0.0)) * _FLOAT16
-    if isinstance(profile, Compact):
-        table = profile.tables["gap_table"][:-1].astype(np.float64)
+    tables = [profile.gaps] if isinstance(profile, Compact) else []
+    if source_precision is not None:
+        tables.append(gaps_of(source_precision))
+    for table in (each[:-1].astype(np.float64) for each in tables):
         steps = np.diff(table, append=table[-1] + (table[-1] - table[-2]))
         gaps_NK = logprobs_NK[:, :1] - np.where(np.isfinite(logprobs_NK), logprobs_NK, logprobs_NK[:, :1])
         error_NK = error_NK + np.interp(gaps_NK, table, steps) / 2
@@ -303,7 +305,7 @@ def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
         digest = ContentDigest()
         for piece in cache_pieces(reader):
             for records in piece.runs():
-                checker.records(records, reader.profile)
+                checker.records(records, reader.profile, reader.header.source_precision)
                 digest.update(records)
         _compare_digest(checker, str(reader.path), reader.header.content_digest, digest.hexdigest())
 

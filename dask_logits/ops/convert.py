@@ -28,8 +28,8 @@ _TABLE_TOKENS = 50_000
 # Attributes set by the new file.
 _OWN = {
     "format", "format_version", "profile", "n_tokens", "n_entries", "n_targets", "n_target_entries", "n_documents",
-    "n_blocks", "top_k", "vocab_size", "precision", "chunk_tokens", "crc32_block_bytes", "temperature", "target_shift",
-    "order", "content_digest", "complete",
+    "n_blocks", "top_k", "vocab_size", "precision", "source_precision", "chunk_tokens", "crc32_block_bytes",
+    "temperature", "target_shift", "order", "content_digest", "complete",
 }  # fmt: skip
 # Attributes of a numbered file only.
 _OF_A_PART = {"partial", "shard", "made_of"}
@@ -92,6 +92,8 @@ def convert(
     made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size, extras=reader.profile.extras)
     if profile == "compact":
         made = _compact(reader, precision)
+    if known := [bits for bits in map(_precision, readers) if bits is not None]:
+        attributes["source_precision"] = min(known)
     pieces = sorted((piece for one in readers for piece in cache_pieces(one)), key=lambda piece: piece.first_row)
     with room(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,12 @@ def _check_target(target: Path, source: CacheReader) -> None:
             f"{target}: expected no file, or an older cache of the same run as {source.path}, got another; name a new "
             "file, or move that one"
         )
+
+
+def _precision(reader: CacheReader) -> Precision | None:
+    """Return the fewest bits that a cache's log-probs were ever stored in. None: only as float16."""
+    found = [reader.header.source_precision, getattr(reader.profile, "precision", None)]
+    return min((bits for bits in found if bits is not None), default=None)
 
 
 def _compact(reader: CacheReader, precision: Precision) -> Compact:

@@ -212,7 +212,11 @@ class CachePart:
     def attributes(self) -> dict[str, Any]:
         """Return its attributes that describe the job."""
         said = self.cache.said()
-        return {name: said[name] for name in (*JOB_ATTRIBUTES, "tokenizer_ids", "token_crcs") if name in said}
+        return {
+            name: said[name]
+            for name in (*JOB_ATTRIBUTES, "source_precision", "tokenizer_ids", "token_crcs")
+            if name in said
+        }
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
         """Return the rows outside the covered row ranges."""

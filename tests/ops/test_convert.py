@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import compact, content, packed_records, plain, records, tree, write_cache
 
-from dask_logits import CacheError, ConfigError, DaskLogitsError, RunConflictError, convert
+from dask_logits import CacheError, ConfigError, DaskLogitsError, RunConflictError, convert, verify
 from dask_logits.cache import chunks
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.profile import as_kept
@@ -66,6 +66,22 @@ def test_a_precision_may_change(tmp_path) -> None:
     path = convert(tmp_path / "a.h5", tmp_path / "b.h5", profile="compact", precision=8)
     assert CacheReader(path).profile.precision == 8
     np.testing.assert_array_equal(CacheReader(path).profile.id_table, compact(3).id_table)
+
+
+def test_what_was_rounded_once_is_no_damage_later(tmp_path) -> None:
+    made, rounding = records((40, 25, 30), k=6), compact(6, precision=8)
+    write_cache(tmp_path / "8.h5", made, profile=rounding)
+    source = tmp_path / "8.h5"
+    for number, (profile, precision) in enumerate([("plain", 8), ("compact", 12), ("plain", 8)]):
+        source = convert(source, tmp_path / f"{number}.h5", profile=profile, precision=precision)
+        assert CacheReader(source).header.source_precision == 8
+        assert verify(source).ok, verify(source)
+    write_cache(tmp_path / "plain.h5", made)
+    never = convert(tmp_path / "plain.h5", tmp_path / "12.h5", profile="compact", precision=12)
+    assert CacheReader(never).header.source_precision is None
+    # The same values as targets that were never rounded.
+    write_cache(tmp_path / "claimed.h5", as_kept(made, rounding))
+    assert not verify(tmp_path / "claimed.h5").ok
 
 
 def test_a_cache_is_not_converted_onto_itself_nor_if_it_is_damaged(tmp_path) -> None:
