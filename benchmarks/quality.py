@@ -48,6 +48,8 @@ class Way(NamedTuple):
     objective: Objective | None
     precision: int | None = None
     position_share: float = 1.0
+    # Of the label loss at all positions. The objective's own is at the positions with targets.
+    label_share: float = 0.0
 
 
 def ways(vocab_size: int, k: int) -> dict[str, Way]:
@@ -65,6 +67,8 @@ def ways(vocab_size: int, k: int) -> dict[str, Way]:
         f"ghost, k = {4 * k}": Way(4 * k, ghost),
         f"ghost, k = {4 * k}, 50 % of the positions": Way(4 * k, ghost, position_share=0.5),
         f"ghost, k = {4 * k}, 20 % of the positions": Way(4 * k, ghost, position_share=0.2),
+        f"half cross-entropy, half ghost at 20 %, k = {4 * k}": Way(4 * k, ghost, position_share=0.2, label_share=0.5),
+        f"half cross-entropy, half ghost, k = {4 * k}": Way(4 * k, ghost, label_share=0.5),
         f"residual, k = {k}": Way(k, Objective(tail="residual")),
         f"half cross-entropy, half ghost, k = {k}": Way(k, Objective(alpha=0.5)),
         f"ghost, k = {k}, 8 bits": Way(k, ghost, 8),
@@ -189,6 +193,9 @@ def train_student(
             loss = live_loss(logits_BTV, teacher, batch["input_ids"])
         else:
             loss = distillation_loss(logits_BTV, batch["targets"], way.objective).loss
+        if way.label_share:
+            label_loss = functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+            loss = way.label_share * label_loss + (1 - way.label_share) * loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

@@ -74,7 +74,7 @@ def test_stream_runs(llama, corpus, capsys) -> None:
 def test_quality_runs(tmp_path, capsys) -> None:
     run("quality.py", "--tiny", "--out", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())["ways"]
-    assert len(found) == 13
+    assert len(found) == 15
     assert found["cross-entropy"]["gap_closed_cross_entropy"] == 0
     assert found["offline"]["cross_entropy"] == pytest.approx(found["live"]["cross_entropy"], abs=0.005)
     assert "offline and live differ by at most 0.00" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -120,19 +121,19 @@ class Status:
     kept_mass_by_k: dict[str, float]
 
     def to_json(self) -> str:
-        """Format the status as JSON."""
+        """Format the status as JSON. Figures that are unknown or infinite are null."""
         values = {name: value for name, value in vars(self).items() if name != "statistics"}
         sums = self.statistics
         values |= {
             "documents": sums.documents,
             "tokens": sums.tokens,
             "targets": sums.targets,
-            "kept_mass": sums.mean_kept_mass if sums.targets else None,
-            "perplexity": sums.perplexity if sums.labels else None,
-            "tokens_per_second": self.tokens_per_second if sums.tokens else None,
-            "mfu": self.mfu if self.mfu == self.mfu else None,
+            "kept_mass": _finite(sums.mean_kept_mass),
+            "perplexity": _finite(sums.perplexity),
+            "tokens_per_second": _finite(self.tokens_per_second) if sums.tokens else None,
+            "mfu": _finite(self.mfu),
         }
-        return json.dumps(values, indent=1)
+        return json.dumps(values, indent=1, allow_nan=False)
 
     def lines(self) -> list[str]:
         """Format the status for display."""
@@ -372,6 +373,11 @@ def _next_command(run: RunFolder, state: State, manifest: Manifest | None, *, on
     how = manifest.how if manifest else None
     command = generate_command(how) if how and total == 1 and state != "damaged" else None
     return command or "start the job again with the same command"
+
+
+def _finite(value: float) -> float | None:
+    """Return a figure for JSON, which has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _items_noun(what: Mapping[str, Any]) -> str:

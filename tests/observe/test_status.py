@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
 import shlex
 import subprocess
@@ -17,6 +20,7 @@ from dask_logits import Monitor, RunConflictError, generate, load_config, read_s
 from dask_logits.files.atomic import replace_json
 from dask_logits.files.lock import lease
 from dask_logits.hydra_config import generate_command
+from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder, Share, lock_name
 
@@ -98,6 +102,15 @@ def test_the_command_that_goes_on_is_made_of_the_settings_of_the_run(here, monke
         f"              dask-logits verify {run}",
         f"              training: CachedLogitsDataset('{run}'), see docs/DISTILLATION.md",
     ]
+
+
+def test_figures_that_are_not_finite_are_null_in_json(tmp_path) -> None:
+    status = read_status(run_folder(tmp_path / "run"))
+    sums = Statistics(documents=1, tokens=2, labels=1, label_logprob=-math.inf, kept_mass=1.0)
+    values = json.loads(dataclasses.replace(status, statistics=sums).to_json(), parse_constant=pytest.fail)
+    assert (values["perplexity"], values["kept_mass"]) == (None, 0.5)
+    empty = json.loads(dataclasses.replace(status, statistics=Statistics()).to_json(), parse_constant=pytest.fail)
+    assert (empty["perplexity"], empty["kept_mass"], empty["tokens_per_second"]) == (None, None, None)
 
 
 def test_settings_with_special_characters_survive_the_command() -> None:
