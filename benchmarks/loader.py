@@ -47,7 +47,7 @@ def write_cache(path: Path, source: CacheReader, profile: Profile, copies: int) 
     n, d = source.n_tokens, source.n_documents
     step = -(-n // profile.alignment) * profile.alignment
     with CacheWriter(
-        path, profile=profile, n_tokens=n * copies, n_documents=d * copies, n_entries=step * copies
+        path, profile=profile, n_tokens=n * copies, n_documents=d * copies, entries=(step * copies,) * 2
     ) as writer:
         for copy in range(copies):
             writer.append_tokens(tokens)

@@ -115,6 +115,7 @@ def test_only_the_files_that_are_needed_are_fetched(base, tmp_path) -> None:
     assert lengths(tmp_path / "run") == [len(text.split()) for text in TEXTS]
 
 
+@pytest.mark.slow
 def test_what_was_read_from_a_hub_is_used_when_the_hub_is_unavailable(base, tmp_path) -> None:
     make_hub_repos(tmp_path / "hub", TEXTS)
     with fake_hub(tmp_path / "hub") as hub:

@@ -385,8 +385,15 @@ def test_without_a_mask_all_positions_compete(here) -> None:
         assert "loss_mask" not in item
 
 
-@pytest.mark.parametrize("positions", [LABELS, ENTROPY], ids=["labels", "entropy"])
-@pytest.mark.parametrize("way", ["documents", "windows"])
+@pytest.mark.parametrize(
+    ("way", "positions"),
+    [
+        pytest.param("documents", LABELS, id="documents-labels"),
+        pytest.param("windows", ENTROPY, id="windows-entropy"),
+        pytest.param("documents", ENTROPY, id="documents-entropy", marks=pytest.mark.slow),
+        pytest.param("windows", LABELS, id="windows-labels", marks=pytest.mark.slow),
+    ],
+)
 def test_partitions_resumption_and_workers_do_not_matter(job, tmp_path, way, positions) -> None:
     one = job(*WAYS[way], "distillation.cache.profile=compact", *positions)
     few = [*WAYS[way], "distillation.cache.profile=compact", *positions]

@@ -361,9 +361,10 @@ def test_opening_does_not_read_the_arrays(tmp_path) -> None:
     made = records((512,), k=64, vocab_size=49_152)
     write_cache(path, made, vocab_size=49_152, profile=profile)
     grow(path, n_tokens=512 * 2_000_000, n_documents=n_documents)
-    started = time.perf_counter()
+    # Processor time, which other work on the machine changes less.
+    started = time.process_time()
     reader = CacheReader(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert (reader.n_tokens, reader.n_items) == (1_024_000_000, n_documents)
     np.testing.assert_array_equal(reader.item(0)["topk_ids"], made.topk_ids)
 

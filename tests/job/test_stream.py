@@ -157,7 +157,7 @@ def test_a_stream_and_a_regular_dataset_give_the_same_cache(stream, here, tmp_pa
     assert digest(streamed) == digest(regular)
 
 
-@pytest.mark.parametrize("samples", [1, 25, 100, 500])
+@pytest.mark.parametrize("samples", [1, 25, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 500))])
 def test_max_samples_is_exact_and_may_grow(samples, parquet, stream, llama, tmp_path) -> None:
     data = write_json_lines(tmp_path / "d.jsonl", TEXTS)
     lines = [*stream, "distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
@@ -208,8 +208,15 @@ def stop_after(monkeypatch, receipts: int) -> None:
     monkeypatch.setattr(JobProgress, "partition", partition)
 
 
-@pytest.mark.parametrize("samples", ["all", "55"])
-@pytest.mark.parametrize("source", ["parquet", "lines"])
+@pytest.mark.parametrize(
+    ("source", "samples"),
+    [
+        ("parquet", "all"),
+        ("lines", "55"),
+        pytest.param("parquet", "55", marks=pytest.mark.slow),
+        pytest.param("lines", "all", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_stream_resumes_exactly(source, samples, parquet, stream, tmp_path, monkeypatch) -> None:
     data = write_json_lines(tmp_path / "d.jsonl", TEXTS)
     lines = [*stream, "distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
