@@ -21,7 +21,6 @@ from dask_logits.observe.history import Clock, History, rates
 from dask_logits.observe.report import Facts, render, report_html
 from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, note_failure
-from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
 from dask_logits.run.state import PartitionState
@@ -115,15 +114,8 @@ def test_the_code_that_a_report_shows_loads_the_cache(here) -> None:
     assert found["batch"].keys() == expected.keys()
 
 
-def test_a_report_can_be_had_of_a_run_that_stopped_or_failed(here, monkeypatch) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dask_logits.job.run.consolidate_run", stop)
-        with pytest.raises(KeyboardInterrupt):
-            generate(load_config(here))
-    run = RunFolder(cache_dir(here))
+def test_a_report_can_be_had_of_a_run_that_stopped_or_failed(scored) -> None:
+    run = scored
     assert not run.report_path.exists(), "whoever stops a run does not wait for its report"
     assert "Where the time went" in checked(report_html(run.path)).text
     run.receipt_path(1).unlink()
