@@ -338,11 +338,8 @@ def _write(
     if statistics.skipped_rows:
         logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics.skipped_rows)
     if statistics.double_bos_rows:
-        logger.warning(
-            "%d texts begin with the token that the tokenizer adds at the beginning, and have it twice; if that was "
-            "not meant, score them anew with distillation.dataset.add_special_tokens=false",
-            statistics.double_bos_rows,
-        )
+        # A warning before the job says what to do. This is the count.
+        logger.info("%d texts have the token at their beginning twice", statistics.double_bos_rows)
 
 
 def _digest(pieces: Iterable[Piece]) -> str:

@@ -90,16 +90,16 @@ def test_skipped_rows_are_documents_without_tokens_and_counted(base, tmp_path: P
     assert "1 rows could not be used and were skipped" in caplog.text
 
 
-def test_a_second_bos_is_warned_of_and_counted(base, tmp_path: Path, caplog) -> None:
+def test_a_second_bos_is_warned_of_once_and_counted(base, tmp_path: Path, caplog) -> None:
     tokenizer = byte_level_tokenizer(bos="<|end|>")
     tokenizer.save_pretrained(tmp_path / "teacher")
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
     mine = [o for o in base if "model_path" not in o] + [f"distillation.teacher.model_path={tmp_path / 'teacher'}"]
     cache = run(mine, dataset=[f"<|end|>{text}" for text in TEXTS[:6]] + TEXTS[6:])
-    found = [record for record in caplog.records if "have it twice" in record.getMessage()]
-    assert {record.levelname for record in found} == {"WARNING"}
-    assert [record.getMessage().partition(" texts ")[0] for record in found] == ["6 of 40", "6"]
-    assert all("distillation.dataset.add_special_tokens=false" in record.getMessage() for record in found)
+    (warning,) = [record for record in caplog.records if "have it twice" in record.getMessage()]
+    assert warning.levelname == "WARNING"
+    assert warning.getMessage().startswith("6 of 40 texts ")
+    assert "distillation.dataset.add_special_tokens=false" in warning.getMessage()
     assert "rows with 2 BOS   6" in card_lines(card(cache))
 
 

@@ -1,4 +1,6 @@
-"""Four hosts as network namespaces: links are cut and hosts go away; every run ends with the undisturbed digest.
+"""Four hosts as network namespaces: links are cut, hosts go away, processes are stopped, drivers compete.
+
+Every run ends with the undisturbed digest.
 
 The namespaces have no route to anything but each other.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +30,7 @@ from dask_logits.worker import calibrate, task
 write = task.write_partition
 def dask_setup(worker):
     def slow(*given):
-        time.sleep(0.4)
+        time.sleep(SECONDS)
         return write(*given)
     task.write_partition = slow
 """
@@ -63,6 +66,9 @@ def _address(host: int) -> str:
     return f"10.77.0.{host + 1}"
 
 
+_SCHEDULER_ADDRESS = f"tcp://{_address(SCHEDULER)}:8786"
+
+
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
     if not shutil.which("ip") or not shutil.which("unshare"):
@@ -96,43 +102,54 @@ def hosts() -> Iterator[Hosts]:
                 _ip("netns", "delete", space)
 
 
-def disturbed(hosts: Hosts, overrides: list[str], folder: Path) -> subprocess.Popen:
-    """Start a scheduler, two workers and a driver, each on a host of its own."""
-    (folder / "slow.py").write_text(_SLOW)
-    address = f"tcp://{_address(SCHEDULER)}:8786"
+def disturbed(hosts: Hosts, overrides: list[str], folder: Path, seconds: float = 0.4) -> subprocess.Popen:
+    """Start a scheduler, two workers that take some seconds per partition, and a driver, each on a host of its own."""
+    (folder / "slow.py").write_text(_SLOW.replace("SECONDS", str(seconds)))
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     hosts.start(SCHEDULER, *dask, "scheduler", "--host", _address(SCHEDULER), "--port", "8786", "--no-dashboard",
                 **quiet)  # fmt: skip
     for host in WORKERS:
         hosts.start(
-            host, *dask, "worker", address, "--host", _address(host), "--nthreads", "1", "--memory-limit", "0",
-            "--no-dashboard", "--no-nanny", "--preload", str(folder / "slow.py"), "--local-directory", str(folder),
-            **quiet,
+            host, *dask, "worker", _SCHEDULER_ADDRESS, "--host", _address(host), "--nthreads", "1",
+            "--memory-limit", "0", "--no-dashboard", "--no-nanny", "--preload", str(folder / "slow.py"),
+            "--local-directory", str(folder), **quiet,
         )  # fmt: skip
-    mine = [*overrides, f"distillation.cluster.scheduler={address}"]
-    return hosts.start(DRIVER, *COMMAND, *mine, stderr=subprocess.PIPE, text=True)
+    return start_driver(hosts, DRIVER, overrides)
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        pytest.param("driver", marks=pytest.mark.slow),
-        pytest.param("worker", marks=pytest.mark.slow),
-        pytest.param("host", marks=pytest.mark.slow),
-    ],
-)
-def test_cut_links_and_lost_hosts_change_nothing(hosts, overrides, joined, tmp_path, act) -> None:
+def start_driver(hosts: Hosts, host: int, overrides: list[str]) -> subprocess.Popen:
+    mine = [*overrides, f"distillation.cluster.scheduler={_SCHEDULER_ADDRESS}"]
+    return hosts.start(host, *COMMAND, *mine, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def many(tmp_path) -> list[str]:
+    """Settings of a job that takes some time."""
     data = write_json_lines(tmp_path / "many.jsonl", sentences(80, seed=5))
-    many = ["distillation.partition.rows=2", f"distillation.dataset.data_files={data}"]
-    whole = digest(run(joined, *many, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
-    driver = disturbed(hosts, [*overrides, *many], tmp_path)
+    return ["distillation.partition.rows=2", f"distillation.dataset.data_files={data}"]
+
+
+@pytest.fixture
+def whole(many, joined, tmp_path) -> str:
+    """The digest of the undisturbed run."""
+    return digest(run(joined, *many, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+
+
+def after_some_partitions(overrides: list[str], driver: subprocess.Popen) -> None:
     receipts = cache_dir(overrides) / "receipts"
     wait_for(lambda: len(list(receipts.rglob("0*.json"))) > 3, driver, 240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["driver", "worker", "host"])
+def test_cut_links_and_lost_hosts_change_nothing(hosts, overrides, many, whole, tmp_path, act) -> None:
+    driver = disturbed(hosts, [*overrides, *many], tmp_path)
+    after_some_partitions(overrides, driver)
     cut = {"driver": DRIVER, "worker": WORKERS[0], "host": WORKERS[0]}[act]
     hosts.link(cut, "down")
     if act == "host":
-        hosts.processes[1].kill()
+        hosts.processes[cut].kill()
     else:
         # The link is down for as long as it takes to lose every connection over it.
         time.sleep(25)
@@ -141,6 +158,39 @@ def test_cut_links_and_lost_hosts_change_nothing(hosts, overrides, joined, tmp_p
     assert driver.returncode == 0, log
     if act == "driver":
         assert "answers again after" in log
+    assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [SCHEDULER, WORKERS[0], DRIVER])
+def test_stopped_processes_change_nothing(hosts, overrides, many, whole, tmp_path, stopped) -> None:
+    driver = disturbed(hosts, [*overrides, *many], tmp_path)
+    after_some_partitions(overrides, driver)
+    hosts.processes[stopped].send_signal(signal.SIGSTOP)
+    time.sleep(25)
+    hosts.processes[stopped].send_signal(signal.SIGCONT)
+    _, log = driver.communicate(timeout=240)
+    assert driver.returncode == 0, log
+    assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
+
+
+@pytest.mark.slow
+def test_a_second_driver_is_refused_and_takes_over_from_a_stopped_one(hosts, overrides, many, whole, tmp_path) -> None:
+    first = disturbed(hosts, [*overrides, *many], tmp_path, seconds=2)
+    after_some_partitions(overrides, first)
+    refused = start_driver(hosts, SCHEDULER, [*overrides, *many])
+    _, log = refused.communicate(timeout=240)
+    assert refused.returncode == 2, log
+    assert f"host{DRIVER}" in log
+    first.send_signal(signal.SIGSTOP)
+    second = start_driver(hosts, SCHEDULER, [*overrides, *many])
+    _, log = second.communicate(timeout=240)
+    assert second.returncode == 0, log
+    assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
+    first.send_signal(signal.SIGCONT)
+    _, log = first.communicate(timeout=240)
+    assert first.returncode == 1, log
+    assert "this process was suspended" in log
     assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
 
 
