@@ -184,13 +184,14 @@ def test_a_second_driver_is_refused_and_takes_over_from_a_stopped_one(hosts, ove
     assert f"host{DRIVER}" in log
     first.send_signal(signal.SIGSTOP)
     second = start_driver(hosts, SCHEDULER, [*overrides, *many])
-    _, log = second.communicate(timeout=240)
-    assert second.returncode == 0, log
-    assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
+    lines = iter(second.stderr.readline, "")
+    assert any("took over" in line for line in lines)
     first.send_signal(signal.SIGCONT)
     _, log = first.communicate(timeout=240)
     assert first.returncode == 1, log
     assert "this process was suspended" in log
+    _, log = second.communicate(timeout=240)
+    assert second.returncode == 0, log
     assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
 
 
