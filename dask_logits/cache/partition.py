@@ -63,7 +63,7 @@ def write_partition(
     import zarr
 
     attributes = {"format": FORMAT, "version": VERSION, "profile": profile.name}
-    group = zarr.create_group(str(path), zarr_format=3, attributes=attributes)
+    zarr.create_group(str(path), zarr_format=3, attributes=attributes)
     arrays = dict(records.arrays())
     if stored is None:
         stored = encode_all(records.tokens(), profile)
@@ -71,10 +71,10 @@ def write_partition(
         chunked = profile.arrays[name].chunked
         # Rank bytes do not compress. Arrays that are contiguous in the cache are decoded when they are copied.
         level = None if name == "topk_ids_b0" else _LEVEL
-        _write_array(group, name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
+        _write_array(path / name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
     for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
         if name in arrays:
-            _write_array(group, name, arrays[name], BLOCK_TOKENS, _LEVEL)
+            _write_array(path / name, arrays[name], BLOCK_TOKENS, _LEVEL)
     sync_tree(path)
     return {
         str(file.relative_to(path)): (file.stat().st_size, _crc32(file))
@@ -83,11 +83,14 @@ def write_partition(
     }
 
 
-def _write_array(group: Any, name: str, array: Array, rows: int, level: int | None) -> None:
+def _write_array(path: Path, array: Array, rows: int, level: int | None) -> None:
+    import zarr
     from zarr.codecs import ZstdCodec
 
-    stored = group.create_array(
-        name,
+    # Zarr changes threads several times for each file that it writes itself, and files are written once.
+    files: dict[str, Any] = {}
+    stored = zarr.create_array(
+        zarr.storage.MemoryStore(files),
         shape=array.shape,
         dtype=array.dtype,
         chunks=(rows, *array.shape[1:]),
@@ -98,6 +101,10 @@ def _write_array(group: Any, name: str, array: Array, rows: int, level: int | No
     )
     if len(array):
         stored[:] = array
+    for name, content in files.items():
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.as_numpy_array())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def test_a_partition_is_there_whole_or_not_at_all(tmp_path, stride) -> None:
     make_run(tmp_path / "run")
     left = killed("publish", tmp_path / "run", stride)
     # Every array's files, the flushes, the receipt's temporary file, its link, and the removal of that.
-    assert len(left) > 30
+    assert len(left) > 25
     assert {"fsync", "os.link"} <= {at.split()[0] for _, at in left}
     seen = set()
     for folder, at in left:
