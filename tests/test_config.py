@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from dask_logits.config import Config, settings
 from dask_logits.errors import ConfigError
-from dask_logits.hydra_config import check_overrides, load_config
+from dask_logits.hydra_config import _composed, check_overrides, config_dir, load_config
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
@@ -56,6 +59,49 @@ def test_the_generated_files_follow_from_the_settings() -> None:
 def test_composing_changes_no_default() -> None:
     tree = {"teacher": {"model_path": "teacher"}, "dataset": {"name": "data"}}
     assert load_config(NEEDED) == Config.from_mapping(tree)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["distillation.partition.rows=3", "cluster=serial", "distillation.partition.rows=4"],
+        ["distillation.teacher.generation={top_k: 7}", "distillation.dataset.data_files=[a,b]"],
+        ["distillation.cluster.kind=serial", "cluster=local_cpu"],
+        ["distillation.dataset.split=${distillation.dataset.name}", "distillation.dataset.name=null"],
+        ["+distillation.dataset.name=a", "distillation.dataset.name=b", "~distillation.job.retries"],
+        ["hydra.job.name=other", "distillation.job.retries=0"],
+    ],
+)
+def test_the_tree_is_the_one_that_hydra_composes(overrides) -> None:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        expected = compose("config", overrides)
+    for _ in range(2):
+        assert OmegaConf.to_container(_composed(overrides)) == OmegaConf.to_container(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distillation.partition.rows=1,2", "To sweep over it, add --multirun"),
+        ("distillation.partition={row: 1}", "Could not override"),
+        ("cluster=nowhere", "Could not find 'cluster/nowhere'"),
+    ],
+)
+def test_what_hydra_refuses_is_refused_in_its_words(override, message) -> None:
+    for _ in range(2):
+        assert message in problems_of(override)[0]
+
+
+def test_a_changed_file_of_the_tree_is_read_again(tmp_path, monkeypatch) -> None:
+    tree = shutil.copytree(config_dir(), tmp_path / "config")
+    monkeypatch.setattr("dask_logits.hydra_config.config_dir", lambda: tree)
+    assert load_config(NEEDED).partition.rows != 77
+    file = tree / "distillation" / "default.yaml"
+    file.write_text(re.sub(r"(?m)^(partition:\n  rows:).*$", r"\1 77", file.read_text()))
+    assert load_config(NEEDED).partition.rows == 77
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "config" / "cluster").glob("*.yaml")))
