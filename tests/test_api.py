@@ -37,7 +37,7 @@ def test_the_signature_is_the_one_scripts_know() -> None:
     assert list(found.items()) == list(PARAMETERS.items())
 
 
-def test_one_call_from_dataset_to_cache(tmp_path, monkeypatch) -> None:
+def test_one_call_from_dataset_to_cache(tmp_path, fork_server) -> None:
     from builders import save_tokenizer, tiny_model
 
     tiny_model("llama", max_position_embeddings=2048).save_pretrained(tmp_path / "teacher")

@@ -68,7 +68,7 @@ def test_the_training_example_trains_and_says_so(tmp_path, monkeypatch, capsys) 
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_the_one_call_example_runs(tmp_path, monkeypatch) -> None:
+def test_the_one_call_example_runs(tmp_path, monkeypatch, fork_server) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_model("llama", max_position_embeddings=2048).save_pretrained("teacher")
     save_tokenizer(Path("teacher"))
