@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,12 +88,10 @@ def scheduler(fork_server: None) -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-@pytest.fixture
-def overrides(llama: Path, corpus: Path, tmp_path: Path, fork_server: None) -> list[str]:
-    """Overrides of a small job on a cluster of its own. Takes seconds to start: use ``here`` where any will do."""
+def _small_job(teacher: Path, corpus: Path, folder: Path) -> list[str]:
     return [
-        f"distillation.teacher.model_path={llama}",
-        f"distillation.teacher.cache_dir={tmp_path / 'run'}",
+        f"distillation.teacher.model_path={teacher}",
+        f"distillation.teacher.cache_dir={folder}",
         "distillation.teacher.generation.top_k=8",
         "distillation.teacher.generation.torch_threads=1",
         "distillation.dataset.name=json",
@@ -103,6 +102,12 @@ def overrides(llama: Path, corpus: Path, tmp_path: Path, fork_server: None) -> l
         # On a loaded machine a worker takes minutes to start.
         "distillation.cluster.wait_seconds=300",
     ]
+
+
+@pytest.fixture
+def overrides(llama: Path, corpus: Path, tmp_path: Path, fork_server: None) -> list[str]:
+    """Overrides of a small job on a cluster of its own. Takes seconds to start: use ``here`` where any will do."""
+    return _small_job(llama, corpus, tmp_path / "run")
 
 
 @pytest.fixture
@@ -117,17 +122,39 @@ def here(overrides: list[str]) -> list[str]:
     return [*overrides, "cluster=serial"]
 
 
-@pytest.fixture
-def scored(here: list[str], monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A run of four committed partitions, stopped before its cache was written."""
+@pytest.fixture(scope="session")
+def _finished(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dask_logits import generate, load_config
-    from dask_logits.run.folder import RunFolder
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    generate(load_config([*_small_job(llama, corpus, folder), "cluster=serial"]))
+    return folder
+
+
+@pytest.fixture
+def cache(here: list[str], _finished: Path) -> Path:
+    """The cache of the small job: a copy of the suite's finished run."""
+    return shutil.copytree(_finished, cache_dir(here)) / "teacher_logits.h5"
+
+
+@pytest.fixture(scope="session")
+def _stopped(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dask_logits import generate, load_config
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr("dask_logits.job.run.consolidate_run", stop)
         with pytest.raises(KeyboardInterrupt):
-            generate(load_config(here))
-    return RunFolder(cache_dir(here))
+            generate(load_config([*_small_job(llama, corpus, folder), "cluster=serial"]))
+    return folder
+
+
+@pytest.fixture
+def scored(here: list[str], _stopped: Path) -> RunFolder:
+    """A run of four committed partitions, stopped before its cache was written: a copy of the suite's."""
+    from dask_logits.run.folder import RunFolder
+
+    return RunFolder(shutil.copytree(_stopped, cache_dir(here)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 from builders import cache_dir, digest, nan_teacher, run, tree, write_json_lines
@@ -15,11 +14,6 @@ from dask_logits.cache.reader import CacheReader, items
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.files.lock import lease
 from dask_logits.run.folder import RUN_NAMES
-
-
-@pytest.fixture
-def cache(here) -> Path:
-    return run(here)
 
 
 def test_a_late_receipt_of_a_run_that_was_replaced_is_not_taken(here, cache) -> None:

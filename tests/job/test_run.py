@@ -24,11 +24,6 @@ from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
 
 
-@pytest.fixture
-def cache(here) -> Path:
-    return run(here)
-
-
 def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(here, cache, corpus, llama) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from builders import cache_dir, digest, run, tree
 
@@ -14,11 +12,6 @@ from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.consolidate import consolidate_run
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.state import RunState, discard_stale
-
-
-@pytest.fixture
-def cache(here) -> Path:
-    return run(here)
 
 
 def test_partitions_that_are_gone_are_not_counted(here, cache) -> None:
