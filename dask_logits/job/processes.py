@@ -102,8 +102,8 @@ def start_cluster(kind: Any, settings: dict[str, Any]) -> Any:
 def _close_later(cluster: Any) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(AssertionError, AttributeError, OSError):
-            # It asserts that no worker is starting.
+        with contextlib.suppress(AssertionError, AttributeError, OSError, RuntimeError):
+            # It asserts that no worker is starting, and its event loop may not run yet.
             close_cluster(cluster, _START_SECONDS)
             return
         time.sleep(0.5)
