@@ -60,7 +60,8 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path) -> None:
     assert contents(build("wheel", source, tmp_path / "wheel")) == contents(wheel)
 
 
-def test_the_wheel_scores_a_dataset_outside_the_checkout(wheel, llama, tmp_path) -> None:
+@pytest.mark.parametrize("cluster", ["serial", pytest.param("local_cpu", marks=pytest.mark.slow)])
+def test_the_wheel_scores_a_dataset_outside_the_checkout(cluster, wheel, llama, tmp_path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -72,7 +73,7 @@ def test_the_wheel_scores_a_dataset_outside_the_checkout(wheel, llama, tmp_path)
     write_json_lines(tmp_path / "corpus.jsonl", sentences(6))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [
-        str(python), "-m", "dask_logits", "generate", "cluster=local_cpu",
+        str(python), "-m", "dask_logits", "generate", f"cluster={cluster}",
         f"distillation.teacher.model_path={llama}",
         "distillation.teacher.cache_dir=run",
         "distillation.teacher.generation.top_k=8",
