@@ -50,7 +50,9 @@ def workers(address: str, folder: Path, **environments: dict[str, str]) -> Itera
     try:
         with Client(address) as client:
             deadline = time.monotonic() + 120
-            while len(client.scheduler_info(n_workers=-1)["workers"]) < len(started):
+            while environments.keys() - {
+                each["name"] for each in client.scheduler_info(n_workers=-1)["workers"].values()
+            }:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             yield
@@ -74,8 +76,13 @@ def patched(tmp_path_factory) -> dict[str, str]:
 def test_workers_that_differ_get_no_work_and_are_named(address, patched, overrides, joined, tmp_path, caplog) -> None:
     whole = digest(run(joined, MANY, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     mine = [*overrides, MANY, f"distillation.cluster.scheduler={address}"]
-    with workers(address, tmp_path, good={}, lesser={"ATEN_CPU_CAPABILITY": "default"}, other=patched):
-        assert digest(run(mine)) == whole
+    with workers(address, tmp_path, other=patched):
+        with workers(address, tmp_path, good={}, lesser={"ATEN_CPU_CAPABILITY": "default"}):
+            assert digest(run(mine)) == whole
+        elsewhere = [*mine, f"distillation.teacher.cache_dir={tmp_path / 'none'}"]
+        with pytest.raises(ClusterError, match=r"(?s)expected workers with this release .*install the same release"):
+            generate(load_config(elsewhere))
+        assert not (tmp_path / "none").exists()
     receipts = [json.loads(path.read_text()) for path in (cache_dir(mine) / "receipts").rglob("0*.json")]
     assert len({receipt["process"] for receipt in receipts}) == 1
     assert not any("environment" in receipt for receipt in receipts)
@@ -83,11 +90,6 @@ def test_workers_that_differ_get_no_work_and_are_named(address, patched, overrid
     for expected in ("cpu: expected x86_64", "got x86_64 DEFAULT; use machines with one", "dask_logits: expected"):
         assert expected in reasons
         assert expected in caplog.text
-    with workers(address, tmp_path, other=patched):
-        elsewhere = [*mine, f"distillation.teacher.cache_dir={tmp_path / 'none'}"]
-        with pytest.raises(ClusterError, match=r"(?s)expected workers with this release .*install the same release"):
-            generate(load_config(elsewhere))
-        assert not (tmp_path / "none").exists()
 
 
 def test_a_run_of_another_environment_is_refused_or_recorded_and_known_to_verify(joined, caplog) -> None:
