@@ -85,6 +85,7 @@ def test_a_generator_in_a_script_on_standard_input(local, tmp_path) -> None:
     assert done.stdout.strip() == str(tmp_path / "run" / "teacher_logits.h5")
 
 
+@pytest.mark.slow
 def test_a_notebook_cell_without_a_guard(local, tmp_path) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
