@@ -73,7 +73,7 @@ def _loaded() -> int:
 
 
 def test_a_job_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(overrides, joined, tmp_path) -> None:
-    data = write_json_lines(tmp_path / "many.jsonl", sentences(120, seed=5))
+    data = write_json_lines(tmp_path / "many.jsonl", sentences(70, seed=5))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]
     whole = digest(generate(load_config([*joined, *many])))
 

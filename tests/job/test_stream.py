@@ -157,7 +157,7 @@ def test_a_stream_and_a_regular_dataset_give_the_same_cache(stream, here, tmp_pa
     assert digest(streamed) == digest(regular)
 
 
-@pytest.mark.parametrize("samples", [1, 25, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 500))])
+@pytest.mark.parametrize("samples", [25, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100, 500))])
 def test_max_samples_is_exact_and_may_grow(samples, parquet, stream, llama, tmp_path) -> None:
     data = write_json_lines(tmp_path / "d.jsonl", TEXTS)
     lines = [*stream, "distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
@@ -238,7 +238,7 @@ def test_a_stream_whose_driver_was_killed_equals_an_undisturbed_one(parquet, ove
     data = write_json_lines(tmp_path / "many.jsonl", rows)
     lines = ["distillation.dataset.name=json", f"distillation.dataset.data_files={data}"]
     stream = [o for o in parquet if "cluster" not in o and "data_files" not in o and "dataset.name" not in o]
-    mine = [*stream, *lines, "distillation.dataset.streaming_chunk_size=2", "distillation.dataset.max_samples=110"]
+    mine = [*stream, *lines, "distillation.dataset.streaming_chunk_size=2", "distillation.dataset.max_samples=70"]
     whole = digest(run([*mine, "cluster=serial"], f"distillation.teacher.cache_dir={tmp_path / 'undisturbed'}"))
     local = [*mine, "distillation.cluster.dashboard_address=null"]
     driver = warm.Popen([*COMMAND, *local], start_new_session=True, stderr=subprocess.PIPE)
@@ -258,7 +258,7 @@ def test_the_first_partition_is_committed_before_the_stream_is_read_beyond_the_w
 
     def rows():
         nonlocal drawn
-        for i in range(600):
+        for i in range(400):
             drawn = next(read) + 1
             yield {"text": f"w{i % 50} red"}
 
@@ -268,7 +268,7 @@ def test_the_first_partition_is_committed_before_the_stream_is_read_beyond_the_w
     monkeypatch.setattr(JobProgress, "partition", lambda self, s: (seen.append(drawn), original(self, s)))
     monkeypatch.setattr("dask_logits.job.calibration.CALIBRATION_TOKENS", 100)
     run(stream, "distillation.dataset.streaming_buffer_size=40", "distillation.cluster.wait_seconds=60", dataset=rows())
-    assert len(seen) == 60
+    assert len(seen) == 40
     # What the estimate peeked at comes first; then what is committed, what is in flight, and the look-ahead.
     assert seen[0] <= 256 + 50
     assert all(drawn <= max(256, 10 * (i + 1)) + 10 + 40 for i, drawn in enumerate(seen))
