@@ -315,6 +315,23 @@ def finish(process: warm.Popen | subprocess.Popen, seconds: float = 300) -> str:
         raise AssertionError(f"still running after {seconds:g} s: {process.communicate()}") from None
 
 
+def small_job(teacher: Path, corpus: Path, folder: Path) -> list[str]:
+    """Return the overrides of a job of four partitions."""
+    return [
+        f"distillation.teacher.model_path={teacher}",
+        f"distillation.teacher.cache_dir={folder}",
+        "distillation.teacher.generation.top_k=8",
+        "distillation.teacher.generation.torch_threads=1",
+        "distillation.dataset.name=json",
+        f"distillation.dataset.data_files={corpus}",
+        "distillation.dataset.max_length=16",
+        "distillation.partition.rows=12",
+        "distillation.cluster.dashboard_address=null",
+        # On a loaded machine a worker takes minutes to start.
+        "distillation.cluster.wait_seconds=300",
+    ]
+
+
 def cache_dir(overrides: list[str]) -> Path:
     """Return the run folder that overrides name."""
     return Path(next(o for o in overrides if "cache_dir" in o).partition("=")[2])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import warm
-from builders import cache_dir, save_tokenizer, sentences, tiny_model, write_json_lines
+from builders import cache_dir, save_tokenizer, sentences, small_job, tiny_model, write_json_lines
 
 if TYPE_CHECKING:
     from dask_logits.run.folder import RunFolder
@@ -88,26 +88,10 @@ def scheduler(fork_server: None) -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-def _small_job(teacher: Path, corpus: Path, folder: Path) -> list[str]:
-    return [
-        f"distillation.teacher.model_path={teacher}",
-        f"distillation.teacher.cache_dir={folder}",
-        "distillation.teacher.generation.top_k=8",
-        "distillation.teacher.generation.torch_threads=1",
-        "distillation.dataset.name=json",
-        f"distillation.dataset.data_files={corpus}",
-        "distillation.dataset.max_length=16",
-        "distillation.partition.rows=12",
-        "distillation.cluster.dashboard_address=null",
-        # On a loaded machine a worker takes minutes to start.
-        "distillation.cluster.wait_seconds=300",
-    ]
-
-
 @pytest.fixture
 def overrides(llama: Path, corpus: Path, tmp_path: Path, fork_server: None) -> list[str]:
     """Overrides of a small job on a cluster of its own. Takes seconds to start: use ``here`` where any will do."""
-    return _small_job(llama, corpus, tmp_path / "run")
+    return small_job(llama, corpus, tmp_path / "run")
 
 
 @pytest.fixture
@@ -127,7 +111,7 @@ def _finished(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     from dask_logits import generate, load_config
 
     folder = tmp_path_factory.mktemp("finished") / "run"
-    generate(load_config([*_small_job(llama, corpus, folder), "cluster=serial"]))
+    generate(load_config([*small_job(llama, corpus, folder), "cluster=serial"]))
     return folder
 
 
@@ -148,7 +132,7 @@ def _stopped(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("dask_logits.job.run.consolidate_run", stop)
         with pytest.raises(KeyboardInterrupt):
-            generate(load_config([*_small_job(llama, corpus, folder), "cluster=serial"]))
+            generate(load_config([*small_job(llama, corpus, folder), "cluster=serial"]))
     return folder
 
 
