@@ -114,7 +114,13 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
             elif words[0] == "dask":
                 started.append(start(words, folder, environment))
                 wait_for((folder / "scheduler.json").exists, started[0])
-        assert [words[1] for words in all_commands(ADVANCED) if words[0] == "dask"] == ["scheduler", "cuda", "worker"]
+        # The last one shows how to add the page to its dashboard.
+        assert [words[1] for words in all_commands(ADVANCED) if words[0] == "dask"] == [
+            "scheduler",
+            "cuda",
+            "worker",
+            "scheduler",
+        ]
         fill(folder)
         with inside(folder):
             main(["generate", *quickstart(), JOIN])
@@ -132,12 +138,12 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
 def start(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
     """Start a server of Dask on loopback."""
     more = {
-        "scheduler": ["--port", "0", "--no-dashboard"],
+        "scheduler": ["--port", "0", "--dashboard-address", "127.0.0.1:0"],
         "worker": ["--no-dashboard", "--local-directory", str(folder)],
         "cuda": ["--dashboard-address", "127.0.0.1:0", "--local-directory", str(folder)],
     }[words[1]]
     environment = {**environment, **(PRETENDED if words[1] == "cuda" else {})}
-    with (folder / f"{words[1]}.log").open("w") as log:
+    with (folder / f"{words[1]}.log").open("a") as log:
         return subprocess.Popen(
             [BIN / "dask", *words[1:], "--host", "127.0.0.1", *more],
             cwd=folder,
