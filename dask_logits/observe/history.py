@@ -10,8 +10,8 @@ Dimension letters: P partitions, W workers, E edges of time bins.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class History:
     Attributes
     ----------
     workers
-        The workers, in order of their first partition in the dataset.
+        The workers, in order of their first partition that was added.
     problems
         Partition → why its receipt is invalid, for the first 20.
     n_problems
@@ -68,6 +68,22 @@ class History:
     _columns: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in ("index", "worker", "begin", "scored", "end", "tokens")}
     )
+
+    def noted(self, states: Iterable[PartitionState]) -> Iterator[PartitionState]:
+        """Yield partitions after adding each."""
+        for state in states:
+            self.add(state)
+            yield state
+
+    def copy(self) -> History:
+        """Return a copy, to which partitions can be added without changing this history."""
+        return History(
+            workers=[replace(worker) for worker in self.workers],
+            problems=dict(self.problems),
+            n_problems=self.n_problems,
+            _numbers=dict(self._numbers),
+            _columns={name: column[:] for name, column in self._columns.items()},
+        )
 
     def add(self, state: PartitionState) -> None:
         """Add a partition."""

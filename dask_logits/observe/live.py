@@ -1,8 +1,9 @@
 """A run that is read again and again: each receipt and each entry of the plan is read once.
 
-``read_status`` reads every receipt on every call, some seconds for 10,000 partitions. A page that refreshes keeps them
-in memory, without their lists of files: about 2 kB each. What it keeps is dropped when a driver starts or the run is
-replaced.
+``read_status`` reads every receipt on every call. A page that refreshes keeps the sums over committed partitions, and
+adds those that are new. Receipts and targets are listed at every reading. If one of them is gone, the sums are computed
+again from the receipts, which stay in memory without their lists of files: about 2 kB each. What it keeps is dropped
+when a driver starts or the run is replaced.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dask_logits.observe.history import History
-from dask_logits.observe.status import Status, status_of
+from dask_logits.observe.status import Status, Tally, status_of
 from dask_logits.records import Array
 from dask_logits.run.drivers import Drivers
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan import PlanEnd, Segment
+from dask_logits.run.plan import Partition, PlanEnd, Segment
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry, Receipt
-from dask_logits.run.state import PartitionState, cache_state
+from dask_logits.run.state import Listing, PartitionState, RunState, Settled, cache_state
 
 # States of a partition. Where one square of a map stands for several partitions, the last of their states is drawn.
 STATES = ("committed", "waiting", "running", "failed")
@@ -88,21 +90,37 @@ class _Log(PlanLog):
     """A plan whose entries are read once."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._known: dict[int, Segment | PlanEnd] = {}
+        self._partitions: list[Partition] = []
         super().__init__(run)
 
-    def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
-        found = self._known.get(ordinal)
-        if found is None:
-            found = super()._entry(ordinal)
-            if found is not None:
-                self._known[ordinal] = found
-        return found
+    def partitions(self) -> Iterator[Partition]:
+        return iter(self._partitions)
 
     def refresh(self) -> _Log:
         """Read the entries that were added."""
-        self._recount()
+        while (entry := self._entry(self._entries)) is not None:
+            self._check(self._entries, entry, self.n_partitions, self.n_rows)
+            self._count(entry)
         return self
+
+    def _count(self, entry: Segment | PlanEnd) -> None:
+        super()._count(entry)
+        if isinstance(entry, Segment):
+            self._partitions += entry.partitions()
+
+
+@dataclass(kw_only=True)
+class _Kept:
+    """What is kept of a run between two readings."""
+
+    settled: Settled = field(default_factory=Settled)
+    tally: Tally = field(default_factory=Tally)
+    history: History = field(default_factory=History)
+
+    def add(self, each: PartitionState) -> None:
+        self.settled.add(each)
+        self.tally.add(each)
+        self.history.add(each)
 
 
 class LiveRun:
@@ -119,6 +137,7 @@ class LiveRun:
         self._stamp: object = None
         self._folder = _Folder(path)
         self._log: _Log | None = None
+        self._kept = _Kept()
         self._lock = threading.Lock()
 
     def read(self) -> Snapshot:
@@ -138,27 +157,40 @@ class LiveRun:
         drivers = Drivers.of(self._folder)
         stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
         if self._stamp != stamp:
-            self._stamp, self._folder, self._log = stamp, _Folder(self._path), None
+            self._stamp, self._folder, self._log, self._kept = stamp, _Folder(self._path), None, _Kept()
         run = self._folder
         self._log = self._log.refresh() if self._log is not None else _Log(run)
         # The cache may be written, and the partitions deleted, while they are read.
         for _ in range(2):
-            before, history, states = cache_state(run), History(), bytearray()
-
-            def add(each: PartitionState, history: History = history, states: bytearray = states) -> None:
-                history.add(each)
-                states.append(_COMMITTED if each.is_done else _WAITING)
-
-            status = status_of(run, add, log=self._log, level=logging.DEBUG)
+            before, others = cache_state(run), list[PartitionState]()
+            status = status_of(run, partial(self._count, before, others), log=self._log, level=logging.DEBUG)
             if cache_state(run) == before:
                 break
         failures = {} if status.state == "complete" else read_failures(run)
-        states_P = np.frombuffer(states, np.uint8)
+        states_P = np.full(status.partitions, _WAITING, np.uint8)
+        done = [*self._kept.settled.indices, *(each.partition.index for each in others if each.is_done)]
+        states_P[done] = _COMMITTED
+        history = self._kept.history.copy()
+        for each in others:
+            history.add(each)
         for indices, state in ((drivers.running, _RUNNING), (failures, _FAILED)):
             for index in indices:
                 if index < len(states_P) and states_P[index] != _COMMITTED:
                     states_P[index] = state
         return Snapshot(status=status, history=history, failures=failures, at=time.time(), states_P=states_P)
+
+    def _count(self, cache: list[int], others: list[PartitionState], state: RunState) -> Tally:
+        """Add up a run. Partitions without a valid receipt are put into `others`, to be looked at again."""
+        listing = Listing(state.run)
+        if not self._kept.settled.holds(listing, cache):
+            self._kept = _Kept()
+        self._kept.settled.cache = cache
+        for each in state.partitions(listing, without=self._kept.settled.indices):
+            if each.receipt is not None and state.cache_error is None:
+                self._kept.add(each)
+            else:
+                others.append(each)
+        return replace(self._kept.tally, damaged=[]).including(others)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -26,12 +26,12 @@ from dask_logits.observe.charts import Charts, number
 from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
-from dask_logits.observe.status import Status, status_of
+from dask_logits.observe.status import Status, Tally, status_of
 from dask_logits.records import Statistics
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
-from dask_logits.run.state import RunCache, cache_state, open_run_cache
+from dask_logits.run.state import RunCache, RunState, cache_state, open_run_cache
 from dask_logits.run.timings import duration
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,11 @@ def _of_run(run: RunFolder) -> Facts:
     # The cache may be written, and the partitions deleted, while they are read.
     for _ in range(2):
         before, history = cache_state(run), History()
-        status = status_of(run, history.add)
+
+        def count(state: RunState, history: History = history) -> Tally:
+            return Tally().including(history.noted(state.partitions()))
+
+        status = status_of(run, count)
         if cache_state(run) == before:
             break
     manifest, calibration = run.manifest(), run.calibration()

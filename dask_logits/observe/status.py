@@ -7,13 +7,13 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dask_logits.errors import RunConflictError
+from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.files.atomic import expanded
 from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
@@ -199,6 +199,66 @@ class Status:
         return f"{self.state} since {started:{form}} ({duration(max(0.0, time.time() - self.since))}){step}"
 
 
+@dataclass(kw_only=True)
+class Tally:
+    """Sums over partitions, added one at a time.
+
+    Attributes
+    ----------
+    committed, rows
+        Partitions that are done, and their dataset rows.
+    lacking
+        Partitions in the cache without a valid receipt. They are not in the following sums.
+    statistics, seconds, flops, splits
+        Sums over valid receipts.
+    damaged
+        Errors of receipts that were skipped.
+    """
+
+    committed: int = 0
+    rows: int = 0
+    lacking: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    seconds: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    splits: int = 0
+    damaged: list[CacheError] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: RunState) -> Tally:
+        """Add up all partitions of a run."""
+        return cls().including(state.partitions())
+
+    def including(self, states: Iterable[PartitionState]) -> Tally:
+        """Add partitions, and return this tally."""
+        for each in states:
+            self.add(each)
+        return self
+
+    def add(self, each: PartitionState) -> None:
+        """Add a partition.
+
+        Raises
+        ------
+        CacheError
+            If its receipt cannot be read.
+        """
+        if each.error is not None:
+            if each.is_unreadable:
+                raise each.error
+            self.damaged.append(each.error)
+        if each.is_done:
+            self.committed += 1
+            self.rows += each.partition.n_rows
+        if each.receipt is None:
+            self.lacking += each.is_cached
+            return
+        self.statistics += each.receipt.statistics
+        self.seconds = add_seconds(self.seconds, each.receipt.seconds)
+        self.flops += each.receipt.flops
+        self.splits += len(each.receipt.splits)
+
+
 def read_status(path: Path | str) -> Status:
     """Read the state of a run.
 
@@ -223,7 +283,7 @@ def read_status(path: Path | str) -> Status:
 
 def status_of(
     run: RunFolder,
-    on_partition: Callable[[PartitionState], None] = lambda each: None,
+    count: Callable[[RunState], Tally] = Tally.of,
     *,
     log: PlanLog | None = None,
     level: int = logging.WARNING,
@@ -234,8 +294,8 @@ def status_of(
     ----------
     run
         The run folder.
-    on_partition
-        Called with each planned partition.
+    count
+        Adds up the partitions of a run.
     log
         Its plan. None: read from its files.
     level
@@ -246,31 +306,18 @@ def status_of(
     if found is None:
         return _before_manifest(run, drivers)
     manifest, log, damaged = found.manifest, found.log, found.cache_error is not None
-    sums, count, rows, splits, flops, lacking = Statistics(), 0, 0, 0, 0.0, 0
-    seconds: dict[str, float] = {}
-    for each in found.partitions():
-        on_partition(each)
-        if each.error is not None:
-            if each.is_unreadable:
-                raise each.error
-            logger.log(level, "left out: %s", each.error)
-        if each.is_done:
-            count += 1
-            rows += each.partition.n_rows
-        if each.receipt is None:
-            lacking += each.is_cached
-            continue
-        sums += each.receipt.statistics
-        seconds = add_seconds(seconds, each.receipt.seconds)
-        flops += each.receipt.flops
-        splits += len(each.receipt.splits)
-    if lacking:
-        logger.log(level, "%d receipts are damaged or gone; their partitions are in the cache, not in sums", lacking)
+    tally = count(found)
+    for error in tally.damaged:
+        logger.log(level, "left out: %s", error)
+    if tally.lacking:
+        logger.log(
+            level, "%d receipts are damaged or gone; their partitions are in the cache, not in sums", tally.lacking
+        )
     is_complete = not damaged and found.is_complete
     cache = found.cache if is_complete else None
     calibration = run.calibration()
     cost = (calibration.cost if calibration else None) or {}
-    scoring, peak = seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
+    scoring, peak = tally.seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
     failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
     left_out = drivers.left_out
     state: State
@@ -280,11 +327,11 @@ def status_of(
         state = drivers.state()
     elif damaged:
         state = "damaged"
-    elif log.end is not None and count == log.n_partitions:
+    elif log.end is not None and tally.committed == log.n_partitions:
         state = "scored"
     else:
         state = "failed" if failed or drivers.reason else "stopped"
-    n_open = log.n_partitions - count - len(failed)
+    n_open = log.n_partitions - tally.committed - len(failed)
     return Status(
         run=str(run.path),
         state=state,
@@ -296,15 +343,15 @@ def status_of(
         ),
         items_noun=_items_noun(manifest.what),
         partitions=log.n_partitions,
-        committed=count,
+        committed=tally.committed,
         planned_all=log.end is not None,
         rows=log.n_rows,
-        committed_rows=rows,
-        statistics=sums,
-        tokens_per_second=sums.tokens / scoring if scoring else float("nan"),
-        seconds=seconds,
-        mfu=flops / scoring / peak if scoring and peak else float("nan"),
-        splits=splits,
+        committed_rows=tally.rows,
+        statistics=tally.statistics,
+        tokens_per_second=tally.statistics.tokens / scoring if scoring else float("nan"),
+        seconds=tally.seconds,
+        mfu=tally.flops / scoring / peak if scoring and peak else float("nan"),
+        splits=tally.splits,
         left_out=left_out,
         running=len(drivers.alive),
         running_tokens_per_second=drivers.tokens_per_second,

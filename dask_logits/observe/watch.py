@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from dask_logits.observe.status import Status, read_status
+from dask_logits.files.atomic import expanded
+from dask_logits.observe.live import LiveRun
+from dask_logits.observe.status import Status
 from dask_logits.run.folder import WORKING_STATES
 from dask_logits.run.timings import duration
 
@@ -32,9 +34,10 @@ def follow(path: Path | str, seconds: float = 2.0) -> Iterator[Status]:
     RunConflictError, CacheError
         As by :func:`dask_logits.read_status`.
     """
+    live = LiveRun(expanded(path))
     while True:
         began = time.monotonic()
-        status = read_status(path)
+        status = live.read().status
         yield status
         if status.state not in WORKING_STATES:
             return

@@ -6,14 +6,15 @@ It is computed from files only, without a running process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from dask_logits.cache.find import find_caches
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.files.atomic import is_there, unreadable
+from dask_logits.files.atomic import is_there, names_in, unreadable
 from dask_logits.records import total_digest
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.plan import Partition
@@ -128,6 +129,70 @@ class PartitionState:
         return self.error is not None and unreadable(self.error)
 
 
+class Listing:
+    """Names in a run folder at one moment.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+
+    Attributes
+    ----------
+    receipts : set of int
+        Partitions that have a receipt.
+
+    Raises
+    ------
+    CacheError
+        If a folder cannot be listed.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.receipts = run.receipt_indices()
+
+    @cached_property
+    def attempts(self) -> set[str]:
+        """Folders of targets. Listed when they are first asked for: a complete run needs none."""
+        return set(names_in(self.run.partitions_path))
+
+
+@dataclass
+class Settled:
+    """Done partitions of an earlier reading, so that the next one looks at the others only.
+
+    They remain done as long as their receipts and targets exist and the cache is the same.
+
+    Attributes
+    ----------
+    indices
+        The partitions.
+    attempts
+        Folders of the targets that are not in the cache.
+    cache
+        State of the cache (:func:`cache_state`).
+    """
+
+    indices: set[int] = field(default_factory=set)
+    attempts: set[str] = field(default_factory=set)
+    cache: list[int] | None = None
+
+    def add(self, each: PartitionState) -> None:
+        """Add a partition with a valid receipt."""
+        assert each.receipt is not None
+        self.indices.add(each.partition.index)
+        if not each.is_cached:
+            self.attempts.add(each.receipt.attempt)
+
+    def holds(self, listing: Listing, cache: list[int]) -> bool:
+        """Whether all of them are still done."""
+        if not self.indices:
+            return True
+        is_same = self.cache == cache and self.indices <= listing.receipts
+        return is_same and (not self.attempts or self.attempts <= listing.attempts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """One reading of a run folder. Everything that asks whether a partition is done asks this.
@@ -193,25 +258,36 @@ class RunState:
             return False
         return self.n_cached == self.log.n_rows and self.cache is not None
 
-    def partitions(self) -> Iterator[PartitionState]:
+    def partitions(
+        self, listing: Listing | None = None, *, without: Collection[int] = frozenset()
+    ) -> Iterator[PartitionState]:
         """Yield the state of every planned partition in order. Each receipt is read once.
+
+        Parameters
+        ----------
+        listing
+            Names in the folder. None: they are listed now.
+        without
+            Partitions that are left out.
 
         Raises
         ------
         CacheError
             If the receipts cannot be listed, or the file system cannot tell whether targets exist.
         """
-        present = self.run.receipt_indices()
+        listing = listing or Listing(self.run)
         cached_rows = 0 if self.cache is None else self.cache.n_rows
         for partition in self.log.partitions():
+            if partition.index in without:
+                continue
             # A partition without rows could not be read and is never in the cache.
             is_cached = 0 < partition.n_rows <= cached_rows - partition.first_row
-            if partition.index in present:
-                yield self._with_receipt(partition, is_cached)
+            if partition.index in listing.receipts:
+                yield self._with_receipt(partition, is_cached, listing)
             else:
                 yield PartitionState(partition=partition, is_cached=is_cached)
 
-    def _with_receipt(self, partition: Partition, is_cached: bool) -> PartitionState:
+    def _with_receipt(self, partition: Partition, is_cached: bool, listing: Listing) -> PartitionState:
         try:
             receipt = self.run.receipt(partition.index)
         except CacheError as error:
@@ -220,13 +296,15 @@ class RunState:
             return PartitionState(partition=partition, is_cached=is_cached)
         rows = (receipt.first_row, receipt.n_rows)
         is_ours = receipt.run_id == self.manifest.run_id and rows == (partition.first_row, partition.n_rows)
-        if is_ours and (is_cached or self.cache_error is not None or self._has_targets(receipt)):
+        if is_ours and (is_cached or self.cache_error is not None or self._has_targets(receipt, listing)):
             return PartitionState(partition=partition, is_cached=is_cached, receipt=receipt)
         problem = "its arrays are gone, or another run's"
         return PartitionState(partition=partition, is_cached=is_cached, problem=problem)
 
-    def _has_targets(self, receipt: Receipt) -> bool:
-        # The folder may be a link to an unmounted file system.
+    def _has_targets(self, receipt: Receipt, listing: Listing) -> bool:
+        if receipt.attempt in listing.attempts:
+            return True
+        # The folder may be a link to an unmounted file system, or a network file system's listing may be old.
         folder = self.run.partitions_path
         return is_there(folder) and is_there(folder / receipt.attempt)
 
@@ -268,8 +346,6 @@ def discard_stale(state: RunState, share: Share) -> RunState:
             raise each.error
         if each.problem is not None and not each.is_cached and share.owns(each.partition.index):
             stale.append(each)
-    if not stale:
-        return state
     # A cache written in the meantime may have replaced the partitions.
     cache = open_run_cache(state.run, state.manifest)
     cached_rows = 0 if cache is None else cache.n_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dask_logits.observe.charts import Charts
 from dask_logits.observe.live import STATES, LiveRun, Snapshot
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
 
 
 def snapshot(n_partitions: int, n_workers: int = 3) -> Snapshot:
@@ -57,6 +59,58 @@ def test_a_run_is_followed_from_its_calibration_to_its_cache_without_reading_a_r
     generate(load_config(here))
     done = live.read()
     assert (done.status.state, done.counts()["committed"]) == ("complete", 4)
+
+
+def test_a_reading_opens_each_receipt_once_and_asks_for_no_folder_of_targets_alone(scored, monkeypatch) -> None:
+    asked: list[str] = []
+    stat, read_text = Path.stat, Path.read_text
+    monkeypatch.setattr(Path, "stat", lambda path, **named: asked.append(str(path)) or stat(path, **named))
+    monkeypatch.setattr(Path, "read_text", lambda path, **named: asked.append(str(path)) or read_text(path, **named))
+
+    def asked_by(read) -> list[str]:
+        asked.clear()
+        read()
+        return sorted(Path(path).name for path in asked if "/receipts/0" in path or "/partitions/" in path)
+
+    live = LiveRun(scored.path)
+    once = sorted([f"{index:06d}.json" for index in range(4)] * 2)
+    assert asked_by(lambda: read_status(scored.path)) == once, "one stat and one reading of each"
+    assert asked_by(live.read) == once
+    assert asked_by(live.read) == []
+    scored.receipt_path(2).rename(scored.path / "aside")
+    assert live.read().counts()["committed"] == 3
+    (scored.path / "aside").rename(scored.receipt_path(2))
+    assert asked_by(live.read) == ["000002.json"] * 2
+
+
+def test_targets_that_vanish_while_a_run_is_followed_are_noticed(scored) -> None:
+    live = LiveRun(scored.path)
+    whole = live.read()
+    receipt = scored.receipt(1)
+    assert receipt is not None
+    targets = scored.partitions_path / receipt.attempt
+    shutil.move(targets, scored.path / "aside")
+    lacking = live.read()
+    assert lacking.states_P.tolist() == [0, 1, 0, 0]
+    assert lacking.status.statistics.tokens == whole.status.statistics.tokens - receipt.statistics.tokens
+    assert (len(lacking.history), lacking.history.n_problems) == (3, 1)
+    shutil.move(scored.path / "aside", targets)
+    again = live.read()
+    assert (again.counts(), again.status.statistics.tokens) == (whole.counts(), whole.status.statistics.tokens)
+    assert (len(again.history), len(lacking.history)) == (4, 3), "a snapshot does not change"
+
+
+def test_a_plan_that_grows_is_read_on(scored, monkeypatch) -> None:
+    live = LiveRun(scored.path)
+    live.read()
+    log, entries = PlanLog(scored), []
+    log.append(((2, 5),), {"kind": "rows", "content": "more"})
+    log.close("max_samples")
+    monkeypatch.setattr(PlanLog, "_entry", lambda *given, was=PlanLog._entry: entries.append(given[1]) or was(*given))
+    found = live.read()
+    assert found.states_P.tolist() == [0, 0, 0, 0, 1, 1]
+    assert (found.status.rows, found.status.planned_all) == (50, True)
+    assert entries == [2, 3, 4]
 
 
 def test_partitions_at_work_are_told_by_the_drivers_record(scored) -> None:
