@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.data.source import Planned
-from dask_logits.errors import PartitionsFailedError, RunConflictError
+from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
 from dask_logits.job.bisect import bisect
 from dask_logits.job.executor import Committed, Executor, Failed, Progress
 from dask_logits.job.prepare import Job
@@ -18,9 +18,9 @@ from dask_logits.job.progress import JobProgress
 from dask_logits.job.read_ahead import ReadAhead
 from dask_logits.job.reporter import Reporter
 from dask_logits.records import Statistics
-from dask_logits.run.failures import Failure, forget_failure, note_failure
+from dask_logits.run.failures import Failure, forget_failure, note_failure, read_failures
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.records import Calibration, Receipt
+from dask_logits.run.records import Calibration, FailureEntry, Receipt
 from dask_logits.run.timings import add_seconds, shares
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.teacher.meter import Cost
@@ -256,6 +256,10 @@ def tasks(
     measured: dict[str, Any] = calibration.cost or {}
     cost = Cost(**measured)
     profile = job.run.profile()
+    failed: dict[int, FailureEntry] = {}
+    # A damaged ledger does not stop a job.
+    with contextlib.suppress(CacheError):
+        failed = read_failures(job.run)
     for due in planned:
         if due is None:
             yield None
@@ -263,7 +267,7 @@ def tasks(
             logger.error("partition %s cannot be read: %s", due.partition.name, due.error)
             on_failure(Failure(index=due.partition.index, kind="unreadable", reason=due.error))
         else:
-            yield PartitionTask(
+            task = PartitionTask(
                 run=str(job.run.path),
                 run_id=of_run,
                 partition=due.partition,
@@ -277,6 +281,12 @@ def tasks(
                 cost=cost,
                 environment=calibration.environment,
                 allow_mixed=job.config.cluster.allow_mixed_workers,
+            )
+            before = failed.get(due.partition.index)
+            yield (
+                task
+                if before is None
+                else task.after(before.kind, before.reason, next(iter(before.workers[-1:]), None), before.at)
             )
 
 

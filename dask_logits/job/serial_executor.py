@@ -160,7 +160,7 @@ class SerialExecutor:
                 failure_of(task, error, error.__traceback__, kind=kind, attempts=n_failures, workers=(where,))
             )
         logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, again.seconds)
-        later.append((time.monotonic() + again.seconds, task))
+        later.append((time.monotonic() + again.seconds, task.after(kind, str(error) or repr(error), where)))
         return Waiting()
 
     def call(

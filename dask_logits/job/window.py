@@ -142,7 +142,7 @@ class Window:
         try:
             if future.status == "lost":
                 # Its worker died before it reported the result. If it committed, the next attempt finds the receipt.
-                self._later.append((self.last_progress, task))
+                self._later.append((self.last_progress, task.after("lost", "its worker died")))
             elif future.status == "cancelled":
                 self._note_loss(task)
             elif future.status == "finished":
@@ -187,7 +187,8 @@ class Window:
         index = task.partition.index
         self._losses[index] = losses = self._losses.get(index, 0) + 1
         if decide("lost", self.job.retries, losses=losses) is not None:
-            self._later.append((time.monotonic(), task))
+            again = task.after("lost", "its worker died or its submission was cancelled")
+            self._later.append((time.monotonic(), again))
             return
         reason = f"its worker died or its submission was cancelled {losses} times"
         self._give_up_partition(
@@ -266,7 +267,8 @@ class Window:
                 )
             else:
                 self._alone.add(index)
-                self._suspects.append(task)
+                reason = f"no sign of life for {seconds:g} s, from it or another partition of its worker"
+                self._suspects.append(task.after("hang", reason, self.roster.name(worker)))
 
     def _stalled(self, idle: float) -> ClusterError:
         flying = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
@@ -337,7 +339,8 @@ class Window:
                 str(error) or repr(error),
                 f" in {again.seconds:.0f} s" if again.seconds else " on another worker",
             )
-            self._later.append((time.monotonic() + again.seconds, task))
+            following = task.after(kind, str(error) or repr(error), self.roster.name(worker))
+            self._later.append((time.monotonic() + again.seconds, following))
             return
         self.roster.note_bad(index)
         self._give_up_partition(
@@ -353,17 +356,16 @@ class Window:
 
     def _device_failed(self, task: PartitionTask, worker: str, error: BaseException, future: Future) -> None:
         """Restart or retire a worker whose device failed. Its partition is retried, without blame."""
-        index, name = task.partition.index, self.roster.name(worker)
+        index, name, said = task.partition.index, self.roster.name(worker), str(error) or repr(error)
         if worker in self._restarted or worker in self.roster.left_out:
             # It failed together with another partition, for the same reason.
-            self._later.append((time.monotonic(), task))
+            self._later.append((time.monotonic(), task.after("device", said, name)))
             return
-        said = str(error) or repr(error)
         on_good_devices, retired = self.roster.note_device_failure(worker, index)
         again = decide("device", self.job.retries, on_good_devices=on_good_devices)
         if again is not None:
             logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said)
-            self._later.append((time.monotonic() + again.seconds, task))
+            self._later.append((time.monotonic() + again.seconds, task.after("device", said, name)))
         else:
             tried = tuple(dict.fromkeys(map(self.roster.name, self.roster.tried(index))))
             self.roster.note_bad(index)
@@ -411,7 +413,7 @@ class Window:
             alike = {other for other in self._present if self.roster.host(other) == self.roster.host(worker)} | {worker}
         said = str(error) if full is None else f"it cannot write to the run folder ({full}); mount it with write access"
         self._leave_out(dict.fromkeys(alike, said), CapacityError if full is not None else ClusterError)
-        self._later.append((time.monotonic(), task))
+        self._later.append((time.monotonic(), task.after("device", said, where)))
         return True
 
     def _died(self, task: PartitionTask, error: KilledWorker) -> None:
@@ -424,7 +426,8 @@ class Window:
                 "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
             )
             self._alone.add(index)
-            self._suspects.append(task)
+            name = self.roster.name(error.last_worker.address)
+            self._suspects.append(task.after("worker-death", "its worker died, with another partition on it", name))
             return
         worker = error.last_worker.address
         self._give_up_partition(

@@ -152,10 +152,10 @@ class Charts:
         return self.svg(title, description, shapes, width=10 * columns, height=height, css="cells")
 
 
-def crosses(places: Sequence[tuple[float, str]]) -> str:
+def crosses(places: Sequence[tuple[float, str]], css: str = "cross") -> str:
     """Return crosses at shares of the width, with their text on hover."""
     return "".join(
-        f'<g class="cross"><title>{escape(text)}</title><path d="M{_n(WIDTH * at - 5)} 3l10 14m-10 0l10 -14"/></g>'
+        f'<g class="{css}"><title>{escape(text)}</title><path d="M{_n(WIDTH * at - 5)} 3l10 14m-10 0l10 -14"/></g>'
         for at, text in places
     )
 

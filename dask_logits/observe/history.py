@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dask_logits.records import Array
-from dask_logits.run.records import Receipt
+from dask_logits.run.records import FailedAttempt, Receipt
 from dask_logits.run.state import PartitionState
 
 # Stages between the wait for the teacher and the receipt.
@@ -25,6 +25,7 @@ _BUSY_STAGES = ("load", "score", "write")
 _PAUSE_SECONDS = 60.0
 _PAUSE_SHARE = 0.05
 _SHOWN_PROBLEMS = 20
+_SHOWN_ATTEMPTS = 400
 
 
 @dataclass(kw_only=True)
@@ -59,11 +60,14 @@ class History:
         Partition → why its receipt is invalid, for the first 20.
     n_problems
         Number of invalid receipts.
+    retried
+        Committed partitions and their failed attempts, for the first 400 attempts.
     """
 
     workers: list[Worker] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
     n_problems: int = 0
+    retried: list[tuple[int, FailedAttempt]] = field(default_factory=list)
     _numbers: dict[tuple[str, int], int] = field(default_factory=dict)
     _columns: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in ("index", "worker", "begin", "scored", "end", "tokens")}
@@ -81,6 +85,7 @@ class History:
             workers=[replace(worker) for worker in self.workers],
             problems=dict(self.problems),
             n_problems=self.n_problems,
+            retried=list(self.retried),
             _numbers=dict(self._numbers),
             _columns={name: column[:] for name, column in self._columns.items()},
         )
@@ -106,6 +111,8 @@ class History:
         worker.score_seconds += receipt.seconds.get("score", 0.0)
         worker.splits += len(receipt.splits)
         worker.peak_rss_bytes = max(worker.peak_rss_bytes, receipt.peak_rss_bytes or 0)
+        room = _SHOWN_ATTEMPTS - len(self.retried)
+        self.retried += [(receipt.partition, attempt) for attempt in receipt.failed_attempts[:room]]
         if receipt.finished is None:
             return
         end = receipt.finished

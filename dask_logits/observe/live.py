@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -190,7 +190,7 @@ class LiveRun:
                 self._kept.add(each)
             else:
                 others.append(each)
-        return replace(self._kept.tally, damaged=[]).including(others)
+        return self._kept.tally.copy().including(others)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

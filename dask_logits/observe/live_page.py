@@ -83,7 +83,9 @@ def body(snapshot: Snapshot) -> str:
     parts: list[Html | None] = [_header(snapshot), _figures(snapshot), _partitions(charts, snapshot)]
     clock = Clock.of(history)
     if clock is not None:
-        parts += [sections.speed(charts, history, clock), sections.time_shares(charts, status.seconds)]
+        found = sections.binned(history, clock)
+        parts += [sections.speed(charts, history, clock, found), sections.time_shares(charts, status.seconds),
+                  sections.timeline(charts, history, clock, found, snapshot.failures)]  # fmt: skip
     parts.append(sections.failed(snapshot.failures, history))
     return "".join(part for part in parts if part is not None)
 
@@ -94,7 +96,7 @@ def cell(snapshot: Snapshot) -> str:
     parts = [_figures(snapshot), _partitions(charts, snapshot)]
     clock = Clock.of(history)
     if clock is not None:
-        parts += [sections.speed(charts, history, clock, workers=False),
+        parts += [sections.speed(charts, history, clock, sections.binned(history, clock), workers=False),
                   sections.time_shares(charts, snapshot.status.seconds)]  # fmt: skip
     # Several cells may show a run, and an id has to be unique in their page.
     inner = re.sub(r' id="(?!chart)[a-z]+"', "", "".join(part for part in parts if part is not None))
@@ -146,6 +148,7 @@ _HELP = {
     "mfu": "FLOPs of the tokens relative to those of a large matrix product.",
     "kept_mass": "Mean probability of the kept tokens.",
     "stage_seconds_total": "Time of all workers by stage.",
+    "failed_attempts_total": "Attempts that failed before their partition was committed.",
     "worker_peak_bytes": "Peak memory of a worker.",
 }
 
@@ -164,6 +167,8 @@ def _samples(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, str], float]]:
         yield "kept_mass", {}, status.statistics.mean_kept_mass
     for stage, seconds in status.seconds.items():
         yield "stage_seconds_total", {"stage": stage}, seconds
+    for kind, count in status.failed_attempts.items():
+        yield "failed_attempts_total", {"kind": kind}, float(count)
     for worker in snapshot.history.workers:
         yield "worker_peak_bytes", {"worker": worker.name}, float(worker.peak_rss_bytes)
 

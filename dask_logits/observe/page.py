@@ -55,7 +55,8 @@ svg *{vector-effect:non-scaling-stroke}
 stroke-width:1.5}.line{fill:none;stroke:var(--accent);stroke-width:2}
 .dot{stroke:var(--accent);stroke-width:8;stroke-linecap:round}
 .box{fill:var(--accent);stroke:var(--paper);stroke-width:1}.box:hover{fill-opacity:.7}
-.cross path{stroke:var(--bad);stroke-width:2;fill:none}.pause{stroke:var(--soft);stroke-dasharray:3 3}
+.cross path{stroke:var(--bad);stroke-width:2;fill:none}.mild path{stroke:var(--c1)}
+.pause{stroke:var(--soft);stroke-dasharray:3 3}
 .bar{display:block;width:100%;height:1.75rem;margin:.75rem 0}
 .cells{display:block;width:100%;height:auto;margin:.75rem 0}.cells path{stroke-width:8;stroke-dasharray:8 2;
 vector-effect:none;fill:none}.legend{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.85rem;margin:.5rem 0}

@@ -221,10 +221,11 @@ def render(facts: Facts) -> str:
     parts: list[Html | None] = []
     if clock is not None:
         assert facts.status is not None
+        found = sections.binned(facts.history, clock)
         parts += [
-            sections.speed(charts, facts.history, clock),
+            sections.speed(charts, facts.history, clock, found),
             sections.time_shares(charts, facts.status.seconds),
-            sections.timeline(charts, facts.history, clock, facts.failures),
+            sections.timeline(charts, facts.history, clock, found, facts.failures),
         ]
     parts.append(sections.failed(facts.failures, facts.history))
     if facts.problem is not None:

@@ -19,7 +19,6 @@ from dask_logits.run.records import FailureEntry
 from dask_logits.run.timings import duration, plural
 
 _BINS = 120
-_LANE_BINS = 300
 # More partitions than this are drawn as shades.
 _MOST_BOXES = 400
 _MOST_WORKERS = 40
@@ -42,9 +41,13 @@ def time_axis(clock: Clock) -> tuple[Axis, str]:
     return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
 
 
-def speed(charts: Charts, history: History, clock: Clock, *, workers: bool = True) -> Html:
+def binned(history: History, clock: Clock) -> Rates:
+    """Return the speed of each worker, in the bins of all charts."""
+    return rates(history, clock, _BINS)
+
+
+def speed(charts: Charts, history: History, clock: Clock, found: Rates, *, workers: bool = True) -> Html:
     """Tokens per second over time, in total and, if asked for, of each worker."""
-    found = rates(history, clock, _BINS)
     total = found.tokens_per_second.sum(1)
     tokens = int(history.column("tokens").sum())
     x, unit = time_axis(clock)
@@ -115,13 +118,15 @@ _MEANING = {
 }
 
 
-def timeline(charts: Charts, history: History, clock: Clock, failures: Mapping[int, FailureEntry]) -> Html:
-    """Show the partitions of each worker, and those that failed."""
+def timeline(
+    charts: Charts, history: History, clock: Clock, found: Rates, failures: Mapping[int, FailureEntry]
+) -> Html:
+    """Show the partitions of each worker, those that failed, and failed attempts at others."""
     x, unit = time_axis(clock)
     order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
     few = len(history) <= _MOST_BOXES
     marks = pauses(_pause_places(clock), 20)
-    lanes = _boxes(charts, history, clock, order, marks) if few else _shades(charts, history, clock, order, marks)
+    lanes = _boxes(charts, history, clock, order, marks) if few else _shades(charts, history, found, order, marks)
     drawn = "A box is a partition, from its loading to its receipt." if few else (
         "The darker, the larger the share of the time in which the worker was busy."
     )  # fmt: skip
@@ -131,7 +136,18 @@ def timeline(charts: Charts, history: History, clock: Clock, failures: Mapping[i
             for index, entry in list(sorted(failures.items()))[:_MOST_BOXES]
         ]
         lanes += f"<div>failed</div>{charts.spans('Failed partitions', (), description='Failures', marks=crosses(at))}"
+    if history.retried:
+        at = [
+            (float(clock.shown(attempt.at or clock.begin)) / clock.seconds,
+             f"partition {index}: {attempt.kind}: {attempt.reason}")
+            for index, attempt in history.retried
+        ]  # fmt: skip
+        marked = charts.spans("Failed attempts", (), description="Attempts", marks=crosses(at, "cross mild"))
+        lanes += f"<div>retried</div>{marked}"
     crossed = " A cross is a partition that failed for good, at the time of its last attempt." if failures else ""
+    crossed += (
+        " An orange cross is an attempt that failed before its partition was committed." if history.retried else ""
+    )
     more = len(history.workers) - len(order)
     hidden = f" {plural(more, 'worker')} with fewer tokens are not drawn." if more else ""
     below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x.ticks)
@@ -158,13 +174,12 @@ def _boxes(charts: Charts, history: History, clock: Clock, order: Sequence[int],
     return lanes
 
 
-def _shades(charts: Charts, history: History, clock: Clock, order: Sequence[int], marks: str) -> str:
-    busy = rates(history, clock, _LANE_BINS).busy
+def _shades(charts: Charts, history: History, found: Rates, order: Sequence[int], marks: str) -> str:
     return "".join(
         _lane(
             history,
             i,
-            charts.shades(_lane_title(history, i), busy[:, i], description=_lane_text(history, i), marks=marks),
+            charts.shades(_lane_title(history, i), found.busy[:, i], description=_lane_text(history, i), marks=marks),
         )
         for i in order
     )

@@ -7,8 +7,9 @@ import logging
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class Status:
         before the first partition.
     splits
         Batches that were split because they did not fit into memory.
+    retried
+        Committed partitions of which earlier attempts failed.
+    failed_attempts
+        Kind → number of these attempts.
     running
         Active drivers, according to their status records and locks.
     running_tokens_per_second, seconds_left
@@ -108,6 +113,8 @@ class Status:
     seconds: dict[str, float]
     mfu: float
     splits: int
+    retried: int
+    failed_attempts: dict[str, int]
     running: int
     running_tokens_per_second: float
     seconds_left: float | None
@@ -180,6 +187,9 @@ class Status:
             out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")
+        if self.retried:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.failed_attempts.items()))
+            out.append(f"retried       {plural(self.retried, 'partition')} committed after failed attempts ({kinds})")
         if self.running and self.state in ("running", "consolidating"):
             left = "time left unknown" if self.seconds_left is None else f"{duration(self.seconds_left)} left"
             rate = f"{self.running_tokens_per_second:,.0f} tokens/s, " if self.running_tokens_per_second else ""
@@ -209,7 +219,7 @@ class Tally:
         Partitions that are done, and their dataset rows.
     lacking
         Partitions in the cache without a valid receipt. They are not in the following sums.
-    statistics, seconds, flops, splits
+    statistics, seconds, flops, splits, retried, failed_attempts
         Sums over valid receipts.
     damaged
         Errors of receipts that were skipped.
@@ -222,12 +232,18 @@ class Tally:
     seconds: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
     splits: int = 0
+    retried: int = 0
+    failed_attempts: Counter[str] = field(default_factory=Counter)
     damaged: list[CacheError] = field(default_factory=list)
 
     @classmethod
     def of(cls, state: RunState) -> Tally:
         """Add up all partitions of a run."""
         return cls().including(state.partitions())
+
+    def copy(self) -> Tally:
+        """Return a copy, to which partitions can be added without changing this tally."""
+        return replace(self, failed_attempts=self.failed_attempts.copy(), damaged=list(self.damaged))
 
     def including(self, states: Iterable[PartitionState]) -> Tally:
         """Add partitions, and return this tally."""
@@ -257,6 +273,8 @@ class Tally:
         self.seconds = add_seconds(self.seconds, each.receipt.seconds)
         self.flops += each.receipt.flops
         self.splits += len(each.receipt.splits)
+        self.retried += bool(each.receipt.failed_attempts)
+        self.failed_attempts.update(attempt.kind for attempt in each.receipt.failed_attempts)
 
 
 def read_status(path: Path | str) -> Status:
@@ -352,6 +370,8 @@ def status_of(
         seconds=tally.seconds,
         mfu=tally.flops / scoring / peak if scoring and peak else float("nan"),
         splits=tally.splits,
+        retried=tally.retried,
+        failed_attempts=dict(tally.failed_attempts),
         left_out=left_out,
         running=len(drivers.alive),
         running_tokens_per_second=drivers.tokens_per_second,
@@ -392,6 +412,8 @@ def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
         seconds={},
         mfu=float("nan"),
         splits=0,
+        retried=0,
+        failed_attempts={},
         running=len(drivers.alive),
         running_tokens_per_second=0.0,
         seconds_left=None,

@@ -121,6 +121,15 @@ class Calibration(Record, extra="allow"):
     mixed_workers: Flag = Field(default=False, description="Whether workers with other environments may score.")
 
 
+class FailedAttempt(Record):
+    """An attempt that failed before its partition was committed."""
+
+    kind: str = Field(description="Category of the failure.")
+    reason: str = Field(description="Its beginning, of at most 200 characters.")
+    worker: str | None = Field(default=None, description="Address and host of the worker. Null: unknown.")
+    at: Finite | None = Field(default=None, description="Unix time, in seconds.")
+
+
 class Receipt(Record):
     """``receipts/…``: commits one partition."""
 
@@ -144,6 +153,9 @@ class Receipt(Record):
     gpus: tuple[str, ...] = Field(default=(), description="Model and UUID of the worker's GPUs. Empty on a CPU.")
     environment: dict[str, str] | None = Field(
         default=None, description="Software and hardware of the worker, only if they differ from the calibration's."
+    )
+    failed_attempts: tuple[FailedAttempt, ...] = Field(
+        default=(), description="Attempts that failed before, as known to the driver: the last 8 at most."
     )
 
 

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dask_logits.cache.partition import remove_partition, write_partition
 from dask_logits.cache.profile import ProfileSpec, as_kept, encode_all, load_profile
@@ -30,7 +30,7 @@ from dask_logits.files.atomic import create_json
 from dask_logits.records import ContentDigest, Records, Statistics
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
-from dask_logits.run.records import Receipt
+from dask_logits.run.records import FailedAttempt, Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
@@ -39,6 +39,10 @@ from dask_logits.worker.environment import Environment, describe, differences, e
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+# Bounds of what a task and a receipt say of failed attempts.
+_MOST_ATTEMPTS = 8
+_MOST_LETTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class PartitionTask:
         Software and hardware of the worker that calibrated the run. None: not recorded, so not compared.
     allow_mixed
         Also score in another environment, and record it in the receipt.
+    failed_attempts
+        Attempts that failed before, for the receipt.
     """
 
     run: str
@@ -105,6 +111,14 @@ class PartitionTask:
     cost: Cost
     environment: Environment | None = None
     allow_mixed: bool = False
+    failed_attempts: tuple[FailedAttempt, ...] = ()
+
+    def after(self, kind: str, reason: str, worker: str | None = None, at: float | None = None) -> PartitionTask:
+        """Return the task of the next attempt, after one that failed at a time (None: now)."""
+        failed = FailedAttempt(
+            kind=kind, reason=reason[:_MOST_LETTERS], worker=worker, at=time.time() if at is None else at
+        )
+        return replace(self, failed_attempts=(*self.failed_attempts, failed)[-_MOST_ATTEMPTS:])
 
 
 def process_partition(
@@ -196,6 +210,9 @@ def process_partition(
         remove_partition(attempt)
         raise
     lap("write")
+    more: dict[str, Any] = {"environment": here} if differing else {}
+    if task.failed_attempts:
+        more["failed_attempts"] = task.failed_attempts
     receipt = Receipt(
         partition=task.partition.index,
         first_row=task.partition.first_row,
@@ -215,7 +232,7 @@ def process_partition(
         process=os.getpid(),
         peak_rss_bytes=peak_rss_bytes(),
         gpus=gpus_in_use(task.teacher.n_gpus) if task.teacher.device == "cuda" else (),
-        **({"environment": here} if differing else {}),
+        **more,
     )
     manifest = run.manifest()
     ours = manifest is not None and manifest.run_id == task.run_id

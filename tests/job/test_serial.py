@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,13 +16,15 @@ import pytest
 import warm
 from builders import cache_dir, digest, run, wait_for
 from test_cluster import COMMAND
+from test_report import Page
 
 import dask_logits
 from dask_logits import CapacityError, ClusterError, PartitionsFailedError, load_config, read_status
 from dask_logits.config import JobConfig
-from dask_logits.job import serial_executor
+from dask_logits.job import retry_policy, serial_executor
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting
 from dask_logits.job.serial_executor import SerialExecutor
+from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
 from dask_logits.worker import task as task_module
@@ -30,9 +33,9 @@ from dask_logits.worker.task import PartitionTask
 
 def task(index: int) -> PartitionTask:
     """The part of a task that an executor looks at."""
-    made = object.__new__(PartitionTask)
-    object.__setattr__(made, "partition", Partition(index=index, first_row=index, n_rows=1))
-    return made
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(PartitionTask))
+    partition = Partition(index=index, first_row=index, n_rows=1)
+    return PartitionTask(**{**fields, "partition": partition, "failed_attempts": ()})
 
 
 def receipt(index: int) -> Receipt:
@@ -92,6 +95,37 @@ def test_an_io_error_is_retried_and_bad_data_is_not(executor, monkeypatch) -> No
     assert "ValueError: odd text" in failed.evidence
     assert [e for e in events if isinstance(e, Committed)] == [Committed(receipt(1))]
     assert sorted(attempts) == [0, 1, 1]
+
+
+def test_a_receipt_lists_the_attempts_that_failed_before(here, monkeypatch) -> None:
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
+    read_rows, failing, letters = task_module.read_rows, ["peer", "x" * 999], []
+
+    def read(files, column):
+        # The third partition, twice.
+        if files[0].first == 24 and failing:
+            letters.append(failing[0])
+            raise ConnectionResetError(failing.pop(0))
+        return read_rows(files, column)
+
+    monkeypatch.setattr(task_module, "read_rows", read)
+    began = time.time()
+    run(here)
+    folder = RunFolder(cache_dir(here))
+    receipts = [folder.receipt(index) for index in range(4)]
+    assert [len(receipt.failed_attempts) for receipt in receipts if receipt] == [0, 0, 2, 0]
+    assert "failed_attempts" not in json.loads(folder.receipt_path(0).read_text())
+    first, second = receipts[2].failed_attempts
+    assert (first.kind, first.reason, second.reason) == ("transient", "peer", "x" * 200)
+    assert first.worker is not None
+    assert first.worker.startswith("this process on ")
+    assert began <= first.at <= second.at <= receipts[2].finished
+    status = read_status(folder.path)
+    assert (status.retried, status.failed_attempts) == (1, {"transient": 2})
+    assert "retried       1 partition committed after failed attempts (transient 2)" in status.lines()
+    shown = Page(folder.report_path.read_text()).text
+    assert "An orange cross is an attempt that failed before its partition was committed." in shown
+    assert "partition 2: transient: peer" in shown
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,7 @@ def test_a_row_that_fails_is_found(here, tmp_path, monkeypatch) -> None:
         dask_logits.retry(cache_dir(here), bisect=True)
     monkeypatch.undo()
     assert dask_logits.retry(cache_dir(here)).exists()
+    assert read_status(cache_dir(here)).failed_attempts == {"data": 1}
 
 
 def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> None:

@@ -160,7 +160,8 @@ def test_a_page_shows_a_run_and_escapes_what_others_wrote(scored, caplog) -> Non
     scored.receipt_path(1).unlink()
     scored.receipt_path(3).write_text("{")
     receipt = json.loads(scored.receipt_path(0).read_text())
-    replace_json(scored.receipt_path(0), {**receipt, "host": HOSTILE})
+    failed = [{"kind": HOSTILE, "reason": f"again {HOSTILE}", "worker": HOSTILE, "at": 1e9}]
+    replace_json(scored.receipt_path(0), {**receipt, "host": HOSTILE, "failed_attempts": failed})
     note_failure(scored, Failure(index=1, kind="data", reason=f"row 13: {HOSTILE}", attempts=3, workers=(HOSTILE,)))
     hostile = scored.path.rename(scored.path.parent / "a<b>&\"'")
     found = LiveRun(hostile).read()
@@ -170,8 +171,16 @@ def test_a_page_shows_a_run_and_escapes_what_others_wrote(scored, caplog) -> Non
     assert "2 committed 1 waiting 0 running 1 failed" in " ".join(" ".join(shown.words).split())
     assert f"row 13: {HOSTILE}" in shown.text
     assert "1 receipt cannot be used" in shown.text
+    assert f"partition 0: {HOSTILE}: again {HOSTILE}" in shown.text
+    assert live_page.values(found)["failed_attempts"] == {HOSTILE: 1}
     assert "a<b>&\"'" in shown.text
-    assert [attributes["id"] for attributes in shown.all("section")] == ["partitions", "speed", "time", "failures"]
+    assert [attributes["id"] for attributes in shown.all("section")] == [
+        "partitions",
+        "speed",
+        "time",
+        "timeline",
+        "failures",
+    ]
     whole = Page(live_page.page(inner))
     assert len(whole.all("script")) == 1
     assert caplog.text == "", "a damaged receipt is shown, and not logged at every reading"

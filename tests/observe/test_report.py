@@ -276,6 +276,7 @@ def read_status_of_nothing():
         run="/run", state="complete", since=None, step=None, reason=None, next_command="", items_noun="documents",
         partitions=10_000, committed=10_000, planned_all=True, rows=10_000, committed_rows=10_000,
         statistics=Statistics(), tokens_per_second=1.0, seconds={"score": 9e4, "write": 1e4}, mfu=float("nan"),
-        splits=0, running=0, running_tokens_per_second=0.0, seconds_left=None, failed={}, left_out={}, dashboard=None,
-        cache=None, bytes_per_token=None, content_digest=None, report=None, kept_mass_by_k={},
+        splits=0, retried=0, failed_attempts={}, running=0, running_tokens_per_second=0.0, seconds_left=None, failed={},
+        left_out={}, dashboard=None, cache=None, bytes_per_token=None, content_digest=None, report=None,
+        kept_mass_by_k={},
     )  # fmt: skip
