@@ -244,11 +244,8 @@ class Explorer:
             ids_N = reader.arrays["input_ids"]
             while entry < len(ids_N) and left > 0:
                 stop = min(len(ids_N), entry + _SEARCH_BLOCK)
-                for at, length in _matches(ids_N, entry, stop, patterns):
-                    match = self._match(file, at, length)
-                    if match is None:
-                        continue
-                    found.append(match)
+                for at, length in _matches(reader, entry, stop, patterns, _MOST_MATCHES - len(found)):
+                    found.append(self._match(file, at, length))
                     if len(found) == _MOST_MATCHES:
                         return {"found": found, "next": [file, at + 1], "read": _SEARCH_TOKENS - left + at - entry + 1}
                 left -= stop - entry
@@ -268,31 +265,49 @@ class Explorer:
             tried = [self.tokenizer.encode(text, add_special_tokens=False) for text in (query, f" {query}")]
         return [ids for ids in tried if ids]
 
-    def _match(self, file: int, at: int, length: int) -> Json | None:
-        """Return the item of an entry. None between items, and for a match that reaches into the next item."""
+    def _match(self, file: int, at: int, length: int) -> Json:
+        """Return the item of an entry."""
         reader = self.readers[file]
-        starts = reader.arrays["block_start" if reader.is_packed else "document_start"]
-        index = int(np.searchsorted(starts, np.asarray(at, starts.dtype), side="right")) - 1
-        # Documents without tokens begin where the next one does.
+        index = int(_items_at(reader, np.array([at]))[0])
         start, stop, _ = reader.place(index)
-        if not start <= at <= stop - length:
-            return None
         near = reader.arrays["input_ids"][max(start, at - 6) : min(stop, at + length + 6)].tolist()
         with self._lock:
             text = decoded(self.tokenizer, near)
         return {"number": self._firsts[file] + index, "position": at - start, "text": text}
 
 
-def _matches(ids_N: Array, entry: int, stop: int, patterns: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Return the entries from `entry` to `stop` at which one of the patterns begins, and its length."""
+def _items_at(reader: CacheReader, entries_M: Array) -> Array:
+    """Return the last item that begins at or before each entry, -1 before the first: [M] int64."""
+    starts = reader.arrays["block_start" if reader.is_packed else "document_start"]
+    # In the array's dtype, because numpy would convert the whole array otherwise. Documents without tokens begin where
+    # the next one does.
+    items_M: Array = np.searchsorted(starts, entries_M.astype(starts.dtype), side="right") - 1
+    return items_M
+
+
+def _matches(
+    reader: CacheReader, entry: int, stop: int, patterns: Sequence[Sequence[int]], most: int
+) -> list[tuple[int, int]]:
+    """Return the first entries from `entry` to `stop` at which a pattern begins that lies in one item, and its length.
+
+    Where documents are short, most matches may reach into the next one, so they are dropped all at once.
+    """
+    ids_N, name = reader.arrays["input_ids"], "block" if reader.is_packed else "document"
+    starts, lengths = reader.arrays[f"{name}_start"], reader.arrays[f"{name}_length"]
+    if not len(starts):
+        return []
     found: dict[int, int] = {}
     for pattern in patterns:
         block = np.asarray(ids_N[entry : stop + len(pattern) - 1])
         n = min(stop - entry, len(block) - len(pattern) + 1)
         if n > 0:
             hits = np.logical_and.reduce([block[i : i + n] == token for i, token in enumerate(pattern)])
-            found.update(dict.fromkeys((np.flatnonzero(hits) + entry).tolist(), len(pattern)))
-    return sorted(found.items())
+            at_M = np.flatnonzero(hits) + entry
+            items_M = _items_at(reader, at_M)
+            ends_M = starts[items_M].astype(np.int64) + lengths[items_M].astype(np.int64)
+            is_inside = (items_M >= 0) & (at_M + len(pattern) <= ends_M)
+            found.update(dict.fromkeys(at_M[is_inside][:most].tolist(), len(pattern)))
+    return sorted(found.items())[:most]
 
 
 class ExploreServer(ThreadingHTTPServer):

@@ -141,6 +141,23 @@ def test_a_text_is_found_within_one_document_only(tmp_path) -> None:
         explorer.search("red")
 
 
+def test_matches_that_reach_into_the_next_of_many_short_documents_are_dropped_at_once(tmp_path, monkeypatch) -> None:
+    made = records((2,) * 5000, k=2)
+    made.input_ids[:] = [1, 2] * 5000
+    made.input_ids[-2:] = [2, 1]
+    write_cache(tmp_path / "cache.h5", made, **named_tokenizer(tmp_path, []))
+    explorer, looked_up = Explorer(tmp_path / "cache.h5"), []
+    match = explorer._match
+    monkeypatch.setattr(explorer, "_match", lambda *place: looked_up.append(place) or match(*place))
+    red, green = explorer.tokenizer.convert_ids_to_tokens([1, 2])
+    answer = explorer.search(f"{green} {red}")
+    assert [(each["number"], each["position"]) for each in answer["found"]] == [(4999, 0)]
+    assert (answer["next"], answer["read"], len(looked_up)) == (None, 10_000, 1)
+    several = explorer.search(f"{red} {green}")
+    assert [each["number"] for each in several["found"]] == list(range(30))
+    assert several["next"] == [0, 59]
+
+
 def test_the_most_surprising_documents_are_those_of_a_bounded_sample(cache, monkeypatch) -> None:
     monkeypatch.setattr(sample, "_MOST_DOCUMENTS", 3)
     answer = Explorer(cache).surprising()
