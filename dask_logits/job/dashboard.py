@@ -19,6 +19,7 @@ only this module uses them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import time
@@ -30,10 +31,11 @@ from urllib.parse import quote
 from distributed import Scheduler
 from tornado.web import RequestHandler
 
-from dask_logits.errors import CacheError, DaskLogitsError
+from dask_logits.errors import DaskLogitsError
 from dask_logits.observe import live_page
 from dask_logits.observe.live import LiveRun, Snapshot
 from dask_logits.observe.page import Html, pairs, text
+from dask_logits.run.drivers import announcements
 from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES
 from dask_logits.run.records import DriverStatus
 
@@ -111,15 +113,8 @@ class Runs:
 
     def announced(self) -> dict[str, DriverStatus]:
         """Return run folder → last announcement, the active and the latest first."""
-        found: dict[str, DriverStatus] = {}
-        for _, event in reversed(self._scheduler.get_events(RUNS_TOPIC)):
-            run = event.get("run") if isinstance(event, dict) else None
-            if not isinstance(run, str) or run in found or len(found) == _MOST_RUNS:
-                continue
-            try:
-                found[run] = DriverStatus.parse(Path(run), event)
-            except CacheError as error:
-                logger.debug("ignored: %s", error)
+        events = tuple(self._scheduler.get_events(RUNS_TOPIC))
+        found = dict(itertools.islice(announcements(events).items(), _MOST_RUNS))
         self._runs = {run: self._runs.get(run) or _Run(run) for run in found}
         return dict(sorted(found.items(), key=lambda item: (item[1].state not in WORKING_STATES, -item[1].at)))
 

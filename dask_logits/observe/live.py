@@ -154,7 +154,8 @@ class LiveRun:
             return self._read()
 
     def _read(self) -> Snapshot:
-        drivers = Drivers.of(self._folder)
+        # A damaged record is reported once.
+        drivers = Drivers.of(self._folder, logging.WARNING if self._stamp is None else logging.DEBUG)
         stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
         if self._stamp != stamp:
             self._stamp, self._folder, self._log, self._kept = stamp, _Folder(self._path), None, _Kept()

@@ -29,6 +29,7 @@ from dask_logits.files.atomic import expanded, read_json
 from dask_logits.observe.live import LiveRun
 from dask_logits.observe.live_page import cell
 from dask_logits.observe.status import Status, read_status
+from dask_logits.run.drivers import announcements
 from dask_logits.run.folder import RUNS_TOPIC, WORKING_STATES, RunFolder
 from dask_logits.run.records import DriverStatus
 
@@ -235,11 +236,10 @@ def _announced(address: str, wait_seconds: float) -> dict[str, DriverStatus]:
                 f"Monitor: expected a scheduler at {address!r}, got {error!r} within {wait_seconds:g} s; give the "
                 "address of the one the job uses, or the run folder"
             ) from error
-    records = (DriverStatus.parse(Path(address), event) for _, event in events)
-    return {record.run: record for record in records if record.run is not None}
+    return announcements(events)
 
 
-async def _ask(address: str, wait_seconds: float) -> list[tuple[float, dict[str, Any]]]:
+async def _ask(address: str, wait_seconds: float) -> list[tuple[float, object]]:
     from distributed import Security, rpc
 
     # Not a Client: the scheduler would count it, and that of distributed 2026.7.1 waits forever for a handshake.
@@ -271,7 +271,7 @@ def _lines(event: DriverStatus) -> list[str]:
     """Format an announcement for display: the figures of one driver, as published."""
     facts = {name.replace("_", " "): value for name, value in event if name not in ("run", "at", "entered", "failed")}
     facts = {"run": f"{event.run} (not visible on this machine)", **facts}
-    facts |= {f"failed {int(index):06d}": reason for index, reason in event.failed.items()}
+    facts |= {f"failed {index.zfill(6)}": reason for index, reason in event.failed.items()}
     return [f"{label:<17}  {text}" for label, text in facts.items() if text not in (None, (), {})]
 
 

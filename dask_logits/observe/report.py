@@ -27,7 +27,7 @@ from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
 from dask_logits.observe.status import Status, Tally, status_of
-from dask_logits.records import Statistics
+from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
@@ -305,8 +305,8 @@ def _computed(facts: Facts) -> Html:
         known += sections.leaves({"numerics": calibration.numerics.to_json()})
         known += list(calibration.versions.items())
         known += [(f"worker {name}", value) for name, value in (calibration.environment or {}).items()]
-        if facts.status is not None and facts.status.content_digest:
-            known.append(("content digest", facts.status.content_digest))
+        if facts.readers:
+            known.append(("content digest", total_digest(reader.header.content_digest for reader in facts.readers)))
         parts.append(folded("Environment and numerics", pairs((a, b) for a, b in known if b is not None)))
     if facts.settings:
         parts.append(folded("All settings", sections.settings(facts.settings)))

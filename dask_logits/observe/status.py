@@ -317,9 +317,9 @@ def status_of(
     log
         Its plan. None: read from its files.
     level
-        Level at which damaged receipts are logged.
+        Level at which damaged receipts and status records are logged.
     """
-    drivers = Drivers.of(run)
+    drivers = Drivers.of(run, level)
     found = RunState.find(run, log)
     if found is None:
         return _before_manifest(run, drivers)

@@ -1,17 +1,23 @@
-"""Active drivers of a run, from the status records and locks in its folder.
+"""Active drivers of a run, from the status records and locks in its folder, or from announcements at a scheduler.
 
 A record alone is not sufficient, because a killed driver leaves one that says "running". Its lock shows that it ended.
 """
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from dask_logits.errors import CacheError
 from dask_logits.files.lock import is_abandoned
 from dask_logits.run.folder import WORKING_STATES, RunFolder
 from dask_logits.run.records import DriverStatus
+
+logger = logging.getLogger(__name__)
 
 # A driver that has not updated its record for this long is not counted as running.
 _ALIVE_SECONDS = 120.0
@@ -29,9 +35,9 @@ class Drivers:
     alive: tuple[DriverStatus, ...] = ()
 
     @classmethod
-    def of(cls, run: RunFolder) -> Drivers:
-        """Read the records of a run."""
-        found = run.driver_statuses()
+    def of(cls, run: RunFolder, level: int = logging.WARNING) -> Drivers:
+        """Read the records of a run. Damaged ones are logged at `level`."""
+        found = run.driver_statuses(level)
         alive = [
             record
             for name, record in found.items()
@@ -85,3 +91,23 @@ class Drivers:
     def dashboard(self) -> str | None:
         """Dashboard address of an active driver."""
         return next((record.dashboard for record in self.alive if record.dashboard), None)
+
+
+def announcements(events: Sequence[tuple[float, object]]) -> dict[str, DriverStatus]:
+    """Return run folder → last announcement of its driver, the latest first. Malformed announcements are skipped.
+
+    Parameters
+    ----------
+    events
+        Time and content of what was announced at a scheduler, the oldest first.
+    """
+    found: dict[str, DriverStatus] = {}
+    for _, event in reversed(events):
+        run = event.get("run") if isinstance(event, dict) else None
+        if not isinstance(event, dict) or not isinstance(run, str) or run in found:
+            continue
+        try:
+            found[run] = DriverStatus.parse(Path(run), event)
+        except CacheError as error:
+            logger.debug("ignored: %s", error)
+    return found

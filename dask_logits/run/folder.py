@@ -190,8 +190,8 @@ class RunFolder:
         """Progress file of a driver."""
         return self.path / f"status{share.suffix}.json"
 
-    def driver_statuses(self) -> dict[str, DriverStatus]:
-        """Return file name → status record of every driver. Unreadable records are skipped."""
+    def driver_statuses(self, level: int = logging.WARNING) -> dict[str, DriverStatus]:
+        """Return file name → status record of every driver. Unreadable records are skipped, and logged at `level`."""
         found = {}
         for path in sorted(self.path.glob("status*.json")):
             try:
@@ -200,7 +200,7 @@ class RunFolder:
                     found[path.name] = DriverStatus.parse(path, record)
             except CacheError as error:
                 # A crash of the machine can leave an empty file. These records are informational only.
-                logger.warning("ignored: %s", error)
+                logger.log(level, "ignored: %s", error)
         return found
 
     def plan_path(self, ordinal: int) -> Path:

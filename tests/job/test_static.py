@@ -20,6 +20,7 @@ import warm
 from builders import cache_dir, digest, run, tree
 from datasets import Dataset
 from filelock import SoftFileLease
+from test_report import checked
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, merge, parallel, read_status
@@ -28,6 +29,7 @@ from dask_logits.cli import main
 from dask_logits.config import DatasetConfig
 from dask_logits.data.arrow import open_corpus
 from dask_logits.files.lock import lease
+from dask_logits.observe.report import report_html
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder
 
@@ -237,6 +239,11 @@ def test_parts_in_folders_of_their_own_become_one_cache(parts, whole, small, cap
     script = [sys.executable, str(ROOT / "scripts" / "merge_teacher_logits.py"), *main_arguments[1:]]
     assert warm.run(script).stdout.strip() == str(cache)
     assert CacheReader(cache).attributes["statistics"]["documents"] == 40
+    page = checked(report_html(cache))
+    assert f"tokens{CacheReader(cache).n_tokens}documents40kept mass" in page.text
+    assert f"content digest{whole}" in page.text
+    assert "Environment and numerics" in page.text
+    assert "sleeps" in page.text, "texts are decoded with the teacher's tokenizer"
 
 
 def test_an_index_over_parts_copies_nothing_twice(parts, whole, small) -> None:

@@ -223,6 +223,18 @@ def test_squares_of_one_state_are_one_line() -> None:
     assert '<path d="M1 5h298" class="kind0"/><path d="M301 5h98M1 15h98" class="kind2"/>' in svg
 
 
+def test_an_empty_record_of_a_driver_is_warned_of_once(tmp_path, caplog) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "status.json").write_text("")
+    live = LiveRun(folder)
+    for _ in range(3):
+        assert live.read().status.state == "stopped"
+    assert caplog.text.count("ignored: ") == 1
+    assert str(folder / "status.json") in caplog.text
+    read_status(folder)
+    assert caplog.text.count("ignored: ") == 2
+
+
 def test_a_run_that_has_only_begun_is_shown(tmp_path) -> None:
     found = LiveRun(run_folder(tmp_path / "run")).read()
     assert len(found.states_P) == 0

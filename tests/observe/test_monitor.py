@@ -259,11 +259,17 @@ def test_the_run_at_work_is_chosen_and_nothing_stays_connected(empty, tmp_path) 
 def test_a_folder_that_is_not_visible_here_is_shown_by_its_announcements(empty, capsys) -> None:
     announce(empty, "/far/away", failed={"3": "a <b> row"})
     watcher = Monitor(scheduler=empty.scheduler_address)
-    announce(empty, "/far/away", committed=5, failed={"3": "a <b> row"})
+    announce(empty, "/far/away", committed=5, failed={"3": "a <b> row", "x": "no number"})
+    announce(empty, "/far/away", state=["no", "state"])
+    for malformed in (3, ["x"]):
+        with Client(empty, set_as_default=False) as client:
+            client.log_event(RUNS_TOPIC, malformed)
+            client.log_event(RUNS_TOPIC, {"run": malformed, **FACTS, "at": time.time()})
     shown = figures(watcher._repr_html_())
     assert shown["run"] == "/far/away (not visible on this machine)"
     assert (shown["committed"], shown["partitions"], shown["tokens per second"]) == ("5", "9", "56.5")
     assert (shown["seconds left"], shown["failed 000003"]) == ("78.0", "a &lt;b&gt; row")
+    assert shown["failed 00000x"] == "no number"
     assert FACTS["dashboard"] in shown["dashboard"]
     assert watcher.watch(until=0) is None
     assert re.search(r"^tokens\s+1234$", capsys.readouterr().out, re.MULTILINE)
