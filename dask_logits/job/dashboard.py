@@ -19,6 +19,7 @@ only this module uses them.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import logging
@@ -126,6 +127,19 @@ class Runs:
         """Return the states of all announced runs."""
         return [await self.view(run, event) for run, event in self.announced().items()]
 
+    def memory(self) -> list[live_page.Memory]:
+        """Return the memory of the workers, from their last heartbeats."""
+        return [
+            live_page.Memory(
+                worker=f"{worker.address} on {worker.host}",
+                process_bytes=worker.metrics.get("memory", 0),
+                limit_bytes=worker.memory_limit or None,
+                device_bytes=worker.metrics.get("gpu", {}).get("memory-used"),
+                device_total_bytes=worker.extra.get("gpu", {}).get("memory-total"),
+            )
+            for worker in self._scheduler.workers.values()
+        ]
+
 
 class _Handler(RequestHandler):
     def initialize(self, runs: Runs) -> None:
@@ -149,7 +163,8 @@ class _Body(_Handler):
         run = chosen if chosen in announced else next(iter(announced))
         others = "".join(f'<a href="?run={quote(other)}">{text(other)}</a>' for other in announced if other != run)
         links = f'<nav aria-label="Other runs">Other runs: {others}</nav>' if others else ""
-        return links + (await self.runs.view(run, announced[run])).body
+        view = await self.runs.view(run, announced[run])
+        return links + view.body + live_page.memory(self.runs.memory())
 
 
 class _Page(_Body):
@@ -164,14 +179,15 @@ class _Json(_Handler):
             for view in await self.runs.views()
         ]
         self.set_header("Content-Type", "application/json")
-        self.write(json.dumps({"runs": runs}, indent=1))
+        workers = [dataclasses.asdict(worker) for worker in self.runs.memory()]
+        self.write(json.dumps({"runs": runs, "workers": workers}, indent=1))
 
 
 class _Metrics(_Handler):
     async def get(self) -> None:
         snapshots = [view.snapshot for view in await self.runs.views() if view.snapshot is not None]
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.write(live_page.metrics(snapshots))
+        self.write(live_page.metrics(snapshots, self.runs.memory()))
 
 
 _ROUTES = {"": _Page, "/body": _Body, ".json": _Json, "/metrics": _Metrics}

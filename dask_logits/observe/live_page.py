@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from dask_logits.observe import sections
 from dask_logits.observe.charts import Charts, number
 from dask_logits.observe.history import Clock
 from dask_logits.observe.live import STATES, Snapshot
-from dask_logits.observe.page import STYLE, Html, section, text, tiles
+from dask_logits.observe.page import STYLE, Html, section, table, text, tiles
 from dask_logits.observe.page import document as whole_page
 from dask_logits.records import Array
 from dask_logits.run.timings import duration, plural
 
 # More partitions than this share squares of the map.
 _MOST_CELLS = 2_000
+# Workers whose memory is listed.
+_MOST_WORKERS = 100
 _BAD_STATES = ("failed", "damaged", "stopped")
 
 _SCRIPT = """
@@ -68,6 +71,55 @@ _CELL_STYLE = (
     ".tiles{margin-top:.5rem}.tiles :is(dt,dd){float:none;width:auto;margin:0;padding:0}.tiles dt{font-weight:400}"
     "tbody tr:nth-child(n){background:none}th,td{white-space:normal;max-width:none}}"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory of a worker at its last heartbeat.
+
+    Parameters
+    ----------
+    worker
+        Its address and host.
+    process_bytes
+        Resident memory of its process.
+    limit_bytes
+        Limit of this memory. None: none.
+    device_bytes, device_total_bytes
+        Memory in use on its first GPU, by all processes, and the size of this memory. None on a CPU.
+    """
+
+    worker: str
+    process_bytes: int
+    limit_bytes: int | None = None
+    device_bytes: int | None = None
+    device_total_bytes: int | None = None
+
+
+def memory(workers: Sequence[Memory]) -> Html:
+    """Return the section of the workers' memory, those with the fullest first. Empty without workers."""
+    if not workers:
+        return Html("")
+    has_devices = any(each.device_bytes is not None for each in workers)
+    order = sorted(workers, key=lambda each: (-(each.device_bytes or 0), -each.process_bytes))
+    rows = [
+        (each.worker, _amount(each.process_bytes, each.limit_bytes),
+         *([_amount(each.device_bytes, each.device_total_bytes)] if has_devices else []))
+        for each in order[:_MOST_WORKERS]
+    ]  # fmt: skip
+    head = ("worker", "process", *(["GPU"] if has_devices else []))
+    more = len(order) - _MOST_WORKERS
+    rest = Html(f'<p class="soft">{plural(more, "more worker")} with less.</p>') if more > 0 else Html("")
+    said = "The workers of this scheduler at their last heartbeat. On a GPU, the memory of all processes counts."
+    said = said if has_devices else "The resident memory of the workers of this scheduler at their last heartbeat."
+    numbers = range(1, len(head))
+    return section("memory", "Memory now", said, table(head, rows, numbers=numbers, label="Memory now"), rest)
+
+
+def _amount(used: int | None, total: int | None) -> str:
+    if used is None:
+        return "–"
+    return f"{used / 2**30:.1f}{f' of {total / 2**30:.1f}' if total else ''} GiB"
 
 
 def page(body: str) -> str:
@@ -124,12 +176,16 @@ def values(snapshot: Snapshot) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def metrics(snapshots: Sequence[Snapshot]) -> str:
-    """Return the figures of several runs in the text format of Prometheus."""
+def metrics(snapshots: Sequence[Snapshot], workers: Sequence[Memory] = ()) -> str:
+    """Return the figures of several runs, and the memory of workers, in the text format of Prometheus."""
     samples: dict[str, list[tuple[dict[str, str], float]]] = {}
     for snapshot in snapshots:
         for name, labels, value in _samples(snapshot):
             samples.setdefault(name, []).append(({"run": snapshot.status.run, **labels}, value))
+    for each in workers:
+        for name, used in (("worker_memory_bytes", each.process_bytes), ("worker_device_bytes", each.device_bytes)):
+            if used is not None:
+                samples.setdefault(name, []).append(({"worker": each.worker}, float(used)))
     lines = []
     for name, found in samples.items():
         kind = "counter" if name.endswith("_total") else "gauge"
@@ -149,6 +205,8 @@ _HELP = {
     "kept_mass": "Mean probability of the kept tokens.",
     "stage_seconds_total": "Time of all workers by stage.",
     "failed_attempts_total": "Attempts that failed before their partition was committed.",
+    "worker_memory_bytes": "Resident memory of a worker at its last heartbeat.",
+    "worker_device_bytes": "Memory in use on a worker's first GPU at its last heartbeat, by all processes.",
     "worker_peak_bytes": "Peak memory of a worker.",
 }
 

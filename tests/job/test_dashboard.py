@@ -51,7 +51,7 @@ def get(cluster: LocalCluster, path: str) -> str:
 
 def test_the_page_shows_the_runs_of_a_scheduler(cluster, scored, tmp_path, monkeypatch) -> None:
     assert "No run was announced" in Page(get(cluster, "dask-logits")).text
-    assert json.loads(get(cluster, "dask-logits.json")) == {"runs": []}
+    assert json.loads(get(cluster, "dask-logits.json")) == {"runs": [], "workers": []}
     assert '<a href="dask-logits">' in get(cluster, "status"), "distributed has another way to extend its navigation"
 
     far = f"/far/{HOSTILE}"
@@ -114,8 +114,18 @@ def test_a_cluster_of_a_job_has_the_page_where_it_has_a_dashboard(fork_server) -
     with open_cluster(generation, config) as executor:
         address = str(executor.dashboard).replace("/status", "/dask-logits.json")
         with urllib.request.urlopen(address, timeout=60) as answer:
-            assert json.loads(answer.read()) == {"runs": []}
+            found = json.loads(answer.read())
             assert "script-src 'sha256-" in answer.headers["Content-Security-Policy"]
+        (worker,) = found["workers"]
+        assert found["runs"] == []
+        assert re.fullmatch(r"tcp://127\.0\.0\.1:\d+ on 127\.0\.0\.1", worker["worker"])
+        assert 10 << 20 < worker["process_bytes"] < 100 << 30
+        assert worker["device_bytes"] is worker["device_total_bytes"] is None
+        with urllib.request.urlopen(address.replace(".json", "/metrics"), timeout=60) as answer:
+            name = re.escape(worker["worker"])
+            assert re.search(
+                rf'^dask_logits_worker_memory_bytes\{{worker="{name}"\}} \d+\.0$', answer.read().decode(), re.M
+            )
 
 
 @pytest.mark.slow

@@ -193,6 +193,21 @@ def test_a_page_shows_a_run_and_escapes_what_others_wrote(scored, caplog) -> Non
     assert json.loads(json.dumps(live_page.values(found)))["partitions_by_state"]["committed"] == 2
 
 
+def test_the_memory_of_workers_is_shown_where_they_report_it() -> None:
+    assert live_page.memory([]) == ""
+    cpu = live_page.Memory(worker=HOSTILE, process_bytes=3 << 29, limit_bytes=4 << 30)
+    alone = checked(f"<div>{live_page.memory([cpu])}</div>")
+    assert f"worker process {HOSTILE} 1.5 of 4.0 GiB" in " ".join(" ".join(alone.words).split())
+    gpus = [live_page.Memory(worker=f"w{i}", process_bytes=1 << 30, device_bytes=i << 30, device_total_bytes=80 << 30)
+            for i in range(150)]  # fmt: skip
+    both = " ".join(" ".join(checked(f"<div>{live_page.memory([cpu, *gpus])}</div>").words).split())
+    assert "worker process GPU w149 1.0 GiB 149.0 of 80.0 GiB w148" in both
+    assert "51 more workers with less." in both
+    lines = live_page.metrics([], [cpu, gpus[2]]).splitlines()
+    assert 'dask_logits_worker_device_bytes{worker="w2"} 2147483648.0' in lines
+    assert sum(line.startswith("dask_logits_worker_device_bytes{") for line in lines) == 1
+
+
 def test_a_cell_of_a_notebook_keeps_its_style_to_itself() -> None:
     shown = Page(live_page.cell(snapshot(50)))
     assert not [attributes for name, attributes in shown.elements if name == "section" and "id" in attributes]
