@@ -1,11 +1,12 @@
-"""The page of the runs in a real scheduler's dashboard, over HTTP and in a browser."""
+"""The page of the runs in a real scheduler's dashboard, over HTTP and, with report and explorer, in a browser."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
-import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,17 +16,21 @@ from urllib.parse import quote
 
 import dask
 import pytest
+from browser import CHROMIUM, browser
+from builders import records, write_cache
 from distributed import Client, LocalCluster
+from test_explore import named_tokenizer
 from test_monitor import FACTS
 from test_report import HOSTILE, Page
 
+from dask_logits import write_report
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.job import dashboard
 from dask_logits.job.cluster import open_cluster
+from dask_logits.observe.explore import Explorer, ExploreServer
 from dask_logits.observe.live import LiveRun
+from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RUNS_TOPIC, RunFolder
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -130,25 +135,54 @@ def test_a_cluster_of_a_job_has_the_page_where_it_has_a_dashboard(fork_server) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_a_browser_follows_a_run_without_an_error(cluster, scored, monkeypatch) -> None:
-    """The page refreshes itself: 3 partitions at first, 4 after the receipt is back."""
-    assert CHROMIUM is not None
-    receipt = RunFolder(scored.path).receipt_path(2)
+def test_pages_work_in_a_browser_by_keyboard_and_on_a_narrow_screen(cluster, scored, tmp_path, monkeypatch) -> None:
+    run = RunFolder(scored.path)
+    note_failure(run, Failure(index=2, kind="data", reason=f"row 30: {HOSTILE}", workers=(HOSTILE,)))
+    receipt = run.receipt_path(2)
     receipt.rename(receipt.with_suffix(".away"))
-    announce(cluster, str(scored.path))
+    report = write_report(run.path, tmp_path / "report.html").as_uri()
+    announce(cluster, str(run.path))
     monkeypatch.setattr(dashboard, "_REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(dashboard, "_REST", 0.0)
-    assert "3 committed" in get(cluster, "dask-logits/body")
-    served = dashboard._Page.get
+    page = f"http://127.0.0.1:{cluster.scheduler.http_server.port}/dask-logits"
+    said = named_tokenizer(tmp_path, [f"{HOSTILE}{i}" for i in range(10)])
+    write_cache(tmp_path / "cache.h5", records((30, 0, 700, 5), k=20), **said)
 
-    async def once(self: dashboard._Page) -> None:
-        await served(self)
-        receipt.with_suffix(".away").rename(receipt)
+    async def visit(explorer: str) -> None:
+        async with browser(tmp_path / "profile") as tab:
+            for address in (report, page, explorer):
+                for width in (960, 360):
+                    await tab.open(address, width)
+                    await tab.until("document.querySelector('h1, h2') !== null")
+                    await tab.until(f"document.body.innerText.includes({json.dumps(HOSTILE)})")
+                    assert await tab.value("document.documentElement.scrollWidth") <= width, (address, width)
+                    assert await tab.value("document.images.length") == 0
+                # Whatever can be used by mouse is reached by keyboard, and shows that it is.
+                reached = set()
+                for _ in range(12):
+                    await tab.press("Tab")
+                    reached.add(await tab.value("document.activeElement.outerHTML.slice(0, 60)"))
+                    assert await tab.value(
+                        "document.activeElement === document.body || "
+                        "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+                    )
+                assert len(reached) > 1, address
+            await tab.open(page)
+            assert "3 committed" in await tab.value("document.body.innerText")
+            receipt.with_suffix(".away").rename(receipt)
+            await tab.until("document.body.innerText.includes('4 committed')")
+            assert await tab.value("document.getElementById('note').textContent") == ""
+            assert tab.errors == []
+            # They would have been noticed.
+            await tab.value("setTimeout(() => { throw new Error('a') }), console.error('b')")
+            await tab.until("new Promise(done => setTimeout(done, 50, true))")
+            assert len(tab.errors) == 2
 
-    monkeypatch.setattr(dashboard._Page, "get", once)
-    address = f"http://127.0.0.1:{cluster.scheduler.http_server.port}/dask-logits"
-    options = ["--no-sandbox", "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", address]
-    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
-    assert "4 committed" in done.stdout
-    assert '<p id="note" class="soft" role="status"></p>' in done.stdout
-    assert re.findall(r"CONSOLE.*", done.stderr) == []
+    with ExploreServer(Explorer(tmp_path / "cache.h5")) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            asyncio.run(visit(server.address))
+        finally:
+            server.shutdown()
+            thread.join()
