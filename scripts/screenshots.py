@@ -1,36 +1,91 @@
-"""Write the screenshots of the README from a finished run, with Chromium: docs/figures/report.png and explorer.png.
+"""Write the screenshots of the README with Chromium: docs/figures/report.png, explorer.png and page.png.
+
+Report and explorer show a finished run. The page in the Dask dashboard shows a job with the settings of this run and
+smaller partitions, on two workers, while it is at work. This job is stopped after the picture.
 
 Usage: ``python scripts/screenshots.py RUN [CHROMIUM]``
 """
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
-from dask_logits import write_report
+from dask_logits import RunConflictError, read_status, write_report
+from dask_logits.hydra_config import generate_command
 from dask_logits.observe.explore import write_explorer
+from dask_logits.run.folder import RunFolder
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), "chromium")
 # Width and height in pixels.
 SIZE = (960, 720)
+# Committed partitions in the picture of a job at work.
+COMMITTED = 9
+SETTINGS = (
+    "distillation.partition.rows=4",
+    "distillation.cluster.kind=local_cpu",
+    "distillation.cluster.dashboard_address=127.0.0.1:0",
+    "distillation.teacher.generation.num_workers=2",
+    "distillation.teacher.generation.torch_threads=1",
+)
 
 
-def shoot(page: Path, image: Path, chromium: str) -> None:
+def shoot(address: str, image: Path, chromium: str, size: tuple[int, int] = SIZE) -> None:
     """Write an image of the beginning of a page."""
-    size = f"--window-size={SIZE[0]},{SIZE[1]}"
-    options = ["--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1", size, f"--screenshot={image}"]
-    subprocess.run([chromium, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
+    window = f"--window-size={size[0]},{size[1]}"
+    options = ["--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1", window, f"--screenshot={image}"]
+    subprocess.run([chromium, *options, address], check=True, capture_output=True, timeout=120)
 
 
-def main(run: Path, chromium: str = "chromium") -> None:
-    """Write both images."""
+def shoot_job(run: Path, folder: Path, image: Path, chromium: str) -> None:
+    """Write an image of the page of a job at work."""
+    manifest = RunFolder(run).manifest()
+    if manifest is None:
+        raise RunConflictError(f"{run}: expected a run folder with run.json, got none")
+    command = generate_command(manifest.how)
+    if command is None:
+        raise RunConflictError(f"{run}: expected a run of a dataset that its settings name, got one of an object")
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    given = [*words, *SETTINGS, f"distillation.teacher.cache_dir={folder / 'quickstart'}"]
+    with subprocess.Popen([sys.executable, "-m", "dask_logits", *given]) as job:
+        try:
+            dashboard = wait(folder / "quickstart", job)
+            address = dashboard.replace("/status", "/dask-logits")
+            # The first reading may take longer than a request waits.
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                answer.read()
+            shoot(address, image, chromium)
+        finally:
+            job.send_signal(signal.SIGINT)
+
+
+def wait(run: Path, job: subprocess.Popen[bytes]) -> str:
+    """Return the dashboard of a job that has committed some partitions."""
+    while job.poll() is None:
+        time.sleep(2)
+        if not run.exists() or not RunFolder(run).driver_statuses():
+            continue
+        status = read_status(run)
+        if status.committed >= COMMITTED and status.dashboard:
+            return status.dashboard
+    raise SystemExit("the job ended before the picture")
+
+
+def main(run: Path, chromium: str = CHROMIUM) -> None:
+    """Write all images."""
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(folder)
-        shoot(write_report(run, pages / "report.html"), FIGURES / "report.png", chromium)
-        shoot(write_explorer(run, pages / "explorer.html", [1]), FIGURES / "explorer.png", chromium)
+        shoot(write_report(run, pages / "report.html").as_uri(), FIGURES / "report.png", chromium)
+        shoot(write_explorer(run, pages / "explorer.html", [1]).as_uri(), FIGURES / "explorer.png", chromium)
+        shoot_job(run, pages, FIGURES / "page.png", chromium)
 
 
 if __name__ == "__main__":
