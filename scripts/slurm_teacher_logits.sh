@@ -54,11 +54,11 @@ until [ -s "$DASK_LOGITS_SCHEDULER_FILE" ]; do
   sleep 0.2
 done
 
-worker=(worker --nworkers "${WORKERS_PER_NODE:-1}")
-if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then worker=(cuda worker --device-memory-limit 0); fi
+worker=(worker --nworkers "${WORKERS_PER_NODE:-1}" --nthreads 2)
+if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then worker=(cuda worker --nthreads 3 --device-memory-limit 0); fi
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --nthreads 2 --memory-limit 0 \
+  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --memory-limit 0 \
   --death-timeout 300 "${network[@]}" >"$logs/workers.log" 2>&1 &
 workers=$!
 

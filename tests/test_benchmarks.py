@@ -15,6 +15,9 @@ import torch
 import warm
 from builders import ROOT, records, write_cache
 
+from dask_logits.teacher import scoring
+from dask_logits.teacher.transfer import OutputRing
+
 BENCHMARKS = ROOT / "benchmarks"
 
 
@@ -51,6 +54,7 @@ def test_every_benchmark_has_a_tiny_mode() -> None:
     assert names == {
         "capture.py",
         "gpu.py",
+        "host.py",
         "loader.py",
         "loss.py",
         "quality.py",
@@ -115,6 +119,16 @@ def test_gpu_runs(tmp_path, capsys) -> None:
     assert found["heads"].keys() == {"bfloat16", "float32 out"}
     assert found["job"]["verified"]
     assert "ours / loop" in capsys.readouterr().out
+
+
+def test_host_runs(llama, corpus, tmp_path, capsys) -> None:
+    run("host.py", "--tiny", "--model", llama, "--corpus", corpus, "--profiles", "compact", "--out", tmp_path / "out")
+    (found,) = json.loads((tmp_path / "out").read_text())["compact, 3"]
+    assert found["tokens"] >= 500
+    assert found["partitions"] > 1
+    assert 0 < found["busy"] < 1
+    assert "processor µs per token" in capsys.readouterr().out
+    assert scoring.OutputRing is OutputRing
 
 
 def test_loss_runs(tmp_path, capsys) -> None:

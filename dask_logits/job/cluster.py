@@ -38,7 +38,7 @@ from dask_logits.job.gpus import (
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler
-from dask_logits.job.workers import joins_scheduler, local_device, local_workers, threads_each
+from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
 from dask_logits.worker.environment import Environment, environment
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
     common: dict[str, Any] = {
         "n_workers": workers,
-        # One scores while the other reads, tokenizes or writes.
-        "threads_per_worker": 2,
+        "threads_per_worker": partitions_each(device),
         "memory_limit": None,
         "dashboard_address": config.dashboard_address,
         "host": "127.0.0.1",

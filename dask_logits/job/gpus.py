@@ -238,7 +238,7 @@ def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
         return
     cure = (
         "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
-        "--nthreads 2` (`dask cuda worker` starts one for each GPU)"
+        "--nthreads 3` (`dask cuda worker` starts one for each GPU)"
     )
     used: set[tuple[str, str]] = set()
     for worker in workers:

@@ -36,7 +36,7 @@ from dask_logits.job.gpus import own_gpus
 from dask_logits.job.remote import SCORER, STAGES
 from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
-from dask_logits.job.workers import local_device, threads_each
+from dask_logits.job.workers import local_device, partitions_each, threads_each
 from dask_logits.run.records import Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import environment
@@ -45,8 +45,6 @@ from dask_logits.worker.task import PartitionTask, process_partition, try_rows
 logger = logging.getLogger(__name__)
 
 _HERE = "this process"
-# One partition is scored while another is read or written.
-_PARTITIONS = 2
 _POLL_SECONDS = 0.2
 _STREAM_POLL_SECONDS = 0.05
 # Time for a batch to end after an interruption.
@@ -79,7 +77,8 @@ class SerialExecutor:
         self.environments = {_HERE: environment(device)}
         self.roster = Roster(hosts={_HERE: socket.gethostname()})
         self._job = job
-        self._pool = ThreadPoolExecutor(_PARTITIONS, thread_name_prefix="dask_logits-partition")
+        self._n_partitions = partitions_each(device)
+        self._pool = ThreadPoolExecutor(self._n_partitions, thread_name_prefix="dask_logits-partition")
         self._stop = threading.Event()
 
     def run(
@@ -94,7 +93,7 @@ class SerialExecutor:
         is_exhausted, alive = False, time.monotonic()
         while True:
             is_starved = False
-            while len(running) < _PARTITIONS:
+            while len(running) < self._n_partitions:
                 task = _due(later)
                 if task is None and not is_exhausted:
                     try:

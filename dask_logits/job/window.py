@@ -1,7 +1,7 @@
 """Delayed partitions in a bounded window, completed one by one.
 
-Two partitions are in flight per worker (one for a worker with one thread), each submitted separately: while one is
-scored, the other is read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
+A partition is in flight for each thread of a worker, at most three, and each is submitted separately: while one is
+scored, the others are read or written. A list of ``delayed`` is quadratic (10,000 take half a minute to reach the
 scheduler, dask#11737), and held futures make Dask recompute finished work when a worker dies. Completions are read from
 a queue with a timeout, because a bare ``as_completed`` waits forever when the workers are gone.
 """
@@ -43,8 +43,8 @@ from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
 
-# A worker with two threads scores one partition, because there is one teacher, and reads or writes another meanwhile.
-_PARTITIONS_EACH = 2
+# A worker scores one partition, because there is one teacher, and reads or writes the others meanwhile.
+_MOST_PARTITIONS_EACH = 3
 _STREAM_POLL_SECONDS = 0.05
 
 
@@ -455,7 +455,8 @@ class Window:
 
     def _room(self, now: float) -> int:
         """Return how many partitions may be in flight, counting the workers that may get one."""
-        threads = {address: min(_PARTITIONS_EACH, int(worker["nthreads"])) for address, worker in self._present.items()}
+        most = _MOST_PARTITIONS_EACH
+        threads = {address: min(most, int(worker["nthreads"])) for address, worker in self._present.items()}
         self._shared = self._shared or max(threads.values(), default=1) > 1
         if self._present and not self.roster.usable(self._present):
             return 0

@@ -36,6 +36,14 @@ def threads_each(generation: GenerationConfig, workers: int) -> int:
     return max(1, cores() // workers) if generation.torch_threads == "auto" else int(generation.torch_threads)
 
 
+def partitions_each(device: str) -> int:
+    """Return how many partitions a worker has at one time: one is scored, the others are read, tokenized or written.
+
+    A fast GPU needs two others, one before and one after the one that is scored.
+    """
+    return 3 if device == "cuda" else 2
+
+
 def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
     """Return the device of a local cluster.
 

@@ -115,9 +115,9 @@ class Stopwatch:
             self._open.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Return stage → seconds. On CUDA this waits for the device once."""
+        """Return stage → seconds. On CUDA this waits for the end of the last stage, and not for work queued later."""
         if self._events:
-            cuda.synchronize(self.device)
+            self._events[-1][3].synchronize()
         for stage, outer, begin, end in self._events:
             self._add(stage, outer, begin.elapsed_time(end) / 1e3)
         self._events.clear()

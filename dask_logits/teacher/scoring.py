@@ -103,7 +103,6 @@ class Scored:
     padded_tokens: int
 
 
-@torch.inference_mode()
 def score_items(
     teacher: Teacher,
     items: Sequence[Item],
@@ -113,6 +112,30 @@ def score_items(
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Scored:
     """Score the items of a partition.
+
+    Parameters
+    ----------
+    teacher, items, settings, packed, on_tokens
+        As for :func:`start_scoring`.
+
+    Raises
+    ------
+    TeacherError, CapacityError
+        As by :func:`start_scoring`, and by the function that it returns.
+    """
+    return start_scoring(teacher, items, settings, packed=packed, on_tokens=on_tokens)()
+
+
+@torch.inference_mode()
+def start_scoring(
+    teacher: Teacher,
+    items: Sequence[Item],
+    settings: ScoringSettings,
+    *,
+    packed: bool = False,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Callable[[], Scored]:
+    """Give all batches of a partition to the device. The last results may not have arrived yet.
 
     Parameters
     ----------
@@ -127,10 +150,16 @@ def score_items(
     on_tokens
         Called after each batch with the tokens kept since the last call.
 
+    Returns
+    -------
+    Callable
+        Waits for the last results and returns the targets. It may be called once, in any thread, while the teacher
+        already scores the next partition. It raises TeacherError, with the row, if logits hold NaN or +inf.
+
     Raises
     ------
     TeacherError
-        If an item's logits hold NaN or +inf (names its row), or the path cannot be compiled on this machine.
+        If the path cannot be compiled on this machine.
     CapacityError
         If a single item does not fit into memory.
     """
@@ -150,36 +179,9 @@ def score_items(
         for number, batch in enumerate(batches):
             for part in run.parts(number, batch):
                 on_tokens(run.score(part))
-    run.ring.drain()
-    bad = ~np.isfinite(run.out["logsumexp"])
-    if bad.any():
-        row = _row_of(items, run.starts, int(run.scored_M[np.flatnonzero(bad)[0]]))
-        raise TeacherError(
-            f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
-            "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
-            row=row,
-        )
-    entropy_M = run.out.pop(_ENTROPY, None)
-    spans = [span for item in items for span in item.spans]
-    records = Records(
-        **run.out,
-        document_row=np.array([span.row for span in spans], np.uint64),
-        document_offset=np.array([span.offset for span in spans], np.uint32),
-        document_length=np.array([span.length for span in spans], np.uint32),
-        block_length=run.lengths[run.lengths > 0].astype(np.uint32) if packed else None,
-    )
-    if entropy_M is not None:
-        chosen_M = highest_entropy(items, run.scored_M, entropy_M, settings.position_share)
-        entropy_M = entropy_M[records.targets_of(chosen_M)]
-        records = records.at(chosen_M)
-    seconds = run.watch.seconds() | {"score": round(time.perf_counter() - started, 4)}
-    return Scored(
-        records=records,
-        entropy_M=entropy_M,
-        seconds=seconds,
-        splits=run.splits,
-        padded_tokens=run.padded_tokens,
-    )
+    # The next partition takes the same memory. On CUDA it is used in the order of the stream.
+    del run.logits_RV
+    return functools.partial(run.finish, packed=packed, started=started)
 
 
 def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
@@ -296,6 +298,38 @@ class _Run:
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return 0
+
+    def finish(self, *, packed: bool, started: float) -> Scored:
+        """Wait for the last results and return the targets, as :func:`start_scoring` describes."""
+        self.ring.drain()
+        bad = ~np.isfinite(self.out["logsumexp"])
+        if bad.any():
+            row = _row_of(self.items, self.starts, int(self.scored_M[np.flatnonzero(bad)[0]]))
+            raise TeacherError(
+                f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
+                "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
+                row=row,
+            )
+        entropy_M = self.out.pop(_ENTROPY, None)
+        spans = [span for item in self.items for span in item.spans]
+        records = Records(
+            **self.out,
+            document_row=np.array([span.row for span in spans], np.uint64),
+            document_offset=np.array([span.offset for span in spans], np.uint32),
+            document_length=np.array([span.length for span in spans], np.uint32),
+            block_length=self.lengths[self.lengths > 0].astype(np.uint32) if packed else None,
+        )
+        if entropy_M is not None:
+            chosen_M = highest_entropy(self.items, self.scored_M, entropy_M, self.settings.position_share)
+            entropy_M = entropy_M[records.targets_of(chosen_M)]
+            records = records.at(chosen_M)
+        return Scored(
+            records=records,
+            entropy_M=entropy_M,
+            seconds=self.watch.seconds() | {"score": round(time.perf_counter() - started, 4)},
+            splits=self.splits,
+            padded_tokens=self.padded_tokens,
+        )
 
     def _score(self, part: tuple[int, ...]) -> int:
         device, path = self.teacher.device, self.settings.path

@@ -60,7 +60,8 @@ class OutputRing:
         with cuda.stream(self._stream):
             for name, tensor in results.items():
                 host[name][: len(tensor)].copy_(tensor, non_blocking=True)
-            done = cuda.Event()
+            # Otherwise a thread that waits uses a core.
+            done = cuda.Event(blocking=True)
             done.record()
         self._waiting.append((host, done, results, deliver))
 

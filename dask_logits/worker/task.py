@@ -33,7 +33,7 @@ from dask_logits.run.plan import Partition
 from dask_logits.run.records import FailedAttempt, Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.meter import Cost
-from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
+from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items, start_scoring
 from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for, gpus_in_use
 
 logger = logging.getLogger(__name__)
@@ -185,15 +185,17 @@ def process_partition(
         lap("tokenize")
     packed = task.items.packing == "concat"
 
-    def score() -> Scored:
+    def start() -> Callable[[], Scored]:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size, on_life=lambda: on_tokens(0))
         lap("load")
-        return score_items(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+        return start_scoring(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
 
     with stages.teacher:
         lap("wait")
-        scored = stages.run(score)
-        lap("score")
+        finish = stages.run(start)
+    # The device may begin the next partition before the last results of this one arrive.
+    scored = finish()
+    lap("score")
     profile = load_profile(task.profile)
     stored = encode_all(scored.records.tokens(), profile)
     statistics, content_digest = _said_of(as_kept(scored.records, profile, stored))

@@ -77,7 +77,7 @@ STUBS: dict[str, Callable[..., object]] = {
     "make_items": lambda documents, settings, first_row, masks: [],
     "environment": lambda device: {},
     "load_teacher": lambda spec, vocab_size, on_life: None,
-    "score_items": lambda *_, **__: None,
+    "start_scoring": lambda *_, **__: lambda: None,
 }
 
 
@@ -86,7 +86,7 @@ def publish(folder: Path, index: int = 0) -> None:
     run = RunFolder(folder)
     made = records((4, 0, 2, 7, 3), k=K, vocab_size=VOCAB_SIZE, seed=index, first_row=index * ROWS)
     scored = Scored(records=made, seconds={}, splits={}, padded_tokens=0)
-    vars(task_module).update({**STUBS, "score_items": lambda *_, **__: scored})
+    vars(task_module).update({**STUBS, "start_scoring": lambda *_, **__: lambda: scored})
     task = PartitionTask(
         run=str(folder),
         run_id="r",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
+from dask_logits.teacher.scoring import Scored
 from dask_logits.worker import task as task_module
 from dask_logits.worker.task import PartitionTask
 
@@ -59,6 +61,52 @@ def test_this_process_and_a_cluster_give_the_same_cache(here, joined, tmp_path) 
     by = {json.loads(path.read_text())["process"] for path in (cache_dir(here) / "receipts").rglob("*.json")}
     assert by == {os.getpid()}
     assert read_status(cache_dir(here)).dashboard is None
+
+
+def test_a_partition_is_started_before_the_last_results_of_the_one_before_arrive(here, monkeypatch) -> None:
+    started = [threading.Event() for _ in range(4)]
+    numbers = itertools.count()
+    start = task_module.start_scoring
+
+    def counted(*given, **named):
+        finish, number = start(*given, **named), next(numbers)
+        started[number].set()
+
+        def late() -> Scored:
+            # The last partition has no next one.
+            assert all(event.wait(60) for event in started[number + 1 : number + 2])
+            return finish()
+
+        return late
+
+    monkeypatch.setattr(task_module, "start_scoring", counted)
+    cache = run(here)
+    monkeypatch.undo()
+    assert next(numbers) == 4
+    assert digest(cache) == digest(run(here, f"distillation.teacher.cache_dir={cache_dir(here)}-again"))
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 2), ("cuda", 3)])
+def test_a_gpu_has_a_partition_before_and_one_after_the_one_that_is_scored(device, most, monkeypatch) -> None:
+    monkeypatch.setattr(serial_executor, "environment", lambda device: None)
+    together, lock, most_together = [0], threading.Lock(), [0]
+    full = threading.Barrier(most)
+
+    def act(task, on_tokens):
+        with lock:
+            together[0] += 1
+            most_together[0] = max(most_together[0], together[0])
+        if task.partition.index < most:
+            full.wait(60)
+        with lock:
+            together[0] -= 1
+        return receipt(task.partition.index)
+
+    pretend(monkeypatch, act)
+    with contextlib.closing(SerialExecutor(device=device, torch_threads=1, job=JobConfig())) as executor:
+        events = list(executor.run(map(task, range(2 * most)), "r"))
+    assert sum(isinstance(event, Committed) for event in events) == 2 * most
+    assert most_together == [most]
 
 
 def test_events_tell_what_happens(executor, monkeypatch) -> None:

@@ -71,7 +71,6 @@ def fake_cuda() -> SimpleNamespace:
         Event=lambda **options: event,
         stream=lambda stream: contextlib.nullcontext(),
         current_stream=lambda device: None,
-        synchronize=lambda device: None,
     )
 
 

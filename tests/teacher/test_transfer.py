@@ -55,7 +55,7 @@ class LateCopies(TorchFunctionMode):
         yield
         self.on_stream = False
 
-    def event(self) -> SimpleNamespace:
+    def event(self, blocking: bool) -> SimpleNamespace:
         event = SimpleNamespace(upto=0)
         event.record = lambda: setattr(event, "upto", len(self.copies))
         event.synchronize = lambda: self.copy(event.upto)
