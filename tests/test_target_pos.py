@@ -59,6 +59,7 @@ from dask_logits.observe.explore import Explorer
 from dask_logits.ops.check import Check
 from dask_logits.ops.show import card
 from dask_logits.records import EVERY_TOKEN, Extras, Records, Statistics, schema
+from dask_logits.teacher import topk
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.positions import highest_entropy, scored_positions
 from dask_logits.teacher.scoring import Scored
@@ -263,6 +264,18 @@ def test_entropies_are_those_of_the_whole_distribution(path: ScoringPath, refine
     torch.testing.assert_close(top.entropy_R[rows].double(), wanted, rtol=0, atol=0.01 if refined else 1e-5)
     assert bool(top.entropy_R.isfinite().all())
     assert topk_with_tail(logits, 20, vocab_size=700, path=path).entropy_R is None
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_entropies_and_tails_do_not_depend_on_the_rows_at_one_time(rows, monkeypatch) -> None:
+    logits = torch.randn(40, 704, generator=torch.Generator().manual_seed(0)) * 4
+    wanted = topk_with_tail(logits.clone(), 20, has_entropy=True, temperatures=(2.0,))
+    asked = []
+    monkeypatch.setattr(topk, "tile_rows", lambda width, device: asked.append((width, device)) or rows)
+    found = topk_with_tail(logits, 20, has_entropy=True, temperatures=(2.0,))
+    assert asked == [(704, "cpu"), (704, "cpu")]
+    assert torch.equal(found.entropy_R, wanted.entropy_R)
+    assert torch.equal(found.tail_logmass_RJ, wanted.tail_logmass_RJ)
 
 
 @given(

@@ -38,8 +38,8 @@ SPARE = 32
 _MOST_BLOCKS = 8
 # Rows whose float32 logits exist at one time without compilation: 16 rows × 49k × 4 bytes stay in the caches.
 _CPU_TILE = 16
-# Rows whose logits exist in float32 at one time for the tails at further temperatures.
-_TAIL_ROWS = 16
+# Memory of float32 logits for entropies and further temperatures on a GPU. Four such arrays exist at one time.
+_GPU_TILE_BYTES = 256 << 20
 
 # Relative to the highest logit. Its exponential is 0 in float32.
 _LEAST_LOGIT = -200.0
@@ -94,6 +94,17 @@ def scratch_rows(rows: int, device: str) -> int:
     (16, 256)
     """
     return min(rows, _CPU_TILE) if device == "cpu" else rows
+
+
+def tile_rows(width: int, device: str) -> int:
+    """Return the number of rows whose entropies, or tails at further temperatures, are computed at one time.
+
+    On a CPU, logits of more rows do not fit into the caches. A GPU is busy only with many rows.
+
+    >>> tile_rows(128_256, "cpu"), tile_rows(128_256, "cuda"), tile_rows(262_144, "cuda")
+    (16, 523, 256)
+    """
+    return _CPU_TILE if device == "cpu" else max(1, _GPU_TILE_BYTES // (4 * width))
 
 
 def topk_with_tail(
@@ -187,8 +198,9 @@ def _tails(
     The first k of the entries with exact values are the kept ones. Exact values are relative to the highest one.
     """
     found_RJ = highest_R1.new_empty((len(logits_RV), len(temperatures)))
-    for first in range(0, len(logits_RV) if temperatures else 0, _TAIL_ROWS):
-        part = slice(first, first + _TAIL_ROWS)
+    rows = tile_rows(logits_RV.shape[1], logits_RV.device.type)
+    for first in range(0, len(logits_RV) if temperatures else 0, rows):
+        part = slice(first, first + rows)
         rest = path.finish(logits_RV[part].float()).scatter(1, exact_ids_RC[part], -torch.inf) - highest_R1[part]
         for j, temperature in enumerate(temperatures):
             exact = (exact_RC[part] / temperature).exp()
@@ -206,8 +218,9 @@ def _entropy(
     −inf count 0. Exact values are relative to the highest one and replace the rounded ones.
     """
     found_R = highest_R1.new_empty(len(logits_RV))
-    for first in range(0, len(logits_RV), _TAIL_ROWS):
-        part = slice(first, first + _TAIL_ROWS)
+    rows = tile_rows(logits_RV.shape[1], logits_RV.device.type)
+    for first in range(0, len(logits_RV), rows):
+        part = slice(first, first + rows)
         z_RV = path.finish(logits_RV[part].float()) - highest_R1[part]
         z_RV.scatter_(1, exact_ids_RC[part], exact_RC[part])
         exp_RV = z_RV.exp()
