@@ -50,6 +50,7 @@ from dask_logits.teacher.placement import (
     free_gpu_bytes,
     require_code,
     require_room,
+    sized_as_stored,
     spread_layers,
     working_bytes,
 )
@@ -396,7 +397,15 @@ def _device_map(spec: TeacherSpec, location: Location, architecture: Architectur
     """
     dtype = getattr(torch, spec.dtype)
     if spec.n_gpus > 1:
-        return _spread(architecture.model, free_gpu_bytes(spec.n_gpus), dtype)
+        free = free_gpu_bytes(spec.n_gpus)
+        try:
+            return _spread(architecture.model, free, dtype)
+        except CapacityError:
+            if not is_quantized(architecture):
+                raise
+        # Some methods dequantize on some GPUs, so the size of the checkpoint counts only if there is no room for more.
+        stored_bytes = {name: tensor.n_bytes for name, tensor in location.tensors.items()}
+        return _spread(sized_as_stored(architecture.model, stored_bytes), free, dtype)
     if location.adapter is not None or find_spec("accelerate") is None:
         return None
     if is_quantized(architecture):

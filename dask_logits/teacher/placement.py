@@ -7,7 +7,9 @@ worker. ``accelerate`` makes the map, and its hooks move the activations where t
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +126,40 @@ def working_bytes(model: Any, dtype: torch.dtype) -> int:
     return int(_BATCH_TOKENS * (8 * width + 3 * inner) * dtype.itemsize + _HEAD_ROWS * head_VD.shape[0] * 4)
 
 
+def sized_as_stored(model: Any, stored_bytes: Mapping[str, int]) -> Any:
+    """Return a copy of a model without weights, in which the weights that are stored quantized have their stored size.
+
+    The head, and weights whose names differ from those of the checkpoint, such as fused experts, keep the size of
+    their dtype.
+
+    Parameters
+    ----------
+    model
+        A transformers model on the ``meta`` device.
+    stored_bytes
+        Name of a stored tensor → its size. Scales and zero points of a weight are named after it or its module.
+    """
+    sized = copy.deepcopy(model)
+    head = sized.get_output_embeddings()
+    modules = {
+        name: module
+        for name, module in sized.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    by_module: Counter[str] = Counter()
+    for name, n_bytes in stored_bytes.items():
+        owner = name
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        by_module[owner] += n_bytes
+    for name, module in modules.items():
+        # Quantized weights take less than one of two bytes each.
+        if 0 < by_module[name] < 2 * module.weight.numel():
+            packed = torch.empty(by_module[name], dtype=torch.uint8, device="meta")
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    return sized
+
+
 def without_hooks(model: torch.nn.Module) -> None:
     """Remove accelerate's hooks, which move tensors between devices, from a model and its modules, if there are any."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -174,13 +210,15 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
         found: DeviceMap = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=dtype)
     left = sorted(name for name, device in found.items() if device in ("cpu", "disk"))
     if left:
-        values = sum(tensor.numel() for tensor in model.parameters())
-        need, free = values * dtype.itemsize, sum(free_bytes.values())
+        values = sum(tensor.numel() for tensor in model.parameters() if tensor.is_floating_point())
+        packed_bytes = sum(tensor.numel() for tensor in model.parameters() if not tensor.is_floating_point())
+        need, free = values * dtype.itemsize + packed_bytes, sum(free_bytes.values())
+        quantized = f" and {packed_bytes:,} bytes of quantized ones" if packed_bytes else ""
         raise CapacityError(
             f"distillation.teacher.generation.gpus_per_worker: expected {need / 2**30:.2f} GiB for the weights "
-            f"({values:,} values of {dtype.itemsize} bytes) and room for a layer on each GPU, got {free / 2**30:.2f} "
-            f"GiB free on {len(free_bytes)} GPUs ({', '.join(left[:3])} left over); use more GPUs for each worker, a "
-            "smaller teacher, or distillation.teacher.dtype=bfloat16",
+            f"({values:,} values of {dtype.itemsize} bytes{quantized}) and room for a layer on each GPU, got "
+            f"{free / 2**30:.2f} GiB free on {len(free_bytes)} GPUs ({', '.join(left[:3])} left over); use more GPUs "
+            "for each worker, a smaller teacher, or distillation.teacher.dtype=bfloat16",
             need,
             free,
         )

@@ -49,6 +49,16 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """Size, from the bits in the name of the dtype.
+
+        >>> [StoredTensor(dtype=dtype, shape=(2, 3)).n_bytes for dtype in ("BF16", "F8_E4M3", "I32", "BOOL")]
+        [12, 6, 24, 6]
+        """
+        bits = re.search(r"\d+", self.dtype)
+        return prod(self.shape) * (int(bits.group()) if bits else 8) // 8
+
 
 def weight_files(folder: Path) -> list[Path]:
     """Return a model's safetensors files: one file, or the shards named by the index.

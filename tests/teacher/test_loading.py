@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -14,7 +15,8 @@ from dask_logits.teacher import checkpoint, loading
 from dask_logits.teacher.architecture import read_architecture
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.locate import locate_teacher
-from dask_logits.teacher.placement import working_bytes
+from dask_logits.teacher.placement import weight_bytes, working_bytes
+from dask_logits.teacher.weights import StoredTensor
 
 
 def spec(path, **changes) -> TeacherSpec:
@@ -89,6 +91,22 @@ def test_a_quantized_teacher_is_placed_by_name(tmp_path) -> None:
     )
     assert device_map(path) == {"": "cpu"}
     assert device_map(path, device="cuda") == {"": 0}
+
+
+def test_a_quantized_teacher_that_fits_only_as_it_is_stored_is_spread_by_its_stored_size(tmp_path, monkeypatch) -> None:
+    path = teacher_inputs.change_config(
+        teacher_inputs.teacher(tmp_path / "fp8"), quantization_config={"quant_method": "fp8"}
+    )
+    architecture = read_architecture(str(path), None, trust_remote_code=False)
+    parameters = weight_bytes(architecture.model) // 4
+    one = {name: StoredTensor(dtype="F8_E4M3", shape=tuple(parameter.shape))
+           for name, parameter in architecture.model.named_parameters()}  # fmt: skip
+    monkeypatch.setattr(checkpoint, "free_gpu_bytes", lambda n: dict.fromkeys(range(n), int(1.8 * parameters)))
+    location = dataclasses.replace(locate_teacher(str(path), allow_pickle=False), tensors=one)
+    wanted = spec(path, device="cuda", n_gpus=2)
+    assert set(checkpoint._device_map(wanted, location, architecture).values()) == {0, 1}
+    with pytest.raises(checkpoint.CapacityError, match=r"room for a layer on each GPU"):
+        checkpoint._device_map(wanted, dataclasses.replace(location, tensors={}), architecture)
 
 
 def test_each_gpu_keeps_room_for_a_batch(llama, monkeypatch, caplog) -> None:

@@ -12,7 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.cpu import fused
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.placement import free_gpu_bytes, require_code, require_room, spread_layers, weight_bytes
+from dask_logits.teacher.placement import (
+    free_gpu_bytes,
+    require_code,
+    require_room,
+    sized_as_stored,
+    spread_layers,
+    weight_bytes,
+)
 from dask_logits.teacher.selfcheck import choose_path, try_compiled
 
 LAYERS = 8
@@ -43,6 +50,26 @@ def test_layers_are_spread_in_order_and_about_evenly() -> None:
         bytes_each[found[place]] += 2 * parameter.numel()
     assert sum(bytes_each.values()) == 2 * sum(parameter.numel() for parameter in model.parameters())
     assert 0.5 < bytes_each[0] / bytes_each[1] < 2.0
+
+
+@pytest.mark.parametrize("scales", [".scales", ".weight.absmax"])
+def test_quantized_layers_take_the_bytes_of_their_checkpoint(scales) -> None:
+    model = empty_model()
+    weights = {name: parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name}
+    stored = {name: n // 2 for name, n in weights.items() if name.endswith("proj.weight")}
+    stored |= {name.removesuffix(".weight") + scales: n // 32 for name, n in stored.items()}
+    stored["lm_head.weight"] = 2 * model.lm_head.weight.numel()
+    sized = sized_as_stored(model, stored)
+    assert weight_bytes(sized.model.layers[0].mlp.up_proj) == 64 * 256 // 2 * 33 // 32
+    assert weight_bytes(sized.lm_head) == weight_bytes(model.lm_head)
+    assert model.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    half = sum(weights.values()) // 2
+    with pytest.raises(CapacityError, match=r"\(\d[\d,]+ values of 2 bytes\) and room"):
+        spread_layers(model, {0: 2 * half, 1: 2 * half}, torch.bfloat16)
+    found = spread_layers(sized, {0: 2 * half, 1: 2 * half}, torch.bfloat16)
+    assert set(found.values()) == {0, 1}
+    with pytest.raises(CapacityError, match=r"values of 2 bytes and \d[\d,]+ bytes of quantized ones\) and room"):
+        spread_layers(sized, {0: half // 4, 1: half // 4}, torch.bfloat16)
 
 
 def test_weights_that_do_not_fit_several_gpus_are_refused_with_the_arithmetic() -> None:
