@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dask
 import pytest
+import torch
 from builders import cache_dir, digest, run
 from distributed import Client, LocalCluster, WorkerPlugin
 
@@ -47,6 +48,13 @@ class Sickness(WorkerPlugin):
                 error = TeacherError("device: expected a CUDA device in this worker, got none")
             elif act == "later" and mine == SICK and n_done >= 2:
                 error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+            if act == "cuda" and mine == SICK and n_done == 1 and not log.read_text():
+                try:
+                    # Reading out of bounds makes every later call of this process fail.
+                    torch.zeros(1, device="cuda").index_select(0, torch.full((1,), 9, device="cuda"))
+                    torch.cuda.synchronize()
+                except RuntimeError as real:
+                    error = real
             if error is not None:
                 with log.open("a") as file:
                     file.write(f"{mine} {index}\n")
@@ -109,6 +117,17 @@ def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here,
     # Each process scores two or three partitions.
     assert len(failures(tmp_path / "log")) >= 5
     assert read_status(cache_dir(overrides)).left_out == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_real_error_of_a_gpu_restarts_the_worker_and_costs_few_attempts(overrides, here, tmp_path) -> None:
+    whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
+    with sick_cluster("cuda", tmp_path / "log") as scheduler:
+        assert digest(run(overrides, PARTITIONS, scheduler)) == whole
+    assert len(failures(tmp_path / "log")) == 1
+    status = read_status(cache_dir(overrides))
+    assert (status.state, status.failed, status.left_out) == ("complete", {}, {})
 
 
 @pytest.mark.slow
