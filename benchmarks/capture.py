@@ -127,7 +127,7 @@ def gemm(arguments: argparse.Namespace) -> dict[str, float]:
 
 def vllm(arguments: argparse.Namespace) -> dict[str, float]:
     """Run vLLM's CPU build in its own environment."""
-    command = [arguments.vllm, "benchmarks/peers/vllm_cpu.py", "--model", str(arguments.model.absolute())]
+    command = [arguments.vllm, "benchmarks/peers/vllm_prompts.py", "--model", str(arguments.model.absolute())]
     for name in ("documents", "k", "threads", "max_length"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run([*command, "--corpus", str(arguments.corpus.absolute())], capture_output=True, text=True)

@@ -8,6 +8,7 @@ Each part of the report starts only if there is time left. What was left out is 
 
 ``loop`` is what people write today: a padded batch, ``.logits``, ``log_softmax`` in float32, ``torch.topk``. Its batch
 is the fastest of several. The two alternate, and medians count. MFU is of a matrix product measured here.
+vLLM scores the same documents in a process of its own, if it is installed here or in the environment of ``--vllm``.
 
 Dimension letters: R positions, D hidden width, V vocabulary, K kept entries, B documents, T tokens.
 """
@@ -19,6 +20,8 @@ import dataclasses
 import gc
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -324,6 +327,41 @@ def job(bench: Bench, config: Any) -> dict[str, Any]:
         }
 
 
+def vllm(bench: Bench, config: Any) -> list[dict[str, Any]] | None:
+    """Have vLLM score documents of each length, with a prompt log-prob for each entry that we keep."""
+    from transformers import AutoModelForCausalLM
+
+    python = bench.arguments.vllm or sys.executable
+    if subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode:
+        bench.left_out.append(f"vLLM: not installed for {python}; give the python of its environment with --vllm")
+        return None
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        with bench.device:
+            AutoModelForCausalLM.from_config(config, dtype=bench.dtype).save_pretrained(f"{folder}/teacher")
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for length in bench.arguments.lengths:
+            texts = documents(config.vocab_size, length, bench.arguments.tokens)
+            corpus = Path(folder, "corpus.jsonl")
+            corpus.write_text("".join(json.dumps({"input_ids": text.tolist()}) + "\n" for text in texts))
+            command = [
+                python, str(Path(__file__).parent / "peers" / "vllm_prompts.py"), "--compile",
+                *("--model", f"{folder}/teacher", "--corpus", corpus, "--documents", len(texts), "--k", K),
+                *("--max-length", length, "--rounds", bench.arguments.rounds),
+                *("--batch-tokens", 16_384, "--memory", 0.8),
+            ]  # fmt: skip
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                bench.left_out.append(f"vLLM, {length}: it failed with: {reason}")
+                continue
+            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            rate = statistics.median(one["tokens"] / one["seconds"] for one in found)
+            rows.append({"length": length, "tokens_per_second": rate})
+    return rows
+
+
 def versions() -> dict[str, str | None]:
     """Return the versions of the packages that matter."""
     found: dict[str, str | None] = {}
@@ -347,6 +385,13 @@ def report(found: dict[str, Any]) -> None:
             )
         if teacher:
             print(f"{'':12s} same bytes: {teacher['same_bytes']}, path {teacher['path']}")
+    ours = {
+        row["length"]: row["tokens_per_second"]
+        for row in (next(iter(found["scoring"].values())) or {"rows": []})["rows"]
+    }
+    for row in found["vllm"] or []:
+        ratio = ours.get(row["length"], float("nan")) / row["tokens_per_second"]
+        print(f"vLLM         {row['length']:6d} {row['tokens_per_second']:10.0f}   ours / vLLM {ratio:.2f}")
     for row in found["tails"] or []:
         each = ", ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
         print(f"top-{K} of {row['vocabulary']:7d} {row['dtype']:9s} µs per position: {each}")
@@ -361,6 +406,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65_536, help="of each case")
     parser.add_argument("--shapes", nargs="+", default=["1B", "8B", "Qwen3 0.6B", "Gemma 2 2B"], help="which teachers")
+    parser.add_argument("--vllm", help="python of an environment with vLLM, for the first teacher")
     parser.add_argument("--tiny", action="store_true", help="a tiny teacher on the CPU, one round")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     arguments = parser.parse_args()
@@ -376,6 +422,7 @@ def main() -> None:
             name: bench.run(name, lambda name=name: score(bench, name, known[name])) for name in arguments.shapes
         },
         "job": bench.run("job", lambda: job(bench, known[arguments.shapes[0]])),
+        "vllm": bench.run("vLLM", lambda: vllm(bench, known[arguments.shapes[0]])),
     }
     found |= {"left_out": bench.left_out, "versions": versions(), "command": vars(arguments) | {"out": None}}
     found["device"] = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"

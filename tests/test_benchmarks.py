@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_every_benchmark_has_a_tiny_mode() -> None:
         "storage.py",
         "stream.py",
     }
-    assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_cpu.py"}
+    assert {path.name for path in (BENCHMARKS / "peers").glob("*.py")} == {"loader_peers.py", "vllm_prompts.py"}
     for name in names:
         assert f"benchmarks/{name}" in (BENCHMARKS / name).read_text()
         assert "--tiny " in (BENCHMARKS / name).read_text()
@@ -111,14 +112,28 @@ def test_scoring_runs(llama, corpus, tmp_path) -> None:
 
 
 def test_gpu_runs(tmp_path, capsys) -> None:
-    run("gpu.py", "--tiny", "--out", tmp_path / "out.json")
+    # Stands in for an environment with vLLM, which scores the longer documents and fails with the shorter ones.
+    script = "case \"$*\" in *vllm_prompts*' --max-length 16 '*) echo no room >&2; exit 1;; esac"
+    (tmp_path / "python").write_text(f'#!/bin/sh\n{script}\necho \'{{"tokens": 64, "seconds": 0.5}}\'\n')
+    (tmp_path / "python").chmod(0o700)
+    run("gpu.py", "--tiny", "--vllm", tmp_path / "python", "--out", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["left_out"] == []
+    assert found["left_out"] == ["vLLM, 16: it failed with: no room"]
+    assert found["vllm"] == [{"length": 32, "tokens_per_second": 128.0}]
     assert found["scoring"]["tiny"]["same_bytes"] == {"twice": True, "half_batches": True}
     assert [row["length"] for row in found["scoring"]["tiny"]["rows"]] == [16, 32]
     assert found["heads"].keys() == {"bfloat16", "float32 out"}
     assert found["job"]["verified"]
-    assert "ours / loop" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ours / loop" in out
+    assert "ours / vLLM" in out
+
+
+def test_gpu_says_why_vllm_is_left_out() -> None:
+    vllm = runpy.run_path(str(BENCHMARKS / "gpu.py"))["vllm"]
+    bench = SimpleNamespace(arguments=SimpleNamespace(vllm="false"), left_out=[])
+    assert vllm(bench, None) is None
+    assert bench.left_out == ["vLLM: not installed for false; give the python of its environment with --vllm"]
 
 
 def test_host_runs(llama, corpus, tmp_path, capsys) -> None:
@@ -152,7 +167,7 @@ def test_capture_runs(llama, corpus, tmp_path, capsys, monkeypatch) -> None:
     ("name", "package", "arguments"),
     [
         ("loader_peers.py", "streaming", ["FOLDER", "8", "100"]),
-        ("vllm_cpu.py", "vLLM", ["--model", "FOLDER", "--corpus", "FILE"]),
+        ("vllm_prompts.py", "vLLM", ["--model", "FOLDER", "--corpus", "FILE"]),
     ],
 )
 def test_peers_name_the_package_they_lack(name, package, arguments) -> None:

@@ -1,10 +1,10 @@
-"""vLLM's CPU build on the documents of ``benchmarks/capture.py``: prompt log-probs of every position.
+"""vLLM on the documents of ``benchmarks/capture.py`` or ``benchmarks/gpu.py``: prompt log-probs of every position.
 
 It prints one JSON line a round. It runs in an environment of its own (``benchmarks/peers/requirements-vllm.txt``). The
 engine is loaded and warmed with one document first; what is timed is ``generate`` over all documents and its flat lists
 turned into arrays on disk.
 
-    ENVIRONMENT/bin/python benchmarks/peers/vllm_cpu.py --model FOLDER --corpus FILE --documents 45
+    ENVIRONMENT/bin/python benchmarks/peers/vllm_prompts.py --model FOLDER --corpus FILE --documents 45
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--corpus", required=True, help="JSON lines, each with a text or input_ids")
     parser.add_argument("--documents", type=int, default=45)
     parser.add_argument("--k", type=int, default=64, help="prompt log-probs per position; 0: none are asked for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--memory", type=float, default=0.3, help="share of the memory that vLLM takes")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--compile", action="store_true", help="use compiled code and CUDA graphs")
     arguments = parser.parse_args()
     if importlib.util.find_spec("vllm") is None:
         sys.exit(
-            "vllm_cpu: vLLM is not installed here; make an environment of its own as "
+            "vllm_prompts: vLLM is not installed here; make an environment of its own as "
             "benchmarks/peers/requirements-vllm.txt says, and run this with its python"
         )
     os.environ |= {
@@ -48,21 +50,25 @@ def main() -> None:
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    lines = Path(arguments.corpus).read_text().splitlines()[: arguments.documents]
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    documents = [
-        tokenizer(json.loads(line)["text"], truncation=True, max_length=arguments.max_length)["input_ids"]
-        for line in lines
-    ]
+    rows = [json.loads(line) for line in Path(arguments.corpus).read_text().splitlines()[: arguments.documents]]
+    has_ids = "input_ids" in rows[0]
+    if has_ids:
+        documents = [row["input_ids"][: arguments.max_length] for row in rows]
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        documents = [
+            tokenizer(row["text"], truncation=True, max_length=arguments.max_length)["input_ids"] for row in rows
+        ]
     prompts = [{"prompt_token_ids": ids} for ids in documents if ids]
     engine = LLM(
         arguments.model,
         dtype="bfloat16",
         max_logprobs=max(arguments.k, 1),
         enable_prefix_caching=False,
-        max_num_batched_tokens=4096,
+        max_num_batched_tokens=arguments.batch_tokens,
         max_model_len=arguments.max_length + 1,
-        enforce_eager=True,
+        enforce_eager=not arguments.compile,
+        skip_tokenizer_init=has_ids,
         gpu_memory_utilization=arguments.memory,
     )
     sampling = SamplingParams(
