@@ -52,7 +52,7 @@ class Manifest(Record):
 class PathNumerics(Record):
     """The way from tokens to logits, as chosen by the self-check."""
 
-    attention: str = Field(default="model", description="``blocks``, ``fused`` or ``model``.")
+    attention: str = Field(default="model", description="``blocks``, ``fused``, ``flex`` or ``model``.")
     head: str = Field(default="forward", description="How logits are computed from hidden states.")
     scale: Finite = Field(default=1.0, description="Factor of the logits.")
     softcap: Finite | None = Field(default=None, description="Soft cap of the logits. Null: none.")

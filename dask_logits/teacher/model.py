@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import attention, fused
-from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.cuda import flex, kernels
 from dask_logits.teacher.stages import Pipeline, split_layers, staged
 from dask_logits.teacher.torch_internals import strict_compiler, uncompile
 from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
 
+Attention = Literal["fused", "blocks", "flex", "model"]
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
 
@@ -50,7 +51,7 @@ class ScoringPath:
     ----------
     attention
         ``blocks`` (:mod:`dask_logits.teacher.cpu.attention`), ``fused`` (the same with native code where applicable),
-        or ``model`` (the family's own).
+        ``flex`` (:mod:`dask_logits.teacher.cuda.flex`), or ``model`` (the family's own).
     head
         One of :data:`HEADS`.
     scale, softcap
@@ -63,7 +64,7 @@ class ScoringPath:
         Whether targets are computed by :mod:`dask_logits.teacher.cuda.kernels`.
     """
 
-    attention: Literal["fused", "blocks", "model"] = "model"
+    attention: Attention = "model"
     head: Head = "forward"
     scale: float = 1.0
     softcap: float | None = None
@@ -118,9 +119,10 @@ class Teacher:
         ValueError, RuntimeError
             If the family's attention cannot be replaced, or its layers cannot be compiled here.
         TeacherError
-            If the run was calibrated with Triton kernels or fused attention, which cannot run here.
+            If the run was calibrated with Triton, FlexAttention or fused attention, which cannot run here.
         """
-        if path.kernels and not kernels.available():
+        needs_triton = path.kernels or (path.attention == "flex" and self.device.type == "cuda")
+        if needs_triton and not kernels.available():
             raise TeacherError(
                 "teacher: expected Triton in this worker, as in the one where the run was calibrated, got none; "
                 "install the same packages for every worker (pip install triton)"
@@ -140,8 +142,14 @@ class Teacher:
             raise
         self.path = path
 
-    def _attend_by(self, kind: Literal["fused", "blocks", "model"]) -> None:
-        name = self._own_attention if kind == "model" else attention.offer(kind)
+    def _attend_by(self, kind: Attention) -> None:
+        match kind:
+            case "model":
+                name = self._own_attention
+            case "flex":
+                name = flex.offer()
+            case _:
+                name = attention.offer(kind)
         self.model.set_attn_implementation(name)
         if attention_of(self.model.config.get_text_config()) != name:
             raise ValueError(f"{type(self.model).__name__}: expected replaceable attention, got its own")
@@ -238,7 +246,7 @@ class Teacher:
 
     def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
         """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""
-        if not (compiled or self.path.compiled):
+        if not (compiled or self.path.compiled or self.path.attention == "flex"):
             return nullcontext()
         return strict_compiler(_RECOMPILE_LIMIT)
 

@@ -28,9 +28,11 @@ import torch
 
 from dask_logits.errors import MISFITS, TeacherError, first_line
 from dask_logits.teacher.cpu import fused
-from dask_logits.teacher.model import HEADS, Head, ScoringPath, Teacher
+from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.model import HEADS, Attention, Head, ScoringPath, Teacher
 from dask_logits.teacher.oracle import Oracle, head_logits, random_tokens, rms
 from dask_logits.teacher.probe import SHORT, make_probe, reaches, set_reach
+from dask_logits.teacher.transformers_internals import attention_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def choose_path(
 
 
 @torch.inference_mode()
-def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> Choice:
+def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS, may_compile: bool = True) -> Choice:
     """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.
 
     Parameters
@@ -98,6 +100,8 @@ def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> 
         Whether float32 logits are required if the teacher's dtype is narrower.
     heads
         Head paths from hidden states to logits to try, in order.
+    may_compile
+        Whether attention that must be compiled may be used.
 
     Raises
     ------
@@ -110,8 +114,9 @@ def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS) -> 
     probe, reach_untested = _probe_oracle(teacher, choice)
     _require_causal(probe, choice)
     path = _choose_head(probe, heads, choice)
-    if teacher.device.type == "cpu":
-        path = _choose_attention(probe, path, reach_untested, choice)
+    kind = fast_attention(teacher, may_compile=may_compile)
+    if kind is not None:
+        path = _choose_attention(probe, path, kind, reach_untested, choice)
     path = dataclasses.replace(path, exact=exact and path.head == "linear" and teacher.dtype != torch.float32)
     path = _confirm(own, path, heads, choice)
     teacher.take(path)
@@ -292,20 +297,31 @@ def _raw_limit(dtype: torch.dtype) -> float:
     return _RAW_EPSILONS.get(dtype, _RAW_EPSILONS_HALF) * torch.finfo(dtype).eps
 
 
-def _choose_attention(probe: Oracle, path: ScoringPath, untested: str | None, choice: Choice) -> ScoringPath:
-    blocks = dataclasses.replace(path, attention="blocks")
-    choice.errors["blocks"] = float("inf")
+def fast_attention(teacher: Teacher, *, may_compile: bool) -> Attention | None:
+    """Return the attention to try before the model's own, None if there is none for its device."""
+    if teacher.device.type == "cpu":
+        return "blocks"
+    # Other families use fused kernels of torch already.
+    is_eager = attention_of(teacher.model.config.get_text_config()) == "eager"
+    return "flex" if is_eager and may_compile and len(teacher.devices) == 1 and kernels.available() else None
+
+
+def _choose_attention(
+    probe: Oracle, path: ScoringPath, kind: Attention, untested: str | None, choice: Choice
+) -> ScoringPath:
+    fast = dataclasses.replace(path, attention=kind)
+    choice.errors[kind] = float("inf")
     try:
-        choice.errors["blocks"] = error = probe.error(blocks)
+        choice.errors[kind] = error = probe.error(fast)
     except MISFITS as misfit:
-        choice.refusals["blocks"] = first_line(misfit)
+        choice.refusals[kind] = first_line(misfit)
         return path
     if untested:
-        choice.refusals["blocks"] = untested
+        choice.refusals[kind] = untested
     elif not error <= probe.limit:
-        choice.refusals["blocks"] = f"off by {error:.2g} nats, the limit is {probe.limit:.2g}"
+        choice.refusals[kind] = f"off by {error:.2g} nats, the limit is {probe.limit:.2g}"
     else:
-        return blocks
+        return fast
     return path
 
 
@@ -314,7 +330,7 @@ def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Ch
     ways = [path, dataclasses.replace(path, attention="model")]
     ways += [ScoringPath(head=head) for head in HEADS[1:] if head in heads]
     for way in ways:
-        given_up = "blocks" if way.attention == "blocks" else way.head
+        given_up = way.head if way.attention == "model" else way.attention
         try:
             error = 0.0 if way == ScoringPath() else own.error(way)
         except MISFITS as misfit:

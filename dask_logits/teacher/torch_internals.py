@@ -20,6 +20,14 @@ def strict_compiler(recompile_limit: int) -> AbstractContextManager[object]:
     return patched
 
 
+def constant_floats() -> AbstractContextManager[object]:
+    """Make the compiler treat numbers as constants. A soft cap that is a variable of FlexAttention does not compile."""
+    import torch._dynamo
+
+    patched: AbstractContextManager[object] = torch._dynamo.config.patch(specialize_float=True)
+    return patched
+
+
 def uncompile(module: nn.Module) -> None:
     """Undo ``module.compile()``."""
     module._compiled_call_impl = None

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dask_logits.data.items import plain_items
 from dask_logits.teacher import meter, scoring, transfer
+from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.model import ScoringPath, Teacher
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a build of torch with CUDA treats them otherwise")
@@ -99,23 +100,26 @@ def delivered(monkeypatch) -> list[dict[str, Tensor]]:
     return found
 
 
-def score(family: str) -> int:
+def score(family: str, attention: str = "model") -> int:
     """Score four documents in one batch; return the tokens kept."""
     model = tiny_model(family)
     texts = [np.zeros(n, np.int32) for n in (30, 20, 10, 5)]
     with FakeTensorMode(allow_non_fake_inputs=True), CpuBuild(), torch.inference_mode():
         send(model)
         teacher = Teacher(model, VOCAB_SIZE)
-        teacher.take(ScoringPath(head="linear", exact=True))
+        teacher.take(ScoringPath(head="linear", exact=True, attention=attention))
         settings = scoring.ScoringSettings(
             top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=500, batch_size=None, head_rows=16, path=teacher.path
         )  # fmt: skip
         return scoring._Run(teacher, plain_items(texts), settings)._score((0, 1, 2, 3))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_scoring_stays_on_the_gpu_and_needs_no_value(family, delivered) -> None:
-    assert score(family) == 65
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "model"), ("qwen3", "model"), ("gemma3_text", "model"), ("gemma2", "flex")]
+)
+def test_scoring_stays_on_the_gpu_and_needs_no_value(family, attention, delivered, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    assert score(family, attention) == 65
     assert sum(len(results["topk_ids"]) for results in delivered) == 65
     for results in delivered:
         assert {tensor.device for tensor in results.values()} == {torch.device("cuda:0")}

@@ -17,7 +17,7 @@ D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -90,9 +90,7 @@ def attention_layer(
     ValueError
         If the family passes an unsupported argument that may change the result.
     """
-    unknown = sorted(name for name, value in settings.items() if not _is_ignorable(name, value))
-    if unknown:
-        raise ValueError(f"{type(module).__name__}: block attention does not support {', '.join(unknown)}")
+    refuse_unknown(module, settings, "block attention")
     causal = settings.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal) or key.shape[2] != query_BHTD.shape[2]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -105,6 +103,13 @@ def attention_layer(
         return out
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query_BHTD, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def refuse_unknown(module: nn.Module, settings: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if a family passes an attention of ours a keyword that may change the result."""
+    unknown = sorted(keyword for keyword, value in settings.items() if not _is_ignorable(keyword, value))
+    if unknown:
+        raise ValueError(f"{type(module).__name__}: {name} does not support {', '.join(unknown)}")
 
 
 def _is_ignorable(name: str, value: Any) -> bool:
