@@ -29,6 +29,9 @@ def generate_teacher_logits(
     text_column: str | None = None,
     messages_column: str | None = None,
     mask_column: str | None = None,
+    targets: str = "topk",
+    draws: int | None = None,
+    seed: int | None = None,
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
@@ -73,6 +76,10 @@ def generate_teacher_logits(
         Column of chats, of which a student learns the assistant's turns.
     mask_column
         Column beside ``input_ids`` that says which tokens a student learns.
+    targets
+        ``topk``, or ``sample``: tokens drawn from the teacher's distribution. ``top_k`` keeps its default then.
+    draws, seed
+        Draws per position with ``sample``, and their seed. None: 50, and 0.
 
     Returns
     -------
@@ -88,7 +95,10 @@ def generate_teacher_logits(
     from dask_logits.job.run import generate
 
     generation: dict[str, Any] = {
+        "targets": targets,
         "top_k": top_k,
+        "draws": draws,
+        "seed": seed,
         "batch_size": batch_size,
         "device": device,
         "force_regenerate": force_regenerate,

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dask_logits.errors import ConfigError
-from dask_logits.fields import MOST_TEMPERATURES
+from dask_logits.fields import MOST_DRAWS, MOST_TEMPERATURES
 
 UNBOUNDED_STREAM = (
     "distillation.dataset.max_samples: expected a number of rows for a stream, got null. The stream may be endless. "
@@ -44,6 +44,8 @@ _CREDENTIALS = re.compile(
 DEFAULT_MAX_LENGTH = 2048
 # Default of `position_share` with positions=entropy: the share of arXiv 2602.01395.
 DEFAULT_POSITION_SHARE = 0.2
+# Default of `draws` with targets=sample: that of arXiv 2503.16870.
+DEFAULT_DRAWS = 50
 
 
 def _joined(value: Any) -> Any:
@@ -72,6 +74,7 @@ Files = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
 ]
 
+Draws = Annotated[int, Field(ge=1, le=MOST_DRAWS, title=f"int from 1 to {MOST_DRAWS}")]
 Fraction = Annotated[float, Field(gt=0, le=1, title="float > 0 and ≤ 1")]
 Words = Annotated[tuple[str, ...], Field(min_length=1, strict=False, title="list of str")]
 Temperatures = Annotated[
@@ -102,7 +105,39 @@ class GenerationConfig(Group):
             return 1.0
         return DEFAULT_POSITION_SHARE if self.position_share is None else self.position_share
 
-    top_k: PositiveInt = _setting(64, "what", "Number of entries kept per position, most probable first.")
+    @property
+    def n_draws(self) -> int:
+        """Number of draws per position, 0 if the targets are the most probable tokens."""
+        if self.targets != "sample":
+            return 0
+        return DEFAULT_DRAWS if self.draws is None else self.draws
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of the draws."""
+        return 0 if self.seed is None else self.seed
+
+    def width(self, vocab_size: int) -> int:
+        """Return the most entries that a position can have.
+
+        >>> GenerationConfig().width(49_152), GenerationConfig(targets="sample").width(40)
+        (64, 40)
+        """
+        return min(self.n_draws, vocab_size) if self.n_draws else self.top_k
+
+    targets: Literal["topk", "sample"] = _setting(
+        "topk",
+        "what",
+        "topk: the most probable tokens of each position. sample: tokens drawn from the teacher's whole distribution, "
+        "with the number of times that each was drawn.",
+    )
+    top_k: PositiveInt = _setting(
+        64, "what", "Number of entries kept per position, most probable first. Only with `targets=topk`."
+    )
+    draws: Draws | None = _setting(
+        None, "what", "Number of draws per position with `targets=sample`. null: 50, of which 10 to 20 are distinct."
+    )
+    seed: NonNegativeInt | None = _setting(None, "what", "Seed of the draws with `targets=sample`. null: 0.")
     temperatures: Temperatures = _setting(
         (),
         "what",
@@ -586,6 +621,7 @@ def _cross_check(config: Config, dataset_given: bool) -> Iterator[str]:
             yield error.message
     yield from _check_share(generation, cluster)
     yield from _check_positions(generation, dataset)
+    yield from _check_targets(generation)
     yield from _check_secrets(config)
     files = dict(cluster.security)
     for name, file in files.items() if any(files.values()) else ():
@@ -688,6 +724,27 @@ def _check_positions(generation: GenerationConfig, dataset: DatasetConfig) -> It
         yield (
             f"{where}.positions: expected 'all' or 'entropy' without a mask, got 'labels'. Set "
             "distillation.dataset.messages_column with learn=assistant, or distillation.dataset.mask_column"
+        )
+
+
+def _check_targets(generation: GenerationConfig) -> Iterator[str]:
+    """Refuse settings of the other kind of targets, which would have no effect."""
+    where = "distillation.teacher.generation"
+    if generation.targets == "topk":
+        for name in ("draws", "seed"):
+            if (value := getattr(generation, name)) is not None:
+                yield f"{where}.{name}: expected null with targets=topk, got {value}. Set {where}.targets=sample"
+        return
+    default = GenerationConfig().top_k
+    if generation.top_k != default:
+        yield (
+            f"{where}.top_k: expected its default {default} with targets=sample, which has no use for it, got "
+            f"{generation.top_k}. Remove it, and set {where}.draws"
+        )
+    if generation.temperatures:
+        yield (
+            f"{where}.temperatures: expected none with targets=sample, whose tokens are drawn at temperature 1, got "
+            f"{list(generation.temperatures)}. Remove them, or set {where}.targets=topk"
         )
 
 

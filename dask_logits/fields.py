@@ -20,6 +20,8 @@ from dask_logits.errors import CacheError
 MOST_COUNT = 1 << 48
 # Largest number of temperatures, besides 1, of a cache.
 MOST_TEMPERATURES = 16
+# Largest number of draws of a position: each of its counts is stored in a byte.
+MOST_DRAWS = 255
 _MOST_NUMBER = 1e300
 _NAME = r"(?!\.\.?(?:/|$))[A-Za-z0-9_.-]{1,200}"
 _PATH = f"{_NAME}(?:/{_NAME})*"

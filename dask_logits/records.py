@@ -6,6 +6,9 @@ stored. Only plain integers and numpy are used, independent of teacher and file 
 There are two axes of positions: the tokens, and those of them that have targets. They are the same one unless a job
 keeps targets at chosen positions only (``target_pos``).
 
+Targets are the most probable tokens with their log-probs and a tail, or draws from the teacher's distribution: the
+distinct tokens drawn, and how often each was.
+
 Dimension letters: N tokens, M positions with targets, D documents, B blocks, K kept entries per position,
 J temperatures.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +30,17 @@ from dask_logits.fields import Count, NumberOrInfinity, Record
 Array = npt.NDArray[Any]
 
 TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
-# Only for targets with further temperatures, for masked data, and for targets at chosen positions.
-OPTIONAL_TOKEN_ARRAYS = ("tail_logmass_T", "loss_mask", "target_pos")
+# Absent from targets that are draws.
+_OF_TOP_K = ("topk_logprobs", "tail_logmass")
+# Only for draws, for targets with further temperatures, for masked data, and for targets at chosen positions.
+OPTIONAL_TOKEN_ARRAYS = ("topk_counts", "tail_logmass_T", "loss_mask", "target_pos")
 # These have an entry for each token. All other token arrays have one for each position with targets.
 EVERY_TOKEN = ("input_ids", "loss_mask")
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
+# Draws that are this improbable, e^−30, are taken for those of other tokens.
+_DOUBT_NATS = 30.0
+# Relative rounding of a float16, and a log-prob below which a token is never drawn.
+_FLOAT16, _MOST_LABEL_NATS = 2.0**-10, 100.0
 # Only for documents packed into blocks.
 BLOCK_ARRAYS = ("block_length",)
 
@@ -51,6 +60,8 @@ class Extras:
 
     Parameters
     ----------
+    draws
+        Number of draws of each position, at most 255. 0: the targets are the most probable tokens.
     temperatures
         J temperatures other than 1 whose tail is stored, ascending.
     is_masked
@@ -59,6 +70,7 @@ class Extras:
         Whether only chosen positions have targets.
     """
 
+    draws: int = 0
     temperatures: tuple[float, ...] = ()
     is_masked: bool = False
     has_target_pos: bool = False
@@ -70,8 +82,9 @@ class Extras:
         >>> Extras(temperatures=(2.0,)).token_arrays[-2:]
         ('label_logprob', 'tail_logmass_T')
         """
-        present = (bool(self.temperatures), self.is_masked, self.has_target_pos)
-        return (*TOKEN_ARRAYS, *itertools.compress(OPTIONAL_TOKEN_ARRAYS, present))
+        present = (bool(self.draws), bool(self.temperatures), self.is_masked, self.has_target_pos)
+        always = (name for name in TOKEN_ARRAYS if not (self.draws and name in _OF_TOP_K))
+        return (*always, *itertools.compress(OPTIONAL_TOKEN_ARRAYS, present))
 
 
 NO_EXTRAS = Extras()
@@ -92,6 +105,7 @@ def schema(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> dict[str,
         "logsumexp": (f32, ()),
         "tail_logmass": (f32, ()),
         "label_logprob": (f32, ()),
+        "topk_counts": (np.dtype(np.uint8), (top_k,)),
         "tail_logmass_T": (f32, (len(extras.temperatures),)),
         "loss_mask": (np.dtype(np.uint8), ()),
         "target_pos": (np.dtype(np.uint64), ()),
@@ -127,6 +141,60 @@ def kept_mass_by_k(topk_logprobs: Array) -> dict[str, float]:
     return {str(k): round(float(cumulative_K[k - 1]), 5) for k in ks}
 
 
+def as_distribution(tokens: Mapping[str, Array]) -> dict[str, Array]:
+    """Return logical arrays in which draws are replaced by their shares, as log-probs, and a tail without mass.
+
+    >>> found = as_distribution({"topk_counts": np.array([[3, 1, 0]], np.uint8)})
+    >>> np.exp(found["topk_logprobs"]).tolist(), found["tail_logmass"].tolist()
+    ([[0.75, 0.25, 0.0]], [-inf])
+    """
+    if "topk_counts" not in tokens:
+        return dict(tokens)
+    counts_MK = tokens["topk_counts"]
+    draws_M1 = np.maximum(counts_MK.sum(1, keepdims=True, dtype=np.float32), 1)
+    with np.errstate(divide="ignore"):
+        logprobs_MK = np.log(counts_MK / draws_M1)
+    others = {name: array for name, array in tokens.items() if name != "topk_counts"}
+    return {
+        **others,
+        "topk_logprobs": logprobs_MK,
+        "tail_logmass": np.full(len(counts_MK), -np.inf, np.float32),
+    }
+
+
+def label_doubts(shares: Array, label_logprobs: Array, draws: int) -> tuple[float, float] | None:
+    """Return what the draws at the next tokens should sum to and what they do, if they cannot be of these tokens.
+
+    The difference of a sum of independent draws from its expectation is bounded by Bernstein's inequality.
+
+    Parameters
+    ----------
+    shares
+        [M] share of the draws of each position that are its next token.
+    label_logprobs
+        [M] log-prob of the next token.
+    draws
+        Number of draws of each position.
+
+    Returns
+    -------
+    tuple or None
+        None unless the difference is as improbable as e^−30.
+
+    Examples
+    --------
+    >>> label_doubts(np.full(100, 0.5), np.log(np.full(100, 0.5)), 50), label_doubts(np.zeros(9), np.zeros(9), 50)
+    (None, (9.0, 0.0))
+    """
+    logp = np.clip(label_logprobs.astype(np.float64), -_MOST_LABEL_NATS, 0.0)
+    p = np.exp(logp)
+    expected, found = float(p.sum()), float(shares.sum())
+    variance = (p * (1 - p)).sum() / draws
+    rounding = (p * -logp).sum() * _FLOAT16
+    allowed = np.sqrt(2 * _DOUBT_NATS * variance) + 2 / 3 * _DOUBT_NATS / draws + rounding
+    return (expected, found) if abs(found - expected) > allowed else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """Targets of consecutive documents, or of text windows or block segments.
@@ -137,11 +205,15 @@ class Records:
         [N], token ids.
     topk_ids, topk_logprobs
         [M, K], the K most probable next tokens, most probable first, ties by lower id. Log-probs are in nats at
-        temperature 1, normalised over the whole valid vocabulary.
+        temperature 1, normalised over the whole valid vocabulary. For draws, the ids are the distinct tokens drawn,
+        those with the largest counts first, ties by lower id, and there are no log-probs.
+    topk_counts
+        [M, K] uint8, how often each of the ids was drawn. An entry with the count 0 is absent, and its id is 0. None
+        unless the targets are draws.
     logsumexp
         [M] float32, of the raw logits: raw logit = log-prob + logsumexp.
     tail_logmass
-        [M] float32, log of the probability outside the K entries. −inf if K is the whole vocabulary.
+        [M] float32, log of the probability outside the K entries. −inf if K is the whole vocabulary. None for draws.
     label_logprob
         [M] float32, log-prob of the true next token, including the first of a following window or block. NaN if there
         is none.
@@ -159,18 +231,19 @@ class Records:
     Raises
     ------
     ValueError
-        If the shapes disagree, or `target_pos` does not rise below N.
+        If the shapes disagree, there are log-probs beside counts, or `target_pos` does not rise below N.
     """
 
     input_ids: Array
     topk_ids: Array
-    topk_logprobs: Array
     logsumexp: Array
-    tail_logmass: Array
     label_logprob: Array
     document_row: Array
     document_offset: Array
     document_length: Array
+    topk_logprobs: Array | None = None
+    tail_logmass: Array | None = None
+    topk_counts: Array | None = None
     tail_logmass_T: Array | None = None
     loss_mask: Array | None = None
     target_pos: Array | None = None
@@ -192,8 +265,13 @@ class Records:
             raise ValueError(f"document_length: expected a sum of {tokens}, got {self.document_length.sum()}")
         if self.block_length is not None and int(self.block_length.sum(dtype=np.uint64)) != tokens:
             raise ValueError(f"block_length: expected a sum of {tokens}, got {self.block_length.sum()}")
-        if self.topk_ids.shape != self.topk_logprobs.shape:
-            raise ValueError(f"topk_logprobs: expected {self.topk_ids.shape}, got {self.topk_logprobs.shape}")
+        wanted = ("topk_counts",) if self.topk_counts is not None else _OF_TOP_K
+        present = tuple(name for name in ("topk_counts", *_OF_TOP_K) if getattr(self, name) is not None)
+        if present != wanted:
+            raise ValueError(f"expected either {' and '.join(_OF_TOP_K)} or topk_counts, got {present}")
+        entries = getattr(self, wanted[0])
+        if self.topk_ids.shape != entries.shape:
+            raise ValueError(f"{wanted[0]}: expected {self.topk_ids.shape}, got {entries.shape}")
 
     @property
     def n_tokens(self) -> int:
@@ -225,6 +303,16 @@ class Records:
         """Return the arrays of the token axis and the target axis by name."""
         names = (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def logprobs(self) -> Array:
+        """Log-probs of the entries, for draws the logs of their shares: [M, K]."""
+        return as_distribution(self.tokens())["topk_logprobs"]
+
+    @property
+    def present_ids(self) -> Array:
+        """Ids of all entries that are there, one after the other."""
+        return self.topk_ids.reshape(-1) if self.topk_counts is None else self.topk_ids[self.topk_counts > 0]
 
     def at(self, target_pos: Array) -> Records:
         """Return the same records with targets at fewer positions: [M], rising, of those that have some."""
@@ -316,7 +404,10 @@ class Statistics(Record, extra="forbid"):
     targets: Count = Field(default=0, description="Positions with targets. If absent: as many as tokens.")
     blocks: Count = Field(default=0, description="Packed blocks, 0 if documents were not packed.")
     kept_mass: NumberOrInfinity = Field(
-        default=0.0, description="Sum over targets of the probability inside the K entries."
+        default=0.0, description="Sum over targets of the probability inside the K entries. 0 for draws."
+    )
+    distinct: Count = Field(
+        default=0, description="Sum over targets of the distinct ids drawn. 0 unless they are draws."
     )
     label_logprob: NumberOrInfinity = Field(
         default=0.0,
@@ -346,7 +437,10 @@ class Statistics(Record, extra="forbid"):
             tokens=records.n_tokens,
             targets=records.n_targets,
             blocks=0 if records.block_length is None else len(records.block_length),
-            kept_mass=float(-np.expm1(records.tail_logmass.astype(np.float64)).sum()),
+            kept_mass=(
+                0.0 if records.tail_logmass is None else float(-np.expm1(records.tail_logmass.astype(np.float64)).sum())
+            ),
+            distinct=0 if records.topk_counts is None else int(np.count_nonzero(records.topk_counts)),
             label_logprob=float(labelled.astype(np.float64).sum()),
             labels=len(labelled),
             learned=0 if records.loss_mask is None else int(records.loss_mask.sum()),
@@ -362,6 +456,22 @@ class Statistics(Record, extra="forbid"):
     def mean_kept_mass(self) -> float:
         """Mean probability of the K entries, NaN without targets."""
         return self.kept_mass / self.targets if self.targets else float("nan")
+
+    @property
+    def mean_distinct(self) -> float:
+        """Mean number of distinct ids drawn per position, 0 unless the targets are draws."""
+        return self.distinct / self.targets if self.targets else 0.0
+
+    @property
+    def entries(self) -> tuple[str, str]:
+        """Label and value that describe the entries: their mean mass, or for draws the mean number of distinct ids.
+
+        >>> Statistics(targets=2, distinct=21).entries, Statistics(targets=2, kept_mass=1.8).entries
+        (('distinct ids', '10.5'), ('kept mass', '0.9000'))
+        """
+        if self.distinct:
+            return "distinct ids", f"{self.mean_distinct:.1f}"
+        return "kept mass", f"{self.mean_kept_mass:.4f}"
 
     @property
     def perplexity(self) -> float:

@@ -182,6 +182,22 @@ def records(
     )
 
 
+def drawn_records(made: Records, draws: int = 7, vocab_size: int = 50, seed: int = 0) -> Records:
+    """Return records whose targets are draws, some from few tokens and some from many."""
+    random_ids = np.random.default_rng(seed)
+    ids_MK, counts_MK = (np.zeros((made.n_targets, draws), schema(1, vocab_size)[name][0])
+                         for name in ("topk_ids", "topk_counts"))  # fmt: skip
+    for row in range(made.n_targets):
+        width = random_ids.choice([1, 3, vocab_size])
+        values, counts = np.unique(random_ids.choice(vocab_size, width)[random_ids.integers(width, size=draws)],
+                                   return_counts=True)  # fmt: skip
+        order = np.lexsort((values, -counts))
+        ids_MK[row, : len(values)], counts_MK[row, : len(values)] = values[order], counts[order]
+    return dataclasses.replace(
+        made, topk_ids=ids_MK, topk_counts=counts_MK, topk_logprobs=None, tail_logmass=None, tail_logmass_T=None
+    )
+
+
 # Of records(temperatures=True).
 TEMPERATURES = (0.5, 2.0)
 
@@ -190,7 +206,10 @@ def extras_of(made: Records) -> Extras:
     """Return the optional arrays that records have."""
     temperatures = () if made.tail_logmass_T is None else TEMPERATURES
     return Extras(
-        temperatures=temperatures, is_masked=made.loss_mask is not None, has_target_pos=made.target_pos is not None
+        draws=0 if made.topk_counts is None else int(made.topk_counts[:1].sum()),
+        temperatures=temperatures,
+        is_masked=made.loss_mask is not None,
+        has_target_pos=made.target_pos is not None,
     )
 
 

@@ -29,6 +29,9 @@ PARAMETERS = {
     "text_column": None,
     "messages_column": None,
     "mask_column": None,
+    "targets": "topk",
+    "draws": None,
+    "seed": None,
 }
 
 

@@ -19,7 +19,8 @@ NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=
 PATHS = [
     "teacher.model_path", "teacher.revision", "teacher.tokenizer_path", "teacher.dtype", "teacher.trust_remote_code",
     "teacher.allow_pickle",
-    "teacher.cache_dir", "teacher.generation.top_k", "teacher.generation.temperatures",
+    "teacher.cache_dir", "teacher.generation.targets", "teacher.generation.top_k",
+    "teacher.generation.draws", "teacher.generation.seed", "teacher.generation.temperatures",
     "teacher.generation.positions", "teacher.generation.position_share", "teacher.generation.batch_size",
     "teacher.generation.batch_tokens", "teacher.generation.head_rows", "teacher.generation.torch_threads",
     "teacher.generation.device", "teacher.generation.force_regenerate", "teacher.generation.num_workers",

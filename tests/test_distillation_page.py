@@ -46,6 +46,8 @@ def test_every_block_runs_from_the_quickstart_alone(after_quickstart, capsys) ->
     assert names["present"].all()
     assert names["at_some"].n_tokens == int(names["part"]["targets"].mask.sum())
     assert names["at_some"].n_tokens < int(names["part"]["attention_mask"].sum())
+    assert names["drawn"]["targets"].draws == 50
+    assert names["of_draws"].loss > 0
     assert names["first_of_document"].sum() > 1
     assert len(names["row_of_token"]) == len(names["offset"]) == len(names["block"]["input_ids"])
     assert names["sampler"].epoch == 2

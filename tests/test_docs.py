@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import compact, plain, records, save_tokenizer, sentences, tiny_model, write_cache, write_json_lines
+from builders import (
+    compact,
+    drawn_records,
+    extras_of,
+    plain,
+    records,
+    save_tokenizer,
+    sentences,
+    tiny_model,
+    write_cache,
+    write_json_lines,
+)
 
 from dask_logits.cache.profile import as_kept
 from dask_logits.hydra_config import load_config
@@ -81,7 +92,7 @@ def test_the_one_call_example_runs(tmp_path, monkeypatch, fork_server) -> None:
 
 def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
+    *examples, of_draws = blocks("python", (ROOT / "docs" / "FORMAT.md").read_text())
     profiles = (plain(4, 300), plain(4, 300, Extras(has_target_pos=True)), compact(4, 300))
     for example, profile in zip(examples, profiles, strict=True):
         made = records((5, 3), k=4, vocab_size=300)
@@ -95,6 +106,14 @@ def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
         assert found["next_token_ids"].tolist() == kept.topk_ids[:n_targets].tolist()
         assert found["next_token_logprobs"].astype(np.float16).tolist() == kept.topk_logprobs[:n_targets].tolist()
         assert found.get("positions", np.array([1, 4])).tolist() == [1, 4]
+    made = drawn_records(records((5, 3), vocab_size=300), vocab_size=300)
+    write_cache(tmp_path / "teacher_logits.h5", made, vocab_size=300, profile=compact(7, 300, extras=extras_of(made)))
+    found = {}
+    exec(of_draws, found)
+    rows = np.arange(4)[:, None] * np.ones((1, 7), np.int64)
+    is_present = made.topk_counts[:4] > 0
+    for name, wanted in (("ids", made.topk_ids[:4]), ("counts", made.topk_counts[:4]), ("position", rows)):
+        assert found[name].tolist() == wanted[is_present].tolist()
 
 
 def test_the_format_document_names_every_array() -> None:

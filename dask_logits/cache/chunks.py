@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,21 @@ class PlaneReader:
         Plane → locations of its chunks.
     chunk_shape
         (tokens, entries) of each chunk.
+    unpack
+        Converts the planes of whole chunks to their rows.
     """
 
-    def __init__(self, path: Path, indices: Mapping[str, ChunkIndex], chunk_shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        indices: Mapping[str, ChunkIndex],
+        chunk_shape: tuple[int, int],
+        unpack: Callable[[Mapping[str, Array]], dict[str, Array]],
+    ) -> None:
         self.path = path
         self.indices = indices
         self.chunk_shape = chunk_shape
+        self._unpack = unpack
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._file_bytes = os.fstat(self._descriptor).st_size
         raw_bytes = chunk_shape[0] * chunk_shape[1]
@@ -216,5 +225,13 @@ class PlaneReader:
                         "file is damaged: restore it, or delete it and run the job again",
                         str(self.path),
                     ) from error
-            out[name] = rows[start - first * tokens : stop - first * tokens]
-        return out
+            out[name] = rows
+        try:
+            unpacked = self._unpack(out)
+        except ValueError as error:
+            raise CacheError(
+                f"{self.path}: expected the draws of positions {start} to {stop}, got {error}; the file is damaged: "
+                "restore it, or delete it and run the job again",
+                str(self.path),
+            ) from error
+        return {name: rows[start - first * tokens : stop - first * tokens] for name, rows in unpacked.items()}

@@ -30,6 +30,7 @@ class Header(Record):
     n_targets: Count | None = None
     n_target_entries: Count | None = None
     top_k: Count
+    draws: Count | None = None
     vocab_size: Count
     content_digest: Digest
     n_blocks: Count | None = None

@@ -67,10 +67,10 @@ def write_partition(
     arrays = dict(records.arrays())
     if stored is None:
         stored = encode_all(records.tokens(), profile)
-    for name, array in stored.items():
+    for name, array in profile.pack(stored).items():
         chunked = profile.arrays[name].chunked
         # Rank bytes do not compress. Arrays that are contiguous in the cache are decoded when they are copied.
-        level = None if name == "topk_ids_b0" else _LEVEL
+        level = None if name == "topk_ids_b0" and not chunked else _LEVEL
         _write_array(path / name, array, profile.alignment if chunked else BLOCK_TOKENS, level)
     for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
         if name in arrays:
@@ -236,7 +236,10 @@ class PartitionReader:
         none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
         for parts in itertools.zip_longest(*(self.blocks(name) for name in none)):
             found = {name: part for name, part in zip(none, parts, strict=True) if part is not None}
-            yield self.profile.decode({**none, **found})
+            try:
+                yield self.profile.decode(self.profile.unpack({**none, **found}))
+            except ValueError as error:
+                raise self._unreadable("its targets", error) from error
 
     def chunks(self, name: str) -> list[memoryview]:
         """Return the compressed chunks of a chunked array unchanged."""

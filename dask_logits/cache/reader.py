@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from dask_logits.cache.layout import (
 )
 from dask_logits.cache.profile import Compact, Plain, Profile
 from dask_logits.errors import CacheError
-from dask_logits.fields import MOST_COUNT, MOST_TEMPERATURES
+from dask_logits.fields import MOST_COUNT, MOST_DRAWS, MOST_TEMPERATURES
 from dask_logits.records import (
     DOCUMENT_ARRAYS,
     EVERY_TOKEN,
@@ -118,10 +119,10 @@ class CacheReader:
         if self.is_packed and self.n_items and not self.n_documents:
             raise damaged(self.path, "segments of its blocks", "none")
 
-    def _count(self, name: str) -> int:
+    def _count(self, name: str, array: str = "target_pos") -> int:
         value = getattr(self.header, name)
         if value is None:
-            raise damaged(self.path, f"{name} of a cache with target_pos", "none")
+            raise damaged(self.path, f"{name} of a cache with {array}", "none")
         return int(value)
 
     def said(self) -> dict[str, Any]:
@@ -457,17 +458,21 @@ class CacheReader:
         return profile
 
     def _extras(self, file: h5py.File) -> Extras:
-        has_tails, is_masked, has_target_pos = (
+        has_counts, has_tails, is_masked, has_target_pos = (
             find_dataset(file, self.path, name) is not None for name in OPTIONAL_TOKEN_ARRAYS
         )
+        draws = self._count("draws", "topk_counts") if has_counts else 0
+        if has_counts and not self.top_k <= draws <= MOST_DRAWS:
+            raise damaged(self.path, f"draws from top_k {self.top_k} to {MOST_DRAWS}", str(draws))
+        extras = Extras(draws=draws, is_masked=is_masked, has_target_pos=has_target_pos)
         if not has_tails:
-            return Extras(is_masked=is_masked, has_target_pos=has_target_pos)
+            return extras
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
         is_rising = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all()
         if not is_rising or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
             expected = f"1 to {MOST_TEMPERATURES} rising temperatures"
             raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
-        return Extras(temperatures=tuple(temperatures.tolist()), is_masked=is_masked, has_target_pos=has_target_pos)
+        return replace(extras, temperatures=tuple(temperatures.tolist()))
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
         dataset = find_dataset(file, self.path, name)
@@ -521,7 +526,7 @@ class CacheReader:
             indices[name] = ChunkIndex(*(np.asarray(self.arrays[f"chunks/{name}/{part}"]) for part in INDEX))
             if len(indices[name]):
                 self._check_index(datasets[name], name, indices[name])
-        return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k))
+        return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k), self.profile.unpack)
 
     def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
         """Refuse an index whose first or last entry differs from HDF5's own chunk locations."""

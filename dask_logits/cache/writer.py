@@ -85,6 +85,7 @@ class CacheWriter:
             "n_documents": n_documents,
             **(chosen if profile.extras.has_target_pos else {}),
             "top_k": profile.top_k,
+            **({"draws": profile.extras.draws} if profile.extras.draws else {}),
             "vocab_size": profile.vocab_size,
             **({} if n_blocks is None else {"n_blocks": n_blocks}),
         }
@@ -160,7 +161,7 @@ class CacheWriter:
     def append_tokens(self, tokens: Mapping[str, Array]) -> None:
         """Encode and write the next tokens. All but the last targets of a piece fill whole chunks."""
         step = self.profile.alignment
-        stored = self.profile.encode(tokens)
+        stored = self.profile.pack(self.profile.encode(tokens))
         frames: dict[str, list[bytes]] = {}
         for name, kind in self.profile.arrays.items():
             if not kind.chunked:
@@ -222,7 +223,7 @@ class CacheWriter:
             "crc32_block_bytes": CRC_BLOCK_BYTES,
             "temperature": 1.0,
             "target_shift": 1,
-            "order": "logprob descending, ties by lower id",
+            "order": f"{'count' if self.profile.extras.draws else 'logprob'} descending, ties by lower id",
         }
         if isinstance(self.profile, Compact):
             header |= {"precision": self.profile.precision, "chunk_tokens": self.profile.alignment}

@@ -83,7 +83,9 @@ def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
         ),
         documents=first_documents(sequences, CALIBRATION_TOKENS),
         plan_tokens=plan_tokens,
-        top_k=generation.top_k,
+        top_k=generation.width(job.tokenizer_spec.vocab_size),
+        draws=generation.n_draws,
+        seed=generation.draw_seed,
         vocab_size=job.tokenizer_spec.vocab_size,
         batch_size=generation.batch_size,
         batch_tokens=batch_tokens,
@@ -112,6 +114,9 @@ def _log_calibration(calibration: Calibration) -> None:
     )
     layers = "compiled" if path.compiled else "eager"
     logger.info("scoring path: %s layers, attention %s, head %s", layers, path.attention, path.head)
+    if calibration.distinct_draws is not None:
+        logger.info("distinct ids among the draws of a position: %.1f", calibration.distinct_draws)
+        return
     masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in (calibration.kept_mass_by_k or {}).items())
     logger.info("kept mass by k: %s", masses or "no tokens")
 
@@ -120,7 +125,8 @@ def _is_compact(job: Job) -> bool:
     wanted = job.config.cache.profile
     if wanted != "auto":
         return wanted == "compact"
-    top_k, vocab_size = job.config.teacher.generation.top_k, job.tokenizer_spec.vocab_size
+    vocab_size = job.tokenizer_spec.vocab_size
+    top_k = job.config.teacher.generation.width(vocab_size)
     cost = job.estimate
     targets = None if cost.tokens is None else round(cost.tokens * cost.target_share)
     return earns(top_k, vocab_size, targets, cost.partition_tokens * cost.target_share)

@@ -243,7 +243,7 @@ def tasks(
     of_run = run_id(job)
     teacher = teacher_spec(job, dtype=numerics.dtype, device=numerics.device, torch_threads=numerics.torch_threads)
     scoring = ScoringSettings(
-        top_k=job.config.teacher.generation.top_k,
+        top_k=job.config.teacher.generation.width(job.tokenizer_spec.vocab_size),
         vocab_size=job.tokenizer_spec.vocab_size,
         batch_tokens=numerics.batch_tokens,
         batch_size=numerics.batch_size,
@@ -252,6 +252,8 @@ def tasks(
         temperatures=job.config.teacher.generation.temperatures,
         positions=job.config.teacher.generation.positions,
         position_share=job.config.teacher.generation.target_share,
+        draws=job.config.teacher.generation.n_draws,
+        seed=job.config.teacher.generation.draw_seed,
     )
     measured: dict[str, Any] = calibration.cost or {}
     cost = Cost(**measured)

@@ -181,6 +181,7 @@ def prepare(
         )
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
     extras = Extras(
+        draws=generation.n_draws,
         temperatures=generation.temperatures,
         is_masked=spec.is_masked,
         has_target_pos=generation.positions != "all",
@@ -196,7 +197,7 @@ def prepare(
         n_rows,
         partition_rows,
         tokens_per_row=tokens_per_row,
-        top_k=generation.top_k,
+        top_k=generation.width(spec.vocab_size),
         vocab_size=spec.vocab_size,
         extras=extras,
         target_share=_target_share(generation, documents),
@@ -228,7 +229,8 @@ def prepare(
         what={
             "teacher.content": teacher.identity,
             "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
-            "teacher.generation.top_k": generation.top_k,
+            "teacher.generation.top_k": generation.width(spec.vocab_size),
+            **_identity_of_draws(generation),
             "teacher.generation.temperatures": list(generation.temperatures),
             "teacher.generation.positions": generation.positions,
             "teacher.generation.position_share": (
@@ -260,6 +262,17 @@ def prepare(
         device=device,
         n_workers=0 if joins else local_workers(generation, config.cluster, device),
     )
+
+
+def _identity_of_draws(generation: GenerationConfig) -> dict[str, Any]:
+    """Return the settings that determine draws. A run of the most probable tokens is older than they are."""
+    if not generation.n_draws:
+        return {}
+    return {
+        "teacher.generation.targets": generation.targets,
+        "teacher.generation.draws": generation.n_draws,
+        "teacher.generation.seed": generation.draw_seed,
+    }
 
 
 def _target_share(generation: GenerationConfig, documents: Sequence[Documents]) -> float:
@@ -415,7 +428,7 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
 
 def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> None:
     problems = []
-    if config.teacher.generation.top_k > vocab_size:
+    if config.teacher.generation.width(vocab_size) > vocab_size:
         problems.append(
             f"distillation.teacher.generation.top_k: expected at most the valid vocabulary {vocab_size}, "
             f"got {config.teacher.generation.top_k}"

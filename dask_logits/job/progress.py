@@ -175,8 +175,8 @@ class JobProgress:
 
     def line(self) -> str:
         """Return the figures as one line."""
-        mass = f" · kept mass {self._sums.mean_kept_mass:.4f}" if self._sums.targets else ""
-        return f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s · {self._left()}{mass}"
+        entries = f" · {' '.join(self._sums.entries)}" if self._sums.targets else ""
+        return f"{self._counts()} · {self.tokens_per_second:,.0f} tokens/s · {self._left()}{entries}"
 
     def _counts(self) -> str:
         partitions = "–" if self.partitions is None else f"{self.partitions:,}"

@@ -26,7 +26,7 @@ from dask_logits.hydra_config import override
 from dask_logits.job.driver import tasks
 from dask_logits.job.prepare import check_folder, prepare, settings_of
 from dask_logits.ops.check import Check, Report, check_files
-from dask_logits.records import Array, ContentDigest, Records
+from dask_logits.records import EVERY_TOKEN, Array, ContentDigest, Records
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.state import RunState
@@ -42,6 +42,12 @@ _DENSE_TOKENS = 64
 # Maximum root mean square difference for equal targets of another environment. The same text in another batch changes
 # log-probs by 0.03 nats in bfloat16. Codes of the compact profile jump by a step if a value is near its edge.
 _NEAR_NATS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.1}
+
+
+# Draws whose log-probs are this improbable, e^−30, are not those of the teacher.
+_DOUBT_NATS = 30.0
+# Log-probs below −16 count as −16. A distribution that is scored again has other log-probs, by this mean at most.
+_LEAST_NATS, _FIT_NATS = 16.0, 0.02
 
 
 def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
@@ -101,6 +107,11 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     scratch
         A folder for rows of a stream. The run's own is not changed.
 
+    Draws are the same if the logits are, because their uniform numbers are. Of draws the log-probs of the next tokens
+    are compared, and the share of the draws that are other tokens now is reported, because a last bit of the logits
+    moves some draws to neighbouring ids. Whether the stored ones are draws from the teacher's distribution is checked
+    at the first positions of each row.
+
     Returns
     -------
     dict
@@ -137,6 +148,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     here = environment(calibration.numerics.device)
     near: Counter[str] = Counter()
     cached, noise, truncation = _Differences(), _Differences(), []
+    fit, moved = _Fit(), _Moved()
     for task in tasks(job, calibration, planned, lambda failure: None):
         if task is None:
             continue
@@ -153,7 +165,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
             differing = describe(differences(made_in, here))
             off = _Differences()
             for row in rows_of[task.partition.index]:
-                off.add(_cached_document(readers, row), _document(kept, row))
+                off.add(_targets(_cached_document(readers, row)), _targets(_document(kept, row)))
             if differing and off.is_near(near_nats):
                 near[differing] += 1
             else:
@@ -163,29 +175,118 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
                 )
         for row in rows_of[task.partition.index]:
             now, stored = _document(live, row), _cached_document(readers, row)
-            cached.add(stored, now)
+            cached.add(_targets(stored), _targets(now))
             if scored.entropy_M is not None:
-                _check_ranks(ranks, scored, row, stored[0], near_nats)
+                _check_ranks(ranks, scored, row, stored.positions, near_nats)
             if task.items.packing == "none":
-                noise.add(alone[row], now)
-            truncation += truncation_nats(dense[row], task.scoring.top_k)
+                noise.add(_targets(alone[row]), _targets(now))
+            if not task.scoring.draws:
+                truncation += truncation_nats(dense[row].logprobs, task.scoring.top_k)
+                continue
+            moved.add(stored, now)
+            if task.items.packing == "none":
+                fit.add(stored, dense[row])
     figures = {
         "rows_scored_again": len(chosen),
         "positions": cached.positions,
         **cached.figures("cached_against_live"),
         **noise.figures("live_against_live"),
-        "nats_lost_by_keeping_k": float(np.mean(truncation)) if truncation else 0.0,
     }
+    if moved.draws:
+        # The next tokens are compared, not the first of an order.
+        figures = {name: value for name, value in figures.items() if not name.endswith("_same_top_1")}
+        figures["draws_moved"] = moved.share
+    else:
+        figures["nats_lost_by_keeping_k"] = float(np.mean(truncation)) if truncation else 0.0
     notes = [
         f"{count} of {check.looked_at} partitions come out within the rounding of another environment, not bit for bit "
         f"({differing}); for an exact comparison run verify where they were scored"
         for differing, count in near.items()
     ]
-    return figures, [check, ranks] if ranks.looked_at else [check], notes
+    checks = [check, ranks, *([fit.check()] if fit.positions else [])]
+    return figures, [one for one in checks if one is check or one.looked_at], notes
 
 
 # Positions in the row [M], ids and log-probs [M, K].
 Targets = tuple[Array, Array, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Document:
+    """Positions in the row [M] and the logical arrays of the targets of a row's documents."""
+
+    positions: Array
+    arrays: dict[str, Array]
+
+
+def _targets(document: _Document) -> Targets:
+    """Return the entries to compare, of draws the next tokens, whose ids need no comparison."""
+    arrays = document.arrays
+    if "topk_counts" in arrays:
+        label_M1 = arrays["label_logprob"][:, None]
+        return document.positions, np.zeros(label_M1.shape, np.int64), label_M1
+    return document.positions, arrays["topk_ids"], arrays["topk_logprobs"]
+
+
+class _Moved:
+    """Share of draws that are other tokens among the draws of the same positions scored again."""
+
+    def __init__(self) -> None:
+        self.draws = self._moved = 0
+
+    @property
+    def share(self) -> float:
+        """The share: the mean total variation between the counts."""
+        return self._moved / self.draws
+
+    def add(self, one: _Document, other: _Document) -> None:
+        """Compare the draws of the positions that both have."""
+        _, here, there = np.intersect1d(one.positions, other.positions, assume_unique=True, return_indices=True)
+        for i, j in zip(here, there, strict=True):
+            ours, theirs = (np.repeat(each.arrays["topk_ids"][at], each.arrays["topk_counts"][at])
+                            for each, at in ((one, i), (other, j)))  # fmt: skip
+            self.draws += len(ours)
+            self._moved += (Counter(ours.tolist()) - Counter(theirs.tolist())).total()
+
+
+class _Fit:
+    """Stored draws against the teacher's whole distribution, by the sum of the log-probs of the drawn tokens.
+
+    The difference of that sum from its expectation is bounded by Bernstein's inequality.
+    """
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._off = self._variance = self._rounding = self._most = 0.0
+
+    def add(self, stored: _Document, whole: Records) -> None:
+        """Add the positions of a row that have a whole distribution."""
+        _, at, whole_at = np.intersect1d(
+            stored.positions, np.arange(whole.n_targets), assume_unique=True, return_indices=True
+        )
+        for i, t in zip(at, whole_at, strict=True):
+            logp_V = np.zeros(whole.top_k)
+            logp_V[whole.topk_ids[t]] = np.maximum(whole.logprobs[t].astype(np.float64), -_LEAST_NATS)
+            p_V = np.exp(logp_V) / np.exp(logp_V).sum()
+            counts = stored.arrays["topk_counts"][i].astype(np.float64)
+            mean = float(p_V @ logp_V)
+            self._off += float(counts @ logp_V[stored.arrays["topk_ids"][i]]) / counts.sum() - mean
+            self._variance += float(p_V @ (logp_V - mean) ** 2) / counts.sum()
+            self._most = max(self._most, _LEAST_NATS / counts.sum())
+            self._rounding += _FIT_NATS
+            self.positions += 1
+
+    def check(self) -> Check:
+        """Return the check."""
+        check = Check("draws fit the teacher's distribution")
+        check.looked_at = self.positions
+        allowed = (2 * _DOUBT_NATS * self._variance) ** 0.5 + 2 / 3 * _DOUBT_NATS * self._most + self._rounding
+        if abs(self._off) > allowed:
+            check.found(
+                [f"expected a mean log-prob of the drawn tokens within {allowed / self.positions:.4g} nats of the "
+                 f"teacher's negative entropy, got a difference of {self._off / self.positions:.4g}"]
+            )  # fmt: skip
+        return check
 
 
 class _Differences:
@@ -225,7 +326,9 @@ class _Differences:
         }
 
 
-def _score(task: PartitionTask, rows: list[int]) -> tuple[Scored, Array | None, dict[int, Targets], dict[int, Array]]:
+def _score(
+    task: PartitionTask, rows: list[int]
+) -> tuple[Scored, Array | None, dict[int, _Document], dict[int, Records]]:
     """Score a partition in its original batches, and some of its rows alone, both normally and in full.
 
     Of a choice by entropy, all positions that compete are returned, and those that it keeps. None: it keeps all.
@@ -242,16 +345,16 @@ def _score(task: PartitionTask, rows: list[int]) -> tuple[Scored, Array | None, 
         competing_M = scored.records.target_pos.astype(np.int64)
         chosen_M = highest_entropy(items, competing_M, scored.entropy_M, task.scoring.position_share)
     all_positions = dataclasses.replace(task.scoring, positions="all")
-    whole = dataclasses.replace(all_positions, top_k=task.scoring.vocab_size)
-    alone: dict[int, Targets] = {}
-    dense: dict[int, Array] = {}
+    whole = dataclasses.replace(all_positions, top_k=task.scoring.vocab_size, draws=0)
+    alone: dict[int, _Document] = {}
+    dense: dict[int, Records] = {}
     for row in rows:
         tokens = documents[row - task.partition.first_row]
         if task.items.packing == "none":
             found = score_items(teacher, make_items([tokens], task.items, first_row=row), all_positions).records
             alone[row] = _document(found, row)
         few = plain_items([tokens[:_DENSE_TOKENS]], row)
-        dense[row] = score_items(teacher, few, whole).records.topk_logprobs
+        dense[row] = score_items(teacher, few, whole).records
     return scored, chosen_M, alone, dense
 
 
@@ -265,10 +368,11 @@ def _parts(records: Records, row: int) -> Iterator[tuple[Array, Array]]:
         yield tokens_M - start + int(records.document_offset[i]), at_M
 
 
-def _document(records: Records, row: int) -> Targets:
+def _document(records: Records, row: int) -> _Document:
     """Return the targets of a row."""
     positions, places = (np.concatenate(each) for each in zip(*_parts(records, row), strict=True))
-    return positions, records.topk_ids[places], records.topk_logprobs[places]
+    arrays = {name: array[places] for name, array in records.tokens().items() if name not in EVERY_TOKEN}
+    return _Document(positions=positions, arrays=arrays)
 
 
 def _check_ranks(check: Check, scored: Scored, row: int, stored: Array, allowed_nats: float) -> None:
@@ -284,15 +388,15 @@ def _check_ranks(check: Check, scored: Scored, row: int, stored: Array, allowed_
             )
 
 
-def _cached_document(readers: list[CacheReader], row: int) -> Targets:
+def _cached_document(readers: list[CacheReader], row: int) -> _Document:
     """Return the targets of a row from the cache."""
-    positions, ids, logprobs = [], [], []
+    positions, parts = [], []
     for reader in readers:
         for i in np.flatnonzero(np.asarray(reader.arrays["document_row"]) == row):
             start = int(reader.document_start[i])
             tokens = reader.tokens(start, start + int(reader.arrays["document_length"][i]))
             at = tokens.get("target_pos", np.arange(len(tokens["topk_ids"]))).astype(np.int64)
             positions.append(at + int(reader.arrays["document_offset"][i]))
-            ids.append(tokens["topk_ids"])
-            logprobs.append(tokens["topk_logprobs"])
-    return np.concatenate(positions), np.concatenate(ids), np.concatenate(logprobs)
+            parts.append({name: array for name, array in tokens.items() if name not in EVERY_TOKEN})
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return _Document(positions=np.concatenate(positions), arrays=arrays)

@@ -28,7 +28,7 @@ from dask_logits.errors import CacheError, ClusterError, ConfigError
 from dask_logits.files.atomic import expanded, replace_text, room
 from dask_logits.observe.explore_page import POLICY, explore_page
 from dask_logits.observe.sample import decoded, sample_caches, tokenizer_of
-from dask_logits.records import Array
+from dask_logits.records import Array, as_distribution
 
 Json = dict[str, Any]
 
@@ -82,6 +82,7 @@ class Explorer:
             "noun": "block" if first.is_packed else "document",
             "tokens": sum(reader.n_tokens for reader in self.readers),
             "top_k": first.top_k,
+            "draws": first.profile.extras.draws,
             "decoded": self.tokenizer is not None,
             "masked": first.profile.extras.is_masked,
         }
@@ -101,8 +102,9 @@ class Explorer:
         dict
             ``ids`` and ``texts`` of the tokens. ``surprise`` of each in nats, None if unknown. ``best``, the most
             probable [id, text, probability] in its place, the probability of the ``others`` that are kept, and of the
-            ``tail``. A place without an expectation, such as the first, or one after a position without targets, has
-            None for each. ``learned``, of masked data: whether a student learns the token.
+            ``tail``. Of draws, the probabilities are the shares. A place without an expectation, such as the first, or
+            one after a position without targets, has None for each. ``learned``, of masked data: whether a
+            student learns the token.
 
         Raises
         ------
@@ -149,18 +151,20 @@ class Explorer:
         n_positions = max(0, len(arrays["input_ids"]) - 1)
         target_pos = arrays.get("target_pos", np.arange(len(arrays["topk_ids"])))
         places = target_pos[target_pos < n_positions].tolist()
+        is_drawn = "topk_counts" in arrays
         upto, shown = len(places), min(_SENT_ENTRIES, arrays["topk_ids"].shape[1])
-        p_MK = np.exp(arrays["topk_logprobs"][:upto].astype(np.float64))
+        of_entries = as_distribution(arrays)
+        p_MK = np.exp(of_entries["topk_logprobs"][:upto].astype(np.float64))
         surprise = [
             None if math.isnan(value) else round(value, 3) if math.isfinite(value) else 1e9
             for value in (-arrays["label_logprob"][:upto].astype(np.float64)).tolist()
         ]
         best = [
-            [[i, self._text(i), round(p, 6)] for i, p in zip(ids, ps, strict=True)]
+            [[i, self._text(i), round(p, 6)] for i, p in zip(ids, ps, strict=True) if p or not is_drawn]
             for ids, ps in zip(arrays["topk_ids"][:upto, :shown].tolist(), p_MK[:, :shown].tolist(), strict=True)
         ]
         others = p_MK[:, shown:].sum(1).round(6).tolist()
-        tail = np.exp(arrays["tail_logmass"][:upto].astype(np.float64)).round(6).tolist()
+        tail = np.exp(of_entries["tail_logmass"][:upto].astype(np.float64)).round(6).tolist()
         for values in (surprise, best, others, tail):
             known = dict(zip(places, values, strict=True))
             yield [known.get(position) for position in range(n_positions)]

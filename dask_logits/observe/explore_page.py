@@ -133,6 +133,11 @@ function explain(i) {
     make(make(line, "td"), "span", "", "share").style.width = 4 * p + "rem";
   };
   for (const [id, piece, p] of best) row(visible(piece), p, id === shown.ids[i]);
+  if (about.draws) {
+    if (shown.others[i] > 0) row("others that were drawn", shown.others[i], false);
+    make(panel, "p", "Shares of " + about.draws + " draws.", "soft");
+    return;
+  }
   if (about.top_k > best.length) row((about.top_k - best.length) + " more that are kept", shown.others[i], false);
   row("all others (tail)", shown.tail[i], false);
 }

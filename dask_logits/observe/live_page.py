@@ -203,6 +203,7 @@ _HELP = {
     "seconds_left": "Time until the run is scored.",
     "mfu": "FLOPs of the tokens relative to those of a large matrix product.",
     "kept_mass": "Mean probability of the kept tokens.",
+    "distinct_draws": "Mean number of distinct ids among the draws of a position.",
     "stage_seconds_total": "Time of all workers by stage.",
     "failed_attempts_total": "Attempts that failed before their partition was committed.",
     "worker_memory_bytes": "Resident memory of a worker at its last heartbeat.",
@@ -221,7 +222,9 @@ def _samples(snapshot: Snapshot) -> Iterator[tuple[str, dict[str, str], float]]:
         yield "seconds_left", {}, status.seconds_left
     if status.mfu == status.mfu:
         yield "mfu", {}, status.mfu
-    if status.statistics.tokens:
+    if status.statistics.distinct:
+        yield "distinct_draws", {}, status.statistics.mean_distinct
+    elif status.statistics.tokens:
         yield "kept_mass", {}, status.statistics.mean_kept_mass
     for stage, seconds in status.seconds.items():
         yield "stage_seconds_total", {"stage": stage}, seconds
@@ -264,7 +267,7 @@ def _figures(snapshot: Snapshot) -> Html:
     if status.mfu == status.mfu:
         rows.append(("MFU", f"{status.mfu:.2f}"))
     if sums.tokens:
-        rows.append(("kept mass", f"{sums.mean_kept_mass:.4f}"))
+        rows.append(sums.entries)
     if sums.labels:
         rows.append(("perplexity", f"{sums.perplexity:.2f}"))
     return tiles(rows)

@@ -267,7 +267,7 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
     if sums.targets not in (0, sums.tokens):
         figures.append(("targets", number(sums.targets)))
     if sums.targets:
-        figures.append(("kept mass", f"{sums.mean_kept_mass:.4f}"))
+        figures.append(sums.entries)
     if sums.labels:
         figures.append(("perplexity", f"{sums.perplexity:.2f}"))
     if facts.readers:

@@ -19,7 +19,7 @@ from dask_logits.cache.partition import PartitionReader
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.data.tokens import local_tokenizer
-from dask_logits.records import EVERY_TOKEN, Array, kept_mass_by_k
+from dask_logits.records import EVERY_TOKEN, Array, as_distribution, kept_mass_by_k
 from dask_logits.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ class Document:
     entropies
         [N] entropy of the kept distribution of each position, in nats.
     kept
-        [N] probability of the K entries.
+        [N] probability of the K entries, for draws the number of distinct ids.
     surprises
         [N] −log-prob of the true next token in nats, NaN where there is none.
     mass_by_k
-        k → mean probability of its k best tokens.
+        k → mean probability of its k best tokens. Empty for draws.
     """
 
     row: int
@@ -153,16 +153,21 @@ def entropy(topk_logprobs: Array) -> Array:
 
 def measured(arrays: Mapping[str, Array], *, row: int, offset: int, n_tokens: int, number: int | None) -> Document:
     """Return what the teacher thinks of a document, from the logical arrays of its tokens."""
+    of_entries, counts = as_distribution(arrays), arrays.get("topk_counts")
     return Document(
         row=row,
         offset=offset,
         number=number,
         n_tokens=n_tokens,
         opening_ids=tuple(arrays["input_ids"][:_OPENING_TOKENS].tolist()),
-        entropies=entropy(arrays["topk_logprobs"]),
-        kept=-np.expm1(arrays["tail_logmass"].astype(np.float32)),
+        entropies=entropy(of_entries["topk_logprobs"]),
+        kept=(
+            -np.expm1(of_entries["tail_logmass"].astype(np.float32))
+            if counts is None
+            else np.count_nonzero(counts, axis=1).astype(np.float32)
+        ),
         surprises=-arrays["label_logprob"].astype(np.float32),
-        mass_by_k=kept_mass_by_k(arrays["topk_logprobs"]),
+        mass_by_k=kept_mass_by_k(of_entries["topk_logprobs"]) if counts is None else {},
     )
 
 

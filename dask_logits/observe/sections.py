@@ -224,7 +224,7 @@ def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | Non
 
 
 def targets(charts: Charts, sample: Sample, noun: str) -> Html:
-    """Show the histograms of the targets, and the kept mass by k."""
+    """Show the histograms of the targets, and the kept mass by k unless they are draws."""
     n_tokens = sum(len(each.entropies) for each in sample.documents)
     whole = n_tokens >= sample.lengths.sum()
     said = (
@@ -235,15 +235,23 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
     )
     long = sample.lengths
     mass = sample.mass_by_k
+    kept = (
+        _histogram(charts, "Kept mass", sample.joined("kept"), "probability",
+                   "How much of the teacher's probability the kept tokens hold.", span=(0.0, 1.0))
+        if mass
+        else _histogram(charts, "Distinct ids", sample.joined("kept"), "ids of a position",
+                        "How many different tokens the draws of a position gave: few if the teacher is certain.")
+    )  # fmt: skip
     charted = [
         _histogram(charts, f"Length of {noun}", long, "tokens", f"The longest has {long.max():,} tokens."),
-        _histogram(charts, "Entropy of the kept distribution", sample.joined("entropies"), "nats",
-                   "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
-        _histogram(charts, "Kept mass", sample.joined("kept"), "probability",
-                   "How much of the teacher's probability the kept tokens hold.", span=(0.0, 1.0)),
+        _histogram(charts, f"Entropy of the {'kept distribution' if mass else 'draws'}", sample.joined("entropies"),
+                   "nats", "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
+        kept,
         _histogram(charts, "Surprise", sample.joined("surprises"), "nats",
                    "How little the teacher expected the token that really comes next: −log of its probability."),
     ]  # fmt: skip
+    if not mass:
+        return section("targets", "Targets", said, Html(f'<div class="pair">{"".join(charted)}</div>'))
     top = max(mass)
     sentence = (
         f"The most probable token holds {100 * mass[1]:.1f} % of the probability on average, all {top} hold "
@@ -252,8 +260,8 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
     by_k = {f"{k:,}": value for k, value in mass.items()}
     line = charts.line("Kept mass by k", by_k, unit="k, the number of tokens kept", description=sentence)
     values = table(("k", "kept mass"), [(k, f"{value:.4f}") for k, value in by_k.items()], numbers=(1,), label="By k")
-    kept = f"<div><h3>Kept mass by k</h3><p>{sentence}</p>{line}{folded('Values', values)}</div>"
-    return section("targets", "Targets", said, Html(f'<div class="pair">{"".join(charted)}{kept}</div>'))
+    curve = f"<div><h3>Kept mass by k</h3><p>{sentence}</p>{line}{folded('Values', values)}</div>"
+    return section("targets", "Targets", said, Html(f'<div class="pair">{"".join(charted)}{curve}</div>'))
 
 
 def _histogram(

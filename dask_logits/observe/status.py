@@ -135,7 +135,8 @@ class Status:
             "documents": sums.documents,
             "tokens": sums.tokens,
             "targets": sums.targets,
-            "kept_mass": _finite(sums.mean_kept_mass),
+            "kept_mass": None if sums.distinct else _finite(sums.mean_kept_mass),
+            "distinct_draws": round(sums.mean_distinct, 3) if sums.distinct else None,
             "perplexity": _finite(sums.perplexity),
             "tokens_per_second": _finite(self.tokens_per_second) if sums.tokens else None,
             "mfu": _finite(self.mfu),
@@ -184,7 +185,8 @@ class Status:
             if self.splits:
                 out.append(f"splits        {plural(self.splits, 'batch')} did not fit into memory; lower batch_tokens")
         if sums.targets:
-            out.append(f"kept mass     {sums.mean_kept_mass:.4f}")
+            label, value = sums.entries
+            out.append(f"{label:13} {value}")
         if sums.labels:
             out.append(f"perplexity    {sums.perplexity:.2f} (teacher, on these documents)")
         if self.retried:

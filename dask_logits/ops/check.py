@@ -19,7 +19,7 @@ from dask_logits.cache.pieces import PartitionPiece, cache_pieces
 from dask_logits.cache.profile import Compact, Precision, Profile, gaps_of
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, total_digest
+from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, label_doubts, total_digest
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 from dask_logits.run.records import Receipt
@@ -70,6 +70,7 @@ _LABELS = {
     "live_against_live_max": "noise floor, largest difference (nats)",
     "live_against_live_rms": "noise floor, root mean square difference (nats)",
     "live_against_live_same_top_1": "noise floor, share with the same first token",
+    "draws_moved": "share of the draws that are other tokens in the new scores",
     "nats_lost_by_keeping_k": "KL of keeping k entries and the mass of the rest (nats)",
 }
 
@@ -174,6 +175,8 @@ class _Checker:
         self.order = Check("log-probs descending, at most 0")
         self.mass = Check("kept and tail mass sum to 1")
         self.labels = Check("labels' log-probs fit the kept ones")
+        self.counts = Check("draws counted, most frequent first")
+        self.drawn_labels = Check("labels drawn as often as they are probable")
         self.finite = Check("nothing NaN or infinite")
         self.documents = Check("documents, each row once and whole")
 
@@ -195,9 +198,23 @@ class _Checker:
         """Check every position of some documents, which may have been stored in fewer bits before."""
         if not records.n_tokens:
             return
-        ids_MK, logprobs_MK = records.topk_ids, records.topk_logprobs.astype(np.float64)
-        tail_M, label_M = (array.astype(np.float64) for array in (records.tail_logmass, records.label_logprob))
         places = _Places(records)
+        label_M = records.label_logprob.astype(np.float64)
+        if records.loss_mask is not None:
+            wrong_N = records.loss_mask > 1
+            wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
+            self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
+        next_M = np.append(records.input_ids[1:], 0).astype(np.int64)[places.targets_M]
+        inside_M = ~places.is_last[places.targets_M] & ~np.isnan(label_M)
+        match_MK = records.topk_ids.astype(np.int64) == next_M[:, None]
+        if records.topk_counts is not None:
+            self._draws(records, records.topk_counts, profile, places)
+            self._drawn_labels(records.topk_counts, match_MK, label_M, inside_M, profile.extras.draws, places)
+            return
+        assert records.topk_logprobs is not None
+        assert records.tail_logmass is not None
+        ids_MK, logprobs_MK = records.topk_ids, records.topk_logprobs.astype(np.float64)
+        tail_M = records.tail_logmass.astype(np.float64)
         sorted_MK = np.sort(ids_MK, axis=1)
         bad_N = records.input_ids >= profile.vocab_size
         bad_N[places.targets_M] |= sorted_MK[:, -1] >= profile.vocab_size
@@ -210,10 +227,6 @@ class _Checker:
         odd |= np.isnan(tail_M) | (tail_M > _SLACK) | (label_M > _SLACK)
         if records.tail_logmass_T is not None:
             odd |= ~(records.tail_logmass_T <= _SLACK).all(1)
-        if records.loss_mask is not None:
-            wrong_N = records.loss_mask > 1
-            wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
-            self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
         self._add(self.finite, odd, places.name_of_target, "expected numbers, and no log-prob above 0")
         error_MK = _rounding(logprobs_MK, profile, source_precision)
         p_MK, tail_p_M = np.exp(logprobs_MK), np.exp(tail_M)
@@ -223,9 +236,6 @@ class _Checker:
         with np.errstate(over="ignore", invalid="ignore"):
             allowed_M = (p_MK * np.expm1(error_MK)).sum(1) + tail_error_M + _SLACK
         self._add(self.mass, ~(np.abs(mass_M - 1) <= allowed_M), places.name_of_target, "expected a mass of 1", mass_M)
-        next_M = np.append(records.input_ids[1:], 0).astype(np.int64)[places.targets_M]
-        inside_M = ~places.is_last[places.targets_M] & ~np.isnan(label_M)
-        match_MK = ids_MK.astype(np.int64) == next_M[:, None]
         kept_M = match_MK.any(1)
         at_M = match_MK.argmax(1)
         rows = np.arange(len(at_M))
@@ -241,6 +251,40 @@ class _Checker:
             "expected the kept entry's log-prob, or less than the last's",
             label_M,
         )
+
+    def _draws(self, records: Records, counts_MK: Array, profile: Profile, places: _Places) -> None:
+        """Check the draws of every position."""
+        ids_MK, is_present_MK = records.topk_ids.astype(np.int64), counts_MK > 0
+        # Absent entries count as further ids.
+        distinct_MK = np.sort(np.where(is_present_MK, ids_MK, -1 - np.arange(ids_MK.shape[1])), axis=1)
+        bad_N = records.input_ids >= profile.vocab_size
+        bad_M = (ids_MK >= profile.vocab_size).any(1) | (distinct_MK[:, 1:] == distinct_MK[:, :-1]).any(1)
+        bad_N[places.targets_M] |= bad_M | ((ids_MK > 0) & ~is_present_MK).any(1)
+        self._add(self.ids, bad_N, places.name, f"expected distinct ids below {profile.vocab_size}, 0 for absent ones")
+        steps_MK, rises_MK = np.diff(counts_MK.astype(np.int64), axis=1), np.diff(ids_MK, axis=1) > 0
+        is_tie_MK = (steps_MK == 0) & is_present_MK[:, 1:]
+        unordered_M = ((steps_MK > 0) | (is_tie_MK & ~rises_MK)).any(1)
+        self._add(
+            self.counts, unordered_M, places.name_of_target, "expected counts that descend, equal ones by lower id"
+        )
+        sums_M = counts_MK.sum(1, dtype=np.int64)
+        wrong_M, text = sums_M != profile.extras.draws, f"expected counts that sum to {profile.extras.draws}"
+        self._add(self.counts, wrong_M, places.name_of_target, text, sums_M)
+        odd_M = ~np.isfinite(records.logsumexp) | (records.label_logprob > _SLACK)
+        self._add(self.finite, odd_M, places.name_of_target, "expected numbers, and no log-prob above 0")
+
+    def _drawn_labels(
+        self, counts_MK: Array, match_MK: Array, label_M: Array, inside_M: Array, draws: int, places: _Places
+    ) -> None:
+        """Check that the next tokens were drawn as often as their probabilities say, over all positions together."""
+        shares_M = (counts_MK * match_MK).sum(1)[inside_M] / draws
+        self.drawn_labels.looked_at += len(shares_M)
+        doubts = label_doubts(shares_M, label_M[inside_M], draws)
+        if doubts is not None:
+            self.drawn_labels.found(
+                [f"{places.name(0)} and later: expected {doubts[0]:.6g} as the sum of the shares of the next tokens "
+                 f"among the draws, got {doubts[1]:.6g}"]
+            )  # fmt: skip
 
     def _add(
         self, check: Check, wrong: Array, name: Callable[[int], str], text: str, values: Array | None = None

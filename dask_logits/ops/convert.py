@@ -28,7 +28,7 @@ _TABLE_TOKENS = 50_000
 # Attributes set by the new file.
 _OWN = {
     "format", "format_version", "profile", "n_tokens", "n_entries", "n_targets", "n_target_entries", "n_documents",
-    "n_blocks", "top_k", "vocab_size", "precision", "source_precision", "chunk_tokens", "crc32_block_bytes",
+    "n_blocks", "top_k", "draws", "vocab_size", "precision", "source_precision", "chunk_tokens", "crc32_block_bytes",
     "temperature", "target_shift", "order", "content_digest", "complete",
 }  # fmt: skip
 # Attributes of a numbered file only.
@@ -127,6 +127,8 @@ def _compact(reader: CacheReader, precision: Precision) -> Compact:
         table = reader.profile.id_table
     else:
         ids = np.asarray(reader.arrays["topk_ids"][:_TABLE_TOKENS])
+        if reader.profile.extras.draws:
+            ids = ids[reader.arrays["topk_counts"][:_TABLE_TOKENS] > 0]
         table = id_table(ids, reader.vocab_size)
     return Compact(
         top_k=reader.top_k,

@@ -41,6 +41,8 @@ _LABELS = {
     "learned": "tokens learned",
     "targets": "targets",
     "top_k": "top k",
+    "draws": "draws",
+    "distinct": "distinct draws",
     "temperatures": "temperatures",
     "vocab_size": "vocabulary",
     "kept_mass": "kept mass",
@@ -87,6 +89,7 @@ def card(path: str | Path) -> dict[str, Any]:
     calibration = None if copied is None else Calibration.parse(reader.path, copied)
     sums = [one.header.statistics for one in readers if one.header.statistics is not None]
     statistics = sum(sums, Statistics()) if sums else None
+    draws = reader.profile.extras.draws
     teacher = said.get("teacher") or {}
     named: Any = said.get("dataset")
     data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
@@ -100,7 +103,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "bytes": n_bytes,
         "format_version": str(said["format_version"]),
         "profile": said["profile"],
-        "precision": reader.profile.precision if isinstance(reader.profile, Compact) else None,
+        "precision": reader.profile.precision if isinstance(reader.profile, Compact) and not draws else None,
         "documents": sum(one.n_documents for one in readers),
         "empty_documents": sum(one.n_empty for one in readers),
         "skipped_rows": statistics.skipped_rows or None if statistics else None,
@@ -109,7 +112,9 @@ def card(path: str | Path) -> dict[str, Any]:
         "tokens": n_tokens,
         "learned": statistics.learned if statistics and reader.profile.extras.is_masked else None,
         "targets": sum(one.n_targets for one in readers) if reader.profile.extras.has_target_pos else None,
-        "top_k": reader.top_k,
+        "top_k": None if draws else reader.top_k,
+        "draws": draws or None,
+        "distinct": round(statistics.mean_distinct, 2) if draws and statistics else None,
         "temperatures": [1.0, *reader.profile.extras.temperatures] if reader.profile.extras.temperatures else None,
         "vocab_size": reader.vocab_size,
         "bytes_per_token": round(n_bytes / max(1, n_tokens), 1),
@@ -124,9 +129,11 @@ def card(path: str | Path) -> dict[str, Any]:
         "dataset": {name: value for name, value in data.items() if value is not None},
         "plan_digest": said.get("plan_digest"),
         "content_digest": total_digest(one.header.content_digest for one in readers),
-        "kept_mass": _number(statistics.mean_kept_mass) if statistics else None,
+        "kept_mass": _number(statistics.mean_kept_mass) if statistics and not draws else None,
         "perplexity": _number(statistics.perplexity) if statistics else None,
-        "kept_mass_by_k": (calibration and calibration.kept_mass_by_k) or kept_mass_by_k(_sample(reader)),
+        "kept_mass_by_k": (
+            {} if draws else (calibration and calibration.kept_mass_by_k) or kept_mass_by_k(_sample(reader))
+        ),
     }
 
 

@@ -31,7 +31,7 @@ from pydantic import Field
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
 from dask_logits.cache.profile import ProfileSpec
 from dask_logits.errors import CacheError, RunConflictError
-from dask_logits.fields import Count, Record, Temperature, shown
+from dask_logits.fields import MOST_DRAWS, Count, Record, Temperature, shown
 from dask_logits.files.atomic import names_in, read_json, unreadable
 from dask_logits.records import Extras
 from dask_logits.run.records import FORMAT, VERSION, Calibration, DriverStatus, Manifest, Receipt
@@ -170,6 +170,7 @@ class RunFolder:
             precision=storage.precision,
             id_table=str(self.tables_path / f"{storage.id_table}.npy") if storage.id_table else None,
             extras=Extras(
+                draws=sizes.draws,
                 temperatures=sizes.temperatures,
                 is_masked=sizes.mask_column is not None or sizes.learn == "assistant",
                 has_target_pos=sizes.positions != "all",
@@ -350,6 +351,7 @@ class _Sizes(Record):
     top_k: _Positive = Field(alias="teacher.generation.top_k")
     vocab_size: _Positive = Field(alias="dataset.vocab_size")
     temperatures: tuple[Temperature, ...] = Field((), alias="teacher.generation.temperatures")
+    draws: Annotated[int, Field(strict=True, ge=0, le=MOST_DRAWS)] = Field(0, alias="teacher.generation.draws")
     positions: str = Field("all", alias="teacher.generation.positions")
     mask_column: str | None = Field(None, alias="dataset.mask_column")
     learn: str | None = Field(None, alias="dataset.learn")

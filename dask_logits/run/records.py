@@ -103,7 +103,10 @@ class Calibration(Record, extra="allow"):
     )
     compile_seconds: Finite | None = Field(default=None, description="Compilation time. Null: nothing was compiled.")
     kept_mass_by_k: dict[str, Finite] | None = Field(
-        default=None, description="k → mean probability of the k best tokens."
+        default=None, description="k → mean probability of the k best tokens. Null for draws."
+    )
+    distinct_draws: Finite | None = Field(
+        default=None, description="Mean number of distinct ids among the draws of a position. Null: no draws."
     )
     tokens: Count = Field(default=0, description="Scored tokens of the sample.")
     perplexity: NumberOrInfinity | None = Field(default=None, description="Teacher's perplexity on the sample.")

@@ -7,7 +7,7 @@ A batch that does not fit into the device's memory is halved, recursively. The p
 receipt describes the computation exactly.
 
 Dimension letters: B sequences, T tokens, N kept tokens and M of them with targets (of a batch or of the partition),
-R positions of a chunk, C ids of a row, D hidden width, V vocabulary, K kept entries, J temperatures.
+R positions of a chunk, C ids of a row, D hidden width, V vocabulary, K kept entries, J temperatures, S draws.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dask_logits.data.items import Item, plain_items
+from dask_logits.data.items import Item, Span, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
+from dask_logits.teacher.draws import count_draws, draw_keys, uniforms
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
 from dask_logits.teacher.meter import Stopwatch
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.positions import Positions, highest_entropy, scored_positions
 from dask_logits.teacher.stages import Ahead
-from dask_logits.teacher.topk import padded_width, topk_with_tail
+from dask_logits.teacher.topk import TopK, padded_width, topk_with_tail
 from dask_logits.teacher.transfer import OutputRing, to_device
 
 # Code is compiled for sequences of at least two tokens.
@@ -49,7 +50,7 @@ class ScoringSettings:
     Parameters
     ----------
     top_k
-        K.
+        K. For draws, the most distinct ids that there can be.
     vocab_size
         Valid vocabulary.
     batch_tokens, batch_size
@@ -64,6 +65,10 @@ class ScoringSettings:
         Positions with targets: ``all``, ``labels`` (those that a student learns), or ``entropy``.
     position_share
         With ``entropy``: share of the positions of each item to keep, those of the highest entropy.
+    draws
+        Number of draws of each position. 0: the targets are the most probable tokens.
+    seed
+        Seed of the draws.
     """
 
     top_k: int
@@ -75,6 +80,8 @@ class ScoringSettings:
     temperatures: tuple[float, ...] = ()
     positions: Positions = "all"
     position_share: float = 1.0
+    draws: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +218,12 @@ class _Run:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
         masks = [item.loss_mask for item in self.items if item.loss_mask is not None]
         has_target_pos = settings.positions != "all"
-        extras = Extras(temperatures=settings.temperatures, is_masked=bool(masks), has_target_pos=has_target_pos)
+        extras = Extras(
+            draws=settings.draws,
+            temperatures=settings.temperatures,
+            is_masked=bool(masks),
+            has_target_pos=has_target_pos,
+        )
         entries = schema(settings.top_k, settings.vocab_size, extras)
         n_tokens = int(self.starts[-1])
         self.scored_M = scored_positions(self.items, settings.positions)
@@ -230,6 +242,8 @@ class _Run:
             self.out["target_pos"] = self.scored_M.astype(np.uint64)
         if settings.positions == "entropy":
             self.out[_ENTROPY] = np.empty(len(self.scored_M), np.float32)
+        spans = [span for item in self.items for span in item.spans]
+        self._keys_M = _draw_keys(settings.seed, spans)[self.scored_M] if settings.draws else None
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)
@@ -349,15 +363,19 @@ class _Run:
             rows_M = states.flatten(0, 1)
         for first in range(0, len(where_M), self.settings.head_rows):
             chunk = slice(first, first + self.settings.head_rows)
-            targets = self._targets(rows_M.index_select(0, valid_M[chunk]), labels_M[chunk])
+            keys_R = None if self._keys_M is None else to_device(self._keys_M[where_M[chunk]], device)
+            targets = self._targets(rows_M.index_select(0, valid_M[chunk]), labels_M[chunk], keys_R)
             with self.watch.span("transfer"):
                 self.ring.put(targets, functools.partial(self._deliver, where_M[chunk]))
         self.out["input_ids"][where_N] = tokens_BT[kept_BT]
         self.padded_tokens += tokens_BT.size
         return len(where_N)
 
-    def _targets(self, rows_R: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        """Return the targets of a chunk in their stored dtypes. Columns beyond the vocabulary remain −inf."""
+    def _targets(self, rows_R: Tensor, labels_R: Tensor, keys_R: Tensor | None) -> dict[str, Tensor]:
+        """Return the targets of a chunk in their stored dtypes. Columns beyond the vocabulary remain −inf.
+
+        Targets with keys are draws.
+        """
         teacher, path = self.teacher, self.settings.path
         logits_RV = self.logits_RV[: len(rows_R)]
         valid_RV = logits_RV[:, : self.settings.vocab_size]
@@ -376,17 +394,27 @@ class _Run:
                 refine=functools.partial(self._refined, rows_R) if teacher.refines else None,
                 temperatures=self.settings.temperatures,
                 has_entropy=self.settings.positions == "entropy",
+                uniform_RS=None if keys_R is None else uniforms(keys_R, self.settings.draws),
             )
             label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
             return {
-                "topk_ids": top.ids_RK.int(),
-                "topk_logprobs": (top.logits_RK - top.logsumexp_R[:, None]).half(),
+                **self._entries(top),
                 "logsumexp": top.logsumexp_R,
-                "tail_logmass": top.tail_logmass_R,
                 "label_logprob": label_logprobs_R,
                 **({"tail_logmass_T": top.tail_logmass_RJ} if self.settings.temperatures else {}),
                 **({} if top.entropy_R is None else {_ENTROPY: top.entropy_R}),
             }
+
+    def _entries(self, top: TopK) -> dict[str, Tensor]:
+        """Return the kept entries of a chunk: the most probable tokens and their tail, or the draws."""
+        if top.drawn_RS is not None:
+            ids_RK, counts_RK = count_draws(top.drawn_RS, self.settings.top_k)
+            return {"topk_ids": ids_RK.int(), "topk_counts": counts_RK}
+        return {
+            "topk_ids": top.ids_RK.int(),
+            "topk_logprobs": (top.logits_RK - top.logsumexp_R[:, None]).half(),
+            "tail_logmass": top.tail_logmass_R,
+        }
 
     def _refined(self, rows_R: Tensor, ids_RC: Tensor) -> Tensor:
         with self.watch.span("refine"):
@@ -398,6 +426,14 @@ class _Run:
 
     def _padded_size(self, part: tuple[int, ...]) -> int:
         return len(part) * int(self.lengths[part[0]])
+
+
+def _draw_keys(seed: int, spans: Sequence[Span]) -> Array:
+    """Return the key of each kept token's draws: [N] int64."""
+    none = np.empty(0, np.int64)
+    rows = [none, *(np.full(span.length, span.row, np.int64) for span in spans)]
+    positions = [none, *(np.arange(span.offset, span.offset + span.length, dtype=np.int64) for span in spans)]
+    return draw_keys(seed, np.concatenate(rows), np.concatenate(positions))
 
 
 def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tensor:

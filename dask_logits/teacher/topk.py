@@ -15,7 +15,7 @@ refinement, 3 µs order, 10 µs sums and small steps. ``torch.topk`` and ``log_s
 long.
 
 Dimension letters: R rows, V vocabulary padded to whole blocks, N blocks, G groups of neighbouring blocks, C candidates,
-K kept entries, J temperatures.
+K kept entries, J temperatures, S draws.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.draws import draw_ids
 from dask_logits.teacher.model import ScoringPath
 
 BLOCK = 64
@@ -67,6 +68,8 @@ class TopK:
         float32, log of the probability outside the K entries at each further temperature.
     entropy_R
         float32, entropy of the whole distribution in nats. None unless it is asked for.
+    drawn_RS
+        int64, ids drawn from the whole distribution. None unless uniform numbers are given.
     """
 
     ids_RK: Tensor
@@ -76,6 +79,7 @@ class TopK:
     label_logits_R: Tensor
     tail_logmass_RJ: Tensor
     entropy_R: Tensor | None = None
+    drawn_RS: Tensor | None = None
 
 
 def padded_width(vocab_size: int) -> int:
@@ -117,6 +121,7 @@ def topk_with_tail(
     refine: Callable[[Tensor], Tensor] | None = None,
     temperatures: tuple[float, ...] = (),
     has_entropy: bool = False,
+    uniform_RS: Tensor | None = None,
 ) -> TopK:
     """Compute the targets of R positions from their logits.
 
@@ -138,6 +143,8 @@ def topk_with_tail(
         Divisors of the logits, each for one more tail.
     has_entropy
         Whether to compute the entropy.
+    uniform_RS
+        Uniform numbers, each for one draw (:mod:`dask_logits.teacher.draws`). `logits_RV` is overwritten then.
     """
     rows, width = logits_RV.shape
     labels_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device) if labels_R is None else labels_R
@@ -171,6 +178,16 @@ def topk_with_tail(
     # Only the base of a group of −inf exceeds the highest value: it is 0 and may lie far above, and 0 · inf is NaN.
     rest_RG = sums_RN.view(*bases_RG.shape, -1).sum(-1) * (bases_RG - highest_R1).clamp(max=0.0).exp()
     candidates.scatter_(1, place_RK, -torch.inf)
+    entropy_R = _entropy(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, path) if has_entropy else None
+    tail_logmass_RJ = _tails(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, k, temperatures, path)
+    drawn_RS = None
+    if uniform_RS is not None:
+        scale_RG1 = (bases_RG - highest_R1).clamp(max=0.0).exp()[:, :, None]
+        mass_RN = (sums_RN.view(*bases_RG.shape, -1) * scale_RG1).flatten(1)
+        blocks_RCB = candidates.view(rows, -1, BLOCK)
+        mass_RN.scatter_(1, chosen_RC, _sum_exp(path.compiled)(blocks_RCB, highest_R1[:, :, None], path))
+        mass_RC = (values_RC - highest_R1).exp()
+        drawn_RS = draw_ids(logits_RV, ids_RC, mass_RC, mass_RN, highest_R1, uniform_RS, path)
     left_R = left_R + rest_RG.sum(-1) + _sum_exp(path.compiled)(candidates, highest_R1, path)
     total_R = left_R + (kept_RK - highest_R1).exp().sum(-1)
     return TopK(
@@ -179,8 +196,9 @@ def topk_with_tail(
         logsumexp_R=highest_R1[:, 0] + total_R.log(),
         tail_logmass_R=left_R.log() - total_R.log(),
         label_logits_R=label_logits_R,
-        tail_logmass_RJ=_tails(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, k, temperatures, path),
-        entropy_R=_entropy(logits_RV, ids_RC, values_RC - highest_R1, highest_R1, path) if has_entropy else None,
+        tail_logmass_RJ=tail_logmass_RJ,
+        entropy_R=entropy_R,
+        drawn_RS=drawn_RS,
     )
 
 

@@ -9,11 +9,12 @@ Dimension letters: B items in a batch, T tokens, S segments of an item, K kept e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # torch 2.13 documents this table as the way to register a type in default_collate, but exports it nowhere else.
 from torch.utils.data._utils.collate import default_collate_fn_map
@@ -39,11 +40,14 @@ class CachedItem(Mapping[str, Tensor]):
         Exclusive upper bound of all ids.
     temperatures
         Temperature of each column of ``tail_logmass_T``.
+    draws
+        Number of draws of each position, 0 if the entries are the most probable tokens.
     """
 
     tensors: dict[str, Tensor]
     vocab_size: int
     temperatures: tuple[float, ...] = ()
+    draws: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -71,6 +75,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
         ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding and at tokens
         that are not learned, as Hugging Face models expect them (they shift inside). ``targets``, the
         :class:`dask_logits.SparseTargets` [B, T] of the batch, with the mask False at positions without targets.
+        The targets of draws have as many entries as the widest position.
         ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and lengths 0 for missing segments. ``n_beyond`` [B] with a
         `student_vocab_size`, ``source`` [B] with a :class:`dask_logits.MixedDataset`. With ``decode="device"`` the
         targets are still encoded.
@@ -92,6 +97,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     [[6, -100]]
     """
     _check_items(items)
+    items = _widened(items)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
@@ -151,6 +157,7 @@ def _targets(
         mask=learned_BT,
         vocab_size=max(item.vocab_size for item in items),
         temperatures=items[0].temperatures,
+        draws=items[0].draws,
         tail_logmass_NJ=_padded(items, "tail_logmass_T", 0.0, torch.float32) if items[0].temperatures else None,
         topk_logprobs_NKJ=_padded(items, "topk_logprobs_T", 0.0, torch.float32)
         if "topk_logprobs_T" in items[0]
@@ -180,6 +187,24 @@ def _padded(items: Sequence[CachedItem], name: str, fill: float, dtype: torch.dt
         is_chosen = "target_pos" in item and name not in EVERY_TOKEN
         out[b, item["target_pos"] if is_chosen else slice(len(item[name]))] = item[name].to(dtype)
     return out
+
+
+def _widened(items: Sequence[CachedItem]) -> list[CachedItem]:
+    """Give items of draws the entries of the widest one. The new entries are absent."""
+    if not items[0].draws:
+        return list(items)
+    width = max(item["topk_ids"].shape[1] for item in items)
+    fills = {"topk_ids": 0, "topk_logprobs": -torch.inf}
+    return [
+        replace(
+            item,
+            tensors={
+                **item.tensors,
+                **{name: pad(item[name], (0, width - item[name].shape[1]), value=fills[name]) for name in fills},
+            },
+        )
+        for item in items
+    ]
 
 
 def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
@@ -226,7 +251,7 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
     """
     _check_items(items)
-    rows = [collate([item]) for item in items]
+    rows = [collate([item]) for item in _widened(items)]
     targets = [row["targets"] for row in rows]
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     ends = lengths.cumsum(0)

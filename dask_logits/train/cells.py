@@ -9,6 +9,7 @@ share ``d_tail / T`` in proportion to their probability. Per divergence:
 
 ===================  ==========================  =======================
 forward KL           Σ p log(p/q)                u = −p
+draws                −Σ p log q                  u = −p
 reverse KL           Σ q log(q/p)                u = q log(q/p)
 JSD(β)               m = βp + (1−β)q             u = (1−β) q log(q/m)
 total variation      ½ Σ \|p − q\|                 u = ½ q sign(q − p)
@@ -134,7 +135,9 @@ def _divergence(logp_RC: Tensor, logq_RC: Tensor, objective: Objective) -> tuple
     p_RC, q_RC = logp_RC.exp(), logq_RC.exp()
     has_p_RC, has_q_RC = logp_RC > -torch.inf, q_RC > 0
     if objective.divergence == "forward_kl":
-        terms_RC, u_RC = torch.where(has_p_RC, p_RC * (logp_RC - logq_RC), 0.0), -p_RC
+        # No entropy is subtracted from the cross-entropy with draws.
+        entropy_RC = 0.0 if objective.tail == "sampled" else logp_RC
+        terms_RC, u_RC = torch.where(has_p_RC, p_RC * (entropy_RC - logq_RC), 0.0), -p_RC
     elif objective.divergence == "reverse_kl":
         terms_RC = u_RC = torch.where(has_q_RC, q_RC * (logq_RC - logp_RC), 0.0)
     elif objective.divergence == "jsd":

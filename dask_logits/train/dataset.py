@@ -25,7 +25,7 @@ from dask_logits.cache.profile import Compact
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, ConfigError, DatasetError, first_line
 from dask_logits.files.atomic import expanded
-from dask_logits.records import total_digest
+from dask_logits.records import as_distribution, total_digest
 from dask_logits.train.batches import CachedItem, collate
 from dask_logits.train.decode import Decoder
 from dask_logits.train.objective import tails_with_dropped
@@ -50,6 +50,10 @@ class CachedLogitsDataset(Dataset[CachedItem]):
     [S, 3] int64 has the (row, offset, length) of each stretch of one row's tokens. The targets at position t are the
     teacher's distribution over the token at t + 1.
 
+    The targets of a cache made with ``targets=sample`` are draws. ``topk_ids`` are the distinct tokens drawn, and
+    ``topk_logprobs``, then float32, the logs of their shares, −∞ for an absent entry. K is the most of a position of
+    the item, and ``tail_logmass`` is −∞.
+
     A cache with targets at chosen positions also has ``target_pos`` [M] int64, the item's positions with targets,
     rising. All arrays but ``input_ids`` and ``loss_mask`` then have M rows. Options that cut tokens cut both.
 
@@ -59,7 +63,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         ``teacher_logits.h5``, its run folder, an index written by ``dask-logits merge --index``, a folder of caches, or
         a list of these.
     top_k
-        Entries to keep per position. The mass of the others is added to the tail. None: all.
+        Entries to keep per position. The mass of the others is added to the tail. None: all. Draws are kept as a
+        whole.
     window
         Tokens of a window over the stream of all documents in order. Items are then windows, the last one shorter.
         None: documents (text windows, packed blocks) as the job made them.
@@ -89,7 +94,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         of one job, or hold the same row twice. If the targets of the first item contradict its tokens, or the tokenizer
         is not the teacher's.
     ConfigError
-        If `top_k` is not between 1 and the cache's, or another setting has an unlisted value.
+        If `top_k` is not between 1 and the cache's, or another setting has an unlisted value. If `top_k` or
+        ``decode="device"`` is given for a cache of draws.
     """
 
     def __init__(
@@ -123,9 +129,15 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         self._order = _order(readers)
         self.top_k = first.top_k if top_k is None else top_k
         self.vocab_size = first.vocab_size
+        self.draws = first.profile.extras.draws
         self.temperatures = first.profile.extras.temperatures
         self.is_masked = first.profile.extras.is_masked
         self.has_target_pos = first.profile.extras.has_target_pos
+        if self.draws and (top_k is not None or decode == "device"):
+            raise ConfigError(
+                f"top_k: expected None and decode='worker' for a cache of draws, got {top_k!r} and {decode!r}. The "
+                "draws of a position belong together, and are packed in the file"
+            )
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
         for name, value in (("window", window), ("max_tokens", max_tokens), ("student_vocab_size", student_vocab_size)):
@@ -157,7 +169,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             "teacher": self.attributes.get("teacher_path") or "unknown",
             "items": f"{len(self):,}" + "".join(f", {n:,} {kind} left out" for n, kind in left_out if n),
             "tokens": f"{self.n_tokens:,}",
-            "top_k": f"{self.top_k} of a vocabulary of {self.vocab_size:,}",
+            **self._entries_text(),
             "profile": self.attributes["profile"],
         }
         if self.has_target_pos:
@@ -168,6 +180,10 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             if getattr(self, name) is not None:
                 lines[name] = f"{getattr(self, name):,}"
         return "CachedLogitsDataset(" + "".join(f"\n    {name}: {value}" for name, value in lines.items()) + "\n)"
+
+    def _entries_text(self) -> dict[str, str]:
+        size = f"of a vocabulary of {self.vocab_size:,}"
+        return {"draws": f"{self.draws} {size}"} if self.draws else {"top_k": f"{self.top_k} {size}"}
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -286,9 +302,14 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             return
         reader, start, stop, segments_S3 = self._span(0)
         arrays = {**reader.profile.decode(reader.stored(start, stop)), "segments": segments_S3}
-        item = {name: _tensor(name, array) for name, array in arrays.items()}
-        tensors = {**item, "row": torch.tensor(0)}
-        batch = collate([CachedItem(tensors=tensors, vocab_size=self.vocab_size, temperatures=self.temperatures)])
+        item = {name: _tensor(name, array) for name, array in _with_shares(arrays).items()}
+        first = CachedItem(
+            tensors={**item, "row": torch.tensor(0)},
+            vocab_size=self.vocab_size,
+            temperatures=self.temperatures,
+            draws=self.draws,
+        )
+        batch = collate([first])
         try:
             batch["targets"].check_alignment(batch["input_ids"])
         except DatasetError as error:
@@ -327,16 +348,17 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
     def _tensors(self, found: dict[str, npt.NDArray[Any]]) -> CachedItem:
         row = found.pop("row")
-        item = {name: _tensor(name, array) for name, array in found.items()}
+        item = {name: _tensor(name, array) for name, array in _with_shares(found).items()}
         item["row"] = torch.tensor(int(row))
         if self.decode == "worker" and self.student_vocab_size is not None:
             item = self._within(item, self.student_vocab_size)
-        if self.decode == "worker" and self.top_k < item["topk_ids"].shape[1]:
+        if self.decode == "worker" and not self.draws and self.top_k < item["topk_ids"].shape[1]:
             item = _cut(item, self.top_k, self.temperatures)
         return CachedItem(
             tensors=item,
             vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size),
             temperatures=self.temperatures,
+            draws=self.draws,
         )
 
     def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -361,6 +383,15 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             item["topk_ids"] = item["topk_ids"].masked_fill(beyond_TK, 0).gather(-1, order_TK)
             item["topk_logprobs"] = item["topk_logprobs"].masked_fill(beyond_TK, -torch.inf).gather(-1, order_TK)
         return item
+
+
+def _with_shares(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Replace the counts of draws by the logs of their shares, as many as the widest position has."""
+    if "topk_counts" not in arrays:
+        return arrays
+    width = max(1, int(np.count_nonzero(arrays["topk_counts"], axis=1).max(initial=0)))
+    cut = {name: arrays[name][:, :width] for name in ("topk_ids", "topk_counts")}
+    return as_distribution({**arrays, **cut})
 
 
 def _half(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -71,6 +71,12 @@ class EnsembleDataset(Dataset[CachedItem]):
         self, sources: Mapping[str, CachedLogitsDataset], *, weights: Mapping[str, float] | None = None
     ) -> None:
         check_sources(sources, *_SHARED)
+        for name, source in sources.items():
+            if source.draws:
+                raise ConfigError(
+                    f"sources: expected caches of the most probable tokens, got draws in {name!r}, which do not say "
+                    "how probable a token is. MixedDataset over the same caches draws one teacher for each item"
+                )
         self.sources = dict(sources)
         share_S = shares(dict.fromkeys(sources, 1.0) if weights is None else weights, sources)
         self.shares = dict(zip(sources, share_S.tolist(), strict=True))

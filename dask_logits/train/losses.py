@@ -88,7 +88,7 @@ def distillation_loss(
     logits
         [..., V], of the same positions as the targets: the targets at t are for the token at t + 1, like the logits at
         t, so nothing is shifted. Logits beyond the teacher's vocabulary count in the student's tail. Kept entries that
-        the student has no logit for count in the teacher's tail.
+        the student has no logit for count in the teacher's tail, and draws of them are left out.
     targets
         ``batch["targets"]`` of :func:`dask_logits.collate`. Positions outside its mask are ignored, also by the
         cross-entropy. With targets at chosen positions, both terms therefore cover only those.
@@ -114,7 +114,7 @@ def distillation_loss(
     ------
     ConfigError
         If `logits` do not fit the targets: another shape, one position less, another device, or not floating-point.
-        If the targets have no tail at the objective's temperature.
+        If the targets have no tail at the objective's temperature, or are draws and the objective is not for draws.
     DatasetError
         If `input_ids` differ from the teacher's tokens, or if a kept id is outside the vocabulary.
 
@@ -123,6 +123,10 @@ def distillation_loss(
     Stored log-probs are rounded to float16. The kept entries are rescaled to the mass outside the tail, so that the
     teacher's distribution sums to one. The reverse KL is infinite where the teacher has no tail mass but the student
     has. There the mass is taken as the smallest positive float32, ``e^−103.3``.
+
+    Of targets that are draws, the divergence is the cross-entropy ``−Σ (count / n) log q`` over the tokens drawn. Its
+    expectation is that of the teacher's whole distribution, and so is its gradient's. Its least value is the teacher's
+    entropy, not 0, because no entropy is subtracted.
 
     Examples
     --------
@@ -259,6 +263,7 @@ def _loss(
         raise ConfigError(f"chunk_rows: expected at least 1, got {chunk_rows}")
     if isinstance(normaliser, int | float) and not 0 < normaliser < math.inf:
         raise ConfigError(f"normaliser: expected a positive number of scored tokens, got {normaliser!r}")
+    objective = objective.of(targets)
     _warn_if_narrow(problem.width, targets.vocab_size)
     rows_M = targets.mask.flatten().nonzero().squeeze(-1)
     n_tokens = len(rows_M)
@@ -356,7 +361,8 @@ def _warn_if_narrow(width: int, vocab_size: int) -> None:
     if width < vocab_size:
         warnings.warn(
             f"The student has {width} logits, but the targets are for a vocabulary of {vocab_size}. Kept entries that "
-            "the student has no logit for count in the tail. Check that the student uses the teacher's tokenizer. To "
+            "the student has no logit for count in the tail, and draws of them are left out. Check that the student "
+            "uses the teacher's tokenizer. To "
             f"confirm, open the cache with CachedLogitsDataset(..., student_vocab_size={width}).",
             stacklevel=4,
         )

@@ -59,7 +59,7 @@ class MixedDataset(Dataset[CachedItem]):
         seed: int = 0,
     ) -> None:
         self.sources = dict(sources)
-        check_sources(self.sources, "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
+        check_sources(self.sources, "draws", "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
         self.seed = seed
         first = next(iter(self.sources.values()))
         self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures

@@ -1,12 +1,14 @@
 """What a student is trained on: divergence, tail, temperature, mix, and the teacher's side of them.
 
 Every choice ends in the same form: probabilities on *cells*. A cell is one kept token, and the last cell, the tail, is
-all other tokens. The three tails differ in the teacher's probabilities only:
+all other tokens. These three tails differ in the teacher's probabilities only:
 
 * ``ghost``: the tail cell has the teacher's tail mass.
 * ``residual``: the true next token gets the tail mass, and the tail cell has none. A position without a next token
   keeps its ghost.
 * ``renormalised``: the kept entries are scaled to one, and the tail cell has none.
+
+Draws from the teacher have no tail: the cells are the distinct tokens drawn, with their shares (``sampled``).
 
 Dimension letters: N positions, K kept entries, J temperatures.
 """
@@ -25,7 +27,7 @@ from dask_logits.errors import ConfigError, DatasetError
 from dask_logits.train.targets import IGNORED_LABEL, SparseTargets
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
-Tail = Literal["ghost", "residual", "renormalised"]
+Tail = Literal["auto", "ghost", "residual", "renormalised", "sampled"]
 
 # Log of the smallest positive float32: the least tail mass of the reverse KL, which is infinite at a mass of 0.
 LEAST_LOGMASS = -149 * math.log(2)
@@ -43,9 +45,12 @@ class Objective:
         p the teacher and q the student (arXiv 2306.13649). ``total_variation``, half the sum of the absolute values of
         ``p − q``.
     tail
-        What becomes of the teacher's mass outside the kept entries. ``ghost``: one cell, compared with the student's
+        What becomes of the teacher's mass outside the kept entries. ``auto``: ``ghost``, or ``sampled`` for targets
+        that are draws, which have no other. ``ghost``: one cell, compared with the student's
         mass outside the kept entries. ``residual``: the true next token gets it. ``renormalised``: the kept entries are
-        scaled to one (biased; it warns).
+        scaled to one (biased; it warns). ``sampled``: the cross-entropy of the student with the draws,
+        ``−Σ (count / n) log q``, an unbiased estimate of that with the teacher's whole distribution
+        (arXiv 2503.16870). No entropy is subtracted, because that of the draws is a biased estimate.
     beta
         Weight of the teacher in ``jsd``, between 0 and 1. Other divergences ignore it.
     temperature
@@ -57,7 +62,8 @@ class Objective:
     Raises
     ------
     ConfigError
-        If a value is out of bounds, or the reverse KL is combined with a tail of no mass, where it is infinite.
+        If a value is out of bounds, or the reverse KL is combined with a tail of no mass, where it is infinite. If
+        ``sampled`` is combined with another divergence, or with a temperature other than 1.
 
     Examples
     --------
@@ -66,7 +72,7 @@ class Objective:
     """
 
     divergence: Divergence = "forward_kl"
-    tail: Tail = "ghost"
+    tail: Tail = "auto"
     beta: float = 0.5
     temperature: float = 1.0
     alpha: float = 1.0
@@ -88,6 +94,8 @@ class Objective:
                 f"tail: expected 'ghost' with the reverse KL, got {self.tail!r}, which leaves the teacher no mass in "
                 "the tail, so that the reverse KL is infinite"
             )
+        if self.tail == "sampled":
+            problems += self._problems_of_draws()
         if problems:
             raise ConfigError("\n".join(problems), problems)
         if self.tail == "renormalised":
@@ -97,6 +105,48 @@ class Objective:
                 "than no distillation (arXiv 2503.16870). Use tail='ghost' or tail='residual'.",
                 stacklevel=3,
             )
+
+    def _problems_of_draws(self) -> list[str]:
+        """Return the reasons why targets that are draws cannot have this objective."""
+        problems = []
+        if self.divergence != "forward_kl":
+            problems.append(
+                f"divergence: expected 'forward_kl' for draws, got {self.divergence!r}, which needs the teacher's "
+                "probabilities, not only tokens drawn from them; train on a cache made with targets=topk"
+            )
+        if self.temperature != 1:
+            problems.append(
+                f"temperature: expected 1 for draws, got {self.temperature:g}: they were drawn at temperature 1; "
+                "train on a cache made with targets=topk"
+            )
+        return problems
+
+    def of(self, targets: SparseTargets) -> Objective:
+        """Return the objective with the tail that targets have.
+
+        Parameters
+        ----------
+        targets
+            The targets of a loss.
+
+        Raises
+        ------
+        ConfigError
+            If they are draws and the objective is not for draws, or the reverse.
+        """
+        if not targets.draws:
+            if self.tail == "sampled":
+                raise ConfigError(
+                    "tail: expected 'auto', 'ghost', 'residual' or 'renormalised' for targets that are the most "
+                    "probable tokens, got 'sampled'; make a cache with distillation.teacher.generation.targets=sample"
+                )
+            return replace(self, tail="ghost") if self.tail == "auto" else self
+        problems = self._problems_of_draws()
+        if self.tail not in ("auto", "sampled"):
+            problems.append(f"tail: expected 'auto' or 'sampled' for draws, which have no tail, got {self.tail!r}")
+        if problems:
+            raise ConfigError("\n".join(problems), problems)
+        return replace(self, tail="sampled")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +195,7 @@ def teacher_cells(
     rows_N
         Scored positions of the flattened batch.
     width
-        Logits of the student. Kept ids beyond them count in the tail.
+        Logits of the student. Kept ids beyond them count in the tail, draws beyond them nowhere.
     dtype
         Of the log-probs.
 
@@ -166,12 +216,17 @@ def teacher_cells(
     _check_ids(torch.where(logp_NK > -torch.inf, ids_NK, 0), targets.vocab_size)
     if objective.tail == "renormalised":
         logtail_N = torch.zeros_like(logp_NK[:, 0])
+    elif objective.tail == "sampled":
+        # Counts are integers, so the rounding of their logs is undone.
+        logp_NK = ((logp_NK.exp() * targets.draws).round() / targets.draws).log()
+        logtail_N = torch.full_like(logp_NK[:, 0], -torch.inf)
     else:
         logtail_N = _tail(targets, objective.temperature).flatten()[rows_N].to(dtype)
         logp_NK, logtail_N = normalise_targets(logp_NK, logtail_N)
 
     beyond_NK = ids_NK >= width
-    logtail_N = torch.logaddexp(logtail_N, logp_NK.masked_fill(~beyond_NK, -torch.inf).logsumexp(-1))
+    if objective.tail != "sampled":
+        logtail_N = torch.logaddexp(logtail_N, logp_NK.masked_fill(~beyond_NK, -torch.inf).logsumexp(-1))
     logp_NK = logp_NK.masked_fill(beyond_NK, -torch.inf)
     labels_N = targets.label_ids.flatten()[rows_N]
     labels_N = labels_N.masked_fill(labels_N >= width, IGNORED_LABEL)

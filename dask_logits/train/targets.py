@@ -3,7 +3,7 @@
 One object holds the targets and the mask of valid positions, so that a loss cannot be called without the mask. It
 cannot be sliced, because targets and logits of the same position belong together and slicing could shift one of them.
 Provable facts about a batch are checked: student and teacher read the same tokens, and the log-prob of each next token
-agrees with its kept entry.
+agrees with its kept entry, or for draws with their frequency.
 
 Dimension letters: N positions (any leading dimensions, [B, T] for a padded batch), K kept entries.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dask_logits.errors import ConfigError, DatasetError
+from dask_logits.records import label_doubts
 
 IGNORED_LABEL = -100
 
@@ -90,9 +91,11 @@ class SparseTargets(_Tensors):
         [N] int64, the tokens read by the teacher.
     topk_ids, topk_logprobs
         [N, K] int64 and float32, the kept entries, most probable first. An entry with log-prob −∞ is absent, and its id
-        is ignored. In a position without absent entries no other token is more probable than the kept ones.
+        is ignored. In a position without absent entries no other token is more probable than the kept ones. Of draws:
+        the distinct tokens drawn, and the logs of their shares.
     tail_logmass
-        [N] float32, log of the teacher's mass outside the kept entries.
+        [N] float32, log of the teacher's mass outside the kept entries. Of draws: of the share of the draws that the
+        student has no logit for, −∞ without any.
     logsumexp
         [N] float32, of the teacher's raw logits.
     label_ids
@@ -113,6 +116,9 @@ class SparseTargets(_Tensors):
         [N, K, J] float32, the log-probs of the kept entries at each of the temperatures, for a mixture of teachers.
         None for one teacher, whose log-probs at temperature 1 determine them.
 
+    draws
+        Number of draws of each position, 0 if the entries are the most probable tokens.
+
     Raises
     ------
     ConfigError
@@ -131,6 +137,7 @@ class SparseTargets(_Tensors):
     temperatures: tuple[float, ...] = ()
     tail_logmass_NJ: Tensor | None = None
     topk_logprobs_NKJ: Tensor | None = None
+    draws: int = 0
 
     def __post_init__(self) -> None:
         width = {
@@ -201,6 +208,9 @@ class SparseTargets(_Tensors):
 
     def _check_labels(self) -> None:
         """Refuse targets whose label log-probs contradict the kept entries, because they belong to other tokens."""
+        if self.draws:
+            self._check_drawn_labels()
+            return
         present_NK = self.topk_logprobs > -torch.inf
         is_label_NK = (self.topk_ids == self.label_ids[..., None]) & present_NK
         least_N = torch.where(present_NK, self.topk_logprobs, torch.inf).amin(-1)
@@ -221,6 +231,21 @@ class SparseTargets(_Tensors):
                 f"{'' if is_kept_N[place] else 'at most '}{float(bound_N[place]):.3f} "
                 f"({int(wrong_N.sum())} of {int(known_N.sum())} positions disagree). Run `dask-logits verify` on the "
                 "cache; if it finds nothing, the targets were shifted after they were read."
+            )
+
+    def _check_drawn_labels(self) -> None:
+        """Refuse draws among which the next tokens are too rare or too frequent for their probabilities."""
+        known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan()
+        is_label_NK = self.topk_ids == self.label_ids[..., None]
+        shares_N = torch.where(is_label_NK, self.topk_logprobs.exp(), 0.0).sum(-1)
+        shares, logprobs = (each[known_N].float().cpu().numpy() for each in (shares_N, self.label_logprob))
+        doubts = label_doubts(shares, logprobs, self.draws)
+        if doubts is not None:
+            raise DatasetError(
+                f"The targets do not belong to these tokens: at {int(known_N.sum())} positions the shares of the draws "
+                f"that are the next token should sum to {doubts[0]:.1f} by the teacher's probabilities, but sum to "
+                f"{doubts[1]:.1f}. Run `dask-logits verify` on the cache; if it finds nothing, the targets were "
+                "shifted after they were read."
             )
 
 

@@ -85,8 +85,8 @@ class CalibrationTask:
         Token ids of the first documents of the plan.
     plan_tokens
         Tokens that each worker will score. None: unknown, assumed to be a quarter of an hour's work.
-    top_k, vocab_size, batch_size
-        Settings of the run.
+    top_k, vocab_size, batch_size, draws, seed
+        Settings of the run. Of draws, `top_k` is the most distinct ids that there can be.
     batch_tokens, head_rows
         Settings, with ``auto`` resolved by :func:`auto_budgets`.
     batch_tokens_fixed
@@ -119,6 +119,8 @@ class CalibrationTask:
     compile: Literal["auto", "always", "never"]
     compact: bool = False
     temperatures: tuple[float, ...] = ()
+    draws: int = 0
+    seed: int = 0
     target_share: float = 1.0
     most_trial_seconds: float = float("inf")
 
@@ -205,6 +207,8 @@ def calibrate(
         head_rows=task.head_rows,
         path=path,
         temperatures=task.temperatures,
+        draws=task.draws,
+        seed=task.seed,
     )
     first = settings = _warmed(teacher, settings, task)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
@@ -218,7 +222,7 @@ def calibrate(
     if settings != first:
         on_step("scoring them again with the faster settings")
         scored = score_items(teacher, plain_items(documents), settings)
-    table = id_table(scored.records.topk_ids, task.vocab_size) if task.compact else None
+    table = id_table(scored.records.present_ids, task.vocab_size) if task.compact else None
     return _report(task, settings, scored, cost, choice, trials), table
 
 
@@ -282,7 +286,8 @@ def _report(
         cost=dataclasses.asdict(cost),
         trials_tokens_per_second=trials.rates,
         compile_seconds=trials.compile_seconds,
-        kept_mass_by_k=kept_mass_by_k(scored.records.topk_logprobs),
+        kept_mass_by_k=None if task.draws else kept_mass_by_k(scored.records.logprobs),
+        distinct_draws=round(statistics_of.mean_distinct, 3) if task.draws else None,
         tokens=scored.records.n_tokens,
         perplexity=statistics_of.perplexity if statistics_of.labels else None,
         tokens_per_second=round(scored.records.n_tokens / seconds, 1),

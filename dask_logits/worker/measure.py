@@ -130,8 +130,8 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         choices=tuple(
             Choice(
                 top_k=k,
-                kept_mass=float(np.exp(widest.records.topk_logprobs[:, :k].astype(np.float32)).sum(1).mean()),
-                lost_nats=float(np.mean(truncation_nats(whole.records.topk_logprobs, k))),
+                kept_mass=float(np.exp(widest.records.logprobs[:, :k].astype(np.float32)).sum(1).mean()),
+                lost_nats=float(np.mean(truncation_nats(whole.records.logprobs, k))),
                 bytes_per_token=_size(widest.records, k, task),
             )
             for k in ks

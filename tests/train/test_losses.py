@@ -424,7 +424,10 @@ def test_the_reverse_kl_floors_a_tail_of_no_mass() -> None:
     ("options", "message"),
     [
         ({"divergence": "kl"}, r"divergence: expected one of forward_kl, reverse_kl, jsd, total_variation, got 'kl'"),
-        ({"tail": "none", "alpha": 2}, r"tail: expected one of ghost, .*'none'\nalpha: expected a number from 0 to 1"),
+        (
+            {"tail": "none", "alpha": 2},
+            r"tail: expected one of auto, ghost, .*'none'\nalpha: expected a number from 0 to 1",
+        ),
         ({"beta": 0.0}, r"beta: expected a number between 0 and 1, got 0\.0"),
         ({"temperature": -1.0}, r"temperature: expected a positive number, got -1\.0"),
         (
