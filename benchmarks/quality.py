@@ -50,6 +50,8 @@ class Way(NamedTuple):
     position_share: float = 1.0
     # Of the label loss at all positions. The objective's own is at the positions with targets.
     label_share: float = 0.0
+    # Draws of a position. 0: the k most probable tokens.
+    draws: int = 0
 
 
 def ways(vocab_size: int, k: int) -> dict[str, Way]:
@@ -73,6 +75,8 @@ def ways(vocab_size: int, k: int) -> dict[str, Way]:
         f"half cross-entropy, half ghost, k = {k}": Way(k, Objective(alpha=0.5)),
         f"ghost, k = {k}, 8 bits": Way(k, ghost, 8),
         f"ghost, k = {k}, 12 bits": Way(k, ghost, 12),
+        "12 draws": Way(k, ghost, 8, draws=12),
+        "50 draws": Way(k, ghost, 8, draws=50),
         "offline": Way(vocab_size, ghost),
         "live": Way(k, None),
     }
@@ -151,17 +155,20 @@ def write_cache(folder: Path, teacher: Path, blocks_NT: Tensor, way: Way) -> tup
     """Score the blocks. Return the dataset, and its bytes per token."""
     from datasets import Dataset
 
-    name = f"k{way.k}-{way.precision}-{way.position_share}"
+    name = f"k{way.k}-{way.precision}-{way.position_share}-{way.draws}"
+    generation = "distillation.teacher.generation"
+    entries = [f"{generation}.top_k={way.k}"]
+    if way.draws:
+        entries = [f"{generation}.targets=sample", f"{generation}.draws={way.draws}"]
     settings = [
         f"distillation.teacher.model_path={teacher}",
         f"distillation.teacher.cache_dir={folder / name}",
-        f"distillation.teacher.generation.top_k={way.k}",
+        *entries,
         f"distillation.cache.profile={'plain' if way.precision is None else 'compact'}",
         f"distillation.cache.precision={way.precision or 8}",
         "cluster=serial",
     ]
     if way.position_share < 1:
-        generation = "distillation.teacher.generation"
         settings += [f"{generation}.positions=entropy", f"{generation}.position_share={way.position_share}"]
     path = folder / name / "teacher_logits.h5"
     if not path.exists():

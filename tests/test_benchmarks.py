@@ -91,8 +91,8 @@ def test_stream_runs(llama, corpus, capsys) -> None:
 @pytest.mark.parametrize(
     ("ways", "number"),
     [
-        (["half cross-entropy, half ghost at 20 %, k = 32", "ghost, k = 8, 8 bits", "offline"], 5),
-        pytest.param([], 15, marks=pytest.mark.slow),
+        (["half cross-entropy, half ghost at 20 %, k = 32", "50 draws", "offline"], 5),
+        pytest.param([], 17, marks=pytest.mark.slow),
     ],
 )
 def test_quality_runs(ways, number, tmp_path, capsys) -> None:

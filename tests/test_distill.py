@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import records, tiny_model, write_cache
+from builders import drawn_records, records, tiny_model, write_cache
 from transformers import AutoModelForCausalLM
 
 from dask_logits import CachedLogitsDataset, Objective, collate, distillation_loss
@@ -55,6 +55,17 @@ def test_a_random_student_learns_what_is_held_out_from_it(cache, monkeypatch, ca
     found = distillation_loss(logits, batch["targets"], Objective(alpha=0.9))
     assert found.loss.item() == pytest.approx(curve["held_out"][-1]["loss"], rel=1e-4)
     assert before != after
+
+
+def test_a_student_learns_from_draws(cache, monkeypatch) -> None:
+    write_cache(cache / "teacher_logits.h5", drawn_records(records([20, 30, 0, 10, 25, 15], k=8)))
+    output = distill(cache, "student.steps=2", "student.eval_steps=2", *SMALL, monkeypatch=monkeypatch)
+    curve = json.loads((output / "curve.json").read_text())
+    dataset = CachedLogitsDataset(cache / "teacher_logits.h5")
+    batch = collate([dataset[4]])
+    logits = AutoModelForCausalLM.from_pretrained(output)(batch["input_ids"], batch["attention_mask"]).logits
+    found = distillation_loss(logits, batch["targets"], Objective(tail="sampled", alpha=0.9))
+    assert found.loss.item() == pytest.approx(curve["held_out"][-1]["loss"], rel=1e-4)
 
 
 def test_a_student_continues_from_its_folder(cache, monkeypatch) -> None:

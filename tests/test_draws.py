@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import h5py
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -54,6 +55,8 @@ from dask_logits.cache.pieces import cache_pieces, consolidate
 from dask_logits.cache.profile import as_kept
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config import Config
+from dask_logits.job.measured_plan import measure_plan, measured_figures, measured_lines
+from dask_logits.job.prepare import prepare
 from dask_logits.job.recompute import _Document, _Fit, _Moved
 from dask_logits.observe.explore import Explorer
 from dask_logits.ops.show import card
@@ -89,6 +92,8 @@ def test_packed_chunks_hold_one_position_after_the_other() -> None:
     assert found["other"].tolist() == [[103, 101, 104], [102, 101, 101], [0, 0, 0], [104, 101, 103], [0, 0, 0]]
 
 
+# Processors that others use take arbitrary time.
+@hypothesis.settings(deadline=None)
 @given(st.lists(st.integers(1, 6), max_size=40), st.integers(1, 9), st.integers(0, 2**32))
 def test_unpacking_inverts_packing(widths, chunk, seed) -> None:
     draw = np.random.default_rng(seed)
@@ -587,6 +592,23 @@ def test_caches_of_draws_mix_and_make_no_ensemble(job, tmp_path) -> None:
     write_cache(tmp_path / "a.h5", records(LENGTHS, k=3))
     with pytest.raises(ConfigError, match="expected the same draws, got 0 in 'a' and 20 in 'b'"):
         MixedDataset({"a": CachedLogitsDataset(tmp_path / "a.h5"), "b": one})
+
+
+@pytest.mark.parametrize("profile", [PLAIN, COMPACT])
+def test_a_measured_plan_shows_what_draws_take(job, tmp_path, profile) -> None:
+    planned = prepare(load_config([*job.base(tmp_path / "run"), profile]))
+    found = measure_plan(planned)
+    assert [one.draws for one in found.draw_choices] == [20, 25, 50, 100]
+    for name in ("distinct", "bytes_per_token"):
+        values = [getattr(one, name) for one in found.draw_choices]
+        assert values == sorted(values)
+    distinct = [np.count_nonzero(row) for item in items_of(job(PLAIN)) for row in item["topk_counts"]]
+    # Other draws of the same distributions, a few of which have other contexts.
+    assert found.draw_choices[0].distinct == pytest.approx(np.mean(distinct), abs=0.7)
+    lines = measured_lines(planned, found)
+    assert sum("← draws" in line for line in lines) == 1
+    assert not any("← top_k" in line for line in lines)
+    assert measured_figures(planned, found)["by_draws"][0]["draws"] == 20
 
 
 def test_other_draws_are_refused_in_the_same_folder(job) -> None:

@@ -66,7 +66,7 @@ def time_range(job: Job, found: Measurement) -> tuple[float, float] | None:
 def measured_lines(job: Job, found: Measurement) -> list[str]:
     """Format what was measured for display."""
     rate = statistics.median(found.tokens_per_second)
-    spread = time_range(job, found)
+    spread, generation = time_range(job, found), job.config.teacher.generation
     lines = [
         f"speed         {rate:,.0f} tokens/s for {each_of(max(1, job.n_workers))}, measured",
         f"memory        {gib(found.peak_bytes)} at the peak of the sample",
@@ -78,9 +78,14 @@ def measured_lines(job: Job, found: Measurement) -> list[str]:
     tokens = job.estimate.tokens
     for one in found.choices:
         size = "" if tokens is None else gib(tokens * one.bytes_per_token)
-        mark = "  ← top_k" if one.top_k == job.config.teacher.generation.top_k else ""
+        mark = "  ← top_k" if one.top_k == generation.top_k and not generation.n_draws else ""
         figures = f"{one.top_k:8}   {one.kept_mass:9.4f}   {one.lost_nats:11.4f}   {one.bytes_per_token:11.1f}"
         lines.append(f"{figures}   {size}{mark}")
+    lines += ["", "   draws   distinct ids   bytes/token   cache   (with targets=sample)"]
+    for drawn in found.draw_choices:
+        size = "" if tokens is None else gib(tokens * drawn.bytes_per_token)
+        mark = "  ← draws" if drawn.draws == generation.n_draws else ""
+        lines.append(f"{drawn.draws:8}   {drawn.distinct:12.1f}   {drawn.bytes_per_token:11.1f}   {size}{mark}")
     lines += ["", "   share   bytes/token   cache   (of positions with targets, by highest entropy)"]
     planned = min(found.bytes_by_share, key=lambda share: abs(share - job.estimate.target_share))
     for share, each in found.bytes_by_share.items():
@@ -97,5 +102,6 @@ def measured_figures(job: Job, found: Measurement) -> dict[str, Any]:
         "seconds": None if spread is None else list(spread),
         "peak_bytes": found.peak_bytes,
         "by_k": [vars(one) for one in found.choices],
+        "by_draws": [vars(one) for one in found.draw_choices],
         "bytes_per_token_by_share": found.bytes_by_share,
     }

@@ -236,7 +236,7 @@ def render(facts: Facts) -> str:
         parts += [sections.targets(charts, sample, noun), sections.extremes(sample, noun)]
     parts.append(_computed(facts))
     if facts.readers:
-        parts.append(sections.loading(str(facts.path), facts.readers[0].top_k))
+        parts.append(sections.loading(str(facts.path), facts.readers[0].top_k, facts.readers[0].profile.extras.draws))
     shown = [part for part in parts if part is not None]
     name = _dataset_name(facts.dataset)
     title = f"{Path(facts.teacher).name or 'A teacher'}{f' on {name}' if name else ''}"

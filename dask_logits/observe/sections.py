@@ -320,7 +320,7 @@ def _documents(sample: Sample, documents: Sequence[Document], label: str) -> Htm
     return table(head, rows, numbers=(0, 1, 2, 3), label=label)
 
 
-def loading(path: str, top_k: int) -> Html:
+def loading(path: str, top_k: int, draws: int) -> Html:
     """Show how to load the cache."""
     code = (
         "from torch.utils.data import DataLoader\n\n"
@@ -329,9 +329,8 @@ def loading(path: str, top_k: int) -> Html:
         "loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=collate)\n"
         'batch = next(iter(loader))  # batch["input_ids"], batch["targets"]\n'
     )
-    said = (
-        f"Each position has {top_k} token ids with log-probs, the mass of the rest, and the log-prob of the true token."
-    )
+    entries = f"{draws} draws" if draws else f"{top_k} token ids with log-probs, the mass of the rest,"
+    said = f"Each position has {entries} and the log-prob of the true token."
     commands = f"dask-logits verify {shlex.quote(path)}"
     return section("loading", "Load the cache", said, Html(f"<pre>{text(code)}</pre>"),
                    "Its checksums are checked with", Html(f"<pre>{text(commands)}</pre>"))  # fmt: skip

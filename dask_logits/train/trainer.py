@@ -50,7 +50,7 @@ class DistillationConfig(TrainingArguments):  # type: ignore[misc]
     """
 
     divergence: Divergence = field(default="forward_kl", metadata={"help": "Divergence from the teacher."})
-    tail: Tail = field(default="ghost", metadata={"help": "What becomes of the mass outside the kept entries."})
+    tail: Tail = field(default="auto", metadata={"help": "What becomes of the mass outside the kept entries."})
     beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in the divergence jsd."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both sides in the divergence."})
     alpha: float = field(default=1.0, metadata={"help": "Share of the divergence. The rest is cross-entropy."})

@@ -24,6 +24,7 @@ from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
 from dask_logits.worker.calibrate import CalibrationTask, calibrate, first_documents, sample_tokens
 
 _KS = (8, 16, 32, 64, 128, 256)
+_DRAWS = (25, 50, 100)
 # Shares of the positions that get targets.
 _SHARES = (0.1, 0.2, 0.5, 1.0)
 # Rounds of the sample that are timed.
@@ -57,6 +58,25 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawChoice:
+    """What a number of draws means for the targets.
+
+    Parameters
+    ----------
+    draws
+        Their number.
+    distinct
+        Mean number of distinct ids of a position.
+    bytes_per_token
+        Size in the cache.
+    """
+
+    draws: int
+    distinct: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What was measured on a sample.
 
@@ -68,6 +88,8 @@ class Measurement:
         Speeds of one worker in some rounds.
     choices
         Figures by K, with targets at all positions.
+    draw_choices
+        Figures by the number of draws, with targets at all positions.
     bytes_by_share
         Share of the positions that get targets, those of the highest entropy → bytes per token.
     peak_bytes
@@ -77,6 +99,7 @@ class Measurement:
     calibration: Calibration
     tokens_per_second: tuple[float, ...]
     choices: tuple[Choice, ...]
+    draw_choices: tuple[DrawChoice, ...]
     bytes_by_share: dict[float, float]
     peak_bytes: int
 
@@ -106,6 +129,8 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         head_rows=numerics.head_rows,
         path=ScoringPath(**numerics.path.model_dump()),
         temperatures=task.temperatures,
+        draws=task.draws,
+        seed=task.seed,
     )
     teacher = load_teacher(task.teacher, task.vocab_size)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
@@ -120,10 +145,11 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         rates.append(scored.records.n_tokens / max(scored.seconds["score"], 1e-9))
     on_step("comparing numbers of kept entries")
     ks = tuple(sorted({k for k in _KS if k <= task.vocab_size} | {task.top_k}))
-    widest = score_items(teacher, items, replace(settings, top_k=ks[-1], positions="entropy"))
+    widest = score_items(teacher, items, replace(settings, top_k=ks[-1], positions="entropy", draws=0))
+    job = score_items(teacher, items, replace(settings, positions="entropy")) if task.draws else widest
     shares = sorted({*_SHARES, round(task.target_share, 2) or _SHARES[0]})
     few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
-    whole = score_items(teacher, few, replace(settings, top_k=task.vocab_size, temperatures=()))
+    whole = score_items(teacher, few, replace(settings, top_k=task.vocab_size, temperatures=(), draws=0))
     return Measurement(
         calibration=calibration,
         tokens_per_second=tuple(rates),
@@ -136,7 +162,11 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
             )
             for k in ks
         ),
-        bytes_by_share={share: _size(_chosen(items, widest, share), task.top_k, task) for share in shares},
+        draw_choices=tuple(
+            _draw_choice(whole.records, draws, task)
+            for draws in sorted({*_DRAWS, *([task.draws] if task.draws else [])})
+        ),
+        bytes_by_share={share: _size(_chosen(items, job, share), task.top_k, task) for share in shares},
         peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
     )
 
@@ -147,23 +177,47 @@ def _chosen(items: Sequence[Item], scored: Scored, share: float) -> Records:
     return scored.records.at(highest_entropy(items, np.arange(len(scored.entropy_M)), scored.entropy_M, share))
 
 
+def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoice:
+    """Draw from the whole distributions of a sample."""
+    width = min(draws, task.vocab_size)
+    random = np.random.default_rng(0)
+    ids_NK = np.zeros((whole.n_targets, width), whole.topk_ids.dtype)
+    counts_NK = np.zeros((whole.n_targets, width), np.uint8)
+    for row, (ids_V, logp_V) in enumerate(zip(whole.topk_ids, whole.logprobs, strict=True)):
+        p_V = np.exp(logp_V.astype(np.float64))
+        counts_V = random.multinomial(draws, p_V / p_V.sum())
+        # Stable, so that equal counts are in the order of the ids.
+        by_id = np.argsort(ids_V)
+        best_K = by_id[np.argsort(-counts_V[by_id], kind="stable")[:width]]
+        counts_NK[row] = counts_V[best_K]
+        ids_NK[row] = np.where(counts_NK[row] > 0, ids_V[best_K], 0)
+    drawn = replace(whole, topk_ids=ids_NK, topk_counts=counts_NK, topk_logprobs=None, tail_logmass=None)
+    return DrawChoice(
+        draws=draws,
+        distinct=float(np.count_nonzero(counts_NK, axis=1).mean()),
+        bytes_per_token=_size(drawn, width, replace(task, draws=draws, temperatures=())),
+    )
+
+
 def _size(records: Records, k: int, task: CalibrationTask) -> float:
-    """Return the bytes per token of a sample that keeps k entries."""
+    """Return the bytes per token of a sample that keeps k entries, or as many as its draws need."""
     share = records.n_targets / max(1, records.n_tokens)
-    extras = Extras(temperatures=task.temperatures, has_target_pos=share < 1)
+    draws = 0 if records.topk_counts is None else task.draws
+    extras = Extras(draws=draws, temperatures=task.temperatures, has_target_pos=share < 1)
     if not task.compact:
         return bytes_per_token(k, task.vocab_size, extras, share)
     tokens = {name: array for name, array in records.tokens().items() if name in extras.token_arrays}
-    cut = {**tokens, "topk_ids": tokens["topk_ids"][:, :k], "topk_logprobs": tokens["topk_logprobs"][:, :k]}
+    of_entries = ("topk_ids", "topk_counts" if draws else "topk_logprobs")
+    cut = {**tokens, **{name: tokens[name][:, :k] for name in of_entries}}
     profile: Profile = Compact(
         top_k=k,
         vocab_size=task.vocab_size,
         precision=8,
-        id_table=id_table(cut["topk_ids"], task.vocab_size),
+        id_table=id_table(records.present_ids if draws else cut["topk_ids"], task.vocab_size),
         extras=extras,
     )
     n_bytes = 0
-    for name, array in encode_all(cut, profile).items():
+    for name, array in profile.pack(encode_all(cut, profile)).items():
         step = profile.alignment if profile.arrays[name].chunked else 0
         pieces: list[Any] = [array[at : at + step] for at in range(0, len(array), step)] if step else []
         n_bytes += sum(len(compress(piece)) for piece in pieces) if step else array.nbytes

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from builders import compact, records, tiny_model, write_cache
+from builders import compact, drawn_records, records, tiny_model, write_cache
 from torch.utils.data import ConcatDataset, Subset
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("caches")
     for name, lengths, seed in (("train", LENGTHS, 1), ("other", LENGTHS, 2), ("eval", [4, 11, 6, 9, 3, 8, 5], 3)):
         write_cache(folder / f"{name}.h5", records(lengths, k=4, seed=seed))
+    write_cache(folder / "drawn.h5", drawn_records(records(LENGTHS, k=4, seed=1)))
     write_cache(folder / "some.h5", records(LENGTHS, k=4, seed=1).at(np.arange(1, sum(LENGTHS), 3)))
     return folder
 
@@ -51,7 +52,7 @@ def dataset(folder: Path) -> CachedLogitsDataset:
     return CachedLogitsDataset(folder / "train.h5")
 
 
-@pytest.fixture(params=["train", "some"], ids=["all positions", "some positions"])
+@pytest.fixture(params=["train", "some", "drawn"], ids=["all positions", "some positions", "draws"])
 def either(folder: Path, request: pytest.FixtureRequest) -> CachedLogitsDataset:
     return CachedLogitsDataset(folder / f"{request.param}.h5")
 
