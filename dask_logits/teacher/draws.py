@@ -129,7 +129,9 @@ def draw_ids(
     chosen_RS, within_RS = _chosen(mass_RA, uniform_RS)
     entry_RS = ids_RC.gather(1, chosen_RS.clamp(max=n_entries - 1))
     block_RS = (chosen_RS - n_entries).clamp(min=0)
-    logits_RV.scatter_(1, ids_RC, -torch.inf)
+    # A scatter into half-precision values copies all of them on CPUs (torch 2.13).
+    starts_R1 = torch.arange(len(logits_RV), device=logits_RV.device)[:, None] * logits_RV.shape[1]
+    logits_RV.view(-1).index_fill_(0, (ids_RC + starts_R1).view(-1), -torch.inf)
     logits_RNB = logits_RV.view(len(logits_RV), -1, _BLOCK)
     column_RS = torch.empty_like(block_RS)
     step = max(1, _GATHERED // (_BLOCK * block_RS.shape[1]))
