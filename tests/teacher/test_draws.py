@@ -124,3 +124,13 @@ def test_draws_are_counted() -> None:
         assert found_ids[row].tolist() == [*values[order].tolist(), *[0] * (30 - n)]
         assert counts[row].tolist() == [*wanted[order].tolist(), *[0] * (30 - n)]
     assert count_draws(torch.full((1, 255), 7), 255)[1][0, :2].tolist() == [255, 0]
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same() -> None:
+    keys, made = torch.from_numpy(draw_keys(0, np.arange(40), np.arange(40))), logits(40, torch.float32)
+    there = uniforms(keys.cuda(), 50)
+    assert torch.equal(there.cpu(), uniforms(keys, 50))
+    here = drawn(made, uniforms(keys, 50), 50, ScoringPath(), False)
+    # Sums in another order move a draw only if it is that near to an edge.
+    assert float((drawn(made.cuda(), there, 50, ScoringPath(), False).cpu() == here).float().mean()) > 0.999
