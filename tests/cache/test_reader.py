@@ -222,6 +222,7 @@ def test_every_format_version_stays_readable() -> None:
         "v1.0-compact.h5": "b18f626e075a4981203a2f6e88ae053fbc33b7a3a050c4b333d5c4d5af7e9f97",
         "v1.0-compact-packed.h5": "45dbd2753a575d06e0ac7ac628524c2a52edf935c88474b49c1a51b1663e7067",
         "v1.0-plain.h5": "a0eb26a4e893691d04b6f0d4b3306b56a6d3b12ce3bc50d3bfa1c69d10945ccc",
+        "v1.0-sampled-compact.h5": "801bc09632254eb7f58439e88ef234e7ab6d2d173d1300515c093b0aaf4d56f5",
     }
     folder = Path(__file__).parent / "golden"
     assert {path.name for path in folder.iterdir()} == set(golden)
