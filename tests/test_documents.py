@@ -353,7 +353,7 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides, *more]
     slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "WORKERS_PER_NODE": "3", "FAKE_WORKERS": workers}
     assert message in shell(script, tmp_path, status, **slurm)
-    assert " -m dask worker --nworkers 3 --scheduler-file " in (fakes / "srun-arguments").read_text()
+    assert " -m dask worker --nworkers 3 --nthreads 2 --scheduler-file " in (fakes / "srun-arguments").read_text()
     logs = tmp_path / "output" / "slurm-8"
     assert sorted(path.name for path in logs.iterdir()) == ["scheduler.log", "workers.log"]
 
