@@ -577,9 +577,10 @@ def test_a_smaller_vocabulary_makes_draws_absent(job) -> None:
 
 
 def test_options_without_meaning_for_draws_are_refused(job) -> None:
-    for options in ({"top_k": 3}, {"decode": "device"}):
-        with pytest.raises(ConfigError, match="top_k: expected None and decode='worker' for a cache of draws"):
-            CachedLogitsDataset(job(COMPACT), **options)
+    with pytest.raises(ConfigError, match="top_k: expected None for a cache of draws, got 3"):
+        CachedLogitsDataset(job(COMPACT), top_k=3)
+    with pytest.raises(ConfigError, match="decode: expected 'worker' for a cache of draws, got 'device'"):
+        CachedLogitsDataset(job(COMPACT), decode="device")
 
 
 def test_caches_of_draws_mix_and_make_no_ensemble(job, tmp_path) -> None:
@@ -615,6 +616,9 @@ def test_other_draws_are_refused_in_the_same_folder(job) -> None:
     folder = job(COMPACT).parent
     with pytest.raises(RunConflictError, match=r"teacher\.generation\.seed: the run has 0, now 5"):
         run(job.base(folder), COMPACT, f"{GENERATION}.seed=5")
+    with pytest.raises(RunConflictError) as refused:
+        run([setting for setting in job.base(folder) if "targets=" not in setting and "draws=" not in setting], COMPACT)
+    assert refused.value.differences == {"teacher.generation.targets": ("sample", "topk")}
 
 
 @pytest.mark.parametrize(

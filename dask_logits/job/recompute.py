@@ -353,7 +353,8 @@ def _score(
         if task.items.packing == "none":
             found = score_items(teacher, make_items([tokens], task.items, first_row=row), all_positions).records
             alone[row] = _document(found, row)
-        few = plain_items([tokens[:_DENSE_TOKENS]], row)
+        # A later window has less context than the row's tokens before it.
+        few = plain_items([tokens[: min(_DENSE_TOKENS, task.items.max_length)]], row)
         dense[row] = score_items(teacher, few, whole).records
     return scored, chosen_M, alone, dense
 

@@ -318,6 +318,10 @@ class RunFolder:
                 yield receipt
 
 
+_KIND = "teacher.generation.targets"
+_OF_ONE_KIND = ("teacher.generation.draws", "teacher.generation.seed", "teacher.generation.top_k")
+
+
 def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse a run folder made with other settings.
 
@@ -332,6 +336,11 @@ def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any])
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     }
+    if _KIND in differences:
+        # Runs of the most probable tokens do not record their kind. The other settings belong to one kind each.
+        one, other = differences[_KIND]
+        differences = {name: pair for name, pair in differences.items() if name not in _OF_ONE_KIND}
+        differences[_KIND] = (one or "topk", other or "topk")
     if differences:
         raise conflict(folder, differences)
 

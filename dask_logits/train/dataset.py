@@ -133,10 +133,13 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         self.temperatures = first.profile.extras.temperatures
         self.is_masked = first.profile.extras.is_masked
         self.has_target_pos = first.profile.extras.has_target_pos
-        if self.draws and (top_k is not None or decode == "device"):
+        if self.draws and top_k is not None:
             raise ConfigError(
-                f"top_k: expected None and decode='worker' for a cache of draws, got {top_k!r} and {decode!r}. The "
-                "draws of a position belong together, and are packed in the file"
+                f"top_k: expected None for a cache of draws, got {top_k!r}: the draws of a position belong together"
+            )
+        if self.draws and decode == "device":
+            raise ConfigError(
+                "decode: expected 'worker' for a cache of draws, got 'device': draws are packed in the file"
             )
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= first.top_k:
             raise ConfigError(f"top_k: expected 1 to {first.top_k}, which the cache holds, got {top_k!r}")
