@@ -127,6 +127,7 @@ def test_draws_are_counted() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same() -> None:
     keys, made = torch.from_numpy(draw_keys(0, np.arange(40), np.arange(40))), logits(40, torch.float32)
     there = uniforms(keys.cuda(), 50)
