@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,8 @@ from torch.utils.data import Dataset
 from dask_logits.errors import ConfigError
 from dask_logits.train.batches import CachedItem
 from dask_logits.train.dataset import CachedLogitsDataset
-from dask_logits.train.mixture import check_sources, shares
 from dask_logits.train.objective import normalise_targets
+from dask_logits.train.sources import check_sources, shares
 
 _SHARED = ("top_k", "vocab_size", "decode", "student_vocab_size", "window", "max_tokens", "is_masked", "has_target_pos")
 
@@ -66,11 +67,12 @@ class EnsembleDataset(Dataset[CachedItem]):
     """
 
     decode = "worker"
+    draws = 0
 
     def __init__(
         self, sources: Mapping[str, CachedLogitsDataset], *, weights: Mapping[str, float] | None = None
     ) -> None:
-        check_sources(sources, *_SHARED)
+        check_sources(sources, (CachedLogitsDataset,), *_SHARED)
         for name, source in sources.items():
             if source.draws:
                 raise ConfigError(
@@ -137,6 +139,15 @@ class EnsembleDataset(Dataset[CachedItem]):
     def paths(self) -> tuple[Path, ...]:
         """Files of all sources."""
         return tuple(path for source in self.sources.values() for path in source.paths)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes that all sources have, with the same values."""
+        first, *others = (source.attributes for source in self.sources.values())
+        missing = object()
+        return {
+            name: value for name, value in first.items() if all(other.get(name, missing) == value for other in others)
+        }
 
     @property
     def content_digest(self) -> str:

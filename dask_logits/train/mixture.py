@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from dask_logits.errors import ConfigError
 from dask_logits.train.batches import CachedItem
 from dask_logits.train.dataset import CachedLogitsDataset
+from dask_logits.train.ensemble import EnsembleDataset
 from dask_logits.train.order import is_integer
-
-_OPTIONS = ("top_k", "decode", "student_vocab_size", "window", "max_tokens")
+from dask_logits.train.sources import check_sources, shares
 
 
 class MixedDataset(Dataset[CachedItem]):
@@ -34,9 +34,9 @@ class MixedDataset(Dataset[CachedItem]):
     Parameters
     ----------
     sources
-        Name → opened cache. All must agree on the number of entries, the vocabulary and the temperatures. If some have
-        a mask, all tokens of the others are learned. If some have targets at chosen positions, the others have them at
-        all.
+        Name → opened cache, or :class:`dask_logits.EnsembleDataset`. All must agree on the number of entries, the
+        vocabulary and the temperatures. If some have a mask, all tokens of the others are learned. If some have targets
+        at chosen positions, the others have them at all.
     weights
         Name → share of the items, any positive numbers. None: every item of every source once.
     n_items
@@ -52,19 +52,21 @@ class MixedDataset(Dataset[CachedItem]):
 
     def __init__(
         self,
-        sources: Mapping[str, CachedLogitsDataset],
+        sources: Mapping[str, CachedLogitsDataset | EnsembleDataset],
         *,
         weights: Mapping[str, float] | None = None,
         n_items: int | None = None,
         seed: int = 0,
     ) -> None:
         self.sources = dict(sources)
-        check_sources(self.sources, "draws", "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
+        shared = ("draws", "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
+        check_sources(self.sources, (CachedLogitsDataset, EnsembleDataset), *shared)
         self.seed = seed
         first = next(iter(self.sources.values()))
         self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
         self.decode, self.student_vocab_size = first.decode, first.student_vocab_size
         self.is_masked = any(source.is_masked for source in self.sources.values())
+        self._has_ensemble = any(isinstance(source, EnsembleDataset) for source in self.sources.values())
         # Each source has its own, and the content digest covers them.
         self.window: int | None = None
         self.max_tokens: int | None = None
@@ -100,6 +102,9 @@ class MixedDataset(Dataset[CachedItem]):
         tensors = {**item.tensors, "source": torch.tensor(place)}
         if self.is_masked and "loss_mask" not in tensors:
             tensors["loss_mask"] = torch.ones(len(item["input_ids"]), dtype=torch.bool)
+        if self._has_ensemble and "topk_logprobs_T" not in tensors:
+            # One teacher's log-probs at temperature 1 determine those at the others, up to their sum.
+            tensors["topk_logprobs_T"] = item["topk_logprobs"].float()[..., None] / torch.tensor(self.temperatures)
         return replace(item, tensors=tensors)
 
     def __repr__(self) -> str:
@@ -125,62 +130,6 @@ class MixedDataset(Dataset[CachedItem]):
         ]
         order = hashlib.sha256(self._source_I.astype("<i4").tobytes() + self._item_I.astype("<i8").tobytes())
         return hashlib.sha256(json.dumps([parts, order.hexdigest()]).encode()).hexdigest()
-
-
-def check_sources(sources: Mapping[str, CachedLogitsDataset], *shared: str) -> None:
-    """Refuse sources whose items cannot be in one batch, or whose ids mean other tokens.
-
-    Parameters
-    ----------
-    sources
-        Name → opened cache.
-    shared
-        Attributes of the datasets that must be equal.
-
-    Raises
-    ------
-    ConfigError
-        Naming two sources that differ.
-    """
-    if not sources:
-        raise ConfigError("sources: expected at least one cache, got none")
-    for name, source in sources.items():
-        if not isinstance(source, CachedLogitsDataset):
-            raise ConfigError(f"sources: expected opened caches, got {type(source).__name__} for {name!r}")
-        if not len(source):
-            raise ConfigError(f"sources: expected caches with items, got none in {name!r}")
-    first_name, first = next(iter(sources.items()))
-    for name, source in sources.items():
-        for what in shared:
-            ours, theirs = getattr(first, what), getattr(source, what)
-            if ours != theirs:
-                cure = f"open them with the same {what}" if what in _OPTIONS else "mix caches that agree"
-                raise ConfigError(
-                    f"sources: expected the same {what}, got {ours} in {first_name!r} and {theirs} in {name!r}; {cure}"
-                )
-        maps = [one.attributes.get("tokenizer_map_digest") for one in (first, source)]
-        if all(maps) and maps[0] != maps[1]:
-            raise ConfigError(
-                f"sources: expected teachers with one tokenizer, got others in {first_name!r} and {name!r}: an "
-                "id would mean two tokens"
-            )
-
-
-def shares(weights: Mapping[str, float], sources: Mapping[str, object]) -> npt.NDArray[np.float64]:
-    """Scale the weights of the sources so that they sum to one.
-
-    Raises
-    ------
-    ConfigError
-        If a source has no weight, or a weight is not a positive number.
-    """
-    if weights.keys() != sources.keys():
-        raise ConfigError(f"weights: expected one for each of {sorted(sources)}, got {sorted(weights)}")
-    wrong = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
-    if wrong:
-        raise ConfigError(f"weights: expected positive numbers, got {wrong}")
-    weight_S = np.array([weights[name] for name in sources], np.float64)
-    return np.asarray(weight_S / weight_S.sum())
 
 
 def _counts(share_S: npt.NDArray[np.float64], n_items: int) -> npt.NDArray[np.int64]:

@@ -20,6 +20,7 @@ from dask_logits import (
     ConfigError,
     EnsembleDataset,
     ItemOrder,
+    MixedDataset,
     Objective,
     ResumableSampler,
     collate,
@@ -197,6 +198,26 @@ def test_losses_are_those_of_the_mixture_on_its_cells(divergence, temperature, t
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.grad[0], dense_logits.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_mixture_takes_ensembles_and_caches(temperature, tmp_path) -> None:
+    caches = {
+        name: opened(tmp_path / f"{name}.h5", of_teacher(seed, temperatures=True)) for seed, name in enumerate("abc")
+    }
+    ensemble = EnsembleDataset({name: caches[name] for name in "ab"})
+    assert ensemble.attributes["tokenizer_map_digest"] == "a" * 64
+    assert "content_digest" not in ensemble.attributes
+    mixed = MixedDataset({"both": ensemble, "one": caches["c"]})
+    order = sorted(range(len(mixed)), key=lambda i: (int(mixed[i]["source"]), int(mixed[i]["row"])))
+    logits, objective = torch.randn(8, 5, 50), Objective(temperature=temperature)
+    batch = collate([mixed[i] for i in order])
+    assert batch["source"].tolist() == [0] * 4 + [1] * 4
+    found = distillation_loss(logits, batch["targets"], objective, per_token=True).loss
+    for dataset, part in ((ensemble, slice(4)), (caches["c"], slice(4, 8))):
+        own = collate([dataset[i] for i in range(4)])["targets"]
+        expected = distillation_loss(logits[part], own, objective, per_token=True).loss
+        torch.testing.assert_close(found[part], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_only_temperatures_of_all_teachers_are_left(tmp_path) -> None:
