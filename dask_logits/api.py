@@ -32,6 +32,9 @@ def generate_teacher_logits(
     targets: str = "topk",
     draws: int | None = None,
     seed: int | None = None,
+    temperatures: Sequence[float] = (),
+    positions: str = "all",
+    position_share: float | None = None,
 ) -> Path:
     """Score a dataset with a teacher and return the path of the cache.
 
@@ -80,6 +83,13 @@ def generate_teacher_logits(
         ``topk``, or ``sample``: tokens drawn from the teacher's distribution. ``top_k`` keeps its default then.
     draws, seed
         Draws per position with ``sample``, and their seed. None: 50, and 0.
+    temperatures
+        Further temperatures for training students, such as ``[2]``.
+    positions
+        Which positions get targets: ``all``, ``labels`` (those whose next token a student learns) or ``entropy`` (those
+        with the highest entropy of the teacher's distribution).
+    position_share
+        Share of the positions with ``entropy``. None: 0.2.
 
     Returns
     -------
@@ -99,6 +109,9 @@ def generate_teacher_logits(
         "top_k": top_k,
         "draws": draws,
         "seed": seed,
+        "temperatures": list(temperatures),
+        "positions": positions,
+        "position_share": position_share,
         "batch_size": batch_size,
         "device": device,
         "force_regenerate": force_regenerate,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ PARAMETERS = {
     "targets": "topk",
     "draws": None,
     "seed": None,
+    "temperatures": (),
+    "positions": "all",
+    "position_share": None,
 }
 
 
@@ -47,12 +51,21 @@ def test_one_call_from_dataset_to_cache(tmp_path, fork_server) -> None:
     save_tokenizer(tmp_path / "teacher")
     texts = sentences(12)
     path = generate_teacher_logits(
-        str(tmp_path / "teacher"), Dataset.from_dict({"text": texts}), tmp_path / "run", top_k=4, device="cpu"
+        str(tmp_path / "teacher"),
+        Dataset.from_dict({"text": texts}),
+        tmp_path / "run",
+        top_k=4,
+        device="cpu",
+        temperatures=[2],
+        positions="entropy",
+        position_share=0.5,
     )
     assert path == tmp_path / "run" / "teacher_logits.h5"
     assert isinstance(path, Path)
     found = CachedLogitsDataset(path)
     assert [len(item["input_ids"]) for item in found] == [len(text.split()) for text in texts]
+    assert found.temperatures == (2.0,)
+    assert [len(item["target_pos"]) for item in found] == [math.ceil(len(text.split()) / 2) for text in texts]
 
 
 @pytest.mark.parametrize(
