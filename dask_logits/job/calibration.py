@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 
-from dask_logits.cache.profile import earns, save_array, save_id_table
+from dask_logits.cache.profile import save_array, save_id_table
 from dask_logits.data.items import make_items
 from dask_logits.data.tokens import sample_documents
 from dask_logits.errors import ClusterError, RunConflictError
@@ -94,7 +94,7 @@ def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
         head_rows_fixed=generation.head_rows != "auto",
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
-        compact=_is_compact(job),
+        compact=job.is_compact,
         temperatures=generation.temperatures,
         target_share=job.estimate.target_share,
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
@@ -119,17 +119,6 @@ def _log_calibration(calibration: Calibration) -> None:
         return
     masses = ", ".join(f"{k}: {mass:.3f}" for k, mass in (calibration.kept_mass_by_k or {}).items())
     logger.info("kept mass by k: %s", masses or "no tokens")
-
-
-def _is_compact(job: Job) -> bool:
-    wanted = job.config.cache.profile
-    if wanted != "auto":
-        return wanted == "compact"
-    vocab_size = job.tokenizer_spec.vocab_size
-    top_k = job.config.teacher.generation.width(vocab_size)
-    cost = job.estimate
-    targets = None if cost.tokens is None else round(cost.tokens * cost.target_share)
-    return earns(top_k, vocab_size, targets, cost.partition_tokens * cost.target_share)
 
 
 def _dtype(job: Job, executor: Executor) -> str:

@@ -98,14 +98,14 @@ def plan_lines(job: Job) -> list[str]:
         f"tokens        {'unknown' if cost.tokens is None else f'{cost.tokens:,} (from a sample)'}",
         *([f"targets       at {cost.target_share:.0%} of the positions"] if cost.target_share < 1 else []),
         f"partitions    {partitions}of {plural(job.partition_rows, 'row')}",
-        f"cache         {gib(cost.cache_bytes)}{_each(job)}",
+        f"cache         {gib(cost.cache_bytes)}{_each(job)}{_of_compact(job)}",
         f"peak disk     {gib(cost.peak_disk_bytes)}{_each(job)}, {gib(free_disk_bytes(job.run.path))} free",
         f"peak memory   {memory}",
     ]
 
 
 def plan_figures(job: Job) -> dict[str, Any]:
-    """Return a plan as JSON values. Sizes are in bytes, those of a stream for each partition."""
+    """Return a plan as JSON values. Sizes are in bytes, as plain, those of a stream for each partition."""
     return {
         "run": str(job.run.path),
         "teacher": job.config.teacher.model_path,
@@ -116,6 +116,7 @@ def plan_figures(job: Job) -> dict[str, Any]:
         "workers": job.n_workers,
         "tokens": job.estimate.tokens,
         "target_share": job.estimate.target_share,
+        "profile": "compact" if job.is_compact else "plain",
         "cache_bytes": job.estimate.cache_bytes,
         "peak_disk_bytes": job.estimate.peak_disk_bytes,
         "worker_bytes": job.estimate.worker_bytes,
@@ -129,3 +130,11 @@ def _amount(job: Job) -> str:
 
 def _each(job: Job) -> str:
     return " for each partition" if job.estimate.tokens is None else ""
+
+
+def _of_compact(job: Job) -> str:
+    """Say how much less the profile compact takes, which depends on the targets."""
+    if not job.is_compact:
+        return ""
+    share = "a third" if job.config.teacher.generation.n_draws else "half"
+    return f" at most, because compact usually takes less than {share} of it"

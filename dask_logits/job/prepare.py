@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dask_logits.cache.profile import earns
 from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, GenerationConfig, stride_problems
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.items import ItemSettings
@@ -89,6 +90,17 @@ class Job:
     def fingerprint(self) -> str:
         """Digest of the settings that determine the result, except for the rows, which the plan identifies."""
         return fingerprint(self.what)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the cache has the profile compact."""
+        wanted = self.config.cache.profile
+        if wanted != "auto":
+            return wanted == "compact"
+        vocab_size, cost = self.tokenizer_spec.vocab_size, self.estimate
+        targets = None if cost.tokens is None else round(cost.tokens * cost.target_share)
+        top_k = self.config.teacher.generation.width(vocab_size)
+        return earns(top_k, vocab_size, targets, cost.partition_tokens * cost.target_share)
 
 
 def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dask_logits import ConfigError, generate, load_config, verify
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
 from dask_logits.files.atomic import replace_json
-from dask_logits.job.capacity import plan_lines
+from dask_logits.job.capacity import plan_figures, plan_lines
 from dask_logits.job.forecast import Forecast, forecast, forecast_lines, matrix_flops
 from dask_logits.job.measured_plan import measure_plan, measured_lines
 from dask_logits.job.prepare import prepare
@@ -53,6 +53,25 @@ def test_a_parquet_stream_is_planned_by_its_footers(stream, samples, text) -> No
     assert f"rows          {text}" in lines
     assert job.estimate.tokens is not None
     assert "counting rows in the footers of the Parquet files" in steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["cache.profile=plain"], "MiB"),
+        (["cache.profile=compact"], "MiB at most, because compact usually takes less than half of it"),
+        (
+            ["cache.profile=compact", "teacher.generation.targets=sample"],
+            "MiB at most, because compact usually takes less than a third of it",
+        ),
+    ],
+)
+def test_a_plan_says_what_its_size_is_worth(settings, note, overrides) -> None:
+    mine = [override for override in overrides if "top_k" not in override]
+    job = prepare(load_config([*mine, *(f"distillation.{setting}" for setting in settings)]))
+    (line,) = [line for line in plan_lines(job) if line.startswith("cache")]
+    assert line.endswith(note)
+    assert plan_figures(job)["profile"] == ("compact" if job.is_compact else "plain")
 
 
 def test_rows_of_files_that_were_not_reached_in_time_are_estimated(stream) -> None:
