@@ -441,7 +441,11 @@ def test_partitions_resumption_and_workers_draw_the_same(job, tmp_path, way) -> 
         resumed = [*job.base(tmp_path / "resumed"), *few]
         run(resumed, "distillation.dataset.max_samples=6")
         other = [*job.base(tmp_path / "other"), *few, "distillation.partition.rows=3"]
-        found |= {digest(run(resumed)), digest(run(other))}
+        stream = [
+            f"distillation.dataset.{name}" for name in ("streaming=true", "streaming_chunk_size=4", "max_samples=all")
+        ]
+        streamed = [*job.base(tmp_path / "streamed"), *few, *stream]
+        found |= {digest(run(resumed)), digest(run(other)), digest(run(streamed))}
     assert found == {digest(one)}
     assert verify(one.parent, recompute=11).ok
     plain_one = convert(merged, tmp_path / "plain.h5", profile="plain")

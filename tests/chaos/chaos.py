@@ -1,6 +1,6 @@
 """A job on a real scheduler and real workers whose processes are killed at random, until it is done.
 
-    python tests/chaos/chaos.py --runs 50 --partitions 200
+    python tests/chaos/chaos.py --runs 50 --partitions 200 [OVERRIDE …]
 
 Workers (under nannies), nannies, the driver and the scheduler are separate processes; each is killed with SIGKILL now
 and then and started again, while writing fails or is cut short (``faults.py``). Every run must end with the content
@@ -236,11 +236,12 @@ def main() -> int:
     parser.add_argument("--partitions", type=int, default=200)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("overrides", nargs="*", help="more settings of the job, of which the last counts")
     arguments = parser.parse_args()
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = make_job(folder, arguments.partitions)
+        job = [*make_job(folder, arguments.partitions), *arguments.overrides]
         expected = undisturbed(folder, job)
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
             chaos = Chaos(folder, job, seed, arguments.kills)
