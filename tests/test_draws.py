@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import h5py
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -93,7 +92,6 @@ def test_packed_chunks_hold_one_position_after_the_other() -> None:
 
 
 # Processors that others use take arbitrary time.
-@hypothesis.settings(deadline=None)
 @given(st.lists(st.integers(1, 6), max_size=40), st.integers(1, 9), st.integers(0, 2**32))
 def test_unpacking_inverts_packing(widths, chunk, seed) -> None:
     draw = np.random.default_rng(seed)

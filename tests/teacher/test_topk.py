@@ -25,7 +25,7 @@ def oracle(logits: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-logits, axis=1, kind="stable")[:, :k]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), st.integers(1, 300), st.integers(1, 4))
 def test_selection_equals_a_stable_sort(data, vocab_size: int, rows: int) -> None:
     k = data.draw(st.integers(1, vocab_size))

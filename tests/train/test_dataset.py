@@ -323,7 +323,7 @@ def test_documents_without_a_token_are_left_out_unless_asked_for(path) -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_and_the_sampler_reach_every_item_and_no_other(lengths, seed) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "c.h5", records(lengths, k=2, seed=seed))

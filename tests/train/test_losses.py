@@ -61,7 +61,7 @@ def pair(rows: int = 7, vocab: int = 50, spread: float = 3.0, seed: int = 0) -> 
     return teacher, student
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 50), st.floats(0.1, 12.0), st.integers(0, 100), st.integers(1, 9))
 def test_value_and_gradient_equal_the_dense_loss(k: int, spread: float, seed: int, chunk_rows: int) -> None:
     teacher, student = pair(spread=spread, seed=seed)
@@ -76,7 +76,7 @@ def test_value_and_gradient_equal_the_dense_loss(k: int, spread: float, seed: in
     torch.testing.assert_close(one.grad.double(), two.grad, atol=1e-5, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 49), st.integers(0, 100))
 def test_it_is_never_negative_even_for_rounded_targets(k: int, seed: int) -> None:
     teacher, student = pair(seed=seed)
@@ -229,7 +229,7 @@ def test_the_loss_compares_the_students_tokens_with_the_teachers() -> None:
         distillation_loss(logits, batch, input_ids=torch.arange(10).reshape(2, 5).roll(1, -1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(5, 50), st.integers(0, 100), st.integers(1, 9))
 def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: int, chunk_rows: int) -> None:
     # As CachedLogitsDataset(student_vocab_size=) gives them: id 0, −∞, behind the others.

@@ -101,7 +101,7 @@ def test_batches_samplers_and_loaders_take_it(sources) -> None:
     assert int(mixed[-1]["row"]) == int(mixed[18]["row"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 500))
 def test_counts_are_whole_and_near_their_shares(weights, n_items) -> None:
     shares = np.array(weights) / sum(weights)

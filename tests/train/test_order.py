@@ -24,7 +24,7 @@ GOLDEN = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(orders, st.integers(0, 2**40))
 def test_every_epoch_holds_every_item_once(order: ItemOrder, epoch: int) -> None:
     items = order.items(0, order.n_items, epoch=epoch)
@@ -32,7 +32,7 @@ def test_every_epoch_holds_every_item_once(order: ItemOrder, epoch: int) -> None
     assert sorted(items.tolist()) == list(range(order.n_items))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(orders, st.integers(0, 5), st.data())
 def test_a_slice_is_its_positions_one_by_one(order: ItemOrder, epoch: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, order.n_items))

@@ -45,7 +45,7 @@ def drawn(sampler: ResumableSampler, count: int) -> list[int]:
     return [next(iterator) for _ in range(count)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(orders, st.integers(1, 9), st.booleans())
 def test_the_ranks_cover_the_order_exactly(order: ItemOrder, count: int, drop_last: bool) -> None:
     items = order.items(0, order.n_items).tolist()
@@ -61,7 +61,7 @@ def test_the_ranks_cover_the_order_exactly(order: ItemOrder, count: int, drop_la
     assert {len(sampler) * count for sampler in samplers} == {len(found)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(orders, st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.data())
 def test_other_ranks_resume_with_exactly_the_rest(
     order: ItemOrder, before: int, after: int, epoch: int, data: st.DataObject
