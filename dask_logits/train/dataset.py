@@ -199,6 +199,12 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         return total_digest(str(reader.attributes["content_digest"]) for reader in self._opened())
 
     @property
+    def tables_digest(self) -> str:
+        """Digest of the tables that decode the items' codes, empty if the items are decoded."""
+        profile = self._opened()[0].profile
+        return profile.tables_digest if self.decode == "device" and isinstance(profile, Compact) else ""
+
+    @property
     def n_tokens(self) -> int:
         """Number of tokens of all items."""
         return int(self._item_lengths().sum())
@@ -338,6 +344,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             at += take
             item += 1
         parts = [self._tokens(*entries) for entries in ranges]
+        for part in parts[:-1]:
+            _forget_last_label(part)
         n_before = 0
         for part in parts:
             if "target_pos" in part:
@@ -362,6 +370,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             vocab_size=min(self.vocab_size, self.student_vocab_size or self.vocab_size),
             temperatures=self.temperatures,
             draws=self.draws,
+            tables_digest=self.tables_digest,
         )
 
     def _within(self, item: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
@@ -395,6 +404,13 @@ def _with_shares(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[A
     width = max(1, int(np.count_nonzero(arrays["topk_counts"], axis=1).max(initial=0)))
     cut = {name: arrays[name][:, :width] for name in ("topk_ids", "topk_counts")}
     return as_distribution({**arrays, **cut})
+
+
+def _forget_last_label(part: dict[str, npt.NDArray[Any]]) -> None:
+    """Remove the label of the last token, behind which other tokens follow than those that the teacher read."""
+    last = len(part["input_ids"]) - 1
+    is_last = part["target_pos"] == last if "target_pos" in part else np.arange(last + 1) == last
+    part["label_logprob"] = np.where(is_last, np.nan, part["label_logprob"]).astype(part["label_logprob"].dtype)
 
 
 def _half(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import compact, packed_records, plain, records, save_tokenizer, write_cache
+from builders import compact, drawn_records, packed_records, plain, records, save_tokenizer, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -383,6 +383,37 @@ def test_only_the_first_tokens_of_each_item(tmp_path, made) -> None:
     assert short.n_tokens == sum(len(item["input_ids"]) for item in short) < whole.n_tokens
     windows = CachedLogitsDataset(tmp_path / "c.h5", max_tokens=3, window=4)
     assert torch.equal(*(torch.cat([item["input_ids"] for item in found]) for found in (windows, short)))
+
+
+@pytest.mark.parametrize("kind", ["most probable", "draws", "some positions"])
+def test_a_window_has_no_label_where_a_document_was_cut(tmp_path, kind) -> None:
+    made = records((6, 5, 7), k=3)
+    if kind == "draws":
+        made = drawn_records(made)
+    if kind == "some positions":
+        made = made.at(np.array([1, 3, 4, 8, 9, 14]))
+    write_cache(tmp_path / "c.h5", made)
+    (window,) = CachedLogitsDataset(tmp_path / "c.h5", max_tokens=4, window=12)
+    targets = collate([window])["targets"]
+    real = torch.tensor([True, True, True, False] * 3)[None]
+    if kind == "some positions":
+        assert window["target_pos"].tolist() == [1, 3, 6, 7, 11]
+        real &= targets.mask
+    assert torch.equal(targets.label_ids >= 0, real)
+    assert torch.equal(targets.label_ids[real], targets.input_ids.roll(-1, 1)[real])
+
+
+def test_a_window_has_no_label_where_a_block_was_left_out(tmp_path) -> None:
+    made = packed_records()
+    ids, logprobs = made.input_ids % 40, made.label_logprob.copy()
+    ids[8] = 49
+    # Inside a cut document the next token is known, also after a block.
+    logprobs[[5, 11]] = -2.0
+    write_cache(tmp_path / "c.h5", dataclasses.replace(made, input_ids=ids, label_logprob=logprobs))
+    options = {"student_vocab_size": 40, "skip_unrepresentable": True}
+    (window,) = CachedLogitsDataset(tmp_path / "c.h5", window=7, **options)
+    assert window["segments"][:, 0].tolist() == [0, 2, 3]
+    assert collate([window])["targets"].label_ids[0, 5:].tolist() == [-100, -100]
 
 
 def test_a_dataset_says_what_it_is(path, tmp_path) -> None:
