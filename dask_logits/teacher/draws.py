@@ -64,7 +64,8 @@ def draw_keys(seed: int, rows: Array, positions: Array) -> Array:
     ndarray
         [M] int64.
     """
-    words = torch.full((len(rows),), _signed(seed % _WORD), dtype=torch.int64)
+    # Hashed first, because the seeds 0 and 1 would otherwise give the same keys to other rows.
+    words = _mixed(torch.full((len(rows),), _signed((seed + _STEP) % _WORD), dtype=torch.int64))
     for part in (rows, positions):
         words = _mixed((words + _signed(_STEP)) ^ torch.from_numpy(part.astype(np.int64)))
     keys: Array = words.numpy()

@@ -24,7 +24,9 @@ def split_mix(word: int) -> int:
 def test_uniform_numbers_are_those_of_split_mix() -> None:
     step = 0x9E3779B97F4A7C15
     seed, row, position = 11, 2**40 + 5, 123
-    key = split_mix(((split_mix(((seed + step) & _WORD) ^ row) + step) & _WORD) ^ position)
+    key = split_mix((seed + step) & _WORD)
+    for part in (row, position):
+        key = split_mix(((key + step) & _WORD) ^ part)
     wanted = [(split_mix((key + number * step) & _WORD) >> 12) / 2**52 for number in (1, 2, 3)]
     found = uniforms(torch.from_numpy(draw_keys(seed, np.array([row]), np.array([position]))), 3)
     assert found.tolist() == [wanted]
@@ -46,6 +48,12 @@ def test_uniform_numbers_are_uniform_and_independent_of_their_place() -> None:
     one = uniforms(torch.from_numpy(draw_keys(3, rows[7:8], positions[7:8])), 20)
     assert torch.equal(one[0], found[7])
     assert not torch.equal(uniforms(torch.from_numpy(draw_keys(4, rows[7:8], positions[7:8])), 20), one)
+
+
+def test_seeds_have_no_keys_in_common() -> None:
+    rows, first = np.arange(1024), np.zeros(1024, np.int64)
+    keys = [draw_keys(seed, rows, first) for seed in range(9)]
+    assert len(np.unique(np.concatenate(keys))) == 9 * 1024
 
 
 def logits(rows: int, dtype: torch.dtype) -> torch.Tensor:
