@@ -8,7 +8,7 @@ Dimension letters: N positions, M scored positions, R rows of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -131,8 +131,11 @@ class HeadLogits:
                 _add_product(dw_VD, left_RV.t(), x_ND[rows_R].to(right_dtype), keep=True)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return the gradients in the dtypes of the tensors."""
-        return [None if grad is None else grad.to(dtype) for grad, dtype in zip(self.grads, self.dtypes, strict=True)]
+        """Return the gradients, but for float16 in the dtypes of the tensors. Sums over many rows overflow float16."""
+        return [
+            grad if grad is None or dtype == torch.float16 else grad.to(dtype)
+            for grad, dtype in zip(self.grads, self.dtypes, strict=True)
+        ]
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
@@ -194,6 +197,7 @@ class Chunked(torch.autograd.Function):
         ctx.plan, ctx.gradients = plan, None
         if has_grads:
             ctx.gradients = source.gradients()
+            ctx.dtypes = [tensor.dtype for tensor in tensors]
         elif plan.has_grad:
             ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*values)
@@ -211,7 +215,8 @@ class Chunked(torch.autograd.Function):
                     "pass recompute=True to fused_distillation_loss"
                 )
             gradients, ctx.gradients = ctx.gradients, None
-            return None, *(None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in gradients)
+            scaled = (None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in gradients)
+            return None, *_cast(scaled, ctx.dtypes)
         with torch.autocast(grads[0].device.type, enabled=False):
             source = plan.source(ctx.saved_tensors, ctx.needs_input_grad[1:])
             weights_M = torch.split(grads[0], [len(rows_R) for rows_R in plan.rows_M])
@@ -221,4 +226,8 @@ class Chunked(torch.autograd.Function):
                 )
                 assert grad_RV is not None
                 source.absorb(rows_R, grad_RV)
-        return None, *source.gradients()
+        return None, *_cast(source.gradients(), [tensor.dtype for tensor in ctx.saved_tensors])
+
+
+def _cast(grads: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dask_logits import ConfigError, Head, Objective, distillation_loss, fused_distillation_loss
+from dask_logits import ConfigError, Head, Objective, SparseTargets, distillation_loss, fused_distillation_loss
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["in-forward", "recompute"])
@@ -180,6 +180,25 @@ def test_bfloat16_weights_get_bfloat16_gradients() -> None:
         wanted = gradients(exact)[name]
         assert grad.dtype == torch.bfloat16
         assert (grad - wanted).norm() < 0.05 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sums_over_many_rows_do_not_overflow_float16(recompute) -> None:
+    n, generator = 16_384, torch.Generator().manual_seed(0)
+    hidden = (torch.randn(n, 8, generator=generator) + 20).half().requires_grad_()
+    weight = (torch.randn(16, 8, generator=generator) * 0.02).half().requires_grad_()
+    logits = torch.randn(n, 16, generator=generator)
+    logits[:, 3] += 5
+    top, zeros = logits.log_softmax(-1).topk(4), torch.zeros(n)
+    targets = SparseTargets(
+        input_ids=zeros.long(), topk_ids=top.indices, topk_logprobs=top.values, logsumexp=zeros, label_logprob=zeros,
+        tail_logmass=torch.log1p(-top.values.exp().sum(1)), label_ids=zeros.long(), mask=zeros == 0, vocab_size=16,
+    )  # fmt: skip
+    fused_distillation_loss(hidden, Head(weight=weight), targets, recompute=recompute).loss.backward()
+    assert weight.grad.dtype == torch.float16
+    exact = weight.detach().float().requires_grad_()
+    fused_distillation_loss(hidden.detach().float(), Head(weight=exact), targets).loss.backward()
+    torch.testing.assert_close(weight.grad.float(), exact.grad, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.gpu
