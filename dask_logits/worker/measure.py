@@ -186,11 +186,11 @@ def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoic
     for row, (ids_V, logp_V) in enumerate(zip(whole.topk_ids, whole.logprobs, strict=True)):
         p_V = np.exp(logp_V.astype(np.float64))
         counts_V = random.multinomial(draws, p_V / p_V.sum())
-        # Stable, so that equal counts are in the order of the ids.
-        by_id = np.argsort(ids_V)
-        best_K = by_id[np.argsort(-counts_V[by_id], kind="stable")[:width]]
-        counts_NK[row] = counts_V[best_K]
-        ids_NK[row] = np.where(counts_NK[row] > 0, ids_V[best_K], 0)
+        drawn_K = np.flatnonzero(counts_V)
+        # Equal counts in the order of the ids.
+        drawn_K = drawn_K[np.lexsort((ids_V[drawn_K], -counts_V[drawn_K]))]
+        counts_NK[row, : len(drawn_K)] = counts_V[drawn_K]
+        ids_NK[row, : len(drawn_K)] = ids_V[drawn_K]
     drawn = replace(whole, topk_ids=ids_NK, topk_counts=counts_NK, topk_logprobs=None, tail_logmass=None)
     return DrawChoice(
         draws=draws,
