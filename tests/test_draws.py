@@ -373,6 +373,19 @@ def test_shifted_draws_are_refused() -> None:
         shifted.check_alignment(shifted.input_ids)
 
 
+def test_copies_of_a_document_count_once() -> None:
+    # By chance, the draws of this document have the next token more often than its probability says.
+    counts_NV = torch.zeros(4, V, dtype=torch.float64)
+    counts_NV[:, 3], counts_NV[:, 5] = 32, 18
+    label = {"label_ids": torch.full((4,), 3), "label_logprob": torch.full((4,), 0.5).log()}
+    one = targets_of(counts_NV, 50, **label)
+    copies = one._changed(lambda tensor: tensor.expand(64, *tensor.shape))
+    copies.check_alignment(copies.input_ids)
+    others = dataclasses.replace(copies, input_ids=torch.arange(256).view(64, 4))
+    with pytest.raises(DatasetError, match=r"at 256 positions .* should sum to 128.0 .* but sum to 163.8"):
+        others.check_alignment(others.input_ids)
+
+
 WAYS = {
     "documents": [],
     "windows": ["distillation.dataset.long_documents=window", "distillation.dataset.window_stride=5"],

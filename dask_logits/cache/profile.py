@@ -178,6 +178,12 @@ class Compact:
             and np.array_equal(self.gaps, other.gaps)
         )
 
+    @cached_property
+    def tables_digest(self) -> str:
+        """SHA-256 of the tables that decode the codes."""
+        tables = (self.id_table.astype("<u4"), self.gaps.astype("<f4"))
+        return hashlib.sha256(b"".join(table.tobytes() for table in tables)).hexdigest()
+
     @property
     def alignment(self) -> int:
         """Tokens of a chunk. Every partition starts at a chunk boundary."""

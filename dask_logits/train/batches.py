@@ -24,6 +24,9 @@ from dask_logits.records import EVERY_TOKEN
 from dask_logits.train.targets import IGNORED_LABEL, CodedTargets, SparseTargets
 
 _CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
+_ENTRIES = ("topk_ids", "topk_logprobs")
+# What the items of a batch share.
+_SHARED = ("number of draws", "number of entries", "vocabulary", "temperatures", "id table of codes")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,12 +45,15 @@ class CachedItem(Mapping[str, Tensor]):
         Temperature of each column of ``tail_logmass_T``.
     draws
         Number of draws of each position, 0 if the entries are the most probable tokens.
+    tables_digest
+        Digest of the tables that decode codes, empty for decoded entries.
     """
 
     tensors: dict[str, Tensor]
     vocab_size: int
     temperatures: tuple[float, ...] = ()
     draws: int = 0
+    tables_digest: str = ""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -83,7 +89,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     Raises
     ------
     DatasetError
-        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`.
+        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`, or from caches that do not agree.
 
     Examples
     --------
@@ -96,8 +102,7 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     >>> collate([item])["targets"].label_ids.tolist()
     [[6, -100]]
     """
-    _check_items(items)
-    items = _widened(items)
+    items = _alike(items)
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
     input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
@@ -121,11 +126,12 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
 
 def _of_items(items: Sequence[CachedItem]) -> dict[str, Tensor]:
     """Return the further numbers of each item, by name."""
-    names = [name for name in ("n_beyond", "source") if name in items[0]]
+    names = [name for name in ("n_beyond", "source") if all(name in item for item in items)]
     return {name: torch.stack([item[name] for item in items]) for name in names}
 
 
-def _check_items(items: Sequence[CachedItem]) -> None:
+def _alike(items: Sequence[CachedItem]) -> list[CachedItem]:
+    """Return items with the same arrays of the same widths, or refuse items of caches that do not agree."""
     if not items:
         raise DatasetError("collate: expected at least one item, got an empty list")
     for item in items:
@@ -134,6 +140,35 @@ def _check_items(items: Sequence[CachedItem]) -> None:
                 f"collate: expected the items of a CachedLogitsDataset, unchanged, got {type(item).__name__}. To "
                 "change an item, use dataclasses.replace(item, tensors=...)."
             )
+        for what, ours, theirs in zip(_SHARED, _kind(items[0]), _kind(item), strict=True):
+            if ours != theirs:
+                raise DatasetError(
+                    f"collate: expected items with the same {what}, got {ours or 'none'} and {theirs or 'none'} in one "
+                    "batch; open the caches with the same options, or do not put them into one dataset"
+                )
+    more: list[dict[str, Tensor]] = [{} for _ in items]
+    if any("loss_mask" in item for item in items):
+        for own, item in zip(more, items, strict=True):
+            own["loss_mask"] = item.get("loss_mask", torch.ones(len(item["input_ids"]), dtype=torch.bool))
+    if any("topk_logprobs_T" in item for item in items):
+        for own, item in zip(more, items, strict=True):
+            # One teacher's log-probs at temperature 1 determine those at the others, up to their sum.
+            at_others_TKJ = item["topk_logprobs"].float()[..., None] / torch.tensor(item.temperatures)
+            own["topk_logprobs_T"] = item.get("topk_logprobs_T", at_others_TKJ)
+    if items[0].draws:
+        width = max(item["topk_ids"].shape[1] for item in items)
+        for own, item in zip(more, items, strict=True):
+            # The entries of the widest item. The new ones are absent.
+            for name, fill in (("topk_ids", 0), ("topk_logprobs", -torch.inf)):
+                own[name] = pad(item[name], (0, width - item[name].shape[1]), value=fill)
+    return [replace(item, tensors={**item.tensors, **own}) for item, own in zip(items, more, strict=True)]
+
+
+def _kind(item: CachedItem) -> tuple[object, ...]:
+    """Return what must be equal for the items of a batch, in the order of ``_SHARED``."""
+    codes = [name for name in item if name.startswith(_CODES)]
+    width = None if item.draws else max(item[name].shape[-1] for name in (codes or _ENTRIES) if name != "top1_logprob")
+    return item.draws, width, item.vocab_size, item.temperatures, item.tables_digest
 
 
 def _targets(
@@ -166,7 +201,11 @@ def _targets(
     if not is_coded:
         return targets
     names = [name for name in items[0] if name.startswith(_CODES)]
-    return CodedTargets(codes={name: _padded(items, name, 0, items[0][name].dtype) for name in names}, rest=targets)
+    return CodedTargets(
+        codes={name: _padded(items, name, 0, items[0][name].dtype) for name in names},
+        rest=targets,
+        tables_digest=items[0].tables_digest,
+    )
 
 
 def _has_targets(items: Sequence[CachedItem], mask_BT: Tensor) -> Tensor:
@@ -187,24 +226,6 @@ def _padded(items: Sequence[CachedItem], name: str, fill: float, dtype: torch.dt
         is_chosen = "target_pos" in item and name not in EVERY_TOKEN
         out[b, item["target_pos"] if is_chosen else slice(len(item[name]))] = item[name].to(dtype)
     return out
-
-
-def _widened(items: Sequence[CachedItem]) -> list[CachedItem]:
-    """Give items of draws the entries of the widest one. The new entries are absent."""
-    if not items[0].draws:
-        return list(items)
-    width = max(item["topk_ids"].shape[1] for item in items)
-    fills = {"topk_ids": 0, "topk_logprobs": -torch.inf}
-    return [
-        replace(
-            item,
-            tensors={
-                **item.tensors,
-                **{name: pad(item[name], (0, width - item[name].shape[1]), value=fills[name]) for name in fills},
-            },
-        )
-        for item in items
-    ]
 
 
 def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
@@ -234,7 +255,7 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     Raises
     ------
     DatasetError
-        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`.
+        If the items do not come from a :class:`dask_logits.CachedLogitsDataset`, or from caches that do not agree.
 
     Examples
     --------
@@ -250,8 +271,8 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     >>> batch["position_ids"].tolist(), batch["cu_seqlens"].tolist(), batch["labels"].tolist()
     ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
     """
-    _check_items(items)
-    rows = [collate([item]) for item in _widened(items)]
+    items = _alike(items)
+    rows = [collate([item]) for item in items]
     targets = [row["targets"] for row in rows]
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     ends = lengths.cumsum(0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_logits.cache.profile import Compact
+from dask_logits.errors import ConfigError
 from dask_logits.train.objective import tails_with_dropped
 from dask_logits.train.targets import CodedTargets, SparseTargets
 
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.temperatures = temperatures
+        self.tables_digest = profile.tables_digest
         self.id_planes = [f"topk_ids_b{i}" for i in range(profile.n_id_planes)]
         self.gap_planes = [f"topk_gaps_b{i}" for i in range(profile.n_gap_planes)]
         self.register_buffer("id_table", torch.from_numpy(profile.id_table.astype("int64")), persistent=False)
@@ -55,7 +57,17 @@ class Decoder(nn.Module):
         -------
         SparseTargets
             On the same device. Log-probs are rounded to float16, as in the loader's workers.
+
+        Raises
+        ------
+        ConfigError
+            If the codes are those of a cache with other tables.
         """
+        if coded.tables_digest != self.tables_digest:
+            raise ConfigError(
+                "decoder: expected the codes of its own cache, got those of one with other tables; use the decoder of "
+                "the dataset that the batch is from"
+            )
         codes = coded.codes
         rank_NK = sum(codes[name].long() << 8 * i for i, name in enumerate(self.id_planes))
         step_NK = sum(codes[name].int() << 8 * i for i, name in enumerate(self.gap_planes))

@@ -68,6 +68,7 @@ class EnsembleDataset(Dataset[CachedItem]):
 
     decode = "worker"
     draws = 0
+    tables_digest = ""
 
     def __init__(
         self, sources: Mapping[str, CachedLogitsDataset], *, weights: Mapping[str, float] | None = None

@@ -61,12 +61,13 @@ class MixedDataset(Dataset[CachedItem]):
         self.sources = dict(sources)
         shared = ("draws", "top_k", "vocab_size", "temperatures", "decode", "student_vocab_size")
         check_sources(self.sources, (CachedLogitsDataset, EnsembleDataset), *shared)
+        if len({source.tables_digest for source in self.sources.values()}) > 1:
+            raise ConfigError("decode: expected 'worker' for sources with different id tables, got 'device'")
         self.seed = seed
         first = next(iter(self.sources.values()))
         self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
         self.decode, self.student_vocab_size = first.decode, first.student_vocab_size
         self.is_masked = any(source.is_masked for source in self.sources.values())
-        self._has_ensemble = any(isinstance(source, EnsembleDataset) for source in self.sources.values())
         # Each source has its own, and the content digest covers them.
         self.window: int | None = None
         self.max_tokens: int | None = None
@@ -99,13 +100,7 @@ class MixedDataset(Dataset[CachedItem]):
             raise IndexError(f"item {index}: expected an index below {len(self)}")
         place = int(self._source_I[index])
         item = list(self.sources.values())[place][int(self._item_I[index])]
-        tensors = {**item.tensors, "source": torch.tensor(place)}
-        if self.is_masked and "loss_mask" not in tensors:
-            tensors["loss_mask"] = torch.ones(len(item["input_ids"]), dtype=torch.bool)
-        if self._has_ensemble and "topk_logprobs_T" not in tensors:
-            # One teacher's log-probs at temperature 1 determine those at the others, up to their sum.
-            tensors["topk_logprobs_T"] = item["topk_logprobs"].float()[..., None] / torch.tensor(self.temperatures)
-        return replace(item, tensors=tensors)
+        return replace(item, tensors={**item.tensors, "source": torch.tensor(place)})
 
     def __repr__(self) -> str:
         counts_S = np.bincount(self._source_I, minlength=len(self.sources))

@@ -238,15 +238,33 @@ class SparseTargets(_Tensors):
         known_N = self.mask & (self.label_ids >= 0) & ~self.label_logprob.isnan()
         is_label_NK = self.topk_ids == self.label_ids[..., None]
         shares_N = torch.where(is_label_NK, self.topk_logprobs.exp(), 0.0).sum(-1)
-        shares, logprobs = (each[known_N].float().cpu().numpy() for each in (shares_N, self.label_logprob))
-        doubts = label_doubts(shares, logprobs, self.draws)
-        if doubts is not None:
-            raise DatasetError(
-                f"The targets do not belong to these tokens: at {int(known_N.sum())} positions the shares of the draws "
-                f"that are the next token should sum to {doubts[0]:.1f} by the teacher's probabilities, but sum to "
-                f"{doubts[1]:.1f}. Run `dask-logits verify` on the cache; if it finds nothing, the targets were "
-                "shifted after they were read."
-            )
+
+        def doubts(counted_N: Tensor) -> tuple[float, float] | None:
+            shares, logprobs = (each[counted_N].float().cpu().numpy() for each in (shares_N, self.label_logprob))
+            return label_doubts(shares, logprobs, self.draws)
+
+        # The draws of copies of a document are not independent.
+        if doubts(known_N) is None or (found := doubts(known_N & ~self._is_copy())) is None:
+            return
+        raise DatasetError(
+            f"The targets do not belong to these tokens: at {int(known_N.sum())} positions the shares of the draws "
+            f"that are the next token should sum to {found[0]:.1f} by the teacher's probabilities, but sum to "
+            f"{found[1]:.1f}. Run `dask-logits verify` on the cache; if it finds nothing, the targets were "
+            "shifted after they were read."
+        )
+
+    def _is_copy(self) -> Tensor:
+        """Whether the sequence of a position is there before in the batch, with the same draws: [N]."""
+        copies_N = torch.zeros_like(self.mask)
+        if self.mask.ndim < 2:
+            return copies_N
+        seen: set[bytes] = set()
+        parts = (self.input_ids[..., None], self.topk_ids, self.topk_logprobs)
+        for b, sequence in enumerate(torch.cat([part.double() for part in parts], -1).cpu()):
+            key = sequence.numpy().tobytes()
+            copies_N[b] = key in seen
+            seen.add(key)
+        return copies_N
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -259,7 +277,10 @@ class CodedTargets(_Tensors):
         Stored name → tensor: the byte planes [N, K] and ``top1_logprob`` [N].
     rest
         All other targets, without kept entries.
+    tables_digest
+        Digest of the tables that decode the codes.
     """
 
     codes: dict[str, Tensor]
     rest: SparseTargets
+    tables_digest: str

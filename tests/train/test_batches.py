@@ -7,10 +7,18 @@ import pickle
 
 import pytest
 import torch
-from builders import compact, records, write_cache
+from builders import compact, drawn_records, records, write_cache
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from dask_logits import CachedLogitsDataset, ConfigError, DatasetError, SparseTargets, collate, collate_flat
+from dask_logits import (
+    CachedLogitsDataset,
+    ConfigError,
+    DatasetError,
+    MixedDataset,
+    SparseTargets,
+    collate,
+    collate_flat,
+)
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
 IN_TARGETS = ("topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob", "label_ids", "input_ids")
@@ -109,6 +117,47 @@ def test_items_of_subsets_and_joined_datasets_collate(dataset) -> None:
     for here in (Subset(dataset, [3, 0]), ConcatDataset([dataset, dataset])):
         (batch,) = DataLoader(here, batch_size=len(here))
         assert batch["targets"].mask.sum() == sum(len(item["input_ids"]) for item in here)
+
+
+def test_all_tokens_of_an_item_without_a_mask_are_learned(dataset, tmp_path) -> None:
+    chats = records((4, 5), k=3, masked=True)
+    write_cache(tmp_path / "chats.h5", chats)
+    masked = CachedLogitsDataset(tmp_path / "chats.h5")
+    for items in ([dataset[0], *masked], [*masked, dataset[0]]):
+        learned = collate(items)["targets"].mask.sum(1).tolist()
+        assert sorted(learned) == sorted([4, int(chats.loss_mask[:4].sum()), int(chats.loss_mask[4:].sum())])
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (lambda: records((3,), k=2), "number of entries, got 3 and 2"),
+        (lambda: records((3,), k=3, temperatures=True), r"temperatures, got none and \(0.5, 2.0\)"),
+        (lambda: drawn_records(records((3,), k=3)), "number of draws, got none and 7"),
+    ],
+)
+def test_items_of_caches_that_do_not_agree_are_refused(dataset, tmp_path, other, what) -> None:
+    write_cache(tmp_path / "other.h5", other())
+    items = [dataset[0], CachedLogitsDataset(tmp_path / "other.h5")[0]]
+    for function in (collate, collate_flat):
+        with pytest.raises(DatasetError, match=f"collate: expected items with the same {what} in one batch; open"):
+            function(items)
+    with pytest.raises(DatasetError, match="same vocabulary, got 50 and 40 in one batch"):
+        collate([dataset[0], dataclasses.replace(dataset[0], vocab_size=40)])
+
+
+def test_codes_of_other_tables_are_refused(tmp_path) -> None:
+    coded = {}
+    for seed, name in enumerate("ab"):
+        write_cache(tmp_path / f"{name}.h5", records((3, 4), k=3), profile=compact(3, seed=seed))
+        coded[name] = CachedLogitsDataset(tmp_path / f"{name}.h5", decode="device")
+    with pytest.raises(DatasetError, match="same id table of codes, got "):
+        collate([coded["a"][0], coded["b"][0]])
+    with pytest.raises(ConfigError, match="decoder: expected the codes of its own cache, got those of one with other"):
+        coded["b"].decoder()(collate([coded["a"][0]])["targets"])
+    with pytest.raises(ConfigError, match="decode: expected 'worker' for sources with different id tables, got 'dev"):
+        MixedDataset(coded)
+    assert len(MixedDataset({"a": coded["a"], "again": CachedLogitsDataset(tmp_path / "a.h5", decode="device")})) == 4
 
 
 def test_targets_move_and_pickle_as_one(dataset) -> None:

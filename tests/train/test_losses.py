@@ -212,7 +212,7 @@ def test_logits_that_cannot_belong_to_the_targets_are_refused(change, message: s
 def test_what_is_no_decoded_target_is_refused() -> None:
     logits, batch = batch_of()
     with pytest.raises(ConfigError, match=r"decode='device'. Decode them first: decoder = dataset.decoder\(\)"):
-        distillation_loss(logits, CodedTargets(codes={}, rest=batch))
+        distillation_loss(logits, CodedTargets(codes={}, rest=batch, tables_digest=""))
     with pytest.raises(ConfigError, match=r"expected the SparseTargets of the batch, batch\['targets'\], got dict"):
         distillation_loss(logits, {"targets": batch})
     wrong = dataclasses.replace(batch, topk_ids=batch.topk_ids + 50)
