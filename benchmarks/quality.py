@@ -252,7 +252,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 student, step = train_student(arguments, way, dataset, teacher, seed)
                 seeds.append({**evaluate(student, teacher, parts["held_out"]), "ms_per_step": step})
             live = way.objective is None
+            said = dataset.attributes["statistics"]
+            per_target = {key: said[key] / said["targets"] for key in ("kept_mass", "distinct")}
             rows[name] = {"seeds": seeds, "bytes_per_token": None if live or not way.objective.alpha else size}
+            rows[name] |= {} if live else per_target
             print(name, {key: round(statistics.mean(one[key] for one in seeds), 4) for key in seeds[0]}, flush=True)
     return found | {"ways": summarised(rows)}
 
