@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import warm
 from builders import cache_dir, dask_processes, digest, finish, start_worker, wait_for
-from distributed import Client
+from distributed import Client, LocalCluster
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config
 from dask_logits.config import JobConfig
+from dask_logits.job import trials
+from dask_logits.job.roster import Roster
 from dask_logits.job.window import Window, _Running
 from dask_logits.run.plan import Partition
+from dask_logits.worker.task import PartitionTask
 
 SLOW = """
 import time
@@ -127,3 +132,22 @@ def test_only_losses_that_are_not_departures_count(caplog, left: bool) -> None:
     if left:
         assert lines[1].endswith("left on purpose; another one scores partition 000003")
         assert "as 2 others did during partition 000003; start workers with a longer --lifetime" in lines[2]
+
+
+def _sleeps(task: PartitionTask, first: int, n_rows: int) -> None:
+    time.sleep(2)
+
+
+def test_time_without_a_worker_is_not_the_fault_of_rows(monkeypatch) -> None:
+    monkeypatch.setattr(trials, "try_on_worker", _sleeps)
+    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        late = threading.Timer(2, cluster.scale, [1])
+        late.start()
+        try:
+            assert trials.passes(client, task, 0, 4, 3.0, Roster())
+        finally:
+            late.join()
