@@ -285,11 +285,11 @@ _LOCAL = ["--host", "127.0.0.1", "--no-dashboard"]
 
 
 @contextlib.contextmanager
-def dask_processes(folder: Path) -> Iterator[tuple[Path, warm.Popen]]:
-    """Start ``dask scheduler`` and one ``dask worker``; yield the scheduler file and the scheduler."""
+def dask_processes(folder: Path, *options: str) -> Iterator[tuple[Path, warm.Popen]]:
+    """Start ``dask scheduler`` and one ``dask worker`` with options; yield the scheduler file and the scheduler."""
     file = folder / "scheduler.json"
     scheduler = warm.Popen([*_DASK, "scheduler", "--scheduler-file", str(file), *_LOCAL, "--port", "0"], **_QUIET)
-    worker = start_worker(file)
+    worker = start_worker(file, *options)
     try:
         wait_for(file.exists, scheduler)
         yield file, scheduler
@@ -300,10 +300,10 @@ def dask_processes(folder: Path) -> Iterator[tuple[Path, warm.Popen]]:
             finish(process)
 
 
-def start_worker(scheduler_file: Path, *, cuda: bool = False) -> warm.Popen | subprocess.Popen:
+def start_worker(scheduler_file: Path, *options: str, cuda: bool = False) -> warm.Popen | subprocess.Popen:
     """Start a ``dask worker``, or a ``dask cuda worker`` that pretends to have a GPU."""
     common = ["--scheduler-file", str(scheduler_file), "--nthreads", "1", "--memory-limit", "0", "--local-directory",
-              str(scheduler_file.parent)]  # fmt: skip
+              str(scheduler_file.parent), *options]  # fmt: skip
     if not cuda:
         return warm.Popen([*_DASK, "worker", *common, *_LOCAL], **_QUIET)
     pretended = {**os.environ, "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC": "1", "CUDA_VISIBLE_DEVICES": "0"}

@@ -28,6 +28,8 @@ from dask_logits.worker.task import PartitionTask
 
 _POLL_SECONDS = 0.5
 _EVENT_SECONDS = 5
+# Topic of distributed for events of the cluster.
+_CLUSTER_TOPIC = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,12 @@ class DaskExecutor:
         """Run tasks until none is left. After a lost connection the scheduler is waited for."""
         client, window = self.client, Window(self.client, tasks, self.job, self.roster)
         tokens: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        topic = TOKENS_TOPIC + run_id
+        changes: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        topics = {TOKENS_TOPIC + run_id: tokens, _CLUSTER_TOPIC: changes}
 
         def subscribe() -> None:
-            client.subscribe_topic(topic, lambda event: tokens.put(event[1]))
+            for topic, messages in topics.items():
+                client.subscribe_topic(topic, lambda event, messages=messages: messages.put(event[1]))
 
         subscribe()
         try:
@@ -76,6 +80,10 @@ class DaskExecutor:
                     while not tokens.empty():
                         scored = tokens.get()
                         window.note_tokens(scored["partition"], scored["tokens"])
+                    while not changes.empty():
+                        change = changes.get()
+                        if change.get("action") == "remove-worker" and change.get("expected"):
+                            window.note_departure(change["worker"], change["processing-tasks"])
                     if is_reading():
                         window.last_progress = time.monotonic()
                     if not is_done:
@@ -92,7 +100,8 @@ class DaskExecutor:
         finally:
             window.release()
             if client.status == "running":
-                client.unsubscribe_topic(topic)
+                for topic in topics:
+                    client.unsubscribe_topic(topic)
 
     def call(
         self,

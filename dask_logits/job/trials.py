@@ -21,6 +21,7 @@ from dask_logits.worker.task import PartitionTask
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 1.0
 
 
 def passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float, roster: Roster) -> bool:
@@ -35,7 +36,8 @@ def passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
     first, n_rows
         The rows, counted from the partition's first.
     seconds
-        Limit of an attempt. A worker that takes longer is restarted, and the rows have failed.
+        Limit of an attempt. A worker that takes longer is restarted, and the rows have failed. Time without a worker,
+        or on one that left, does not count.
     roster
         Workers that get no work.
 
@@ -56,13 +58,18 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
     name = f"try-rows-{task.partition.name}-{uuid.uuid4().hex[:8]}"
     delayed = dask.delayed(try_on_worker, pure=False)(task, first, n_rows, dask_key_name=name)
     future = client.compute(delayed, optimize_graph=False, workers=_allowed(client, roster))
-    started = time.monotonic()
+    holder, since = None, time.monotonic()
+    looked = since
     try:
         while not future.done():
             if client.status != "running":
                 raise scheduler_lost()
-            if time.monotonic() - started > seconds:
-                holder = holders(client).get(name)
+            now = time.monotonic()
+            if now - looked > _LOOK_SECONDS or now - since > seconds:
+                looked = now
+                if (current := holders(client).get(name)) != holder:
+                    holder, since = current, now
+            if now - since > seconds:
                 if holder is None:
                     raise ClusterError(
                         f"distillation.cluster: expected a worker within {seconds:g} s "

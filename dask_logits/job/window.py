@@ -12,7 +12,8 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 # A worker scores one partition, because there is one teacher, and reads or writes the others meanwhile.
 _MOST_PARTITIONS_EACH = 3
 _STREAM_POLL_SECONDS = 0.05
+# Number of workers that left during one partition after which lifetimes are probably too short.
+_MANY_DEPARTURES = 3
 
 
 @dataclass
@@ -88,6 +91,9 @@ class Window:
     # Number of times a partition's workers disappeared, or the scheduler forgot the client.
     _losses: dict[int, int] = field(default_factory=dict)
     _present: dict[str, Any] = field(default_factory=dict)
+    # Workers that left on purpose, and how many of them left during a partition.
+    _departed: set[str] = field(default_factory=set)
+    _departures: Counter[int] = field(default_factory=Counter)
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
     # Partitions whose workers died or hung while running another one. Each is retried once, last and alone.
     _suspects: list[PartitionTask] = field(default_factory=list)
@@ -104,9 +110,10 @@ class Window:
         """Submit tasks while there is capacity. Return whether anything is left to wait for."""
         now = time.monotonic()
         self._starved = False
-        self._present = self._workers()
+        before, self._present = self._present, self._workers()
         self.roster.nannies |= {worker: facts["nanny"] for worker, facts in self._present.items() if facts.get("nanny")}
-        self._take_back_orphans()
+        # A worker that left may be missing shortly before its departure is reported.
+        self._take_back_orphans(before.keys() | self._present.keys())
         while len(self._running) < self._room(now):
             due = next((entry for entry in self._later if entry[0] <= now), None)
             if due is not None:
@@ -163,6 +170,7 @@ class Window:
         self._hung_in_a_row = 0
         self._attempts.pop(index)
         self._losses.pop(index, None)
+        self._departures.pop(index, None)
         receipt, worker = outcome
         self.roster.note_success(worker, index, time.monotonic())
         self._events.append(Committed(receipt))
@@ -174,13 +182,37 @@ class Window:
         for running in self._running.values():
             running.alive = now
 
-    def _take_back_orphans(self) -> None:
+    def note_departure(self, worker: str, keys: Collection[str]) -> None:
+        """Record that a worker left on purpose. The scheduler assigns its partitions to another one, without blame."""
+        self._departed.add(worker)
+        tasks = [self._running[key].task for key in keys if key in self._running]
+        if not tasks:
+            return
+        self._departures.update(task.partition.index for task in tasks)
+        most = max(self._departures[task.partition.index] for task in tasks)
+        names = ", ".join(sorted(task.partition.name for task in tasks))
+        name = self.roster.name(worker)
+        if most < _MANY_DEPARTURES:
+            logger.info("worker %s left on purpose; another one scores partition %s", name, names)
+        else:
+            logger.warning(
+                "worker %s left on purpose, as %d others did during partition %s; start workers with a longer "
+                "--lifetime: loading the teacher and scoring a partition must fit into it",
+                name,
+                most - 1,
+                names,
+            )
+
+    def _take_back_orphans(self, present: Collection[str]) -> None:
         """Take back partitions whose allowed workers are all gone, because the scheduler would keep them waiting."""
         for key, running in list(self._running.items()):
-            if running.workers is not None and not running.workers & self._present.keys():
+            if running.workers is not None and running.workers.isdisjoint(present):
                 del self._running[key]
                 running.future.release()
-                self._note_loss(running.task)
+                if running.workers <= self._departed:
+                    self._later.append((time.monotonic(), running.task))
+                else:
+                    self._note_loss(running.task)
 
     def _note_loss(self, task: PartitionTask) -> None:
         """Resubmit a partition after its worker was lost or the scheduler forgot it, a limited number of times."""
