@@ -167,6 +167,8 @@ def test_pages_work_in_a_browser_by_keyboard_and_on_a_narrow_screen(cluster, sco
                         "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
                     )
                 assert len(reached) > 1, address
+            await tab.until("document.getElementById('previous').disabled")
+            assert not await tab.value("document.getElementById('next').disabled")
             await tab.open(page)
             assert "3 committed" in await tab.value("document.body.innerText")
             receipt.with_suffix(".away").rename(receipt)
