@@ -77,7 +77,7 @@ class Charts:
             if value
         )
         shapes = f'<path d="{bars}" class="fill"/>'
-        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 3), unit=unit, y_unit=y_unit)
+        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 4), unit=unit, y_unit=y_unit)
 
     def area(
         self, title: str, values: Array, x: Axis, *, unit: str, y_unit: str, description: str, marks: str = ""
@@ -85,7 +85,7 @@ class Charts:
         """Return a stepped area of values in equal bins."""
         top = nice_top(float(values.max(initial=0)))
         shapes = f'<path d="{_steps(values, top, HEIGHT)}" class="area"/>{marks}'
-        return self.figure(title, description, shapes, x, axis(0, top, 3), unit=unit, y_unit=y_unit)
+        return self.figure(title, description, shapes, x, axis(0, top, 4), unit=unit, y_unit=y_unit)
 
     def sparkline(self, title: str, values: Array, top: float, *, description: str) -> str:
         """Return a small stepped area, with the same scale for several of them."""
