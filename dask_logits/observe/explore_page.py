@@ -14,7 +14,7 @@ from typing import Any
 from dask_logits.observe.page import STYLE, document, text
 
 _STYLE = """
-body{max-width:76rem}header{margin-bottom:1.5rem}
+body{max-width:76rem}header{margin-bottom:1.5rem}header p{max-width:none}
 form,.row{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center}
 input,button{font:inherit;padding:.35rem .7rem;border:1px solid var(--line);border-radius:6px;background:var(--paper);
 color:var(--ink)}button{cursor:pointer;color:var(--accent)}button:hover{background:var(--wash)}
