@@ -1,7 +1,8 @@
 """Write the screenshots of the README with Chromium: docs/figures/report.png, explorer.png and page.png.
 
 Report and explorer show a finished run. The page in the Dask dashboard shows a job with the settings of this run and
-smaller partitions, on two workers, while it is at work. This job is stopped after the picture.
+smaller partitions, on two workers, while it is at work. This job is stopped after the picture. The folder of a run is
+shown as the quickstart names it, wherever it is.
 
 Usage: ``python scripts/screenshots.py RUN [CHROMIUM]``
 """
@@ -19,14 +20,17 @@ import urllib.request
 from pathlib import Path
 
 from dask_logits import RunConflictError, read_status, write_report
+from dask_logits.files.atomic import expanded
 from dask_logits.hydra_config import generate_command
 from dask_logits.observe.explore import write_explorer
 from dask_logits.run.folder import RunFolder
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), "chromium")
+# How the pictures name the folder of a run.
+SHOWN = "output/quickstart"
 # Width and height in pixels.
-SIZE = (960, 720)
+SIZE = (960, 780)
 # Committed partitions in the picture of a job at work.
 COMMITTED = 9
 SETTINGS = (
@@ -35,14 +39,18 @@ SETTINGS = (
     "distillation.cluster.dashboard_address=127.0.0.1:0",
     "distillation.teacher.generation.num_workers=2",
     "distillation.teacher.generation.torch_threads=1",
+    "distillation.scoring.compile=never",
 )
 
 
-def shoot(address: str, image: Path, chromium: str, size: tuple[int, int] = SIZE) -> None:
-    """Write an image of the beginning of a page."""
-    window = f"--window-size={size[0]},{size[1]}"
-    options = ["--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1", window, f"--screenshot={image}"]
-    subprocess.run([chromium, *options, address], check=True, capture_output=True, timeout=120)
+def shoot(page: str, run: Path, image: Path, chromium: str) -> None:
+    """Write an image of the beginning of a page of a run."""
+    with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
+        file.write(page.replace(str(expanded(run)), SHOWN))
+        file.flush()
+        options = ["--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1"]
+        options += [f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={image}", f"file://{file.name}"]
+        subprocess.run([chromium, *options], check=True, capture_output=True, timeout=120)
 
 
 def shoot_job(run: Path, folder: Path, image: Path, chromium: str) -> None:
@@ -62,7 +70,8 @@ def shoot_job(run: Path, folder: Path, image: Path, chromium: str) -> None:
             # The first reading may take longer than a request waits.
             with urllib.request.urlopen(address, timeout=60) as answer:
                 answer.read()
-            shoot(address, image, chromium)
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                shoot(answer.read().decode(), folder / "quickstart", image, chromium)
         finally:
             job.send_signal(signal.SIGINT)
 
@@ -83,8 +92,10 @@ def main(run: Path, chromium: str = CHROMIUM) -> None:
     """Write all images."""
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(folder)
-        shoot(write_report(run, pages / "report.html").as_uri(), FIGURES / "report.png", chromium)
-        shoot(write_explorer(run, pages / "explorer.html", [1]).as_uri(), FIGURES / "explorer.png", chromium)
+        report = write_report(run, pages / "report.html").read_text(encoding="utf-8")
+        explorer = write_explorer(run, pages / "explorer.html", [1]).read_text(encoding="utf-8")
+        shoot(report, run, FIGURES / "report.png", chromium)
+        shoot(explorer, run, FIGURES / "explorer.png", chromium)
         shoot_job(run, pages, FIGURES / "page.png", chromium)
 
 

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -73,7 +75,7 @@ async def browser(profile: Path) -> AsyncIterator[Browser]:
     """Start a browser, and end it at the end of the block."""
     assert CHROMIUM is not None
     options = ["--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
-    with subprocess.Popen([CHROMIUM, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([CHROMIUM, *options], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stderr is not None
             lines = (re.search(r"ws://\S+", line) for line in process.stderr)
@@ -86,7 +88,8 @@ async def browser(profile: Path) -> AsyncIterator[Browser]:
             yield browser_tab
             socket.close()
         finally:
-            process.kill()
+            # All processes: Debian's command is a script that waits for the browser.
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _attached(socket: WebSocketClientConnection) -> str:

@@ -50,8 +50,8 @@ class Charts:
             f'<desc id="{name}d">{escape(description)}</desc>{shapes}</svg>'
         )
 
-    def figure(self, title: str, description: str, shapes: str, x: Axis, y: Axis, *, unit: str = "") -> str:
-        """Return a drawing with labels on both axes, and the unit of the lower one."""
+    def figure(self, title: str, description: str, shapes: str, x: Axis, y: Axis, *, unit: str, y_unit: str) -> str:
+        """Return a drawing with labels on both axes, and their units."""
         lines = "".join(
             f'<line x1="0" x2="{WIDTH}" y1="{_n(HEIGHT * (1 - at))}" y2="{_n(HEIGHT * (1 - at))}" class="grid"/>'
             for at, _ in y.ticks
@@ -59,12 +59,15 @@ class Charts:
         below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x.ticks)
         beside = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y.ticks)
         return (
-            f'<div class="chart"><div class="y" aria-hidden="true">{beside}</div>'
+            f'<div class="chart"><div class="top">{escape(y_unit)}</div>'
+            f'<div class="y" aria-hidden="true">{beside}</div>'
             f'<div class="plot">{self.svg(title, description, lines + shapes)}</div>'
             f'<div class="x" aria-hidden="true">{below}</div><div class="unit">{escape(unit)}</div></div>'
         )
 
-    def histogram(self, title: str, counts: Array, low: float, high: float, *, unit: str, description: str) -> str:
+    def histogram(
+        self, title: str, counts: Array, low: float, high: float, *, unit: str, y_unit: str, description: str
+    ) -> str:
         """Return the columns of a histogram whose bins are equally wide, from `low` to `high`."""
         top = nice_top(float(counts.max(initial=0)))
         width = WIDTH / max(1, len(counts))
@@ -74,13 +77,15 @@ class Charts:
             if value
         )
         shapes = f'<path d="{bars}" class="fill"/>'
-        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 3), unit=unit)
+        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 4), unit=unit, y_unit=y_unit)
 
-    def area(self, title: str, values: Array, x: Axis, *, unit: str, description: str, marks: str = "") -> str:
+    def area(
+        self, title: str, values: Array, x: Axis, *, unit: str, y_unit: str, description: str, marks: str = ""
+    ) -> str:
         """Return a stepped area of values in equal bins."""
         top = nice_top(float(values.max(initial=0)))
         shapes = f'<path d="{_steps(values, top, HEIGHT)}" class="area"/>{marks}'
-        return self.figure(title, description, shapes, x, axis(0, top, 3), unit=unit)
+        return self.figure(title, description, shapes, x, axis(0, top, 4), unit=unit, y_unit=y_unit)
 
     def sparkline(self, title: str, values: Array, top: float, *, description: str) -> str:
         """Return a small stepped area, with the same scale for several of them."""
@@ -88,7 +93,7 @@ class Charts:
             title, description, f'<path d="{_steps(values, top, 40)}" class="area"/>', height=40, css="spark"
         )
 
-    def line(self, title: str, points: Mapping[str, float], *, unit: str, description: str) -> str:
+    def line(self, title: str, points: Mapping[str, float], *, unit: str, y_unit: str, description: str) -> str:
         """Return a line through values from 0 to 1, equally far apart, each with its label."""
         step = WIDTH / max(1, len(points))
         places = [(step * (i + 0.5), HEIGHT * (1 - value)) for i, value in enumerate(points.values())]
@@ -96,7 +101,7 @@ class Charts:
         dots = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in places)
         shapes = f'<path d="{way}" class="line"/><path d="{dots}" class="dot"/>'
         x = Axis(ticks=tuple((x / WIDTH, label) for (x, _), label in zip(places, points, strict=True)))
-        return self.figure(title, description, shapes, x, axis(0, 1, 4), unit=unit)
+        return self.figure(title, description, shapes, x, axis(0, 1, 4), unit=unit, y_unit=y_unit)
 
     def shares(self, title: str, parts: Sequence[tuple[str, float]], *, description: str) -> str:
         """Return one bar cut into parts, in the colours of a legend: ``part0``, ``part1`` and so on."""

@@ -14,7 +14,7 @@ from typing import Any
 from dask_logits.observe.page import STYLE, document, text
 
 _STYLE = """
-body{max-width:76rem}header{margin-bottom:1.5rem}
+body{max-width:76rem}header{margin-bottom:1.5rem}header p{max-width:none}
 form,.row{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center}
 input,button{font:inherit;padding:.35rem .7rem;border:1px solid var(--line);border-radius:6px;background:var(--paper);
 color:var(--ink)}button{cursor:pointer;color:var(--accent)}button:hover{background:var(--wash)}
@@ -87,6 +87,8 @@ async function show(number, position) {
   at("place").textContent = about.noun + " " + grouped(number) + ", dataset row " + grouped(found.row) +
     (found.offset ? " from token " + grouped(found.offset) : "") + ", tokens " +
     (found.ids.length ? grouped(found.first) + " to " + grouped(last - 1) : "none") + " of " + grouped(found.n_tokens);
+  at("previous").disabled = neighbour(-1) === undefined;
+  at("next").disabled = neighbour(1) === undefined;
   at("earlier").disabled = found.first === 0;
   at("later").disabled = Boolean(documents) || last >= found.n_tokens;
   const box = at("tokens");
@@ -187,8 +189,8 @@ function follow() {
 
 const go = (number, position = 0) => { location.hash = "#" + number + (position ? "@" + position : ""); };
 at("go").addEventListener("submit", (event) => { event.preventDefault(); go(Number(at("number").value)); });
-at("next").addEventListener("click", () => step(1));
-at("previous").addEventListener("click", () => step(-1));
+at("next").addEventListener("click", () => go(neighbour(1)));
+at("previous").addEventListener("click", () => go(neighbour(-1)));
 at("earlier").addEventListener("click", () => go(shown.number, Math.max(0, shown.first - 512)));
 at("later").addEventListener("click", () => go(shown.number, shown.first + 512));
 at("tokens").addEventListener("keydown", (event) => {
@@ -199,15 +201,16 @@ at("tokens").addEventListener("keydown", (event) => {
   focus(Math.min(tokens.length - 1, Math.max(0, tokens.indexOf(document.activeElement) + steps[event.key])));
 });
 
-function step(by) {
-  const numbers = documents && documents.map((each) => each.number);
-  const number = numbers ? numbers[numbers.indexOf(shown.number) + by] : shown.number + by;
-  if (number !== undefined && number >= 0 && number < about.items) go(number);
+function neighbour(by) {
+  if (documents) return (documents[documents.indexOf(shown) + by] || {}).number;
+  const number = shown.number + by;
+  return number >= 0 && number < about.items ? number : undefined;
 }
 
 if (documents) {
   at("finder").remove();
-  list("This file contains:", documents.map((each) => ({number: each.number, text: each.texts.slice(0, 16).join("")})));
+  const opening = (each) => each.texts.slice(0, 16).join("") + (each.texts.length > 16 ? "…" : "");
+  list("This file contains:", documents.map((each) => ({number: each.number, text: opening(each)})));
 } else {
   at("ranked").addEventListener("click", () => guarded(surprising));
   at("find").addEventListener("submit", (event) => {

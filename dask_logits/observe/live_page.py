@@ -58,8 +58,6 @@ _HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; connect-src 'self'; img-src data:"
 )
-# Wide enough for "10,000 of 10,000".
-_STYLE = ".tiles{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}"
 # Colours of whatever surrounds an output cell: JupyterLab, Colab and VS Code choose light or dark themselves.
 _CELL_STYLE = (
     ".dask-logits{--paper:transparent;--ink:currentColor;--soft:color-mix(in srgb,currentColor 65%,transparent);"
@@ -67,7 +65,7 @@ _CELL_STYLE = (
     "--accent:#2f7fc4;--bad:#d55e00;--c0:#0072b2;--c1:#e69f00;--c2:#009e73;--c3:#56b4e9;--c4:#d55e00;--c5:#cc79a7;"
     "--c6:#b8a800;--c7:#7d8794;max-width:60rem;font:14px/1.5 system-ui,sans-serif}"
     # Twice, to prevail over the style that JupyterLab has for outputs.
-    f".dask-logits.dask-logits{{{STYLE}{_STYLE}section{{margin-top:1.25rem}}h2{{font-size:1rem;margin:0 0 .25rem}}"
+    f".dask-logits.dask-logits{{{STYLE}section{{margin-top:1.25rem}}h2{{font-size:1rem;margin:0 0 .25rem}}"
     ".tiles{margin-top:.5rem}.tiles :is(dt,dd){float:none;width:auto;margin:0;padding:0}.tiles dt{font-weight:400}"
     "tbody tr:nth-child(n){background:none}th,td{white-space:normal;max-width:none}}"
 )
@@ -126,7 +124,7 @@ def page(body: str) -> str:
     """Return the page around its sections, which refreshes itself."""
     shell = f'<div id="live">{body}</div><p id="note" class="soft" role="status"></p>'
     icon = '<link rel="icon" href="data:,">'
-    return whole_page("dask_logits", shell, style=STYLE + _STYLE, head=icon, end=f"<script>{_SCRIPT}</script>")
+    return whole_page("dask_logits", shell, head=icon, end=f"<script>{_SCRIPT}</script>")
 
 
 def body(snapshot: Snapshot) -> str:

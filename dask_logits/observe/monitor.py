@@ -5,7 +5,7 @@ asked for the announcements of drivers, over a connection that is closed immedia
 alive. If the announced folder is not visible on this machine, the announcements themselves are shown.
 
 This is the only module that imports IPython. The charts are HTML and SVG in an output that is replaced. They need no
-script, no extension and no kernel, so JupyterLab, VS Code and Colab show them, also in a saved notebook.
+script, no extension and no kernel, and stay in a saved notebook.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+# Four figures in a row or fewer, each wide enough for "10,000 of 10,000".
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b2430;--soft:#5a6675;--line:#dfe4ea;--wash:#f4f6f8;--accent:#1f66a8;
 --bad:#b0400c;--c0:#0072b2;--c1:#e69f00;--c2:#009e73;--c3:#56b4e9;--c4:#d55e00;--c5:#cc79a7;--c6:#b8a800;--c7:#6d7784}
@@ -28,8 +29,8 @@ nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:1.5rem 0 0;font-size:.
 nav a:hover{text-decoration:underline}
 .state{display:inline-block;padding:0 .6rem;border:1px solid currentColor;border-radius:1rem;font-size:.85rem;
 color:var(--accent)}.state.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(6.8rem,1fr));gap:1px;margin:1.5rem 0 0;padding:0;
-border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(max(9rem,22%),1fr));gap:1px;margin:1.5rem 0 0;
+padding:0;border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .tiles div{box-shadow:0 0 0 1px var(--line);padding:.75rem .6rem}.tiles dt{color:var(--soft);font-size:.8rem}
 .tiles dd{margin:0;font-size:1rem;white-space:nowrap;font-weight:600;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto}
@@ -49,7 +50,7 @@ font-variant-numeric:tabular-nums}
 .y,.x{position:relative}.y span{position:absolute;right:.5rem;transform:translateY(50%);white-space:nowrap}
 .x{grid-column:2;height:1.4rem;border-top:1px solid var(--soft)}
 .x span{position:absolute;transform:translateX(-50%);padding-top:.15rem;white-space:nowrap}
-.unit{grid-column:2;text-align:right}
+.top{grid-column:1/3;margin-bottom:.6rem}.unit{grid-column:2;text-align:right}
 svg *{vector-effect:non-scaling-stroke}
 .grid{stroke:var(--line)}.fill{fill:var(--accent)}.area{fill:var(--accent);fill-opacity:.3;stroke:var(--accent);
 stroke-width:1.5}.line{fill:none;stroke:var(--accent);stroke-width:2}

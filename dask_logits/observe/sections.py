@@ -58,8 +58,8 @@ def speed(charts: Charts, history: History, clock: Clock, found: Rates, *, worke
         f"{number(tokens / clock.seconds)} tokens/s on average, {number(float(total.max()))} at the fastest. The first "
         f"partition began on {began:%Y-%m-%d at %H:%M:%S}.{left_out}"
     )
-    chart = charts.area("Tokens per second over time", total, x, unit=unit, description=sentence,
-                        marks=pauses(_pause_places(clock)))  # fmt: skip
+    chart = charts.area("Tokens per second over time", total, x, unit=unit, y_unit="tokens/s",
+                        description=sentence, marks=pauses(_pause_places(clock)))  # fmt: skip
     return section("speed", "Speed", sentence, Html(chart), _workers(charts, history, found) if workers else None)
 
 
@@ -236,18 +236,19 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
     long = sample.lengths
     mass = sample.mass_by_k
     kept = (
-        _histogram(charts, "Kept mass", sample.joined("kept"), "probability",
+        _histogram(charts, "Kept mass", sample.joined("kept"), "probability", "tokens",
                    "How much of the teacher's probability the kept tokens hold.", span=(0.0, 1.0))
         if mass
-        else _histogram(charts, "Distinct ids", sample.joined("kept"), "ids of a position",
+        else _histogram(charts, "Distinct ids", sample.joined("kept"), "ids of a position", "tokens",
                         "How many different tokens the draws of a position gave: few if the teacher is certain.")
     )  # fmt: skip
     charted = [
-        _histogram(charts, f"Length of {noun}", long, "tokens", f"The longest has {long.max():,} tokens."),
+        _histogram(charts, f"Length of {noun}", long, "tokens", noun, f"The longest has {long.max():,} tokens."),
         _histogram(charts, f"Entropy of the {'kept distribution' if mass else 'draws'}", sample.joined("entropies"),
-                   "nats", "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
+                   "nats", "tokens",
+                   "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
         kept,
-        _histogram(charts, "Surprise", sample.joined("surprises"), "nats",
+        _histogram(charts, "Surprise", sample.joined("surprises"), "nats", "tokens",
                    "How little the teacher expected the token that really comes next: −log of its probability."),
     ]  # fmt: skip
     if not mass:
@@ -258,14 +259,21 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
         f"{100 * mass[top]:.1f} %."
     )
     by_k = {f"{k:,}": value for k, value in mass.items()}
-    line = charts.line("Kept mass by k", by_k, unit="k, the number of tokens kept", description=sentence)
+    line = charts.line("Kept mass by k", by_k, unit="k, the number of tokens kept",
+                       y_unit="share of the probability", description=sentence)  # fmt: skip
     values = table(("k", "kept mass"), [(k, f"{value:.4f}") for k, value in by_k.items()], numbers=(1,), label="By k")
     curve = f"<div><h3>Kept mass by k</h3><p>{sentence}</p>{line}{folded('Values', values)}</div>"
     return section("targets", "Targets", said, Html(f'<div class="pair">{"".join(charted)}{curve}</div>'))
 
 
 def _histogram(
-    charts: Charts, title: str, values: Array, unit: str, sentence: str, span: tuple[float, float] | None = None
+    charts: Charts,
+    title: str,
+    values: Array,
+    unit: str,
+    counted: str,
+    sentence: str,
+    span: tuple[float, float] | None = None,
 ) -> str:
     finite = values[np.isfinite(values)].astype(np.float64)
     if not len(finite):
@@ -280,12 +288,12 @@ def _histogram(
     noted += f" {infinite:,} infinite values are not drawn." if infinite else ""
     at = np.quantile(finite, (0.05, 0.5, 0.95))
     middle = f" 5 % lie below {number(at[0])}, half below {number(at[1])}, 95 % below {number(at[2])}."
-    drawn = charts.histogram(title, counts, low, high, unit=unit, description=sentence + middle)
+    drawn = charts.histogram(title, counts, low, high, unit=unit, y_unit=counted, description=sentence + middle)
     rows = [
         (f"{number(a)} to {number(b)}", f"{n:,}")
         for a, b, n in zip(edges[:-1], edges[1:], counts.tolist(), strict=True)
     ]
-    values_table = folded("Values", table((unit, "count"), rows, numbers=(1,), label=title))
+    values_table = folded("Values", table((unit, counted), rows, numbers=(1,), label=title))
     return f"<div><h3>{text(title)}</h3><p>{text(sentence + middle + noted)}</p>{drawn}{values_table}</div>"
 
 

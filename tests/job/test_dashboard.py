@@ -31,6 +31,7 @@ from dask_logits.observe.explore import Explorer, ExploreServer
 from dask_logits.observe.live import LiveRun
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RUNS_TOPIC, RunFolder
+from dask_logits.run.records import DriverStatus
 
 
 @pytest.fixture
@@ -58,6 +59,9 @@ def test_the_page_shows_the_runs_of_a_scheduler(cluster, scored, tmp_path, monke
     assert "No run was announced" in Page(get(cluster, "dask-logits")).text
     assert json.loads(get(cluster, "dask-logits.json")) == {"runs": [], "workers": []}
     assert '<a href="dask-logits">' in get(cluster, "status"), "distributed has another way to extend its navigation"
+    panels = json.loads(get(cluster, "individual-plots.json"))
+    assert panels["dask-logits"] == "/dask-logits"
+    assert panels["Individual Task Stream"] == "/individual-task-stream"
 
     far = f"/far/{HOSTILE}"
     announce(cluster, far, failed={"3": HOSTILE}, state="stopped")
@@ -111,6 +115,18 @@ def test_a_slow_file_system_keeps_nobody_waiting(cluster, tmp_path, monkeypatch)
     for _ in range(3):
         assert "Its files are being read." in get(cluster, "dask-logits/body")
     assert len(reads) == 1
+
+
+def test_a_single_long_reading_does_not_make_the_page_stand_still(tmp_path, monkeypatch) -> None:
+    run, event = dashboard._Run(str(tmp_path)), DriverStatus(run=str(tmp_path), at=0.0, **FACTS)
+    rests = []
+    for seconds in (5.0, 0.001, 5.0, 0.05, 5.0):
+        with monkeypatch.context() as clocks:
+            clocks.setattr(time, "thread_time", iter((0.0, seconds)).__next__)
+            clocks.setattr(time, "monotonic", lambda: 0.0)
+            run._renew(event)
+        rests.append(run._due)
+    assert rests == [2.0, 2.0, 2.0, 5.0, 5.0]
 
 
 def test_a_cluster_of_a_job_has_the_page_where_it_has_a_dashboard(fork_server) -> None:
@@ -167,6 +183,8 @@ def test_pages_work_in_a_browser_by_keyboard_and_on_a_narrow_screen(cluster, sco
                         "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
                     )
                 assert len(reached) > 1, address
+            await tab.until("document.getElementById('previous').disabled")
+            assert not await tab.value("document.getElementById('next').disabled")
             await tab.open(page)
             assert "3 committed" in await tab.value("document.body.innerText")
             receipt.with_suffix(".away").rename(receipt)

@@ -72,6 +72,7 @@ def checked(html: str) -> Page:
     assert not [attributes for _, attributes in page.elements if "src" in attributes or "data" in attributes]
     assert page.all("link") == page.all("script") == []
     assert not re.search(r"@import|url\(", html)
+    assert not re.search(r'class="(?:top|unit)"></div>', html), "an axis without its unit"
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for svg in page.all("svg"):
