@@ -230,10 +230,11 @@ def generate_command(tree: Mapping[str, Any]) -> str | None:
       distillation.dataset.name=c4 \\
       distillation.dataset.streaming=true
     """
-    if not (tree.get("dataset") or {}).get("name"):
+    if not flat(tree).get("distillation.dataset.name"):
         return None
     defaults = flat(Config().model_dump())
-    changed = [(path, value) for path, value in flat(tree).items() if value != defaults.get(path)]
+    # A file holds lists where the defaults have tuples.
+    changed = [(path, value) for path, value in flat(tree).items() if _written(value) != _written(defaults.get(path))]
     return " \\\n  ".join(
         ["dask-logits generate", *(shlex.quote(f"{path}={_written(value)}") for path, value in changed)]
     )

@@ -103,30 +103,6 @@ class Job:
         return earns(top_k, vocab_size, targets, cost.partition_tokens * cost.target_share)
 
 
-def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:
-    """Return the original settings of a run, updated to its current folder and rows.
-
-    The permission to replace a run, given for a single start, is dropped.
-
-    Raises
-    ------
-    RunConflictError
-        If the folder contains no run.
-    """
-    manifest = run.manifest()
-    if manifest is None:
-        raise RunConflictError(f"{run.path}: expected a run folder with run.json, got none; check the path")
-    how = manifest.how
-    generation = {**how["teacher"]["generation"], "force_regenerate": False}
-    teacher = {**how["teacher"], "cache_dir": str(run.path), "generation": generation}
-    dataset = dict(how["dataset"])
-    limit = dataset["max_samples"]
-    if isinstance(limit, int) and limit < log.n_rows:
-        # The run has grown since then.
-        dataset["max_samples"] = "all" if log.end == "exhausted" else log.n_rows
-    return {**how, "teacher": teacher, "dataset": dataset}
-
-
 def prepare(
     config: Config,
     dataset: Any = None,

@@ -24,11 +24,12 @@ from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded
 from dask_logits.hydra_config import override
 from dask_logits.job.driver import tasks
-from dask_logits.job.prepare import check_folder, prepare, settings_of
+from dask_logits.job.prepare import check_folder, prepare
 from dask_logits.ops.check import Check, Report, check_files
 from dask_logits.records import EVERY_TOKEN, Array, ContentDigest, Records
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.settings import settings_of
 from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.positions import highest_entropy

@@ -2,11 +2,15 @@
 
 The record is the first file of a run. It is written before the cluster starts, so that ``status`` and a notebook can
 show the calibration. A refused start restores the previous file.
+
+A thread renews the time of the record, because the driver's own thread may be busy for minutes: it hashes a dataset, or
+reads a new cache back. The watchdog ends a driver that hangs, whatever its record says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -21,6 +25,7 @@ from dask_logits.run.folder import RUNS_TOPIC
 from dask_logits.run.records import DriverStatus
 
 _REPORT_SECONDS = 10.0
+_RENEW_SECONDS = 10.0
 
 
 class Reporter:
@@ -48,6 +53,28 @@ class Reporter:
         self._step: str | None = None
         self._reason: str | None = None
         self._at = 0.0
+        # The last record. It is written by one thread at a time.
+        self._status: DriverStatus | None = None
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renew the time of the record in a thread. At the end, its last write has ended."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(_RENEW_SECONDS):
+                with self._lock:
+                    if self._status is not None and not ended.is_set():
+                        self._write(self._status.model_copy(update={"at": time.time()}))
+
+        threading.Thread(target=renew, daemon=True, name="dask_logits-record").start()
+        try:
+            yield
+        finally:
+            ended.set()
+            with self._lock:
+                pass
 
     def tick(self) -> None:
         """Write the record, unless it was written a moment ago."""
@@ -84,11 +111,16 @@ class Reporter:
             running=tuple(sorted(self.running)) if self._state == "running" else (),
             left_out=self.executor.roster.named() if self.executor else {},
         )
+        with self._lock:
+            self._write(status)
+        if self.executor is not None:
+            self.executor.announce(RUNS_TOPIC, {"run": self._run, **status.to_json()})
+
+    def _write(self, status: DriverStatus) -> None:
+        self._status = status
         # A full disk is reported where partitions are written.
         with contextlib.suppress(OSError):
             replace_json(self._path, status.to_json())
-        if self.executor is not None:
-            self.executor.announce(RUNS_TOPIC, {"run": self._run, **status.to_json()})
 
 
 @contextlib.contextmanager
@@ -104,7 +136,8 @@ def reported(job: Job) -> Iterator[Reporter]:
     reporter = Reporter(job)
     reporter.report("starting")
     try:
-        yield reporter
+        with reporter.renewed():
+            yield reporter
     except BaseException as error:
         refused = isinstance(error, DaskLogitsError) and not error.ran
         if not refused and job.run.manifest_path.exists():

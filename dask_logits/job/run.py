@@ -26,7 +26,7 @@ from dask_logits.job.cluster import open_cluster
 from dask_logits.job.driver import Done, score
 from dask_logits.job.executor import Executor
 from dask_logits.job.launch import check_launcher
-from dask_logits.job.prepare import Job, check_folder, prepare, settings_of
+from dask_logits.job.prepare import Job, check_folder, prepare
 from dask_logits.job.progress import Steps
 from dask_logits.job.reporter import Reporter, reported
 from dask_logits.job.serial_executor import open_process
@@ -44,6 +44,7 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.settings import settings_of
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
 
 logger = logging.getLogger(__name__)

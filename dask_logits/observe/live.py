@@ -3,11 +3,12 @@
 ``read_status`` reads every receipt on every call. A page that refreshes keeps the sums over committed partitions, and
 adds those that are new. Receipts and targets are listed at every reading. If one of them is gone, the sums are computed
 again from the receipts, which stay in memory without their lists of files: about 2 kB each. What it keeps is dropped
-when a driver starts or the run is replaced.
+when a driver starts, or when the run or the end of its plan is replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dask_logits.errors import CacheError
 from dask_logits.observe.history import History
 from dask_logits.observe.status import Status, Tally, status_of
 from dask_logits.records import Array
@@ -91,17 +93,36 @@ class _Log(PlanLog):
 
     def __init__(self, run: RunFolder) -> None:
         self._partitions: list[Partition] = []
+        # Identity of the file of the last entry.
+        self._last: tuple[int, int] | None = None
         super().__init__(run)
 
     def partitions(self) -> Iterator[Partition]:
         return iter(self._partitions)
 
+    def is_current(self) -> bool:
+        """Whether the last entry is still the one that was read. A driver drops entries from the end."""
+        return not self._entries or _identity(self.run.plan_path(self._entries - 1)) == self._last
+
     def refresh(self) -> _Log:
-        """Read the entries that were added."""
+        """Read the entries that were added.
+
+        Raises
+        ------
+        CacheError
+            If they do not continue the entries that were read.
+        """
         while (entry := self._entry(self._entries)) is not None:
             self._check(self._entries, entry, self.n_partitions, self.n_rows)
             self._count(entry)
         return self
+
+    def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
+        identity = _identity(self.run.plan_path(ordinal))
+        entry = super()._entry(ordinal)
+        if entry is not None:
+            self._last = identity
+        return entry
 
     def _count(self, entry: Segment | PlanEnd) -> None:
         super()._count(entry)
@@ -158,9 +179,10 @@ class LiveRun:
         drivers = Drivers.of(self._folder, logging.WARNING if self._stamp is None else logging.DEBUG)
         stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
         if self._stamp != stamp:
-            self._stamp, self._folder, self._log, self._kept = stamp, _Folder(self._path), None, _Kept()
+            self._stamp = stamp
+            self._start_over()
+        self._log = self._plan()
         run = self._folder
-        self._log = self._log.refresh() if self._log is not None else _Log(run)
         # The cache may be written, and the partitions deleted, while they are read.
         for _ in range(2):
             before, others = cache_state(run), list[PartitionState]()
@@ -179,6 +201,18 @@ class LiveRun:
                 if index < len(states_P) and states_P[index] != _COMMITTED:
                     states_P[index] = state
         return Snapshot(status=status, history=history, failures=failures, at=time.time(), states_P=states_P)
+
+    def _start_over(self) -> None:
+        self._folder, self._log, self._kept = _Folder(self._path), None, _Kept()
+
+    def _plan(self) -> _Log:
+        """Read the plan on. If its end was replaced, which a driver does some time after its start, start over."""
+        if self._log is not None:
+            with contextlib.suppress(CacheError):
+                if self._log.is_current():
+                    return self._log.refresh()
+            self._start_over()
+        return _Log(self._folder)
 
     def _count(self, cache: list[int], others: list[PartitionState], state: RunState) -> Tally:
         """Add up a run. Partitions without a valid receipt are put into `others`, to be looked at again."""

@@ -22,7 +22,8 @@ from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import WORKING_STATES, RunFolder
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.records import FailureEntry, Manifest
+from dask_logits.run.records import FailureEntry
+from dask_logits.run.settings import settings_of
 from dask_logits.run.state import PartitionState, RunState, cache_state
 from dask_logits.run.timings import add_seconds, duration, plural, shares
 
@@ -358,9 +359,7 @@ def status_of(
         since=drivers.since,
         step=drivers.step,
         reason=None if state in ("complete", "scored") else drivers.reason,
-        next_command=_next_command(
-            run, state, manifest, only_failed=bool(failed) and not n_open and log.end is not None
-        ),
+        next_command=_next_command(run, state, found, only_failed=bool(failed) and not n_open and log.end is not None),
         items_noun=_items_noun(manifest.what),
         partitions=log.n_partitions,
         committed=tally.committed,
@@ -430,19 +429,20 @@ def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
     )
 
 
-def _next_command(run: RunFolder, state: State, manifest: Manifest | None, *, only_failed: bool = False) -> str:
+def _next_command(run: RunFolder, state: State, found: RunState | None, *, only_failed: bool = False) -> str:
     path = shlex.quote(str(run.path))
     if state in WORKING_STATES:
         return f"dask-logits status {path}"
     if state == "complete":
         return f"dask-logits show {path}"
-    total = manifest.total_workers if manifest else 1
+    total = found.manifest.total_workers if found else 1
     if state == "scored" and total > 1:
         return f"dask-logits merge --input-dir {path} --num-workers {total}"
     if state == "failed" and only_failed:
         return f"dask-logits retry {path}"
-    how = manifest.how if manifest else None
-    command = generate_command(how) if how and total == 1 and state != "damaged" else None
+    command = None
+    if found and total == 1 and state != "damaged":
+        command = generate_command(settings_of(run, found.log))
     return command or "start the job again with the same command"
 
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from dask_logits import ClusterError, generate, load_config
+from dask_logits.job import reporter, watchdog
 from dask_logits.job import run as run_module
-from dask_logits.job import watchdog
 
 # Opening a pipe that nobody writes to waits as a file system does that is gone.
 HANG = """
@@ -50,6 +50,8 @@ def test_a_job_whose_file_system_does_not_answer_ends_with_a_diagnosis(joined, p
         patch.setattr(run_module, "consolidate_run", consolidate_run)
         where = rf"hangs in .*consolidate_run \(test_watchdog.py:\d+\).* with {pipe}"
         patch.setattr(watchdog, "LEAST_SECONDS", 1.0)
+        # A record that is renewed is no sign of life.
+        patch.setattr(reporter, "_RENEW_SECONDS", 0.1)
         with pytest.raises(ClusterError, match=where) as hung:
             generate(load_config([*mine, "distillation.job.stall_seconds=3"]))
     assert hung.value.ran

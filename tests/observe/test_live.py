@@ -113,6 +113,36 @@ def test_a_plan_that_grows_is_read_on(scored, monkeypatch) -> None:
     assert entries == [2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    "planned",
+    [
+        pytest.param([((5, 8),)], id="elsewhere"),
+        pytest.param([((2, 12),), ((1, 8),), ((1, 8),)], id="more entries"),
+        pytest.param([((3, 12), (1, 4))], id="the same"),
+    ],
+)
+def test_a_plan_that_a_driver_replaces_is_read_anew(scored, planned) -> None:
+    live = LiveRun(scored.path)
+    live.read()
+    receipt = json.loads(scored.receipt_path(0).read_text())
+    log = PlanLog(scored)
+    (segment,) = log.segments()
+    log.drop_from(segment)
+    for cuts in planned:
+        log.append(cuts, segment.source)
+    log.close("exhausted")
+    # Committed between two readings, under an index that was in use.
+    statistics = {**receipt["statistics"], "tokens": 1}
+    rows = {"n_rows": planned[0][0][1], "statistics": statistics}
+    replace_json(scored.receipt_path(0), {**receipt, **rows})
+    for _ in range(2):
+        found, status = live.read(), read_status(scored.path)
+        assert (found.status.partitions, found.status.rows) == (log.n_partitions, 40)
+        assert found.states_P.tolist() == [0] + [1] * (log.n_partitions - 1)
+        assert found.status.statistics.tokens == status.statistics.tokens == 1
+        assert found.status.next_command == status.next_command
+
+
 def test_partitions_at_work_are_told_by_the_drivers_record(scored) -> None:
     scored.receipt_path(1).unlink()
     scored.receipt_path(3).unlink()

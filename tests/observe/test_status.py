@@ -104,6 +104,30 @@ def test_the_command_that_goes_on_is_made_of_the_settings_of_the_run(here, monke
     ]
 
 
+def test_the_command_that_goes_on_continues_a_forced_run_that_has_grown_and_moved(here, monkeypatch, tmp_path) -> None:
+    forced = ["distillation.teacher.generation.force_regenerate=true", "distillation.dataset.max_samples=12"]
+    generate(load_config([*here, *forced]))
+    run_id = RunFolder(cache_dir(here)).manifest().run_id
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.driver._Driver.on_receipt", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(load_config([*here, "distillation.dataset.max_samples=40"]))
+    moved = RunFolder(cache_dir(here).rename(tmp_path / "moved"))
+    status = read_status(moved.path)
+    assert (status.state in ("stopped", "scored"), status.partitions) == (True, 4)
+    words = shlex.split(status.next_command.replace("\\\n", " "))
+    assert not [word for word in words if "force_regenerate" in word or "temperatures" in word]
+    generate(load_config(words[2:]))
+    complete = read_status(moved.path)
+    assert (complete.state, complete.committed_rows) == ("complete", 40)
+    assert moved.manifest().run_id == run_id
+    assert not cache_dir(here).exists()
+
+
 def test_figures_that_are_not_finite_are_null_in_json(tmp_path) -> None:
     status = read_status(run_folder(tmp_path / "run"))
     sums = Statistics(documents=1, tokens=2, labels=1, label_logprob=-math.inf, kept_mass=1.0)
