@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -181,11 +182,9 @@ def start_scoring(
             f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"
         ) from error
     run = _Run(teacher, items, settings)
-    batches = plan_batches(run.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size)
-    with teacher.strict(), run.ahead(batches):
-        for number, batch in enumerate(batches):
-            for part in run.parts(number, batch):
-                on_tokens(run.score(part))
+    with teacher.strict(), run.ahead():
+        while run.waiting:
+            on_tokens(run.score_next())
     # The next partition takes the same memory. On CUDA it is used in the order of the stream.
     del run.logits_RV
     return functools.partial(run.finish, packed=packed, started=started)
@@ -200,20 +199,24 @@ def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
 
 @dataclass
 class _Run:
-    """State of one partition in progress: target places, reused chunk buffers, memory splits."""
+    """State of one partition in progress: batches to come, target places, reused chunk buffers, memory splits."""
 
     teacher: Teacher
     items: Sequence[Item]
     settings: ScoringSettings
-    splits: dict[int, list[int]] = field(default_factory=dict)
     padded_tokens: int = 0
-    _too_large: int | None = None
-    _fits: bool = True
+    # Batch → numbers of items in its parts so far.
+    _parts: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     _ahead: Ahead[tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         settings, device = self.settings, self.teacher.device
         self.lengths = np.array([len(item.tokens) for item in self.items], dtype=np.int64)
+        batches = plan_batches(
+            self.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size
+        )
+        # Batches, or parts of them, that are still to be scored, each with the number of its batch.
+        self.waiting = deque(enumerate(batches))
         self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
         masks = [item.loss_mask for item in self.items if item.loss_mask is not None]
@@ -256,14 +259,17 @@ class _Run:
             self.logits_RV = torch.full((settings.head_rows, width), -torch.inf, dtype=dtype, device=device)
 
     @contextlib.contextmanager
-    def ahead(self, batches: Sequence[tuple[int, ...]]) -> Iterator[None]:
+    def ahead(self) -> Iterator[None]:
         """Let the teacher's pipeline, if there is one, run ahead of the head."""
         pipeline = None if self.settings.path.head == "forward" else self.teacher.pipeline
         if pipeline is None:
             yield
             return
-        with contextlib.closing(Ahead(pipeline, batches, self._tokens)) as self._ahead:
+        with contextlib.closing(Ahead(pipeline, self._parts_to_come(), self._tokens)) as self._ahead:
             yield
+
+    def _parts_to_come(self) -> list[tuple[int, ...]]:
+        return [part for _, part in self.waiting]
 
     def _tokens(self, part: tuple[int, ...]) -> Tensor:
         return to_device(_padded([self.items[i] for i in part])[0], self.teacher.device)
@@ -271,47 +277,50 @@ class _Run:
     def _hidden_states(self, part: tuple[int, ...], input_ids_BT: Tensor) -> Tensor:
         return self.teacher.hidden_states(input_ids_BT) if self._ahead is None else self._ahead.take(part)
 
-    def parts(self, number: int, batch: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield a batch, or in order its parts that fit into memory. Parts that do not fit are halved."""
-        waiting = [batch]
-        sizes = []
-        while waiting:
-            part = waiting.pop()
-            if len(part) > 1 and self._too_large is not None and self._padded_size(part) >= self._too_large:
-                fits = False
-            else:
-                self._fits = True
-                yield part
-                fits = self._fits
-            if fits:
-                sizes.append(len(part))
-            elif len(part) == 1:
-                item = self.items[part[0]]
-                raise CapacityError(
-                    f"dataset row {item.spans[0].row}: expected {len(item.tokens):,} tokens to fit into the memory of "
-                    f"the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
-                    "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype",
-                    row=item.spans[0].row,
-                )
-            else:
-                self._too_large = min(self._too_large or self._padded_size(part), self._padded_size(part))
-                half = -(-len(part) // 2)
-                waiting += [part[half:], part[:half]]
-        if len(sizes) > 1:
-            self.splits[number] = sizes
+    def score_next(self) -> int:
+        """Score the next batch or part. Return the tokens kept, or 0 if it was halved because memory was short.
 
-    def score(self, part: tuple[int, ...]) -> int:
-        """Score some items. Return the tokens kept, or 0 if memory was short and :meth:`parts` must halve the part."""
+        Raises
+        ------
+        CapacityError
+            If a single item does not fit into memory.
+        """
+        number, part = self.waiting[0]
         try:
-            return self._score(part)
+            n_tokens = self._score(part)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        self._fits = False
+        else:
+            self.waiting.popleft()
+            self._parts[number].append(len(part))
+            return n_tokens
+        if len(part) == 1:
+            item = self.items[part[0]]
+            raise CapacityError(
+                f"dataset row {item.spans[0].row}: expected {len(item.tokens):,} tokens to fit into the memory of "
+                f"the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
+                "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype",
+                row=item.spans[0].row,
+            )
+        self._halve(self._padded_size(part))
         gc.collect()
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return 0
+
+    def _halve(self, too_large: int) -> None:
+        """Halve all that is still to be scored until it has fewer padded tokens than what did not fit."""
+        unseen, self.waiting = self.waiting, deque()
+        while unseen:
+            number, part = unseen.popleft()
+            if len(part) == 1 or self._padded_size(part) < too_large:
+                self.waiting.append((number, part))
+            else:
+                half = -(-len(part) // 2)
+                unseen.extendleft([(number, part[half:]), (number, part[:half])])
+        if self._ahead is not None:
+            self._ahead.plan(self._parts_to_come())
 
     def finish(self, *, packed: bool, started: float) -> Scored:
         """Wait for the last results and return the targets, as :func:`start_scoring` describes."""
@@ -341,7 +350,7 @@ class _Run:
             records=records,
             entropy_M=entropy_M,
             seconds=self.watch.seconds() | {"score": round(time.perf_counter() - started, 4)},
-            splits=self.splits,
+            splits={number: sizes for number, sizes in self._parts.items() if len(sizes) > 1},
             padded_tokens=self.padded_tokens,
         )
 

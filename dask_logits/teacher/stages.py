@@ -20,8 +20,8 @@ import functools
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -154,7 +154,8 @@ class Pipeline:
         Returns
         -------
         Future
-            Hidden states [B, T, D] on the pipeline's device, or the error of a stage.
+            Hidden states [B, T, D] on the pipeline's device, or the error of a stage. Stages skip a batch whose future
+            is cancelled.
         """
         batch = _Batch(ids_BT, Future())
         self._queues[0].put(batch)
@@ -174,14 +175,15 @@ class Pipeline:
             cuda.set_device(stage.device)
         with torch.inference_mode():
             while (batch := waiting.get()) is not None:
-                # A batch that has begun can no longer be cancelled. One that failed is passed on, to keep the order.
-                if batch.result.set_running_or_notify_cancel() if number == 0 else not batch.result.done():
+                # A batch that was cancelled or that fails ends here.
+                if not batch.result.cancelled():
                     try:
                         self._advance(number, batch)
                     except BaseException as error:  # noqa: BLE001 - the thread that waits for the batch raises it
-                        batch.result.set_exception(error)
-                if number + 1 < len(self._stages):
-                    self._queues[number + 1].put(batch)
+                        _fail(batch, error)
+                    else:
+                        if number + 1 < len(self._stages):
+                            self._queues[number + 1].put(batch)
                 # Nothing of a batch may be kept while this thread waits for the next one.
                 del batch
         if number + 1 < len(self._stages):
@@ -205,15 +207,18 @@ class Pipeline:
         _hand_over(batch, self._device)
         # The consumer's stream waits for the copy, which was sent before the result is set.
         _await(batch, self._device)
-        batch.result.set_result(batch.hidden_BTD)
+        if batch.result.set_running_or_notify_cancel():
+            batch.result.set_result(batch.hidden_BTD)
 
     def _begin(self, batch: _Batch) -> None:
         """Run the model's own code up to the first layer."""
-        for recorder in self._recorders:
-            recorder.call = None
-        with contextlib.suppress(_AllCalledError):
-            self._forward(self._first, batch.ids_BT)
-        calls = [recorder.call for recorder in self._recorders]
+        try:
+            with contextlib.suppress(_AllCalledError):
+                self._forward(self._first, batch.ids_BT)
+            calls = [recorder.call for recorder in self._recorders]
+        finally:
+            for recorder in self._recorders:
+                recorder.call = None
         if any(call is None for call in calls):
             raise RuntimeError("expected a trunk that calls each of its layers once, got one that leaves some out")
         batch.hidden_BTD = calls[0][0]
@@ -223,9 +228,11 @@ class Pipeline:
         """Run the model's own code after the last layer."""
         for replacement in self._replacements:
             replacement.output = batch.hidden_BTD
-        batch.hidden_BTD = self._forward(self._last, batch.ids_BT)
-        for replacement in self._replacements:
-            replacement.output = replacement.call = None
+        try:
+            batch.hidden_BTD = self._forward(self._last, batch.ids_BT)
+        finally:
+            for replacement in self._replacements:
+                replacement.output = replacement.call = None
 
     def _forward(self, trunk: Any, ids_BT: Tensor) -> Tensor:
         ids_BT = ids_BT.to(self._stages[0].device, non_blocking=True)
@@ -250,36 +257,40 @@ class Ahead(Generic[_Key]):
         Key → int64 tokens [B, T] on the pipeline's device.
     """
 
-    def __init__(self, pipeline: Pipeline, keys: Sequence[_Key], tokens_of: Callable[[_Key], Tensor]) -> None:
+    def __init__(self, pipeline: Pipeline, keys: Iterable[_Key], tokens_of: Callable[[_Key], Tensor]) -> None:
         self._pipeline = pipeline
-        self._upcoming: Iterator[_Key] = iter(keys)
         self._tokens_of = tokens_of
-        self._flying: deque[tuple[_Key, Future[Tensor]]] = deque()
+        self._flying: dict[_Key, Future[Tensor]] = {}
+        self.plan(keys)
+
+    def plan(self, keys: Iterable[_Key]) -> None:
+        """Replace the batches that are still to be taken. Others in flight are dropped.
+
+        Parameters
+        ----------
+        keys
+            The batches, in order.
+        """
+        keys = list(keys)
+        for key in self._flying.keys() - set(keys):
+            self._flying.pop(key).cancel()
+        self._upcoming = iter([key for key in keys if key not in self._flying])
 
     def take(self, key: _Key) -> Tensor:
-        """Return the hidden states of a batch, or of a part of one that did not fit into memory.
+        """Return the hidden states of the next batch.
 
         Raises
         ------
         Exception
             The error of the stage that failed.
         """
-        self._fill()
-        if self._flying and self._flying[0][0] == key:
-            future = self._flying.popleft()[1]
-        else:
-            future = self._pipeline.submit(self._tokens_of(key))
-        return future.result()
-
-    def _fill(self) -> None:
-        while len(self._flying) < self._pipeline.depth and (key := next(self._upcoming, None)) is not None:
-            self._flying.append((key, self._pipeline.submit(self._tokens_of(key))))
+        while len(self._flying) < self._pipeline.depth and (upcoming := next(self._upcoming, None)) is not None:
+            self._flying[upcoming] = self._pipeline.submit(self._tokens_of(upcoming))
+        return self._flying.pop(key).result()
 
     def close(self) -> None:
-        """Drop what was not taken. Stages skip batches that they have not begun."""
-        for _, future in self._flying:
-            future.cancel()
-        self._flying.clear()
+        """Drop what was not taken."""
+        self.plan([])
 
 
 class _AllCalledError(Exception):
@@ -328,6 +339,17 @@ def _with_stubs(
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
     return copied, stubs
+
+
+def _fail(batch: _Batch, error: BaseException) -> None:
+    """End a batch with an error. Its tensors, which the frames of the traceback hold, too, are freed before."""
+    batch.hidden_BTD, batch.calls = None, []
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    if batch.result.set_running_or_notify_cancel():
+        batch.result.set_exception(error)
 
 
 def _hand_over(batch: _Batch, target: torch.device) -> None:

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import VALID, family_model
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dask_logits.teacher import selfcheck
 from dask_logits.teacher.cuda import flex, kernels
@@ -55,6 +58,45 @@ def test_it_equals_dense_attention(softcap, has_sinks, window, tokens, device) -
     found = windowed_attention(*sent[:3], 0.7, softcap, sent[3], window).cpu()
     wanted = dense(query, key, value, 0.7, softcap, sinks, window)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 16, 127, 128, 129, 200, 255, 256, 257, 300, 512, 5000])
+def test_a_mask_equals_that_of_torch(window) -> None:
+    for tokens in (2, 3, 127, 128, 129, 130, 255, 256, 257, 383, 384, 385, 500, 640, 777, 1024, 1025):
+        mask = flex._mask.__wrapped__(tokens, window, torch.device("cpu"))
+        wanted = create_block_mask(flex._visible(window), None, None, tokens, tokens, device="cpu")
+        for found, value in zip(mask.as_tuple(), wanted.as_tuple(), strict=True):
+            if isinstance(value, torch.Tensor):
+                assert (found.shape, found.dtype, found.stride()) == (value.shape, value.dtype, value.stride()), tokens
+                assert torch.equal(found, value), tokens
+            else:
+                assert found == value, tokens
+        assert torch.equal(mask.to_dense(), wanted.to_dense())
+
+
+class _LargestResult(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is computed."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        self.n_bytes = max([self.n_bytes, *(tensor.nbytes for tensor in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+def test_a_mask_takes_memory_for_pairs_of_blocks_only(window) -> None:
+    tokens = 32_768
+    with _LargestResult() as largest:
+        mask = flex._mask.__wrapped__(tokens, window, torch.device("cpu"))
+    n_pairs = (tokens // 128) ** 2
+    assert largest.n_bytes <= 8 * (n_pairs + 256)
+    assert sum(value.nbytes for value in mask.as_tuple() if isinstance(value, torch.Tensor)) <= 4 * 4 * (n_pairs + 256)
+    assert mask.kv_num_blocks.max() <= 2
+    wanted = range(1, 257) if window is None else [min(n, 33) for n in range(1, 257)]
+    assert (mask.kv_num_blocks + mask.full_kv_num_blocks).flatten().tolist() == list(wanted)
 
 
 @pytest.mark.slow

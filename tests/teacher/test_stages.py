@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import threading
 import time
+import weakref
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,9 +184,12 @@ def test_results_are_in_order_and_parts_of_a_batch_are_computed_by_themselves() 
     teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
     made = pipelined(teacher, 2)
     tokens = {key: torch.tensor([[key, key + 1]]) for key in range(20)}
-    ahead = Ahead(made, list(range(0, 20, 2)), tokens.__getitem__)
+    ahead = Ahead(made, range(0, 20, 2), tokens.__getitem__)
     with torch.inference_mode():
-        for key in (0, 2, 5, 7, 4, 6):
+        for key in (0, 2, 5, 7, 6, 8):
+            if key == 5:
+                # Batch 4 is replaced by 5 and 7.
+                ahead.plan([5, 7, *range(6, 20, 2)])
             assert torch.equal(ahead.take(key), teacher.trunk(tokens[key]).last_hidden_state)
     ahead.close()
     made.close()
@@ -233,6 +239,155 @@ def test_a_batch_that_does_not_fit_is_halved_at_the_same_places() -> None:
     found = score_items(teacher, plain_items(DOCUMENTS), large)
     made.close()
     assert (found.splits, content(found.records)) == (alone.splits, content(alone.records))
+
+
+class _Submissions:
+    """Stands in for a pipeline: notes what is submitted."""
+
+    depth = 3
+
+    def __init__(self) -> None:
+        self.futures: dict[str, Future[str]] = {}
+
+    def submit(self, key: str) -> Future[str]:
+        assert key not in self.futures
+        self.futures[key] = Future()
+        if key != "c":
+            self.futures[key].set_result(key)
+        return self.futures[key]
+
+
+def test_after_a_batch_that_does_not_fit_the_pipeline_is_full_again() -> None:
+    noted = _Submissions()
+    ahead = Ahead(noted, "abcdefgh", lambda key: key)
+    assert ahead.take("a") == "a"
+    ahead.take("b")
+    assert list(noted.futures) == ["a", "b", "c", "d"]
+    # b does not fit, c is as large, and d is smaller.
+    parts = ["b1", "b2", "c1", "c2", *"defgh"]
+    ahead.plan(parts)
+    assert noted.futures["c"].cancelled()
+    for n, key in enumerate(parts):
+        assert ahead.take(key) == key
+        assert len(ahead._flying) == min(noted.depth - 1, len(parts) - n - 1), key
+    # Each part was computed once, d before the halves.
+    assert list(noted.futures) == ["a", "b", "c", "d", "b1", "b2", "c1", "c2", "e", "f", "g", "h"]
+
+
+def test_after_a_failure_in_the_middle_no_part_is_computed_twice() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    check(teacher, exact=False)
+    documents = plain_items([np.full(20, n) for n in range(1, 33)])
+    wanted = dataclasses.replace(settings(teacher), batch_tokens=80)
+    last = teacher.layers()[3]
+    own = last.forward
+
+    def limit() -> None:
+        """Let two whole batches pass, as if memory became short then."""
+        n_whole = 0
+
+        def forward(hidden, *args, **kwargs):
+            nonlocal n_whole
+            n_whole += len(hidden) == 4
+            if len(hidden) == 4 and n_whole > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return own(hidden, *args, **kwargs)
+
+        last.forward = forward
+
+    limit()
+    alone = score_items(teacher, documents, wanted)
+    assert alone.splits == {n: [2, 2] for n in range(2, 8)}
+    last.forward = own
+    made = pipelined(teacher, 2)
+    submitted: list[list[int]] = []
+    submit = made.submit
+    made.submit = lambda ids_BT: submitted.append(ids_BT[:, 0].tolist()) or submit(ids_BT)
+    limit()
+    found = score_items(teacher, documents, wanted)
+    made.close()
+    assert (found.splits, content(found.records)) == (alone.splits, content(alone.records))
+    assert found.padded_tokens == 32 * 20
+    # Three batches are in flight when the third one fails.
+    whole = [list(range(n, n + 4)) for n in range(1, 21, 4)]
+    assert submitted == [*whole, *([n, n + 1] for n in range(9, 33, 2))]
+
+
+def test_nothing_of_a_failed_batch_is_held() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    made = pipelined(teacher, 2)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(hidden, *args, **kwargs):
+        scores = torch.zeros(8)
+        held.extend(weakref.ref(tensor) for tensor in (scores, hidden))
+        try:
+            raise ValueError("the first kernel")
+        except ValueError as error:
+            raise torch.OutOfMemoryError("CUDA out of memory") from error
+
+    for layer in (teacher.layers()[2], teacher.layers()[0]):
+        own, layer.forward = layer.forward, fail
+        ahead = Ahead(made, range(1, 9), lambda n: torch.full((2, 20), n))
+        gc.disable()
+        try:
+            with pytest.raises(torch.OutOfMemoryError):
+                ahead.take(1)
+            wait(ahead._flying.values())
+            # Those in flight have failed, too.
+            assert len(held) == made.depth * 2
+            assert [tensor() for tensor in held] == [None] * len(held)
+        finally:
+            gc.enable()
+        ahead.close()
+        layer.forward = own
+        held.clear()
+    made.close()
+
+
+def test_the_tensors_of_a_batch_that_is_dropped_are_freed() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    made = pipelined(teacher, 2)
+    ahead = Ahead(made, range(1, 9), lambda n: torch.full((2, 20), n))
+    ahead.take(1)
+    wait(ahead._flying.values())
+    held = [weakref.ref(future.result()) for future in ahead._flying.values()]
+    assert len(held) == 2
+    ahead.plan([4, 5])
+    # The thread of the last stage lets go of a batch after its result is there.
+    patience = time.monotonic() + 60
+    while any(tensor() is not None for tensor in held):
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+    ahead.close()
+    made.close()
+
+
+def test_stages_skip_a_batch_that_was_cancelled_in_an_earlier_one() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    made = pipelined(teacher, 2)
+    first, third = teacher.layers()[0], teacher.layers()[2]
+    first_own, third_own = first.forward, third.forward
+    begun, cancelled = threading.Event(), threading.Event()
+    n_third = []
+
+    def waits(*args, **kwargs):
+        begun.set()
+        assert cancelled.wait(60)
+        return first_own(*args, **kwargs)
+
+    first.forward = waits
+    third.forward = lambda *args, **kwargs: n_third.append(1) or third_own(*args, **kwargs)
+    dropped = made.submit(torch.ones(1, 4, dtype=torch.int64))
+    assert begun.wait(60)
+    assert dropped.cancel()
+    cancelled.set()
+    tokens_BT = torch.arange(1, 5)[None]
+    with torch.inference_mode():
+        found_BTD = made.submit(tokens_BT).result()
+        assert n_third == [1]
+        assert torch.equal(found_BTD, teacher.trunk(tokens_BT).last_hidden_state)
+    made.close()
 
 
 def test_tensors_that_layers_share_are_sent_once() -> None:

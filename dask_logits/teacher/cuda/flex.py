@@ -7,7 +7,8 @@ It is registered in transformers without a mask: a window comes as the keyword `
 say more would get other results, so the self-check decides whether a teacher uses it. On a GPU Triton compiles the
 kernel, for all lengths at once, and the layers see it as one operator. On a CPU it runs uncompiled, for tests.
 
-Dimension letters: B sequences, H query heads, T tokens, D width of a head, G query heads per key head.
+Dimension letters: B sequences, H query heads, T tokens, D width of a head, G query heads per key head, N blocks of
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dask_logits.errors import first_line
 from dask_logits.teacher.cpu.attention import refuse_unknown
@@ -29,6 +30,8 @@ NAME = "dask_logits_flex"
 _ONE_KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
 # Masks of the widths of recent batches.
 _KEPT_MASKS = 64
+# Queries and keys of a block: torch's default.
+_BLOCK = 128
 
 
 def offer() -> str:
@@ -167,7 +170,26 @@ def _capped(softcap: float | None) -> Callable[..., Tensor] | None:
 
 @functools.lru_cache(maxsize=_KEPT_MASKS)
 def _mask(tokens: int, window: int | None, device: torch.device) -> BlockMask:
-    return create_block_mask(_visible(window), None, None, tokens, tokens, device=device)
+    """Return what torch's ``create_block_mask`` returns, which computes all T² pairs on the way (torch 2.13)."""
+    first_N = torch.arange(0, tokens, _BLOCK, device=device)
+    last_N = (first_N + _BLOCK - 1).clamp(max=tokens - 1)
+    nearest_NN = first_N[:, None] - last_N
+    farthest_NN = last_N[:, None] - first_N
+    width = tokens if window is None else window
+    is_seen_NN = (farthest_NN >= 0) & (nearest_NN < width)
+    # A block that ends beyond the tokens is never full.
+    is_complete_N = first_N + _BLOCK <= tokens
+    is_full_NN = (nearest_NN >= 0) & (farthest_NN < width) & is_complete_N[:, None]
+    return BlockMask.from_kv_blocks(
+        *_ordered(is_seen_NN & ~is_full_NN), *_ordered(is_full_NN), BLOCK_SIZE=_BLOCK, mask_mod=_visible(window),
+        seq_lengths=(tokens, tokens),
+    )  # fmt: skip
+
+
+def _ordered(chosen_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of chosen blocks of each row, and the row's blocks, chosen ones first: int32 [1, 1, N, …]."""
+    order_NN = torch.argsort(chosen_NN.int(), dim=-1, descending=True, stable=True)
+    return chosen_NN.sum(-1).int()[None, None], order_NN.int()[None, None]
 
 
 @functools.cache
