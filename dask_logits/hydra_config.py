@@ -10,6 +10,7 @@ import copy
 import functools
 import re
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from dask_logits.config import Config, flat, nearest, settings
 from dask_logits.errors import ConfigError
 
+# Hydra composes with one global state per process.
+_COMPOSING = threading.Lock()
 _OLD_TREE = "teacher_logits."
 _OLD_NAMES = {
     "teacher_model_path": "distillation.teacher.model_path",
@@ -53,7 +56,8 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
 
     check_overrides(overrides)
     try:
-        tree = OmegaConf.to_container(_composed(quoted(overrides)), resolve=True)
+        with _COMPOSING:
+            tree = OmegaConf.to_container(_composed(quoted(overrides)), resolve=True)
     except OverrideParseException as error:
         raise ConfigError.from_problems(
             [
@@ -96,9 +100,18 @@ def _edited() -> tuple[int, ...]:
 @functools.lru_cache(maxsize=16)
 def _hydra(overrides: tuple[str, ...], edited: tuple[int, ...]) -> Any:
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", list(overrides))
+    # The caller may be a Hydra program itself.
+    outer = GlobalHydra.instance()
+    program = outer.hydra
+    outer.clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", list(overrides))
+    finally:
+        outer.hydra = program
+        GlobalHydra.set_instance(outer)
 
 
 def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], None]) -> None:

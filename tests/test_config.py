@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dask_logits.config import Config, settings
 from dask_logits.errors import ConfigError
-from dask_logits.hydra_config import _composed, check_overrides, config_dir, load_config
+from dask_logits.hydra_config import _composed, _hydra, check_overrides, config_dir, load_config
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
@@ -94,6 +95,25 @@ def test_the_tree_is_the_one_that_hydra_composes(overrides) -> None:
 def test_what_hydra_refuses_is_refused_in_its_words(override, message) -> None:
     for _ in range(2):
         assert message in problems_of(override)[0]
+
+
+def test_a_hydra_program_may_load_the_configuration(tmp_path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / "program.yaml").write_text("size: 3\n")
+    _hydra.cache_clear()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert load_config(NEEDED).teacher.model_path == "teacher"
+        problems_of("cluster=nowhere")
+        assert compose("program").size == 3
+
+
+def test_threads_may_load_the_configuration_at_the_same_time() -> None:
+    presets = ["auto", "serial", "local_cpu", "local_cuda"] * 2
+    _hydra.cache_clear()
+    with ThreadPoolExecutor(len(presets)) as pool:
+        kinds = list(pool.map(lambda preset: load_config([*NEEDED, f"cluster={preset}"]).cluster.kind, presets))
+    assert kinds == presets
 
 
 def test_a_changed_file_of_the_tree_is_read_again(tmp_path, monkeypatch) -> None:
