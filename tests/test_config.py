@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dask_logits.config import Config, settings
 from dask_logits.errors import ConfigError
-from dask_logits.hydra_config import _composed, _hydra, check_overrides, config_dir, load_config
+from dask_logits.hydra_config import _composed, _hydra, check_overrides, config_dir, load_config, override
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
@@ -247,6 +247,42 @@ def test_texts_need_no_quotes_beyond_the_shells(override: str, value: object) ->
     name = override.partition("=")[0]
     config = load_config([*NEEDED, f"distillation.dataset.{override}"])
     assert getattr(config.dataset, name) == value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "teacher.revision=1234567",
+        "teacher.tokenizer_path=007",
+        "teacher.model_path=a: b",
+        "teacher.generation={top_k: 7}",
+        "teacher.generation.devices=[0,1]",
+        "dataset.revision=1e5",
+        "dataset.split=train[:5]",
+        "dataset.data_files=a.jsonl,b.jsonl",
+        "dataset.max_samples=1000",
+        "job.notify_command=[tee,'/tmp/a b']",
+        "cluster.dashboard_address=12:30",
+        "cluster.dashboard_address=null",
+    ],
+)
+def test_a_run_is_taken_up_with_the_values_that_start_one(change: str) -> None:
+    change = f"distillation.{change}"
+    assert override(load_config(NEEDED).model_dump(), [change]) == load_config([*NEEDED, change])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distillation.teacher.generation.devices=0,1", "devices=0,1: expected one value, got several; write a list"),
+        ("distillation.job.retries={", "expected SETTING=VALUE"),
+        ("cluster=serial", "expected distillation.SETTING=VALUE"),
+    ],
+)
+def test_a_run_is_not_taken_up_with_other_values(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="in the configuration") as caught:
+        override(load_config(NEEDED).model_dump(), [change])
+    assert message in caught.value.problems[0]
 
 
 def test_scheduler_and_scheduler_file_exclude_each_other() -> None:
