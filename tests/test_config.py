@@ -52,6 +52,13 @@ def test_the_list_of_settings_is_pinned() -> None:
     assert [setting.path for setting in settings()] == [f"distillation.{path}" for path in PATHS]
 
 
+def test_each_setting_of_the_kind_how_is_free_but_the_number_of_static_workers() -> None:
+    bound = [setting for setting in settings() if setting.kind == "how" and not setting.is_free]
+    assert [setting.path for setting in bound] == ["distillation.teacher.generation.total_workers"]
+    assert "stays the same when a run is resumed" in bound[0].doc
+    assert not any(setting.is_free for setting in settings() if setting.kind != "how")
+
+
 def test_the_generated_files_follow_from_the_settings() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "write_settings.py"))
     assert script["YAML"].read_text() == script["defaults"]()
