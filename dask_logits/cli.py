@@ -75,7 +75,7 @@ class _SettingsCommand(Command):
         for (group, purpose), members in groupby(settings(), lambda each: (each.path.rpartition(".")[0], each.purpose)):
             with formatter.section(f"{group}: {purpose}"):
                 for each in members:
-                    free = " (free)" if each.kind == "how" else ""
+                    free = " (free)" if each.is_free else ""
                     # A narrow first column puts the description on a line of its own.
                     formatter.write_dl([(f"{each.path}={each.default_text}", each.doc + free)], col_max=2)
 

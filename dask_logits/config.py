@@ -187,7 +187,10 @@ class GenerationConfig(Group):
         None, "how", "Index of this static worker, from 0. null: the job runs on a Dask cluster."
     )
     total_workers: PositiveInt | None = _setting(
-        None, "how", "Number of static workers that share the job. null: the job runs on a Dask cluster."
+        None,
+        "how",
+        "Number of static workers that share the job. It stays the same when a run is resumed. null: the job runs on a "
+        "Dask cluster.",
     )
 
 
@@ -480,6 +483,11 @@ class Setting:
     def default_text(self) -> str:
         """The default as it is written on the command line."""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it may change when a run is resumed. The number of static workers belongs to the run."""
+        return self.kind == "how" and not self.path.endswith(".total_workers")
 
     @property
     def choices(self) -> Collection[str]:

@@ -6,17 +6,21 @@ Override keys are checked before Hydra sees them, because Hydra stops at the fir
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dask_logits.config import Config, flat, nearest, settings
 from dask_logits.errors import ConfigError
 
+# Hydra composes with one global state per process.
+_COMPOSING = threading.Lock()
 _OLD_TREE = "teacher_logits."
 _OLD_NAMES = {
     "teacher_model_path": "distillation.teacher.model_path",
@@ -47,13 +51,23 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
     ConfigError
         With all problems of the overrides, or else all of the values.
     """
-    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     check_overrides(overrides)
-    try:
+    with _translated(), _COMPOSING:
         tree = OmegaConf.to_container(_composed(quoted(overrides)), resolve=True)
+    assert isinstance(tree, dict)
+    return Config.from_mapping(tree["distillation"], dataset_given=dataset_given)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Raise errors of Hydra and OmegaConf as ConfigError."""
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
     except OverrideParseException as error:
         raise ConfigError.from_problems(
             [
@@ -63,8 +77,6 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError.from_problems([" ".join(str(error).split())]) from error
-    assert isinstance(tree, dict)
-    return Config.from_mapping(tree["distillation"], dataset_given=dataset_given)
 
 
 def _composed(overrides: Sequence[str]) -> Any:
@@ -96,9 +108,18 @@ def _edited() -> tuple[int, ...]:
 @functools.lru_cache(maxsize=16)
 def _hydra(overrides: tuple[str, ...], edited: tuple[int, ...]) -> Any:
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", list(overrides))
+    # The caller may be a Hydra program itself.
+    outer = GlobalHydra.instance()
+    program = outer.hydra
+    outer.clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", list(overrides))
+    finally:
+        outer.hydra = program
+        GlobalHydra.set_instance(outer)
 
 
 def run_hydra_app(arguments: Sequence[str], task: Callable[[dict[str, Any]], None]) -> None:
@@ -276,17 +297,21 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given
     ConfigError
         With all problems of the overrides, or else all of the values.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     check_overrides(overrides)
     groups = [given for given in overrides if not given.startswith("distillation.")]
     if groups:
         raise ConfigError.from_problems([f"{given}: expected distillation.SETTING=VALUE" for given in groups])
-    try:
-        merged = OmegaConf.merge({"distillation": dict(tree)}, OmegaConf.from_dotlist(list(overrides)))
+    with _translated(), _COMPOSING:
+        parsed = OverridesParser.create().parse_overrides(quoted(overrides))
+        if sweeps := [each.input_line for each in parsed if each.is_sweep_override()]:
+            wrong = "expected one value, got several; write a list as [a,b], and put a text with commas in quotes"
+            raise ConfigError.from_problems([f"{line}: {wrong}" for line in sweeps])
+        merged = OmegaConf.create({"distillation": dict(tree)})
+        for each in parsed:
+            OmegaConf.update(merged, each.key_or_group, each.value())
         plain = OmegaConf.to_container(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError.from_problems([str(error).replace("\n", " ")]) from error
     assert isinstance(plain, dict)
     return Config.from_mapping(plain["distillation"], dataset_given=dataset_given)

@@ -64,7 +64,8 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     from dask_logits.job.gpus import cores
 
     config = load_config(overrides)
-    gpus = [gpu for gpu in (devices or _gpus()).split(",") if gpu]
+    is_cpu = config.teacher.generation.device == "cpu" or config.cluster.kind == "local_cpu"
+    gpus = [] if is_cpu else [gpu for gpu in (devices or _gpus()).split(",") if gpu]
     folder = Path(config.teacher.cache_dir).expanduser()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -125,9 +126,12 @@ def _wait(workers: list[_Worker]) -> bool:
 
 
 def _gpus() -> str:
-    """Return the GPUs of this machine, separated by commas."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible
+    """Return the visible GPUs of this machine, separated by commas."""
+    from dask_logits.job.gpus import HIDDEN
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return "" if visible.strip() in HIDDEN else visible
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dask_logits.config import Config, settings
 from dask_logits.errors import ConfigError
-from dask_logits.hydra_config import _composed, check_overrides, config_dir, load_config
+from dask_logits.hydra_config import _composed, _hydra, check_overrides, config_dir, load_config, override
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
@@ -49,6 +50,13 @@ def problems_of(*overrides: str) -> tuple[str, ...]:
 
 def test_the_list_of_settings_is_pinned() -> None:
     assert [setting.path for setting in settings()] == [f"distillation.{path}" for path in PATHS]
+
+
+def test_each_setting_of_the_kind_how_is_free_but_the_number_of_static_workers() -> None:
+    bound = [setting for setting in settings() if setting.kind == "how" and not setting.is_free]
+    assert [setting.path for setting in bound] == ["distillation.teacher.generation.total_workers"]
+    assert "stays the same when a run is resumed" in bound[0].doc
+    assert not any(setting.is_free for setting in settings() if setting.kind != "how")
 
 
 def test_the_generated_files_follow_from_the_settings() -> None:
@@ -94,6 +102,25 @@ def test_the_tree_is_the_one_that_hydra_composes(overrides) -> None:
 def test_what_hydra_refuses_is_refused_in_its_words(override, message) -> None:
     for _ in range(2):
         assert message in problems_of(override)[0]
+
+
+def test_a_hydra_program_may_load_the_configuration(tmp_path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / "program.yaml").write_text("size: 3\n")
+    _hydra.cache_clear()
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert load_config(NEEDED).teacher.model_path == "teacher"
+        problems_of("cluster=nowhere")
+        assert compose("program").size == 3
+
+
+def test_threads_may_load_the_configuration_at_the_same_time() -> None:
+    presets = ["auto", "serial", "local_cpu", "local_cuda"] * 2
+    _hydra.cache_clear()
+    with ThreadPoolExecutor(len(presets)) as pool:
+        kinds = list(pool.map(lambda preset: load_config([*NEEDED, f"cluster={preset}"]).cluster.kind, presets))
+    assert kinds == presets
 
 
 def test_a_changed_file_of_the_tree_is_read_again(tmp_path, monkeypatch) -> None:
@@ -227,6 +254,42 @@ def test_texts_need_no_quotes_beyond_the_shells(override: str, value: object) ->
     name = override.partition("=")[0]
     config = load_config([*NEEDED, f"distillation.dataset.{override}"])
     assert getattr(config.dataset, name) == value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "teacher.revision=1234567",
+        "teacher.tokenizer_path=007",
+        "teacher.model_path=a: b",
+        "teacher.generation={top_k: 7}",
+        "teacher.generation.devices=[0,1]",
+        "dataset.revision=1e5",
+        "dataset.split=train[:5]",
+        "dataset.data_files=a.jsonl,b.jsonl",
+        "dataset.max_samples=1000",
+        "job.notify_command=[tee,'/tmp/a b']",
+        "cluster.dashboard_address=12:30",
+        "cluster.dashboard_address=null",
+    ],
+)
+def test_a_run_is_taken_up_with_the_values_that_start_one(change: str) -> None:
+    change = f"distillation.{change}"
+    assert override(load_config(NEEDED).model_dump(), [change]) == load_config([*NEEDED, change])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distillation.teacher.generation.devices=0,1", "devices=0,1: expected one value, got several; write a list"),
+        ("distillation.job.retries={", "expected SETTING=VALUE"),
+        ("cluster=serial", "expected distillation.SETTING=VALUE"),
+    ],
+)
+def test_a_run_is_not_taken_up_with_other_values(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="in the configuration") as caught:
+        override(load_config(NEEDED).model_dump(), [change])
+    assert message in caught.value.problems[0]
 
 
 def test_scheduler_and_scheduler_file_exclude_each_other() -> None:

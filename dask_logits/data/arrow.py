@@ -15,7 +15,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,12 +141,12 @@ class Corpus:
         return [first + i for i, problem in enumerate(problems.to_pylist()) if problem is not None]
 
     def _is_repaired(self, segment: Segment) -> bool:
-        """Whether only unusable rows differ from the plan."""
-        bad = segment.source.get("bad_rows")
-        if not bad or not self.repairs:
+        """Whether rows differ from the plan, and only unusable ones."""
+        bad, content = segment.source.get("bad_rows"), segment.source["content"]
+        if not bad or not self.repairs or self._digest(segment.first_row, segment.n_rows) == content:
             return False
         found = self._hashed(self.dataset, segment.first_row, segment.n_rows, without=frozenset(bad))
-        return bool(found == segment.source["content"])
+        return bool(found == content)
 
     def _source(self, first: int, n_rows: int) -> dict[str, Any]:
         source: dict[str, Any] = {"kind": "rows", "content": self._digest(first, n_rows)}
@@ -166,10 +166,7 @@ class Corpus:
             Whether the partition with this index is to be computed now.
         """
         for segment in list(log.segments()):
-            if (
-                self._is_repaired(segment)
-                and self._digest(segment.first_row, segment.n_rows) != segment.source["content"]
-            ):
+            if self._is_repaired(segment):
                 logger.warning("rows that could not be used have been repaired: their partitions are computed")
                 log.mend(segment, self._source(segment.first_row, segment.n_rows))
                 shutil.rmtree(log.run.dataset_path, ignore_errors=True)
@@ -357,9 +354,11 @@ def hash_rows(
     """
     digests = [RowsDigest() for _ in (columns if made is None else [made])]
     narrow = dataset.select_columns(list(columns)).with_format("arrow")
+    unused = sorted(without)
     for start in range(first, first + n_rows, _HASH_ROWS):
         table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
-        places = [row - start for row in without if start <= row < start + len(table)]
+        inside = slice(bisect.bisect_left(unused, start), bisect.bisect_left(unused, start + len(table)))
+        places = {row - start for row in unused[inside]}
         if made is not None:
             table = value_table(table_values(table, made), made).drop_columns([PROBLEM])
         for name, digest in zip(columns if made is None else [made.name], digests, strict=True):
@@ -369,9 +368,9 @@ def hash_rows(
     return hashlib.sha256("".join(digest.hexdigest() for digest in digests).encode()).hexdigest()
 
 
-def _without(column: Any, places: Sequence[int]) -> Any:
+def _without(column: Any, places: Set[int]) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kept = pa.array([i not in set(places) for i in range(len(column))])
+    kept = pa.array([i not in places for i in range(len(column))])
     return pc.if_else(kept, column, pa.scalar(None, column.type))

@@ -161,14 +161,21 @@ def _csv_rows(path: str, stream: IO[bytes], separator: str | None) -> Iterator[M
         header = next(csv.reader([header_line], delimiter=separator), [])
         reader = csv.reader(lines, delimiter=separator, strict=True)
         while True:
+            # The first line of the row. The header is line 1.
+            number = reader.line_num + 2
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield _bad(path, reader.line_num + 1, f"expected {len(header)} fields, got {error}")
+                if "unexpected end of data" in str(error):
+                    # No bad row, because the rows after it are in it.
+                    raise DatasetError(
+                        f"{path}: the quote that opens at line {number} is never closed; fix the file"
+                    ) from error
+                yield _bad(path, number, f"expected {len(header)} fields, got {error}")
                 continue
             if len(fields) == len(header):
-                yield _Located(dict(zip(header, fields, strict=True)), path, reader.line_num + 1)
+                yield _Located(dict(zip(header, fields, strict=True)), path, number)
             elif fields:
-                yield _bad(path, reader.line_num + 1, f"expected {len(header)} fields, got {len(fields)}")
+                yield _bad(path, number, f"expected {len(header)} fields, got {len(fields)}")

@@ -159,7 +159,9 @@ def _acquire(lock: SoftFileLease, path: Path, wait: bool) -> None:
         if state != seen:
             is_here = holder is not None and holder.hostname == host_name()
             if not wait and (is_here or seen is not None):
-                raise _conflict(path, f"{_who(holder)} is at work; wait for it, or stop it")
+                # Elsewhere it was seen to renew its lease.
+                doing = "at work, or suspended" if is_here else "at work"
+                raise _conflict(path, f"{_who(holder)} is {doing}; wait for it, or stop it")
             if seen is None:
                 logger.info("%s is held by %s; watching whether it is renewed", path, _who(holder))
             seen, since = state, now

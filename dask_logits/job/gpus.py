@@ -16,7 +16,8 @@ from dask_logits.worker.environment import Environment, environment, gpus_in_use
 
 logger = logging.getLogger(__name__)
 
-
+# Values of CUDA_VISIBLE_DEVICES that hide all GPUs.
+HIDDEN = ("", "-1", "NoDevFiles")
 # Files of a loaded NVIDIA driver, one per GPU.
 _DEVICE_FILES = "nvidia[0-9]*"
 
@@ -35,7 +36,7 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
         If this machine has GPUs, and they cannot be counted.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None and named.strip() in ("", "-1", "NoDevFiles"):
+    if named is not None and named.strip() in HIDDEN:
         return 0
     try:
         import pynvml

@@ -202,6 +202,22 @@ def test_csv_rows_with_other_fields_are_bad_rows(tmp_path: Path) -> None:
     assert [row.reason.split(": ")[0][-6:] for row in found[1:-1]] == ["line 3", "line 4", "line 5"]
 
 
+def test_a_bad_csv_row_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('text,n\nred,1\n"green\nblue" cat,2\n"dog\nsun"\n"sea\nsky",3\n')
+    found = worker_rows(corpus("csv", tmp_path / "d.csv"), tmp_path)
+    assert [found[0], found[-1]] == ["red", "sea\nsky"]
+    assert [row.reason.split(": ")[0][-6:] for row in found[1:-1]] == ["line 3", "line 5"]
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+def test_a_csv_quote_that_is_never_closed_loses_no_rows_silently(on_bad_row: str, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('n,text\n1,red cat\n2,"dog sun\n' + "3,tree sea\n" * 9)
+    with pytest.raises(DatasetError, match=r"d\.csv: the quote that opens at line 3 is never closed; fix the file"):
+        corpus("csv", tmp_path / "d.csv", on_bad_row=on_bad_row)
+    # A stream breaks off here.
+    assert streamed("csv", tmp_path / "d.csv", on_bad_row=on_bad_row) == ["red cat"]
+
+
 def test_only_the_used_column_is_read_and_typed(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": text, "url": "u"} for text in TEXTS[:4]])
     write_lines(tmp_path / "b.jsonl", [{"text": text, "a": {"q": 1.5}, "d": None} for text in TEXTS[4:8]])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_logits.config import DatasetConfig, TeacherConfig
-from dask_logits.data.arrow import open_corpus, slice_files
+from dask_logits.data import arrow as home
+from dask_logits.data.arrow import hash_rows, open_corpus, slice_files
 from dask_logits.data.columns import Column
 from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, tokenize
 from dask_logits.errors import DatasetError, TeacherError
+from dask_logits.run.folder import RunFolder
+from dask_logits.run.plan_log import PlanLog
 
 
 def ids_spec(**changes) -> TokenizerSpec:
@@ -40,6 +44,39 @@ def test_slices_of_files_cover_a_range_exactly(sizes: list[int], data) -> None:
     found = [(part.path, r) for part in slice_files(files, first, count) for r in
              range(part.first, part.first + part.n_rows)]  # fmt: skip
     assert found == rows[first : first + count]
+
+
+@pytest.mark.parametrize("without", [[], [3], [0, 1, 4, 5, 7, 8, 10], [9, 2, 6, 13], range(14)])
+def test_rows_are_hashed_without_some_as_if_those_had_no_value(without, monkeypatch) -> None:
+    monkeypatch.setattr(home, "_HASH_ROWS", 4)
+    texts = [str(row) for row in range(14)]
+    expected = [None if row in without else text for row, text in enumerate(texts)]
+    made = [Dataset.from_dict({"text": rows}, Features(text=Value("string"))) for rows in (texts, expected)]
+    for rows in ((0, 14), (1, 12), (5, 3)):
+        assert hash_rows(made[0], ["text"], *rows, without=frozenset(without)) == hash_rows(made[1], ["text"], *rows)
+
+
+def test_the_number_of_rows_left_out_of_a_hash_hardly_costs_time() -> None:
+    dataset = Dataset.from_dict({"text": ["x"] * 40_000})
+
+    def seconds(without: range) -> float:
+        started = time.process_time()
+        hash_rows(dataset, ["text"], 0, len(dataset), without=frozenset(without))
+        return time.process_time() - started
+
+    seconds(range(1))
+    assert seconds(range(0, 40_000, 4)) < 10 * seconds(range(0, 40_000, 10_000))
+
+
+def test_rows_that_are_as_planned_are_hashed_once(tmp_path, monkeypatch) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "red"}\n{"text": \n{"text": "sun"}\n')
+    opened = open_corpus(DatasetConfig(name="json", data_files=(str(tmp_path / "d.jsonl"),)))
+    log = PlanLog(RunFolder(tmp_path / "run"))
+    list(opened.plan(log, 1, lambda index: False))
+    assert next(log.segments()).source["bad_rows"] == [1]
+    monkeypatch.setattr(opened, "_hashed", None)
+    opened.check(log)
+    list(opened.plan(log, 1, lambda index: False))
 
 
 def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:

@@ -79,7 +79,7 @@ def test_a_second_process_is_refused_at_once_until_the_first_is_killed(path, oth
         without_exchange(monkeypatch)
     monkeypatch.setattr(module, "LEASE_SECONDS", 30.0)
     started = time.monotonic()
-    problem = rf"only driver of this run, but process {other.pid} on {os.uname().nodename} is at work"
+    problem = rf"only driver of this run, but process {other.pid} on {os.uname().nodename} is at work, or suspended;"
     with pytest.raises(RunConflictError, match=problem), lease(path):
         pass
     assert not is_abandoned(path)
@@ -108,7 +108,7 @@ def test_a_lease_elsewhere_that_is_renewed_is_refused_within_the_watch(path, mon
     with renewed(path):
         with (
             caplog.at_level("INFO", "dask_logits"),
-            pytest.raises(RunConflictError, match="process 7 on elsewhere is at work"),
+            pytest.raises(RunConflictError, match="process 7 on elsewhere is at work;"),
             lease(path),
         ):
             pass

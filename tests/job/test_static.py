@@ -172,6 +172,45 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
     assert digest(merge([folder])) == whole
 
 
+@pytest.mark.parametrize(
+    ("visible", "arguments", "expected"),
+    [
+        (None, [], ["0", "1", "0"]),
+        ("1", [], ["1", "1", "1"]),
+        (None, ["4,5"], ["4", "5", "4"]),
+        ("", [], None),
+        ("-1", [], None),
+        ("NoDevFiles", [], None),
+        (None, [f"{GENERATION}.device=cpu"], None),
+        (None, ["distillation.cluster.kind=local_cpu"], None),
+    ],
+)
+def test_the_launcher_gives_visible_gpus_or_a_share_of_the_cores(
+    visible, arguments, expected, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0; echo 1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("dask_logits.job.gpus.cores", lambda: 12)
+    started: list[tuple[list[str], str | None]] = []
+
+    def start(command: list[str], *, env: dict[str, str], **_: object) -> SimpleNamespace:
+        started.append((command, env.get("CUDA_VISIBLE_DEVICES")))
+        return SimpleNamespace(pid=1, poll=lambda: 0, terminate=lambda: None, wait=lambda: 0)
+
+    monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(DEVNULL=None, run=subprocess.run, Popen=start))
+    job = ["distillation.teacher.model_path=a", "distillation.dataset.name=b"]
+    with pytest.raises(SystemExit) as ended:
+        parallel.main(["--no-merge", "3", *arguments, *job, f"distillation.teacher.cache_dir={tmp_path / 'run'}"])
+    assert ended.value.code == 0
+    assert [gpu for _, gpu in started] == (expected or [visible] * 3)
+    for command, _ in started:
+        assert (f"{GENERATION}.torch_threads=4" in command) == (expected is None)
+
+
 @pytest.mark.parametrize("arguments", [[], ["0"], ["two"], ["2", "--merge"]])
 def test_the_launcher_explains_itself(arguments) -> None:
     done = launch(*arguments)
