@@ -10,6 +10,7 @@ Dimension letters: B items of a batch.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -234,6 +235,24 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._evaluated.n_tokens = self._evaluated.n_tokens + all_count_B.sum()
         return each.loss.sum() / count_B.sum().clamp(min=1), None, None
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of all items, also with ``dataloader_drop_last``."""
+        with self._keeping_last():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return a loader of all items, also with ``dataloader_drop_last``."""
+        with self._keeping_last():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _keeping_last(self) -> Iterator[None]:
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = before
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -331,7 +350,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         state = DistillationState.read(folder)
         state.check(folder, TrainedOn.of(self.train_dataset))
         self._new_sampler().load_state_dict(state.sampler)
-        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        then = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        step = then.global_step
+        if self.args.auto_find_batch_size and then.train_batch_size is not None:
+            # As Trainer does when it resumes.
+            self._train_batch_size = then.train_batch_size
         saved, now = (state.sampler["epoch"], state.sampler["position"]), self._progress(step)
         if saved != now:
             raise ConfigError(

@@ -220,6 +220,22 @@ def test_evaluation_counts_every_position_once(dataset, folder, tmp_path) -> Non
     assert trainer.predict(Subset(held_out, range(7))).metrics["test_loss"] == trainer.evaluate()["eval_loss"]
 
 
+def test_evaluation_drops_nothing(dataset, tmp_path) -> None:
+    whole, dropping = (
+        DistillationTrainer(
+            model=student(),
+            args=settings(tmp_path, per_device_eval_batch_size=8, dataloader_drop_last=drop),
+            eval_dataset=dataset,
+        )
+        for drop in (False, True)
+    )
+    few = Subset(dataset, range(6))
+    for given in (None, few):
+        assert dropping.evaluate(given)["eval_loss"] == whole.evaluate(given)["eval_loss"]
+    assert dropping.predict(few).metrics["test_loss"] == whole.predict(few).metrics["test_loss"]
+    assert dropping.args.dataloader_drop_last
+
+
 def test_a_share_of_a_cache_may_be_held_out(dataset, tmp_path) -> None:
     trainer = DistillationTrainer(
         model=student(),
@@ -260,6 +276,20 @@ def test_a_resumed_run_equals_an_undisturbed_one(undisturbed, dataset, tmp_path,
     output, expected = undisturbed
     shutil.copytree(output / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert_equal(weights(run(tmp_path, dataset, resume=True)), expected)
+
+
+def test_a_batch_size_that_was_found_is_resumed(dataset, tmp_path, monkeypatch) -> None:
+    compute = DistillationTrainer.compute_loss
+
+    def short_of_memory(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compute(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", short_of_memory)
+    expected = weights(run(tmp_path / "one", dataset, auto_find_batch_size=True))
+    shutil.copytree(tmp_path / "one" / "checkpoint-3", tmp_path / "two" / "checkpoint-3")
+    assert_equal(weights(run(tmp_path / "two", dataset, auto_find_batch_size=True, resume=True)), expected)
 
 
 def test_a_checkpoint_names_the_cache_and_the_position(undisturbed, dataset) -> None:
