@@ -325,17 +325,19 @@ def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_l
 def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
     if not texts:
         return []
+    # A tokenizer cuts the text to make room for the special tokens, also for those after it.
+    room = tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
     ids: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=add_special_tokens,
         truncation=max_length is not None,
-        max_length=max_length,
+        max_length=None if max_length is None else max_length + room,
         return_attention_mask=False,
         return_token_type_ids=False,
         # A warning about texts longer than the model's positions is irrelevant: such documents are cut into items.
         verbose=False,
     )["input_ids"]
-    return ids
+    return [document[:max_length] for document in ids]
 
 
 def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, max_length: int) -> list[int]:

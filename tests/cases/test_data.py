@@ -351,6 +351,21 @@ def test_a_prefix_of_a_long_text_gives_the_tokens_of_the_whole(make, monkeypatch
         assert encode(tokenizer, texts, True, length) == [ids[:length] for ids in whole]
 
 
+def test_a_token_at_the_end_of_texts_is_not_put_at_the_cut(monkeypatch) -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_level_tokenizer()
+    ends = ("<|end|>", tokenizer.convert_tokens_to_ids("<|end|>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A <|end|>", special_tokens=[ends])
+    text = "\n\n".join(documents(60))
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    assert whole[-1] == ends[1]
+    monkeypatch.setattr(tokens, "_LEAST_CHARACTERS", 64)
+    for length in (1, 6, len(whole) - 1, len(whole), len(whole) + 5):
+        assert encode(tokenizer, [text], True, length) == [whole[:length]]
+    assert encode(tokenizer, ["short"], True, 64) == tokenizer(["short"])["input_ids"]
+
+
 def test_of_a_long_text_little_is_tokenized() -> None:
     tokenizer = byte_level_tokenizer()
     seen = []
@@ -359,6 +374,7 @@ def test_of_a_long_text_little_is_tokenized() -> None:
         seen.extend(map(len, texts))
         return tokenizer(texts, **settings)
 
+    counting.num_special_tokens_to_add = tokenizer.num_special_tokens_to_add
     encode(counting, ["x" * 2_000_000, "\n\n".join(documents(100)) * 10], True, 64)
     assert sum(seen) < 100_000
 
