@@ -333,7 +333,9 @@ def _write(
     reader = CacheReader(target)
     if reader.n_empty:
         logger.warning(
-            "%d of %d documents have no token: their rows are null or empty", reader.n_empty, reader.n_documents
+            "%d of %d documents have no token: their rows are null, empty or skipped",
+            reader.n_empty,
+            reader.n_documents,
         )
     if statistics.skipped_rows:
         logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics.skipped_rows)

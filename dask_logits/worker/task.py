@@ -202,8 +202,8 @@ def process_partition(
     statistics = statistics.model_copy(
         update={"skipped_rows": len(documents.skipped), "double_bos_rows": documents.n_double_bos}
     )
-    for reason in documents.skipped.values():
-        logger.warning("skipped %s", reason)
+    for row, reason in documents.skipped.items():
+        logger.warning("skipped dataset row %d: %s", row, reason)
     flops = task.cost.flops(len(item.tokens) for item in items)
     attempt = run.attempt_path(task.partition.index)
     try:

@@ -88,6 +88,7 @@ def test_skipped_rows_are_documents_without_tokens_and_counted(base, tmp_path: P
     assert "skipped rows      1" in card_lines(made)
     assert (made["skipped_rows"], made["dataset"]["column"], made["dataset"]["on_bad_row"]) == (1, "text", "skip")
     assert "1 rows could not be used and were skipped" in caplog.text
+    assert "skipped dataset row 30: " in caplog.text
 
 
 def test_a_second_bos_is_warned_of_once_and_counted(base, tmp_path: Path, caplog) -> None:

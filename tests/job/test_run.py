@@ -121,7 +121,7 @@ def test_rows_without_text_are_told_of(here, tmp_path, caplog) -> None:
     data = write_json_lines(tmp_path / "few.jsonl", ["a text", None, "", "another text"])
     few = f"distillation.dataset.data_files={data}"
     made = run(here, few)
-    assert "2 of 4 documents have no token: their rows are null or empty" in caplog.text
+    assert "2 of 4 documents have no token: their rows are null, empty or skipped" in caplog.text
     assert CacheReader(made).n_empty == 2
 
 
