@@ -213,7 +213,7 @@ def read_document(reader: CacheReader, index: int, number: int, *, most_tokens: 
 def tokenizer_of(readers: Sequence[CacheReader]) -> Any | None:
     """Return the tokenizer of a cache's teacher if it is on this machine, else None."""
     said = readers[0].attributes
-    path, digest = said.get("teacher_path"), said.get("tokenizer_map_digest")
+    path, digest = said.get("tokenizer_path") or said.get("teacher_path"), said.get("tokenizer_map_digest")
     return local_tokenizer(str(path), str(digest)) if path and digest else None
 
 

@@ -145,6 +145,7 @@ class RunPart:
             "calibration": self.calibration.to_json(),
             "teacher": manifest.teacher,
             "teacher_path": str(manifest.setting("teacher.model_path")),
+            "tokenizer_path": str(manifest.setting("teacher.tokenizer_path") or ""),
             "dataset": {name: manifest.setting(f"dataset.{name}") for name in _DATASET_NAMES},
             "tokenizer_map_digest": manifest.tokenizer_map_digest or "",
             "tokenizer_ids": manifest.tokenizer_ids,
@@ -214,7 +215,7 @@ class CachePart:
         said = self.cache.said()
         return {
             name: said[name]
-            for name in (*JOB_ATTRIBUTES, "source_precision", "tokenizer_ids", "token_crcs")
+            for name in (*JOB_ATTRIBUTES, "tokenizer_path", "source_precision", "tokenizer_ids", "token_crcs")
             if name in said
         }
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm
-from builders import records, save_tokenizer, write_cache
+from builders import records, run, save_tokenizer, sentences, small_job, tiny_model, write_cache, write_json_lines
 from test_report import HOSTILE, Page
 
-from dask_logits import CacheError, ClusterError, ConfigError
+from dask_logits import CacheError, ClusterError, ConfigError, merge
 from dask_logits.observe import explore, sample
 from dask_logits.observe.explore import Explorer, ExploreServer, write_explorer
 from dask_logits.vocabulary import map_digest
@@ -101,6 +101,16 @@ def test_bytes_of_one_character_are_joined(tmp_path) -> None:
     pieces = explorer._pieces(tokenizer.encode(text))
     assert "".join(pieces) == text
     assert pieces == ["a", " ", "", "", "日", "", "", "本", " ", "", "", "", "🎉", "!"]
+
+
+def test_a_tokenizer_beside_the_teacher_is_known_from_the_cache(tmp_path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "teacher")
+    save_tokenizer(tmp_path / "tokenizer")
+    corpus = write_json_lines(tmp_path / "corpus.jsonl", sentences(3))
+    job = small_job(tmp_path / "teacher", corpus, tmp_path / "run")
+    cache = run(job, f"distillation.teacher.tokenizer_path={tmp_path / 'tokenizer'}", "cluster=serial")
+    assert Explorer(cache).tokenizer is not None
+    assert Explorer(merge([tmp_path / "run"], output=tmp_path / "merged.h5")).tokenizer is not None
 
 
 def test_a_search_finds_every_match_however_often_it_stops(cache, monkeypatch) -> None:
