@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,36 +67,50 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
     parsed = json.loads(chat)
     messages, tools = parsed["messages"], parsed.get("tools")
     try:
-        text = _rendered(tokenizer, messages, tools)
-        if marks and _MARKER.search(str(tokenizer.get_chat_template(None, tools))):
-            found = _marked(tokenizer, messages, tools)
-            return list(found["input_ids"]), np.array(found["assistant_masks"], bool)
-        spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
+        template = tokenizer.get_chat_template(None, tools)
+        if marks and _MARKER.search(template):
+            text, spans = _marked(tokenizer, messages, tools, template)
+        else:
+            text = _rendered(tokenizer, messages, tools)
+            spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
     # A template may raise any error, its own exception among them.
     except Exception as error:  # noqa: BLE001
         return BadRow(reason=f"expected messages for the tokenizer's chat template, got {first_line(error)}")
     if isinstance(spans, BadRow):
         return spans
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts_T = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
-    ends_T = np.array([end for _, end in encoded["offset_mapping"]], np.int64)
-    mask_T = np.zeros(len(starts_T), bool)
+    bounds = [_inner(text, start, end) for start, end in encoded["offset_mapping"]]
+    starts_T, ends_T = np.array(bounds, np.int64).reshape(-1, 2).T
+    mask_T = np.zeros(len(bounds), bool)
     for start, end in spans:
-        mask_T |= (starts_T >= start) & (ends_T <= end) & (ends_T > starts_T)
+        mask_T |= (starts_T >= start) & (ends_T <= end) & (ends_T > start)
     return list(encoded["input_ids"]), mask_T
+
+
+def _inner(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return a token's characters without white space at its ends, which some tokenizers count and others do not."""
+    token = text[start:end]
+    if not token.strip():
+        return start, end
+    return start + len(token) - len(token.lstrip()), end - len(token) + len(token.rstrip())
 
 
 def _rendered(tokenizer: Any, messages: list[Any], tools: Any, *, prompts: bool = False) -> str:
     return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompts))
 
 
-def _marked(tokenizer: Any, messages: list[Any], tools: Any) -> Mapping[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Mapping[str, Any] = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-    return found
+def _marked(tokenizer: Any, messages: list[Any], tools: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat, and the characters [start, end) between its generation markers.
+
+    The tokens that transformers 5.23 marks are wrong where such a character belongs to no token, or to several.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    names = tokenizer.special_tokens_map
+    texts, spans = render_jinja_template(
+        [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names
+    )
+    return texts[0], spans[0]
 
 
 def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[tuple[int, int]] | BadRow:

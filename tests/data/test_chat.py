@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import SMOLLM2, WORDS, save_tokenizer, write_json_lines
+from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from dask_logits import ConfigError, DatasetError, TeacherError
@@ -79,6 +80,39 @@ def test_turns_are_found_without_markers(tokenizer) -> None:
 
 def test_markers_are_used_where_a_template_has_them(tokenizer) -> None:
     assert learned(tokenizer, TWO_TURNS, MARKED) == ["the red cat<|im_end|>", "sleeps<|im_end|>"]
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("answer", ["nice 🦤", "🦤", "ok ", " ok", "go      on"])
+def test_an_answer_is_learned_whichever_characters_its_tokens_claim(answer, trims) -> None:
+    # A rare character has several tokens. A byte-level tokenizer may leave spaces to no token.
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trims)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}, *TWO_TURNS[3:]]
+    words_only = MARKED.replace("{{ m['content'] + '<|im_end|>' }}{% endgen", "{{ m['content'] }}{% endgen")
+    assert learned(tokenizer, turns, words_only.replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}")) == [answer, "sleeps"]
+    assert learned(tokenizer, turns, CHATML) == [f"{answer}<|im_end|>\n", "sleeps<|im_end|>\n"]
+
+
+def test_a_turn_that_ends_in_a_character_without_a_token_ends_there(tmp_path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '\n' }}{% endgeneration %}"
+        "{% else %}{{ m.content ~ '\n' }}{% endif %}{% endfor %}"
+    )
+    turns = zip(["user", "assistant"] * 2, ["red cat", "green dog", "the sun", "sleeps"], strict=True)
+    chat = check_chat([{"role": role, "content": content} for role, content in turns])
+    ids, mask = encode_chat(tokenizer, chat, marks=True)
+    assert tokenizer.decode(np.array(ids)[mask]) == "green dog sleeps"
+
+
+def test_an_answer_whose_first_token_has_the_space_before_it_is_learned(tokenizer) -> None:
+    spaced = (
+        "{% for m in messages %}{{ m.role ~ ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    assert learned(tokenizer, TWO_TURNS, spaced) == [" the red cat", " sleeps"]
 
 
 def test_an_answer_that_is_rendered_otherwise_while_it_is_the_last_is_found(tokenizer) -> None:
