@@ -22,6 +22,7 @@ from dask_logits.errors import TeacherError, first_line
 from dask_logits.records import Array
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CURE = "mark the assistant's turns in the template with {% generation %}, or set distillation.dataset.learn=all"
 
 
 def template_digest(tokenizer: Any) -> str:
@@ -66,6 +67,7 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
     """
     parsed = json.loads(chat)
     messages, tools = parsed["messages"], parsed.get("tools")
+    spans: list[tuple[int, int]] | BadRow
     try:
         template = tokenizer.get_chat_template(None, tools)
         if marks and _MARKER.search(template):
@@ -119,17 +121,34 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[t
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, messages[:i], tools, prompts=True) if i else ""
+        before = (
+            _rendered(tokenizer, messages[:i], tools, prompts=True) if i else _opening(tokenizer, message, tools, text)
+        )
+        if before is None:
+            return BadRow(
+                reason="expected a chat template with a prompt for answers, to find where the first message begins, "
+                f"got another; {_CURE}"
+            )
         until = _rendered(tokenizer, messages[: i + 1], tools)
         end = len(until) if text.startswith(until) else _end(until, text, message, len(before))
         if not text.startswith(before) or end is None or end < len(before):
             return BadRow(
                 reason=f"expected a chat template that renders message {i} the same whether or not others follow, got "
-                "another; mark the assistant's turns in the template with {% generation %}, or set "
-                "distillation.dataset.learn=all"
+                f"another; {_CURE}"
             )
         spans.append((len(before), end))
     return spans
+
+
+def _opening(tokenizer: Any, message: Any, tools: Any, text: str) -> str | None:
+    """Return the text before a first message of the assistant, which may hold the template's own system message."""
+    alone = _rendered(tokenizer, [message], tools)
+    prompted = _rendered(tokenizer, [message], tools, prompts=True)
+    prompt = prompted[len(alone) :]
+    if not prompt or not prompted.startswith(alone) or prompt not in text:
+        return None
+    # Nothing precedes the turn: it is learned as a whole.
+    return "" if text.startswith(prompt) else text[: text.index(prompt) + len(prompt)]
 
 
 def _end(until: str, text: str, message: Mapping[str, Any], start: int) -> int | None:

@@ -137,6 +137,17 @@ def test_a_chat_that_the_assistant_begins_is_rendered(tokenizer) -> None:
     assert only.startswith("<|im_start|>assistant\nhello<|im_end|>")
 
 
+def test_a_default_system_message_before_the_assistants_first_turn_is_not_learned() -> None:
+    real = AutoTokenizer.from_pretrained(SMOLLM2)
+    begun = [{"role": "assistant", "content": "I am here."}, *TWO_TURNS[1:3]]
+    assert learned(real, begun, real.chat_template) == ["I am here.<|im_end|>\n", "the red cat<|im_end|>\n"]
+    # Without a prompt for answers, the end of the system message is not known.
+    real.chat_template = real.chat_template.partition("{% if add_generation_prompt %}")[0]
+    found = encode_chat(real, check_chat(begun), marks=True)
+    assert isinstance(found, BadRow)
+    assert "expected a chat template with a prompt for answers" in found.reason
+
+
 def test_a_template_that_hides_its_turns_is_refused(tokenizer) -> None:
     tokenizer.chat_template = BACKWARDS
     found = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=True)
