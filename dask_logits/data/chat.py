@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_logits.data.transformers_internals import dated
 from dask_logits.data.values import BadRow
 from dask_logits.errors import TeacherError, first_line
 from dask_logits.records import Array
@@ -48,7 +49,12 @@ def template_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(templates, sort_keys=True).encode()).hexdigest()
 
 
-def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], Array] | BadRow:
+def has_date(tokenizer: Any) -> bool:
+    """Whether a chat template of a tokenizer prints the date."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template)
+
+
+def encode_chat(tokenizer: Any, chat: str, *, marks: bool, date: str | None = None) -> tuple[list[int], Array] | BadRow:
     """Return a chat's token ids, and which of them the assistant wrote.
 
     Parameters
@@ -59,6 +65,8 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
         JSON of the messages and tools.
     marks
         Whether to find the assistant's turns. Otherwise every token is marked.
+    date
+        ISO date that the template prints. None: today.
 
     Returns
     -------
@@ -70,11 +78,12 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
     spans: list[tuple[int, int]] | BadRow
     try:
         template = tokenizer.get_chat_template(None, tools)
-        if marks and _MARKER.search(template):
-            text, spans = _marked(tokenizer, messages, tools, template)
-        else:
-            text = _rendered(tokenizer, messages, tools)
-            spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
+        with dated(template, date):
+            if marks and _MARKER.search(template):
+                text, spans = _marked(tokenizer, messages, tools, template)
+            else:
+                text = _rendered(tokenizer, messages, tools)
+                spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
     # A template may raise any error, its own exception among them.
     except Exception as error:  # noqa: BLE001
         return BadRow(reason=f"expected messages for the tokenizer's chat template, got {first_line(error)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from dask_logits import ConfigError, DatasetError, TeacherError
 from dask_logits.config import Config, DatasetConfig
 from dask_logits.data.arrow import open_corpus, slice_files
-from dask_logits.data.chat import encode_chat, template_digest
+from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column, ColumnSettings, choose_column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.open import open_stream
@@ -183,6 +184,19 @@ def test_the_template_is_told_apart_and_has_to_be_there(tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(TeacherError, match="expected a tokenizer with a chat template, got one without"):
         template_digest(tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_prints_the_date_of_the_run(tokenizer, template) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + template
+    assert has_date(tokenizer)
+    for date, printed in [("2026-11-28", "28 Nov 2026"), ("2026-11-29", "29 Nov 2026")]:
+        ids, mask = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=True, date=date)
+        assert tokenizer.decode(ids).startswith(f"{printed}\n<|im_start|>")
+        assert "red cat" in tokenizer.decode(np.array(ids)[mask])
+    # Only those calls print another date than today's.
+    today = tokenizer.apply_chat_template(TWO_TURNS, tokenize=False).partition("\n")[0]
+    assert today == f"{datetime.now():%d %b %Y}"
 
 
 SHARE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": None}]
