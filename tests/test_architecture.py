@@ -36,7 +36,14 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The folders or modules that may import a library.
 HOMES = {
     "torch": {"teacher", "worker", "train", "job.gpus", "job.forecast"},
-    "transformers": {"teacher", "data.tokens", "train.dataset", "train.trainer"},
+    "transformers": {
+        "teacher",
+        "data.chat",
+        "data.tokens",
+        "data.transformers_internals",
+        "train.dataset",
+        "train.trainer",
+    },
     "peft": {"teacher.adapters"},
     "accelerate": {"teacher.placement"},
     "triton": {"teacher.cuda"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,13 @@ from dask_logits import (
     convert,
     distillation_loss,
     generate_teacher_logits,
+    load_config,
     merge,
     verify,
 )
 from dask_logits.cache.reader import CacheReader
+from dask_logits.job.prepare import prepare
+from dask_logits.job.run import _dated
 from dask_logits.ops.show import card
 
 # "moon" begins a turn and "sea" ends it, in the words of the tests' tokenizer.
@@ -101,6 +105,34 @@ def test_a_student_learns_what_the_assistant_says(chats, chat_teacher) -> None:
     torch.testing.assert_close(result.cross_entropy, torch.nn.functional.cross_entropy(rows, labels))
     assert 0 <= result.divergence < 1e-3
     assert run(chats) == path
+
+
+def test_a_run_keeps_the_date_of_its_first_start(chats, chat_teacher, tmp_path) -> None:
+    folder = tmp_path / "dated"
+    shutil.copytree(chat_teacher, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ 'hill' if strftime_now('%Y-%m-%d') == '2001-02-03' else 'sun' }} " + TEMPLATE
+    tokenizer.save_pretrained(folder)
+    chats = [*chats, f"distillation.teacher.model_path={folder}"]
+    path = run(chats)
+
+    def first_words() -> set[str]:
+        return {tokenizer.decode(item["input_ids"][:1]) for item in CachedLogitsDataset(path)}
+
+    assert first_words() == {"sun"}
+    # As if the run had been started on another day, and stopped before its first partition.
+    manifest = path.parent / "run.json"
+    record = json.loads(manifest.read_text())
+    assert date.fromisoformat(record["template_date"]) <= date.today()
+    manifest.write_text(json.dumps(record | {"template_date": "2001-02-03"}))
+    path.unlink()
+    assert run(chats) == path
+    assert first_words() == {"hill"}
+    assert verify(path.parent, recompute=4).ok
+    # A job that was prepared before it could know the run takes over the run's date.
+    job = prepare(load_config([*chats, "distillation.teacher.generation.force_regenerate=true"]))
+    assert job.tokenizer_spec.template_date != "2001-02-03"
+    assert _dated(job).tokenizer_spec.template_date == "2001-02-03"
 
 
 def test_all_tokens_are_learned_when_asked(chats) -> None:

@@ -12,17 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from dask_logits.data.transformers_internals import dated
 from dask_logits.data.values import BadRow
 from dask_logits.errors import TeacherError, first_line
 from dask_logits.records import Array
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CURE = "mark the assistant's turns in the template with {% generation %}, or set distillation.dataset.learn=all"
 
 
 def template_digest(tokenizer: Any) -> str:
@@ -48,7 +49,12 @@ def template_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(templates, sort_keys=True).encode()).hexdigest()
 
 
-def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], Array] | BadRow:
+def has_date(tokenizer: Any) -> bool:
+    """Whether a chat template of a tokenizer prints the date."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template)
+
+
+def encode_chat(tokenizer: Any, chat: str, *, marks: bool, date: str | None = None) -> tuple[list[int], Array] | BadRow:
     """Return a chat's token ids, and which of them the assistant wrote.
 
     Parameters
@@ -59,6 +65,8 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
         JSON of the messages and tools.
     marks
         Whether to find the assistant's turns. Otherwise every token is marked.
+    date
+        ISO date that the template prints. None: today.
 
     Returns
     -------
@@ -67,37 +75,53 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool) -> tuple[list[int], A
     """
     parsed = json.loads(chat)
     messages, tools = parsed["messages"], parsed.get("tools")
+    spans: list[tuple[int, int]] | BadRow
     try:
-        text = _rendered(tokenizer, messages, tools)
-        if marks and _MARKER.search(str(tokenizer.get_chat_template(None, tools))):
-            found = _marked(tokenizer, messages, tools)
-            return list(found["input_ids"]), np.array(found["assistant_masks"], bool)
-        spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
+        template = tokenizer.get_chat_template(None, tools)
+        with dated(template, date):
+            if marks and _MARKER.search(template):
+                text, spans = _marked(tokenizer, messages, tools, template)
+            else:
+                text = _rendered(tokenizer, messages, tools)
+                spans = _turns(tokenizer, messages, tools, text) if marks else [(0, len(text))]
     # A template may raise any error, its own exception among them.
     except Exception as error:  # noqa: BLE001
         return BadRow(reason=f"expected messages for the tokenizer's chat template, got {first_line(error)}")
     if isinstance(spans, BadRow):
         return spans
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts_T = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
-    ends_T = np.array([end for _, end in encoded["offset_mapping"]], np.int64)
-    mask_T = np.zeros(len(starts_T), bool)
+    bounds = [_inner(text, start, end) for start, end in encoded["offset_mapping"]]
+    starts_T, ends_T = np.array(bounds, np.int64).reshape(-1, 2).T
+    mask_T = np.zeros(len(bounds), bool)
     for start, end in spans:
-        mask_T |= (starts_T >= start) & (ends_T <= end) & (ends_T > starts_T)
+        mask_T |= (starts_T >= start) & (ends_T <= end) & (ends_T > start)
     return list(encoded["input_ids"]), mask_T
+
+
+def _inner(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return a token's characters without white space at its ends, which some tokenizers count and others do not."""
+    token = text[start:end]
+    if not token.strip():
+        return start, end
+    return start + len(token) - len(token.lstrip()), end - len(token) + len(token.rstrip())
 
 
 def _rendered(tokenizer: Any, messages: list[Any], tools: Any, *, prompts: bool = False) -> str:
     return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompts))
 
 
-def _marked(tokenizer: Any, messages: list[Any], tools: Any) -> Mapping[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found: Mapping[str, Any] = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-    return found
+def _marked(tokenizer: Any, messages: list[Any], tools: Any, template: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat, and the characters [start, end) between its generation markers.
+
+    The tokens that transformers 5.23 marks are wrong where such a character belongs to no token, or to several.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    names = tokenizer.special_tokens_map
+    texts, spans = render_jinja_template(
+        [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names
+    )
+    return texts[0], spans[0]
 
 
 def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[tuple[int, int]] | BadRow:
@@ -106,17 +130,34 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[t
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, messages[:i], tools, prompts=True) if i else ""
+        before = (
+            _rendered(tokenizer, messages[:i], tools, prompts=True) if i else _opening(tokenizer, message, tools, text)
+        )
+        if before is None:
+            return BadRow(
+                reason="expected a chat template with a prompt for answers, to find where the first message begins, "
+                f"got another; {_CURE}"
+            )
         until = _rendered(tokenizer, messages[: i + 1], tools)
         end = len(until) if text.startswith(until) else _end(until, text, message, len(before))
         if not text.startswith(before) or end is None or end < len(before):
             return BadRow(
                 reason=f"expected a chat template that renders message {i} the same whether or not others follow, got "
-                "another; mark the assistant's turns in the template with {% generation %}, or set "
-                "distillation.dataset.learn=all"
+                f"another; {_CURE}"
             )
         spans.append((len(before), end))
     return spans
+
+
+def _opening(tokenizer: Any, message: Any, tools: Any, text: str) -> str | None:
+    """Return the text before a first message of the assistant, which may hold the template's own system message."""
+    alone = _rendered(tokenizer, [message], tools)
+    prompted = _rendered(tokenizer, [message], tools, prompts=True)
+    prompt = prompted[len(alone) :]
+    if not prompt or not prompted.startswith(alone) or prompt not in text:
+        return None
+    # Nothing precedes the turn: it is learned as a whole.
+    return "" if text.startswith(prompt) else text[: text.index(prompt) + len(prompt)]
 
 
 def _end(until: str, text: str, message: Mapping[str, Any], start: int) -> int | None:

@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from dask_logits.config import DatasetConfig, TeacherConfig
-from dask_logits.data.chat import encode_chat, template_digest
+from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column
 from dask_logits.data.values import BadRow, check_ids, check_text
 from dask_logits.errors import DatasetError, TeacherError, first_line
@@ -50,6 +51,8 @@ class TokenizerSpec:
         Whether an unusable row is an error, or a document of 0 tokens.
     chat_template
         Digest of the template that renders rows, which are chats. None: rows are no chats.
+    template_date
+        ISO date that the template prints. None: it prints none.
     is_masked
         Whether some tokens are not learned by a student.
     """
@@ -63,6 +66,7 @@ class TokenizerSpec:
     vocab_size: int
     on_bad_row: Literal["fail", "skip"] = "fail"
     chat_template: str | None = None
+    template_date: str | None = None
     is_masked: bool = False
 
 
@@ -114,7 +118,13 @@ class Tokenizer:
 
 
 def inspect_tokenizer(
-    config: TeacherConfig, dataset: DatasetConfig, *, column: Column, head_width: int, max_length: int | None
+    config: TeacherConfig,
+    dataset: DatasetConfig,
+    *,
+    column: Column,
+    head_width: int,
+    max_length: int | None,
+    template_date: str | None = None,
 ) -> tuple[Tokenizer | None, TokenizerSpec]:
     """Load the tokenizer in the driver and determine the valid vocabulary.
 
@@ -128,6 +138,8 @@ def inspect_tokenizer(
         Logit width of the teacher.
     max_length
         Tokens kept of a document. None: all.
+    template_date
+        ISO date of a run, for chat templates that print one. None: today.
 
     Raises
     ------
@@ -142,9 +154,12 @@ def inspect_tokenizer(
     revision = config.revision if config.tokenizer_path is None else None
     tokenizer: Tokenizer | None = None
     template: str | None = None
+    printed: str | None = None
     try:
         loaded = _read_tokenizer(path, revision, config.trust_remote_code)
         tokenizer, template = _identify(loaded), template_digest(loaded) if is_chat else None
+        if is_chat and has_date(loaded):
+            printed = template_date or date.today().isoformat()
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         if is_text or config.tokenizer_path is not None:
             raise TeacherError(
@@ -169,6 +184,7 @@ def inspect_tokenizer(
         vocab_size=vocab_size,
         on_bad_row=dataset.on_bad_row,
         chat_template=template,
+        template_date=printed,
         is_masked=column.mask is not None or (is_chat and dataset.learn == "assistant"),
     )
 
@@ -245,7 +261,7 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     if spec.path is not None and spec.chat_template is not None:
         tokenizer = _loaded(spec) if filled else None
         for i in filled:
-            found = encode_chat(tokenizer, values[i], marks=spec.is_masked)
+            found = encode_chat(tokenizer, values[i], marks=spec.is_masked, date=spec.template_date)
             if isinstance(found, BadRow):
                 bad(i, found.reason)
             else:

@@ -206,6 +206,7 @@ def record(job: Job, calibration: Calibration, table: Array | None) -> Calibrati
         teacher=dataclasses.asdict(job.teacher),
         tokenizer_map_digest=job.tokenizer.map_digest if job.tokenizer else None,
         tokenizer_ids=job.tokenizer.vocab_size if job.tokenizer else 0,
+        template_date=job.tokenizer_spec.template_date,
     )
     created = create_json(job.run.manifest_path, manifest.to_json())
     if not created:

@@ -150,6 +150,7 @@ def prepare(
         column=source.column,
         head_width=teacher.head_width,
         max_length=items.kept_tokens,
+        template_date=manifest.template_date if manifest else None,
     )
     items = _with_separator(items, tokenizer, spec.vocab_size)
     _check_bounds(config, teacher, spec.vocab_size)

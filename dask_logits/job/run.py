@@ -8,6 +8,7 @@ start finds the files and does the rest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -314,7 +315,16 @@ def _run_tasks(
             # Another static worker's, if it was first.
             check_device(job, calibration, executor)
             check_environment(job, calibration, executor)
-            return score(job, executor, calibration, done, reporter, only=only, bisects=bisects)
+            return score(_dated(job), executor, calibration, done, reporter, only=only, bisects=bisects)
+
+
+def _dated(job: Job) -> Job:
+    """Return the job with the date of its run, which another static worker or an earlier forced start may have set."""
+    manifest = job.run.manifest()
+    if manifest is None or manifest.template_date is None:
+        return job
+    spec = dataclasses.replace(job.tokenizer_spec, template_date=manifest.template_date)
+    return dataclasses.replace(job, tokenizer_spec=spec)
 
 
 def open_executor(

@@ -20,6 +20,8 @@ VERSION: Final = 4
 # Each worker has a status file to check.
 _Workers = Annotated[Count, Field(ge=1, le=1 << 16)]
 
+_Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
 
 class Manifest(Record):
     """``run.json``: what is computed, and how it was first run. A file of another version is refused."""
@@ -40,6 +42,9 @@ class Manifest(Record):
         default=None, description="Digest of the tokenizer's map from ids to tokens."
     )
     tokenizer_ids: Count = Field(default=0, description="Ids of the tokenizer, 0 if rows held ids.")
+    template_date: _Date | None = Field(
+        default=None, description="Date that the chat template prints. Null: it prints none."
+    )
 
     def setting(self, name: str) -> Any:
         """Return a setting of the first start by its dotted name, or None if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -12,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import SMOLLM2, WORDS, save_tokenizer, write_json_lines
+from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from dask_logits import ConfigError, DatasetError, TeacherError
 from dask_logits.config import Config, DatasetConfig
 from dask_logits.data.arrow import open_corpus, slice_files
-from dask_logits.data.chat import encode_chat, template_digest
+from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column, ColumnSettings, choose_column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.open import open_stream
@@ -81,6 +83,39 @@ def test_markers_are_used_where_a_template_has_them(tokenizer) -> None:
     assert learned(tokenizer, TWO_TURNS, MARKED) == ["the red cat<|im_end|>", "sleeps<|im_end|>"]
 
 
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("answer", ["nice 🦤", "🦤", "ok ", " ok", "go      on"])
+def test_an_answer_is_learned_whichever_characters_its_tokens_claim(answer, trims) -> None:
+    # A rare character has several tokens. A byte-level tokenizer may leave spaces to no token.
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trims)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}, *TWO_TURNS[3:]]
+    words_only = MARKED.replace("{{ m['content'] + '<|im_end|>' }}{% endgen", "{{ m['content'] }}{% endgen")
+    assert learned(tokenizer, turns, words_only.replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}")) == [answer, "sleeps"]
+    assert learned(tokenizer, turns, CHATML) == [f"{answer}<|im_end|>\n", "sleeps<|im_end|>\n"]
+
+
+def test_a_turn_that_ends_in_a_character_without_a_token_ends_there(tmp_path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content ~ '\n' }}{% endgeneration %}"
+        "{% else %}{{ m.content ~ '\n' }}{% endif %}{% endfor %}"
+    )
+    turns = zip(["user", "assistant"] * 2, ["red cat", "green dog", "the sun", "sleeps"], strict=True)
+    chat = check_chat([{"role": role, "content": content} for role, content in turns])
+    ids, mask = encode_chat(tokenizer, chat, marks=True)
+    assert tokenizer.decode(np.array(ids)[mask]) == "green dog sleeps"
+
+
+def test_an_answer_whose_first_token_has_the_space_before_it_is_learned(tokenizer) -> None:
+    spaced = (
+        "{% for m in messages %}{{ m.role ~ ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    assert learned(tokenizer, TWO_TURNS, spaced) == [" the red cat", " sleeps"]
+
+
 def test_an_answer_that_is_rendered_otherwise_while_it_is_the_last_is_found(tokenizer) -> None:
     found = learned(tokenizer, TWO_TURNS, THINKING)
     assert found == ["the red cat<|im_end|>\n", "<think>\n\n</think>\n\nsleeps<|im_end|>\n"]
@@ -101,6 +136,17 @@ def test_a_chat_that_the_assistant_begins_is_rendered(tokenizer) -> None:
     begun = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "hi"}]
     (only,) = learned(tokenizer, begun, CHATML)
     assert only.startswith("<|im_start|>assistant\nhello<|im_end|>")
+
+
+def test_a_default_system_message_before_the_assistants_first_turn_is_not_learned() -> None:
+    real = AutoTokenizer.from_pretrained(SMOLLM2)
+    begun = [{"role": "assistant", "content": "I am here."}, *TWO_TURNS[1:3]]
+    assert learned(real, begun, real.chat_template) == ["I am here.<|im_end|>\n", "the red cat<|im_end|>\n"]
+    # Without a prompt for answers, the end of the system message is not known.
+    real.chat_template = real.chat_template.partition("{% if add_generation_prompt %}")[0]
+    found = encode_chat(real, check_chat(begun), marks=True)
+    assert isinstance(found, BadRow)
+    assert "expected a chat template with a prompt for answers" in found.reason
 
 
 def test_a_template_that_hides_its_turns_is_refused(tokenizer) -> None:
@@ -138,6 +184,19 @@ def test_the_template_is_told_apart_and_has_to_be_there(tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(TeacherError, match="expected a tokenizer with a chat template, got one without"):
         template_digest(tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_template_prints_the_date_of_the_run(tokenizer, template) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + template
+    assert has_date(tokenizer)
+    for date, printed in [("2026-11-28", "28 Nov 2026"), ("2026-11-29", "29 Nov 2026")]:
+        ids, mask = encode_chat(tokenizer, check_chat(TWO_TURNS), marks=True, date=date)
+        assert tokenizer.decode(ids).startswith(f"{printed}\n<|im_start|>")
+        assert "red cat" in tokenizer.decode(np.array(ids)[mask])
+    # Only those calls print another date than today's.
+    today = tokenizer.apply_chat_template(TWO_TURNS, tokenize=False).partition("\n")[0]
+    assert today == f"{datetime.now():%d %b %Y}"
 
 
 SHARE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": None}]
