@@ -43,11 +43,14 @@ class Adapter:
         PEFT type, e.g. ``LORA``.
     base
         Folder or hub name of its base model.
+    revision
+        Branch, tag or commit of a base model on the hub, as the adapter names it. None: it names none.
     """
 
     folder: Path
     kind: str
     base: str
+    revision: str | None = None
 
 
 def find_adapter(folder: Path) -> Adapter | None:
@@ -78,7 +81,12 @@ def find_adapter(folder: Path) -> Adapter | None:
             f"{_WHERE}: expected the weights of the adapter in {folder / WEIGHTS}, got no such file; {_CURE}"
         )
     file_tensors(folder / WEIGHTS)
-    return Adapter(folder=folder, kind=kind, base=_base_of(folder, config.get("base_model_name_or_path")))
+    return Adapter(
+        folder=folder,
+        kind=kind,
+        base=_base_of(folder, config.get("base_model_name_or_path")),
+        revision=config.get("revision") or None,
+    )
 
 
 def require_peft(adapter: Adapter) -> None:

@@ -302,6 +302,26 @@ def test_an_adapter_on_the_hub_is_refused_with_what_to_do(case, tmp_path, in_the
         inspect(name)
 
 
+def test_the_base_of_an_adapter_is_the_commit_that_is_named(tmp_path, in_the_hubs_cache) -> None:
+    path = teacher_inputs.adapter_only(tmp_path)
+    expected = logits(load(path).model)
+    teacher_inputs.change_adapter(path, base_model_name_or_path="organisation/model", revision="v1")
+    in_the_hubs_cache(tmp_path / "base", "b" * 40)
+    in_the_hubs_cache(teacher_inputs.teacher(tmp_path / "later", "gemma"), "a" * 40)
+    (tmp_path / "hub" / "models--organisation--model" / "refs" / "v1").write_text("b" * 40)
+    facts = inspect(path)
+    assert facts.revision == "b" * 40
+    spec = TeacherSpec(
+        path=str(path), revision=facts.revision, identity=facts.identity, dtype="float32", device="cpu",
+        torch_threads=1, trust_remote_code=False,
+    )  # fmt: skip
+    torch.testing.assert_close(logits(load_teacher(spec, VOCAB_SIZE).model), expected, rtol=0, atol=0)
+    assert inspect(path, revision="main").revision == "a" * 40
+    teacher_inputs.change_adapter(path, revision=None)
+    assert inspect(path).revision == "a" * 40
+    assert inspect(path, revision="v1").revision == "b" * 40
+
+
 @pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
 def test_a_path_that_looks_local_is_refused_at_once(path: str, monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
