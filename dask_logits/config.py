@@ -201,7 +201,10 @@ class TeacherConfig(Group):
         None, "what", "Folder or hub name of a causal language model. It is required, so null is refused."
     )
     revision: str | None = _setting(
-        None, "what", "Branch, tag or commit of a hub teacher. null: the default branch. The run keeps the commit."
+        None,
+        "what",
+        "Branch, tag or commit of a hub teacher, or of the hub model that an adapter belongs to. "
+        "null: the one that the adapter names, or the default branch. The run keeps the commit.",
     )
     tokenizer_path: str | None = _setting(
         None, "what", "Folder or hub name of the tokenizer. null: the same as `model_path`."

@@ -2,7 +2,10 @@
 
 An ignored adapter would give the targets of another model. An exactly mergeable adapter is merged once, when the
 teacher is loaded, and scoring then costs nothing more. Adapters that add tokens, layers or state cannot be merged and
-are refused. This is the only module that imports peft, which is optional.
+are refused, and so is one after whose merge the model gives other logits. This is the only module that imports peft,
+which is optional.
+
+Dimension letters: T tokens, V vocabulary (logit width).
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from dask_logits.errors import TeacherError, first_line
 from dask_logits.teacher.weights import file_tensors, prefix_renames, weight_files
@@ -28,6 +34,11 @@ MERGEABLE = ("LORA", "LOHA", "LOKR", "IA3", "OFT")
 _NOT_MERGEABLE_OPTIONS = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 _WHERE = "distillation.teacher.model_path"
 _CURE = "merge it into its base model (peft: model.merge_and_unload()), save that, and give its folder"
+# Tokens whose logits are compared before and after a merge.
+_CHECKED_TOKENS = 16
+# Largest difference that rounding explains, as a share of the logits' standard deviation. A merge of a 30-layer model
+# rounded by 3e-6, 0.005 and 0.04.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 _INSTALL = "pip install 'dask-logits[adapters]'"
 
 
@@ -43,11 +54,14 @@ class Adapter:
         PEFT type, e.g. ``LORA``.
     base
         Folder or hub name of its base model.
+    revision
+        Branch, tag or commit of a base model on the hub, as the adapter names it. None: it names none.
     """
 
     folder: Path
     kind: str
     base: str
+    revision: str | None = None
 
 
 def find_adapter(folder: Path) -> Adapter | None:
@@ -78,7 +92,12 @@ def find_adapter(folder: Path) -> Adapter | None:
             f"{_WHERE}: expected the weights of the adapter in {folder / WEIGHTS}, got no such file; {_CURE}"
         )
     file_tensors(folder / WEIGHTS)
-    return Adapter(folder=folder, kind=kind, base=_base_of(folder, config.get("base_model_name_or_path")))
+    return Adapter(
+        folder=folder,
+        kind=kind,
+        base=_base_of(folder, config.get("base_model_name_or_path")),
+        revision=config.get("revision") or None,
+    )
 
 
 def require_peft(adapter: Adapter) -> None:
@@ -107,7 +126,7 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
     Raises
     ------
     TeacherError
-        If peft is missing, or the adapter does not fit the model.
+        If peft is missing, the adapter does not fit the model, or the merged model gives other logits.
     """
     require_peft(adapter)
     from peft import PeftModel, get_peft_model_state_dict
@@ -132,7 +151,11 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
                 f"{len(surplus)} of its weights have no place{_example(surplus)}, {len(absent)} are missing"
                 f"{_example(absent)}; give the base model that it was trained on"
             )
+        _untie_changed_head(model)
+        ids_T = _few_ids(model)
+        expected_TV = _logits(model, ids_T)
         merged = adapted.merge_and_unload(safe_merge=True)
+        _require_same_logits(expected_TV, _logits(merged, ids_T), merged.dtype, adapter)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         if isinstance(error, TeacherError):
             raise
@@ -142,6 +165,52 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
         ) from error
     logger.info("adapter %s of %s merged into the weights of %s", adapter.kind, adapter.folder, adapter.base)
     return merged
+
+
+def _untie_changed_head(model: Any) -> None:
+    """Give the head its own weight if it shares that of the embedding and an adapter changes one of them.
+
+    Otherwise the change would be merged into both. peft then corrects ``tie_word_embeddings`` in the configuration.
+    """
+    layers: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
+    # Trained copies of a layer and learned tokens have no such part. peft does not merge them into a shared weight.
+    if not any("base_layer" in dict(layer.named_children()) for layer in layers):
+        return
+    head, embedding = (getattr(layer, "base_layer", layer) for layer in layers)
+    if id(head.weight) == id(getattr(embedding, "weight", None)):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _few_ids(model: Any) -> Tensor:
+    # The last ids of a vocabulary often have no trained embedding.
+    half = model.config.get_text_config().vocab_size // 2
+    return torch.linspace(1, half, _CHECKED_TOKENS, device=model.device).long()
+
+
+@torch.no_grad()
+def _logits(model: Any, ids_T: Tensor) -> Tensor:
+    """Return the logits of tokens in float32, [T, V]."""
+    model.eval()
+    logits_TV: Tensor = model(input_ids=ids_T[None], use_cache=False).logits[0]
+    return logits_TV.float()
+
+
+def _require_same_logits(expected_TV: Tensor, got_TV: Tensor, dtype: torch.dtype, adapter: Adapter) -> None:
+    """Refuse a merge after which the logits differ by more than rounding.
+
+    Medians over the tokens are compared, because rounding may send a few of them to other experts.
+    """
+    # Some families exclude ids with −inf.
+    usable_TV = expected_TV.isfinite()
+    error = torch.where(usable_TV, got_TV - expected_TV, 0.0).std(-1).median().item()
+    spread = torch.where(usable_TV, expected_TV, 0.0).std(-1).median().item()
+    # A NaN is refused, too.
+    if not error <= _ROUNDING.get(dtype, max(_ROUNDING.values())) * spread:
+        raise TeacherError(
+            f"{_WHERE}: the adapter in {adapter.folder} cannot be merged into {adapter.base} exactly: the merged model "
+            f"gives other logits than the model with the adapter (they differ by {error:.2g}, typical logits by "
+            f"{spread:.2g}); merge it with peft yourself, compare the two, save the whole model, and give its folder"
+        )
 
 
 def _require_mergeable(config_path: Path, kind: str, config: dict[str, Any]) -> None:

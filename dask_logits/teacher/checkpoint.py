@@ -165,7 +165,8 @@ def inspect_teacher(config: TeacherConfig, known: Mapping[str, Any] | None = Non
         logger.info("the %s adapter in %s is merged into the weights of %s", adapter.kind, adapter.folder, adapter.base)
     if config.trust_remote_code:
         logger.warning("trust_remote_code: code that comes with %s runs here and in every worker", path)
-    revision = config.revision if location.adapter is None else None
+    # Of the full model: an adapter itself is always in a folder.
+    revision = config.revision or (location.adapter.revision if location.adapter else None)
     only_cached = location.folder is None and not hub_is_reachable(location.base)
     commit = None
     try:

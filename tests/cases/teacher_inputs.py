@@ -41,6 +41,13 @@ def change_config(folder: Path, **values: Any) -> Path:
     return folder
 
 
+def change_adapter(folder: Path, **values: Any) -> Path:
+    """Set values of adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
 def save_adapter(base: Path, folder: Path, kind: str = "LORA", **options: Any) -> None:
     """Save a random adapter for a base model."""
     import peft
@@ -77,17 +84,13 @@ def adapter_only(folder: Path) -> Path:
     """A folder with only an adapter, which names its base model by a path relative to itself."""
     teacher(folder / "base")
     save_adapter(folder / "base", folder / "adapter")
-    path = folder / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "../base"}))
+    change_adapter(folder / "adapter", base_model_name_or_path="../base")
     save_tokenizer(folder / "adapter")
     return folder / "adapter"
 
 
 def adapter_of_missing_base(folder: Path) -> Path:
-    path = adapter_only(folder)
-    config = path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/no/such/base"}))
-    return path
+    return change_adapter(adapter_only(folder), base_model_name_or_path="/no/such/base")
 
 
 def adapter_without_weights(folder: Path) -> Path:
@@ -113,9 +116,7 @@ def prompt_adapter(folder: Path) -> Path:
 def activated_adapter(folder: Path) -> Path:
     """A LoRA adapter that acts only after certain tokens."""
     adapter_beside(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "alora_invocation_tokens": [3, 4]}))
-    return folder
+    return change_adapter(folder, alora_invocation_tokens=[3, 4])
 
 
 # --- weights that do not make the model ---

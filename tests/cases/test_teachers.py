@@ -149,6 +149,49 @@ def test_every_mergeable_kind_of_adapter_is_merged_exactly(kind: str, options: d
     torch.testing.assert_close(logits(load(tmp_path / "adapter").model), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "options"),
+    [
+        ("llama", "LORA", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", "LORA", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("gpt2", "LORA", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+        ("gemma2", "LORA", {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+        ("llama", "LOKR", {"target_modules": ["lm_head"]}),
+        ("llama", "IA3", {"target_modules": ["lm_head", "k_proj"]}),
+        ("llama", "LORA", {"modules_to_save": ["lm_head"]}),
+        ("llama", "LORA", {"modules_to_save": ["embed_tokens"]}),
+        ("llama", "LORA", {"trainable_token_indices": [3, 4]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_on_a_tied_head_or_embedding_changes_only_what_it_was_trained_on(
+    family: str, kind: str, options: dict, tmp_path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = teacher_inputs.teacher(tmp_path / "base", family, tie_word_embeddings=True)
+    teacher_inputs.save_adapter(base, tmp_path / "adapter", kind, **options)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(load(tmp_path / "adapter").model), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_merge_that_gives_other_logits_is_refused_and_rounding_is_not(dtype: str, tmp_path, monkeypatch) -> None:
+    base = teacher_inputs.teacher(tmp_path / "base", tie_word_embeddings=True)
+    teacher_inputs.save_adapter(base, tmp_path / "inner", target_modules=["q_proj", "down_proj"])
+    teacher_inputs.save_adapter(base, tmp_path / "head", target_modules=["lm_head"])
+    load(tmp_path / "inner", dtype)
+    load(tmp_path / "head", dtype)
+    monkeypatch.setattr("dask_logits.teacher.checkpoint._LOADED", {})
+    monkeypatch.setattr("dask_logits.teacher.adapters._untie_changed_head", lambda model: None)
+    with pytest.raises(
+        TeacherError, match=r"the adapter in .*head cannot .* exactly: .* other logits .*; merge it with"
+    ):
+        load(tmp_path / "head", dtype)
+
+
 def test_the_identity_covers_the_adapter_and_its_base(tmp_path) -> None:
     path = teacher_inputs.adapter_only(tmp_path)
     identities = [inspect(path).identity]
@@ -300,6 +343,26 @@ def test_an_adapter_on_the_hub_is_refused_with_what_to_do(case, tmp_path, in_the
     name = in_the_hubs_cache(case(tmp_path / "t"), "a" * 40)
     with pytest.raises(TeacherError, match=r"'organisation/model' on the hub holds an adapter; download it \(hf downl"):
         inspect(name)
+
+
+def test_the_base_of_an_adapter_is_the_commit_that_is_named(tmp_path, in_the_hubs_cache) -> None:
+    path = teacher_inputs.adapter_only(tmp_path)
+    expected = logits(load(path).model)
+    teacher_inputs.change_adapter(path, base_model_name_or_path="organisation/model", revision="v1")
+    in_the_hubs_cache(tmp_path / "base", "b" * 40)
+    in_the_hubs_cache(teacher_inputs.teacher(tmp_path / "later", "gemma"), "a" * 40)
+    (tmp_path / "hub" / "models--organisation--model" / "refs" / "v1").write_text("b" * 40)
+    facts = inspect(path)
+    assert facts.revision == "b" * 40
+    spec = TeacherSpec(
+        path=str(path), revision=facts.revision, identity=facts.identity, dtype="float32", device="cpu",
+        torch_threads=1, trust_remote_code=False,
+    )  # fmt: skip
+    torch.testing.assert_close(logits(load_teacher(spec, VOCAB_SIZE).model), expected, rtol=0, atol=0)
+    assert inspect(path, revision="main").revision == "a" * 40
+    teacher_inputs.change_adapter(path, revision=None)
+    assert inspect(path).revision == "a" * 40
+    assert inspect(path, revision="v1").revision == "b" * 40
 
 
 @pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
