@@ -40,7 +40,7 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
     assert len(found[7]["input_ids"]) == 0
     assert len(CachedLogitsDataset(cache, student_tokenizer=tokenizer)) == 39
     other = {**tokenizer.get_vocab(), "odd": 5}
-    with pytest.raises(dask_logits.CacheError, match="that first differs at id 5, which is "):
+    with pytest.raises(dask_logits.CacheError, match="ids, in which id 5 is "):
         CachedLogitsDataset(cache, student_tokenizer=SimpleNamespace(get_vocab=lambda: other))
 
 
