@@ -64,6 +64,30 @@ class Command(click.Command):
         """Run the command."""
         run(partial(super().invoke, ctx))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line. A setting that is written as an option is refused with its name."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if _takes_settings(self) and (name := _setting_of(error.option_name)):
+                value = next((word.partition("=")[2] for word in given if word.startswith(f"{error.option_name}=")), "")
+                raise click.UsageError(f"settings have no dashes: write {name}={value or 'VALUE'}", ctx) from error
+            raise
+
+
+def _takes_settings(command: click.Command) -> bool:
+    """Whether a command takes settings."""
+    return any(parameter.name == "overrides" for parameter in command.params)
+
+
+def _setting_of(option: str) -> str | None:
+    """Return the setting that an option of its name, or of its last part, must mean."""
+    from dask_logits.config import settings
+
+    word = option.lstrip("-").replace("-", "_")
+    return next((each.path for each in settings() if each.path == word or each.path.endswith(f".{word}")), None)
+
 
 class _SettingsCommand(Command):
     """A command whose help ends with the list of the settings."""

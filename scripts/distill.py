@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dask_logits import CachedLogitsDataset, ItemOrder, Objective, ResumableSampler, StudentWithLoss, collate
-from dask_logits.config import Group
+from dask_logits.config import Group, nearest
 from dask_logits.data.tokens import local_tokenizer
 from dask_logits.errors import MISFITS, ConfigError, DaskLogitsError, DatasetError, first_line
 from dask_logits.hydra_config import config_dir
@@ -77,6 +77,11 @@ def read_settings(overrides: Sequence[str]) -> StudentSettings:
     ConfigError
         With all problems of the values, or the first one of the overrides.
     """
+    known = [f"student.{name}" for name in StudentSettings.model_fields]
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    unknown = [key for key in keys if key.startswith("student.") and ".".join(key.split(".")[:2]) not in known]
+    if unknown:
+        raise ConfigError.from_problems([f"{key}: unknown setting{nearest(key, known)}" for key in unknown])
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(compose("distill", list(overrides)), resolve=True)

@@ -142,7 +142,7 @@ def test_batches_keep_to_their_tokens_and_lose_no_item(cache) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["student.stpes=3"], r"Could not override 'student.stpes'"),
+        (["student.stpes=3"], r"student.stpes: unknown setting, did you mean 'student.steps'\?"),
         (["student.steps=0", "student.alpha=x"], r"2 problems .*\n  student.steps: it should be greater than or equal"),
         (["student.alpha=2"], r"alpha: expected a number from 0 to 1, got 2"),
         (["distillation.teacher.cache_dir=nowhere"], r"nowhere"),
@@ -165,3 +165,11 @@ def test_every_setting_is_described_and_has_a_default() -> None:
     text = (ROOT / "config" / "student" / "default.yaml").read_text()
     settings = runpy.run_path(SCRIPT)["StudentSettings"]
     assert list(yaml.safe_load(text)) == list(settings.model_fields)
+
+
+def test_the_short_script_refuses_a_wrong_path_with_a_message(tmp_path, monkeypatch, capsys) -> None:
+    script = str(ROOT / "scripts" / "train_tiny_student.py")
+    monkeypatch.setattr("sys.argv", [script, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    assert "nowhere" in capsys.readouterr().err
