@@ -301,7 +301,9 @@ def report(path: str, output: str | None) -> None:
 
 @commands.command()
 @click.argument("cache", type=click.Path())
-@click.option("--port", default=0, metavar="N", help="Port on this machine.  [default: any that is free]")
+@click.option(
+    "--port", default=0, show_default=False, metavar="N", help="Port on this machine.  [default: any that is free]"
+)
 @click.option("--html", "output", type=click.Path(), help="Write some documents to this file instead of serving all.")
 @click.option("--documents", metavar="N,N,…", help="Numbers of the documents for --html, from 0.")
 def explore(cache: str, port: int, output: str | None, documents: str | None) -> None:
@@ -344,7 +346,9 @@ def retry(run: str, overrides: tuple[str, ...], bisect: bool) -> None:
 
 @commands.command()
 @click.argument("path", type=click.Path())
-@click.option("--recompute", default=0, metavar="N", help="Score N rows of a run again and compare.")
+@click.option(
+    "--recompute", default=0, metavar="N", help="Score the partitions of N random rows of a run again and compare."
+)
 @click.option("--seed", default=0, help="Seed of the choice of these rows.")
 @_json
 def verify(path: str, recompute: int, seed: int, as_json: bool) -> None:
