@@ -64,6 +64,30 @@ class Command(click.Command):
         """Run the command."""
         run(partial(super().invoke, ctx))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line. A setting that is written as an option is refused with its name."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if _takes_settings(self) and (name := _setting_of(error.option_name)):
+                value = next((word.partition("=")[2] for word in given if word.startswith(f"{error.option_name}=")), "")
+                raise click.UsageError(f"settings have no dashes: write {name}={value or 'VALUE'}", ctx) from error
+            raise
+
+
+def _takes_settings(command: click.Command) -> bool:
+    """Whether a command takes settings."""
+    return any(parameter.name == "overrides" for parameter in command.params)
+
+
+def _setting_of(option: str) -> str | None:
+    """Return the setting that an option of its name, or of its last part, must mean."""
+    from dask_logits.config import settings
+
+    word = option.lstrip("-").replace("-", "_")
+    return next((each.path for each in settings() if each.path == word or each.path.endswith(f".{word}")), None)
+
 
 class _SettingsCommand(Command):
     """A command whose help ends with the list of the settings."""
@@ -277,7 +301,9 @@ def report(path: str, output: str | None) -> None:
 
 @commands.command()
 @click.argument("cache", type=click.Path())
-@click.option("--port", default=0, metavar="N", help="Port on this machine.  [default: any that is free]")
+@click.option(
+    "--port", default=0, show_default=False, metavar="N", help="Port on this machine.  [default: any that is free]"
+)
 @click.option("--html", "output", type=click.Path(), help="Write some documents to this file instead of serving all.")
 @click.option("--documents", metavar="N,N,…", help="Numbers of the documents for --html, from 0.")
 def explore(cache: str, port: int, output: str | None, documents: str | None) -> None:
@@ -320,7 +346,9 @@ def retry(run: str, overrides: tuple[str, ...], bisect: bool) -> None:
 
 @commands.command()
 @click.argument("path", type=click.Path())
-@click.option("--recompute", default=0, metavar="N", help="Score N rows of a run again and compare.")
+@click.option(
+    "--recompute", default=0, metavar="N", help="Score the partitions of N random rows of a run again and compare."
+)
 @click.option("--seed", default=0, help="Seed of the choice of these rows.")
 @_json
 def verify(path: str, recompute: int, seed: int, as_json: bool) -> None:

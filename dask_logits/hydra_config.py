@@ -63,7 +63,7 @@ def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Raise errors of Hydra and OmegaConf as ConfigError."""
-    from hydra.errors import HydraException, OverrideParseException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
@@ -74,6 +74,13 @@ def _translated() -> Iterator[None]:
                 f"{error.override}: expected SETTING=VALUE, got a value that Hydra's grammar does not know; put one "
                 "with other characters than letters, digits and -_./:@+ in quotes, as in 'SETTING=\"a b\"'"
             ]
+        ) from error
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if not group or not error.options:
+            raise ConfigError.from_problems([" ".join(str(error).split())]) from error
+        raise ConfigError.from_problems(
+            [f"{group}: expected one of {', '.join(error.options)}, got {name!r}"]
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError.from_problems([" ".join(str(error).split())]) from error

@@ -92,10 +92,10 @@ def check_tokenizer(
         first = int(differing[0]) if len(differing) else n_common
         if first < max(len(teacher_crcs), len(student_crcs)):
             found = next((token for token, i in vocabulary.items() if i == first), None)
-            place = f" that first differs at id {first}, which is {'no token' if found is None else repr(found)} there"
+            place = f", which has no token with id {first}" if found is None else f", in which id {first} is {found!r}"
     raise CacheError(
-        f"student_tokenizer: expected the map of the {n_teacher} ids of {where}, got one of {n_ids} ids{place}; give "
-        "the student the teacher's tokenizer",
+        f"student_tokenizer: expected the teacher's tokenizer of {n_teacher} ids ({where}), got one of {n_ids} ids"
+        f"{place}; choose a student with the teacher's tokenizer",
         where,
     )
 

@@ -2,8 +2,8 @@
 
     python scripts/distill.py distillation.teacher.cache_dir=output/quickstart student.steps=100
 
-``config/student/default.yaml`` lists the settings. ``student.output_dir`` receives the student for ``from_pretrained``,
-``curve.json`` with the losses, and ``curve.html`` with their chart if Bokeh is installed.
+``config/student/default.yaml`` lists the settings. ``student.output_dir`` receives the student and its tokenizer for
+``from_pretrained``, ``curve.json`` with the losses, and ``curve.html`` with their chart if Bokeh is installed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dask_logits import CachedLogitsDataset, ItemOrder, Objective, ResumableSampler, StudentWithLoss, collate
-from dask_logits.config import Group
+from dask_logits.config import Group, nearest
+from dask_logits.data.tokens import local_tokenizer
 from dask_logits.errors import MISFITS, ConfigError, DaskLogitsError, DatasetError, first_line
 from dask_logits.hydra_config import config_dir
 
@@ -76,6 +77,11 @@ def read_settings(overrides: Sequence[str]) -> StudentSettings:
     ConfigError
         With all problems of the values, or the first one of the overrides.
     """
+    known = [f"student.{name}" for name in StudentSettings.model_fields]
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    unknown = [key for key in keys if key.startswith("student.") and ".".join(key.split(".")[:2]) not in known]
+    if unknown:
+        raise ConfigError.from_problems([f"{key}: unknown setting{nearest(key, known)}" for key in unknown])
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(compose("distill", list(overrides)), resolve=True)
@@ -116,6 +122,26 @@ def batches(items: Iterable[Any], batch_tokens: int) -> Iterator[dict[str, Any]]
 def as_they_are(item: Any) -> Any:
     """Return an item, for a loader that does not batch."""
     return item
+
+
+def tokenizer_of(settings: StudentSettings, dataset: CachedLogitsDataset) -> Any | None:
+    """Return the tokenizer to save with the student. None if the cache has none, or this machine lacks the teacher's.
+
+    Raises
+    ------
+    ConfigError
+        If the student has another tokenizer than the teacher.
+    """
+    digest = dataset.attributes.get("tokenizer_map_digest")
+    if not digest:
+        return None
+    if settings.model_path is None:
+        return local_tokenizer(str(dataset.attributes.get("teacher_path")), str(digest))
+    try:
+        CachedLogitsDataset(settings.cache, student_tokenizer=settings.model_path)
+    except DaskLogitsError as error:
+        raise ConfigError(f"student.model_path: {str(error).removeprefix('student_tokenizer: ')}") from error
+    return AutoTokenizer.from_pretrained(settings.model_path)
 
 
 def new_student(settings: StudentSettings, dataset: CachedLogitsDataset) -> Any:
@@ -246,11 +272,14 @@ def main(overrides: Sequence[str]) -> None:
     dataset = CachedLogitsDataset(settings.cache, max_tokens=settings.max_tokens)
     print(dataset)
     train, held_out = split(dataset, settings.held_out)
+    tokenizer = tokenizer_of(settings, dataset)
     loop = Loop(settings, dataset)
     loop.run(train, held_out)
 
     folder = Path(settings.output_dir)
     loop.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     report = {"settings": settings.model_dump(), "content_digest": dataset.content_digest, **loop.curve}
     (folder / "curve.json").write_text(json.dumps(report, indent=1))
     if importlib.util.find_spec("bokeh"):

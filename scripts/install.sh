@@ -15,8 +15,18 @@ install() {
     { tail -n 20 "$log" >&2; echo "install.sh: pip failed; its whole output is in $log" >&2; exit 1; }
 }
 
+python=python3
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+  echo "install.sh: expected Python 3.11 to 3.13, got $("$python" --version 2>&1) as $python;" \
+    "put such a Python first in PATH as python3, and delete .venv if it exists" >&2
+  exit 1
+}
 echo "Installing dask-logits with [$extras] into .venv; this takes a few minutes." >&2
-[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv .venv || {
+  echo "install.sh: expected to make .venv, which failed; on Debian and Ubuntu install python3-venv" >&2
+  exit 1
+}
 # torch first and alone: the others then take it as it is.
 echo "1/3 PyTorch" >&2
 install -c constraints.txt torch

@@ -4,7 +4,9 @@
 #   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_teacher_logits.sh distillation.dataset.name=Salesforce/wikitext …
 # Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each; without, so
 # many on each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
-# is done. Logs: output/slurm-JOB/. Exit status: that of `dask-logits generate`; 1 if scheduler or workers are lost.
+# is done. The job's progress and errors: teacher-logits-JOB.log, where you submit. Logs of scheduler and workers:
+# output/slurm-JOB/. Exit status: that of `dask-logits generate`; 1 if scheduler or workers are lost.
+# It runs .venv/bin/python of the checkout, or PYTHON if that is set where you submit.
 # If DASK_LOGITS_WEBHOOK is set where you submit, that address is told when the job is done or has failed.
 #SBATCH --job-name=teacher-logits
 #SBATCH --ntasks-per-node=1
@@ -46,7 +48,7 @@ trap 'stopping=yes; [ -z "$driver" ] || kill "$driver" 2>/dev/null' TERM INT
 
 network=(${DASK_INTERFACE:+--interface "$DASK_INTERFACE"})
 "$python" -m dask scheduler --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --port 0 \
-  --dashboard-address 127.0.0.1:8787 "${network[@]}" >"$logs/scheduler.log" 2>&1 &
+  --preload dask_logits.job.dashboard --dashboard-address 127.0.0.1:8787 "${network[@]}" >"$logs/scheduler.log" 2>&1 &
 scheduler=$!
 until [ -s "$DASK_LOGITS_SCHEDULER_FILE" ]; do
   [ -z "$stopping" ] || exit 130

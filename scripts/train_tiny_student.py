@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dask_logits import CachedLogitsDataset, DistillationLoss, Objective, collate, distillation_loss
+from dask_logits.errors import DaskLogitsError
 
 # Share of the divergence from the teacher in the loss. The rest is the cross-entropy with the labels.
 STUDENTS = {"the teacher": 1.0, "labels alone": 0.0}
@@ -77,4 +79,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DaskLogitsError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error

@@ -96,12 +96,16 @@ def test_the_tree_is_the_one_that_hydra_composes(overrides) -> None:
     [
         ("distillation.partition.rows=1,2", "To sweep over it, add --multirun"),
         ("distillation.partition={row: 1}", "Could not override"),
-        ("cluster=nowhere", "Could not find 'cluster/nowhere'"),
     ],
 )
 def test_what_hydra_refuses_is_refused_in_its_words(override, message) -> None:
     for _ in range(2):
         assert message in problems_of(override)[0]
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
+    presets = "auto, local_cpu, local_cuda, scheduler, serial, slurm"
+    assert problems_of("cluster=slrm") == (f"cluster: expected one of {presets}, got 'slrm'",)
 
 
 def test_a_hydra_program_may_load_the_configuration(tmp_path) -> None:

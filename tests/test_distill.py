@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import drawn_records, records, tiny_model, write_cache
-from transformers import AutoModelForCausalLM
+from builders import drawn_records, records, save_tokenizer, tiny_model, write_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dask_logits import CachedLogitsDataset, Objective, collate, distillation_loss
+from dask_logits.vocabulary import map_digest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "scripts" / "distill.py")
@@ -74,6 +75,51 @@ def test_a_student_continues_from_its_folder(cache, monkeypatch) -> None:
     assert json.loads((output / "config.json").read_text())["hidden_size"] == 32
 
 
+def named_tokenizer(cache: Path) -> Path:
+    """Write a cache that names its tokenizer, whose folder is returned."""
+    teacher = cache / "teacher"
+    save_tokenizer(teacher, 50)
+    known = {
+        "tokenizer_map_digest": map_digest(AutoTokenizer.from_pretrained(teacher).get_vocab()),
+        "tokenizer_ids": 50,
+    }
+    made = records([20, 30, 10, 25], k=8)
+    write_cache(cache / "teacher_logits.h5", made, teacher_path=str(teacher), **known)
+    return teacher
+
+
+def test_a_random_student_is_saved_with_the_teachers_tokenizer_and_can_continue(cache, monkeypatch) -> None:
+    vocabulary = AutoTokenizer.from_pretrained(named_tokenizer(cache)).get_vocab()
+    output = distill(cache, "student.steps=1", *SMALL, monkeypatch=monkeypatch)
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == vocabulary
+    more = [f"student.model_path={output}", f"student.output_dir={cache / 'continued'}"]
+    distill(cache, "student.steps=1", *more, monkeypatch=monkeypatch)
+    assert AutoTokenizer.from_pretrained(cache / "continued").get_vocab() == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("n_ids", "message"),
+    [
+        (60, "student.model_path: expected the teacher's tokenizer of 50 ids (…), got one of 60 ids; choose a student"),
+        (None, "student.model_path: expected a tokenizer, its folder or its hub name, got '…'"),
+    ],
+    ids=["other", "none"],
+)
+def test_a_student_without_the_teachers_tokenizer_is_refused(cache, monkeypatch, capsys, n_ids, message) -> None:
+    named_tokenizer(cache)
+    student = cache / "other"
+    tiny_model("llama").save_pretrained(student)
+    if n_ids:
+        save_tokenizer(student, n_ids)
+        changed = (student / "tokenizer.json").read_text().replace('"red"', '"crimson"')
+        (student / "tokenizer.json").write_text(changed)
+    with pytest.raises(SystemExit, match="2"):
+        distill(cache, f"student.model_path={student}", monkeypatch=monkeypatch)
+    begin, _, end = message.partition("…")
+    assert re.search(f"{re.escape(begin)}.*{re.escape(end)}", capsys.readouterr().err)
+    assert not (cache / "student").exists()
+
+
 def test_a_student_with_too_few_logits_is_refused(cache, monkeypatch, capsys) -> None:
     tiny_model("llama", vocab_size=40).save_pretrained(cache / "small")
     with pytest.raises(SystemExit, match="2"):
@@ -96,7 +142,7 @@ def test_batches_keep_to_their_tokens_and_lose_no_item(cache) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["student.stpes=3"], r"Could not override 'student.stpes'"),
+        (["student.stpes=3"], r"student.stpes: unknown setting, did you mean 'student.steps'\?"),
         (["student.steps=0", "student.alpha=x"], r"2 problems .*\n  student.steps: it should be greater than or equal"),
         (["student.alpha=2"], r"alpha: expected a number from 0 to 1, got 2"),
         (["distillation.teacher.cache_dir=nowhere"], r"nowhere"),
@@ -119,3 +165,11 @@ def test_every_setting_is_described_and_has_a_default() -> None:
     text = (ROOT / "config" / "student" / "default.yaml").read_text()
     settings = runpy.run_path(SCRIPT)["StudentSettings"]
     assert list(yaml.safe_load(text)) == list(settings.model_fields)
+
+
+def test_the_short_script_refuses_a_wrong_path_with_a_message(tmp_path, monkeypatch, capsys) -> None:
+    script = str(ROOT / "scripts" / "train_tiny_student.py")
+    monkeypatch.setattr("sys.argv", [script, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    assert "nowhere" in capsys.readouterr().err

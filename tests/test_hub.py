@@ -84,12 +84,17 @@ def test_wikitext_c4_and_fineweb_by_their_names(base, tmp_path) -> None:
         "c4": named(base, tmp_path / "c4", "allenai/c4", "en", *every),
         "fineweb": named(base, tmp_path / "fineweb", "HuggingFaceFW/fineweb", "sample-10BT", *every),
         "typo": named(base, tmp_path / "typo", "HuggingFaceFW/finewebb", "sample-10BT", *some),
+        "teacher": named(
+            ["distillation.teacher.model_path=gated/teacher", *base[1:]], tmp_path / "t", "allenai/c4", "en", *every
+        ),
     }
     with fake_hub(tmp_path / "hub") as hub:
         errors = run_jobs(hub, tmp_path / "home", list(jobs.values()))
         commit = hub.commit("HuggingFaceFW/fineweb").sha
-    (error,) = errors
-    assert error.startswith("distillation.dataset.name: expected a dataset, got 'HuggingFaceFW/finewebb'")
+    typo, teacher = errors
+    assert typo.startswith("distillation.dataset.name: expected a dataset, got 'HuggingFaceFW/finewebb'")
+    assert teacher.startswith("distillation.teacher.model_path: expected a causal language model, got 'gated/teacher'")
+    assert all("log in with hf auth login (or set HF_TOKEN) if it is private or gated" in error for error in errors)
     expected = [len(text.split()) for text in TEXTS]
     for name in ("wikitext", "c4", "fineweb"):
         assert lengths(tmp_path / name) == expected, name

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -50,9 +53,40 @@ def test_an_earlier_run_is_continued_with_its_documents(
 
 @pytest.mark.parametrize("name", ["check", "docs.sh", "install.sh", "quickstart.sh", "test.sh"])
 def test_scripts_are_valid_and_executable(name) -> None:
-    import os
-    import subprocess
-
     path = ROOT / "scripts" / name
     assert os.access(path, os.X_OK)
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "message"),
+    [
+        (
+            "bin/python3",
+            "-c) exit 1 ;;",
+            "Python 3.11 to 3.13, got Python 3.10.4 as python3; put such a Python",
+        ),
+        (".venv/bin/python", "-c) exit 1 ;;", "got Python 3.10.4 as .venv/bin/python; put such a Python first in PATH"),
+        (
+            "bin/python3",
+            "-m) exit 1 ;;",
+            "make .venv, which failed; on Debian and Ubuntu install python3-venv",
+        ),
+    ],
+    ids=["python", "venv", "no-venv"],
+)
+def test_an_unusable_python_is_refused_before_the_download(tmp_path, name, answers, message) -> None:
+    (tmp_path / "scripts").mkdir()
+    for copied in ("scripts/install.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / copied, tmp_path / copied)
+    python = tmp_path / name
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/bash\ncase $1 in\n{answers}\n--version) echo Python 3.10.4 ;;\nesac\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "scripts" / "install.sh"), "quickstart"], capture_output=True, text=True,
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "PyTorch" not in done.stderr

@@ -525,8 +525,10 @@ def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | 
         remote = next((file for file in data_files or () if "://" in file), None)
         if remote is not None and isinstance(cause, ImportError):
             raise DatasetError(f"{where}, which cannot read {remote!r}: {needed_for(remote, cause)}") from error
+        private = ", or log in with hf auth login (or set HF_TOKEN) if it is private or gated"
+        login = private if isinstance(error, DatasetNotFoundError) else ""
         raise DatasetError(
-            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files"
+            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files{login}"
         ) from error
 
 

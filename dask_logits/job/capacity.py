@@ -37,7 +37,8 @@ def check_capacity(job: Job, done: float = 0.0) -> None:
     if need > free:
         raise CapacityError(
             f"distillation.teacher.cache_dir: expected {gib(need)} free for {_amount(job)} (partitions "
-            f"and cache side by side), got {gib(free)}; free space, or lower top_k or dataset.max_samples",
+            f"and cache side by side), got {gib(free)}; free space, or lower "
+            "distillation.teacher.generation.top_k or distillation.dataset.max_samples",
             need,
             free,
         )
@@ -47,8 +48,9 @@ def check_capacity(job: Job, done: float = 0.0) -> None:
         if need > free * _HEADROOM:
             raise CapacityError(
                 f"distillation.teacher.generation.num_workers: expected {gib(need)} of memory for {job.n_workers} "
-                f"workers of {gib(job.estimate.worker_bytes)}, got {gib(free)}; use fewer workers, a smaller "
-                "batch_tokens or partition.rows, or a smaller teacher",
+                f"workers of {gib(job.estimate.worker_bytes)}, got {gib(free)}; use fewer workers, lower "
+                "distillation.teacher.generation.batch_tokens or distillation.partition.rows, or take a smaller "
+                "teacher",
                 need,
                 free,
             )

@@ -24,7 +24,7 @@ import dask
 from distributed import Client, LocalCluster, Security, rpc
 
 from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
-from dask_logits.errors import CacheError, ClusterError
+from dask_logits.errors import CacheError, ClusterError, first_line
 from dask_logits.files.atomic import read_json
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
@@ -186,13 +186,19 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         asyncio.run(_answers(address, config.wait_seconds, secured))
         # It has answered. From now on this is the time for which the client reconnects after a lost connection.
         client = Client(address, timeout=max(config.wait_seconds, job.stall_seconds), security=secured)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, MemoryError) as error:
         # distributed 2026.7.1 raises a TypeError for a tls:// address without certificates.
-        silent = isinstance(error, TimeoutError)
-        got = f"no answer within distillation.cluster.wait_seconds={config.wait_seconds:g}" if silent else repr(error)
+        if isinstance(error, TimeoutError):
+            got = f"no answer within distillation.cluster.wait_seconds={config.wait_seconds:g}"
+        elif isinstance(error, MemoryError):
+            # It takes the first bytes of another protocol for the size of a message.
+            got = "an answer that is not a Dask scheduler's"
+        else:
+            got = first_line(error)
         raise ClusterError(
-            f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {got}; "
-            "start `dask scheduler` and give its address (and distillation.cluster.security, if it asks for TLS)"
+            f"distillation.cluster.scheduler: expected a scheduler at {address!r}, got {got}; start `dask scheduler` "
+            "and give the address that it prints, such as tcp://host:8786, not that of the dashboard (and "
+            "distillation.cluster.security, if it asks for TLS)"
         ) from error
     with _closed_soon(client):
         with _occupied(client, 3 * config.wait_seconds):

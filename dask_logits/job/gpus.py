@@ -56,7 +56,8 @@ def _uncounted(devices: Path, error: Exception) -> int:
         return 0
     raise ClusterError(
         f"distillation.teacher.generation.device: expected to count the GPUs of this machine, got {error}; check that "
-        "nvidia-smi works, install pip install 'dask-logits[cuda13]', or set distillation.teacher.generation.device=cpu"
+        "nvidia-smi works, run pip install -c constraints.txt '.[cuda13]' in the checkout, or set "
+        "distillation.teacher.generation.device=cpu"
     ) from error
 
 
@@ -73,8 +74,8 @@ def require_cuda_build(gpus: int) -> None:
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise ClusterError(
             f"distillation.teacher.generation.device: expected a build of torch with CUDA on a machine with {gpus} "
-            f"GPUs, got {torch.__version__}; install pip install 'dask-logits[cuda13]', or set "
-            "distillation.teacher.generation.device=cpu"
+            f"GPUs, got {torch.__version__}; run pip uninstall -y torch && pip install -c constraints.txt torch "
+            "'.[cuda13]' in the checkout, or set distillation.teacher.generation.device=cpu"
         )
 
 

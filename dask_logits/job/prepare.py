@@ -419,8 +419,8 @@ def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> Non
     problems = []
     if config.teacher.generation.width(vocab_size) > vocab_size:
         problems.append(
-            f"distillation.teacher.generation.top_k: expected at most the valid vocabulary {vocab_size}, "
-            f"got {config.teacher.generation.top_k}"
+            f"distillation.teacher.generation.top_k: expected at most {vocab_size}, the number of token ids, got "
+            f"{config.teacher.generation.top_k}; set distillation.teacher.generation.top_k={vocab_size} or less"
         )
     if (
         teacher.max_positions is not None

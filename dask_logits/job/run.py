@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dask_logits.config import ClusterConfig, Config, GenerationConfig, JobConfig, parse_bytes
-from dask_logits.errors import CacheError, DaskLogitsError, PartitionsFailedError, RunConflictError
+from dask_logits.errors import CacheError, ConfigError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
 from dask_logits.hydra_config import override
@@ -251,7 +251,12 @@ def _held(job: Job) -> Iterator[None]:
     """Hold the share of the run for this driver. A start refused before its manifest leaves no trace."""
     run = job.run
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError.from_problems(
+            [f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"]
+        ) from error
     try:
         with lease(run.path / lock_name(job.share)):
             yield

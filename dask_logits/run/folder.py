@@ -30,6 +30,7 @@ from pydantic import Field
 
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
 from dask_logits.cache.profile import ProfileSpec
+from dask_logits.config import settings
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.fields import MOST_DRAWS, Count, Record, Temperature, shown
 from dask_logits.files.atomic import names_in, read_json, unreadable
@@ -347,7 +348,10 @@ def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any])
 
 def conflict(folder: Path, differences: Mapping[str, tuple[object, object]]) -> RunConflictError:
     """Build the error that refuses a run folder: dotted name → (value in the run, requested value)."""
-    lines = "\n".join(f"  {name}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
+    # The names of settings in full, so that they can be pasted. The others are facts about teacher and dataset.
+    known = {setting.path for setting in settings()}
+    names = {name: full if (full := f"distillation.{name}") in known else name for name in differences}
+    lines = "\n".join(f"  {names[name]}: the run has {a!r}, now {b!r}" for name, (a, b) in differences.items())
     return RunConflictError(
         f"{folder}: this run was made with other settings:\n{lines}\n"
         "choose another distillation.teacher.cache_dir, restore the settings, or set "

@@ -180,7 +180,8 @@ def inspect_teacher(config: TeacherConfig, known: Mapping[str, Any] | None = Non
         raise TeacherError(
             f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
             f"{'the model hub does not answer and its cache has no such model' if only_cached else first_line(error)}; "
-            "correct the name, or download it and give its folder"
+            "correct the name, log in with hf auth login (or set HF_TOKEN) if it is private or gated, or download it "
+            "and give its folder"
         ) from error
     require_matching_tensors(location, architecture)
     model = architecture.model

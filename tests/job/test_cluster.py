@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -291,3 +292,43 @@ def test_workers_may_leave_and_join_in_the_middle(overrides, joined, tmp_path) -
             finish(second)
     assert driver.returncode == 0, log
     assert digest(cache_dir(overrides) / "teacher_logits.h5") == whole
+
+
+@pytest.mark.parametrize(
+    "banner", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["ssh", "http"]
+)
+def test_a_server_of_another_protocol_is_refused(banner) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(banner)
+                while peer.recv(1024):
+                    pass
+
+        threading.Thread(target=greet, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(ClusterError, match=r"got an answer that is not a Dask scheduler's; start `dask scheduler`"),
+            open_cluster(GenerationConfig(), ClusterConfig(scheduler=address)),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "localhost",
+            "got missing port number in address 'localhost'; .* such as tcp://host:8786, not that of the dash",
+        ),
+        ("http://localhost:8787", "got unknown address scheme 'http' .*; start `dask scheduler`"),
+    ],
+)
+def test_an_address_of_another_form_is_refused(address, message) -> None:
+    with (
+        pytest.raises(ClusterError, match=message),
+        open_cluster(GenerationConfig(), ClusterConfig(scheduler=address)),
+    ):
+        pass

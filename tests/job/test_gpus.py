@@ -76,7 +76,9 @@ def test_gpus_that_cannot_be_counted_are_told_of(monkeypatch, tmp_path, pynvml, 
 def test_gpus_without_a_build_of_torch_for_them_are_told_of(monkeypatch) -> None:
     monkeypatch.setattr("dask_logits.job.workers.visible_gpus", lambda: 2)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with pytest.raises(ClusterError, match=r"expected a build of torch with CUDA on a machine with 2 GPUs, got .*cpu"):
+    with pytest.raises(
+        ClusterError, match=r"torch with CUDA on a machine with 2 GPUs, got .*; run pip uninstall -y torch && pip"
+    ):
         local_device(GenerationConfig(), ClusterConfig())
     assert local_device(GenerationConfig(device="cpu"), ClusterConfig()) == "cpu"
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)

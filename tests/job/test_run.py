@@ -40,7 +40,7 @@ def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(
     assert len(found[7]["input_ids"]) == 0
     assert len(CachedLogitsDataset(cache, student_tokenizer=tokenizer)) == 39
     other = {**tokenizer.get_vocab(), "odd": 5}
-    with pytest.raises(dask_logits.CacheError, match="that first differs at id 5, which is "):
+    with pytest.raises(dask_logits.CacheError, match="ids, in which id 5 is "):
         CachedLogitsDataset(cache, student_tokenizer=SimpleNamespace(get_vocab=lambda: other))
 
 
@@ -296,7 +296,7 @@ def test_ready_input_ids_equal_text(here, cache, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (["distillation.teacher.generation.top_k=105"], "ConfigError", "expected at most the valid vocabulary 104"),
+        (["distillation.teacher.generation.top_k=105"], "ConfigError", "expected at most 104, the number of token"),
         (["distillation.dataset.max_length=257"], "ConfigError", "max_length: expected at most the teacher's 256"),
         (["distillation.teacher.model_path=/no/such/model"], "TeacherError", "expected a folder with a model"),
         (["distillation.teacher.tokenizer_path=/no/such/tokenizer"], "TeacherError", "expected a tokenizer"),
@@ -305,6 +305,7 @@ def test_ready_input_ids_equal_text(here, cache, tmp_path) -> None:
         (["distillation.dataset.name=no-such-dataset"], "DatasetError", "expected a dataset"),
         (["distillation.dataset.text_column=body"], "DatasetError", "expected one of the columns"),
         (["distillation.teacher.cache_dir={file}/run"], "ConfigError", "expected a folder that can be written"),
+        (["distillation.teacher.cache_dir=/proc/x"], "ConfigError", r"cache_dir: expected a folder that can be"),
         (["distillation.teacher.model_path={nan}"], "TeacherError", "dataset row .*expected finite logits"),
         (["distillation.cluster.kind=scheduler", "distillation.cluster.scheduler=tcp://127.0.0.1:1",
           "distillation.cluster.wait_seconds=1"], "ClusterError", "expected a scheduler at 'tcp://127.0.0.1:1'"),
@@ -335,7 +336,7 @@ def test_a_job_that_cannot_fit_is_refused(here, overrides, monkeypatch) -> None:
     assert caught.value.needed_bytes > caught.value.free_bytes == 1000
     monkeypatch.undo()
     monkeypatch.setattr("dask_logits.job.capacity.free_memory_bytes", lambda: 1 << 20)
-    with pytest.raises(dask_logits.CapacityError, match="use fewer workers"):
+    with pytest.raises(dask_logits.CapacityError, match=r"use fewer workers, lower distillation\.teacher"):
         run(overrides)
     assert not cache_dir(here).exists()
 
@@ -452,7 +453,7 @@ def test_a_compact_cache_holds_what_a_plain_one_holds(here, tmp_path) -> None:
         np.testing.assert_allclose(one["topk_logprobs"], other["topk_logprobs"], atol=0.02)
     dask_logits.convert(path, tmp_path / "again.h5", profile="plain")
     assert digest(tmp_path / "again.h5") == digest(path)
-    with pytest.raises(dask_logits.RunConflictError, match=r"cache\.precision: the run has 12, now 8"):
+    with pytest.raises(dask_logits.RunConflictError, match=r"  distillation\.cache\.precision: the run has 12, now 8"):
         job("compact", compact)
 
 
