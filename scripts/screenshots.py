@@ -48,7 +48,7 @@ def shoot(page: str, run: Path, image: Path, chromium: str) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
         file.write(page.replace(str(expanded(run)), SHOWN))
         file.flush()
-        options = ["--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=1"]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"]
         options += [f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={image}", f"file://{file.name}"]
         subprocess.run([chromium, *options], check=True, capture_output=True, timeout=120)
 
