@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         TeacherError,
     )
     from dask_logits.hydra_config import load_config
+    from dask_logits.job.monitor import Monitor
     from dask_logits.job.recompute import verify
     from dask_logits.job.run import generate, retry
-    from dask_logits.observe.monitor import Monitor
     from dask_logits.observe.report import write_report
     from dask_logits.observe.status import read_status
     from dask_logits.ops.convert import convert
@@ -62,7 +62,7 @@ _HOMES = {
     "Head": "train.heads",
     "ItemOrder": "train.order",
     "MixedDataset": "train.mixture",
-    "Monitor": "observe.monitor",
+    "Monitor": "job.monitor",
     "Objective": "train.objective",
     "PartitionsFailedError": "errors",
     "ResumableSampler": "train.sampler",

@@ -23,8 +23,8 @@ from nbclient import NotebookClient
 
 from dask_logits import ClusterError, ConfigError, RunConflictError, generate, load_config
 from dask_logits.files.atomic import replace_json
-from dask_logits.observe import monitor as module
-from dask_logits.observe.monitor import Monitor
+from dask_logits.job import monitor as module
+from dask_logits.job.monitor import Monitor
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RUNS_TOPIC, RunFolder, Share, lock_name
 from dask_logits.run.records import FORMAT, VERSION
@@ -103,7 +103,7 @@ def interrupt_and_kill_a_kernel_that_watches(scheduler_file: Path) -> None:
 
     try:
         client.wait_for_ready(timeout=300)
-        client.execute("from dask_logits.observe.monitor import Monitor")
+        client.execute("from dask_logits.job.monitor import Monitor")
         request = watch()
         manager.interrupt_kernel()
         while (reply := client.get_shell_msg(timeout=300))["parent_header"]["msg_id"] != request:
