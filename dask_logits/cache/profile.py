@@ -92,7 +92,7 @@ class Plain:
         """Whether another profile decodes the stored arrays to the same values."""
         return self == other
 
-    @property
+    @cached_property
     def arrays(self) -> dict[str, Stored]:
         """Name → storage of each array of the token axis."""
         entries = schema(self.top_k, self.vocab_size, self.extras)
@@ -217,7 +217,7 @@ class Compact:
         """Number of bytes of a code."""
         return 1 if self.precision == 8 else 2
 
-    @property
+    @cached_property
     def arrays(self) -> dict[str, Stored]:
         """Name → storage of each array of the token axis."""
         byte, f16 = np.dtype(np.uint8), np.dtype(np.float16)
