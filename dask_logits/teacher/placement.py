@@ -111,7 +111,7 @@ def working_bytes(model: Any, dtype: torch.dtype) -> int:
     """Estimate what scoring takes on a GPU beside the weights, with the default budgets.
 
     A layer holds about eight rows of the hidden width and three of its inner width for each token of a batch. The GPU
-    with the head also holds float32 logits of a row chunk.
+    with the head also holds float32 logits of a row chunk, for each of two partitions.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def working_bytes(model: Any, dtype: torch.dtype) -> int:
     head_VD = model.get_output_embeddings().weight
     width = head_VD.shape[1]
     inner = getattr(model.config.get_text_config(), "intermediate_size", None) or 4 * width
-    return int(_BATCH_TOKENS * (8 * width + 3 * inner) * dtype.itemsize + _HEAD_ROWS * head_VD.shape[0] * 4)
+    return int(_BATCH_TOKENS * (8 * width + 3 * inner) * dtype.itemsize + 2 * _HEAD_ROWS * head_VD.shape[0] * 4)
 
 
 def sized_as_stored(model: Any, stored_bytes: Mapping[str, int]) -> Any:

@@ -145,6 +145,9 @@ def start_scoring(
 ) -> Callable[[], Scored]:
     """Give all batches of a partition to the device. The last results may not have arrived yet.
 
+    A pipeline has begun all batches then, and the last ones have yet to go through the head. So it stays full when the
+    next partition is given to it.
+
     Parameters
     ----------
     teacher
@@ -181,12 +184,9 @@ def start_scoring(
             "teacher: expected a C++ compiler on this worker, as on the one where the run was calibrated, got "
             f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"
         ) from error
-    run = _Run(teacher, items, settings)
-    with teacher.strict(), run.ahead():
-        while run.waiting:
-            on_tokens(run.score_next())
-    # The next partition takes the same memory. On CUDA it is used in the order of the stream.
-    del run.logits_RV
+    run = _Run(teacher, items, settings, on_tokens)
+    with run.closed_on_error(), teacher.strict():
+        run.score_until_begun()
     return functools.partial(run.finish, packed=packed, started=started)
 
 
@@ -204,9 +204,11 @@ class _Run:
     teacher: Teacher
     items: Sequence[Item]
     settings: ScoringSettings
+    on_tokens: Callable[[int], None]
     padded_tokens: int = 0
     # Batch → numbers of items in its parts so far.
     _parts: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    # Hidden states from a pipeline, if the teacher has one.
     _ahead: Ahead[tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
@@ -257,16 +259,33 @@ class _Run:
             f"the logits of a chunk take {n_bytes / 2**30:.2f} GiB: lower it, or free memory of the device",
         ):
             self.logits_RV = torch.full((settings.head_rows, width), -torch.inf, dtype=dtype, device=device)
+        pipeline = None if settings.path.head == "forward" else self.teacher.pipeline
+        if pipeline is not None:
+            self._ahead = Ahead(pipeline, self._parts_to_come(), self._tokens)
 
     @contextlib.contextmanager
-    def ahead(self) -> Iterator[None]:
-        """Let the teacher's pipeline, if there is one, run ahead of the head."""
-        pipeline = None if self.settings.path.head == "forward" else self.teacher.pipeline
-        if pipeline is None:
+    def closed_on_error(self) -> Iterator[None]:
+        """Drop the batches in flight if the partition fails."""
+        try:
             yield
-            return
-        with contextlib.closing(Ahead(pipeline, self._parts_to_come(), self._tokens)) as self._ahead:
-            yield
+        except BaseException:
+            if self._ahead is not None:
+                self._ahead.close()
+            raise
+
+    def score_until_begun(self) -> None:
+        """Score batches until the device has begun all of them: with a pipeline, before the last ones have arrived."""
+        while self.waiting and not (self._ahead is not None and self._ahead.has_begun_all):
+            self.on_tokens(self.score_next())
+
+    @torch.inference_mode()
+    def _score_rest(self) -> None:
+        """Score the batches that a pipeline has begun."""
+        if self.teacher.device.type == "cuda":
+            # A per-thread setting.
+            torch.cuda.set_device(self.teacher.device)
+        while self.waiting:
+            self.on_tokens(self.score_next())
 
     def _parts_to_come(self) -> list[tuple[int, ...]]:
         return [part for _, part in self.waiting]
@@ -294,6 +313,9 @@ class _Run:
         else:
             self.waiting.popleft()
             self._parts[number].append(len(part))
+            if not self.waiting:
+                # The next partition takes the same memory. On CUDA it is used in the order of the stream.
+                del self.logits_RV
             return n_tokens
         if len(part) == 1:
             item = self.items[part[0]]
@@ -324,6 +346,9 @@ class _Run:
 
     def finish(self, *, packed: bool, started: float) -> Scored:
         """Wait for the last results and return the targets, as :func:`start_scoring` describes."""
+        if self.waiting:
+            with self.closed_on_error():
+                self._score_rest()
         self.ring.drain()
         bad = ~np.isfinite(self.out["logsumexp"])
         if bad.any():

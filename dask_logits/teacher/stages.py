@@ -2,8 +2,8 @@
 
 ``accelerate`` moves tensors inside the forward pass, once for every layer, and each copy makes two GPUs wait for each
 other. So n GPUs work one after the other. Here a thread for each device runs its layers, and hands hidden states, masks
-and rotary tables over once per batch. With n + 1 batches in flight all devices are busy, except while the pipeline
-fills and drains at both ends of a partition.
+and rotary tables over once per batch. With n + 1 batches in flight all devices are busy. The next partition follows as
+soon as the last batch of this one has begun, so the pipeline fills and drains once per job.
 
 What happens before the first layer and after the last one is the model's own code: its trunk, with layers that only
 note what they are given, or return what the real ones computed. There is no table of families. A teacher is staged if
@@ -21,6 +21,7 @@ import logging
 import queue
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ class Pipeline:
         self._first, self._recorders = _with_stubs(trunk, layers, self._wrapped, stages[0].device)
         self._last, self._replacements = _with_stubs(trunk, layers, self._wrapped, stages[0].device)
         self._n_threads = torch.get_num_threads()
+        self._is_closed = False
         self._queues: list[queue.Queue[_Batch | None]] = [queue.Queue(1) for _ in stages]
         self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(len(stages))]
         for thread in self._threads:
@@ -156,13 +158,21 @@ class Pipeline:
         Future
             Hidden states [B, T, D] on the pipeline's device, or the error of a stage. Stages skip a batch whose future
             is cancelled.
+
+        Raises
+        ------
+        RuntimeError
+            If the pipeline is closed.
         """
+        if self._is_closed:
+            raise RuntimeError("expected a pipeline, got one whose teacher was dropped for another one")
         batch = _Batch(ids_BT, Future())
         self._queues[0].put(batch)
         return batch.result
 
     def close(self) -> None:
         """End the threads after the batches in flight, so that the layers can be freed."""
+        self._is_closed = True
         self._queues[0].put(None)
         for thread in self._threads:
             thread.join()
@@ -274,7 +284,12 @@ class Ahead(Generic[_Key]):
         keys = list(keys)
         for key in self._flying.keys() - set(keys):
             self._flying.pop(key).cancel()
-        self._upcoming = iter([key for key in keys if key not in self._flying])
+        self._upcoming = deque(key for key in keys if key not in self._flying)
+
+    @property
+    def has_begun_all(self) -> bool:
+        """Whether the pipeline has been given all batches."""
+        return not self._upcoming
 
     def take(self, key: _Key) -> Tensor:
         """Return the hidden states of the next batch.
@@ -284,7 +299,8 @@ class Ahead(Generic[_Key]):
         Exception
             The error of the stage that failed.
         """
-        while len(self._flying) < self._pipeline.depth and (upcoming := next(self._upcoming, None)) is not None:
+        while self._upcoming and len(self._flying) < self._pipeline.depth:
+            upcoming = self._upcoming.popleft()
             self._flying[upcoming] = self._pipeline.submit(self._tokens_of(upcoming))
         return self._flying.pop(key).result()
 

@@ -112,8 +112,8 @@ def test_a_quantized_teacher_that_fits_only_as_it_is_stored_is_spread_by_its_sto
 def test_each_gpu_keeps_room_for_a_batch(llama, monkeypatch, caplog) -> None:
     model = read_architecture(str(llama), None, trust_remote_code=False).model
     working = working_bytes(model, torch.float32)
-    # Eight and three widths of activations for 16,384 tokens, and 4,096 rows of logits.
-    assert working == 16_384 * (8 * 32 + 3 * 64) * 4 + 4_096 * 112 * 4
+    # Eight and three widths of activations for 16,384 tokens, and 4,096 rows of logits of two partitions.
+    assert working == 16_384 * (8 * 32 + 3 * 64) * 4 + 2 * 4_096 * 112 * 4
     monkeypatch.setattr(checkpoint, "free_gpu_bytes", lambda n: dict.fromkeys(range(n), working + (1 << 20)))
     assert set(device_map(llama, device="cuda", n_gpus=2).values()) == {0, 1}
     assert "room for the weights" not in caplog.text

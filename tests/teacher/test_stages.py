@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 import weakref
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +18,10 @@ from builders import VOCAB_SIZE, content, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dask_logits.data.items import plain_items
+from dask_logits.data.items import Item, plain_items
 from dask_logits.teacher import stages
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.teacher.scoring import ScoringSettings, score_items, start_scoring
 from dask_logits.teacher.selfcheck import check
 from dask_logits.teacher.stages import Ahead, Pipeline, Stage, split_layers, staged
 
@@ -178,6 +178,64 @@ def test_all_stages_are_busy() -> None:
     shares = [sum(end - start for start, end in spans) / seconds for spans in busy]
     # The pipeline fills and drains: 60 of 63 steps.
     assert min(shares) > 0.9, shares
+
+
+def score_as_a_worker(teacher: Teacher, partitions: list[list[Item]], wanted: ScoringSettings) -> list[str]:
+    """Score partitions in three threads, of which one at a time gives batches to the device; return their content."""
+    lock = threading.Lock()
+
+    def score(items: list[Item]) -> str:
+        with lock:
+            finish = scorer.submit(start_scoring, teacher, items, wanted).result()
+        return content(finish().records)
+
+    with ThreadPoolExecutor(1) as scorer, ThreadPoolExecutor(3) as threads:
+        return list(threads.map(score, partitions))
+
+
+def test_stages_stay_busy_from_one_partition_to_the_next() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    check(teacher, exact=False)
+    made = pipelined(teacher, 4)
+    busy = slowed(teacher, 0.1)
+    # Four batches of two documents each.
+    partitions = [plain_items([np.full(20, n + 1)] * 8) for n in range(10)]
+    begun = time.perf_counter()
+    score_as_a_worker(teacher, partitions, settings(teacher))
+    seconds = time.perf_counter() - begun
+    made.close()
+    assert [len(spans) for spans in busy] == [40] * 4
+    shares = [sum(end - start for start, end in spans) / seconds for spans in busy]
+    # 40 of 43 steps, or 0.93. One partition after the other would take 70: 0.57.
+    assert min(shares) > 0.75, shares
+
+
+def test_partitions_that_share_a_pipeline_have_the_content_of_one_device() -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    check(teacher, exact=False)
+    partitions = [plain_items(DOCUMENTS[n:] + DOCUMENTS[:n]) for n in range(6)]
+    expected = [content(score_items(teacher, items, settings(teacher)).records) for items in partitions]
+    made = pipelined(teacher, 3)
+    last, own = teacher.layers()[3], teacher.layers()[3].forward
+    assert score_as_a_worker(teacher, partitions, settings(teacher)) == expected
+
+    def limited(hidden, *args, **kwargs):
+        if hidden.shape[0] * hidden.shape[1] > 35:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(hidden, *args, **kwargs)
+
+    last.forward = limited
+    halved = score_as_a_worker(teacher, partitions, settings(teacher))
+    made.close()
+    teacher.pipeline = None
+    assert halved == [content(score_items(teacher, items, settings(teacher)).records) for items in partitions]
+
+
+def test_a_pipeline_that_was_closed_takes_no_batch() -> None:
+    made = pipelined(Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE), 2)
+    made.close()
+    with pytest.raises(RuntimeError, match="whose teacher was dropped"):
+        made.submit(torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_results_are_in_order_and_parts_of_a_batch_are_computed_by_themselves() -> None:
