@@ -297,12 +297,12 @@ def needed_for(path: str, error: Exception) -> str:
     """Return the package to install for a URL, or else the error message.
 
     >>> needed_for("s3://bucket/a.parquet", ImportError("Install s3fs to access S3"))
-    "install support for s3:// with `pip install 'dask-logits[s3]'`"
+    "run pip install -c constraints.txt '.[s3]' in the checkout of dask_logits"
     """
     scheme = path.split("://")[0]
     extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}.get(scheme)
     if extra and isinstance(error, ImportError):
-        return f"install support for {scheme}:// with `pip install 'dask-logits[{extra}]'`"
+        return f"run pip install -c constraints.txt '.[{extra}]' in the checkout of dask_logits"
     return f"{first_line(error)}; install an fsspec file system for {scheme}://" if "://" in path else first_line(error)
 
 

@@ -161,8 +161,8 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
         raise ClusterError(
-            f"distillation.cluster: expected dask-cuda for GPU workers, got {error}; install it with "
-            "pip install 'dask-logits[cuda13]', or set distillation.teacher.generation.device=cpu"
+            f"distillation.cluster: expected dask-cuda for GPU workers, got {error}; run pip "
+            "install -c constraints.txt '.[cuda13]' in the checkout, or set distillation.teacher.generation.device=cpu"
         ) from error
     import pynvml
 

@@ -39,7 +39,7 @@ _CHECKED_TOKENS = 16
 # Largest difference that rounding explains, as a share of the logits' standard deviation. A merge of a 30-layer model
 # rounded by 3e-6, 0.005 and 0.04.
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
-_INSTALL = "pip install 'dask-logits[adapters]'"
+_INSTALL = "pip install -c constraints.txt '.[adapters]' in the checkout of dask_logits"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,8 +197,8 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
         from accelerate.utils import get_balanced_memory
     except ImportError as error:
         raise TeacherError(
-            f"distillation.teacher.generation.gpus_per_worker: expected the package accelerate, got {error}; install "
-            "it with pip install 'dask-logits[cuda13]', or set gpus_per_worker=1"
+            f"distillation.teacher.generation.gpus_per_worker: expected the package accelerate, got {error}; run "
+            "pip install -c constraints.txt '.[cuda13]' in the checkout, or set gpus_per_worker=1"
         ) from error
 
     whole = unsplittable(model)

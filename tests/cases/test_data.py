@@ -516,7 +516,7 @@ def test_files_are_read_over_http(web, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("url", "extra"), [("s3://bucket/d.jsonl", "s3"), ("gs://bucket/d.parquet", "gcs")])
 def test_object_stores_say_what_to_install(url: str, extra: str) -> None:
-    with pytest.raises(DatasetError, match=rf"pip install 'dask-logits\[{extra}\]'"):
+    with pytest.raises(DatasetError, match=rf"pip install -c constraints\.txt '\.\[{extra}\]'"):
         corpus("json", url)
-    with pytest.raises(DatasetError, match=rf"pip install 'dask-logits\[{extra}\]'"):
+    with pytest.raises(DatasetError, match=rf"pip install -c constraints\.txt '\.\[{extra}\]'"):
         streamed("json", url)

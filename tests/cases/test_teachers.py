@@ -207,7 +207,7 @@ def test_the_identity_covers_the_adapter_and_its_base(tmp_path) -> None:
 def test_an_adapter_without_peft_is_refused_with_what_to_install(tmp_path, monkeypatch) -> None:
     path = teacher_inputs.adapter_beside(tmp_path)
     monkeypatch.setattr("dask_logits.teacher.adapters.find_spec", lambda name: None)
-    with pytest.raises(TeacherError, match=r"peft is not installed; install it \(pip install 'dask-logits\[adapters"):
+    with pytest.raises(TeacherError, match=r"peft is not installed; install it \(pip install -c .*'.\[adapters"):
         inspect(path)
 
 
