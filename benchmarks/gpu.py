@@ -1,13 +1,15 @@
 """What a GPU does, in at most ten minutes: speed, memory and error of scoring, its parts, and a whole job.
 
 Teachers have the shapes of known models and random weights, and documents are random ids: speed depends on neither.
-Each part of the report starts only if there is time left. What was left out is listed, never guessed.
+The job comes first, because it says whether all of this works. Each part starts only if there is time left. What was
+left out or failed is listed, never guessed. The file has all figures so far, also if the process is killed.
 
     python benchmarks/gpu.py --out benchmarks/results/DATE-GPU.json
     python benchmarks/gpu.py --tiny    # does it run? the figures mean nothing, and the device is the CPU
 
-``loop`` is what people write today: a padded batch, ``.logits``, ``log_softmax`` in float32, ``torch.topk``. Its batch
-is the fastest of several. The two alternate, and medians count. MFU is of a matrix product measured here.
+``loop`` is what people write today: the model as it is loaded, a padded batch, ``.logits``, ``log_softmax`` in float32,
+``torch.topk``. Its batch is the fastest of several. The two alternate, and medians count. MFU is of a matrix product
+measured here.
 vLLM scores the same documents in a process of its own, if it is installed here or in the environment of ``--vllm``.
 
 Dimension letters: R positions, D hidden width, V vocabulary, K kept entries, B documents, T tokens.
@@ -24,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,14 +38,16 @@ import torch
 from torch import Tensor
 
 from dask_logits.data.items import plain_items
+from dask_logits.errors import first_line
 from dask_logits.records import Array, ContentDigest
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.memory import is_out_of_memory
-from dask_logits.teacher.meter import measure_cost
+from dask_logits.teacher.meter import Cost, measure_cost
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.scoring import ScoringSettings, score_items
 from dask_logits.teacher.selfcheck import check, try_compiled
 from dask_logits.teacher.topk import kernels_agree, topk_with_tail
+from dask_logits.teacher.torch_internals import grow_segments
 from dask_logits.worker.calibrate import auto_budgets
 
 K = 64
@@ -86,24 +92,39 @@ class Bench:
         self.device = torch.device("cpu" if arguments.tiny else "cuda")
         self.dtype = torch.float32 if arguments.tiny else torch.bfloat16
         self.left_out: list[str] = []
+        self.found: dict[str, Any] = {}
         self._deadline = time.monotonic() + arguments.seconds
 
     def run(self, name: str, part: Callable[[], Any]) -> Any:
-        """Measure a part, unless there is no time or no memory for it. Return None then."""
+        """Measure a part, unless there is no time for it. Return None then, and if it fails."""
         if time.monotonic() > self._deadline:
             self.left_out.append(f"{name}: no time")
             return None
+        started = time.monotonic()
         try:
             return part()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.left_out.append(f"{name}: out of memory")
+        except Exception as error:  # noqa: BLE001 - one failure must not cost the other figures
+            if is_out_of_memory(error):
+                self.left_out.append(f"{name}: out of memory")
+            else:
+                self.left_out.append(f"{name}: failed with {type(error).__name__}: {first_line(error)}")
+                traceback.print_exc()
             return None
         finally:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+    def keep(self) -> None:
+        """Write the figures so far to the file."""
+        out = self.arguments.out
+        if out is None:
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(self.found | {"left_out": self.left_out}, indent=1, default=str) + "\n")
+        part.replace(out)
 
     def seconds(self, function: Callable[[], object], rounds: int = 5) -> float:
         """Return the median time of a function on the device, after one call that is not counted."""
@@ -137,7 +158,7 @@ def documents(vocab_size: int, length: int, tokens: int) -> list[Array]:
     return [generator.integers(0, vocab_size, length) for _ in range(max(2, tokens // length))]
 
 
-def build(bench: Bench, config: Any) -> tuple[Teacher, ScoringSettings, dict[str, Any]]:
+def build(bench: Bench, name: str, config: Any) -> tuple[Teacher, ScoringSettings, dict[str, Any]]:
     """Build a teacher on the device, on its fastest eager path that agrees with the model."""
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +171,8 @@ def build(bench: Bench, config: Any) -> tuple[Teacher, ScoringSettings, dict[str
     path = choice.path
     if bench.device.type == "cuda" and kernels.available():
         logits_RV = torch.randn(512, config.vocab_size, device=bench.device).to(teacher.logits_dtype)
-        path = dataclasses.replace(path, kernels=kernels_agree(logits_RV, K, path))
+        agree = bench.run(f"{name}, kernels", lambda: kernels_agree(logits_RV, K, path))
+        path = dataclasses.replace(path, kernels=bool(agree))
     settings = ScoringSettings(
         top_k=min(K, config.vocab_size), vocab_size=config.vocab_size, batch_tokens=batch_tokens, batch_size=None,
         head_rows=head_rows, path=path,
@@ -173,6 +195,7 @@ def compiled(teacher: Teacher, settings: ScoringSettings) -> tuple[ScoringSettin
 
 def loop(teacher: Teacher, texts: list[Array], batch: int, k: int) -> float:
     """Score documents as people do today, and return the seconds."""
+    teacher.take(ScoringPath())
     started = time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(texts), batch):
@@ -190,33 +213,44 @@ def digest(teacher: Teacher, texts: list[Array], settings: ScoringSettings) -> s
     return found.hexdigest()
 
 
-def score(bench: Bench, name: str, config: Any) -> dict[str, Any]:
+def score(bench: Bench, name: str, config: Any, facts: dict[str, Any]) -> None:
     """Measure one teacher at every length, and whether its bytes depend on the batch."""
-    teacher, settings, facts = build(bench, config)
+    teacher, settings, more = build(bench, name, config)
     cost = measure_cost(teacher)
-    facts |= {"peak_tflops": cost.peak_flops / 1e12, "parameters": sum(p.numel() for p in teacher.model.parameters())}
-    texts = documents(config.vocab_size, bench.arguments.lengths[0], bench.arguments.tokens)
-    facts["eager"] = bench.run(f"{name}, eager", lambda: measure(bench, teacher, settings, texts))
-    if not bench.arguments.tiny:
-        settings, more = compiled(teacher, settings)
-        facts |= more
-    facts["path"] = dataclasses.asdict(settings.path)
-    rows = []
-    for length in bench.arguments.lengths:
+    parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+    facts |= more | {"peak_tflops": cost.peak_flops / 1e12, "parameters": parameters, "rows": []}
+
+    def row(kind: str, length: int, settings: ScoringSettings) -> None:
         texts = documents(config.vocab_size, length, bench.arguments.tokens)
-        row = bench.run(f"{name}, {length}", lambda texts=texts: measure(bench, teacher, settings, texts))
-        if row is not None:
-            seconds = row["seconds"]
-            row |= {"length": length, "mfu": cost.mfu(cost.flops(map(len, texts)), seconds)}
-            rows.append(row)
-    texts = documents(config.vocab_size, bench.arguments.lengths[0], bench.arguments.tokens)
+        found = bench.run(f"{name}, {kind}, {length}", lambda: measure(bench, teacher, settings, texts))
+        if found is not None:
+            mfu = cost.mfu(cost.flops(map(len, texts)), found["seconds"])
+            facts["rows"].append(found | {"layers": kind, "length": length, "mfu": mfu})
+            bench.keep()
+
+    lengths = bench.arguments.lengths
+    row("eager", lengths[0], settings)
+    kind = "eager"
+    if not bench.arguments.tiny:
+        settings, more = bench.run(f"{name}, compiling", lambda: compiled(teacher, settings)) or (settings, {})
+        facts |= more
+        kind = "compiled" if settings.path.compiled else "eager"
+    facts["path"] = dataclasses.asdict(settings.path)
+    for length in lengths[kind == "eager" :]:
+        row(kind, length, settings)
+    facts["same_bytes"] = bench.run(f"{name}, bytes", lambda: same_bytes(bench, teacher, settings, config.vocab_size))
+    bench.keep()
+
+
+def same_bytes(bench: Bench, teacher: Teacher, settings: ScoringSettings, vocab_size: int) -> dict[str, bool]:
+    """Whether the targets are the same when they are computed again, and in smaller batches."""
+    texts = documents(vocab_size, bench.arguments.lengths[0], bench.arguments.tokens)
     halved = dataclasses.replace(settings, batch_tokens=settings.batch_tokens // 2)
     first = digest(teacher, texts, settings)
-    facts["same_bytes"] = {
+    return {
         "twice": digest(teacher, texts, settings) == first,
         "half_batches": digest(teacher, texts, halved) == first,
     }
-    return facts | {"rows": rows}
 
 
 def measure(bench: Bench, teacher: Teacher, settings: ScoringSettings, texts: list[Array]) -> dict[str, Any]:
@@ -224,13 +258,17 @@ def measure(bench: Bench, teacher: Teacher, settings: ScoringSettings, texts: li
     tokens = sum(map(len, texts))
     best = 0
     rates: dict[int, float] = {}
+    # The first run prepares what all need.
+    bench.run("loop, first run", lambda: loop(teacher, texts[:1], 1, settings.top_k))
     for batch in LOOP_BATCHES:
-        bench.run(f"loop, batch {batch}", lambda batch=batch: rates.update({batch: loop(teacher, texts, batch, K)}))
+        seconds = bench.run(f"loop, batch {batch}", lambda batch=batch: loop(teacher, texts, batch, settings.top_k))
+        rates |= {} if seconds is None else {batch: seconds}
     if rates:
         best = min(rates, key=lambda batch: rates[batch])
     bench.peak_bytes()
     spans, others, peak = [], [], 0
     for number in range(bench.arguments.rounds + 1):
+        teacher.take(settings.path)
         found = score_items(teacher, plain_items(texts), settings).seconds
         peak = max(peak, bench.peak_bytes())
         other = loop(teacher, texts, best, settings.top_k) if best else float("nan")
@@ -293,7 +331,7 @@ def heads(bench: Bench) -> dict[str, Any]:
     }
 
 
-def job(bench: Bench, config: Any) -> dict[str, Any]:
+def job(bench: Bench, config: Any, cluster: str) -> dict[str, Any]:
     """Run a whole job on a folder with the teacher, from token ids to HDF5, and read what it recorded of itself."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -301,15 +339,18 @@ def job(bench: Bench, config: Any) -> dict[str, Any]:
     from dask_logits import generate, load_config, verify
 
     length = bench.arguments.lengths[0]
-    texts = documents(config.vocab_size, length, bench.arguments.tokens)
+    texts = documents(config.vocab_size, length, bench.arguments.job_tokens)
     with tempfile.TemporaryDirectory() as folder:
         with bench.device:
             AutoModelForCausalLM.from_config(config, dtype=bench.dtype).save_pretrained(f"{folder}/teacher")
+        if bench.device.type == "cuda":
+            # The workers are other processes.
+            torch.cuda.empty_cache()
         settings = [
             f"distillation.teacher.model_path={folder}/teacher",
             f"distillation.teacher.cache_dir={folder}/run",
             f"distillation.dataset.max_length={length}",
-            f"cluster={'serial' if bench.arguments.tiny else 'local_cuda'}",
+            f"cluster={cluster}",
         ]
         data = Dataset.from_dict({"input_ids": [text.tolist() for text in texts]})
         cache = generate(load_config(settings, dataset_given=True), data)
@@ -317,9 +358,23 @@ def job(bench: Bench, config: Any) -> dict[str, Any]:
         calibration = json.loads(Path(folder, "run", "calibration.json").read_text())
         receipts = [json.loads(path.read_text()) for path in Path(folder, "run", "receipts").rglob("*.json")]
         tokens, seconds = sum(map(len, texts)), entered["done"] - entered["running"]
+        scoring = entered["consolidating"] - entered["running"]
+        cost = Cost(**calibration["cost"])
+        stages: Counter[str] = Counter()
+        for receipt in receipts:
+            stages.update(receipt["seconds"])
         return {
+            "cluster": cluster,
+            "tokens": tokens,
+            "partitions": len(receipts),
             "tokens_per_second": tokens / seconds,
+            "mfu": cost.mfu(cost.flops(map(len, texts)), seconds),
+            "tokens_per_second_without_consolidation": tokens / scoring,
+            "mfu_without_consolidation": cost.mfu(cost.flops(map(len, texts)), scoring),
+            "stages": stages,
             "calibrated_tokens_per_second": calibration["tokens_per_second"],
+            "calibration_seconds": entered["running"] - entered["calibrating"],
+            "numerics": calibration["numerics"],
             "bytes_per_token": cache.stat().st_size / tokens,
             "peak_device_bytes": calibration["peak_device_bytes"],
             "gpus": sorted({gpu for receipt in receipts for gpu in receipt["gpus"]}),
@@ -373,21 +428,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def report(found: dict[str, Any]) -> None:
+def report(bench: Bench) -> None:
     """Print one table per part."""
-    print("teacher      length   tokens/s    MFU   tail µs   peak GiB    loop   ours / loop")
+    found = bench.found
+    print("teacher      layers   length   tokens/s    MFU   tail µs   peak GiB    loop   ours / loop")
     for name, teacher in found["scoring"].items():
-        for row in teacher["rows"] if teacher else []:
+        for row in teacher.get("rows", []):
             print(
-                f"{name:12s} {row['length']:6d} {row['tokens_per_second']:10.0f} {row['mfu'] or float('nan'):6.2f} "
-                f"{row['tail_microseconds_per_token']:9.2f} {row['peak_bytes'] / 2**30:10.2f} "
-                f"{row['loop_tokens_per_second']:7.0f} {row['ratio']:8.2f}"
+                f"{name:12s} {row['layers']:8s} {row['length']:6d} {row['tokens_per_second']:10.0f} "
+                f"{row['mfu'] or float('nan'):6.2f} {row['tail_microseconds_per_token']:9.2f} "
+                f"{row['peak_bytes'] / 2**30:10.2f} {row['loop_tokens_per_second']:7.0f} {row['ratio']:8.2f}"
             )
-        if teacher:
-            print(f"{'':12s} same bytes: {teacher['same_bytes']}, path {teacher['path']}")
+        print(f"{'':12s} same bytes: {teacher.get('same_bytes')}, path {teacher.get('path')}")
     ours = {
-        row["length"]: row["tokens_per_second"]
-        for row in (next(iter(found["scoring"].values())) or {"rows": []})["rows"]
+        row["length"]: row["tokens_per_second"] for row in next(iter(found["scoring"].values()), {}).get("rows", [])
     }
     for row in found["vllm"] or []:
         ratio = ours.get(row["length"], float("nan")) / row["tokens_per_second"]
@@ -396,7 +450,7 @@ def report(found: dict[str, Any]) -> None:
         each = ", ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
         print(f"top-{K} of {row['vocabulary']:7d} {row['dtype']:9s} µs per position: {each}")
     print(f"head: {found['heads']}\njob: {found['job']}")
-    print("\n".join(f"left out: {line}" for line in found["left_out"]))
+    print("\n".join(f"left out: {line}" for line in bench.left_out))
 
 
 def main() -> None:
@@ -405,6 +459,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480, help="after which no part begins")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65_536, help="of each case")
+    parser.add_argument("--job-tokens", type=int, default=3_000_000, help="of the whole job")
     parser.add_argument("--shapes", nargs="+", default=["1B", "8B", "Qwen3 0.6B", "Gemma 2 2B"], help="which teachers")
     parser.add_argument("--vllm", help="python of an environment with vLLM, for the first teacher")
     parser.add_argument("--tiny", action="store_true", help="a tiny teacher on the CPU, one round")
@@ -413,23 +468,31 @@ def main() -> None:
     arguments.lengths, arguments.vocabularies, arguments.rows = LENGTHS, VOCABULARIES, 4096
     if arguments.tiny:
         arguments.shapes, arguments.rounds, arguments.tokens, arguments.rows = ["tiny"], 1, 64, 8
+        arguments.job_tokens = 64
         arguments.lengths, arguments.vocabularies = (16, 32), (384,)
     bench, known = Bench(arguments), shapes()
-    found: dict[str, Any] = {
-        "tails": bench.run("tails", lambda: tails(bench)),
-        "heads": bench.run("heads", lambda: heads(bench)),
-        "scoring": {
-            name: bench.run(name, lambda name=name: score(bench, name, known[name])) for name in arguments.shapes
-        },
-        "job": bench.run("job", lambda: job(bench, known[arguments.shapes[0]])),
-        "vllm": bench.run("vLLM", lambda: vllm(bench, known[arguments.shapes[0]])),
-    }
-    found |= {"left_out": bench.left_out, "versions": versions(), "command": vars(arguments) | {"out": None}}
-    found["device"] = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
-    report(found)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    if bench.device.type == "cuda":
+        grow_segments()
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
+    command = vars(arguments) | {"out": None}
+    found = bench.found = {"device": device, "versions": versions(), "command": command, "scoring": {}}
+
+    def part(name: str, measured: Callable[[], Any]) -> None:
+        found[name] = bench.run(name, measured)
+        bench.keep()
+
+    first = known[arguments.shapes[0]]
+    part("job", lambda: job(bench, first, "serial" if arguments.tiny else "local_cuda"))
+    if found["job"] is None:
+        part("job", lambda: job(bench, first, "serial"))
+    part("tails", lambda: tails(bench))
+    part("heads", lambda: heads(bench))
+    for name in arguments.shapes:
+        facts = found["scoring"][name] = {}
+        bench.run(name, lambda name=name, facts=facts: score(bench, name, known[name], facts))
+        bench.keep()
+    part("vllm", lambda: vllm(bench, first))
+    report(bench)
 
 
 if __name__ == "__main__":

@@ -363,6 +363,11 @@ def run(overrides: list[str], *more: str, dataset=None) -> Path:
     return generate(load_config([*overrides, *more], dataset_given=dataset is not None), dataset)
 
 
+def share_a_gpu(monkeypatch) -> None:
+    """Let the workers of a scheduler compute on one GPU. Otherwise all but one of them get no work."""
+    monkeypatch.setattr("dask_logits.job.cluster.misplaced", lambda workers, gpus_per_worker: {})
+
+
 def digest(cache: Path) -> str:
     """Return the content digest that a cache names."""
     return CacheReader(cache).attributes["content_digest"]

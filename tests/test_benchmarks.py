@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import warm
-from builders import ROOT, records, write_cache
+from builders import ROOT, VOCAB_SIZE, records, tiny_model, write_cache
 
 from dask_logits.teacher import scoring
+from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.transfer import OutputRing
+from dask_logits.teacher.transformers_internals import attention_of
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -121,12 +124,40 @@ def test_gpu_runs(tmp_path, capsys) -> None:
     assert found["left_out"] == ["vLLM, 16: it failed with: no room"]
     assert found["vllm"] == [{"length": 32, "tokens_per_second": 128.0}]
     assert found["scoring"]["tiny"]["same_bytes"] == {"twice": True, "half_batches": True}
-    assert [row["length"] for row in found["scoring"]["tiny"]["rows"]] == [16, 32]
+    assert [(row["layers"], row["length"]) for row in found["scoring"]["tiny"]["rows"]] == [
+        ("eager", 16),
+        ("eager", 32),
+    ]
     assert found["heads"].keys() == {"bfloat16", "float32 out"}
-    assert found["job"]["verified"]
+    assert (found["job"]["verified"], found["job"]["tokens"], found["job"]["cluster"]) == (True, 64, "serial")
     out = capsys.readouterr().out
     assert "ours / loop" in out
     assert "ours / vLLM" in out
+
+
+def test_gpu_keeps_its_figures_if_a_part_fails_or_time_is_short(tmp_path) -> None:
+    bench_of = runpy.run_path(str(BENCHMARKS / "gpu.py"))["Bench"]
+    arguments = SimpleNamespace(tiny=True, seconds=60, out=tmp_path / "new" / "out.json")
+    bench = bench_of(arguments)
+    bench.found["first"] = bench.run("first", lambda: 1)
+    bench.found["second"] = bench.run("second", lambda: {}["column"])
+    bench.keep()
+    arguments.seconds = -1
+    assert bench_of(arguments).run("third", lambda: 1) is None
+    wanted = {"first": 1, "second": None, "left_out": ["second: failed with KeyError: 'column'"]}
+    assert json.loads(arguments.out.read_text()) == wanted
+
+
+def test_the_loop_of_the_gpu_benchmark_is_the_model_as_it_is_loaded() -> None:
+    """Our attention and our compiled layers would make it faster."""
+    loop = runpy.run_path(str(BENCHMARKS / "gpu.py"))["loop"]
+    teacher = Teacher(tiny_model("gemma2"), VOCAB_SIZE)
+    own = attention_of(teacher.model.config)
+    teacher.take(ScoringPath(head="linear", attention="blocks"))
+    seen = []
+    teacher.model.register_forward_pre_hook(lambda *_: seen.append(attention_of(teacher.model.config)))
+    loop(teacher, [np.arange(4), np.arange(4)], 1, 2)
+    assert seen == [own, own]
 
 
 def test_gpu_says_why_vllm_is_left_out() -> None:

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB_SIZE, cache_dir, digest, run, tiny_model
+from builders import VOCAB_SIZE, cache_dir, digest, run, share_a_gpu, tiny_model
 from torch import Tensor
 
 from dask_logits import read_status
@@ -122,9 +122,10 @@ def test_the_receipts_name_the_device(overrides, device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_one_and_two_workers_on_a_gpu_give_the_same_bytes(overrides, teacher_folder, tmp_path) -> None:
+def test_one_and_two_workers_on_a_gpu_give_the_same_bytes(overrides, teacher_folder, tmp_path, monkeypatch) -> None:
     from distributed import LocalCluster
 
+    share_a_gpu(monkeypatch)
     rounded = [f"distillation.teacher.model_path={teacher_folder('qwen3')}", "distillation.teacher.dtype=bfloat16",
                "distillation.partition.rows=4"]  # fmt: skip
     one = run(overrides, *rounded, "cluster=serial", f"distillation.teacher.cache_dir={tmp_path / 'one'}")

@@ -95,14 +95,18 @@ def named_gpus(generation: GenerationConfig) -> list[str]:
         If one is configured that ``CUDA_VISIBLE_DEVICES`` does not name.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    allowed = visible.split(",") if visible else [str(index) for index in range(max(1, visible_gpus()))]
-    named = generation.devices.split(",") if generation.devices else allowed
+    allowed = _names(visible) if visible else [str(index) for index in range(max(1, visible_gpus()))]
+    named = _names(generation.devices) if generation.devices else allowed
     if visible and (others := [name for name in named if name not in allowed]):
         raise ClusterError(
             f"distillation.teacher.generation.devices: expected GPUs of CUDA_VISIBLE_DEVICES={visible}, got "
             f"{','.join(others)}; name some of those, or leave it out to use all"
         )
     return named
+
+
+def _names(devices: str) -> list[str]:
+    return [name.strip() for name in devices.split(",")]
 
 
 def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
@@ -136,14 +140,18 @@ def own_gpus(generation: GenerationConfig) -> Iterator[None]:
     """
     import torch
 
-    before, mine = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(gpu_groups(generation)[0])
-    if torch.cuda.is_initialized() and before != mine:  # type: ignore[no-untyped-call]
-        raise ClusterError(
-            f"distillation.teacher.generation.devices: expected a process that can be given the GPUs {mine}, got one "
-            f"that uses CUDA already with CUDA_VISIBLE_DEVICES={before}; set CUDA_VISIBLE_DEVICES={mine} before Python "
-            "starts, or distillation.cluster.kind=local_cuda"
-        )
-    os.environ["CUDA_VISIBLE_DEVICES"] = mine
+    before, mine = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_groups(generation)[0]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # CUDA has read the variable, and it may have changed since.
+        if not _are_first(mine):
+            raise ClusterError(
+                "distillation.teacher.generation.devices: expected a process that can be given the GPUs "
+                f"{','.join(mine)}, got one that uses CUDA already with others (CUDA_VISIBLE_DEVICES={before}); set "
+                f"CUDA_VISIBLE_DEVICES={','.join(mine)} before Python starts, or distillation.cluster.kind=local_cuda"
+            )
+        yield
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     try:
         yield
     finally:
@@ -151,6 +159,28 @@ def own_gpus(generation: GenerationConfig) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _are_first(names: list[str]) -> bool:
+    """Whether these GPUs, by index or UUID, are the first ones that torch sees in this process."""
+    import pynvml
+
+    used = [gpu.rpartition(" ")[2] for gpu in gpus_in_use(len(names))]
+    try:
+        pynvml.nvmlInit()
+        given = [
+            str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(name)))) if name.isdigit() else name
+            for name in names
+        ]
+    except pynvml.NVMLError:
+        return False
+    # torch names a slice of a GPU by the digits of its UUID, too. A name may be shortened.
+    pairs = zip(used, given, strict=False)
+    return len(used) == len(given) and all(_digits(gpu).startswith(_digits(name)) for gpu, name in pairs)
+
+
+def _digits(uuid: str) -> str:
+    return uuid.partition("-")[2]
 
 
 def grouped_cluster(base: type) -> Any:

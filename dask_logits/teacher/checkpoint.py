@@ -54,6 +54,7 @@ from dask_logits.teacher.placement import (
     spread_layers,
     working_bytes,
 )
+from dask_logits.teacher.torch_internals import grow_segments
 from dask_logits.teacher.transformers_internals import kept_in_float32
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
@@ -334,6 +335,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
             "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
         )
     if spec.device == "cuda":
+        grow_segments()
         require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     folder = Path(spec.path)
     seen = Identity(content=spec.identity, sample=spec.sample, stamp=spec.stamp)
@@ -485,11 +487,10 @@ def _without_adapter(folder: Path) -> Iterator[str]:
 
 
 def set_memory() -> None:
-    """Configure glibc to keep freed memory, CUDA's allocator to grow, and the shape caches to stay bounded.
+    """Configure glibc to keep freed memory, and the shape caches to stay bounded.
 
     Otherwise activations of some MiB are mapped and unmapped at every operation. Page faults took a fifth of the time.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     for name in _SHAPE_CACHES:
         os.environ.setdefault(name, str(_KEPT_SHAPES))
     with contextlib.suppress(OSError, AttributeError):

@@ -248,7 +248,7 @@ class Teacher:
         """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""
         if not (compiled or self.path.compiled or self.path.attention == "flex"):
             return nullcontext()
-        return strict_compiler(_RECOMPILE_LIMIT)
+        return strict_compiler(_RECOMPILE_LIMIT, may_time=self.device.type == "cpu")
 
     def _uncompile(self) -> None:
         for layer in self.layers():

@@ -174,7 +174,6 @@ def start_scoring(
     CapacityError
         If a single item does not fit into memory.
     """
-    started = time.perf_counter()
     try:
         teacher.take(settings.path)
     except TeacherError:
@@ -184,6 +183,8 @@ def start_scoring(
             "teacher: expected a C++ compiler on this worker, as on the one where the run was calibrated, got "
             f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"
         ) from error
+    # Switching to compiled layers runs them a few times, which is no part of a partition's work.
+    started = time.perf_counter()
     run = _Run(teacher, items, settings, on_tokens)
     with run.closed_on_error(), teacher.strict():
         run.score_until_begun()

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from torch import nn
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
-def strict_compiler(recompile_limit: int) -> AbstractContextManager[object]:
-    """Make the compiler raise after this many recompilations of a function, instead of falling back to eager code."""
+
+@contextlib.contextmanager
+def strict_compiler(recompile_limit: int, *, may_time: bool = True) -> Iterator[None]:
+    """Make the compiler raise after this many recompilations of a function, instead of falling back to eager code.
+
+    Parameters
+    ----------
+    recompile_limit
+        Maximum number.
+    may_time
+        Whether it may time several orders of a sum on a GPU and take the fastest one. Then the results of two
+        processes can differ in their last bits.
+    """
     import torch._dynamo
+    import torch._inductor.config
 
-    patched: AbstractContextManager[object] = torch._dynamo.config.patch(
-        recompile_limit=recompile_limit, fail_on_recompile_limit_hit=True
-    )
-    return patched
+    with (
+        torch._dynamo.config.patch(recompile_limit=recompile_limit, fail_on_recompile_limit_hit=True),
+        contextlib.nullcontext() if may_time else torch._inductor.config.patch(deterministic=True),
+    ):
+        yield
+
+
+def grow_segments() -> None:
+    """Have CUDA's allocator grow its memory segments, so that batches of many shapes leave no unusable gaps.
+
+    torch reads ``PYTORCH_ALLOC_CONF`` when it is imported (2.13: ``BackendStaticInitializer`` in
+    c10/cuda/CUDACachingAllocator.cpp), so it is too late to set it. A user who has set it has chosen.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def constant_floats() -> AbstractContextManager[object]:

@@ -7,8 +7,8 @@ tries a larger token budget and compiled layers, and keeps the faster variant. T
 
 Scoring costs at most a tenth of the plan: the sample is 2 % of its tokens (at most 10,000), scored again if a variant
 is kept, and all trials together take 6 %. At 230 tokens/s (two AVX2 cores), 60 documents (19,000 tokens, 83 s) are
-calibrated on 384 tokens, 1.7 s. Compiled layers need only 300 tokens a round to show whether they are worthwhile, so a
-plan of nine minutes can use them.
+calibrated on 384 tokens, 1.7 s. On a CPU compiled layers need only 300 tokens a round to show whether they are
+worthwhile, so a plan of nine minutes can use them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dask_logits import __version__
 from dask_logits.cache.profile import id_table
 from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line
@@ -51,8 +52,9 @@ _SAMPLE_SHARE = 0.02
 _FEWEST_TOKENS = 256
 # Used if the plan's length is unknown.
 _UNKNOWN_TOKENS = 1_000
-# Tokens of a round that compares compiled with eager layers, within these limits as time allows.
-_TRIAL_TOKENS = (300, 3_000)
+# Tokens of a round that compares compiled with eager layers, within these limits as time allows. With fewer than a full
+# batch or two, a GPU waits for the host, and the speed of its code does not show.
+_TRIAL_TOKENS = {"cpu": (300, 3_000), "cuda": (32_768, 131_072)}
 _TRIAL_ROUNDS = 3
 _KERNEL_ROWS = 64
 _WARM_TOKENS = 200
@@ -70,7 +72,7 @@ _TRIALS_SHARE = 0.06
 _WORTH_COMPILING_SECONDS = 300.0
 # Assumed scoring time if the plan's length is unknown.
 _UNKNOWN_SECONDS = 900.0
-_VERSIONS = ("dask-logits", "torch", "transformers", "datasets", "numpy", "zarr", "h5py")
+_VERSIONS = ("torch", "transformers", "datasets", "numpy", "zarr", "h5py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +298,7 @@ def _report(
         peak_rss_bytes=peak_rss_bytes(),
         peak_device_bytes=max(map(torch.cuda.max_memory_allocated, range(task.teacher.n_gpus))) if cuda else None,
         device_name=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        versions={name: version(name) for name in _VERSIONS},
+        versions={"dask-logits": __version__, **{name: version(name) for name in _VERSIONS}},
         environment=environment(task.teacher.device),
     )
 
@@ -340,7 +342,7 @@ class _Trials:
 
     def compiled(self, settings: ScoringSettings, task: CalibrationTask, errors: dict[str, float]) -> ScoringSettings:
         """Compile if the plan is long enough, and keep the result if it saves time on the remaining work."""
-        fewest, most = _TRIAL_TOKENS
+        fewest, most = _TRIAL_TOKENS[self.teacher.device.type]
         affordable = self._affordable_tokens(self.budget_seconds)
         is_long = self.seconds_left >= _WORTH_COMPILING_SECONDS and affordable >= fewest
         if task.compile == "auto" and not is_long:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import torch
 from dask_logits.config import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job import gpus as home
-from dask_logits.job.gpus import WorkerFacts, misplaced, named_gpus, visible_gpus
+from dask_logits.job.gpus import WorkerFacts, misplaced, named_gpus, own_gpus, visible_gpus
 from dask_logits.job.workers import local_device
 
 
@@ -91,6 +93,61 @@ def test_only_gpus_of_the_allocation_can_be_named(monkeypatch) -> None:
     assert named_gpus(GenerationConfig(devices="3")) == ["3"]
     with pytest.raises(ClusterError, match=r"devices: expected GPUs of CUDA_VISIBLE_DEVICES=2,3, got 0,1; name some"):
         named_gpus(GenerationConfig(devices="0,1,2"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
+    assert named_gpus(GenerationConfig()) == ["2", "3"]
+    assert named_gpus(GenerationConfig(devices="3")) == ["3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(home, "visible_gpus", lambda: 2)
     assert named_gpus(GenerationConfig(devices="7")) == ["7"]
+
+
+@pytest.fixture
+def _gpus_e0_to_e3(monkeypatch) -> None:
+    """A machine with four GPUs whose UUIDs are GPU-e0 to GPU-e3, and a process that has not used CUDA."""
+    pynvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-e{handle}",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
+def test_a_process_sees_only_its_own_gpus(monkeypatch) -> None:
+    with own_gpus(GenerationConfig(devices="2,3", gpus_per_worker=2)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    with own_gpus(GenerationConfig()):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,0"
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
+@pytest.mark.parametrize(
+    ("sees", "visible", "devices", "is_allowed"),
+    [
+        # Such as a second job in a notebook, or one after the notebook's own work on the GPU.
+        (("e0", "e1", "e2", "e3"), None, None, True),
+        (("e0",), None, None, True),
+        (("e2",), "2", None, True),
+        (("e2",), None, "GPU-e2", True),
+        (("e2",), None, "2", True),
+        # The first job had been given the third GPU, and the variable is as it was before.
+        (("e2",), None, None, False),
+        (("e0", "e1"), None, "1", False),
+        ((), None, None, False),
+    ],
+)
+def test_a_process_that_uses_cuda_keeps_its_gpus(sees, visible, devices, is_allowed, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(home, "gpus_in_use", lambda count: tuple(f"NVIDIA H200 GPU-{uuid}" for uuid in sees[:count]))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    refused = pytest.raises(ClusterError, match="got one that uses CUDA already with others")
+    with contextlib.nullcontext() if is_allowed else refused, own_gpus(GenerationConfig(devices=devices)):
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible

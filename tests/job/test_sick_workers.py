@@ -10,7 +10,7 @@ from pathlib import Path
 import dask
 import pytest
 import torch
-from builders import cache_dir, digest, run
+from builders import cache_dir, digest, run, share_a_gpu
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from dask_logits import ClusterError, PartitionsFailedError, read_status
@@ -121,7 +121,10 @@ def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_real_error_of_a_gpu_restarts_the_worker_and_costs_few_attempts(overrides, here, tmp_path) -> None:
+def test_a_real_error_of_a_gpu_restarts_the_worker_and_costs_few_attempts(
+    overrides, here, tmp_path, monkeypatch
+) -> None:
+    share_a_gpu(monkeypatch)
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster("cuda", tmp_path / "log") as scheduler:
         assert digest(run(overrides, PARTITIONS, scheduler)) == whole

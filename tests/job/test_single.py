@@ -44,6 +44,17 @@ def _unreadable_at_first(folder: Path, on_step) -> dict:
     return {"pid": os.getpid()}
 
 
+def _sick_at_first(folder: Path, on_step) -> dict:
+    if _calls(folder) == 1:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    return {"pid": os.getpid()}
+
+
+def _sick(folder: Path, on_step) -> dict:
+    _calls(folder)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def _silent_at_first(folder: Path, on_step) -> dict:
     if _calls(folder) == 1:
         time.sleep(300)
@@ -81,6 +92,19 @@ def test_what_one_worker_cannot_read_is_done_by_another(client, tmp_path, caplog
     with pytest.raises(ClusterError, match=r"got \[Errno 2\] no such file") as caught:
         run_one(client, _unreadable_at_first, tmp_path, JobConfig(), roster=Roster(left_out={only: "other release"}))
     assert caught.value.ran
+
+
+def test_what_one_workers_gpu_cannot_do_is_done_by_another(client, tmp_path, caplog) -> None:
+    pid = run_one(client, _sick_at_first, tmp_path, JobConfig())["pid"]
+    callers = [int(path.name.partition("-")[2]) for path in sorted(tmp_path.iterdir())]
+    assert callers[1:] == [pid] != callers[:1]
+    assert "uncorrectable ECC error encountered; again on another worker" in caplog.text
+
+
+def test_what_no_gpu_can_do_is_raised(client, tmp_path) -> None:
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        run_one(client, _sick, tmp_path, JobConfig())
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_step_that_is_repeated_is_a_sign_of_life(client) -> None:

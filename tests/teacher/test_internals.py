@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import tiny_model
 
-from dask_logits.teacher.torch_internals import load_cpp, strict_compiler, uncompile
+from dask_logits.teacher.torch_internals import grow_segments, load_cpp, strict_compiler, uncompile
 from dask_logits.teacher.transformers_internals import attention_of, kept_in_float32, one_sequence_per_row, unsplittable
 
 
@@ -32,6 +32,37 @@ def test_the_compiler_raises_at_its_limit() -> None:
     with strict_compiler(2), pytest.raises(Exception, match="recompile_limit"):
         _ = [function(torch.ones(2), n) for n in range(9)]
     torch.compiler.reset()
+
+
+def test_the_compiler_times_no_orders_of_sums_where_it_may_not() -> None:
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.append(torch._inductor.config.deterministic)
+        return graph.forward
+
+    for may_time in (True, False):
+        torch.compiler.reset()
+        with strict_compiler(2, may_time=may_time):
+            torch.compile(lambda x: x.sum(), backend=compiler)(torch.ones(2))
+    assert seen == [False, True]
+    assert not torch._inductor.config.deterministic
+    torch.compiler.reset()
+
+
+def test_segments_grow_unless_the_user_has_chosen(monkeypatch) -> None:
+    set_to = []
+    real = torch._C._accelerator_setAllocatorSettings
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda text: set_to.append(text) or real(text))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "max_split_size_mb:64")
+            grow_segments()
+    assert set_to == []
+    before = torch._C._accelerator_getAllocatorSettings()
+    grow_segments()
+    assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
+    real(before or "expandable_segments:False")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,14 @@ def test_targets_equal_the_plain_forward(family: str) -> None:
         start = stop
     assert start == records.n_tokens
     assert compared > 0.9 * start
+
+
+def test_switching_the_path_is_no_part_of_the_time_of_a_partition(monkeypatch) -> None:
+    teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
+    path, _ = choose_path(teacher, exact=True)
+    take = teacher.take
+    monkeypatch.setattr(teacher, "take", lambda path: time.sleep(3) or take(path))
+    assert score_items(teacher, plain_items(documents()), settings(path=path)).seconds["score"] < 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from builders import VOCAB_SIZE
 
+from dask_logits import __version__
 from dask_logits.config import TeacherConfig
 from dask_logits.data.items import plain_items
 from dask_logits.errors import CapacityError, TeacherError
@@ -89,6 +92,36 @@ def test_trials_that_would_take_long_are_left_out(task, monkeypatch) -> None:
     for found in (bounded, calibrate(task(batch_tokens_fixed=False, plan_tokens=None))[0]):
         assert found.trials_tokens_per_second == {}
         assert not found.numerics.path.compiled
+
+
+@pytest.mark.parametrize(
+    ("device", "plan_tokens", "wanted"),
+    # At a million tokens/s.
+    [("cpu", 10**9, [3_000]), ("cuda", 10**9, [131_072]), ("cuda", 10**8, []), ("cuda", 4 * 10**8, [131_072])],
+)
+def test_compiled_layers_are_timed_on_work_for_the_device(device, plan_tokens, wanted, task, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "try_compiled", lambda teacher, longest: 0.0)
+    monkeypatch.setattr(calibration, "score_items", lambda teacher, items, settings: None)
+    teacher = SimpleNamespace(device=torch.device(device), path=ScoringPath(compiled=True), take=lambda path: None)
+    scored = SimpleNamespace(seconds={"score": 0.01}, records=SimpleNamespace(n_tokens=10_000))
+    asked = task(plan_tokens=plan_tokens)
+    trials = calibration._Trials(teacher, plain_items(asked.documents), scored, asked, lambda step: None)
+    raced = []
+    monkeypatch.setattr(trials, "_race", lambda a, b, tokens: raced.append(tokens) or (1.0, 2.0))
+    settings = ScoringSettings(
+        top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=16_384, batch_size=None, head_rows=16, path=ScoringPath()
+    )  # fmt: skip
+    assert trials.compiled(settings, asked, {}).path.compiled == bool(wanted)
+    assert raced == wanted
+
+
+def test_a_package_that_is_not_installed_is_calibrated_too(task, monkeypatch) -> None:
+    def version_of(name: str) -> str:
+        assert name != "dask-logits"
+        return version(name)
+
+    monkeypatch.setattr(calibration, "version", version_of)
+    assert calibrate(task())[0].versions["dask-logits"] == __version__
 
 
 def test_compiled_layers_are_kept_if_they_pay(task) -> None:
