@@ -57,7 +57,8 @@ class ParquetStream:
 
     def __init__(self, files: list[str], wanted: ColumnSettings, limit: int | None, identity: dict[str, Any]) -> None:
         self.files = files
-        self.limit = limit
+        # Upper bound on the number of rows, or None: files are not counted in advance.
+        self.n_rows = limit
         self.commit = pinned_commit(files)
         # Partitions passed so far, wanted or not.
         self.passed = 0
@@ -72,16 +73,6 @@ class ParquetStream:
             )
         self.column = choose_column(first.columns, wanted)
 
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-        return self.column.kind != "ids"
-
-    @property
-    def n_rows(self) -> int | None:
-        """Upper bound on the number of rows, or None: files are not counted in advance."""
-        return self.limit
-
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
         return {**self._identity, "dataset.stream": "parquet", "dataset.n_files": len(self.files)}
@@ -92,7 +83,7 @@ class ParquetStream:
 
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first. Damaged files are left for the workers to report."""
-        left = self.limit
+        left = self.n_rows
         for file in self.files:
             footer = self._footer(file)
             for first in range(0, sum(footer.row_groups) if footer else 0, SAMPLE_ROWS):
@@ -118,7 +109,7 @@ class ParquetStream:
         """
         rows, deadline = 0, time.monotonic() + seconds
         for n_files, file in enumerate(self.files):
-            if (self.limit is not None and rows >= self.limit) or (n_files and time.monotonic() > deadline):
+            if (self.n_rows is not None and rows >= self.n_rows) or (n_files and time.monotonic() > deadline):
                 return rows, n_files
             footer = self._footer(file)
             rows += sum(footer.row_groups) if footer else 0
@@ -132,8 +123,8 @@ class ParquetStream:
         RunConflictError
             Naming the first file whose size, etag or footer differs.
         """
-        if self.limit is not None and self.limit < log.n_rows:
-            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.limit)})
+        if self.n_rows is not None and self.n_rows < log.n_rows:
+            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         for segment in log.segments():
             source = segment.source
             place = source["ordinal"]
@@ -166,15 +157,15 @@ class ParquetStream:
             if "error" in source:
                 place, done = place + 1, 0
             yield from self._planned(segment, wanted)
-        if log.end == "exhausted" or (log.end and log.n_rows == self.limit):
+        if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while place < len(self.files) and (self.limit is None or log.n_rows < self.limit):
-            left = None if self.limit is None else self.limit - log.n_rows
+        while place < len(self.files) and (self.n_rows is None or log.n_rows < self.n_rows):
+            left = None if self.n_rows is None else self.n_rows - log.n_rows
             entry = self._next(place, done, partition_rows, left)
             place, done = place + 1, 0
             if entry is not None:
                 yield from self._planned(log.append(*entry), wanted)
-        log.close("max_samples" if self.limit is not None and log.n_rows >= self.limit else "exhausted")
+        log.close("max_samples" if self.n_rows is not None and log.n_rows >= self.n_rows else "exhausted")
 
     def _next(
         self, ordinal: int, first: int, partition_rows: int, left: int | None

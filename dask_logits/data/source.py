@@ -87,10 +87,6 @@ class Source(Protocol):
     def n_rows(self) -> int | None:
         """Number of used rows, an upper bound for a stream, or None if there is none."""
 
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-
     def identity(self) -> dict[str, Any]:
         """Return its identity, except for the content of its rows."""
 

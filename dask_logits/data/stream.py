@@ -91,7 +91,8 @@ class RowStream:
         *,
         skips: bool = False,
     ) -> None:
-        self.limit = limit
+        # Upper bound on the number of rows, or None.
+        self.n_rows = limit
         self.commit = commit
         self.file_states = file_states
         # Rows passed so far, wanted or not.
@@ -117,16 +118,6 @@ class RowStream:
         names = [wanted.text or TEXT] if isinstance(first, str) else list(first)
         self.column: Column = choose_column(names, wanted)
 
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-        return self.column.kind != "ids"
-
-    @property
-    def n_rows(self) -> int | None:
-        """Upper bound on the number of rows, or None."""
-        return self.limit
-
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
         return {"dataset.stream": "rows", **self._identity}
@@ -138,7 +129,7 @@ class RowStream:
     def head(self) -> Iterator[Any]:
         """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
-        bound = _HEAD_ROWS if self.limit is None else min(self.limit, _HEAD_ROWS)
+        bound = _HEAD_ROWS if self.n_rows is None else min(self.n_rows, _HEAD_ROWS)
         size = 0
         for number, row in enumerate(itertools.islice(rows, bound)):
             value = self._value(row, number)
@@ -155,8 +146,8 @@ class RowStream:
         RunConflictError
             With the difference.
         """
-        if self.limit is not None and self.limit < log.n_rows:
-            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.limit)})
+        if self.n_rows is not None and self.n_rows < log.n_rows:
+            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         failed: set[int] = set()
         first: Segment | None = None
         for segment in log.segments():
@@ -206,17 +197,17 @@ class RowStream:
                 raise self._other_rows(log, segment)
             row += segment.n_rows
             yield from self._planned(log, segment, chunk, wanted)
-        if log.end == "exhausted" or (log.end and log.n_rows == self.limit):
+        if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while self.limit is None or row < self.limit:
-            left = partition_rows if self.limit is None else min(partition_rows, self.limit - row)
+        while self.n_rows is None or row < self.n_rows:
+            left = partition_rows if self.n_rows is None else min(partition_rows, self.n_rows - row)
             chunk = self._chunk(row, left, bounded=True)
             if not len(chunk.rows) and "error" not in chunk.source:
                 break
             segment = log.append(((1, len(chunk.rows)),), chunk.source)
             row += segment.n_rows
             yield from self._planned(log, segment, chunk, wanted)
-        log.close("max_samples" if self.limit is not None and row >= self.limit else "exhausted")
+        log.close("max_samples" if self.n_rows is not None and row >= self.n_rows else "exhausted")
 
     def _other_rows(self, log: PlanLog, segment: Segment) -> RunConflictError:
         last = segment.first_row + segment.n_rows - 1
@@ -275,7 +266,7 @@ class RowStream:
         return _Chunk(rows, {"kind": "stream", "content": content, **failure})
 
     def _size(self, value: Value) -> int:
-        return 0 if isinstance(value, BadRow) else len(value or ()) * (1 if self.is_text else 8)
+        return 0 if isinstance(value, BadRow) else len(value or ()) * (8 if self.column.kind == "ids" else 1)
 
     def _known_by(self, values: list[Value]) -> tuple[Any, str]:
         """Return values as an Arrow table, and their hash. An unusable row counts as one without a value."""

@@ -217,7 +217,7 @@ def prepare(
         estimate=cost,
         what={
             "teacher.content": teacher.identity,
-            "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
+            "teacher.tokenizer": tokenizer.digest if tokenizer and source.column.kind != "ids" else None,
             "teacher.generation.top_k": generation.width(spec.vocab_size),
             **_identity_of_draws(generation),
             "teacher.generation.temperatures": list(generation.temperatures),
@@ -274,7 +274,7 @@ def _target_share(generation: GenerationConfig, documents: Sequence[Documents]) 
 def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
     """Return the rows of a Parquet stream, extrapolated from the files counted in time."""
     counted, n_files = source.count_rows(seconds)
-    limit = source.limit
+    limit = source.n_rows
     if limit is not None and counted >= limit:
         return limit, ""
     if n_files == len(source.files):

@@ -81,7 +81,7 @@ def test_rows_that_are_as_planned_are_hashed_once(tmp_path, monkeypatch) -> None
 
 def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),)))
-    assert (opened.n_rows, opened.column.name, opened.is_text) == (40, "text", True)
+    assert (opened.n_rows, opened.column) == (40, Column.named("text"))
     files = opened.files
     assert files is not None
     assert sum(file.n_rows for file in files) == 40
