@@ -120,10 +120,7 @@ def _file_parts(found: FoundFiles, parts: Sequence[tuple[str, int, int | None]])
 def _rows(found: FoundFiles, file: str) -> Iterable[Any]:
     if found.reader == "parquet":
         return (row for batch in all_batches(file) for row in batch.to_pylist())
-    match found.reader:
-        case "json" | "csv" | "text":
-            return file_rows(file, found.reader, found.separator)
-    raise ValueError(found.reader)
+    return file_rows(file, found.reader, found.separator)
 
 
 def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Sequence[Iterable[Any]]:

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dask_logits.data.columns import IDS, TEXT, Column, ColumnSettings, both_columns, choose_column
+from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
 from dask_logits.data.source import FileRows, Planned, RowsDigest, write_spool
-from dask_logits.data.text_files import located
-from dask_logits.data.values import BadRow, Value, row_value, value_table
+from dask_logits.data.text_files import located_value
+from dask_logits.data.values import BadRow, Value, value_table
 from dask_logits.errors import DatasetError, RunConflictError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment
@@ -102,8 +102,8 @@ class RowStream:
         self._is_chosen = wanted.is_chosen
         self._events = _events(parts)
         self._buffer: deque[Any] = deque()
-        self._plain_text = False
-        found = next((event for event in self._peeked() if isinstance(event, _Row) and not _is_bad(event.row)), None)
+        rows = (event for event in self._peeked() if isinstance(event, _Row))
+        found = next((event for event in rows if not isinstance(event.row, BadRow)), None)
         if found is None:
             reasons = (event.row.reason if isinstance(event, _Row) else event.reason for event in self._buffer)
             reason = next(reasons, "no row")
@@ -131,8 +131,8 @@ class RowStream:
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
         bound = _HEAD_ROWS if self.n_rows is None else min(self.n_rows, _HEAD_ROWS)
         size = 0
-        for number, row in enumerate(itertools.islice(rows, bound)):
-            value = self._value(row, number)
+        for row in itertools.islice(rows, bound):
+            value = self._value(row)
             yield value
             size += self._size(value)
             if size >= _CHUNK_BYTES:
@@ -162,7 +162,7 @@ class RowStream:
                 raise conflict(log.run.path, {f"dataset file {part}": (old, new)})
         if first is not None and "content" in first.source and "error" not in first.source:
             ahead = itertools.islice((event for event in self._peeked() if isinstance(event, _Row)), first.n_rows)
-            found = self._known_by([self._value(event.row, number) for number, event in enumerate(ahead)])[1]
+            found = self._known_by([self._value(event.row) for event in ahead])[1]
             if found != first.source["content"]:
                 raise self._other_rows(log, first)
 
@@ -256,7 +256,7 @@ class RowStream:
                 reason = f"dataset row {first_row}: {event.reason}"
                 return _Chunk((), {"kind": "stream", "error": reason, "part": event.part})
             self.passed += 1
-            value = self._value(event.row, first_row + len(values))
+            value = self._value(event.row)
             if isinstance(value, BadRow) and not self._skips:
                 row = first_row + len(values)
                 failure = failure or {"error": f"dataset row {row}: {value.reason}; fix the row", "part": event.part}
@@ -275,23 +275,13 @@ class RowStream:
         digest.update(rows.column(0))
         return rows, digest.hexdigest()
 
-    def _value(self, row: Any, number: int) -> Value:
-        """Return the value of a row, or a bad row with the reason.
-
-        Raises
-        ------
-        DatasetError
-            If the row has both a text and token ids, and no column was chosen.
-        """
+    def _value(self, row: Any) -> Value:
+        """Return the value of a row, or a bad row with the reason, as :func:`located_value` does."""
         if isinstance(row, BadRow):
             return row
         if isinstance(row, str) and not self._plain_text:
             return BadRow(reason=f"expected a column {self.column.name!r}, got str")
-        other = {TEXT: IDS, IDS: TEXT}.get(self.column.name)
-        if not self._is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
-            raise both_columns()
-        value: Value = located(row, row_value(row, self.column))
-        return value
+        return located_value(row, self.column, is_chosen=self._is_chosen)
 
     def _peeked(self) -> Iterator[Any]:
         """Yield the next events without consuming them."""
@@ -302,10 +292,6 @@ class RowStream:
                     return
                 self._buffer.append(event)
             yield self._buffer[ahead]
-
-
-def _is_bad(row: Any) -> bool:
-    return isinstance(row, BadRow)
 
 
 def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:

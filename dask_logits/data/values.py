@@ -20,7 +20,7 @@ from dask_logits.data.columns import MASK, TOOLS, Column, chat_advice
 PROBLEM = "__problem__"
 # Roles of a widespread format of chats, with the keys ``from`` and ``value``.
 _ROLES = {"human": "user", "gpt": "assistant"}
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
@@ -249,7 +249,7 @@ def type_problem(kind: pa.DataType, column: Column) -> str | None:
     """Return the reason why a column of an Arrow type cannot hold documents, or None if it can."""
     if pa.types.is_null(kind):
         return None
-    is_list = any(is_list(kind) for is_list in _LISTS)
+    is_list = any(is_list(kind) for is_list in LISTS)
     if column.kind == "ids":
         if is_list:
             inner = kind.value_type
