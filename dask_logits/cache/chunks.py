@@ -24,9 +24,6 @@ from dask_logits.records import Array
 # Gap between two chunks, in bytes, up to which both are read in one request.
 _GAP_BYTES = 1 << 16
 _LEVEL = 1
-_ZSTD_MAGIC = bytes.fromhex("28b52ffd")
-# Magic, descriptor, window, dictionary, size.
-_FRAME_HEADER_BYTES = 18
 
 
 def compress(chunk: Array) -> bytes:
@@ -34,25 +31,6 @@ def compress(chunk: Array) -> bytes:
     from numcodecs.zstd import Zstd
 
     return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
-
-
-def content_bytes(frame: bytes | memoryview) -> int | None:
-    """Return the content size in a zstd frame's header, or None if it has none.
-
-    A decoder allocates that many bytes before it reads further (RFC 8878, 3.1.1.1).
-
-    >>> content_bytes(compress(np.zeros(70_000, np.uint8))), content_bytes(b"PK")
-    (70000, None)
-    """
-    head = bytes(frame[:_FRAME_HEADER_BYTES])
-    if len(head) < 5 or head[:4] != _ZSTD_MAGIC:
-        return None
-    flag, is_single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
-    at = 6 - is_single + (0, 1, 2, 4)[dictionary]
-    width = (is_single, 2, 4, 8)[flag]
-    if not width or len(head) < at + width:
-        return None
-    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def decompress(frame: bytes | memoryview, out: Array) -> None:
@@ -64,12 +42,14 @@ def decompress(frame: bytes | memoryview, out: Array) -> None:
         If the size differs or the frame is damaged.
     """
     from numcodecs.zstd import decompress as decode
+    from zstandard import ZstdError, frame_content_size
 
-    if content_bytes(frame) != out.nbytes:
-        raise ValueError(f"a frame of {content_bytes(frame)} bytes instead of {out.nbytes}")
     try:
+        # A decoder allocates as many bytes as the frame's header says (RFC 8878, 3.1.1.1). -1: it says nothing.
+        if (n_bytes := frame_content_size(frame)) != out.nbytes:
+            raise ValueError(f"a frame of {n_bytes} bytes instead of {out.nbytes}")
         decode(frame, out)
-    except RuntimeError as error:
+    except (RuntimeError, ZstdError) as error:
         raise ValueError(str(error)) from error
 
 
