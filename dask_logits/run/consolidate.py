@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheIndex, IndexEntry
-from dask_logits.cache.partition import remove_partition
 from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, consolidate
 from dask_logits.cache.profile import Profile
 from dask_logits.cache.reader import CacheReader
@@ -120,7 +119,7 @@ def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
             # Without a receipt the valid attempt is unknown, so all attempts are kept.
             index = attempt.name.split(".")[0]
             if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
-                remove_partition(attempt)
+                shutil.rmtree(attempt, ignore_errors=True)
     else:
         shutil.rmtree(run.partitions_path, ignore_errors=True)
     for path in (run.dataset_path, run.spool_path):
