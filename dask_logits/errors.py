@@ -66,10 +66,10 @@ class ConfigError(DaskLogitsError, ValueError):
         self.problems = tuple(problems)
 
     @classmethod
-    def from_problems(cls, problems: Sequence[str]) -> ConfigError:
+    def from_problems(cls, *problems: str) -> ConfigError:
         """Build one error from all problems.
 
-        >>> print(ConfigError.from_problems(["a.b: expected int, got 'x'"]))
+        >>> print(ConfigError.from_problems("a.b: expected int, got 'x'"))
         1 problem in the configuration:
           a.b: expected int, got 'x'
         """

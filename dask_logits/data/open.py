@@ -54,7 +54,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         If no limit is set.
     """
     if config.max_samples is None:
-        raise ConfigError.from_problems([UNBOUNDED_STREAM])
+        raise ConfigError.from_problems(UNBOUNDED_STREAM)
     limit = None if config.max_samples == "all" else int(config.max_samples)
     wanted, skips = ColumnSettings.of(config), config.on_bad_row == "skip"
     if dataset is not None:

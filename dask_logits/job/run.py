@@ -255,7 +255,7 @@ def _held(job: Job) -> Iterator[None]:
         run.path.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ConfigError.from_problems(
-            [f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"]
+            f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"
         ) from error
     try:
         with lease(run.path / lock_name(job.share)):
