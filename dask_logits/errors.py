@@ -177,6 +177,8 @@ class PartitionsFailedError(DaskLogitsError, RuntimeError):
         Partition index → reason.
     """
 
+    ran = True
+
     def __init__(self, message: str, reasons: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = dict(reasons or {})

@@ -102,13 +102,11 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         run.receipt_path(index).unlink()
     if reasons:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
-        failed = PartitionsFailedError(
+        raise PartitionsFailedError(
             f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
             "they were taken back: run the job again, which computes them anew; and check the disk",
             reasons,
-        )
-        failed.ran = True
-        raise failed from error
+        ) from error
 
 
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
