@@ -547,9 +547,3 @@ class CacheReader:
         offset = self._offsets[name] = dataset.id.get_offset()
         # An ndarray over the map, because np.memmap itself costs microseconds per slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
-
-
-def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
-    """Yield every item in order."""
-    for index in range(reader.n_items):
-        yield reader.item(index)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dask_logits.data.items import Item, Span, plain_items
+from dask_logits.data.items import Item, Span
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
@@ -493,14 +493,3 @@ def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
         labels_BT[b, : length - 1] = item.tokens[1:]
         labels_BT[b, length - 1] = item.next_token
     return tokens_BT, labels_BT
-
-
-def measure(teacher: Teacher, documents: Sequence[Array], settings: ScoringSettings) -> tuple[Records, float]:
-    """Score documents and measure the speed.
-
-    Returns
-    -------
-    records, tokens_per_second
-    """
-    scored = score_items(teacher, plain_items(documents), settings)
-    return scored.records, scored.records.n_tokens / max(scored.seconds["score"], 1e-9)
