@@ -198,7 +198,7 @@ class Rates:
     busy: Array
 
 
-def rates(history: History, clock: Clock, n_bins: int) -> Rates:
+def rates(history: History, clock: Clock, n_bins: int = 120) -> Rates:
     """Return the speed of each worker over time, in time proportional to partitions × bins."""
     begin, scored, end = (clock.shown(history.column(name)) for name in ("begin", "scored", "end"))
     scoring, busy = np.maximum(scored - begin, 1e-6), np.maximum(end - begin, 1e-6)
