@@ -153,13 +153,13 @@ class SerialExecutor:
                 f"distillation.cluster: expected a device that can score, got {error or repr(error)} from {where}; see "
                 "that it works, then run the same command again"
             ) from error
-        again = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
-        if again is None:
+        seconds = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
+        if seconds is None:
             return Failed(
                 failure_of(task, error, error.__traceback__, kind=kind, attempts=n_failures, workers=(where,))
             )
-        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, again.seconds)
-        later.append((time.monotonic() + again.seconds, task.after(kind, str(error) or repr(error), where)))
+        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, seconds)
+        later.append((time.monotonic() + seconds, task.after(kind, str(error) or repr(error), where)))
         return Waiting()
 
     def call(

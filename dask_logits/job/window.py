@@ -362,17 +362,17 @@ class Window:
         if retired is not None and worker not in before:
             logger.error("worker %s gets no more work: %s; see its log", self.roster.name(worker), retired)
         tried = self.roster.tried(index)
-        again = decide(kind, self.job.retries, tried=tried, usable=self.roster.usable(self._present))
-        if again is not None:
+        seconds = decide(kind, self.job.retries, tried=tried, usable=self.roster.usable(self._present))
+        if seconds is not None:
             logger.warning(
                 "partition %s failed on %s: %s; again%s",
                 task.partition.name,
                 self.roster.name(worker),
                 str(error) or repr(error),
-                f" in {again.seconds:.0f} s" if again.seconds else " on another worker",
+                f" in {seconds:.0f} s" if seconds else " on another worker",
             )
             following = task.after(kind, str(error) or repr(error), self.roster.name(worker))
-            self._later.append((time.monotonic() + again.seconds, following))
+            self._later.append((time.monotonic() + seconds, following))
             return
         self.roster.note_bad(index)
         self._give_up_partition(
@@ -394,10 +394,10 @@ class Window:
             self._later.append((time.monotonic(), task.after("device", said, name)))
             return
         on_good_devices, retired = self.roster.note_device_failure(worker, index)
-        again = decide("device", self.job.retries, on_good_devices=on_good_devices)
-        if again is not None:
+        seconds = decide("device", self.job.retries, on_good_devices=on_good_devices)
+        if seconds is not None:
             logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said)
-            self._later.append((time.monotonic() + again.seconds, task.after("device", said, name)))
+            self._later.append((time.monotonic() + seconds, task.after("device", said, name)))
         else:
             tried = tuple(dict.fromkeys(map(self.roster.name, self.roster.tried(index))))
             self.roster.note_bad(index)
