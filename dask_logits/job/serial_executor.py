@@ -29,6 +29,7 @@ from dask_logits.job.executor import (
     failure_of,
     no_room_for,
     stalled,
+    take_due,
     too_slow,
     unreadable_there,
 )
@@ -94,7 +95,7 @@ class SerialExecutor:
         while True:
             is_starved = False
             while len(running) < self._n_partitions:
-                task = _due(later)
+                task = take_due(later, time.monotonic())
                 if task is None and not is_exhausted:
                     try:
                         task = next(tasks)
@@ -220,16 +221,6 @@ class SerialExecutor:
 
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Do nothing: there are no monitors but those that read the run folder."""
-
-
-def _due(later: list[tuple[float, PartitionTask]]) -> PartitionTask | None:
-    """Take a partition whose time has come."""
-    now = time.monotonic()
-    due = next((entry for entry in later if entry[0] <= now), None)
-    if due is None:
-        return None
-    later.remove(due)
-    return due[1]
 
 
 @contextlib.contextmanager

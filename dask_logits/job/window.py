@@ -23,7 +23,7 @@ from distributed import Client, Future, KilledWorker
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.files.atomic import no_room, only_readable
-from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled
+from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled, take_due
 from dask_logits.job.remote import run_on_worker
 from dask_logits.job.retry_policy import classify, decide, is_poisoned
 from dask_logits.job.roster import Roster
@@ -115,10 +115,7 @@ class Window:
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
         while len(self._running) < self._room(now):
-            due = next((entry for entry in self._later if entry[0] <= now), None)
-            if due is not None:
-                self._later.remove(due)
-            task = due[1] if due is not None else self._draw()
+            task = take_due(self._later, now) or self._draw()
             if task is None:
                 break
             self._submit(task)
