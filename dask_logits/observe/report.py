@@ -205,10 +205,7 @@ def _of_cache(path: Path) -> Facts:
 
 
 def _sums(readers: Sequence[CacheReader]) -> Statistics:
-    sums = Statistics()
-    for reader in readers:
-        sums += reader.header.statistics or Statistics(tokens=0)
-    return sums
+    return sum((reader.header.statistics or Statistics() for reader in readers), Statistics())
 
 
 def render(facts: Facts) -> str:
