@@ -18,6 +18,7 @@ Every error keeps its attributes when pickled, because Dask replaces an unpickla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 def first_line(error: BaseException) -> str:
@@ -140,6 +141,15 @@ class CacheError(DaskLogitsError, OSError):
     def __init__(self, message: str, path: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+
+
+def damaged(path: Path, expected: str, found: object) -> CacheError:
+    """Return the error for a cache with inconsistent or unreadable parts."""
+    return CacheError(
+        f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
+        "again",
+        str(path),
+    )
 
 
 class CapacityError(DaskLogitsError, OSError):

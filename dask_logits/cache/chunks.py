@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, damaged
 from dask_logits.records import Array
 
 # Gap between two chunks, in bytes, up to which both are read in one request.
@@ -135,11 +135,8 @@ class PlaneReader:
         at = 0
         for offset, size, name, chunk in places:
             if size > self._most_bytes or offset + size > self._file_bytes:
-                raise CacheError(
-                    f"{self.path}: expected chunk {chunk} of {name} in a file of {self._file_bytes} bytes, got "
-                    f"{size} at {offset}: the file is damaged; restore it, or delete it and run the job again",
-                    str(self.path),
-                )
+                expected = f"chunk {chunk} of {name} in a file of {self._file_bytes} bytes"
+                raise damaged(self.path, expected, f"{size} at {offset}")
         while at < len(places):
             # The writer stores the planes of a chunk, and the next chunk, side by side: usually one read.
             begin = end = places[at][0]
@@ -150,13 +147,9 @@ class PlaneReader:
             data = memoryview(self._read(end - begin, begin))
             for offset, size, name, chunk in places[at:stop_at]:
                 frame = data[offset - begin : offset - begin + size]
-                if zlib.crc32(frame) != int(self.indices[name].crc32[chunk]):
-                    raise CacheError(
-                        f"{self.path}: expected CRC-32 {int(self.indices[name].crc32[chunk])} for {name}, chunk "
-                        f"{chunk}, got {zlib.crc32(frame)}: the file is damaged; restore it, or delete it and run the "
-                        "job again",
-                        str(self.path),
-                    )
+                crc = int(self.indices[name].crc32[chunk])
+                if zlib.crc32(frame) != crc:
+                    raise damaged(self.path, f"CRC-32 {crc} for {name}, chunk {chunk}", zlib.crc32(frame))
                 found[name][chunk - first] = frame
             at = stop_at
         return found
@@ -183,11 +176,8 @@ class PlaneReader:
                 offset, size = (int(column[chunk]) for column in (self.indices[name].offset, self.indices[name].size))
                 found, expected = self._read(4, offset + size), fletcher32(bytes(frame))
                 if found != expected:
-                    raise CacheError(
-                        f"{self.path}: expected Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}, got "
-                        f"{found.hex()}: the file is damaged; restore it, or delete it and run the job again",
-                        str(self.path),
-                    )
+                    wanted = f"Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}"
+                    raise damaged(self.path, wanted, found.hex())
 
     def rows(self, start: int, stop: int) -> dict[str, Array]:
         """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
@@ -200,18 +190,11 @@ class PlaneReader:
                 try:
                     decompress(frame, rows[i * tokens : (i + 1) * tokens])
                 except ValueError as error:
-                    raise CacheError(
-                        f"{self.path}: expected chunk {first + i} of {name} with {tokens} tokens, got {error}; the "
-                        "file is damaged: restore it, or delete it and run the job again",
-                        str(self.path),
-                    ) from error
+                    expected = f"chunk {first + i} of {name} with {tokens} tokens"
+                    raise damaged(self.path, expected, error) from error
             out[name] = rows
         try:
             unpacked = self._unpack(out)
         except ValueError as error:
-            raise CacheError(
-                f"{self.path}: expected the draws of positions {start} to {stop}, got {error}; the file is damaged: "
-                "restore it, or delete it and run the job again",
-                str(self.path),
-            ) from error
+            raise damaged(self.path, f"the draws of positions {start} to {stop}", error) from error
         return {name: rows[start - first * tokens : stop - first * tokens] for name, rows in unpacked.items()}
