@@ -110,7 +110,7 @@ class PlaneReader:
         self.indices = indices
         self.chunk_shape = chunk_shape
         self._unpack = unpack
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._descriptor).st_size
         raw_bytes = chunk_shape[0] * chunk_shape[1]
         # ZSTD_compressBound, plus a margin for other encoders.
