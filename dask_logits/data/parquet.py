@@ -65,7 +65,7 @@ class ParquetStream:
         self._identity = identity
         self._footers: dict[str, Footer] = {}
         self._broken: dict[str, str] = {}
-        first = next((footer for file in files if (footer := self._footer(file)) and sum(footer.row_groups)), None)
+        first = next((self._footer(file) for file in files if self._count(file)), None)
         if first is None:
             raise DatasetError(
                 f"distillation.dataset.name: expected a Parquet file with rows, got none in {len(files)} files such as "
@@ -85,9 +85,9 @@ class ParquetStream:
         """Yield the rows from the first. Damaged files are left for the workers to report."""
         left = self.n_rows
         for file in self.files:
-            footer = self._footer(file)
-            for first in range(0, sum(footer.row_groups) if footer else 0, SAMPLE_ROWS):
-                count = min(SAMPLE_ROWS, sum(footer.row_groups) - first if footer else 0, left or SAMPLE_ROWS)
+            n_rows = self._count(file)
+            for first in range(0, n_rows, SAMPLE_ROWS):
+                count = min(SAMPLE_ROWS, n_rows - first, left or SAMPLE_ROWS)
                 try:
                     rows = patiently(file, functools.partial(read_parquet, file, self.column, first, count))
                 except DatasetError:
@@ -111,8 +111,7 @@ class ParquetStream:
         for n_files, file in enumerate(self.files):
             if (self.n_rows is not None and rows >= self.n_rows) or (n_files and time.monotonic() > deadline):
                 return rows, n_files
-            footer = self._footer(file)
-            rows += sum(footer.row_groups) if footer else 0
+            rows += self._count(file)
         return rows, len(self.files)
 
     def check(self, log: PlanLog) -> None:
@@ -198,6 +197,11 @@ class ParquetStream:
                     digest=source.get("footer"),
                 )
                 yield Planned(partition=partition, files=(rows,), column=self.column, error=source.get("error"))
+
+    def _count(self, file: str) -> int:
+        """Return the rows of a file, 0 if it is damaged."""
+        footer = self._footer(file)
+        return sum(footer.row_groups) if footer else 0
 
     def _footer(self, file: str) -> Footer | None:
         """Read a footer, cached while needed. None if it is damaged."""
