@@ -179,10 +179,7 @@ def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
     held = attributes.get_id(name)
     if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES or held.dtype.kind not in "biufS":
         return None
-    return _decoded(attributes[name])
-
-
-def _decoded(value: Any) -> Any:
+    value = attributes[name]
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if isinstance(value, str) and value[:1] in ("{", "["):

@@ -238,11 +238,8 @@ def _plain_list(value: Any) -> list[Any] | None:
         return None
     if not isinstance(items, list):
         return None
-    return [int(item) if isinstance(item, np.integer) else item for item in items] if _has_numpy(items) else items
-
-
-def _has_numpy(items: list[Any]) -> bool:
-    return bool(items) and isinstance(items[0], np.generic)
+    has_numpy = bool(items) and isinstance(items[0], np.generic)
+    return [int(item) if isinstance(item, np.integer) else item for item in items] if has_numpy else items
 
 
 def type_problem(kind: pa.DataType, column: Column) -> str | None:
