@@ -32,7 +32,7 @@ from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_te
 from dask_logits.teacher.meter import measure_cost
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.scoring import ScoringSettings, score_items
-from dask_logits.teacher.selfcheck import choose_path, try_compiled
+from dask_logits.teacher.selfcheck import check, try_compiled
 from dask_logits.worker.calibrate import auto_budgets
 
 MODEL = "output/models/SmolLM2-135M-Instruct"
@@ -72,7 +72,7 @@ def load(path: str, dtype: str, threads: int, vocab_size: int, *, compiled: bool
         trust_remote_code=False,
     )  # fmt: skip
     teacher = load_teacher(spec, vocab_size)
-    choose_path(teacher, exact=True)
+    check(teacher, exact=True)
     if compiled:
         try_compiled(teacher)
     batch_tokens, head_rows = auto_budgets("cpu", "auto", "auto")
@@ -175,7 +175,7 @@ def accuracy(arguments: argparse.Namespace) -> dict[str, float]:
             equal.append((best_TK == kept_TK).all(-1))
     del teacher
     reference, _ = load(arguments.model, "float32", arguments.threads, arguments.vocabularies[0], compiled=False)
-    _, errors = choose_path(reference, exact=True)
+    errors = check(reference, exact=True).errors
     squares = []
     with torch.inference_mode():
         for first, document in zip(range(0, records.n_tokens, length), documents, strict=True):

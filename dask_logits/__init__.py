@@ -9,43 +9,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dask_logits.api import generate_teacher_logits
-    from dask_logits.config import Config
-    from dask_logits.data.load import prepare_dataset
-    from dask_logits.errors import (
-        CacheError,
-        CapacityError,
-        ClusterError,
-        ConfigError,
-        DaskLogitsError,
-        DatasetError,
-        PartitionsFailedError,
-        RunConflictError,
-        TeacherError,
-    )
-    from dask_logits.hydra_config import load_config
-    from dask_logits.job.monitor import Monitor
-    from dask_logits.job.recompute import verify
-    from dask_logits.job.run import generate, retry
-    from dask_logits.observe.report import write_report
-    from dask_logits.observe.status import read_status
-    from dask_logits.ops.convert import convert
-    from dask_logits.ops.merge import merge
-    from dask_logits.train.batches import collate, collate_flat
-    from dask_logits.train.dataset import CachedLogitsDataset
-    from dask_logits.train.ensemble import EnsembleDataset
-    from dask_logits.train.heads import Head
-    from dask_logits.train.losses import DistillationLoss, distillation_loss, fused_distillation_loss
-    from dask_logits.train.mixture import MixedDataset
-    from dask_logits.train.objective import Objective
-    from dask_logits.train.order import ItemOrder
-    from dask_logits.train.sampler import ResumableSampler
-    from dask_logits.train.student import StudentWithLoss, student_head
-    from dask_logits.train.targets import SparseTargets
-    from dask_logits.train.trainer import DistillationConfig, DistillationTrainer
+    from dask_logits.api import generate_teacher_logits as generate_teacher_logits
+    from dask_logits.config import Config as Config
+    from dask_logits.data.load import prepare_dataset as prepare_dataset
+    from dask_logits.errors import CacheError as CacheError
+    from dask_logits.errors import CapacityError as CapacityError
+    from dask_logits.errors import ClusterError as ClusterError
+    from dask_logits.errors import ConfigError as ConfigError
+    from dask_logits.errors import DaskLogitsError as DaskLogitsError
+    from dask_logits.errors import DatasetError as DatasetError
+    from dask_logits.errors import PartitionsFailedError as PartitionsFailedError
+    from dask_logits.errors import RunConflictError as RunConflictError
+    from dask_logits.errors import TeacherError as TeacherError
+    from dask_logits.hydra_config import load_config as load_config
+    from dask_logits.job.monitor import Monitor as Monitor
+    from dask_logits.job.recompute import verify as verify
+    from dask_logits.job.run import generate as generate
+    from dask_logits.job.run import retry as retry
+    from dask_logits.observe.report import write_report as write_report
+    from dask_logits.observe.status import read_status as read_status
+    from dask_logits.ops.convert import convert as convert
+    from dask_logits.ops.merge import merge as merge
+    from dask_logits.train.batches import collate as collate
+    from dask_logits.train.batches import collate_flat as collate_flat
+    from dask_logits.train.dataset import CachedLogitsDataset as CachedLogitsDataset
+    from dask_logits.train.ensemble import EnsembleDataset as EnsembleDataset
+    from dask_logits.train.heads import Head as Head
+    from dask_logits.train.losses import DistillationLoss as DistillationLoss
+    from dask_logits.train.losses import distillation_loss as distillation_loss
+    from dask_logits.train.losses import fused_distillation_loss as fused_distillation_loss
+    from dask_logits.train.mixture import MixedDataset as MixedDataset
+    from dask_logits.train.objective import Objective as Objective
+    from dask_logits.train.order import ItemOrder as ItemOrder
+    from dask_logits.train.sampler import ResumableSampler as ResumableSampler
+    from dask_logits.train.student import StudentWithLoss as StudentWithLoss
+    from dask_logits.train.student import student_head as student_head
+    from dask_logits.train.targets import SparseTargets as SparseTargets
+    from dask_logits.train.trainer import DistillationConfig as DistillationConfig
+    from dask_logits.train.trainer import DistillationTrainer as DistillationTrainer
 
 __version__ = "0.1.0"
-
+# Public name → its module, for use at run time. Type checkers read the imports above.
 _HOMES = {
     "CacheError": "errors",
     "CachedLogitsDataset": "train.dataset",
@@ -86,47 +90,7 @@ _HOMES = {
     "verify": "job.recompute",
     "write_report": "observe.report",
 }
-
-__all__ = [
-    "CacheError",
-    "CachedLogitsDataset",
-    "CapacityError",
-    "ClusterError",
-    "Config",
-    "ConfigError",
-    "DaskLogitsError",
-    "DatasetError",
-    "DistillationConfig",
-    "DistillationLoss",
-    "DistillationTrainer",
-    "EnsembleDataset",
-    "Head",
-    "ItemOrder",
-    "MixedDataset",
-    "Monitor",
-    "Objective",
-    "PartitionsFailedError",
-    "ResumableSampler",
-    "RunConflictError",
-    "SparseTargets",
-    "StudentWithLoss",
-    "TeacherError",
-    "collate",
-    "collate_flat",
-    "convert",
-    "distillation_loss",
-    "fused_distillation_loss",
-    "generate",
-    "generate_teacher_logits",
-    "load_config",
-    "merge",
-    "prepare_dataset",
-    "read_status",
-    "retry",
-    "student_head",
-    "verify",
-    "write_report",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -466,7 +466,7 @@ class Config(Group):
         # A setting that is refused already has its default here.
         problems = [problem for problem in _cross_check(config, dataset_given) if not problem.startswith(tuple(wrong))]
         if wrong or problems:
-            raise ConfigError.from_problems([*wrong.values(), *problems])
+            raise ConfigError.from_problems(*wrong.values(), *problems)
         return config
 
 

@@ -18,6 +18,7 @@ Every error keeps its attributes when pickled, because Dask replaces an unpickla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 def first_line(error: BaseException) -> str:
@@ -66,10 +67,10 @@ class ConfigError(DaskLogitsError, ValueError):
         self.problems = tuple(problems)
 
     @classmethod
-    def from_problems(cls, problems: Sequence[str]) -> ConfigError:
+    def from_problems(cls, *problems: str) -> ConfigError:
         """Build one error from all problems.
 
-        >>> print(ConfigError.from_problems(["a.b: expected int, got 'x'"]))
+        >>> print(ConfigError.from_problems("a.b: expected int, got 'x'"))
         1 problem in the configuration:
           a.b: expected int, got 'x'
         """
@@ -142,6 +143,15 @@ class CacheError(DaskLogitsError, OSError):
         self.path = path
 
 
+def damaged(path: Path, expected: str, found: object) -> CacheError:
+    """Return the error for a cache with inconsistent or unreadable parts."""
+    return CacheError(
+        f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
+        "again",
+        str(path),
+    )
+
+
 class CapacityError(DaskLogitsError, OSError):
     """The job does not fit on this disk or in this memory, or the disk fails.
 
@@ -176,6 +186,8 @@ class PartitionsFailedError(DaskLogitsError, RuntimeError):
     reasons
         Partition index → reason.
     """
+
+    ran = True
 
     def __init__(self, message: str, reasons: Mapping[int, str] | None = None) -> None:
         super().__init__(message)

@@ -68,22 +68,17 @@ def _translated() -> Iterator[None]:
 
     try:
         yield
-    except OverrideParseException as error:
-        raise ConfigError.from_problems(
-            [
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, OverrideParseException):
+            problem = (
                 f"{error.override}: expected SETTING=VALUE, got a value that Hydra's grammar does not know; put one "
                 "with other characters than letters, digits and -_./:@+ in quotes, as in 'SETTING=\"a b\"'"
-            ]
-        ) from error
-    except MissingConfigException as error:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if not group or not error.options:
-            raise ConfigError.from_problems([" ".join(str(error).split())]) from error
-        raise ConfigError.from_problems(
-            [f"{group}: expected one of {', '.join(error.options)}, got {name!r}"]
-        ) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError.from_problems([" ".join(str(error).split())]) from error
+            )
+        elif isinstance(error, MissingConfigException) and error.options:
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            problem = f"{group}: expected one of {', '.join(error.options)}, got {name!r}" if group else problem
+        raise ConfigError.from_problems(problem) from error
 
 
 def _composed(overrides: Sequence[str]) -> Any:
@@ -232,7 +227,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             guess = nearest(key, same_leaf, cutoff=0) or nearest(key, known)
             problems.append(f"{key}: unknown setting{guess}")
     if problems:
-        raise ConfigError.from_problems(problems)
+        raise ConfigError.from_problems(*problems)
 
 
 def _new_name(key: str, value: str, known: Sequence[str]) -> str:
@@ -310,12 +305,12 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given
     check_overrides(overrides)
     groups = [given for given in overrides if not given.startswith("distillation.")]
     if groups:
-        raise ConfigError.from_problems([f"{given}: expected distillation.SETTING=VALUE" for given in groups])
+        raise ConfigError.from_problems(*[f"{given}: expected distillation.SETTING=VALUE" for given in groups])
     with _translated(), _COMPOSING:
         parsed = OverridesParser.create().parse_overrides(quoted(overrides))
         if sweeps := [each.input_line for each in parsed if each.is_sweep_override()]:
             wrong = "expected one value, got several; write a list as [a,b], and put a text with commas in quotes"
-            raise ConfigError.from_problems([f"{line}: {wrong}" for line in sweeps])
+            raise ConfigError.from_problems(*[f"{line}: {wrong}" for line in sweeps])
         merged = OmegaConf.create({"distillation": dict(tree)})
         for each in parsed:
             OmegaConf.update(merged, each.key_or_group, each.value())

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
+_STDERR = 2
 _CHUNK_BYTES = 4096
 # Up to 16 MiB are buffered for a slow reader.
 _MOST_CHUNKS = 4096
@@ -25,16 +26,13 @@ _FLUSH_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def unblocked_stderr(descriptor: int = 2) -> Iterator[None]:
+def unblocked_stderr() -> Iterator[None]:
     """Prevent writes to standard error from blocking or failing.
 
-    Parameters
-    ----------
-    descriptor
-        The file descriptor of standard error. If ``sys.stderr`` does not use it, nothing is changed.
+    If ``sys.stderr`` does not use the file descriptor of standard error, nothing is changed.
     """
     try:
-        is_ours = sys.stderr is not None and sys.stderr.fileno() == descriptor
+        is_ours = sys.stderr is not None and sys.stderr.fileno() == _STDERR
     except (OSError, ValueError):
         is_ours = False
     if not is_ours:
@@ -42,9 +40,9 @@ def unblocked_stderr(descriptor: int = 2) -> Iterator[None]:
         return
     replaced = sys.stderr
     replaced.flush()
-    pump = _Pump(os.dup(descriptor), descriptor)
+    pump = _Pump(os.dup(_STDERR))
     if os.isatty(pump.target):
-        sys.stderr = _Terminal(os.fdopen(descriptor, "wb", buffering=0, closefd=False), pump.target)
+        sys.stderr = _Terminal(os.fdopen(_STDERR, "wb", buffering=0, closefd=False), pump.target)
     try:
         yield
     finally:
@@ -80,19 +78,16 @@ class _Pump:
     Parameters
     ----------
     target
-        File descriptor to write to.
-    descriptor
-        File descriptor that becomes a pipe.
+        File descriptor to write to, in place of that of standard error, which becomes a pipe.
     """
 
-    def __init__(self, target: int, descriptor: int) -> None:
+    def __init__(self, target: int) -> None:
         self.target = target
-        self._descriptor = descriptor
         self._is_lost = False
         self._chunks: queue.Queue[bytes | None] = queue.Queue(_MOST_CHUNKS)
         self._source, sink = os.pipe()
         self._stopped, self._stop = os.pipe()
-        os.dup2(sink, descriptor)
+        os.dup2(sink, _STDERR)
         os.close(sink)
         self._reader = threading.Thread(target=self._read, daemon=True, name="dask_logits-stderr-reader")
         self._writer = threading.Thread(target=self._write, daemon=True, name="dask_logits-stderr-writer")
@@ -100,16 +95,16 @@ class _Pump:
         self._writer.start()
 
     def close(self) -> None:
-        """Restore the descriptor. If its reader is gone or does not read, later output is discarded."""
+        """Restore standard error. If its reader is gone or does not read, later output is discarded."""
         os.close(self._stop)
         self._reader.join()
         self._writer.join(_FLUSH_SECONDS)
         if self._is_lost or self._writer.is_alive():
             discard = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(discard, self._descriptor)
+            os.dup2(discard, _STDERR)
             os.close(discard)
         else:
-            os.dup2(self.target, self._descriptor)
+            os.dup2(self.target, _STDERR)
             os.close(self.target)
         os.close(self._source)
         os.close(self._stopped)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +33,8 @@ def map_digest(vocabulary: Mapping[str, int]) -> str:
     >>> map_digest({"a": 0, "b": 1}) == map_digest({"b": 1, "a": 0})
     True
     """
-    return hashlib.sha256(_lines(sorted((i, token) for token, i in vocabulary.items()))).hexdigest()
+    pairs = sorted((i, token) for token, i in vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()
 
 
 def token_crcs(vocabulary: Mapping[str, int]) -> npt.NDArray[np.uint8]:
@@ -98,7 +99,3 @@ def check_tokenizer(
         f"{place}; choose a student with the teacher's tokenizer",
         where,
     )
-
-
-def _lines(pairs: Sequence[tuple[int, str]]) -> bytes:
-    return json.dumps(pairs, ensure_ascii=False).encode()

@@ -81,20 +81,20 @@ def read_settings(overrides: Sequence[str]) -> StudentSettings:
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     unknown = [key for key in keys if key.startswith("student.") and ".".join(key.split(".")[:2]) not in known]
     if unknown:
-        raise ConfigError.from_problems([f"{key}: unknown setting{nearest(key, known)}" for key in unknown])
+        raise ConfigError.from_problems(*[f"{key}: unknown setting{nearest(key, known)}" for key in unknown])
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(compose("distill", list(overrides)), resolve=True)
         return StudentSettings.model_validate(tree["student"])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError.from_problems([" ".join(str(error).split())]) from error
+        raise ConfigError.from_problems(" ".join(str(error).split())) from error
     except ValidationError as error:
         problems = [
             f"student.{'.'.join(map(str, each['loc']))}: {each['msg'].replace('Input should', 'it should')}, "
             f"got {each['input']!r}"
             for each in error.errors()
         ]
-        raise ConfigError.from_problems(problems) from error
+        raise ConfigError.from_problems(*problems) from error
 
 
 def split(dataset: CachedLogitsDataset, share: float) -> tuple[Subset[Any], Subset[Any]]:

@@ -19,7 +19,7 @@ import warm
 from dask_logits.cache.profile import Compact, Plain, Profile, as_kept
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
-from dask_logits.records import NO_EXTRAS, ContentDigest, Extras, Records, schema
+from dask_logits.records import NO_EXTRAS, Array, ContentDigest, Extras, Records, schema
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"
@@ -366,6 +366,11 @@ def run(overrides: list[str], *more: str, dataset=None) -> Path:
 def share_a_gpu(monkeypatch) -> None:
     """Let the workers of a scheduler compute on one GPU. Otherwise all but one of them get no work."""
     monkeypatch.setattr("dask_logits.job.cluster.misplaced", lambda workers, gpus_per_worker: {})
+
+
+def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
+    """Yield every item of a cache in order."""
+    return (reader.item(index) for index in range(reader.n_items))
 
 
 def digest(cache: Path) -> str:

@@ -53,6 +53,7 @@ HOMES = {
     "h5py": {"cache"},
     "numcodecs": {"cache"},
     "zarr": {"cache.partition"},
+    "zstandard": {"cache"},
     "dask": {"config", "job"},
     "distributed": {"job"},
     "IPython": {"job.monitor"},

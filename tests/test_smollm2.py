@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from builders import ROOT, SMOLLM2
+from builders import ROOT, SMOLLM2, items
 from plain_forward import assert_targets_match, plain_targets
 
 from dask_logits import generate, load_config
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 
 CORPUS = ROOT / "output" / "corpus" / "python-reference.jsonl"
 

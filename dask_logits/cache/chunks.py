@@ -18,15 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, damaged
 from dask_logits.records import Array
 
 # Gap between two chunks, in bytes, up to which both are read in one request.
 _GAP_BYTES = 1 << 16
 _LEVEL = 1
-_ZSTD_MAGIC = bytes.fromhex("28b52ffd")
-# Magic, descriptor, window, dictionary, size.
-_FRAME_HEADER_BYTES = 18
 
 
 def compress(chunk: Array) -> bytes:
@@ -34,25 +31,6 @@ def compress(chunk: Array) -> bytes:
     from numcodecs.zstd import Zstd
 
     return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
-
-
-def content_bytes(frame: bytes | memoryview) -> int | None:
-    """Return the content size in a zstd frame's header, or None if it has none.
-
-    A decoder allocates that many bytes before it reads further (RFC 8878, 3.1.1.1).
-
-    >>> content_bytes(compress(np.zeros(70_000, np.uint8))), content_bytes(b"PK")
-    (70000, None)
-    """
-    head = bytes(frame[:_FRAME_HEADER_BYTES])
-    if len(head) < 5 or head[:4] != _ZSTD_MAGIC:
-        return None
-    flag, is_single, dictionary = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
-    at = 6 - is_single + (0, 1, 2, 4)[dictionary]
-    width = (is_single, 2, 4, 8)[flag]
-    if not width or len(head) < at + width:
-        return None
-    return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
 
 
 def decompress(frame: bytes | memoryview, out: Array) -> None:
@@ -64,12 +42,14 @@ def decompress(frame: bytes | memoryview, out: Array) -> None:
         If the size differs or the frame is damaged.
     """
     from numcodecs.zstd import decompress as decode
+    from zstandard import ZstdError, frame_content_size
 
-    if content_bytes(frame) != out.nbytes:
-        raise ValueError(f"a frame of {content_bytes(frame)} bytes instead of {out.nbytes}")
     try:
+        # A decoder allocates as many bytes as the frame's header says (RFC 8878, 3.1.1.1). -1: it says nothing.
+        if (n_bytes := frame_content_size(frame)) != out.nbytes:
+            raise ValueError(f"a frame of {n_bytes} bytes instead of {out.nbytes}")
         decode(frame, out)
-    except RuntimeError as error:
+    except (RuntimeError, ZstdError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -130,7 +110,7 @@ class PlaneReader:
         self.indices = indices
         self.chunk_shape = chunk_shape
         self._unpack = unpack
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY)
         self._file_bytes = os.fstat(self._descriptor).st_size
         raw_bytes = chunk_shape[0] * chunk_shape[1]
         # ZSTD_compressBound, plus a margin for other encoders.
@@ -155,11 +135,8 @@ class PlaneReader:
         at = 0
         for offset, size, name, chunk in places:
             if size > self._most_bytes or offset + size > self._file_bytes:
-                raise CacheError(
-                    f"{self.path}: expected chunk {chunk} of {name} in a file of {self._file_bytes} bytes, got "
-                    f"{size} at {offset}: the file is damaged; restore it, or delete it and run the job again",
-                    str(self.path),
-                )
+                expected = f"chunk {chunk} of {name} in a file of {self._file_bytes} bytes"
+                raise damaged(self.path, expected, f"{size} at {offset}")
         while at < len(places):
             # The writer stores the planes of a chunk, and the next chunk, side by side: usually one read.
             begin = end = places[at][0]
@@ -170,13 +147,9 @@ class PlaneReader:
             data = memoryview(self._read(end - begin, begin))
             for offset, size, name, chunk in places[at:stop_at]:
                 frame = data[offset - begin : offset - begin + size]
-                if zlib.crc32(frame) != int(self.indices[name].crc32[chunk]):
-                    raise CacheError(
-                        f"{self.path}: expected CRC-32 {int(self.indices[name].crc32[chunk])} for {name}, chunk "
-                        f"{chunk}, got {zlib.crc32(frame)}: the file is damaged; restore it, or delete it and run the "
-                        "job again",
-                        str(self.path),
-                    )
+                crc = int(self.indices[name].crc32[chunk])
+                if zlib.crc32(frame) != crc:
+                    raise damaged(self.path, f"CRC-32 {crc} for {name}, chunk {chunk}", zlib.crc32(frame))
                 found[name][chunk - first] = frame
             at = stop_at
         return found
@@ -203,11 +176,8 @@ class PlaneReader:
                 offset, size = (int(column[chunk]) for column in (self.indices[name].offset, self.indices[name].size))
                 found, expected = self._read(4, offset + size), fletcher32(bytes(frame))
                 if found != expected:
-                    raise CacheError(
-                        f"{self.path}: expected Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}, got "
-                        f"{found.hex()}: the file is damaged; restore it, or delete it and run the job again",
-                        str(self.path),
-                    )
+                    wanted = f"Fletcher-32 {expected.hex()} behind {name}, chunk {chunk}"
+                    raise damaged(self.path, wanted, found.hex())
 
     def rows(self, start: int, stop: int) -> dict[str, Array]:
         """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
@@ -220,18 +190,11 @@ class PlaneReader:
                 try:
                     decompress(frame, rows[i * tokens : (i + 1) * tokens])
                 except ValueError as error:
-                    raise CacheError(
-                        f"{self.path}: expected chunk {first + i} of {name} with {tokens} tokens, got {error}; the "
-                        "file is damaged: restore it, or delete it and run the job again",
-                        str(self.path),
-                    ) from error
+                    expected = f"chunk {first + i} of {name} with {tokens} tokens"
+                    raise damaged(self.path, expected, error) from error
             out[name] = rows
         try:
             unpacked = self._unpack(out)
         except ValueError as error:
-            raise CacheError(
-                f"{self.path}: expected the draws of positions {start} to {stop}, got {error}; the file is damaged: "
-                "restore it, or delete it and run the job again",
-                str(self.path),
-            ) from error
+            raise damaged(self.path, f"the draws of positions {start} to {stop}", error) from error
         return {name: rows[start - first * tokens : stop - first * tokens] for name, rows in unpacked.items()}

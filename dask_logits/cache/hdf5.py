@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.errors import CacheError, first_line
+from dask_logits.errors import CacheError, damaged, first_line
 from dask_logits.files.atomic import parse_json
 
 _MOST_TEXT_BYTES = 64 << 20
@@ -168,20 +168,7 @@ def translated(path: Path, what: str) -> Iterator[None]:
     except CacheError:
         raise
     except _HDF5_ERRORS as error:
-        raise CacheError(
-            f"{path}: expected {what}, got {first_line(error)}; the file is damaged: restore it, or delete it and run "
-            "the job again",
-            str(path),
-        ) from error
-
-
-def damaged(path: Path, expected: str, found: str) -> CacheError:
-    """Return the error for a file with inconsistent parts."""
-    return CacheError(
-        f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
-        "again",
-        str(path),
-    )
+        raise damaged(path, what, first_line(error)) from error
 
 
 def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
@@ -192,10 +179,7 @@ def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
     held = attributes.get_id(name)
     if held.shape != () or held.dtype.itemsize > _MOST_TEXT_BYTES or held.dtype.kind not in "biufS":
         return None
-    return _decoded(attributes[name])
-
-
-def _decoded(value: Any) -> Any:
+    value = attributes[name]
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if isinstance(value, str) and value[:1] in ("{", "["):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,7 +215,7 @@ class PartitionReader:
         shape = (layout.rows, *layout.shape[1:])
         rows: list[Array] = []
         left = layout.shape[0]
-        for frame in self._frames(name):
+        for frame in self.chunks(name):
             try:
                 if layout.compressed:
                     block = np.empty(shape, layout.dtype)
@@ -233,7 +232,7 @@ class PartitionReader:
 
     def tokens(self) -> Iterator[dict[str, Array]]:
         """Yield the logical token arrays in blocks of at most 16,384 entries of each axis. The targets end first."""
-        none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
+        none = self._no_tokens()
         for parts in itertools.zip_longest(*(self.blocks(name) for name in none)):
             found = {name: part for name, part in zip(none, parts, strict=True) if part is not None}
             try:
@@ -241,12 +240,12 @@ class PartitionReader:
             except ValueError as error:
                 raise self._unreadable("its targets", error) from error
 
-    def chunks(self, name: str) -> list[memoryview]:
-        """Return the compressed chunks of a chunked array unchanged."""
-        return self._frames(name)
+    def _no_tokens(self) -> dict[str, Array]:
+        """Return the stored token arrays of no position."""
+        return {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
 
-    def _frames(self, name: str) -> list[memoryview]:
-        """Return the chunks of an array's shard.
+    def chunks(self, name: str) -> list[memoryview]:
+        """Return the chunks of an array's shard unchanged.
 
         A shard ends with the (offset, bytes) of each chunk and a checksum of 4 bytes (Zarr v3, ``sharding_indexed``).
         """
@@ -310,10 +309,7 @@ class PartitionReader:
 
     def records(self) -> Records:
         """Read the whole partition."""
-        blocks = list(self.tokens())
-        if not blocks:
-            none = {name: np.empty((0, *kind.shape), kind.dtype) for name, kind in self.profile.arrays.items()}
-            blocks = [self.profile.decode(none)]
+        blocks = list(self.tokens()) or [self.profile.decode(self._no_tokens())]
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
             if self._has(name):
@@ -331,8 +327,3 @@ def _crc32(file: Path) -> int:
         while piece := stream.read(1 << 20):
             crc = zlib.crc32(piece, crc)
     return crc
-
-
-def remove_partition(path: Path) -> None:
-    """Delete one attempt's folder. A missing folder is ignored."""
-    shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,6 @@ import numpy as np
 from dask_logits.cache.chunks import ChunkIndex, PlaneReader, fletcher32
 from dask_logits.cache.hdf5 import (
     check_dataset,
-    damaged,
     find_dataset,
     is_critical,
     open_file,
@@ -41,7 +40,7 @@ from dask_logits.cache.layout import (
     Header,
 )
 from dask_logits.cache.profile import Compact, Plain, Profile
-from dask_logits.errors import CacheError
+from dask_logits.errors import CacheError, damaged
 from dask_logits.fields import MOST_COUNT, MOST_DRAWS, MOST_TEMPERATURES
 from dask_logits.records import (
     DOCUMENT_ARRAYS,
@@ -318,11 +317,8 @@ class CacheReader:
             found, expected = crc.values(), self.crcs[name].tolist()
             if found != expected:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
-                raise CacheError(
-                    f"{self.path}: expected CRC-32 {expected[block : block + 1]} for {name}, MiB {block}, got "
-                    f"{found[block : block + 1]}: the file is damaged; restore it, or delete it and run the job again",
-                    str(self.path),
-                )
+                where = slice(block, block + 1)
+                raise damaged(self.path, f"CRC-32 {expected[where]} for {name}, MiB {block}", found[where])
         step = 256 * self.profile.alignment
         for first in range(0, self.n_target_entries, step):
             stop = min(first + step, self.n_target_entries)
@@ -547,9 +543,3 @@ class CacheReader:
         offset = self._offsets[name] = dataset.id.get_offset()
         # An ndarray over the map, because np.memmap itself costs microseconds per slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
-
-
-def items(reader: CacheReader) -> Iterator[dict[str, Array]]:
-    """Yield every item in order."""
-    for index in range(reader.n_items):
-        yield reader.item(index)

@@ -6,7 +6,6 @@ contiguous array and for each chunk.
 
 from __future__ import annotations
 
-import functools
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -205,10 +204,10 @@ class CacheWriter:
             self._create("token_crcs", crcs.shape, crcs.dtype)
             self.append("token_crcs", crcs)
         for name in self._chunk_sizes:
-            places: list[tuple[int, int]] = []
-            self._datasets[name].id.chunk_iter(functools.partial(_note_place, places))
-            offsets = np.array([offset for _, offset in sorted(places)], np.uint64)
-            columns = (offsets, np.array(self._chunk_sizes[name], np.uint32), self._chunk_crcs[name])
+            places: list[Any] = []
+            self._datasets[name].id.chunk_iter(places.append)
+            offsets = [chunk.byte_offset for chunk in sorted(places, key=lambda chunk: chunk.chunk_offset)]
+            columns = (offsets, self._chunk_sizes[name], self._chunk_crcs[name])
             for part, column in zip(INDEX, columns, strict=True):
                 values = np.asarray(column, np.uint64 if part == "offset" else np.uint32)
                 self._create(f"chunks/{name}/{part}", values.shape, values.dtype)
@@ -260,7 +259,3 @@ def _fixed(text: str) -> Array:
     """Return a fixed-length text, because HDF5 2.0 crashes on damaged heaps of variable-length texts."""
     data = text.encode()
     return np.array(data, h5py.string_dtype("utf-8", max(1, len(data))))
-
-
-def _note_place(places: list[tuple[int, int]], chunk: Any) -> None:
-    places.append((chunk.chunk_offset[0], chunk.byte_offset))

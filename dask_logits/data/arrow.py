@@ -73,11 +73,6 @@ class Corpus:
         self._digests: dict[tuple[int, int], str] = {}
 
     @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-        return self.column.kind != "ids"
-
-    @property
     def content_digest(self) -> str:
         """SHA-256 of the used rows of the used column, independent of chunks and storage."""
         return self._digest(0, self.n_rows)

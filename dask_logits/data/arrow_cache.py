@@ -6,6 +6,7 @@ This module reads only the used column, as text or as token ids, and a bad line 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,17 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from dask_logits.data.columns import IDS, TEXT, Column, ColumnSettings, both_columns, choose_column
+from dask_logits.data.columns import Column, ColumnSettings, choose_column
 from dask_logits.data.parquet_files import file_state, parquet_batches, read_footer
-from dask_logits.data.text_files import Format, located, read_file
-from dask_logits.data.values import (
-    PROBLEM,
-    BadRow,
-    Value,
-    arrow_values,
-    row_value,
-    value_table,
-)
+from dask_logits.data.text_files import located_value, read_file
+from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
 from dask_logits.errors import DatasetError, first_line
 
 _VERSION = 2
@@ -83,7 +77,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
     return path
 
 
-def file_rows(path: str, reader: Format, separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
+def file_rows(path: str, reader: str, separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
     """Yield the rows of a text file, and translate the libraries' errors for damaged data.
 
     Raises
@@ -112,7 +106,7 @@ def _cut_off(path: str, error: Exception) -> DatasetError:
 def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[str]:
     if reader == "parquet":
         return list(dict.fromkeys(name for file in files for name in read_footer(file).columns))
-    rows = (row for file in files for row in file_rows(file, _format(reader), separator))
+    rows = (row for file in files for row in file_rows(file, reader, separator))
     bad: BadRow | None = None
     names: dict[str, None] = {}
     n_rows = 0
@@ -136,13 +130,6 @@ def _no_rows(files: Sequence[str], bad: BadRow | None = None) -> DatasetError:
     )
 
 
-def _format(reader: str) -> Format:
-    match reader:
-        case "json" | "csv" | "text":
-            return reader
-    raise ValueError(reader)
-
-
 def _tables(
     reader: str, files: Sequence[str], separator: str | None, column: Column, *, chosen: bool
 ) -> Iterator[pa.Table]:
@@ -152,22 +139,12 @@ def _tables(
                 yield _narrow(batch, column)
         return
     values = (
-        value
+        row if isinstance(row, BadRow) else located_value(row, column, is_chosen=chosen)
         for file in files
-        for row in file_rows(file, _format(reader), separator)
-        for value in (row if isinstance(row, BadRow) else _value(row, column, chosen=chosen),)
+        for row in file_rows(file, reader, separator)
     )
     while batch := list(itertools.islice(values, _BATCH_ROWS)):
         yield value_table(batch, column)
-
-
-def _value(row: Mapping[str, Any], column: Column, *, chosen: bool) -> Value:
-    other = {TEXT: IDS, IDS: TEXT}.get(column.name)
-    if not chosen and other is not None and row.get(other) is not None:
-        # Later rows have a second column that the first rows lack.
-        raise both_columns()
-    value: Value = located(row, row_value(row, column))
-    return value
 
 
 def _narrow(batch: pa.RecordBatch, column: Column) -> pa.Table:
@@ -176,9 +153,7 @@ def _narrow(batch: pa.RecordBatch, column: Column) -> pa.Table:
     plain = column.kind == "text" and column.name in batch.schema.names
     if plain and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         texts = batch.column(0).cast(pa.large_string())
-        try:
+        with contextlib.suppress(pa.ArrowInvalid):
             texts.validate(full=True)
-        except pa.ArrowInvalid:
-            return value_table(arrow_values(batch, column), column)
-        return pa.table({column.name: texts, PROBLEM: pa.nulls(len(texts), pa.string())})
+            return pa.table({column.name: texts, PROBLEM: pa.nulls(len(texts), pa.string())})
     return value_table(arrow_values(batch, column), column)

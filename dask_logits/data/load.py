@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -126,10 +127,7 @@ def prepare_dataset(
         If the dataset, split or column does not exist.
     """
     wanted = ColumnSettings(text=text_column)
-    if tokenizer is None:
-        loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
-        return _first(loaded, max_samples, streaming)
-    if streaming:
+    if tokenizer is None or streaming:
         loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
     else:
         loaded = load_rows(
@@ -142,6 +140,8 @@ def prepare_dataset(
             num_proc=num_proc,
         )
     loaded = _first(loaded, max_samples, streaming)
+    if tokenizer is None:
+        return loaded
     columns = loaded.column_names or list(next(iter(loaded), {}))
     column = choose_column([name for name in columns if name != PROBLEM], wanted)
 
@@ -401,11 +401,12 @@ def load_rows(
     DatasetError
         If the dataset, split or column does not exist.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset
     from datasets import config as datasets_config
 
+    by_library = functools.partial(_load, name, config_name, split, data_files, revision, False, num_proc)
     if is_saved(name):
-        return _load(name, config_name, split, data_files, revision, False, num_proc)
+        return by_library()
     check_name(name, data_files)
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "dask_logits"
     is_hub = name not in _READERS and not Path(name).expanduser().exists()
@@ -419,10 +420,10 @@ def load_rows(
         known = _remembered(memory)
         if not set(_names_in(split)) <= known.keys():
             # The library may have prepared it earlier.
-            return _load(name, config_name, split, data_files, revision, False, num_proc)
-        return _picked(split, list(known), lambda key: Dataset.from_file(known[key]), concatenate_datasets)
+            return by_library()
+        return _picked(split, list(known), lambda key: Dataset.from_file(known[key]))
     if not found.is_ours or (is_hub and found.reader == "parquet"):
-        return _load(name, config_name, split, data_files, revision, False, num_proc)
+        return by_library()
 
     def part(key: str) -> Any:
         files = _translated(name, lambda: _downloaded(found.files[key], num_proc))
@@ -432,7 +433,7 @@ def load_rows(
             memory.write_text(json.dumps({**_remembered(memory), key: path}))
         return Dataset.from_file(path)
 
-    return _picked(split, list(found.files), part, concatenate_datasets)
+    return _picked(split, list(found.files), part)
 
 
 def _remembered(memory: Path) -> dict[str, str]:
@@ -455,15 +456,17 @@ def _downloaded(files: Sequence[str], num_proc: int | None) -> list[str]:
     return paths
 
 
-def _picked(split: str, splits: Sequence[str], load: Callable[[str], Any], join: Callable[[list[Any]], Any]) -> Any:
+def _picked(split: str, splits: Sequence[str], load: Callable[[str], Any]) -> Any:
     """Return a split, or slices and sums of splits."""
+    from datasets import concatenate_datasets
+
     if split in splits:
         return load(split)
     names = dict.fromkeys(_names_in(split))
     loaded = {name: load(name) for name in names if name in splits}
     lengths = {name: len(loaded[name]) if name in loaded else 0 for name in splits}
     parts = [loaded[name].select(range(first, max(first, last))) for name, first, last in _absolute(split, lengths)]
-    return parts[0] if len(parts) == 1 else join(parts)
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def _load(
@@ -475,7 +478,7 @@ def _load(
     streaming: bool,
     num_proc: int | None,
 ) -> Any:
-    from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+    from datasets import Dataset, load_dataset, load_from_disk
 
     if not is_saved(name):
         check_name(name, data_files)
@@ -504,7 +507,7 @@ def _load(
             f"distillation.dataset.split: expected 'train', or a slice of it, for the saved dataset {name!r}, which "
             f"has no splits, got {split!r}"
         )
-    loaded = _picked(split, list(splits), lambda key: splits[key], concatenate_datasets)
+    loaded = _picked(split, list(splits), lambda key: splits[key])
     return loaded.to_iterable_dataset() if streaming else loaded
 
 

@@ -54,7 +54,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         If no limit is set.
     """
     if config.max_samples is None:
-        raise ConfigError.from_problems([UNBOUNDED_STREAM])
+        raise ConfigError.from_problems(UNBOUNDED_STREAM)
     limit = None if config.max_samples == "all" else int(config.max_samples)
     wanted, skips = ColumnSettings.of(config), config.on_bad_row == "skip"
     if dataset is not None:
@@ -120,10 +120,7 @@ def _file_parts(found: FoundFiles, parts: Sequence[tuple[str, int, int | None]])
 def _rows(found: FoundFiles, file: str) -> Iterable[Any]:
     if found.reader == "parquet":
         return (row for batch in all_batches(file) for row in batch.to_pylist())
-    match found.reader:
-        case "json" | "csv" | "text":
-            return file_rows(file, found.reader, found.separator)
-    raise ValueError(found.reader)
+    return file_rows(file, found.reader, found.separator)
 
 
 def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Sequence[Iterable[Any]]:

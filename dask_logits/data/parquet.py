@@ -57,30 +57,21 @@ class ParquetStream:
 
     def __init__(self, files: list[str], wanted: ColumnSettings, limit: int | None, identity: dict[str, Any]) -> None:
         self.files = files
-        self.limit = limit
+        # Upper bound on the number of rows, or None: files are not counted in advance.
+        self.n_rows = limit
         self.commit = pinned_commit(files)
         # Partitions passed so far, wanted or not.
         self.passed = 0
         self._identity = identity
         self._footers: dict[str, Footer] = {}
         self._broken: dict[str, str] = {}
-        first = next((footer for file in files if (footer := self._footer(file)) and sum(footer.row_groups)), None)
+        first = next((self._footer(file) for file in files if self._count(file)), None)
         if first is None:
             raise DatasetError(
                 f"distillation.dataset.name: expected a Parquet file with rows, got none in {len(files)} files such as "
                 f"{files[0]!r}; restore the files"
             )
         self.column = choose_column(first.columns, wanted)
-
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-        return self.column.kind != "ids"
-
-    @property
-    def n_rows(self) -> int | None:
-        """Upper bound on the number of rows, or None: files are not counted in advance."""
-        return self.limit
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
@@ -92,11 +83,11 @@ class ParquetStream:
 
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first. Damaged files are left for the workers to report."""
-        left = self.limit
+        left = self.n_rows
         for file in self.files:
-            footer = self._footer(file)
-            for first in range(0, sum(footer.row_groups) if footer else 0, SAMPLE_ROWS):
-                count = min(SAMPLE_ROWS, sum(footer.row_groups) - first if footer else 0, left or SAMPLE_ROWS)
+            n_rows = self._count(file)
+            for first in range(0, n_rows, SAMPLE_ROWS):
+                count = min(SAMPLE_ROWS, n_rows - first, left or SAMPLE_ROWS)
                 try:
                     rows = patiently(file, functools.partial(read_parquet, file, self.column, first, count))
                 except DatasetError:
@@ -118,10 +109,9 @@ class ParquetStream:
         """
         rows, deadline = 0, time.monotonic() + seconds
         for n_files, file in enumerate(self.files):
-            if (self.limit is not None and rows >= self.limit) or (n_files and time.monotonic() > deadline):
+            if (self.n_rows is not None and rows >= self.n_rows) or (n_files and time.monotonic() > deadline):
                 return rows, n_files
-            footer = self._footer(file)
-            rows += sum(footer.row_groups) if footer else 0
+            rows += self._count(file)
         return rows, len(self.files)
 
     def check(self, log: PlanLog) -> None:
@@ -132,8 +122,8 @@ class ParquetStream:
         RunConflictError
             Naming the first file whose size, etag or footer differs.
         """
-        if self.limit is not None and self.limit < log.n_rows:
-            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.limit)})
+        if self.n_rows is not None and self.n_rows < log.n_rows:
+            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         for segment in log.segments():
             source = segment.source
             place = source["ordinal"]
@@ -166,15 +156,15 @@ class ParquetStream:
             if "error" in source:
                 place, done = place + 1, 0
             yield from self._planned(segment, wanted)
-        if log.end == "exhausted" or (log.end and log.n_rows == self.limit):
+        if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while place < len(self.files) and (self.limit is None or log.n_rows < self.limit):
-            left = None if self.limit is None else self.limit - log.n_rows
+        while place < len(self.files) and (self.n_rows is None or log.n_rows < self.n_rows):
+            left = None if self.n_rows is None else self.n_rows - log.n_rows
             entry = self._next(place, done, partition_rows, left)
             place, done = place + 1, 0
             if entry is not None:
                 yield from self._planned(log.append(*entry), wanted)
-        log.close("max_samples" if self.limit is not None and log.n_rows >= self.limit else "exhausted")
+        log.close("max_samples" if self.n_rows is not None and log.n_rows >= self.n_rows else "exhausted")
 
     def _next(
         self, ordinal: int, first: int, partition_rows: int, left: int | None
@@ -207,6 +197,11 @@ class ParquetStream:
                     digest=source.get("footer"),
                 )
                 yield Planned(partition=partition, files=(rows,), column=self.column, error=source.get("error"))
+
+    def _count(self, file: str) -> int:
+        """Return the rows of a file, 0 if it is damaged."""
+        footer = self._footer(file)
+        return sum(footer.row_groups) if footer else 0
 
     def _footer(self, file: str) -> Footer | None:
         """Read a footer, cached while needed. None if it is damaged."""

@@ -127,8 +127,7 @@ def read_footer(path: str) -> Footer:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    system, inside = _file_system(path)
-    with _readable(path), system.open(inside, "rb", block_size=_READ_BYTES) as file:
+    with _readable(path), open_bytes(path) as file:
         size = file.seek(0, 2)
         if size < 12:
             raise pa.ArrowInvalid(f"{size} bytes are too few")
@@ -181,26 +180,22 @@ def read_parquet(path: str, column: Column, first: int, n_rows: int, *, footer: 
 
 
 def parquet_batches(path: str, column: Column) -> Iterator[Any]:
-    """Yield all rows of a file: the used column, and those read beside it.
+    """Return all rows of a file: the used column, and those read beside it.
 
     Raises
     ------
     DatasetError
         If the file is damaged or lacks the column.
     """
+    return all_batches(path, _used_columns(path, column, read_footer(path)))
+
+
+def all_batches(path: str, columns: list[str] | None = None) -> Iterator[Any]:
+    """Yield all rows of a file with some columns (None: all), read on demand."""
     import pyarrow.parquet as pq
 
-    columns = _used_columns(path, column, read_footer(path))
     with open_bytes(path) as file, _readable(path):
         yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS, columns=columns)
-
-
-def all_batches(path: str) -> Iterator[Any]:
-    """Yield all rows of a file with all columns, read on demand."""
-    import pyarrow.parquet as pq
-
-    with open_bytes(path) as file, _readable(path):
-        yield from pq.ParquetFile(file, pre_buffer=False).iter_batches(_BATCH_ROWS)
 
 
 def _used_columns(path: str, column: Column, footer: Footer) -> list[str]:
@@ -227,9 +222,8 @@ class _Cursor:
             )
         self._columns = _used_columns(path, column, found)
         self._starts = [0, *itertools.accumulate(found.row_groups)]
-        system, inside = _file_system(path)
         with _readable(path):
-            self._file = system.open(inside, "rb", block_size=_READ_BYTES)
+            self._file = open_bytes(path)
             self._reader = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_READ_BYTES)
         self._batches: Iterator[Any] = iter(())
         self._rest: list[Value] = []
@@ -273,12 +267,10 @@ class _Cursor:
 _OPEN: _Cursor | None = None
 
 
-@contextlib.contextmanager
-def open_bytes(path: str) -> Iterator[Any]:
+def open_bytes(path: str) -> Any:
     """Open a file for reading, local or remote."""
     system, inside = _file_system(path)
-    with system.open(inside, "rb", block_size=_READ_BYTES) as file:
-        yield file
+    return system.open(inside, "rb", block_size=_READ_BYTES)
 
 
 def _file_system(path: str) -> tuple[Any, str]:

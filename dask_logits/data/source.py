@@ -16,13 +16,11 @@ import pyarrow as pa
 
 from dask_logits.data.columns import Column
 from dask_logits.data.parquet_files import read_parquet
-from dask_logits.data.values import PROBLEM, arrow_values, with_problems
+from dask_logits.data.values import LISTS, PROBLEM, arrow_values, with_problems
 from dask_logits.errors import DatasetError
 from dask_logits.records import Array
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
-
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +85,6 @@ class Source(Protocol):
     def n_rows(self) -> int | None:
         """Number of used rows, an upper bound for a stream, or None if there is none."""
 
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-
     def identity(self) -> dict[str, Any]:
         """Return its identity, except for the content of its rows."""
 
@@ -116,7 +110,7 @@ class RowsDigest:
     def update(self, column: Any) -> None:
         """Add an Arrow array or chunked array of texts or of lists of ids."""
         for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-            if any(is_list(chunk.type) for is_list in _LISTS):
+            if any(is_list(chunk.type) for is_list in LISTS):
                 rows = chunk.cast(pa.large_list(pa.int64()))
                 self._lengths.update(_lengths(rows).tobytes())
                 self._values.update(rows.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())

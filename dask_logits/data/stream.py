@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dask_logits.data.columns import IDS, TEXT, Column, ColumnSettings, both_columns, choose_column
+from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
 from dask_logits.data.source import FileRows, Planned, RowsDigest, write_spool
-from dask_logits.data.text_files import located
-from dask_logits.data.values import BadRow, Value, row_value, value_table
+from dask_logits.data.text_files import located_value
+from dask_logits.data.values import BadRow, Value, value_table
 from dask_logits.errors import DatasetError, RunConflictError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment
@@ -91,7 +91,8 @@ class RowStream:
         *,
         skips: bool = False,
     ) -> None:
-        self.limit = limit
+        # Upper bound on the number of rows, or None.
+        self.n_rows = limit
         self.commit = commit
         self.file_states = file_states
         # Rows passed so far, wanted or not.
@@ -101,8 +102,8 @@ class RowStream:
         self._is_chosen = wanted.is_chosen
         self._events = _events(parts)
         self._buffer: deque[Any] = deque()
-        self._plain_text = False
-        found = next((event for event in self._peeked() if isinstance(event, _Row) and not _is_bad(event.row)), None)
+        rows = (event for event in self._peeked() if isinstance(event, _Row))
+        found = next((event for event in rows if not isinstance(event.row, BadRow)), None)
         if found is None:
             reasons = (event.row.reason if isinstance(event, _Row) else event.reason for event in self._buffer)
             reason = next(reasons, "no row")
@@ -117,16 +118,6 @@ class RowStream:
         names = [wanted.text or TEXT] if isinstance(first, str) else list(first)
         self.column: Column = choose_column(names, wanted)
 
-    @property
-    def is_text(self) -> bool:
-        """Whether rows must be tokenized."""
-        return self.column.kind != "ids"
-
-    @property
-    def n_rows(self) -> int | None:
-        """Upper bound on the number of rows, or None."""
-        return self.limit
-
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
         return {"dataset.stream": "rows", **self._identity}
@@ -138,10 +129,10 @@ class RowStream:
     def head(self) -> Iterator[Any]:
         """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
-        bound = _HEAD_ROWS if self.limit is None else min(self.limit, _HEAD_ROWS)
+        bound = _HEAD_ROWS if self.n_rows is None else min(self.n_rows, _HEAD_ROWS)
         size = 0
-        for number, row in enumerate(itertools.islice(rows, bound)):
-            value = self._value(row, number)
+        for row in itertools.islice(rows, bound):
+            value = self._value(row)
             yield value
             size += self._size(value)
             if size >= _CHUNK_BYTES:
@@ -155,8 +146,8 @@ class RowStream:
         RunConflictError
             With the difference.
         """
-        if self.limit is not None and self.limit < log.n_rows:
-            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.limit)})
+        if self.n_rows is not None and self.n_rows < log.n_rows:
+            raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         failed: set[int] = set()
         first: Segment | None = None
         for segment in log.segments():
@@ -171,7 +162,7 @@ class RowStream:
                 raise conflict(log.run.path, {f"dataset file {part}": (old, new)})
         if first is not None and "content" in first.source and "error" not in first.source:
             ahead = itertools.islice((event for event in self._peeked() if isinstance(event, _Row)), first.n_rows)
-            found = self._known_by([self._value(event.row, number) for number, event in enumerate(ahead)])[1]
+            found = self._known_by([self._value(event.row) for event in ahead])[1]
             if found != first.source["content"]:
                 raise self._other_rows(log, first)
 
@@ -206,17 +197,17 @@ class RowStream:
                 raise self._other_rows(log, segment)
             row += segment.n_rows
             yield from self._planned(log, segment, chunk, wanted)
-        if log.end == "exhausted" or (log.end and log.n_rows == self.limit):
+        if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while self.limit is None or row < self.limit:
-            left = partition_rows if self.limit is None else min(partition_rows, self.limit - row)
+        while self.n_rows is None or row < self.n_rows:
+            left = partition_rows if self.n_rows is None else min(partition_rows, self.n_rows - row)
             chunk = self._chunk(row, left, bounded=True)
             if not len(chunk.rows) and "error" not in chunk.source:
                 break
             segment = log.append(((1, len(chunk.rows)),), chunk.source)
             row += segment.n_rows
             yield from self._planned(log, segment, chunk, wanted)
-        log.close("max_samples" if self.limit is not None and row >= self.limit else "exhausted")
+        log.close("max_samples" if self.n_rows is not None and row >= self.n_rows else "exhausted")
 
     def _other_rows(self, log: PlanLog, segment: Segment) -> RunConflictError:
         last = segment.first_row + segment.n_rows - 1
@@ -265,7 +256,7 @@ class RowStream:
                 reason = f"dataset row {first_row}: {event.reason}"
                 return _Chunk((), {"kind": "stream", "error": reason, "part": event.part})
             self.passed += 1
-            value = self._value(event.row, first_row + len(values))
+            value = self._value(event.row)
             if isinstance(value, BadRow) and not self._skips:
                 row = first_row + len(values)
                 failure = failure or {"error": f"dataset row {row}: {value.reason}; fix the row", "part": event.part}
@@ -275,7 +266,7 @@ class RowStream:
         return _Chunk(rows, {"kind": "stream", "content": content, **failure})
 
     def _size(self, value: Value) -> int:
-        return 0 if isinstance(value, BadRow) else len(value or ()) * (1 if self.is_text else 8)
+        return 0 if isinstance(value, BadRow) else len(value or ()) * (8 if self.column.kind == "ids" else 1)
 
     def _known_by(self, values: list[Value]) -> tuple[Any, str]:
         """Return values as an Arrow table, and their hash. An unusable row counts as one without a value."""
@@ -284,23 +275,13 @@ class RowStream:
         digest.update(rows.column(0))
         return rows, digest.hexdigest()
 
-    def _value(self, row: Any, number: int) -> Value:
-        """Return the value of a row, or a bad row with the reason.
-
-        Raises
-        ------
-        DatasetError
-            If the row has both a text and token ids, and no column was chosen.
-        """
+    def _value(self, row: Any) -> Value:
+        """Return the value of a row, or a bad row with the reason, as :func:`located_value` does."""
         if isinstance(row, BadRow):
             return row
         if isinstance(row, str) and not self._plain_text:
             return BadRow(reason=f"expected a column {self.column.name!r}, got str")
-        other = {TEXT: IDS, IDS: TEXT}.get(self.column.name)
-        if not self._is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
-            raise both_columns()
-        value: Value = located(row, row_value(row, self.column))
-        return value
+        return located_value(row, self.column, is_chosen=self._is_chosen)
 
     def _peeked(self) -> Iterator[Any]:
         """Yield the next events without consuming them."""
@@ -311,10 +292,6 @@ class RowStream:
                     return
                 self._buffer.append(event)
             yield self._buffer[ahead]
-
-
-def _is_bad(row: Any) -> bool:
-    return isinstance(row, BadRow)
 
 
 def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:

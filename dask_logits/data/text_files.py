@@ -15,21 +15,20 @@ import json
 import lzma
 import sys
 from collections.abc import Iterator, Mapping
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import pyarrow as pa
 
-from dask_logits.data.columns import TEXT
+from dask_logits.data.columns import IDS, TEXT, Column, both_columns
 from dask_logits.data.parquet_files import open_bytes
-from dask_logits.data.values import BadRow
+from dask_logits.data.values import BadRow, Value, row_value
 from dask_logits.errors import DatasetError
 
-Format = Literal["json", "csv", "text"]
 _READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_file(path: str, kind: Format, separator: str | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+def read_file(path: str, kind: str, separator: str | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
     """Yield the rows of a file in order.
 
     Parameters
@@ -54,7 +53,7 @@ def read_file(path: str, kind: Format, separator: str | None = None) -> Iterator
                 yield from _json_rows(path, stream)
             case "csv":
                 yield from _csv_rows(path, stream, separator)
-            case "text":
+            case _:
                 for number, line in _numbered(stream):
                     text = _text(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
                     yield text if isinstance(text, BadRow) else {TEXT: text}
@@ -143,8 +142,18 @@ class _Located(dict[str, Any]):
         self.where = f"{path}, line {number}"
 
 
-def located(row: Any, value: Any) -> Any:
-    """Add file and line to the reason of a bad value, if the row has them."""
+def located_value(row: Any, column: Column, *, is_chosen: bool) -> Value:
+    """Return the value of a row. The reason of a bad one names file and line, if the row has them.
+
+    Raises
+    ------
+    DatasetError
+        If the row has both a text and token ids, and no column was chosen. The first rows may have had only one.
+    """
+    other = {TEXT: IDS, IDS: TEXT}.get(column.name)
+    if not is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
+        raise both_columns()
+    value = row_value(row, column)
     if isinstance(value, BadRow) and isinstance(row, _Located):
         return BadRow(reason=f"{row.where}: {value.reason}")
     return value

@@ -211,11 +211,6 @@ def local_tokenizer(path: str, digest: str) -> Any | None:
     return loaded if map_digest(loaded.get_vocab()) == digest else None
 
 
-def tokenize(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> list[Array]:
-    """Return the token ids of rows, as :func:`read_documents` does."""
-    return read_documents(rows, spec, first_row=first_row).tokens
-
-
 def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int = 0) -> Documents:
     """Convert rows to documents of token ids, truncated to ``max_length`` if set.
 

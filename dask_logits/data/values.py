@@ -20,7 +20,7 @@ from dask_logits.data.columns import MASK, TOOLS, Column, chat_advice
 PROBLEM = "__problem__"
 # Roles of a widespread format of chats, with the keys ``from`` and ``value``.
 _ROLES = {"human": "user", "gpt": "assistant"}
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
@@ -238,18 +238,15 @@ def _plain_list(value: Any) -> list[Any] | None:
         return None
     if not isinstance(items, list):
         return None
-    return [int(item) if isinstance(item, np.integer) else item for item in items] if _has_numpy(items) else items
-
-
-def _has_numpy(items: list[Any]) -> bool:
-    return bool(items) and isinstance(items[0], np.generic)
+    has_numpy = bool(items) and isinstance(items[0], np.generic)
+    return [int(item) if isinstance(item, np.integer) else item for item in items] if has_numpy else items
 
 
 def type_problem(kind: pa.DataType, column: Column) -> str | None:
     """Return the reason why a column of an Arrow type cannot hold documents, or None if it can."""
     if pa.types.is_null(kind):
         return None
-    is_list = any(is_list(kind) for is_list in _LISTS)
+    is_list = any(is_list(kind) for is_list in LISTS)
     if column.kind == "ids":
         if is_list:
             inner = kind.value_type

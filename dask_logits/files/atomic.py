@@ -26,7 +26,6 @@ _MOST_JSON_BYTES = 256 << 20
 _DEEPEST = 64
 # These errors affect every other file of the folder, too.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_READ_ONLY = (errno.EROFS,)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _FAILING = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 
@@ -211,7 +210,7 @@ def only_readable(error: BaseException) -> bool:
     >>> only_readable(OSError(30, "x")), only_readable(OSError(28, "x"))
     (True, False)
     """
-    return isinstance(error, OSError) and error.errno in _READ_ONLY
+    return isinstance(error, OSError) and error.errno == errno.EROFS
 
 
 @contextlib.contextmanager

@@ -43,4 +43,4 @@ def bisect(failure: Failure, passes: Trial) -> Failure:
         else:
             half = n_rows // 2
             waiting += [(first + half, n_rows - half), (first, half)]
-    return failure.found_in(tuple(rows))
+    return failure.model_copy(update={"rows": tuple(rows)})

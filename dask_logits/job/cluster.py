@@ -33,6 +33,7 @@ from dask_logits.job.gpus import (
     gpu_groups,
     grouped_cluster,
     misplaced,
+    restore_environment,
     worker_facts,
 )
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
@@ -109,7 +110,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 f"distillation.cluster: expected a local cluster, got {error!r}; see the log of the workers above"
             ) from error
         finally:
-            _restore(kept)
+            # A nanny changes them in this process, too.
+            restore_environment(kept)
         try:
             with Client(made) as client:
                 _wait_for_worker(client, config.wait_seconds)
@@ -139,7 +141,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 close_cluster(made, _CLOSE_SECONDS)
             except TimeoutError:
                 logger.warning("the cluster did not close within %d s; left to the end of this process", _CLOSE_SECONDS)
-            _restore(kept)
+            restore_environment(kept)
 
 
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
@@ -382,12 +384,3 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
 def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
     """Return the environments of the workers with the device. Other workers refuse to load the teacher."""
     return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
-
-
-def _restore(kept: dict[str, str | None]) -> None:
-    """Undo a nanny's changes to this process's environment."""
-    for name, value in kept.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

@@ -146,6 +146,15 @@ class Executor(Protocol):
         """Publish a message to monitors that are connected to the workers but do not see the run folder."""
 
 
+def take_due(later: list[tuple[float, PartitionTask]], now: float) -> PartitionTask | None:
+    """Take the first partition whose time has come out of those that are retried later."""
+    due = next((entry for entry in later if entry[0] <= now), None)
+    if due is None:
+        return None
+    later.remove(due)
+    return due[1]
+
+
 def failure_of(
     task: PartitionTask,
     error: BaseException,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from dask_logits.job.gpus import cores
 from dask_logits.job.prepare import Job
+from dask_logits.job.workers import threads_each
 from dask_logits.run.timings import duration, each_of
 from dask_logits.teacher.checkpoint import resolve_dtype
 
@@ -47,9 +47,7 @@ def forecast(job: Job) -> Forecast | None:
     if not job.n_workers:
         return None
     dtype = resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, job.device)
-    threads = job.config.teacher.generation.torch_threads
-    per_worker = max(1, cores() // job.n_workers) if threads == "auto" else threads
-    rate = matrix_flops(dtype, job.device, per_worker)
+    rate = matrix_flops(dtype, job.device, threads_each(job.config.teacher.generation, job.n_workers))
     per_token = 2 * max(1, job.teacher.parameters)
     return Forecast(tokens_per_second=_TYPICAL_SHARE * rate / per_token, is_measured=False)
 

@@ -155,10 +155,16 @@ def own_gpus(generation: GenerationConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+        restore_environment({"CUDA_VISIBLE_DEVICES": before})
+
+
+def restore_environment(values: Mapping[str, str | None]) -> None:
+    """Set variables of this process's environment to earlier values, or delete them."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+            os.environ[name] = value
 
 
 def _are_first(names: list[str]) -> bool:

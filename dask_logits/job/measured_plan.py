@@ -40,10 +40,8 @@ def measure_plan(job: Job, on_step: Callable[[str], None] = lambda step: None) -
     """
     if not job.n_workers:
         raise ConfigError.from_problems(
-            [
-                "plan --measure: expected a job on this machine, got one on a scheduler's workers. Leave out "
-                "--measure, or run it on one of their machines without the scheduler"
-            ]
+            "plan --measure: expected a job on this machine, got one on a scheduler's workers. Leave out "
+            "--measure, or run it on one of their machines without the scheduler"
         )
     on_step("reading the first documents")
     threads = threads_each(job.config.teacher.generation, job.n_workers)

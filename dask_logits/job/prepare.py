@@ -217,7 +217,7 @@ def prepare(
         estimate=cost,
         what={
             "teacher.content": teacher.identity,
-            "teacher.tokenizer": tokenizer.digest if tokenizer and source.is_text else None,
+            "teacher.tokenizer": tokenizer.digest if tokenizer and source.column.kind != "ids" else None,
             "teacher.generation.top_k": generation.width(spec.vocab_size),
             **_identity_of_draws(generation),
             "teacher.generation.temperatures": list(generation.temperatures),
@@ -274,7 +274,7 @@ def _target_share(generation: GenerationConfig, documents: Sequence[Documents]) 
 def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
     """Return the rows of a Parquet stream, extrapolated from the files counted in time."""
     counted, n_files = source.count_rows(seconds)
-    limit = source.limit
+    limit = source.n_rows
     if limit is not None and counted >= limit:
         return limit, ""
     if n_files == len(source.files):
@@ -306,7 +306,7 @@ def _with_max_length(config: Config, teacher: TeacherFacts, manifest: Manifest |
         settled if isinstance(settled, int) else min(DEFAULT_MAX_LENGTH, teacher.max_positions or DEFAULT_MAX_LENGTH)
     )
     if dataset.window_stride is not None and (problems := stride_problems(dataset.window_stride, length)):
-        raise ConfigError.from_problems(problems)
+        raise ConfigError.from_problems(*problems)
     return config.model_copy(update={"dataset": dataset.model_copy(update={"max_length": length})})
 
 
@@ -341,10 +341,8 @@ def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size
         separator = tokenizer.end_id
     if separator is None or separator >= vocab_size:
         raise ConfigError.from_problems(
-            [
-                f"distillation.dataset.separator_id: expected a token id below {vocab_size} for packing=concat, got "
-                f"{separator}, and the tokenizer names none that ends a text; set it"
-            ]
+            f"distillation.dataset.separator_id: expected a token id below {vocab_size} for packing=concat, got "
+            f"{separator}, and the tokenizer names none that ends a text; set it"
         )
     return dataclasses.replace(items, separator_id=separator)
 
@@ -380,18 +378,14 @@ def check_folder(job: Job, *, writes: bool = True) -> None:
     for folder in (job.run.path, *job.run.path.parents):
         if folder.is_symlink() and not folder.exists():
             raise ConfigError.from_problems(
-                [
-                    f"distillation.teacher.cache_dir: expected a folder, got {str(folder)!r}, a link to "
-                    f"{str(folder.readlink())!r}, which does not exist; mount or make that, or choose another"
-                ]
+                f"distillation.teacher.cache_dir: expected a folder, got {str(folder)!r}, a link to "
+                f"{str(folder.readlink())!r}, which does not exist; mount or make that, or choose another"
             )
     parent = next(folder for folder in (job.run.path, *job.run.path.parents) if folder.exists())
     if writes and not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise ConfigError.from_problems(
-            [
-                f"distillation.teacher.cache_dir: expected a folder that can be written, got {str(job.run.path)!r} "
-                f"({str(parent)!r} is not); choose another"
-            ]
+            f"distillation.teacher.cache_dir: expected a folder that can be written, got {str(job.run.path)!r} "
+            f"({str(parent)!r} is not); choose another"
         )
     manifest = job.run.manifest()
     if manifest is None:
@@ -432,4 +426,4 @@ def _check_bounds(config: Config, teacher: TeacherFacts, vocab_size: int) -> Non
             f"got {config.dataset.max_length}; set distillation.dataset.max_length={teacher.max_positions}"
         )
     if problems:
-        raise ConfigError.from_problems(problems)
+        raise ConfigError.from_problems(*problems)

@@ -50,7 +50,7 @@ class Steps:
 
     def __enter__(self) -> Steps:
         if self._is_live and self._console.is_terminal:
-            text = TextColumn("{task.description}", table_column=_one_line())
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
             time_column = TimeElapsedColumn(Column(no_wrap=True, min_width=7))
             self._live = Progress(SpinnerColumn(), time_column, text, console=self._console, transient=True)
             self._task = self._live.add_task(self._title, total=None)
@@ -70,10 +70,6 @@ class Steps:
             self._live.update(self._task, description=line)
         else:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _one_line() -> Column:
-    return Column(no_wrap=True, overflow="ellipsis")
 
 
 class _TwoLines(Progress):

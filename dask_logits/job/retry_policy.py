@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal
 
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, TeacherError
@@ -28,22 +27,6 @@ _DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|c
 # An I/O error, an unusable row, a device or worker that cannot score, a worker that died several times during the
 # partition, a worker or submission that disappeared, no sign of life.
 Event = Literal["transient", "data", "device", "worker-death", "lost", "hang"]
-
-
-@dataclass(frozen=True)
-class Again:
-    """Retry a partition.
-
-    Parameters
-    ----------
-    seconds
-        Time to wait before.
-    alone
-        Whether to run it last, with no other partition on its worker.
-    """
-
-    seconds: float = 0.0
-    alone: bool = False
 
 
 def classify(error: BaseException) -> Literal["transient", "data", "device"]:
@@ -92,8 +75,8 @@ def decide(
     had_company: bool = False,
     was_alone: bool = False,
     on_good_devices: int = 0,
-) -> Again | None:
-    """Decide whether a partition is retried.
+) -> float | None:
+    """Decide whether and when a partition is retried.
 
     Parameters
     ----------
@@ -116,27 +99,27 @@ def decide(
 
     Returns
     -------
-    Again or None
-        None: it has failed permanently.
+    float or None
+        Seconds to wait before. None: it has failed permanently.
 
     Examples
     --------
     >>> decide("data", 2, tried="a", usable="ab"), decide("data", 2, tried="ab", usable="abc")
-    (Again(seconds=0.0, alone=False), None)
+    (0.0, None)
     """
     if event == "lost":
-        return Again() if losses <= retries + 1 else None
+        return 0.0 if losses <= retries + 1 else None
     if event == "hang":
-        return None if was_alone else Again(alone=True)
+        return None if was_alone else 0.0
     if event == "worker-death":
-        return Again(alone=True) if had_company and not was_alone else None
+        return 0.0 if had_company and not was_alone else None
     if event == "device":
-        return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else Again()
+        return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else 0.0
     n_failures, n_workers = len(tried), len(set(tried))
     has_others = bool(set(usable) - set(tried))
     enough = 2 if has_others else 1
     if n_failures > retries + _MOST_MORE:
         return None
     if event == "transient":
-        return None if n_failures > retries and n_workers >= enough else Again(rest_seconds(n_failures))
-    return None if n_workers >= enough else Again()
+        return None if n_failures > retries and n_workers >= enough else rest_seconds(n_failures)
+    return None if n_workers >= enough else 0.0

@@ -129,9 +129,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
         except PartitionsFailedError as error:
             failed.append(error)
     if failed:
-        with _ran():
-            reasons = {index: reason for error in failed for index, reason in error.reasons.items()}
-            raise PartitionsFailedError("\n".join(error.message for error in failed), reasons)
+        reasons = {index: reason for error in failed for index, reason in error.reasons.items()}
+        raise PartitionsFailedError("\n".join(error.message for error in failed), reasons)
     return run.path
 
 
@@ -166,8 +165,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
                 failed = _run_tasks(job, start, done, reporter, only, bisects)
                 if failed:
-                    with _ran():
-                        raise _failure(failed, job)
+                    raise _failure(failed, job)
             return _finish(job, reporter)
 
 
@@ -255,7 +253,7 @@ def _held(job: Job) -> Iterator[None]:
         run.path.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ConfigError.from_problems(
-            [f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"]
+            f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"
         ) from error
     try:
         with lease(run.path / lock_name(job.share)):

@@ -29,6 +29,7 @@ from dask_logits.job.executor import (
     failure_of,
     no_room_for,
     stalled,
+    take_due,
     too_slow,
     unreadable_there,
 )
@@ -94,7 +95,7 @@ class SerialExecutor:
         while True:
             is_starved = False
             while len(running) < self._n_partitions:
-                task = _due(later)
+                task = take_due(later, time.monotonic())
                 if task is None and not is_exhausted:
                     try:
                         task = next(tasks)
@@ -153,13 +154,13 @@ class SerialExecutor:
                 f"distillation.cluster: expected a device that can score, got {error or repr(error)} from {where}; see "
                 "that it works, then run the same command again"
             ) from error
-        again = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
-        if again is None:
+        seconds = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
+        if seconds is None:
             return Failed(
                 failure_of(task, error, error.__traceback__, kind=kind, attempts=n_failures, workers=(where,))
             )
-        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, again.seconds)
-        later.append((time.monotonic() + again.seconds, task.after(kind, str(error) or repr(error), where)))
+        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, seconds)
+        later.append((time.monotonic() + seconds, task.after(kind, str(error) or repr(error), where)))
         return Waiting()
 
     def call(
@@ -220,16 +221,6 @@ class SerialExecutor:
 
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Do nothing: there are no monitors but those that read the run folder."""
-
-
-def _due(later: list[tuple[float, PartitionTask]]) -> PartitionTask | None:
-    """Take a partition whose time has come."""
-    now = time.monotonic()
-    due = next((entry for entry in later if entry[0] <= now), None)
-    if due is None:
-        return None
-    later.remove(due)
-    return due[1]
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from dask_logits.errors import ClusterError
 from dask_logits.files.lock import interrupt_main_thread
+from dask_logits.job.executor import has_run
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def watched(stall_seconds: float) -> Iterator[None]:
     except KeyboardInterrupt:
         if watch.diagnosis is None:
             raise
-        error = ClusterError(watch.diagnosis)
-        error.ran = True
-        raise error from None
+        raise has_run(watch.diagnosis) from None
     finally:
         watch.stopped.set()
         thread.join()

@@ -23,7 +23,7 @@ from distributed import Client, Future, KilledWorker
 from dask_logits.config import JobConfig
 from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.files.atomic import no_room, only_readable
-from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled
+from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled, take_due
 from dask_logits.job.remote import run_on_worker
 from dask_logits.job.retry_policy import classify, decide, is_poisoned
 from dask_logits.job.roster import Roster
@@ -115,10 +115,7 @@ class Window:
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
         while len(self._running) < self._room(now):
-            due = next((entry for entry in self._later if entry[0] <= now), None)
-            if due is not None:
-                self._later.remove(due)
-            task = due[1] if due is not None else self._draw()
+            task = take_due(self._later, now) or self._draw()
             if task is None:
                 break
             self._submit(task)
@@ -362,17 +359,17 @@ class Window:
         if retired is not None and worker not in before:
             logger.error("worker %s gets no more work: %s; see its log", self.roster.name(worker), retired)
         tried = self.roster.tried(index)
-        again = decide(kind, self.job.retries, tried=tried, usable=self.roster.usable(self._present))
-        if again is not None:
+        seconds = decide(kind, self.job.retries, tried=tried, usable=self.roster.usable(self._present))
+        if seconds is not None:
             logger.warning(
                 "partition %s failed on %s: %s; again%s",
                 task.partition.name,
                 self.roster.name(worker),
                 str(error) or repr(error),
-                f" in {again.seconds:.0f} s" if again.seconds else " on another worker",
+                f" in {seconds:.0f} s" if seconds else " on another worker",
             )
             following = task.after(kind, str(error) or repr(error), self.roster.name(worker))
-            self._later.append((time.monotonic() + again.seconds, following))
+            self._later.append((time.monotonic() + seconds, following))
             return
         self.roster.note_bad(index)
         self._give_up_partition(
@@ -394,10 +391,10 @@ class Window:
             self._later.append((time.monotonic(), task.after("device", said, name)))
             return
         on_good_devices, retired = self.roster.note_device_failure(worker, index)
-        again = decide("device", self.job.retries, on_good_devices=on_good_devices)
-        if again is not None:
+        seconds = decide("device", self.job.retries, on_good_devices=on_good_devices)
+        if seconds is not None:
             logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said)
-            self._later.append((time.monotonic() + again.seconds, task.after("device", said, name)))
+            self._later.append((time.monotonic() + seconds, task.after("device", said, name)))
         else:
             tried = tuple(dict.fromkeys(map(self.roster.name, self.roster.tried(index))))
             self.roster.note_bad(index)

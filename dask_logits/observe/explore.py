@@ -25,12 +25,10 @@ import numpy as np
 from dask_logits.cache.find import find_caches
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, ClusterError, ConfigError
-from dask_logits.files.atomic import expanded, replace_text, room
+from dask_logits.files.atomic import Json, expanded, replace_text, room
 from dask_logits.observe.explore_page import POLICY, explore_page
 from dask_logits.observe.sample import decoded, sample_caches, tokenizer_of
 from dask_logits.records import Array, as_distribution
-
-Json = dict[str, Any]
 
 _HOST = "127.0.0.1"
 # Tokens of a document that are sent at once.

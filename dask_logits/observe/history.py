@@ -37,7 +37,6 @@ class Worker:
     gpus: tuple[str, ...]
     partitions: int = 0
     tokens: int = 0
-    busy_seconds: float = 0.0
     score_seconds: float = 0.0
     splits: int = 0
     peak_rss_bytes: int = 0
@@ -104,10 +103,9 @@ class History:
         number = self._numbers.setdefault(place, len(self.workers))
         if number == len(self.workers):
             self.workers.append(Worker(host=place[0], process=place[1], gpus=receipt.gpus))
-        worker, busy = self.workers[number], sum(receipt.seconds.get(stage, 0.0) for stage in _BUSY_STAGES)
+        worker = self.workers[number]
         worker.partitions += 1
         worker.tokens += receipt.statistics.tokens
-        worker.busy_seconds += busy
         worker.score_seconds += receipt.seconds.get("score", 0.0)
         worker.splits += len(receipt.splits)
         worker.peak_rss_bytes = max(worker.peak_rss_bytes, receipt.peak_rss_bytes or 0)
@@ -116,8 +114,9 @@ class History:
         if receipt.finished is None:
             return
         end = receipt.finished
+        begin = end - sum(receipt.seconds.get(stage, 0.0) for stage in _BUSY_STAGES)
         scored = end - receipt.seconds.get("write", 0.0)
-        values = (receipt.partition, number, end - busy, scored, end, receipt.statistics.tokens)
+        values = (receipt.partition, number, begin, scored, end, receipt.statistics.tokens)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
@@ -185,20 +184,17 @@ class Rates:
 
     Parameters
     ----------
-    edges_seconds
-        [E] seconds at work.
     tokens_per_second
-        [E − 1, W] of each worker.
+        [B, W] of each worker.
     busy
-        [E − 1, W] share of the bin in which the worker was busy, at most 1.
+        [B, W] share of the bin in which the worker was busy, at most 1.
     """
 
-    edges_seconds: Array
     tokens_per_second: Array
     busy: Array
 
 
-def rates(history: History, clock: Clock, n_bins: int) -> Rates:
+def rates(history: History, clock: Clock, n_bins: int = 120) -> Rates:
     """Return the speed of each worker over time, in time proportional to partitions × bins."""
     begin, scored, end = (clock.shown(history.column(name)) for name in ("begin", "scored", "end"))
     scoring, busy = np.maximum(scored - begin, 1e-6), np.maximum(end - begin, 1e-6)
@@ -210,4 +206,4 @@ def rates(history: History, clock: Clock, n_bins: int) -> Rates:
             done = np.clip((edge - begin) / long, 0.0, 1.0)
             sums[i] = np.bincount(worker, done * weights, len(history.workers))
     made, shares = np.diff(before_EW, axis=1) / np.diff(edges)[:, None]
-    return Rates(edges_seconds=edges, tokens_per_second=made, busy=np.minimum(shares, 1.0))
+    return Rates(tokens_per_second=made, busy=np.minimum(shares, 1.0))

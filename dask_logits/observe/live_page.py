@@ -19,9 +19,9 @@ import numpy as np
 
 from dask_logits.observe import sections
 from dask_logits.observe.charts import Charts, number
-from dask_logits.observe.history import Clock
+from dask_logits.observe.history import Clock, rates
 from dask_logits.observe.live import STATES, Snapshot
-from dask_logits.observe.page import STYLE, Html, section, table, text, tiles
+from dask_logits.observe.page import STYLE, Html, badge, section, table, text, tiles
 from dask_logits.observe.page import document as whole_page
 from dask_logits.records import Array
 from dask_logits.run.timings import duration, plural
@@ -30,7 +30,6 @@ from dask_logits.run.timings import duration, plural
 _MOST_CELLS = 2_000
 # Workers whose memory is listed.
 _MOST_WORKERS = 100
-_BAD_STATES = ("failed", "damaged", "stopped")
 
 _SCRIPT = """
 "use strict";
@@ -131,12 +130,7 @@ def body(snapshot: Snapshot) -> str:
     """Return the sections of a page."""
     charts, status, history = Charts(), snapshot.status, snapshot.history
     parts: list[Html | None] = [_header(snapshot), _figures(snapshot), _partitions(charts, snapshot)]
-    clock = Clock.of(history)
-    if clock is not None:
-        found = sections.binned(history, clock)
-        parts += [sections.speed(charts, history, clock, found), sections.time_shares(charts, status.seconds),
-                  sections.timeline(charts, history, clock, found, snapshot.failures)]  # fmt: skip
-    parts.append(sections.failed(snapshot.failures, history))
+    parts += sections.work(charts, history, Clock.of(history), status.seconds, snapshot.failures)
     return "".join(part for part in parts if part is not None)
 
 
@@ -146,7 +140,7 @@ def cell(snapshot: Snapshot) -> str:
     parts = [_figures(snapshot), _partitions(charts, snapshot)]
     clock = Clock.of(history)
     if clock is not None:
-        parts += [sections.speed(charts, history, clock, sections.binned(history, clock), workers=False),
+        parts += [sections.speed(charts, history, clock, rates(history, clock), workers=False),
                   sections.time_shares(charts, snapshot.status.seconds)]  # fmt: skip
     # Several cells may show a run, and an id has to be unique in their page.
     inner = re.sub(r' id="(?!chart)[a-z]+"', "", "".join(part for part in parts if part is not None))
@@ -238,13 +232,12 @@ def _label(value: str) -> str:
 
 def _header(snapshot: Snapshot) -> Html:
     status = snapshot.status
-    bad = " bad" if status.state in _BAD_STATES else ""
     step = f" {text(status.step)}" if status.step else ""
     at = f"{datetime.datetime.fromtimestamp(snapshot.at):%H:%M:%S}"
     why = f"<p>{text(status.reason)}</p>" if status.reason else ""
     idle = "" if status.running else f"<p>Next:</p><pre>{text(status.next_command)}</pre>"
     left_out = "".join(f"<p>No work for {text(worker)}: {text(said)}</p>" for worker, said in status.left_out.items())
-    state = f'<p><span class="state{bad}">{text(status.state)}</span>{step} <span class="soft">{at}</span></p>'
+    state = f'<p>{badge(status.state)}{step} <span class="soft">{at}</span></p>'
     return Html(
         f"<header><h1>{text(Path(status.run).name or status.run)}</h1><p>{text(status.run)}</p>"
         f"{state}{why}{idle}{left_out}</header>"

@@ -92,6 +92,12 @@ def shortened(value: str, most: int = 160) -> Html:
     return Html(f"<bdi>{text(words[:most])}</bdi>{'…' if len(words) > most else ''}")
 
 
+def badge(state: str) -> Html:
+    """Return the state of a run, in the colour of its meaning."""
+    bad = " bad" if state in ("failed", "damaged", "stopped") else ""
+    return Html(f'<span class="state{bad}">{text(state)}</span>')
+
+
 def document(title: str, body: str, *, style: str = STYLE, head: str = "", end: str = "") -> str:
     """Return a whole page."""
     return (

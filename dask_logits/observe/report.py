@@ -24,7 +24,7 @@ from dask_logits.files.atomic import expanded, replace_text, room
 from dask_logits.observe import sections
 from dask_logits.observe.charts import Charts, number
 from dask_logits.observe.history import Clock, History
-from dask_logits.observe.page import Html, document, folded, pairs, section, text, tiles
+from dask_logits.observe.page import Html, badge, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
 from dask_logits.observe.status import Status, Tally, status_of
 from dask_logits.records import Statistics, total_digest
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _DATASET_FACTS = ("name", "config_name", "split", "revision", "data_files", "text_column", "max_length", "max_samples",
                   "long_documents", "packing", "streaming")  # fmt: skip
-_BAD_STATES = ("failed", "damaged", "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +205,7 @@ def _of_cache(path: Path) -> Facts:
 
 
 def _sums(readers: Sequence[CacheReader]) -> Statistics:
-    sums = Statistics()
-    for reader in readers:
-        sums += reader.header.statistics or Statistics(tokens=0)
-    return sums
+    return sum((reader.header.statistics or Statistics() for reader in readers), Statistics())
 
 
 def render(facts: Facts) -> str:
@@ -218,16 +214,8 @@ def render(facts: Facts) -> str:
     noun = facts.status.items_noun if facts.status else "documents"
     if facts.readers and facts.readers[0].is_packed:
         noun = "blocks"
-    parts: list[Html | None] = []
-    if clock is not None:
-        assert facts.status is not None
-        found = sections.binned(facts.history, clock)
-        parts += [
-            sections.speed(charts, facts.history, clock, found),
-            sections.time_shares(charts, facts.status.seconds),
-            sections.timeline(charts, facts.history, clock, found, facts.failures),
-        ]
-    parts.append(sections.failed(facts.failures, facts.history))
+    seconds = facts.status.seconds if facts.status else {}
+    parts = sections.work(charts, facts.history, clock, seconds, facts.failures)
     if facts.problem is not None:
         parts.append(section("targets", "Targets", f"The targets cannot be read: {facts.problem}"))
     elif sample is None or not sample.documents:
@@ -275,10 +263,9 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
         figures.append(("bytes per token", f"{n_bytes / max(1, n_tokens):.0f}"))
     state = ""
     if status is not None:
-        bad = " bad" if status.state in _BAD_STATES else ""
         of = f", {status.committed:,} of {status.partitions:,} partitions" if status.state != "complete" else ""
         why = f"<p>{text(status.reason)}</p>" if status.reason else ""
-        state = f'<p><span class="state{bad}">{status.state}</span>{of}</p>{why}'
+        state = f"<p>{badge(status.state)}{of}</p>{why}"
         if status.state != "complete":
             state += f"<p>Next:</p><pre>{text(status.next_command)}</pre>"
     links = "".join(

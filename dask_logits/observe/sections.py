@@ -16,9 +16,8 @@ from dask_logits.observe.page import Html, folded, pairs, section, shortened, ta
 from dask_logits.observe.sample import Document, Sample
 from dask_logits.records import Array
 from dask_logits.run.records import FailureEntry
-from dask_logits.run.timings import duration, plural
+from dask_logits.run.timings import duration, inside_and_outside, plural
 
-_BINS = 120
 # More partitions than this are drawn as shades.
 _MOST_BOXES = 400
 _MOST_WORKERS = 40
@@ -30,8 +29,6 @@ _HISTOGRAM_BINS = 40
 # Largest share of values that the last column of a histogram gathers.
 _CUT_SHARE = 0.005
 _UNITS = ((2 * 86_400, 86_400, "days"), (2 * 3_600, 3_600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
-# Stages of `score`, in order, between those before and after it.
-_SCORING = ("trunk", "head", "tail", "refine", "transfer")
 _STAGES = ("read", "tokenize", "load", "trunk", "head", "tail", "rest", "write")
 
 
@@ -41,9 +38,23 @@ def time_axis(clock: Clock) -> tuple[Axis, str]:
     return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
 
 
-def binned(history: History, clock: Clock) -> Rates:
-    """Return the speed of each worker, in the bins of all charts."""
-    return rates(history, clock, _BINS)
+def work(
+    charts: Charts,
+    history: History,
+    clock: Clock | None,
+    seconds: Mapping[str, float],
+    failures: Mapping[int, FailureEntry],
+) -> list[Html | None]:
+    """Show how fast, where and with which failures partitions were scored. Without a clock none has been."""
+    parts: list[Html | None] = []
+    if clock is not None:
+        found = rates(history, clock)
+        parts = [
+            speed(charts, history, clock, found),
+            time_shares(charts, seconds),
+            timeline(charts, history, clock, found, failures),
+        ]
+    return [*parts, failed(failures, history)]
 
 
 def speed(charts: Charts, history: History, clock: Clock, found: Rates, *, workers: bool = True) -> Html:
@@ -85,8 +96,7 @@ def _workers(charts: Charts, history: History, found: Rates) -> Html:
 
 def time_shares(charts: Charts, seconds: Mapping[str, float]) -> Html:
     """Where the time of the workers went."""
-    inner = {stage: seconds.get(stage, 0.0) for stage in _SCORING}
-    outer = {stage: value for stage, value in seconds.items() if stage not in (*_SCORING, "score", "wait")}
+    inner, outer = inside_and_outside(seconds)
     known = {**outer, **inner, "rest": max(0.0, seconds.get("score", 0.0) - sum(inner.values()))}
     small = sum(known.pop(stage) for stage in list(known) if stage not in _STAGES)
     known["rest"] += small

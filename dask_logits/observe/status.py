@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Progress of a run.
+    """Progress of a run. The defaults are those of a run that has not been calibrated.
 
     Parameters
     ----------
@@ -103,30 +103,30 @@ class Status:
     step: str | None
     reason: str | None
     next_command: str
-    items_noun: str
-    partitions: int
-    committed: int
-    planned_all: bool
-    rows: int
-    committed_rows: int
-    statistics: Statistics
-    tokens_per_second: float
-    seconds: dict[str, float]
-    mfu: float
-    splits: int
-    retried: int
-    failed_attempts: dict[str, int]
+    items_noun: str = "documents"
+    partitions: int = 0
+    committed: int = 0
+    planned_all: bool = True
+    rows: int = 0
+    committed_rows: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    tokens_per_second: float = float("nan")
+    seconds: dict[str, float] = field(default_factory=dict)
+    mfu: float = float("nan")
+    splits: int = 0
+    retried: int = 0
+    failed_attempts: dict[str, int] = field(default_factory=dict)
     running: int
-    running_tokens_per_second: float
-    seconds_left: float | None
-    failed: dict[int, str]
+    running_tokens_per_second: float = 0.0
+    seconds_left: float | None = None
+    failed: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str]
     dashboard: str | None
-    cache: str | None
-    bytes_per_token: float | None
-    content_digest: str | None
-    report: str | None
-    kept_mass_by_k: dict[str, float]
+    cache: str | None = None
+    bytes_per_token: float | None = None
+    content_digest: str | None = None
+    report: str | None = None
+    kept_mass_by_k: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Format the status as JSON. Figures that are unknown or infinite are null."""
@@ -402,30 +402,9 @@ def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
         step=drivers.step,
         reason=None if drivers.alive else "the driver ended during the calibration; nothing is scored yet",
         next_command=_next_command(run, state, None),
-        items_noun="documents",
-        partitions=0,
-        committed=0,
-        planned_all=True,
-        rows=0,
-        committed_rows=0,
-        statistics=Statistics(),
-        tokens_per_second=float("nan"),
-        seconds={},
-        mfu=float("nan"),
-        splits=0,
-        retried=0,
-        failed_attempts={},
         running=len(drivers.alive),
-        running_tokens_per_second=0.0,
-        seconds_left=None,
-        failed={},
         left_out=drivers.left_out,
         dashboard=drivers.dashboard,
-        cache=None,
-        bytes_per_token=None,
-        content_digest=None,
-        report=None,
-        kept_mass_by_k={},
     )
 
 

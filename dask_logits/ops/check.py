@@ -408,7 +408,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     readers: list[CacheReader] = []
     try:
         part = RunPart.open(run)
-        cache = part.cache
+        cache = part.state.cache
     except CacheError as error:
         checker.checksums.looked_at += 1
         checker.checksums.found([error.message])
@@ -417,7 +417,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         readers = list(_opened([reader.path for reader in cache.readers], checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
-    keeps = bool(part.manifest.setting("job.keep_partitions"))
+    keeps = bool(part.state.manifest.setting("job.keep_partitions"))
     missing = 0
     digests: list[str] = []
     for each in part.state.partitions():
@@ -438,12 +438,12 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         if partition.n_rows and (not each.is_cached or (keeps and path.exists())):
             _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
     whole = open_run_cache(run)
-    if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.log.n_partitions:
+    if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.state.log.n_partitions:
         _compare_digest(checker, "receipts", whole.content_digest, total_digest(digests))
-    if part.log.end is None:
+    if part.state.log.end is None:
         return "the plan is still growing"
     if missing:
-        return f"{missing} of {part.log.n_partitions} partitions are not committed"
+        return f"{missing} of {part.state.log.n_partitions} partitions are not committed"
     return None if whole is not None and whole.n_rows == part.n_rows else "the cache is not written"
 
 

@@ -105,12 +105,12 @@ def _check_name(target: Path, index: bool) -> None:
 
 def _consolidated(part: RunPart, max_bytes: int | None) -> Path:
     """Return the cache of a separate run, consolidating it if necessary."""
-    keep = bool(part.manifest.setting("job.keep_partitions"))
-    limit = part.manifest.setting("cache.max_file_size")
+    keep = bool(part.state.manifest.setting("job.keep_partitions"))
+    limit = part.state.manifest.setting("cache.max_file_size")
     if not part.state.is_complete:
         max_bytes = max_bytes or (None if limit is None else parse_bytes(limit))
         return consolidate_run(part.run, keep_partitions=keep, max_file_bytes=max_bytes)
-    cache = part.cache
+    cache = part.state.cache
     assert cache is not None
     logger.info("%s is complete: nothing to do", cache.path)
     tidy(part.run, keep_partitions=keep)
@@ -214,8 +214,8 @@ def _caches(parts: Sequence[Part], held: Path) -> list[Path]:
     for part in parts:
         if isinstance(part, CachePart):
             caches.append(part.path)
-        elif part.cache is not None and part.n_cached == part.n_rows:
-            caches += [reader.path for reader in part.cache.readers]
+        elif part.state.cache is not None and part.state.n_cached == part.n_rows:
+            caches += [reader.path for reader in part.state.cache.readers]
         else:
             lock = part.run.path / CONSOLIDATION_LOCK
             with contextlib.nullcontext() if part.run.path.samefile(held) else lease(lock):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheIndex, IndexEntry
-from dask_logits.cache.partition import remove_partition
 from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, consolidate
 from dask_logits.cache.profile import Profile
 from dask_logits.cache.reader import CacheReader
@@ -103,13 +102,11 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         run.receipt_path(index).unlink()
     if reasons:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
-        failed = PartitionsFailedError(
+        raise PartitionsFailedError(
             f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
             "they were taken back: run the job again, which computes them anew; and check the disk",
             reasons,
-        )
-        failed.ran = True
-        raise failed from error
+        ) from error
 
 
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
@@ -120,7 +117,7 @@ def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
             # Without a receipt the valid attempt is unknown, so all attempts are kept.
             index = attempt.name.split(".")[0]
             if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
-                remove_partition(attempt)
+                shutil.rmtree(attempt, ignore_errors=True)
     else:
         shutil.rmtree(run.partitions_path, ignore_errors=True)
     for path in (run.dataset_path, run.spool_path):

@@ -30,10 +30,6 @@ class Failure(FailureEntry):
     # The task that was tried. None if it did not start.
     task: object = Field(default=None, exclude=True)
 
-    def found_in(self, rows: tuple[int, ...]) -> Failure:
-        """Return this failure with the rows that caused it."""
-        return self.model_copy(update={"rows": rows})
-
 
 def note_failure(run: RunFolder, failure: Failure) -> None:
     """Write a failure to the ledger, replacing an older entry of the same partition."""

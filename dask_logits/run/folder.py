@@ -323,15 +323,14 @@ _KIND = "teacher.generation.targets"
 _OF_ONE_KIND = ("teacher.generation.draws", "teacher.generation.seed", "teacher.generation.top_k")
 
 
-def compare(folder: Path, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse a run folder made with other settings.
+def compare(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse a run folder made with other settings: dotted name → value.
 
     Raises
     ------
     RunConflictError
         Listing all differences.
     """
-    old, new = dict(_leaves(recorded)), dict(_leaves(asked))
     differences = {
         name: (old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
@@ -445,11 +444,3 @@ def undo_setting_aside(run: RunFolder) -> None:
         for path in moving.iterdir():
             path.replace(run.path / path.name)
         moving.rmdir()
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

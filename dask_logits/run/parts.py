@@ -17,9 +17,8 @@ from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.files.atomic import is_there
 from dask_logits.records import Array
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.records import Calibration, Manifest
-from dask_logits.run.state import RunCache, RunState
+from dask_logits.run.records import Calibration
+from dask_logits.run.state import RunState
 
 _NAMED = 8
 # Settings that name a dataset for people. The plan identifies its rows by content.
@@ -64,83 +63,63 @@ class RunPart:
         return self.state.run
 
     @property
-    def manifest(self) -> Manifest:
-        """The manifest of the run."""
-        return self.state.manifest
-
-    @property
-    def log(self) -> PlanLog:
-        """The plan of the run."""
-        return self.state.log
-
-    @property
-    def cache(self) -> RunCache | None:
-        """The cache of the run."""
-        return self.state.cache
-
-    @property
     def path(self) -> Path:
         """The run folder."""
         return self.run.path
 
     @property
-    def n_cached(self) -> int:
-        """Number of rows in its cache. Later rows are in partitions."""
-        return self.state.n_cached
-
-    @property
     def n_rows(self) -> int:
         """Number of rows of the whole job."""
-        return self.log.n_rows
+        return self.state.log.n_rows
 
     @property
     def end(self) -> str | None:
         """Reason why its plan ends. None: the plan is open."""
-        return self.log.end
+        return self.state.log.end
 
     @property
     def total_workers(self) -> int:
         """Number of static workers that share the job."""
-        return self.manifest.total_workers
+        return self.state.manifest.total_workers
 
     def job(self) -> dict[str, Any]:
         """Return the values that must be equal in all parts of a job."""
-        return _job(self.manifest.what, self.calibration)
+        return _job(self.state.manifest.what, self.calibration)
 
     def profile(self) -> Profile:
         """Return its storage profile."""
         if self._profile is None:
-            self._profile = load_profile(self.run.profile_of(self.manifest, self.calibration))
+            self._profile = load_profile(self.run.profile_of(self.state.manifest, self.calibration))
         return self._profile
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its plan up to a row."""
-        return self.log.digest(n_rows)
+        return self.state.log.digest(n_rows)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield its pieces in dataset order. The first call reads the receipts; later calls reuse them."""
         if self._pieces is None:
-            readers = () if self.cache is None else self.cache.readers
+            readers = () if self.state.cache is None else self.state.cache.readers
             cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
             self._pieces = cached + [
                 PartitionPiece(path=self.run.partitions_path / receipt.attempt, receipt=receipt, profile=self.profile())
                 for receipt in self.state.committed()
-                if receipt.first_row >= self.n_cached and receipt.n_rows
+                if receipt.first_row >= self.state.n_cached and receipt.n_rows
             ]
         yield from self._pieces
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a cache of this job."""
-        manifest = self.manifest
+        manifest = self.state.manifest
         crcs = self.run.token_crcs_path
         return {
             **({"token_crcs": _load(crcs)} if is_there(crcs) else {}),
             "fingerprint": manifest.fingerprint,
             "run_id": manifest.run_id,
             "what": manifest.what,
-            "plan_digest": self.log.digest(),
-            "plan_end": self.log.end or "",
-            "n_rows": self.log.n_rows,
+            "plan_digest": self.state.log.digest(),
+            "plan_end": self.state.log.end or "",
+            "n_rows": self.state.log.n_rows,
             "total_workers": manifest.total_workers,
             "calibration": self.calibration.to_json(),
             "teacher": manifest.teacher,
@@ -153,10 +132,10 @@ class RunPart:
 
     def gaps(self, covered: Sequence[tuple[int, int]]) -> list[str]:
         """Return the partitions outside the covered row ranges, and the static workers they belong to."""
-        total = self.manifest.total_workers
+        total = self.state.manifest.total_workers
         names = []
         i = 0
-        for partition in self.log.partitions():
+        for partition in self.state.log.partitions():
             while i + 1 < len(covered) and covered[i][1] <= partition.first_row:
                 i += 1
             worker = f" (worker {partition.index % total} of {total})" if total > 1 else ""

@@ -441,37 +441,29 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
     """Load the full model. Return it and the loading report of transformers."""
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, spec.dtype)
-    device_map = _device_map(spec, location, architecture)
-    use_safetensors = None if spec.allow_pickle else True
+    options = {
+        "revision": spec.revision,
+        "dtype": getattr(torch, spec.dtype),
+        "use_safetensors": None if spec.allow_pickle else True,
+        "output_loading_info": True,
+        "device_map": _device_map(spec, location, architecture),
+    }
     with contextlib.ExitStack() as stack:
         source = location.base
         if location.adapter is not None and location.folder == location.adapter.folder:
             source = stack.enter_context(_without_adapter(location.adapter.folder))
         loaded: tuple[Any, Mapping[str, Any]]
         if architecture.is_remote:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source,
-                revision=spec.revision,
-                dtype=dtype,
-                trust_remote_code=True,
-                use_safetensors=use_safetensors,
-                output_loading_info=True,
-                device_map=device_map,
-            )
+            loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, **options)
         else:
             loaded = type(architecture.model).from_pretrained(
                 source,
                 # transformers 5.23 deletes the quantization from it when it dequantizes the weights.
                 config=copy.deepcopy(architecture.load_config),
-                revision=spec.revision,
-                dtype=dtype,
-                use_safetensors=use_safetensors,
-                output_loading_info=True,
-                device_map=device_map,
                 key_mapping=prefix_renames(location.tensors) or None,
                 # Reported with the shapes, whereas the library raises without them.
                 ignore_mismatched_sizes=True,
+                **options,
             )
     return loaded
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dask_logits.data.items import Item, Span, plain_items
+from dask_logits.data.items import Item, Span
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
@@ -34,7 +34,7 @@ from dask_logits.teacher.meter import Stopwatch
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.positions import Positions, highest_entropy, scored_positions
 from dask_logits.teacher.stages import Ahead
-from dask_logits.teacher.topk import TopK, padded_width, topk_with_tail
+from dask_logits.teacher.topk import TopK, compiled_if, padded_width, topk_with_tail
 from dask_logits.teacher.transfer import OutputRing, to_device
 
 # Code is compiled for sequences of at least two tokens.
@@ -490,7 +490,7 @@ def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tenso
     """
     weight_VD, bias_V = teacher.head.weight, getattr(teacher.head, "bias", None)
     if teacher.path.compiled:
-        raw_RC = _compiled_products()(hidden_RD, weight_VD, ids_RC)
+        raw_RC = compiled_if(True, _products)(hidden_RD, weight_VD, ids_RC)
     else:
         parts = [slice(first, first + _REFINED_ROWS) for first in range(0, len(hidden_RD), _REFINED_ROWS)]
         raw_RC = torch.cat([_products(hidden_RD[part], weight_VD, ids_RC[part]) for part in parts])
@@ -501,11 +501,6 @@ def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tenso
 
 def _products(hidden_RD: Tensor, weight_VD: Tensor, ids_RC: Tensor) -> Tensor:
     return (weight_VD[ids_RC].float() * hidden_RD[:, None].float()).sum(-1)
-
-
-@functools.cache
-def _compiled_products() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_products, dynamic=True)
 
 
 def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
@@ -519,14 +514,3 @@ def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
         labels_BT[b, : length - 1] = item.tokens[1:]
         labels_BT[b, length - 1] = item.next_token
     return tokens_BT, labels_BT
-
-
-def measure(teacher: Teacher, documents: Sequence[Array], settings: ScoringSettings) -> tuple[Records, float]:
-    """Score documents and measure the speed.
-
-    Returns
-    -------
-    records, tokens_per_second
-    """
-    scored = score_items(teacher, plain_items(documents), settings)
-    return scored.records, scored.records.n_tokens / max(scored.seconds["score"], 1e-9)

@@ -69,25 +69,6 @@ class Choice:
     refusals: dict[str, str]
 
 
-def choose_path(
-    teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS
-) -> tuple[ScoringPath, dict[str, float]]:
-    """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.
-
-    Parameters
-    ----------
-    teacher, exact, heads
-        As for :func:`check`.
-
-    Returns
-    -------
-    path, errors
-        As in :class:`Choice`.
-    """
-    choice = check(teacher, exact=exact, heads=heads)
-    return choice.path, choice.errors
-
-
 @torch.inference_mode()
 def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS, may_compile: bool = True) -> Choice:
     """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,10 +186,10 @@ def topk_with_tail(
         scale_RG1 = (bases_RG - highest_R1).clamp(max=0.0).exp()[:, :, None]
         mass_RN = (sums_RN.view(*bases_RG.shape, -1) * scale_RG1).flatten(1)
         blocks_RCB = candidates.view(rows, -1, BLOCK)
-        mass_RN.scatter_(1, chosen_RC, _sum_exp(path.compiled)(blocks_RCB, highest_R1[:, :, None], path))
+        mass_RN.scatter_(1, chosen_RC, compiled_if(path.compiled, _sum_exp)(blocks_RCB, highest_R1[:, :, None], path))
         mass_RC = (values_RC - highest_R1).exp()
         drawn_RS = draw_ids(logits_RV, ids_RC, mass_RC, mass_RN, highest_R1, uniform_RS, path)
-    left_R = left_R + rest_RG.sum(-1) + _sum_exp(path.compiled)(candidates, highest_R1, path)
+    left_R = left_R + rest_RG.sum(-1) + compiled_if(path.compiled, _sum_exp)(candidates, highest_R1, path)
     total_R = left_R + (kept_RK - highest_R1).exp().sum(-1)
     return TopK(
         ids_RK=ids_RK,
@@ -284,7 +285,7 @@ def block_statistics(logits_RV: Tensor, path: ScoringPath = PLAIN) -> tuple[Tens
     if path.kernels:
         return kernels.block_statistics(logits_RV, path.scale, path.softcap)
     if path.compiled or logits_RV.is_cuda:
-        found: tuple[Tensor, Tensor, Tensor] = _statistics_function(path.compiled)(logits_RV, path, groups)
+        found: tuple[Tensor, Tensor, Tensor] = compiled_if(path.compiled, _statistics)(logits_RV, path, groups)
         return found
     found = torch.empty(rows, blocks), torch.empty(rows, blocks), torch.empty(rows, groups)
     for first in range(0, rows, _CPU_TILE):
@@ -303,18 +304,14 @@ def _statistics(logits_RV: Tensor, path: ScoringPath, groups: int) -> tuple[Tens
     return maxima_RGN.view(rows, -1), sums_RGN.view(rows, -1), bases_RG
 
 
-@functools.cache
-def _statistics_function(compiled: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_statistics, dynamic=True) if compiled else _statistics
-
-
-def _exp_sum(values: Tensor, highest_R1: Tensor, path: ScoringPath) -> Tensor:
+def _sum_exp(values: Tensor, highest_R1: Tensor, path: ScoringPath) -> Tensor:
     return (path.finish(values.float()) - highest_R1).exp().sum(-1)
 
 
 @functools.cache
-def _sum_exp(compiled: bool) -> Callable[..., Tensor]:
-    return torch.compile(_exp_sum, dynamic=True) if compiled else _exp_sum
+def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function, compiled once for all shapes if that is wanted."""
+    return torch.compile(function, dynamic=True) if wanted else function
 
 
 def _finite(maxima: Tensor) -> Tensor:
@@ -336,7 +333,7 @@ def _largest_halves(candidates: Tensor, count: int, path: ScoringPath) -> Tensor
     """Return the places of the largest of each row's half-precision values, unordered, equal ones by first place."""
     width = candidates.shape[1]
     wide = width > 1 << 16
-    keys = _half_keys_function(path.compiled)(candidates, wide)
+    keys = compiled_if(path.compiled, _half_keys)(candidates, wide)
     return (width - 1) - (_largest_keys(keys, count).long() & (0xFFFFFFFF if wide else 0xFFFF))
 
 
@@ -347,11 +344,6 @@ def _half_keys(candidates: Tensor, wide: bool) -> Tensor:
     ordered = bits ^ ((bits >> 15) & 0x7FFF)
     places = torch.arange(candidates.shape[1] - 1, -1, -1, dtype=torch.int32, device=candidates.device)
     return (ordered.long() << 32) | places if wide else (ordered << 16) | places
-
-
-@functools.cache
-def _half_keys_function(compiled: bool) -> Callable[..., Tensor]:
-    return torch.compile(_half_keys, dynamic=True) if compiled else _half_keys
 
 
 def _largest_keys(keys: Tensor, count: int) -> Tensor:

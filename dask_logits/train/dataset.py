@@ -114,7 +114,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         given = [path] if isinstance(path, str | Path) else list(path)
         if not given:
             raise ConfigError("path: expected a cache, or several, got an empty list")
-        _check_choice("decode", decode, ("worker", "device"))
+        if decode not in ("worker", "device"):
+            raise ConfigError(f"decode: expected 'worker' or 'device', got {decode!r}")
         self.paths = tuple(file for one in given for file in find_caches(expanded(one)))
         self.decode = decode
         self.window = window
@@ -443,11 +444,6 @@ def _loaded(tokenizer: HasVocabulary | str | Path) -> HasVocabulary:
             f"{first_line(error)}"
         ) from error
     return loaded
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def _tensor(name: str, array: npt.NDArray[Any]) -> Tensor:

@@ -126,6 +126,20 @@ class CalibrationTask:
     target_share: float = 1.0
     most_trial_seconds: float = float("inf")
 
+    def settings(self, path: ScoringPath, batch_tokens: int, head_rows: int) -> ScoringSettings:
+        """Return the settings of the run with a scoring path and budgets."""
+        return ScoringSettings(
+            top_k=self.top_k,
+            vocab_size=self.vocab_size,
+            batch_tokens=batch_tokens,
+            batch_size=self.batch_size,
+            head_rows=head_rows,
+            path=path,
+            temperatures=self.temperatures,
+            draws=self.draws,
+            seed=self.seed,
+        )
+
 
 def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> tuple[int, int]:
     """Resolve ``auto`` for the token budget and the head chunk.
@@ -201,17 +215,7 @@ def calibrate(
             torch.cuda.reset_peak_memory_stats(device)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
         logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
-    settings = ScoringSettings(
-        top_k=task.top_k,
-        vocab_size=task.vocab_size,
-        batch_tokens=task.batch_tokens,
-        batch_size=task.batch_size,
-        head_rows=task.head_rows,
-        path=path,
-        temperatures=task.temperatures,
-        draws=task.draws,
-        seed=task.seed,
-    )
+    settings = task.settings(path, task.batch_tokens, task.head_rows)
     first = settings = _warmed(teacher, settings, task)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
     on_step(f"scoring the first {sum(map(len, documents)):,} tokens")

@@ -20,7 +20,7 @@ from dask_logits.run.records import Calibration
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.positions import highest_entropy
-from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items
+from dask_logits.teacher.scoring import Scored, score_items
 from dask_logits.worker.calibrate import CalibrationTask, calibrate, first_documents, sample_tokens
 
 _KS = (8, 16, 32, 64, 128, 256)
@@ -121,17 +121,8 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
     """
     calibration, _ = calibrate(task, on_step)
     numerics = calibration.numerics
-    settings = ScoringSettings(
-        top_k=task.top_k,
-        vocab_size=task.vocab_size,
-        batch_tokens=numerics.batch_tokens,
-        batch_size=numerics.batch_size,
-        head_rows=numerics.head_rows,
-        path=ScoringPath(**numerics.path.model_dump()),
-        temperatures=task.temperatures,
-        draws=task.draws,
-        seed=task.seed,
-    )
+    path = ScoringPath(**numerics.path.model_dump())
+    settings = task.settings(path, numerics.batch_tokens, numerics.head_rows)
     teacher = load_teacher(task.teacher, task.vocab_size)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
     items = plain_items(documents)

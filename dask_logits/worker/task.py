@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import sys
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dask_logits.cache.partition import remove_partition, write_partition
+from dask_logits.cache.partition import write_partition
 from dask_logits.cache.profile import ProfileSpec, as_kept, encode_all, load_profile
 from dask_logits.data.columns import Column
 from dask_logits.data.items import ItemSettings, make_items
@@ -209,7 +210,7 @@ def process_partition(
     try:
         files = write_partition(attempt, scored.records, profile, stored)
     except BaseException:
-        remove_partition(attempt)
+        shutil.rmtree(attempt, ignore_errors=True)
         raise
     lap("write")
     more: dict[str, Any] = {"environment": here} if differing else {}
@@ -245,9 +246,9 @@ def process_partition(
         # The receipt may exist although its folder was not flushed.
         found = run.receipt(task.partition.index)
         if found is None or found.attempt != attempt.name:
-            remove_partition(attempt)
+            shutil.rmtree(attempt, ignore_errors=True)
         raise
-    remove_partition(attempt)
+    shutil.rmtree(attempt, ignore_errors=True)
     winner = run.receipt(task.partition.index)
     if winner is None or winner.run_id != task.run_id:
         raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import compact, content, packed_records, plain, records
+from builders import compact, content, items, packed_records, plain, records
 
 from dask_logits.cache import pieces as module
 from dask_logits.cache.partition import write_partition
 from dask_logits.cache.pieces import PartitionPiece, cache_pieces, consolidate
 from dask_logits.cache.profile import as_kept
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
 from dask_logits.records import Records, Statistics
 

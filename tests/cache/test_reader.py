@@ -12,11 +12,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from builders import compact, content, packed_records, plain, records, write_cache
+from builders import compact, content, items, packed_records, plain, records, write_cache
 
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.profile import as_kept
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
 from dask_logits.errors import CacheError
 

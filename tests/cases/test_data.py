@@ -30,7 +30,7 @@ from dask_logits.data import tokens
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.columns import Column
 from dask_logits.data.open import open_stream
-from dask_logits.data.tokens import encode, inspect_tokenizer, read_documents, tokenize
+from dask_logits.data.tokens import encode, inspect_tokenizer, read_documents
 from dask_logits.data.values import BadRow, row_value
 
 TEXTS = documents(12, 80)
@@ -98,9 +98,9 @@ def test_a_mask_with_holes_or_of_another_length_is_refused_naming_the_row(mask, 
         streamed("parquet", tmp_path / "d.parquet"),
     ):
         with pytest.raises(DatasetError, match=message):
-            tokenize(found, ids_spec())
+            read_documents(found, ids_spec())
     with pytest.raises(DatasetError, match=r"dataset row 1: .*d\.jsonl, line 2: expected an attention_mask"):
-        tokenize(worker_rows(corpus("json", path), tmp_path), ids_spec())
+        read_documents(worker_rows(corpus("json", path), tmp_path), ids_spec())
 
 
 def test_a_text_beside_ids_is_used_only_where_it_is_chosen(tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_ids_that_appear_only_further_down_beside_a_text_are_refused(tmp_path: P
 def test_ids_of_another_shape_or_type_are_refused_naming_the_row(ids, message, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", [{"input_ids": [3]}, {"input_ids": ids}])
     with pytest.raises(DatasetError, match=rf"dataset row 1: .*line 2: .*{message}"):
-        tokenize(worker_rows(corpus("json", path), tmp_path), ids_spec())
+        read_documents(worker_rows(corpus("json", path), tmp_path), ids_spec())
     with pytest.raises(DatasetError, match=rf"dataset row 1: .*{message}"):
-        tokenize(streamed("json", path), ids_spec())
+        read_documents(streamed("json", path), ids_spec())
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_text_inside_a_struct_is_named_by_its_path(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected texts in the column 'doc'.*such as"):
         corpus(tmp_path / "saved", text_column="doc")
     with pytest.raises(DatasetError, match=r"dataset row 0: .*expected a column 'doc\.body', got \['n', 'text'\]"):
-        tokenize(streamed("json", path, text_column="doc.body"), ids_spec(path="unused"))
+        read_documents(streamed("json", path, text_column="doc.body"), ids_spec(path="unused"))
 
 
 def test_chats_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_chats_are_refused_with_what_to_do(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", rows)
     for chosen in ({}, {"text_column": "messages"}):
         with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column="):
-            tokenize(streamed("json", path, **chosen), ids_spec(path="unused"))
+            read_documents(streamed("json", path, **chosen), ids_spec(path="unused"))
         with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column="):
             open_corpus(DatasetConfig(**chosen), Dataset.from_list(rows))
 
@@ -447,7 +447,7 @@ def test_batches_of_rows_are_refused_with_a_clear_message() -> None:
     batches = iter([{"text": ["red", "green"]}])
     found = list(open_stream(DatasetConfig(max_samples="all"), batches).head())
     with pytest.raises(DatasetError, match=r"dataset row 0: expected a text, got list .*is this a batch of rows"):
-        tokenize(found, ids_spec(path="unused"))
+        read_documents(found, ids_spec(path="unused"))
     assert "is this a batch" in row_value({"input_ids": [[1], [2]]}, Column.named("input_ids")).reason
 
 

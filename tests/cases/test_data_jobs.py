@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import teacher_inputs
-from builders import cache_dir, digest, run, sentences, tiny_model
+from builders import cache_dir, digest, items, run, sentences, tiny_model
 from datasets import Dataset
 from text_inputs import byte_level_tokenizer, write_lines
 
 import dask_logits
 from dask_logits import ConfigError, PartitionsFailedError, load_config, read_status
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.job.prepare import prepare
 from dask_logits.job.run import retry
 from dask_logits.ops.show import card, card_lines

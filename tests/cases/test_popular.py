@@ -18,7 +18,7 @@ from dask_logits.job.recompute import verify
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.meter import measure_cost
 from dask_logits.teacher.scoring import score_items
-from dask_logits.teacher.selfcheck import choose_path
+from dask_logits.teacher.selfcheck import check
 from dask_logits.train.dataset import CachedLogitsDataset
 
 # Beyond every window, chunk and index_topk of the tiny configurations.
@@ -43,7 +43,7 @@ def test_a_saved_checkpoint_is_scored_as_its_plain_forward(family: Family, tmp_p
     )  # fmt: skip
     teacher = load_teacher(spec, VOCAB_SIZE)
     assert measure_cost(teacher).linear_flops > 0
-    path, _ = choose_path(teacher, exact=True)
+    path = check(teacher, exact=True).path
     records = score_items(teacher, plain_items(documents()), settings(path=path)).records
     start = 0
     for document in documents():

@@ -16,7 +16,7 @@ from dask_logits.data import arrow as home
 from dask_logits.data.arrow import hash_rows, open_corpus, slice_files
 from dask_logits.data.columns import Column
 from dask_logits.data.source import FileRows, read_rows
-from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, tokenize
+from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, read_documents
 from dask_logits.errors import DatasetError, TeacherError
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
@@ -81,7 +81,7 @@ def test_rows_that_are_as_planned_are_hashed_once(tmp_path, monkeypatch) -> None
 
 def test_json_lines_are_read_from_their_arrow_files(corpus) -> None:
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(corpus),)))
-    assert (opened.n_rows, opened.column.name, opened.is_text) == (40, "text", True)
+    assert (opened.n_rows, opened.column) == (40, Column.named("text"))
     files = opened.files
     assert files is not None
     assert sum(file.n_rows for file in files) == 40
@@ -137,8 +137,8 @@ def test_any_dataset_object_is_read_back_row_by_row(change, llama, corpus, tmp_p
         max_length=2048,
     )
     files = opened.files or opened.materialise(tmp_path / "dataset")
-    found = tokenize(read_rows(slice_files(files, 0, opened.n_rows), opened.column), spec)
-    expected = tokenize(list(dataset["text"]), spec)
+    found = read_documents(read_rows(slice_files(files, 0, opened.n_rows), opened.column), spec).tokens
+    expected = read_documents(list(dataset["text"]), spec).tokens
     assert [d.tolist() for d in found] == [d.tolist() for d in expected]
 
 
@@ -146,7 +146,7 @@ def test_ids_of_fixed_length_are_read(tmp_path) -> None:
     features = Features({"input_ids": Sequence(Value("int32"), length=3)})
     opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features))
     files = opened.materialise(tmp_path / "dataset")
-    found = tokenize(read_rows(files, Column.named("input_ids")), ids_spec())
+    found = read_documents(read_rows(files, Column.named("input_ids")), ids_spec()).tokens
     assert [d.tolist() for d in found] == [[1, 2, 3], [4, 5, 6]]
 
 
@@ -222,7 +222,7 @@ def test_content_digest_of_ids() -> None:
 
 
 def test_ids_are_taken_as_they_are_and_cut() -> None:
-    found = tokenize([[1, 2, 3], [], None, list(range(20))], ids_spec())
+    found = read_documents([[1, 2, 3], [], None, list(range(20))], ids_spec()).tokens
     assert [len(d) for d in found] == [3, 0, 0, 10]
     assert found[0].dtype == np.int32
 
@@ -235,7 +235,7 @@ def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
         head_width=HEAD_WIDTH,
         max_length=2,
     )
-    found = tokenize(["red green blue", "", None, "red"], spec)
+    found = read_documents(["red green blue", "", None, "red"], spec).tokens
     assert [d.tolist() for d in found] == [[1, 2], [], [], [1]]
 
 
@@ -251,7 +251,7 @@ def test_text_becomes_ids_and_empty_stays_empty(llama) -> None:
 )
 def test_rows_that_cannot_be_used_are_named(rows, spec, message) -> None:
     with pytest.raises(DatasetError, match=message) as caught:
-        tokenize(rows, ids_spec(**spec), first_row=100)
+        read_documents(rows, ids_spec(**spec), first_row=100)
     assert caught.value.row == 101
 
 
@@ -321,7 +321,7 @@ class TestTokenizerMatch:
     def test_its_identity_is_its_map_and_rules(self, llama, tmp_path) -> None:
         save_tokenizer(tmp_path)
         first, spec = self.settle(llama)
-        tokenize(["red " * 50], spec)
+        read_documents(["red " * 50], spec)
         assert self.settle(llama)[0] == first == self.settle(tmp_path)[0]
         save_tokenizer(tmp_path / "other", VOCAB_SIZE - 1)
         assert self.settle(tmp_path / "other")[0].map_digest != first.map_digest
@@ -329,14 +329,14 @@ class TestTokenizerMatch:
 
 def test_another_tokenizer_at_the_same_path_is_refused(llama) -> None:
     with pytest.raises(TeacherError, match="expected the tokenizer abc… that the driver saw"):
-        tokenize(["red"], ids_spec(path=str(llama), identity="abc"))
+        read_documents(["red"], ids_spec(path=str(llama), identity="abc"))
 
 
 def test_a_file_that_was_written_anew_is_read_anew(tmp_path) -> None:
     for texts in (["red", "green"], ["blue", "cat"]):
         opened = open_corpus(DatasetConfig(), Dataset.from_dict({"input_ids": [[len(text)] for text in texts]}))
         files = opened.materialise(tmp_path / "dataset")
-        found = tokenize(read_rows(files, Column.named("input_ids")), ids_spec())
+        found = read_documents(read_rows(files, Column.named("input_ids")), ids_spec()).tokens
         assert [d.tolist() for d in found] == [[len(text)] for text in texts]
         shutil.rmtree(tmp_path / "dataset")
 

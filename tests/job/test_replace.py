@@ -6,11 +6,11 @@ import json
 import os
 
 import pytest
-from builders import cache_dir, digest, nan_teacher, run, tree, write_json_lines
+from builders import cache_dir, digest, items, nan_teacher, run, tree, write_json_lines
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, read_status
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.files.lock import lease
 from dask_logits.run.folder import RUN_NAMES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError
-from dask_logits.job.retry_policy import Again, classify, decide, is_poisoned
+from dask_logits.job.retry_policy import classify, decide, is_poisoned
 
 
 @pytest.mark.parametrize(
@@ -27,24 +27,24 @@ from dask_logits.job.retry_policy import Again, classify, decide, is_poisoned
     ],
 )
 def test_an_error_is_retried_until_it_is_the_partitions_own(event, tried, usable, expected) -> None:
-    assert decide(event, 2, tried=tried, usable=usable) == (None if expected is None else Again(expected))
+    assert decide(event, 2, tried=tried, usable=usable) == expected
 
 
 @pytest.mark.parametrize(
     ("event", "facts", "expected"),
     [
-        ("lost", {"losses": 1}, Again()),
-        ("lost", {"losses": 3}, Again()),
+        ("lost", {"losses": 1}, 0.0),
+        ("lost", {"losses": 3}, 0.0),
         ("lost", {"losses": 4}, None),
         # A companion may have ended the worker.
-        ("worker-death", {"had_company": True}, Again(alone=True)),
+        ("worker-death", {"had_company": True}, 0.0),
         ("worker-death", {"had_company": True, "was_alone": True}, None),
         ("worker-death", {"had_company": False}, None),
         # A device's error is the partition's fault only if good devices fail it repeatedly.
-        ("device", {"tried": "abcdef"}, Again()),
-        ("device", {"on_good_devices": 1}, Again()),
+        ("device", {"tried": "abcdef"}, 0.0),
+        ("device", {"on_good_devices": 1}, 0.0),
         ("device", {"on_good_devices": 2}, None),
-        ("hang", {}, Again(alone=True)),
+        ("hang", {}, 0.0),
         ("hang", {"was_alone": True}, None),
     ],
 )

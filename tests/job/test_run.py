@@ -11,14 +11,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB_SIZE, cache_dir, digest, nan_teacher, run, save_tokenizer, tiny_model, tree, write_json_lines
+from builders import (
+    VOCAB_SIZE,
+    cache_dir,
+    digest,
+    items,
+    nan_teacher,
+    run,
+    save_tokenizer,
+    tiny_model,
+    tree,
+    write_json_lines,
+)
 from datasets import Dataset, load_dataset
 from plain_forward import assert_targets_match, plain_targets
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
 from dask_logits.cache.profile import load_profile
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import warm
-from builders import cache_dir, digest, run, sentences, tree, wait_for, write_json_lines
+from builders import cache_dir, digest, items, run, sentences, tree, wait_for, write_json_lines
 from datasets import Dataset, IterableDataset
 from test_cluster import COMMAND
 from transformers import AutoTokenizer
 
 import dask_logits
 from dask_logits import read_status, verify
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.run.folder import RunFolder
 
 CHUNK = "distillation.dataset.streaming_chunk_size=10"

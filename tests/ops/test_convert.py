@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from builders import compact, content, packed_records, plain, records, tree, write_cache
+from builders import compact, content, items, packed_records, plain, records, tree, write_cache
 
 from dask_logits import CacheError, ConfigError, DaskLogitsError, RunConflictError, convert, verify
 from dask_logits.cache import chunks
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.profile import as_kept
-from dask_logits.cache.reader import CacheReader, items
+from dask_logits.cache.reader import CacheReader
 from dask_logits.files.lock import lease
 from dask_logits.run.folder import CONSOLIDATION_LOCK
 

@@ -37,7 +37,7 @@ def test_a_newer_manifest_is_refused(tmp_path) -> None:
 
 def test_differences_are_listed_by_name(tmp_path) -> None:
     with pytest.raises(RunConflictError) as caught:
-        compare(tmp_path, {"a": {"b": 1}, "c": 2, "d": None}, {"a": {"b": 3}, "c": 2, "e": 4})
+        compare(tmp_path, {"a.b": 1, "c": 2, "d": None}, {"a.b": 3, "c": 2, "e": 4})
     assert caught.value.differences == {"a.b": (1, 3), "e": (None, 4)}
     assert "  a.b: the run has 1, now 3\n" in str(caught.value)
 

@@ -10,7 +10,7 @@ from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import fused
 from dask_logits.teacher.cpu.attention import _ATTEND, block_attention
 from dask_logits.teacher.model import ScoringPath, Teacher
-from dask_logits.teacher.selfcheck import choose_path, try_compiled
+from dask_logits.teacher.selfcheck import check, try_compiled
 
 # These do not ask transformers' registry for their attention.
 _OWN = {"bloom", "codegen", "falcon", "gptj"}
@@ -61,7 +61,8 @@ def test_a_mask_that_is_added_does_the_same() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_take_it_where_they_can(family: str) -> None:
-    path, errors = choose_path(Teacher(tiny_model(family), VOCAB_SIZE), exact=True)
+    choice = check(Teacher(tiny_model(family), VOCAB_SIZE), exact=True)
+    path, errors = choice.path, choice.errors
     assert path.attention == ("model" if family in _OWN else "blocks")
     assert family in _OWN or errors["blocks"] < 1e-5
 
@@ -143,7 +144,7 @@ def test_what_it_is_not_made_for_goes_in_blocks() -> None:
 @native
 def test_a_compiled_bfloat16_teacher_takes_it() -> None:
     teacher = Teacher(tiny_model("llama", head_dim=16).bfloat16(), VOCAB_SIZE)
-    choose_path(teacher, exact=True)
+    check(teacher, exact=True)
     assert 0 < try_compiled(teacher) < 0.1
     assert (teacher.path.attention, teacher.path.compiled) == ("fused", True)
 
@@ -151,7 +152,7 @@ def test_a_compiled_bfloat16_teacher_takes_it() -> None:
 @native
 def test_without_a_compiler_for_it_layers_are_compiled_with_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = Teacher(tiny_model("llama", head_dim=16).bfloat16(), VOCAB_SIZE)
-    choose_path(teacher, exact=True)
+    check(teacher, exact=True)
 
     def broken() -> None:
         raise RuntimeError("no such instruction")

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from dask_logits import DatasetError, prepare_dataset
 from dask_logits.data.load import find_files
-from dask_logits.data.tokens import TokenizerSpec, tokenize
+from dask_logits.data.tokens import TokenizerSpec, read_documents
 
 TEXTS = sentences(30, seed=4)
 
@@ -32,7 +32,8 @@ def test_rows_become_the_ids_that_the_job_would_score(streaming, max_samples, co
     own = AutoTokenizer.from_pretrained(llama)
     expected = [own(text, truncation=True, max_length=8)["input_ids"] for text in TEXTS[:count]]
     assert [row["input_ids"] for row in rows] == expected
-    assert [document.tolist() for document in tokenize([row["input_ids"] for row in rows], spec)] == expected
+    documents = read_documents([row["input_ids"] for row in rows], spec)
+    assert [document.tolist() for document in documents.tokens] == expected
 
 
 def test_several_processes_give_the_same(llama, tmp_path) -> None:

@@ -15,7 +15,7 @@ from dask_logits.job.retry_policy import classify
 from dask_logits.teacher import checkpoint
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
 from dask_logits.teacher.model import Teacher
-from dask_logits.teacher.selfcheck import choose_path
+from dask_logits.teacher.selfcheck import check
 
 
 def spec(path, **changes) -> TeacherSpec:
@@ -159,7 +159,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         for parameter in model.parameters():
             parameter.mul_(6.0)
     with pytest.raises(TeacherError, match="expected a causal model"):
-        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
+        check(Teacher(model, VOCAB_SIZE), exact=True)
 
 
 def test_a_teacher_of_nan_is_refused_at_once() -> None:
@@ -167,12 +167,12 @@ def test_a_teacher_of_nan_is_refused_at_once() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(TeacherError, match="got NaN or infinity everywhere"):
-        choose_path(Teacher(model, VOCAB_SIZE), exact=True)
+        check(Teacher(model, VOCAB_SIZE), exact=True)
 
 
 def test_a_frozen_path_that_no_longer_agrees_is_refused() -> None:
     with pytest.raises(TeacherError, match="expected one of the head paths linear"):
-        choose_path(Teacher(tiny_model("minicpm3"), VOCAB_SIZE), exact=True, heads=("linear",))
+        check(Teacher(tiny_model("minicpm3"), VOCAB_SIZE), exact=True, heads=("linear",))
 
 
 @pytest.mark.parametrize(

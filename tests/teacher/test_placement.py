@@ -20,7 +20,7 @@ from dask_logits.teacher.placement import (
     spread_layers,
     weight_bytes,
 )
-from dask_logits.teacher.selfcheck import choose_path, try_compiled
+from dask_logits.teacher.selfcheck import check, try_compiled
 
 LAYERS = 8
 # As torch 2.13 for CUDA 13 is built.
@@ -106,7 +106,7 @@ def test_a_teacher_under_placement_hooks_scores_the_same() -> None:
     names = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     dispatch_model(hooked, {**names, **{f"model.layers.{i}": "cpu" for i in range(LAYERS)}}, force_hooks=True)
     teachers = [Teacher(model, 512) for model in (plain, hooked)]
-    paths = [choose_path(teacher, exact=True)[0] for teacher in teachers]
+    paths = [check(teacher, exact=True).path for teacher in teachers]
     assert paths[0] == paths[1]
     assert paths[0].head == "linear"
     tokens_BT = torch.arange(96).view(2, 48)
@@ -116,7 +116,7 @@ def test_a_teacher_under_placement_hooks_scores_the_same() -> None:
 
 def test_layers_on_several_devices_are_not_compiled() -> None:
     teacher = Teacher(LlamaForCausalLM(config()).eval(), 512)
-    choose_path(teacher, exact=True)
+    check(teacher, exact=True)
     teacher.devices = [torch.device("cuda:0"), torch.device("cuda:1")]
     before = teacher.path
     with pytest.raises(RuntimeError, match="expected a teacher on one device to compile"):

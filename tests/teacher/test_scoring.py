@@ -15,7 +15,7 @@ from dask_logits.data.items import plain_items
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.model import HEADS, ScoringPath, Teacher
 from dask_logits.teacher.scoring import score_items
-from dask_logits.teacher.selfcheck import choose_path, try_compiled
+from dask_logits.teacher.selfcheck import check, try_compiled
 from dask_logits.teacher.topk import padded_width, topk_with_tail
 
 LENGTHS = [1, 40, 0, 7, 33, 33, 2, 19]
@@ -30,7 +30,7 @@ def documents(vocab_size: int = VOCAB_SIZE) -> list[np.ndarray]:
 def test_targets_equal_the_plain_forward(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher(model, VOCAB_SIZE)
-    path, _ = choose_path(teacher, exact=True)
+    path = check(teacher, exact=True).path
     records = score_items(teacher, plain_items(documents()), settings(path=path)).records
     teacher.take(ScoringPath())
     start = compared = 0
@@ -58,7 +58,7 @@ def test_switching_the_path_is_no_part_of_the_time_of_a_partition(monkeypatch) -
 def test_logprobs_before_rounding_are_within_a_ten_thousandth_nat(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher(model, VOCAB_SIZE)
-    path, _ = choose_path(teacher, exact=True)
+    path = check(teacher, exact=True).path
     tokens_BT = torch.from_numpy(np.stack([np.pad(d, (0, 40 - len(d))) for d in documents()]).astype(np.int64))
     hidden_BTD = teacher.hidden_states(tokens_BT)
     for document, hidden_TD in zip(documents(), hidden_BTD, strict=True):
@@ -92,7 +92,8 @@ def test_neither_head_path_nor_batches_change_the_targets(head: str, changes: di
 def test_what_a_family_does_after_its_head_is_found(
     family: str, head: str, scale: float, softcap: float | None
 ) -> None:
-    path, errors = choose_path(Teacher(tiny_model(family), VOCAB_SIZE), exact=True)
+    choice = check(Teacher(tiny_model(family), VOCAB_SIZE), exact=True)
+    path, errors = choice.path, choice.errors
     assert (path.head, path.scale, path.softcap) == (head, pytest.approx(scale), softcap)
     assert errors[head] < 1e-6
 
@@ -199,7 +200,7 @@ def targets_by_float32_head(teacher: Teacher, document: np.ndarray, path: Scorin
 )
 def test_exact_logits_of_a_rounded_teacher_are_those_of_a_float32_head(family: str, compiled: bool) -> None:
     teacher = rounded_teacher(family)
-    path, _ = choose_path(teacher, exact=True)
+    path = check(teacher, exact=True).path
     assert path.exact
     if compiled:
         try_compiled(teacher)
@@ -217,7 +218,7 @@ def test_exact_logits_of_a_rounded_teacher_are_those_of_a_float32_head(family: s
 
 def test_model_logits_are_rounded_as_the_model_rounds_them() -> None:
     teacher = rounded_teacher("llama")
-    path, _ = choose_path(teacher, exact=False)
+    path = check(teacher, exact=False).path
     assert not path.exact
     document = documents()[1]
     teacher.take(ScoringPath())
@@ -234,7 +235,7 @@ def test_model_logits_are_rounded_as_the_model_rounds_them() -> None:
 def test_compiled_targets_equal_the_plain_forward(family: str) -> None:
     model = tiny_model(family)
     teacher = Teacher(model, VOCAB_SIZE)
-    choose_path(teacher, exact=True)
+    check(teacher, exact=True)
     assert try_compiled(teacher) < 1e-4
     path = teacher.path
     assert path.compiled
@@ -251,7 +252,7 @@ def test_compiled_targets_equal_the_plain_forward(family: str) -> None:
 
 def test_a_layer_that_cannot_be_compiled_leaves_the_teacher_on_its_path(monkeypatch) -> None:
     teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
-    before, _ = choose_path(teacher, exact=True)
+    before = check(teacher, exact=True).path
 
     def broken(*_, **__):
         raise RuntimeError("no compiler here")

@@ -204,13 +204,14 @@ def _shape_of(query_BHTD: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor
     return query_BHTD.new_empty(B, T, H, value.shape[-1])
 
 
-def _operator(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    operator = torch.library.custom_op(f"dask_logits::{name}", function, mutates_args=())
-    operator.register_fake(_shape_of)
-    return operator
+def operator(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return an attention of ours as an operator of torch, which its compiler does not look into."""
+    made = torch.library.custom_op(f"dask_logits::{name}", function, mutates_args=())
+    made.register_fake(_shape_of)
+    return made
 
 
 _ATTEND: dict[Kind, Callable[..., Tensor]] = {
-    "blocks": _operator("block_attention", block_attention),
-    "fused": _operator("fused_attention", _blocks_or_fused),
+    "blocks": operator("block_attention", block_attention),
+    "fused": operator("fused_attention", _blocks_or_fused),
 }

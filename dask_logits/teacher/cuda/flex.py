@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dask_logits.errors import first_line
-from dask_logits.teacher.cpu.attention import refuse_unknown
+from dask_logits.teacher.cpu.attention import operator, refuse_unknown
 from dask_logits.teacher.torch_internals import constant_floats
 
 NAME = "dask_logits_flex"
@@ -206,11 +206,5 @@ def _visible(window: int | None) -> Callable[..., Tensor]:
     return within
 
 
-def _shape_of(query_BHTD: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    B, H, T, _D = query_BHTD.shape
-    return query_BHTD.new_empty(B, T, H, value.shape[-1])
-
-
 # An operator is opaque to the compiler of the layers.
-_ATTEND = torch.library.custom_op("dask_logits::flex_attention", windowed_attention, mutates_args=())
-_ATTEND.register_fake(_shape_of)
+_ATTEND = operator("flex_attention", windowed_attention)
