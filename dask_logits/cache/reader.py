@@ -212,10 +212,12 @@ class CacheReader:
         else:
             start = int(self._block_start[index])
             stop = start + int(self.arrays["block_length"][index])
-            ends = np.array([max(0, start), max(0, stop)], np.uint64)
-            first, last = np.searchsorted(self.arrays["document_start"], ends)
-            documents = slice(int(first), int(last))
-            if first >= last:
+            starts = self.arrays["document_start"]
+            # Documents without tokens begin where the next one does: from the first token's document to the last's.
+            first = int(np.searchsorted(starts, np.uint64(max(0, start)), side="right")) - 1
+            last = int(np.searchsorted(starts, np.uint64(max(0, stop))))
+            documents = slice(first, last)
+            if not 0 <= first < last or int(starts[first]) != start:
                 raise damaged(self.path, f"segments of block {index}", "none")
         if not 0 <= start <= stop <= self.n_entries:
             raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
@@ -363,12 +365,14 @@ class CacheReader:
     def _check_places(self) -> None:
         """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
         columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
-        row, _, length, start = (
+        row, offset, length, start = (
             np.minimum(column.astype(np.uint64), np.uint64(MOST_COUNT)).astype(np.int64) for column in columns
         )
         end = start + length
         if (np.diff(row) < 0).any() or (row >= MOST_COUNT).any():
             raise damaged(self.path, "document_row to rise", "another order")
+        if ((np.diff(row) == 0) & (np.diff(offset) < 0)).any():
+            raise damaged(self.path, "document_offset to rise in a row", "another order")
         if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
             raise damaged(
                 self.path,
@@ -383,7 +387,8 @@ class CacheReader:
         firsts, lasts = (np.searchsorted(start, at) for at in (self._block_start, stops))
         before = np.concatenate([[0], np.cumsum(length)])
         held = before[lasts] - before[firsts]
-        if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
+        is_wrong = (held != lengths) | (lengths == 0)
+        if is_wrong.any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
             raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
 
     def _check_target_pos(self, start: Array, end: Array) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import os
@@ -425,6 +426,43 @@ def test_blocks_list_their_segments(profile, tmp_path) -> None:
     ]
     rows, offsets = reader.item_places()
     assert (rows.tolist(), offsets.tolist()) == ([0, 3, 3], [0, 0, 6])
+
+
+@pytest.mark.parametrize("profile", [plain(3), compact(3)])
+def test_a_block_begins_with_the_document_of_its_first_token(profile, tmp_path) -> None:
+    # An empty row may end a partition or begin one. Only the padding between partitions would tell.
+    made = dataclasses.replace(
+        records((4, 0, 2, 0, 7), k=3),
+        document_row=np.arange(5, dtype=np.uint64),
+        block_length=np.array([6, 7], np.uint32),
+    )
+    write_cache(tmp_path / "c.h5", made, profile=profile)
+    reader = CacheReader(tmp_path / "c.h5")
+    reader.verify_checksums()
+    found = list(items(reader))
+    assert [item["segments"].tolist() for item in found] == [[[0, 0, 4], [1, 0, 0], [2, 0, 2]], [[4, 0, 7]]]
+    assert [int(item["row"]) for item in found] == reader.item_places()[0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("lengths", [(6, 0, 7), (0, 6, 7), (5, 8)])
+def test_blocks_without_tokens_or_that_cut_a_segment_are_found(lengths, tmp_path) -> None:
+    made = dataclasses.replace(packed_records(), block_length=np.array(lengths, np.uint32))
+    write_cache(tmp_path / "c.h5", made)
+    with pytest.raises(CacheError, match="expected blocks of the 13 tokens of their segments"):
+        CacheReader(tmp_path / "c.h5").verify_checksums()
+    with pytest.raises(CacheError, match="expected segments of block"):
+        list(items(CacheReader(tmp_path / "c.h5")))
+
+
+def test_text_windows_in_another_order_are_found(tmp_path) -> None:
+    made = dataclasses.replace(
+        records((4, 2, 3, 3), k=3),
+        document_row=np.array([0, 1, 1, 2], np.uint64),
+        document_offset=np.array([0, 3, 0, 0], np.uint32),
+    )
+    write_cache(tmp_path / "c.h5", made)
+    with pytest.raises(CacheError, match="expected document_offset to rise in a row"):
+        CacheReader(tmp_path / "c.h5").verify_checksums()
 
 
 def test_an_interrupt_is_not_hidden_by_a_file_that_cannot_be_closed(tmp_path, monkeypatch) -> None:
