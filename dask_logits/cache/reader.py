@@ -473,9 +473,9 @@ class CacheReader:
         if not has_tails:
             return extras
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
-        is_rising = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all()
-        if not is_rising or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
-            expected = f"1 to {MOST_TEMPERATURES} rising temperatures"
+        is_valid = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all() and 1.0 not in temperatures
+        if not is_valid or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
+            expected = f"1 to {MOST_TEMPERATURES} rising temperatures other than 1"
             raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
         return replace(extras, temperatures=tuple(temperatures.tolist()))
 
