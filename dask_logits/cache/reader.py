@@ -314,14 +314,14 @@ class CacheReader:
             Naming the first damaged array and the entries.
         """
         for name in self.names:
-            crc = BlockCrc()
+            crc = BlockCrc(self.header.crc32_block_bytes)
             for piece in self._pieces(name):
                 crc.update(piece)
             found, expected = crc.values(), self.crcs[name].tolist()
             if found != expected:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
                 raise CacheError(
-                    f"{self.path}: expected CRC-32 {expected[block : block + 1]} for {name}, MiB {block}, got "
+                    f"{self.path}: expected CRC-32 {expected[block : block + 1]} for {name}, block {block}, got "
                     f"{found[block : block + 1]}: the file is damaged; restore it, or delete it and run the job again",
                     str(self.path),
                 )
@@ -438,6 +438,15 @@ class CacheReader:
         header = (CompactHeader if profile == "compact" else Header).parse(self.path, self.attributes)
         if self.attributes.get("partial") and header.n_rows is None:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
+        if not header.crc32_block_bytes:
+            raise damaged(self.path, "crc32_block_bytes above 0", "0")
+        for name, expected in (("temperature", 1), ("target_shift", 1)):
+            if self.attributes.get(name, expected) != expected:
+                raise CacheError(
+                    f"{self.path}: expected {name} {expected}, got {self.attributes[name]!r}: these are other targets; "
+                    "install a newer dask_logits",
+                    str(self.path),
+                )
         if not 0 < header.top_k <= header.vocab_size <= 1 << 32:
             raise damaged(self.path, "0 < top_k <= vocab_size", f"{header.top_k} and {header.vocab_size}")
         return header

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_every_flipped_bit_of_every_array_is_found(path) -> None:
     CacheReader(path).verify_checksums()
 
 
+def test_a_writer_may_choose_the_bytes_of_a_checksum(path) -> None:
+    with h5py.File(path, "a") as file:
+        for name in list(file["crc32"]):
+            data = file[name][()].tobytes()
+            del file["crc32"][name]
+            file["crc32"][name] = np.array([zlib.crc32(data[at : at + 5]) for at in range(0, len(data), 5)], np.uint32)
+        file.attrs["crc32_block_bytes"] = 5
+    CacheReader(path).verify_checksums()
+
+
 def test_a_disk_that_fails_under_the_map_is_a_message(path, monkeypatch) -> None:
     reader = CacheReader(path)
 
@@ -142,6 +153,9 @@ def test_a_missing_file_is_refused(tmp_path) -> None:
         ("profile", "wavelet", "install a newer dask_logits"),
         ("profile", "compact", "expected precision, got none; expected chunk_tokens, got none"),
         ("top_k", None, "expected top_k, got none; the file is damaged"),
+        ("target_shift", 0, "expected target_shift 1, got 0: these are other targets; install a newer dask_logits"),
+        ("temperature", 2.0, "expected temperature 1, got 2.0: these are other targets; install a newer dask_logits"),
+        ("crc32_block_bytes", 0, "expected crc32_block_bytes above 0, got 0"),
     ],
 )
 def test_incomplete_foreign_and_newer_files_are_refused(path, name, value, message) -> None:
