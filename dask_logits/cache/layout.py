@@ -13,6 +13,8 @@ from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Statistics
 FORMAT = "dask_logits"
 FORMAT_VERSION = "1.0"
 CRC_BLOCK_BYTES = 1 << 20
+# Every array begins at a multiple of it, so that programs can map values of any dtype where they lie.
+ALIGNMENT_BYTES = 8
 DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
 # HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
