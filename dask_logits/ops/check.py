@@ -263,7 +263,7 @@ class _Checker:
         tails = np.insert(tail_MJ, at, tail_M, axis=1)
         with np.errstate(invalid="ignore"):
             allowed = np.abs(tails[:, :-1]) * 2 * _FLOAT16 + _SLACK
-            falls_M: Array = (tails[:, :-1] - tails[:, 1:] > allowed).any(1)
+            falls_M = np.asarray((tails[:, :-1] - tails[:, 1:] > allowed).any(1))
         self._add(self.mass, falls_M, places.name_of_target, "expected a tail mass that grows with the temperature")
 
     def _draws(self, records: Records, counts_MK: Array, profile: Profile, places: _Places) -> None:
