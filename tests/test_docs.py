@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import re
 import shlex
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -114,6 +117,36 @@ def test_the_format_example_runs(tmp_path, monkeypatch) -> None:
     is_present = made.topk_counts[:4] > 0
     for name, wanted in (("ids", made.topk_ids[:4]), ("counts", made.topk_counts[:4]), ("position", rows)):
         assert found[name].tolist() == wanted[is_present].tolist()
+
+
+def test_the_content_digest_is_that_of_the_format_document(tmp_path) -> None:
+    made = dataclasses.replace(
+        records((4, 0, 2, 6, 1), k=3, masked=True).at(np.array([1, 2, 7, 9, 12])),
+        document_row=np.array([0, 1, 2, 3, 3], np.uint64),
+        document_offset=np.array([0, 0, 0, 0, 6], np.uint32),
+        block_length=np.array([6, 6, 1], np.uint32),
+    )
+    expected = write_cache(tmp_path / "c.h5", made)
+    order = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob", "loss_mask",
+             "target_pos")  # fmt: skip
+    total = 0
+    with h5py.File(tmp_path / "c.h5") as file:
+        arrays = {name: file[name][:] for name in file if isinstance(file[name], h5py.Dataset)}
+    head = ";".join(f"{name} {arrays[name].dtype.str} {list(arrays[name].shape[1:])}" for name in order)
+    assert head.startswith("input_ids <u2 [];topk_ids <u2 [3];topk_logprobs <f2 [3];")
+    assert head.endswith(";loss_mask |u1 [];target_pos <u8 []")
+    places = [arrays[f"document_{name}"].tolist() for name in ("row", "offset", "start", "length")]
+    for row, offset, start, length in zip(*places, strict=True):
+        first, last = np.searchsorted(arrays["target_pos"], np.array([start, start + length], np.uint64))
+        data = f"{head}document ({row}, {offset}) {length}".encode()
+        for name in order:
+            tokens = name in ("input_ids", "loss_mask")
+            part = arrays[name][start : start + length] if tokens else arrays[name][first:last]
+            data += (part - np.uint64(start) if name == "target_pos" else part).tobytes()
+        total += int.from_bytes(hashlib.sha256(data).digest(), "big")
+    for text in ("block (0, 0) 6", "block (3, 0) 6", "block (3, 6) 1"):
+        total += int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+    assert f"{total % 2**256:064x}" == expected
 
 
 def test_the_format_document_names_every_array() -> None:

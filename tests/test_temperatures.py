@@ -98,7 +98,7 @@ def test_readers_that_do_not_know_them_refuse_the_file(tmp_path) -> None:
         assert file["tail_logmass_T"].attrs["critical"]
 
 
-@pytest.mark.parametrize("values", [[2.0, 0.5], [0.5, 0.5], [-1.0, 2.0], [np.nan, 2.0], [0.5, np.inf]])
+@pytest.mark.parametrize("values", [[2.0, 0.5], [0.5, 0.5], [0.5, 1.0], [-1.0, 2.0], [np.nan, 2.0], [0.5, np.inf]])
 def test_damaged_temperatures_are_named(tmp_path, values) -> None:
     path = tmp_path / "teacher_logits.h5"
     write_cache(path, made)

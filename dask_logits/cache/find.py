@@ -108,6 +108,15 @@ def _indexed(path: Path) -> list[Path]:
                 f"{header.content_digest[:16]}…; merge again",
                 str(cache),
             )
+        for name, listed, held in (
+            ("documents", entry.documents, header.n_documents),
+            ("tokens", entry.tokens, header.n_tokens),
+        ):
+            if listed not in (None, held):
+                raise CacheError(
+                    f"{path}: expected {cache} with {listed} {name}, got {held}; merge again",
+                    str(cache),
+                )
         if index.n_rows not in (None, header.n_rows):
             raise CacheError(
                 f"{path}: expected parts of a job of {index.n_rows} rows, got {cache} of one of {header.n_rows}; "

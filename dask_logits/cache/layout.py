@@ -13,6 +13,8 @@ from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Statistics
 FORMAT = "dask_logits"
 FORMAT_VERSION = "1.0"
 CRC_BLOCK_BYTES = 1 << 20
+# Every array begins at a multiple of it, so that programs can map values of any dtype where they lie.
+ALIGNMENT_BYTES = 8
 DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
 # HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
@@ -32,6 +34,7 @@ class Header(Record):
     top_k: Count
     draws: Count | None = None
     vocab_size: Count
+    crc32_block_bytes: Count = CRC_BLOCK_BYTES
     content_digest: Digest
     n_blocks: Count | None = None
     n_rows: Count | None = None
@@ -57,12 +60,19 @@ class CompactHeader(Header):
 
 
 class BlockCrc:
-    """CRC-32 of every MiB of a stream of arrays."""
+    """CRC-32 of every block of a stream of arrays.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    block_bytes
+        Bytes of a block.
+    """
+
+    def __init__(self, block_bytes: int = CRC_BLOCK_BYTES) -> None:
+        self._block_bytes = block_bytes
         self._done: list[int] = []
         self._crc = 0
-        self._room = CRC_BLOCK_BYTES
+        self._room = block_bytes
 
     def update(self, block: Array) -> None:
         """Add the next entries."""
@@ -74,11 +84,11 @@ class BlockCrc:
             data = data[len(piece) :]
             if self._room == 0:
                 self._done.append(self._crc)
-                self._crc, self._room = 0, CRC_BLOCK_BYTES
+                self._crc, self._room = 0, self._block_bytes
 
     def values(self) -> list[int]:
         """Return the checksums so far, including that of a partial last block."""
-        return self._done if self._room == CRC_BLOCK_BYTES else [*self._done, self._crc]
+        return self._done if self._room == self._block_bytes else [*self._done, self._crc]
 
 
 def round_up(n: int, to: int) -> int:

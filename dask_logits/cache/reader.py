@@ -211,10 +211,12 @@ class CacheReader:
         else:
             start = int(self._block_start[index])
             stop = start + int(self.arrays["block_length"][index])
-            ends = np.array([max(0, start), max(0, stop)], np.uint64)
-            first, last = np.searchsorted(self.arrays["document_start"], ends)
-            documents = slice(int(first), int(last))
-            if first >= last:
+            starts = self.arrays["document_start"]
+            # Documents without tokens begin where the next one does: from the first token's document to the last's.
+            first = int(np.searchsorted(starts, np.uint64(max(0, start)), side="right")) - 1
+            last = int(np.searchsorted(starts, np.uint64(max(0, stop))))
+            documents = slice(first, last)
+            if not 0 <= first < last or int(starts[first]) != start:
                 raise damaged(self.path, f"segments of block {index}", "none")
         if not 0 <= start <= stop <= self.n_entries:
             raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
@@ -311,14 +313,14 @@ class CacheReader:
             Naming the first damaged array and the entries.
         """
         for name in self.names:
-            crc = BlockCrc()
+            crc = BlockCrc(self.header.crc32_block_bytes)
             for piece in self._pieces(name):
                 crc.update(piece)
             found, expected = crc.values(), self.crcs[name].tolist()
             if found != expected:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
                 where = slice(block, block + 1)
-                raise damaged(self.path, f"CRC-32 {expected[where]} for {name}, MiB {block}", found[where])
+                raise damaged(self.path, f"CRC-32 {expected[where]} for {name}, block {block}", found[where])
         step = 256 * self.profile.alignment
         for first in range(0, self.n_target_entries, step):
             stop = min(first + step, self.n_target_entries)
@@ -359,12 +361,14 @@ class CacheReader:
     def _check_places(self) -> None:
         """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
         columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
-        row, _, length, start = (
+        row, offset, length, start = (
             np.minimum(column.astype(np.uint64), np.uint64(MOST_COUNT)).astype(np.int64) for column in columns
         )
         end = start + length
         if (np.diff(row) < 0).any() or (row >= MOST_COUNT).any():
             raise damaged(self.path, "document_row to rise", "another order")
+        if ((np.diff(row) == 0) & (np.diff(offset) < 0)).any():
+            raise damaged(self.path, "document_offset to rise in a row", "another order")
         if (end > self.n_entries).any() or (start[1:] < end[:-1]).any() or length.sum() != self.n_tokens:
             raise damaged(
                 self.path,
@@ -379,7 +383,8 @@ class CacheReader:
         firsts, lasts = (np.searchsorted(start, at) for at in (self._block_start, stops))
         before = np.concatenate([[0], np.cumsum(length)])
         held = before[lasts] - before[firsts]
-        if (held != lengths).any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
+        is_wrong = (held != lengths) | (lengths == 0)
+        if is_wrong.any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
             raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
 
     def _check_target_pos(self, start: Array, end: Array) -> None:
@@ -429,6 +434,15 @@ class CacheReader:
         header = (CompactHeader if profile == "compact" else Header).parse(self.path, self.attributes)
         if self.attributes.get("partial") and header.n_rows is None:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
+        if not header.crc32_block_bytes:
+            raise damaged(self.path, "crc32_block_bytes above 0", "0")
+        for name, expected in (("temperature", 1), ("target_shift", 1)):
+            if self.attributes.get(name, expected) != expected:
+                raise CacheError(
+                    f"{self.path}: expected {name} {expected}, got {self.attributes[name]!r}: these are other targets; "
+                    "install a newer dask_logits",
+                    str(self.path),
+                )
         if not 0 < header.top_k <= header.vocab_size <= 1 << 32:
             raise damaged(self.path, "0 < top_k <= vocab_size", f"{header.top_k} and {header.vocab_size}")
         return header
@@ -464,9 +478,9 @@ class CacheReader:
         if not has_tails:
             return extras
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
-        is_rising = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all()
-        if not is_rising or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
-            expected = f"1 to {MOST_TEMPERATURES} rising temperatures"
+        is_valid = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all() and 1.0 not in temperatures
+        if not is_valid or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
+            expected = f"1 to {MOST_TEMPERATURES} rising temperatures other than 1"
             raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
         return replace(extras, temperatures=tuple(temperatures.tolist()))
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from dask_logits.cache.chunks import compress, fletcher32
 from dask_logits.cache.layout import (
+    ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
     DOCUMENTS,
     FORMAT,
@@ -74,7 +75,9 @@ class CacheWriter:
         self._crcs: dict[str, BlockCrc] = {}
         # v110, because HDF5 1.14 cannot read the files that libver="latest" writes today.
         self._sink = Sink(path)
-        self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
+        self._file = h5py.File(
+            self._sink, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES
+        )
         n_targets = n_tokens if n_targets is None else n_targets
         n_entries, n_target_entries = entries_of(profile, n_tokens, n_targets) if entries is None else entries
         chosen = {"n_targets": n_targets, "n_target_entries": n_target_entries}

@@ -205,7 +205,10 @@ class _Checker:
             wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
             self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
         next_M = np.append(records.input_ids[1:], 0).astype(np.int64)[places.targets_M]
-        inside_M = ~places.is_last[places.targets_M] & ~np.isnan(label_M)
+        inside_M = ~places.is_last[places.targets_M]
+        lacking_M = inside_M & np.isnan(label_M)
+        self._add(self.finite, lacking_M, places.name_of_target, "expected the log-prob of the next token, got none")
+        inside_M &= ~lacking_M
         match_MK = records.topk_ids.astype(np.int64) == next_M[:, None]
         if records.topk_counts is not None:
             self._draws(records, records.topk_counts, profile, places)
@@ -236,6 +239,8 @@ class _Checker:
         with np.errstate(over="ignore", invalid="ignore"):
             allowed_M = (p_MK * np.expm1(error_MK)).sum(1) + tail_error_M + _SLACK
         self._add(self.mass, ~(np.abs(mass_M - 1) <= allowed_M), places.name_of_target, "expected a mass of 1", mass_M)
+        if records.tail_logmass_T is not None:
+            self._tails(tail_M, records.tail_logmass_T.astype(np.float64), profile.extras.temperatures, places)
         kept_M = match_MK.any(1)
         at_M = match_MK.argmax(1)
         rows = np.arange(len(at_M))
@@ -251,6 +256,15 @@ class _Checker:
             "expected the kept entry's log-prob, or less than the last's",
             label_M,
         )
+
+    def _tails(self, tail_M: Array, tail_MJ: Array, temperatures: tuple[float, ...], places: _Places) -> None:
+        """Check that the mass outside the most probable entries grows with the temperature, 1 included."""
+        at = int(np.searchsorted(temperatures, 1.0))
+        tails = np.insert(tail_MJ, at, tail_M, axis=1)
+        with np.errstate(invalid="ignore"):
+            allowed = np.abs(tails[:, :-1]) * 2 * _FLOAT16 + _SLACK
+            falls_M = np.asarray((tails[:, :-1] - tails[:, 1:] > allowed).any(1))
+        self._add(self.mass, falls_M, places.name_of_target, "expected a tail mass that grows with the temperature")
 
     def _draws(self, records: Records, counts_MK: Array, profile: Profile, places: _Places) -> None:
         """Check the draws of every position."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import cache_dir, compact, packed_records, plain, records, tree, write_cache
+from builders import cache_dir, compact, extras_of, packed_records, plain, records, tree, write_cache
 
 from dask_logits import CacheError, ConfigError, RunConflictError, generate, load_config, retry, verify
 from dask_logits.cache.pieces import cache_pieces
@@ -80,6 +80,7 @@ def test_a_cache_that_keeps_everything_is_good(tmp_path) -> None:
         ("logsumexp", 1, np.inf, FINITE, "row 0, token 1: expected numbers"),
         ("label_logprob", 0, -20.0, LABELS, None),
         ("label_logprob", 0, 0.5, FINITE, "row 0, token 0: expected numbers, and no log-prob above 0"),
+        ("label_logprob", 2, np.nan, FINITE, "row 0, token 2: expected the log-prob of the next token, got none"),
         ("document_row", 1, 5, CHECKSUMS, None),
         ("document_row", 3, 4, DOCUMENTS, "row 3: expected its document, got none"),
         ("document_row", 1, 0, DOCUMENTS, "row 0: expected a document from token"),
@@ -98,6 +99,18 @@ def test_what_must_hold_of_every_row_is_checked(tmp_path, name, place, value, ch
     assert message is None or any(problem.startswith(message) for problem in found[check]), found
     write_cache(tmp_path / "good.h5", made, n_rows=4)
     assert verify(tmp_path / "good.h5").ok
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_tails_of_temperatures_in_another_order_are_named(tmp_path, bits) -> None:
+    made = truthful(records((4, 0, 2, 7), k=3, temperatures=True))
+    profile = None if bits is None else compact(3, precision=bits, extras=extras_of(made))
+    write_cache(tmp_path / "good.h5", made, profile=profile, n_rows=4)
+    assert verify(tmp_path / "good.h5").ok
+    swapped = dataclasses.replace(made, tail_logmass_T=made.tail_logmass_T[:, ::-1].copy())
+    write_cache(tmp_path / "c.h5", swapped, profile=profile, n_rows=4)
+    message = "row 0, token 0: expected a tail mass that grows with the temperature"
+    assert wrong(tmp_path / "c.h5")[MASS][0] == message
 
 
 def test_missing_rows_gaps_in_windows_and_wrong_digests_are_named(tmp_path) -> None:

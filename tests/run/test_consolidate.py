@@ -198,6 +198,11 @@ def test_an_index_that_disagrees_with_its_files_is_refused(here) -> None:
     index.write_text(json.dumps({**said, "n_rows": 41}))
     with pytest.raises(CacheError, match=r"expected parts of a job of 41 rows, got .* of one of 40; merge again"):
         CachedLogitsDataset(index)
+    for name in ("documents", "tokens"):
+        more = [{**said["caches"][0], name: 999}, *said["caches"][1:]]
+        index.write_text(json.dumps({**said, "caches": more}))
+        with pytest.raises(CacheError, match=rf"expected .* with 999 {name}, got \d+; merge again"):
+            CachedLogitsDataset(index)
     fewer = {**said, "caches": said["caches"][:3]}
     index.write_text(json.dumps(fewer))
     with pytest.raises(CacheError, match=r"expected caches with content .* in all, got"):
