@@ -206,6 +206,14 @@ def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, e
         assert not target.exists()
 
 
+@pytest.mark.slow
+def test_without_room_for_the_cache_of_datasets_its_folder_is_named(joined, tmp_path) -> None:
+    for command in ("plan", "generate"):
+        full = with_room_for(1, tmp_path, command, *joined)
+        assert (full.returncode, cache_dir(joined).exists()) == (2, False), full.stderr
+        assert f"{tmp_path / 'hf'}: expected to write the cache of datasets, got 'File too large'" in full.stderr
+
+
 @pytest.mark.parametrize("cut", [-1, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (0, 10))])
 def test_partitions_that_changed_on_disk_are_taken_back_and_computed_again(joined, expected, cut) -> None:
     keep = load_config([*joined, SMALL, "distillation.job.keep_partitions=true"])
