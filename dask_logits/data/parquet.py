@@ -148,7 +148,7 @@ class ParquetStream:
         passed = len(self.files) if log.end == "exhausted" else max(planned, default=0)
         for place in sorted(set(range(passed)) - planned):
             footer = self._footer(self.files[place])
-            if footer is None or sum(footer.row_groups):
+            if footer is None or any(footer.row_groups):
                 got = "a file that cannot be read" if footer is None else f"{sum(footer.row_groups)} rows"
                 raise conflict(log.run.path, {f"dataset file {self.files[place]}": ("0 rows", got)})
 
