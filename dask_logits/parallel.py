@@ -49,8 +49,8 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
     \b
       dask-logits-parallel 4 0,1,2,3 distillation.dataset.name=Salesforce/wikitext …
 
-    Workers take the GPUs DEVICES in turn. Without GPUs they share the cores. After a failure, run the same command
-    again: completed partitions are kept. The logs are in CACHE_DIR/logs/worker-I.log.
+    Workers take the GPUs DEVICES in turn, or all visible ones. Without any they share the cores. After a failure, run
+    the same command again: completed partitions are kept. The logs are in CACHE_DIR/logs/worker-I.log.
 
     Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
     """
@@ -72,6 +72,9 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     command = [sys.executable, "-m", "dask_logits"]
     if not gpus and config.teacher.generation.torch_threads == "auto":
         overrides = [f"distillation.teacher.generation.torch_threads={max(1, cores() // count)}", *overrides]
+    if gpus and devices and config.teacher.generation.device == "auto":
+        # A worker that does not see the GPU that was named is refused, instead of scoring on the CPU.
+        overrides = ["distillation.teacher.generation.device=cuda", *overrides]
     workers: list[_Worker] = []
     try:
         for number in range(count):

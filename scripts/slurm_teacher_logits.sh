@@ -18,7 +18,7 @@ job=${SLURM_JOB_ID:?submit this with sbatch}
 # Slurm runs a copy of this file; the checkout is where it was submitted.
 root=${SLURM_SUBMIT_DIR:-$PWD}
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=python3
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 logs=$root/output/slurm-$job
 mkdir -p "$logs" || exit 1
 # config/cluster/slurm.yaml reads it.
@@ -42,9 +42,9 @@ end() {  # PID: ask it to end, insist after 30 s
 }
 
 scheduler='' workers='' driver='' stopping=''
-# The workers first: without a scheduler they would wait for another.
-trap 'end "$workers"; end "$scheduler"; rm -f "$DASK_LOGITS_SCHEDULER_FILE"' EXIT
-trap 'stopping=yes; [ -z "$driver" ] || kill "$driver" 2>/dev/null' TERM INT
+# The workers before the scheduler, without which they would wait for another.
+trap 'end "$driver"; end "$workers"; end "$scheduler"; rm -f "$DASK_LOGITS_SCHEDULER_FILE"' EXIT
+trap 'stopping=yes; [ -z "$driver" ] || kill "$driver" 2>/dev/null' TERM INT HUP USR1
 
 network=(${DASK_INTERFACE:+--interface "$DASK_INTERFACE"})
 "$python" -m dask scheduler --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --port 0 \
@@ -66,6 +66,8 @@ workers=$!
 
 "$python" -m dask_logits generate cluster=slurm "$@" &
 driver=$!
+# A signal that came before the driver was there.
+[ -z "$stopping" ] || kill "$driver" 2>/dev/null
 while alive "$driver"; do
   if ! alive "$workers" && [ -z "$stopping" ]; then
     say "all workers have ended; see $logs/workers.log"

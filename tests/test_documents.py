@@ -363,6 +363,34 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     assert sorted(path.name for path in logs.iterdir()) == ["scheduler.log", "workers.log"]
 
 
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_slurm_recipe_stops_in_order_when_slurm_warns(warning, overrides, tmp_path) -> None:
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    (fakes / "srun").write_text(SRUN)
+    (fakes / "srun").chmod(0o755)
+    script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
+    slurm = {"SLURM_JOB_ID": "9", "SLURM_SUBMIT_DIR": str(tmp_path), "FAKE_WORKERS": "idle", "DASK_INTERFACE": "lo"}
+    # A command in PATH is taken as it is, and this one is no Python.
+    assert "the scheduler ended early" in shell(script, tmp_path, 1, PYTHON="false", **slurm)
+    path = f"{fakes}:{BIN}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        script, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, **slurm, "PATH": path, "FAKES": str(fakes)},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        assert any("INFO joining tcp://" in line for line in process.stderr)
+        process.send_signal(warning)
+        errors = finish(process)
+        assert process.returncode == 130, errors
+        assert "dask-logits: stopped; run the same command again to go on" in errors
+        assert gone(process.pid), "the script left processes behind"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_the_slurm_preset_joins_the_scheduler_that_the_environment_names(monkeypatch) -> None:
     needed = ["distillation.teacher.model_path=t", "distillation.dataset.name=d", "cluster=slurm"]
     monkeypatch.delenv("DASK_LOGITS_SCHEDULER_FILE", raising=False)

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import ssl
 import urllib.error
@@ -31,7 +32,8 @@ from dask_logits.data.columns import IDS, ColumnSettings, choose_column
 from dask_logits.data.parquet_files import needed_for
 from dask_logits.data.tokens import encode
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values, with_problems
-from dask_logits.errors import DatasetError, first_line
+from dask_logits.errors import CapacityError, DatasetError, first_line
+from dask_logits.files.atomic import no_room
 
 logger = logging.getLogger(__name__)
 
@@ -427,10 +429,15 @@ def load_rows(
 
     def part(key: str) -> Any:
         files = _translated(name, lambda: _downloaded(found.files[key], num_proc))
-        path = str(arrow_file(folder, found.reader, files, found.separator, wanted))
-        if is_hub:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps({**_remembered(memory), key: path}))
+        try:
+            path = str(arrow_file(folder, found.reader, files, found.separator, wanted))
+            if is_hub:
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                memory.write_text(json.dumps({**_remembered(memory), key: path}))
+        except OSError as error:
+            if (full := _full_cache(error)) is not None:
+                raise full from error
+            raise
         return Dataset.from_file(path)
 
     return _picked(split, list(found.files), part)
@@ -525,6 +532,8 @@ def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | 
         raise DatasetError(f"{where} without a single row; check data_files") from error
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if (full := _full_cache(cause)) is not None:
+            raise full from error
         remote = next((file for file in data_files or () if "://" in file), None)
         if remote is not None and isinstance(cause, ImportError):
             raise DatasetError(f"{where}, which cannot read {remote!r}: {needed_for(remote, cause)}") from error
@@ -533,6 +542,22 @@ def _translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | 
         raise DatasetError(
             f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files{login}"
         ) from error
+
+
+def _full_cache(error: BaseException) -> CapacityError | None:
+    """Return the error for a cache of ``datasets`` that cannot be written, if that is the cause."""
+    from datasets import config
+
+    reason = no_room(error)
+    if reason is None and isinstance(error, PermissionError) and error.filename is not None:
+        is_inside = Path(os.fsdecode(error.filename)).is_relative_to(config.HF_DATASETS_CACHE)
+        reason = error.strerror if is_inside else None
+    if reason is None:
+        return None
+    return CapacityError(
+        f"{config.HF_DATASETS_CACHE}: expected to write the cache of datasets, got {reason!r}; make room, or export "
+        "HF_DATASETS_CACHE, a folder that this machine can write and all workers can read"
+    )
 
 
 def _listed(data_files: Sequence[str] | None) -> list[str] | None:

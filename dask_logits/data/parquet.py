@@ -124,14 +124,23 @@ class ParquetStream:
         """
         if self.n_rows is not None and self.n_rows < log.n_rows:
             raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
+        planned: set[int] = set()
         for segment in log.segments():
             source = segment.source
             place = source["ordinal"]
+            planned.add(place)
             file = self.files[place] if place < len(self.files) else None
             if file is None or Path(file).name != Path(source["file"]).name:
                 raise conflict(log.run.path, {f"dataset file {place}": (source["file"], file)})
             if "error" not in source:
                 _check_state(log, file, source)
+        # Files without a segment had no rows when the plan passed them.
+        passed = len(self.files) if log.end == "exhausted" else max(planned, default=0)
+        for place in sorted(set(range(passed)) - planned):
+            footer = self._footer(self.files[place])
+            if footer is None or any(footer.row_groups):
+                got = "a file that cannot be read" if footer is None else f"{sum(footer.row_groups)} rows"
+                raise conflict(log.run.path, {f"dataset file {self.files[place]}": ("0 rows", got)})
 
     def plan(self, log: PlanLog, partition_rows: int, wanted: Callable[[int], bool]) -> Iterator[Planned]:
         """Yield the wanted partitions. Footers are read and the plan extended only on demand.

@@ -26,6 +26,8 @@ from dask_logits.errors import DatasetError
 
 _READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+# First bytes of Zstandard's 16 kinds of skippable frames.
+_SKIPPABLE = tuple(bytes([0x50 + kind]) for kind in range(16))
 
 
 def read_file(path: str, kind: str, separator: str | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
@@ -68,7 +70,8 @@ def _decompressed(raw: Any) -> Any:
         return lzma.open(buffered)
     if head.startswith(b"BZh") and head[4:8] == b"1AY&":
         return bz2.open(buffered)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+    # A frame, or a skippable one, with which pzstd begins each part of a file.
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[:1] in _SKIPPABLE and head[1:4] == b"\x2a\x4d\x18"):
         # Arrow reads all frames of a file, and refuses a truncated one.
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(buffered, mode="r"), "zstd"), _READ_BYTES)
     if head.startswith(b"PK\x03\x04"):

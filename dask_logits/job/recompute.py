@@ -29,7 +29,7 @@ from dask_logits.ops.check import Check, Report, check_files
 from dask_logits.records import EVERY_TOKEN, Array, ContentDigest, Records
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.settings import settings_of
+from dask_logits.run.settings import check_named, settings_of
 from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.positions import highest_entropy
@@ -132,6 +132,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     state, calibration = RunState.find(run, log), run.calibration()
     if state is None or calibration is None or not state.is_complete:
         raise RunConflictError(f"{run.path}: expected a complete run to recompute rows of, got none; finish it")
+    check_named(run, None, "verify it without --recompute")
     job = prepare(override(settings_of(run, log), []))
     check_folder(job, writes=False)
     draw = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ from dask_logits.run.folder import (
     undo_setting_aside,
 )
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.settings import settings_of
+from dask_logits.run.settings import check_named, settings_of
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     """
     run = RunFolder(expanded(path))
     log = PlanLog(run)
+    check_named(run, dataset, "call dask_logits.retry with the run and that object")
     config = override(settings_of(run, log), overrides, dataset_given=dataset is not None)
     only = frozenset(read_failures(run))
     state = RunState.find(run, log)

@@ -47,7 +47,7 @@ class Status:
     step
         Step of a calibration. None outside it.
     reason
-        Reason why the last driver failed. None if it did not.
+        Reason why the last driver failed, or why the cache cannot be read. None if neither is so.
     next_command
         Command to run next.
     items_noun
@@ -358,7 +358,7 @@ def status_of(
         state=state,
         since=drivers.since,
         step=drivers.step,
-        reason=None if state in ("complete", "scored") else drivers.reason,
+        reason=str(found.cache_error) if damaged else None if state in ("complete", "scored") else drivers.reason,
         next_command=_next_command(run, state, found, only_failed=bool(failed) and not n_open and log.end is not None),
         items_noun=_items_noun(manifest.what),
         partitions=log.n_partitions,
@@ -420,9 +420,17 @@ def _next_command(run: RunFolder, state: State, found: RunState | None, *, only_
     if state == "failed" and only_failed:
         return f"dask-logits retry {path}"
     command = None
-    if found and total == 1 and state != "damaged":
+    if state == "damaged":
+        return "restore the cache, or delete it and start the job again with the same command"
+    if found and total == 1 and not _is_cut_short(found):
         command = generate_command(settings_of(run, found.log))
     return command or "start the job again with the same command"
+
+
+def _is_cut_short(found: RunState) -> bool:
+    """Whether a run stopped while it grew to a number of rows that its files do not tell."""
+    limit = found.manifest.setting("dataset.max_samples")
+    return found.log.end is None and isinstance(limit, int) and limit < found.log.n_rows
 
 
 def _finite(value: float) -> float | None:

@@ -34,6 +34,28 @@ def settings_of(run: RunFolder, log: PlanLog) -> dict[str, Any]:
     return settings
 
 
+def check_named(run: RunFolder, dataset: Any, cure: str) -> None:
+    """Refuse a run of a Python object without this object.
+
+    Parameters
+    ----------
+    run
+        The run.
+    dataset
+        The object, or None.
+    cure
+        What to do instead.
+
+    Raises
+    ------
+    RunConflictError
+        If the run names no dataset and there is no object.
+    """
+    manifest = run.manifest()
+    if manifest is not None and dataset is None and not manifest.setting("dataset.name"):
+        raise RunConflictError(f"{run.path}: expected a run that names its dataset, got one of a Python object; {cure}")
+
+
 def _with(tree: Any, name: str, value: Any) -> dict[str, Any]:
     """Return a tree with another value of a setting, which has a dotted name."""
     key, _, inner = name.partition(".")

@@ -6,6 +6,7 @@ import functools
 import gzip
 import http.server
 import json
+import struct
 import threading
 from pathlib import Path
 
@@ -250,12 +251,18 @@ def compressed(folder: Path, kind: str) -> Path:
     first, second = b"".join(lines[:5]), b"".join(lines[5:])
     if kind == "zst":
         return zstd_frames(folder / "d.jsonl.zst", first, second)
+    if kind == "pzst":
+        # pzstd writes a skippable frame before each part, with its size.
+        parts = [zstd_frames(folder / "part", part).read_bytes() for part in (first, second)]
+        path = folder / "d.jsonl.zst"
+        path.write_bytes(b"".join(struct.pack("<III", 0x184D2A50, 4, len(part)) + part for part in parts))
+        return path
     path = folder / "d.jsonl.gz"
     path.write_bytes(gzip.compress(first) + gzip.compress(second))
     return path
 
 
-@pytest.mark.parametrize("kind", ["zst", "gz"])
+@pytest.mark.parametrize("kind", ["zst", "pzst", "gz"])
 def test_compressed_files_are_read_to_their_end_or_refused(kind: str, tmp_path: Path) -> None:
     path = compressed(tmp_path, kind)
     assert worker_rows(corpus("json", path), tmp_path) == streamed("json", path) == TEXTS

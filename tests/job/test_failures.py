@@ -206,6 +206,28 @@ def test_without_room_for_the_drivers_own_files_it_says_so_and_resumes(joined, e
         assert not target.exists()
 
 
+def test_a_run_of_a_python_object_is_taken_up_with_this_object_only(here) -> None:
+    rows = [{"text": "red cat"}, {"text": "the sea"}]
+    named = ("dataset.name", "data_files")
+    generate(load_config([o for o in here if not any(name in o for name in named)], dataset_given=True), rows)
+    folder = cache_dir(here)
+    with pytest.raises(
+        dask_logits.RunConflictError, match=r"got one of a Python object; call dask_logits\.retry with the run"
+    ):
+        retry(folder)
+    assert retry(folder, rows) == folder / "teacher_logits.h5"
+    with pytest.raises(dask_logits.RunConflictError, match=r"of a Python object; verify it without --recompute"):
+        dask_logits.verify(folder, recompute=1)
+
+
+@pytest.mark.slow
+def test_without_room_for_the_cache_of_datasets_its_folder_is_named(joined, tmp_path) -> None:
+    for command in ("plan", "generate"):
+        full = with_room_for(1, tmp_path, command, *joined)
+        assert (full.returncode, cache_dir(joined).exists()) == (2, False), full.stderr
+        assert f"{tmp_path / 'hf'}: expected to write the cache of datasets, got 'File too large'" in full.stderr
+
+
 @pytest.mark.parametrize("cut", [-1, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (0, 10))])
 def test_partitions_that_changed_on_disk_are_taken_back_and_computed_again(joined, expected, cut) -> None:
     keep = load_config([*joined, SMALL, "distillation.job.keep_partitions=true"])

@@ -149,7 +149,9 @@ def test_a_damaged_cache_is_the_users_to_delete(here, cache) -> None:
     whole = digest(cache)
     cache.write_bytes(cache.read_bytes()[:1000])
     before = tree(cache_dir(here))
-    assert read_status(cache_dir(here)).state == "damaged"
+    status = read_status(cache_dir(here))
+    assert (status.state, "truncated" in status.reason) == ("damaged", True)
+    assert status.next_command == "restore the cache, or delete it and start the job again with the same command"
     with pytest.raises(dask_logits.CacheError, match="truncated"):
         run(here)
     assert tree(cache_dir(here)) == before

@@ -209,6 +209,13 @@ def test_the_launcher_gives_visible_gpus_or_a_share_of_the_cores(
     assert [gpu for _, gpu in started] == (expected or [visible] * 3)
     for command, _ in started:
         assert (f"{GENERATION}.torch_threads=4" in command) == (expected is None)
+        assert (f"{GENERATION}.device=cuda" in command) == (arguments == ["4,5"])
+
+
+def test_the_launcher_refuses_named_gpus_that_are_not_there(small, launched, capfd) -> None:
+    assert launched("1", "0,1", "--", *small) == 1
+    assert "expected a visible GPU for 'cuda', got none" in capfd.readouterr().err
+    assert not (cache_dir(small) / "run.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["0"], ["two"], ["2", "--merge"]])

@@ -512,6 +512,18 @@ def test_a_touched_parquet_file_is_the_same_file(parquet, tmp_path, monkeypatch)
     assert read_status(run(parquet).parent).state == "complete"
 
 
+def test_a_parquet_file_without_rows_that_has_some_later_is_refused(parquet, tmp_path) -> None:
+    empty = tmp_path / "data" / "a2.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), empty)
+    run(parquet)
+    run(parquet)
+    before = tree(cache_dir(parquet))
+    write_parquet(empty, ["red cat"], [1])
+    with pytest.raises(dask_logits.RunConflictError, match=r"a2\.parquet: the run has '0 rows', now '1 rows'"):
+        run(parquet)
+    assert tree(cache_dir(parquet)) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir
+from builders import cache_dir, sentences
 from test_monitor import FACTS, run_folder
 
 from dask_logits import Monitor, RunConflictError, generate, load_config, read_status
@@ -126,6 +128,34 @@ def test_the_command_that_goes_on_continues_a_forced_run_that_has_grown_and_move
     assert (complete.state, complete.committed_rows) == ("complete", 40)
     assert moved.manifest().run_id == run_id
     assert not cache_dir(here).exists()
+
+
+def test_no_command_is_named_for_a_stream_that_stopped_while_it_grew_to_an_unknown_number_of_rows(
+    here, monkeypatch, tmp_path
+) -> None:
+    for i in range(3):
+        pq.write_table(pa.table({"text": sentences(30, seed=i)}), tmp_path / f"{i}.parquet")
+    stream = [
+        *here,
+        "distillation.dataset.name=parquet",
+        f"distillation.dataset.data_files={tmp_path}/*.parquet",
+        "distillation.dataset.streaming=true",
+        "distillation.dataset.streaming_chunk_size=4",
+    ]
+    generate(load_config([*stream, "distillation.dataset.max_samples=12"]))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.driver._Driver.on_receipt", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(load_config([*stream, "distillation.dataset.max_samples=all"]))
+    stopped = read_status(cache_dir(here))
+    assert (stopped.state, stopped.planned_all, stopped.rows > 12) == ("stopped", False, True)
+    assert stopped.next_command == "start the job again with the same command"
+    generate(load_config([*stream, "distillation.dataset.max_samples=all"]))
+    assert read_status(cache_dir(here)).committed_rows == 90
 
 
 def test_figures_that_are_not_finite_are_null_in_json(tmp_path) -> None:
