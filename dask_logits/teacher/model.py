@@ -29,7 +29,7 @@ from dask_logits.errors import TeacherError
 from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import flex, kernels
 from dask_logits.teacher.stages import Pipeline, split_layers, staged
-from dask_logits.teacher.torch_internals import strict_compiler, uncompile
+from dask_logits.teacher.torch_internals import remove_incomplete_code, strict_compiler, uncompile
 from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
 
 Attention = Literal["fused", "blocks", "flex", "model"]
@@ -240,9 +240,11 @@ class Teacher:
             with self.strict(compiled=True), torch.inference_mode():
                 for shape in _WARM_SHAPES:
                     self.hidden_states(torch.ones(shape, dtype=torch.int64, device=self.device))
-        except Exception:
+        except Exception as error:
             self._uncompile()
-            raise
+            if not remove_incomplete_code(error):
+                raise
+            self._compile()
 
     def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
         """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+# The dynamic linker's message: file, reason.
+_UNLOADABLE = re.compile(r"(\S+\.so): ")
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -60,6 +63,32 @@ def uncompile(module: nn.Module) -> None:
     module._compiled_call_impl = None
 
 
+def remove_incomplete_code(error: BaseException) -> bool:
+    """Remove compiled code that a killed process or a full disk left incomplete in the compiler's cache.
+
+    The compiler writes a library in place, and takes any file of its name for a complete one ever after (torch 2.13).
+
+    Parameters
+    ----------
+    error
+        What using the compiled code raised.
+
+    Returns
+    -------
+    bool
+        Whether there was such code. Then it is worth another try.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    cause = getattr(error, "inner_exception", error)
+    found = _UNLOADABLE.match(str(cause)) if isinstance(cause, (ImportError, OSError)) else None
+    path = Path(found[1]) if found else None
+    if path is None or Path(cache_dir()) not in path.parents or not path.exists():
+        return False
+    path.unlink()
+    return True
+
+
 def load_cpp(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """Compile a C++ file with the compiler's own cache and load it.
 
@@ -70,5 +99,11 @@ def load_cpp(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    library: ctypes.CDLL = CppCodeCache.load(source.read_text(), extra_flags=tuple(flags))
-    return library
+    while True:
+        try:
+            library: ctypes.CDLL = CppCodeCache.load(source.read_text(), extra_flags=tuple(flags))
+        except OSError as error:
+            if not remove_incomplete_code(error):
+                raise
+        else:
+            return library

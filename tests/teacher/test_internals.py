@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from builders import tiny_model
 
-from dask_logits.teacher.torch_internals import grow_segments, load_cpp, strict_compiler, uncompile
+from dask_logits.teacher.torch_internals import (
+    grow_segments,
+    load_cpp,
+    remove_incomplete_code,
+    strict_compiler,
+    uncompile,
+)
 from dask_logits.teacher.transformers_internals import attention_of, kept_in_float32, one_sequence_per_row, unsplittable
 
 
@@ -70,6 +78,50 @@ def test_a_file_of_c_is_compiled_and_loaded(tmp_path) -> None:
     source = tmp_path / "double.cpp"
     source.write_text('extern "C" int twice(int x) { return 2 * x; }')
     assert load_cpp(source, ()).twice(21) == 42
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_code_that_a_killed_process_left_incomplete_is_compiled_again(tmp_path, monkeypatch) -> None:
+    (tmp_path / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
+    compiled = """
+import pathlib, sys, torch
+from dask_logits.teacher.torch_internals import load_cpp, remove_incomplete_code
+print(pathlib.Path(load_cpp(pathlib.Path(sys.argv[1]), ())._name).exists())
+double, removed = torch.compile(lambda x: x + x, dynamic=True), 0
+while True:
+    try:
+        print(double(torch.ones(2, 3)).sum().item(), removed)
+        break
+    except RuntimeError as error:
+        if not remove_incomplete_code(error):
+            raise
+        removed += 1
+"""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
+    def run() -> list[str]:
+        command = [sys.executable, "-c", compiled, str(tmp_path / "twice.cpp")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert run() == ["True", "12.0", "0"]
+    libraries = [
+        path for path in cache.rglob("*.so") if path.name.endswith(".main.so") or b"twice" in path.read_bytes()
+    ]
+    assert len(libraries) == 2
+    for path in libraries:
+        path.write_bytes(b"")
+    assert run() == ["True", "12.0", "1"]
+    assert run() == ["True", "12.0", "0"]
+
+
+def test_other_errors_of_the_compiler_remove_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    other = tmp_path / "other.so"
+    other.touch()
+    for error in (ImportError(f"{other}: file too short"), OSError("no room"), RuntimeError(f"{other}: odd")):
+        assert not remove_incomplete_code(error)
+    assert other.exists()
 
 
 def test_a_model_names_its_attention_and_what_must_stay_whole() -> None:

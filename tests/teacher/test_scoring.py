@@ -47,7 +47,7 @@ def test_targets_equal_the_plain_forward(family: str) -> None:
 
 def test_switching_the_path_is_no_part_of_the_time_of_a_partition(monkeypatch) -> None:
     teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
-    path, _ = choose_path(teacher, exact=True)
+    path = check(teacher, exact=True).path
     take = teacher.take
     monkeypatch.setattr(teacher, "take", lambda path: time.sleep(3) or take(path))
     assert score_items(teacher, plain_items(documents()), settings(path=path)).seconds["score"] < 3
