@@ -111,7 +111,7 @@ def score(family: str, attention: str = "model") -> int:
         settings = scoring.ScoringSettings(
             top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=500, batch_size=None, head_rows=16, path=teacher.path
         )  # fmt: skip
-        return scoring._Run(teacher, plain_items(texts), settings)._score((0, 1, 2, 3))
+        return scoring._Run(teacher, plain_items(texts), settings, lambda tokens: None)._score((0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(

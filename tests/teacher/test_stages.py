@@ -166,7 +166,7 @@ def slowed(teacher: Teacher, seconds: float) -> list[list[tuple[float, float]]]:
 def test_all_stages_are_busy() -> None:
     teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
     made = pipelined(teacher, 4)
-    busy = slowed(teacher, 0.1)
+    busy = slowed(teacher, 0.2)
     n_batches = 60
     ahead = Ahead(made, range(n_batches), lambda n: torch.full((1, 4), n))
     begun = time.perf_counter()
