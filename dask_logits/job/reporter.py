@@ -144,9 +144,11 @@ def reported(job: Job) -> Iterator[Reporter]:
             if isinstance(error, KeyboardInterrupt):
                 reporter.report("stopped")
             else:
-                reporter.report("failed", reason=first_line(error))
+                # A list of partitions may follow.
+                reason = first_line(error).removesuffix(":")
+                reporter.report("failed", reason=reason)
                 leave_report(job.run)
-                notify(job.config.job, job.run.path, "failed", first_line(error))
+                notify(job.config.job, job.run.path, "failed", reason)
         else:
             # The error to show is the one that refused the start.
             with contextlib.suppress(OSError):

@@ -344,7 +344,7 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
     reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in sorted(failed.items()))
     return PartitionsFailedError(
         f"{len(failed)} of {PlanLog(job.run).n_partitions} partitions failed; the others are committed:\n{reasons}\n"
-        f"mend the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "
+        f"fix the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "
         "these (--bisect names the rows)",
         failed,
     )
