@@ -37,6 +37,8 @@ _DTYPES = {"input_ids": np.int64, "topk_ids": np.int32, "loss_mask": np.bool_, "
 _FLOAT32 = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
 # Entries whose token ids are read together.
 _SCAN_ENTRIES = 1 << 22
+# Tokens of the first item that are compared with their targets on opening.
+_CHECKED_TOKENS = 4_096
 
 
 class CachedLogitsDataset(Dataset[CachedItem]):
@@ -311,6 +313,9 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         if not int(self._starts[-1]) - len(self._left_out):
             return
         reader, start, stop, segments_S3 = self._span(0)
+        if stop - start > _CHECKED_TOKENS:
+            stop = start + _CHECKED_TOKENS
+            segments_S3 = _cut_segments(segments_S3, 0, _CHECKED_TOKENS)
         arrays = {**reader.profile.decode(reader.stored(start, stop)), "segments": segments_S3}
         item = {name: _tensor(name, array) for name, array in _with_shares(arrays).items()}
         first = CachedItem(

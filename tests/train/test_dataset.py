@@ -23,6 +23,7 @@ from dask_logits import (
     collate,
     convert,
 )
+from dask_logits.cache.reader import CacheReader
 from dask_logits.vocabulary import map_digest, token_crcs
 
 LENGTHS = (4, 0, 2, 7, 1, 3)
@@ -90,6 +91,16 @@ def test_pickling_carries_no_open_file(path) -> None:
     data = pickle.dumps(dataset)
     assert len(data) < 2_000
     assert pickle.loads(data)[3]["input_ids"].tolist() == dataset[3]["input_ids"].tolist()
+
+
+def test_opening_reads_only_the_beginning_of_a_long_item(tmp_path, monkeypatch) -> None:
+    write_cache(tmp_path / "long.h5", records([10_000, 3]))
+    read = []
+    stored = CacheReader.stored
+    monkeypatch.setattr(CacheReader, "stored", lambda *given: read.append(given[1:]) or stored(*given))
+    dataset = CachedLogitsDataset(tmp_path / "long.h5")
+    assert read == [(0, 4_096)]
+    assert len(dataset[0]["input_ids"]) == 10_000
 
 
 def test_items_do_not_alias_the_file(path) -> None:
