@@ -163,8 +163,7 @@ def slowed(teacher: Teacher, seconds: float) -> list[list[tuple[float, float]]]:
     return busy
 
 
-def busy_shares() -> list[float]:
-    """Return the share of the time in which each of four stages was busy."""
+def test_all_stages_are_busy() -> None:
     teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
     made = pipelined(teacher, 4)
     busy = slowed(teacher, 0.1)
@@ -176,15 +175,10 @@ def busy_shares() -> list[float]:
     seconds = time.perf_counter() - begun
     ahead.close()
     made.close()
-    return [sum(end - start for start, end in spans) / seconds for spans in busy]
-
-
-def test_all_stages_are_busy() -> None:
-    # The pipeline fills and drains: 60 of 63 steps. Other work on the machine can take the time of a round.
-    rounds: list[list[float]] = []
-    while len(rounds) < 3 and not (rounds and min(rounds[-1]) > 0.9):
-        rounds.append(busy_shares())
-    assert min(rounds[-1]) > 0.9, rounds
+    shares = [sum(end - start for start, end in spans) / seconds for spans in busy]
+    # The pipeline fills and drains: 60 of 63 steps, or 0.95. One stage after the other would be 0.25. Other work on the
+    # machine takes time between the steps.
+    assert min(shares) > 0.75, shares
 
 
 def score_as_a_worker(teacher: Teacher, partitions: list[list[Item]], wanted: ScoringSettings) -> list[str]:
