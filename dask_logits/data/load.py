@@ -223,16 +223,23 @@ def _has_options(config: Any) -> bool:
     return any(getattr(config, name) != getattr(plain, name) for name in names)
 
 
-def check_name(name: str, data_files: Sequence[str] | None) -> None:
-    """Refuse a name that must be a path but does not exist, before asking a hub.
+def check_exists(name: str, data_files: Sequence[str] | None) -> None:
+    """Refuse a name that must be a path but does not exist, before asking a hub, and files of a reader likewise.
 
     Raises
     ------
     DatasetError
-        If a local file is named instead of a reader, or a path does not exist.
+        If a local file is named instead of a reader, or a path or pattern matches no file.
     """
     where = "distillation.dataset.name"
     if name in _READERS:
+        # ``datasets`` leaves a pattern without files out in silence if another one has some.
+        for pattern in data_files or ():
+            if not _matches(pattern):
+                raise DatasetError(
+                    "distillation.dataset.data_files: expected paths or patterns of existing files, got "
+                    f"{pattern!r}, which matches no file; correct it"
+                )
         return
     path = Path(name).expanduser()
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
@@ -255,6 +262,17 @@ def check_name(name: str, data_files: Sequence[str] | None) -> None:
         raise DatasetError(
             f"{where}: expected a dataset, got {name!r}, which looks like a path and does not exist; check it"
         )
+
+
+def _matches(pattern: str) -> bool:
+    """Whether there is a file at a path or pattern. Remote ones are left to ``datasets``."""
+    from datasets.data_files import resolve_pattern
+
+    local = _expanded(pattern)
+    try:
+        return "://" in local or Path(local).exists() or bool(resolve_pattern(local, base_path=str(Path.cwd())))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
@@ -409,7 +427,7 @@ def load_rows(
     by_library = functools.partial(_load, name, config_name, split, data_files, revision, False, num_proc)
     if is_saved(name):
         return by_library()
-    check_name(name, data_files)
+    check_exists(name, data_files)
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "dask_logits"
     is_hub = name not in _READERS and not Path(name).expanduser().exists()
     asked = json.dumps([name, config_name, revision, data_files, *vars(wanted).values()])
@@ -488,7 +506,7 @@ def _load(
     from datasets import Dataset, load_dataset, load_from_disk
 
     if not is_saved(name):
-        check_name(name, data_files)
+        check_exists(name, data_files)
         local = data_files is not None or Path(name).expanduser().is_dir()
         separator: dict[str, Any] = {"sep": "\t"} if name == "tsv" else {}
         # Texts such as "NA" and "null" are not missing values.

@@ -12,7 +12,7 @@ from dask_logits.data.arrow_cache import file_rows
 from dask_logits.data.columns import ColumnSettings
 from dask_logits.data.load import (
     FoundFiles,
-    check_name,
+    check_exists,
     find_files,
     is_saved,
     pinned_commit,
@@ -72,7 +72,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         saved = prepare_dataset(name, split=config.split, streaming=True)
         arrow = sorted(str(path) for path in Path(name).expanduser().rglob("*.arrow"))
         return RowStream([saved], wanted, limit, identity, file_states=_states(arrow), skips=skips)
-    check_name(name, config.data_files)
+    check_exists(name, config.data_files)
     found = find_files(name, config.config_name, config.data_files, commit or config.revision)
     parts = stream_parts(config.split, list(found.files))
     files = [file for split, _, _ in parts for file in found.files[split]]

@@ -489,6 +489,19 @@ def test_names_that_are_paths_are_refused_before_a_hub_is_asked(name, message, t
         streamed(name)
 
 
+@pytest.mark.parametrize(("name", "file"), [("json", "tpyo.jsonl"), ("parquet", "*.parquet"), ("text", "none/**.txt")])
+def test_data_files_that_match_no_file_are_named(name: str, file: str, tmp_path: Path, monkeypatch) -> None:
+    write_lines(tmp_path / "here.jsonl", [{"text": "red"}])
+    monkeypatch.chdir(tmp_path)
+    for read in (corpus, streamed):
+        with pytest.raises(DatasetError) as caught:
+            read(name, "here.jsonl", file)
+        assert str(caught.value) == (
+            "distillation.dataset.data_files: expected paths or patterns of existing files, "
+            f"got {file!r}, which matches no file; correct it"
+        )
+
+
 def test_a_hub_that_does_not_answer_is_given_up_within_seconds(monkeypatch) -> None:
     from huggingface_hub import constants
 
