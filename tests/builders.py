@@ -284,6 +284,41 @@ _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 _LOCAL = ["--host", "127.0.0.1", "--no-dashboard"]
 
 
+class SuiteWorker:
+    """A scheduler in this process with one worker process. It is started anew if the worker was lost.
+
+    A scheduler gives a worker up after minutes without a word, which hours of tests in its process can cause.
+    """
+
+    def __init__(self) -> None:
+        self._cluster = None
+
+    def address(self) -> str:
+        """Return the address of the scheduler, whose worker has just answered."""
+        from distributed import LocalCluster
+
+        if self._cluster is None or not self._answers():
+            self.close()
+            self._cluster = LocalCluster(
+                n_workers=1, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
+            )
+        return self._cluster.scheduler_address
+
+    def close(self) -> None:
+        """Stop both."""
+        if self._cluster is not None:
+            self._cluster.close(timeout=30)
+
+    def _answers(self) -> bool:
+        from distributed import Client
+
+        try:
+            with Client(self._cluster.scheduler_address, set_as_default=False) as client:
+                return bool(client.run(int))
+        except (OSError, TimeoutError):
+            return False
+
+
 @contextlib.contextmanager
 def dask_processes(folder: Path, *options: str) -> Iterator[tuple[Path, warm.Popen]]:
     """Start ``dask scheduler`` and one ``dask worker`` with options; yield the scheduler file and the scheduler."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 import warm
-from builders import cache_dir, save_tokenizer, sentences, small_job, tiny_model, write_json_lines
+from builders import SuiteWorker, cache_dir, save_tokenizer, sentences, small_job, tiny_model, write_json_lines
 
 if TYPE_CHECKING:
     from dask_logits.run.folder import RunFolder
@@ -82,14 +82,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scheduler(fork_server: None) -> Iterator[str]:
-    """Address of one scheduler with one worker process, which the suite's jobs join."""
-    from distributed import LocalCluster
+def suite_worker(fork_server: None) -> Iterator[SuiteWorker]:
+    """One scheduler with one worker process, which the suite's jobs join."""
+    worker = SuiteWorker()
+    yield worker
+    worker.close()
 
-    with LocalCluster(
-        n_workers=1, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-    ) as cluster:
-        yield cluster.scheduler_address
+
+@pytest.fixture
+def scheduler(suite_worker: SuiteWorker) -> str:
+    """Address of the suite's scheduler, whose worker answers."""
+    return suite_worker.address()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import warm
+from builders import SuiteWorker
 
 SEES = """
 import os, sys
@@ -54,3 +55,14 @@ def test_workers_are_forks(fork_server) -> None:
 
 def test_workers_are_new_interpreters_where_a_test_asks_for_them(new_interpreters) -> None:
     assert not workers_have_transformers()
+
+
+def test_the_suites_worker_is_started_anew_when_it_was_lost(suite_worker: SuiteWorker) -> None:
+    from distributed import Client
+
+    address = suite_worker.address()
+    assert suite_worker.address() == address
+    with Client(address, set_as_default=False) as client:
+        client.retire_workers()
+    with Client(suite_worker.address(), set_as_default=False) as client:
+        assert client.run(int)

@@ -35,10 +35,10 @@ def look() -> Iterator[Callable[[Path], str]]:
 
 
 @pytest.fixture(scope="session")
-def made(scheduler, tmp_path_factory) -> list[Path]:
+def made(suite_worker, tmp_path_factory) -> list[Path]:
     """Small caches of every version, and runs; they stay as they are."""
     folder = tmp_path_factory.mktemp("fuzz")
-    generate(load_config([*job(folder / "job"), f"distillation.cluster.scheduler={scheduler}"]))
+    generate(load_config([*job(folder / "job"), f"distillation.cluster.scheduler={suite_worker.address()}"]))
     return bases(folder / "bases", folder / "job" / "run")
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import warm
-from builders import cache_dir, digest, run, tree
+from builders import SuiteWorker, cache_dir, digest, run, tree
 from datasets import Dataset
 from filelock import SoftFileLease
 from test_report import checked
@@ -66,10 +66,10 @@ def job(llama: Path, corpus: Path, folder: Path, *more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(llama: Path, corpus: Path, scheduler: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def whole(llama: Path, corpus: Path, suite_worker: SuiteWorker, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Content of the same job done by a cluster."""
     folder = tmp_path_factory.mktemp("whole")
-    return digest(job(llama, corpus, folder, f"distillation.cluster.scheduler={scheduler}"))
+    return digest(job(llama, corpus, folder, f"distillation.cluster.scheduler={suite_worker.address()}"))
 
 
 @pytest.fixture(scope="module")
