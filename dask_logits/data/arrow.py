@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from dask_logits.config import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
-from dask_logits.data.load import load_rows, refuse_splits
+from dask_logits.data.load import load_rows
 from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values
+from dask_logits.data.splits import refuse_splits
 from dask_logits.data.values import PROBLEM, row_value, type_problem, value_table
 from dask_logits.errors import DatasetError
 from dask_logits.files.lock import lease

@@ -10,19 +10,12 @@ from typing import Any
 from dask_logits.config import UNBOUNDED_STREAM, DatasetConfig
 from dask_logits.data.arrow_cache import file_rows
 from dask_logits.data.columns import ColumnSettings
-from dask_logits.data.load import (
-    FoundFiles,
-    check_exists,
-    find_files,
-    is_saved,
-    pinned_commit,
-    prepare_dataset,
-    refuse_splits,
-    shards,
-    stream_parts,
-)
+from dask_logits.data.find import FoundFiles, check_exists, find_files, is_saved
+from dask_logits.data.hub import pinned_commit
+from dask_logits.data.load import prepare_dataset
 from dask_logits.data.parquet import ParquetStream
 from dask_logits.data.parquet_files import all_batches, file_state
+from dask_logits.data.splits import refuse_splits, stream_parts
 from dask_logits.data.stream import RowStream
 from dask_logits.errors import ConfigError, DatasetError
 
@@ -86,7 +79,7 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         rows = _file_parts(found, parts)
     else:
         rows = itertools.chain.from_iterable(
-            _sliced(list(shards(_opened(config, split, commit))), first, last) for split, first, last in parts
+            _sliced(list(_shards(_opened(config, split, commit))), first, last) for split, first, last in parts
         )
     return RowStream(
         rows,
@@ -131,3 +124,10 @@ def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Seq
 def _states(files: Sequence[str]) -> tuple[str, ...]:
     states = ((Path(file).name, file_state(file)) for file in files)
     return tuple(f"{name}: {state.size} bytes, etag {state.etag}" for name, state in states)
+
+
+def _shards(stream: Any) -> Iterator[Any]:
+    """Yield the independently readable parts of a stream, in order. For most readers these are its files."""
+    count = stream.num_shards
+    for index in range(count):
+        yield stream.shard(count, index) if count > 1 else stream

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.data.columns import ColumnSettings, choose_column
-from dask_logits.data.load import pinned_commit
+from dask_logits.data.hub import pinned_commit
 from dask_logits.data.parquet_files import (
     FileState,
     Footer,

@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from dask_logits import DatasetError, prepare_dataset
-from dask_logits.data.load import find_files
+from dask_logits.data.find import find_files
 from dask_logits.data.tokens import TokenizerSpec, read_documents
 
 TEXTS = sentences(30, seed=4)
