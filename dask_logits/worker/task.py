@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,21 @@ _MOST_ATTEMPTS = 8
 _MOST_LETTERS = 200
 
 
+class ScoringClock:
+    """Seconds of scoring of each partition. A device may begin one before the last results of the one before arrive."""
+
+    def __init__(self) -> None:
+        self._ended = 0.0
+
+    def seconds(self, begun: float, ended: float) -> float:
+        """Return the seconds of a partition that has just ended, without those that count for the one before.
+
+        Both times are those of ``time.perf_counter``.
+        """
+        before, self._ended = self._ended, ended
+        return ended - min(max(begun, before), ended)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """Locks of a worker's threads, so that one partition is read or written while another is scored.
@@ -59,11 +74,14 @@ class Stages:
     scorer
         Single thread for scoring. Each thread has its own OpenMP team, and two teams slow each other down. None: the
         calling thread.
+    scored
+        Seconds of scoring, so that none count twice.
     """
 
     text: AbstractContextManager[object]
     teacher: AbstractContextManager[object]
     scorer: Executor | None = None
+    scored: ScoringClock = field(default_factory=ScoringClock)
 
     def run(self, function: Callable[[], _T]) -> _T:
         """Call a function in the scorer's thread."""
@@ -195,8 +213,10 @@ def process_partition(
         lap("wait")
         finish = stages.run(start)
     # The device may begin the next partition before the last results of this one arrive.
+    begun = clock
     scored = finish()
     lap("score")
+    seconds["score"] = round(stages.scored.seconds(begun, clock), 4)
     profile = load_profile(task.profile)
     stored = encode_all(scored.records.tokens(), profile)
     statistics, content_digest = _said_of(as_kept(scored.records, profile, stored))
