@@ -25,7 +25,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,23 +215,27 @@ def train_student(
 
 
 @torch.no_grad()
-def evaluate(model: Any, teacher: Any, blocks_NT: Tensor) -> dict[str, float]:
-    """Return cross-entropy, KL from the teacher (nats per token) and calibration error on held-out blocks."""
-    sums = {"cross_entropy": 0.0, "kl": 0.0}
-    hits = torch.zeros(BINS, 3, dtype=torch.float64)
+def evaluate(models: Sequence[Any], teacher: Any, blocks_NT: Tensor) -> list[dict[str, float]]:
+    """Return cross-entropy, KL from the teacher (nats per token) and calibration error of each on held-out text."""
+    sums = [{"cross_entropy": 0.0, "kl": 0.0} for _ in models]
+    hits = [torch.zeros(BINS, 3, dtype=torch.float64) for _ in models]
     for ids_BT in blocks_NT.split(32):
-        logq_BTV = model(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)
         logp_BTV = teacher(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)
         labels_BT = ids_BT[:, 1:]
-        sums["cross_entropy"] -= float(logq_BTV.gather(-1, labels_BT[..., None]).sum())
-        sums["kl"] += float((logp_BTV.exp() * (logp_BTV - logq_BTV)).sum())
-        best = logq_BTV.max(-1)
-        p_N = best.values.exp().flatten().double()
-        each_N3 = torch.stack([torch.ones_like(p_N), p_N, (best.indices == labels_BT).flatten().double()], -1)
-        hits.index_add_(0, (p_N * BINS).long().clamp(max=BINS - 1), each_N3)
+        for model, each, into_N3 in zip(models, sums, hits, strict=True):
+            logq_BTV = model(input_ids=ids_BT).logits[:, :-1].log_softmax(-1)
+            each["cross_entropy"] -= float(logq_BTV.gather(-1, labels_BT[..., None]).sum())
+            each["kl"] += float((logp_BTV.exp() * (logp_BTV - logq_BTV)).sum())
+            best = logq_BTV.max(-1)
+            p_N = best.values.exp().flatten().double()
+            each_N3 = torch.stack([torch.ones_like(p_N), p_N, (best.indices == labels_BT).flatten().double()], -1)
+            into_N3.index_add_(0, (p_N * BINS).long().clamp(max=BINS - 1), each_N3)
     n_tokens = blocks_NT.shape[0] * (T - 1)
-    error = float((hits[:, 1] - hits[:, 2]).abs().sum() / n_tokens)
-    return {**{name: value / n_tokens for name, value in sums.items()}, "calibration_error": error}
+    return [
+        {**{name: value / n_tokens for name, value in each.items()},
+         "calibration_error": float((found_N3[:, 1] - found_N3[:, 2]).abs().sum() / n_tokens)}
+        for each, found_N3 in zip(sums, hits, strict=True)
+    ]  # fmt: skip
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -242,17 +246,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher"
         teacher.save_pretrained(path)
-        found = {"teacher": evaluate(teacher, teacher, parts["held_out"])}
+        found = {"teacher": evaluate([teacher], teacher, parts["held_out"])[0]}
         ladder = ways(arguments.vocab_size, arguments.k)
         wanted = {*_BOUNDS, *arguments.ways} if arguments.ways else set(ladder)
         for name, way in ladder.items():
             if name not in wanted:
                 continue
             dataset, size = write_cache(Path(folder), path, parts["student"], way)
-            seeds = []
-            for seed in range(arguments.seeds):
-                student, step = train_student(arguments, way, dataset, teacher, seed)
-                seeds.append({**evaluate(student, teacher, parts["held_out"]), "ms_per_step": step})
+            trained = [train_student(arguments, way, dataset, teacher, seed) for seed in range(arguments.seeds)]
+            quality = evaluate([student for student, _ in trained], teacher, parts["held_out"])
+            seeds = [{**each, "ms_per_step": step} for each, (_, step) in zip(quality, trained, strict=True)]
             live = way.objective is None
             said = dataset.attributes["statistics"]
             per_target = {key: said[key] / said["targets"] for key in ("kept_mass", "distinct")}
@@ -304,12 +307,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(found["ways"])
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 1 + len(names) / 4), layout="constrained")
     axis.barh(names, [100 * found["ways"][name]["gap_closed_cross_entropy"] for name in names], color="#9ecae1")
     for name in names:
         for share in found["ways"][name]["gap_closed_cross_entropy_each"]:
             axis.plot(100 * share, name, "o", color="#08519c", markersize=3)
     axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
     axis.set_xlabel("% of the gap in held-out cross-entropy between labels alone and the live teacher")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
@@ -320,8 +324,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--student-steps", type=int, default=300)
-    parser.add_argument("--teacher-steps", type=int, default=500)
+    parser.add_argument("--student-steps", type=int, default=200)
+    parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--ways", nargs="*", help="only these, and those that the gap is between")
     parser.add_argument("--tiny", action="store_true", help="tiny models, a few steps, one seed")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
