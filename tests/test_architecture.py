@@ -51,6 +51,7 @@ HOMES = {
     "pyarrow": {"data"},
     "fsspec": {"data.parquet_files"},
     "h5py": {"cache"},
+    "google_crc32c": {"cache.partition"},
     "numcodecs": {"cache"},
     "zarr": {"cache.partition"},
     "zstandard": {"cache"},

@@ -23,14 +23,14 @@ from dask_logits.records import Array
 
 # Gap between two chunks, in bytes, up to which both are read in one request.
 _GAP_BYTES = 1 << 16
-_LEVEL = 1
+LEVEL = 1
 
 
 def compress(chunk: Array) -> bytes:
     """Compress a chunk into a zstd frame with a checksum, as Zarr's zstd codec writes it."""
     from numcodecs.zstd import Zstd
 
-    return bytes(Zstd(level=_LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
+    return bytes(Zstd(level=LEVEL, checksum=True).encode(np.ascontiguousarray(chunk)))
 
 
 def decompress(frame: bytes | memoryview, out: Array) -> None:

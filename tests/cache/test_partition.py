@@ -55,6 +55,33 @@ def test_chunks_are_those_of_the_planes(tmp_path) -> None:
     assert found == [compress(padded[first : first + 4]) for first in (0, 4, 8)]
 
 
+@pytest.mark.parametrize("profile", [plain(), compact(), compact(precision=12, chunk_tokens=64)])
+def test_every_file_is_what_zarr_writes(profile, tmp_path) -> None:
+    write_partition(tmp_path / "p.zarr", records((BLOCK_TOKENS if profile.name == "plain" else 300, 7)), profile)
+    group = zarr.open_group(str(tmp_path / "p.zarr"), mode="r")
+    names = list(group.array_keys())
+    assert {*profile.arrays, "document_length"} <= set(names)
+    for name in names:
+        # Otherwise chunks of zeros would be left out.
+        copy = zarr.create_array(
+            str(tmp_path / "copy.zarr" / name),
+            shape=group[name].shape,
+            dtype=group[name].dtype,
+            chunks=group[name].chunks,
+            shards=group[name].shards,
+            compressors=group[name].compressors or None,
+            config={"write_empty_chunks": True},
+        )
+        copy[:] = group[name][:]
+        files = sorted(file.relative_to(copy.store.root) for file in copy.store.root.rglob("*") if file.is_file())
+        assert files == sorted(
+            file.relative_to(tmp_path / "p.zarr" / name)
+            for file in (tmp_path / "p.zarr" / name).rglob("*") if file.is_file()
+        )  # fmt: skip
+        for file in files:
+            assert (tmp_path / "p.zarr" / name / file).read_bytes() == (copy.store.root / file).read_bytes()
+
+
 def test_an_attempt_is_never_written_over(tmp_path) -> None:
     write_partition(tmp_path / "p.zarr", records(), plain())
     with pytest.raises(zarr.errors.ContainsGroupError):
