@@ -7,10 +7,11 @@ extras=${1:?usage: scripts/install.sh EXTRA,EXTRA}
 stamp=".venv/.installed-$(cat pyproject.toml constraints.txt scripts/install.sh | cksum | cut -d' ' -f1)-$extras"
 [ -f "$stamp" ] && exit 0
 
-# Show the downloads of a MB or more; pip's other lines only where it fails.
+# Show the downloads of a MB or more; pip's other lines only where it fails. Python compiles what it imports, which is
+# less than everything that is installed.
 install() {
   local log=.venv/install.log
-  .venv/bin/python -m pip install --disable-pip-version-check --no-color --progress-bar off "$@" 2>&1 |
+  .venv/bin/python -m pip install --no-compile --disable-pip-version-check --no-color --progress-bar off "$@" 2>&1 |
     tee "$log" | { grep --line-buffered -E '^ *(Downloading|Using cached) .*MB\)' || true; } >&2 ||
     { tail -n 20 "$log" >&2; echo "install.sh: pip failed; its whole output is in $log" >&2; exit 1; }
 }

@@ -176,8 +176,13 @@ def write_spool(path: Path, rows: Any) -> None:
     """Write a table of a stream's values atomically to the spool for workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
-    with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
-        writer.write_table(rows)
+    try:
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+            writer.write_table(rows)
+    except BaseException:
+        # It may have filled the disk.
+        aside.unlink(missing_ok=True)
+        raise
     aside.replace(path)
 
 

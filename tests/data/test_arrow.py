@@ -5,6 +5,7 @@ import shutil
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from builders import HEAD_WIDTH, VOCAB_SIZE, save_tokenizer, sentences, write_json_lines
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenate_datasets, load_dataset
@@ -15,7 +16,7 @@ from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.data import arrow as home
 from dask_logits.data.arrow import hash_rows, open_corpus, slice_files
 from dask_logits.data.columns import Column
-from dask_logits.data.source import FileRows, read_rows
+from dask_logits.data.source import FileRows, read_rows, write_spool
 from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, read_documents
 from dask_logits.errors import DatasetError, TeacherError
 from dask_logits.run.folder import RunFolder
@@ -345,3 +346,10 @@ def test_rows_written_as_json_with_null_text(tmp_path) -> None:
     path = write_json_lines(tmp_path / "x.jsonl", ["red", None, "blue"])
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(path),)))
     assert list(opened.head()) == ["red", None, "blue"]
+
+
+def test_a_spool_file_for_which_there_is_no_room_leaves_nothing(tmp_path) -> None:
+    (tmp_path / ".0.arrow").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_spool(tmp_path / "0.arrow", pa.table({"text": ["red" * 10_000]}))
+    assert list(tmp_path.iterdir()) == []
