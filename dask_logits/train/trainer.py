@@ -130,7 +130,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
         named = {"train_dataset": train_dataset, **evaluated}
         caches = [cache_of(name, dataset) for name, dataset in named.items() if dataset is not None]
-        self.objective = args.objective
+        # Not `objective`, in which Trainer.hyperparameter_search keeps the value of a trial.
+        self._objective = args.objective
         self._student: StudentWithLoss | None = None
         self._sampler: ResumableSampler | None = None
         self._trained, self._evaluated = _Sums(), _Sums()
@@ -307,18 +308,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             result: DistillationLoss = model(ids, targets, mask, **options)
             return result
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return distillation_loss(logits, targets, self.objective, input_ids=ids, **options)
+        return distillation_loss(logits, targets, self._objective, input_ids=ids, **options)
 
     # Private in transformers 5.23, which has no public place for a module around the model. model_wrapped is that
     # module, and model stays the model that is saved.
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if training:
+            # A trial of hyperparameter_search has changed the arguments.
+            self._objective = self.args.objective
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._wrap_model(model, training, dataloader)
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(inner, StudentWithLoss):
+            inner.objective = self._objective
             return model
         if self._student is None or self._student.model is not inner:
-            self._student = StudentWithLoss(inner, self.objective)
+            self._student = StudentWithLoss(inner, self._objective)
+        self._student.objective = self._objective
         return self.accelerator.prepare_model(self._student) if training else self._student
 
     # Private, too. The public get_train_dataloader would need a copy of its body.

@@ -133,6 +133,24 @@ def test_a_log_of_several_steps_has_their_means(dataset, tmp_path) -> None:
         assert whole[name] == pytest.approx(sum(entry[name] for entry in each) / 4, rel=1e-6)
 
 
+def test_changed_arguments_change_the_loss(dataset, tmp_path) -> None:
+    expected = trained(tmp_path, dataset, alpha=0.2)
+    searched = DistillationTrainer(
+        model_init=lambda: student(), args=settings(tmp_path), train_dataset=dataset, eval_dataset=dataset
+    )
+    # What Trainer.hyperparameter_search does for a trial.
+    searched.objective = None
+    searched.args.alpha = 0.2
+    searched.train()
+    assert_equal(weights(searched), weights(expected))
+    # Without model_init, the wrapped model stays.
+    again = DistillationTrainer(model=student(), args=settings(tmp_path, max_steps=1), train_dataset=dataset)
+    again.train()
+    again.args.alpha = 0.0
+    again.train()
+    assert steps(again)[-1]["loss"] == pytest.approx(steps(again)[-1]["cross_entropy"], rel=1e-6)
+
+
 def test_accumulated_batches_equal_one(either, tmp_path) -> None:
     whole = trained(tmp_path, either)
     parts = trained(tmp_path, either, per_device_train_batch_size=2, gradient_accumulation_steps=2)
