@@ -48,6 +48,8 @@ class DistillationConfig(TrainingArguments):  # type: ignore[misc]
         As for :class:`dask_logits.ItemOrder`, with the seed ``data_seed``, or else ``seed``.
     remove_unused_columns
         False. The items of a cache keep their columns in any case.
+    greater_is_better
+        None: False if `metric_for_best_model` is a loss, a divergence or a cross-entropy, otherwise True.
     """
 
     divergence: Divergence = field(default="forward_kl", metadata={"help": "Divergence from the teacher."})
@@ -57,6 +59,13 @@ class DistillationConfig(TrainingArguments):  # type: ignore[misc]
     alpha: float = field(default=1.0, metadata={"help": "Share of the divergence. The rest is cross-entropy."})
     shuffle: Literal["block", "full", "none"] = field(default="block", metadata={"help": "Order of the items."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Items keep their columns in any case."})
+    greater_is_better: bool | None = field(default=None, metadata={"help": "Whether the best model has the most."})
+
+    def __post_init__(self) -> None:
+        # TrainingArguments knows only that a smaller loss is better.
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_TERMS):
+            self.greater_is_better = False
+        super().__post_init__()
 
     @property
     def objective(self) -> Objective:

@@ -254,6 +254,25 @@ def test_evaluation_drops_nothing(dataset, tmp_path) -> None:
     assert dropping.args.dataloader_drop_last
 
 
+@pytest.mark.parametrize("metric", ["loss", "divergence", "eval_cross_entropy"])
+def test_the_best_model_has_the_least_divergence(metric, dataset, tmp_path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "save_strategy": "steps", "save_steps": 1}
+    trainer = DistillationTrainer(
+        model=student(),
+        args=settings(tmp_path, eval_strategy="steps", eval_steps=1, **best),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+    )
+    trainer.train()
+    name = "eval_" + metric.removeprefix("eval_")
+    values = [entry[name] for entry in trainer.state.log_history if name in entry]
+    assert trainer.state.best_metric == min(values) < max(values)
+    assert DistillationConfig(str(tmp_path), use_cpu=True, metric_for_best_model="accuracy").greater_is_better
+    assert DistillationConfig(
+        str(tmp_path), use_cpu=True, metric_for_best_model=metric, greater_is_better=True
+    ).greater_is_better
+
+
 def test_a_share_of_a_cache_may_be_held_out(dataset, tmp_path) -> None:
     trainer = DistillationTrainer(
         model=student(),
