@@ -101,7 +101,10 @@ def split(dataset: CachedLogitsDataset, share: float) -> tuple[Subset[Any], Subs
     """Hold out the last items. Text windows of one document are neighbours, so at most one is on both sides."""
     n_held_out = max(1, round(share * len(dataset)))
     if n_held_out >= len(dataset):
-        raise DatasetError(f"student.held_out: expected a cache of two items or more, got {len(dataset)}")
+        raise DatasetError(
+            f"student.held_out: expected a share that leaves items to train on, got {share:g} of {len(dataset)} items; "
+            "choose a smaller share, or a cache of two items or more"
+        )
     n_train = len(dataset) - n_held_out
     return Subset(dataset, range(n_train)), Subset(dataset, range(n_train, len(dataset)))
 

@@ -149,7 +149,10 @@ def test_batches_keep_to_their_tokens_and_lose_no_item(cache) -> None:
         (["student.model_path=nowhere"], r"student.model_path: expected a causal language model .*, got 'nowhere': "),
         (["student.model.model_type=lama"], r"student.model: expected a causal language model .*Unrecognized model id"),
         (["student.device=cuda"], r"student.device: expected 'auto' or 'cpu', because no GPU is visible, got 'cuda'"),
-        (["student.held_out=0.999"], r"student.held_out: expected a cache of two items or more"),
+        (
+            ["student.held_out=0.999"],
+            r"student.held_out: expected a share that leaves items .*, got 0.999 of 20 items; ",
+        ),
     ],
     ids=["unknown", "several", "objective", "cache", "folder", "type", "device", "share"],
 )
