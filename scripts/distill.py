@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
@@ -268,6 +269,26 @@ def draw(curve: dict[str, list[dict[str, float]]], path: Path) -> None:
     path.write_text(file_html(chart, INLINE, "Distillation"))
 
 
+def new_folder(path: str) -> Path:
+    """Create the output folder before the training, so that a student is not lost after it.
+
+    Raises
+    ------
+    ConfigError
+        If nothing can be written there.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"student.output_dir: expected a folder that can be written, got {path!r}: {first_line(error)}"
+        ) from error
+    return folder
+
+
 def main(overrides: Sequence[str]) -> None:
     """Train a student with these settings."""
     settings = read_settings(overrides)
@@ -277,9 +298,9 @@ def main(overrides: Sequence[str]) -> None:
     train, held_out = split(dataset, settings.held_out)
     tokenizer = tokenizer_of(settings, dataset)
     loop = Loop(settings, dataset)
+    folder = new_folder(settings.output_dir)
     loop.run(train, held_out)
 
-    folder = Path(settings.output_dir)
     loop.model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

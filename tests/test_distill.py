@@ -164,6 +164,14 @@ def test_settings_that_do_not_fit_are_refused(cache, monkeypatch, capsys, given,
     assert not (cache / "student").exists()
 
 
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_training(cache, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        distill(cache, f"student.output_dir={cache / 'teacher_logits.h5'}", *SMALL, monkeypatch=monkeypatch)
+    err = capsys.readouterr().err
+    assert re.search(r"student.output_dir: expected a folder that can be written, got '.*h5': .*File exists", err)
+    assert "training" not in err
+
+
 def test_every_setting_is_described_and_has_a_default() -> None:
     text = (ROOT / "config" / "student" / "default.yaml").read_text()
     settings = runpy.run_path(SCRIPT)["StudentSettings"]
