@@ -287,7 +287,9 @@ def _watched(run: str) -> Status:
 
 @commands.command()
 @click.argument("path", type=click.Path())
-@click.option("--output", type=click.Path(), help="File to write.  [default: report.html in the run, or by the cache]")
+@click.option(
+    "--output", type=click.Path(), help="File to write.  [default: report.html in a run, NAME.report.html by a cache]"
+)
 def report(path: str, output: str | None) -> None:
     """Write a page with charts of a run or a cache.
 
