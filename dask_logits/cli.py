@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def generate(overrides: tuple[str, ...], **hydra: str | bool | None) -> None:
     """Score a dataset with a teacher into a run folder.
 
-    The same command resumes a run that was stopped. Two settings are required:
+    The same command resumes a run that was stopped. The teacher (model_path) and the dataset (name) are required:
 
     \b
       dask-logits generate \\
@@ -287,7 +287,9 @@ def _watched(run: str) -> Status:
 
 @commands.command()
 @click.argument("path", type=click.Path())
-@click.option("--output", type=click.Path(), help="File to write.  [default: report.html in the run, or by the cache]")
+@click.option(
+    "--output", type=click.Path(), help="File to write.  [default: report.html in a run, NAME.report.html by a cache]"
+)
 def report(path: str, output: str | None) -> None:
     """Write a page with charts of a run or a cache.
 
@@ -371,7 +373,7 @@ def verify(path: str, recompute: int, seed: int, as_json: bool) -> None:
 def show(cache: str, as_json: bool) -> None:
     """Show the metadata of a cache.
 
-    CACHE is a cache or its run folder.
+    CACHE is a cache, an index or a run folder.
     """
     import json
 
@@ -387,7 +389,10 @@ def show(cache: str, as_json: bool) -> None:
 @click.option("--profile", type=click.Choice(["plain", "compact"]), required=True)
 @click.option("--precision", type=click.Choice([8, 10, 12]), default=8, help="Bits of a log-prob.")
 def convert(cache: str, target: str, **options: Any) -> None:
-    """Rewrite a cache in another profile, to the file TARGET."""
+    """Rewrite a cache in another profile, to the file TARGET.
+
+    CACHE is a cache, an index or a run folder.
+    """
     from dask_logits.ops.convert import convert
 
     _log_to_stderr("info")

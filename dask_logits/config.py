@@ -323,7 +323,7 @@ class PartitionConfig(Group):
     """``distillation.partition``: the unit of work."""
 
     rows: Auto | PositiveInt = _setting(
-        "auto", "what", "Number of dataset rows per partition. auto: about 256,000 tokens."
+        "auto", "what", "Number of dataset rows per partition. auto: about 256,000 tokens, fewer for a small dataset."
     )
 
 

@@ -1,8 +1,8 @@
 """A Dask client for the job: a LocalCUDACluster, a LocalCluster, or an existing scheduler.
 
-Local clusters have two threads per worker (one scores while the other reads or writes), no memory limit (Dask's counts
-memory-mapped checkpoints), no spilling (tasks return a few hundred bytes), queueing without prefetch and work stealing
-(a task waits at the scheduler, not at a worker that may die), and a dashboard on loopback.
+Local clusters have two threads per worker, three with a GPU (one scores while the others read or write), no memory
+limit (Dask's counts memory-mapped checkpoints), no spilling (tasks return about a kilobyte), queueing without prefetch
+and work stealing (a task waits at the scheduler, not at a worker that may die), and a dashboard on loopback.
 
 This is the only module that imports ``dask_cuda`` and creates cluster objects.
 """
