@@ -80,7 +80,10 @@ class Cost:
         >>> Cost(peak_flops=10.0).mfu(30.0, 6.0), Cost().mfu(30.0, 6.0)
         (0.5, None)
         """
-        return round(flops / max(seconds, 1e-9) / self.peak_flops, 4) if self.peak_flops and flops else None
+        if not self.peak_flops or not flops:
+            return None
+        # Four digits. A tiny teacher on a busy CPU reaches a small share.
+        return float(f"{flops / max(seconds, 1e-9) / self.peak_flops:.4g}")
 
 
 @dataclass

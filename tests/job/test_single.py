@@ -21,7 +21,7 @@ from dask_logits.job.single import run_one
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def _client() -> Iterator[Client]:
     cluster = LocalCluster(
         n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
     )
@@ -30,6 +30,13 @@ def client() -> Iterator[Client]:
     # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
     with contextlib.suppress(TimeoutError):
         cluster.close(timeout=10)
+
+
+@pytest.fixture
+def client(_client: Client) -> Client:
+    """A client of two workers, also if an earlier test has ended one."""
+    _client.wait_for_workers(2, timeout=120)
+    return _client
 
 
 def _calls(folder: Path) -> int:

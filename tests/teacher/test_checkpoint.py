@@ -66,7 +66,7 @@ def test_ready_ids_are_taken_as_they_are(llama, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"text_column": "txt"}, "expected one of the columns .*, got 'txt', did you mean 'text'"),
-        ({"data_files": ["/no/such.jsonl"]}, "expected a dataset, got 'json'"),
+        ({"data_files": ["/no/such.jsonl"]}, r"data_files: expected .* got '/no/such\.jsonl', which matches no file"),
         ({"split": "tset"}, "expected .*split|split: expected one of .*'train'"),
     ],
 )
