@@ -74,7 +74,7 @@ class Browser:
 async def browser(profile: Path) -> AsyncIterator[Browser]:
     """Start a browser, and end it at the end of the block."""
     assert CHROMIUM is not None
-    options = ["--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
+    options = ["--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
     with subprocess.Popen([CHROMIUM, *options], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             assert process.stderr is not None
