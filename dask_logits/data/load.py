@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def prepare_dataset(
     *,
     config_name: str | None = None,
     split: str = "train",
-    data_files: Sequence[str] | None = None,
+    data_files: str | Sequence[str] | None = None,
     revision: str | None = None,
     text_column: str | None = None,
     max_length: int | None = 2048,
@@ -74,6 +74,13 @@ def prepare_dataset(
     DatasetError
         If the dataset, split or column does not exist.
     """
+    if isinstance(data_files, Mapping):
+        raise DatasetError(
+            f"data_files: expected a path or a list of paths, got a dict with {list(data_files)}; give the paths of "
+            "one split"
+        )
+    if isinstance(data_files, str):
+        data_files = [data_files]
     wanted = ColumnSettings(text=text_column)
     if tokenizer is None or streaming:
         loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)

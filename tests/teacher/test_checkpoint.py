@@ -61,6 +61,17 @@ def test_ready_ids_are_taken_as_they_are(llama, tmp_path) -> None:
         prepare_dataset(str(tmp_path / "d"), tokenizer)
 
 
+def test_files_are_a_path_or_a_list_of_one_split(tmp_path) -> None:
+    path = str(write_json_lines(tmp_path / "d.jsonl", TEXTS))
+    assert (
+        prepare_dataset("json", data_files=path)["text"] == prepare_dataset("json", data_files=[path])["text"] == TEXTS
+    )
+    with pytest.raises(
+        DatasetError, match=r"data_files: expected a path or a list of paths, got a dict with \['train'\]"
+    ):
+        prepare_dataset("json", data_files={"train": path})
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("changes", "message"),
