@@ -8,6 +8,7 @@ Compact takes about 124 instead of 270 bytes per token at K = 64:
 * **log-probs**: the most probable entry as float16. The others are gaps below it, rounded on a scale that is fine for
   small gaps and coarse for large ones (``code = round(c · log1p(gap))``, companding as in ITU-T G.711). They are stored
   as differences along the row, which are small and never negative. The table from codes to gaps is stored as data.
+  Codes are found by comparison with bounds, so that every device computes the same ones.
 * ``logsumexp``, ``label_logprob`` and the tails as float16, the precision of plain log-probs.
 
 Draws have counts in place of log-probs, and all of their planes are compressed, without the absent entries
@@ -272,35 +273,36 @@ class Compact:
         """Name → array needed for decoding."""
         return {"id_table": self.id_table.astype(np.uint32), "gap_table": self.gaps, **_temperatures(self.extras)}
 
-    def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
-        """Encode logical arrays into stored ones."""
-        rank_NK = np.take(self.id_rank, tokens["topk_ids"])
-        others = {
+    def encode(self, tokens: Mapping[str, Array], planes: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Encode logical arrays into stored ones.
+
+        Parameters
+        ----------
+        tokens
+            Logical arrays.
+        planes
+            Planes of the ids and gaps, if a device has computed them (:mod:`dask_logits.worker.encoder`).
+        """
+        return {
             "input_ids": tokens["input_ids"],
-            **{name: tokens[name].astype(np.float16) for name in self._names(_HALVED)},
+            **(self._encoded_entries(tokens) if planes is None else planes),
+            **({COUNTS: tokens[COUNTS]} if self.extras.draws else {}),
+            **({} if self.extras.draws else {"top1_logprob": _half(tokens["topk_logprobs"][:, 0])}),
+            **{name: _half(tokens[name]) for name in self._names(_HALVED)},
             **{name: tokens[name] for name in self._names(_UNCHANGED[1:])},
         }
+
+    def _encoded_entries(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
+        rank_NK = np.take(self.id_rank, tokens["topk_ids"])
         if self.extras.draws:
-            rank_NK = np.where(tokens[COUNTS] > 0, rank_NK, 0)
-            return {**self._rank_planes(rank_NK), COUNTS: tokens[COUNTS], **others}
-        return {**self._rank_planes(rank_NK), **self._encoded_logprobs(tokens["topk_logprobs"]), **others}
-
-    def _rank_planes(self, rank_NK: Array) -> dict[str, Array]:
-        return {f"topk_ids_b{i}": (rank_NK >> 8 * i).astype(np.uint8) for i in range(self.n_id_planes)}
-
-    def _encoded_logprobs(self, half_NK: Array) -> dict[str, Array]:
-        logprobs_NK = half_NK.astype(np.float32)
+            return _byte_planes("topk_ids", np.where(tokens[COUNTS] > 0, rank_NK, 0), self.n_id_planes)
+        logprobs_NK = tokens["topk_logprobs"].astype(np.float32)
         gap_NK = logprobs_NK[:, :1] - logprobs_NK
-        highest = (1 << self.precision) - 2
-        code_NK = np.minimum(
-            np.rint(_codes_per_log(self.precision) * np.log1p(np.minimum(gap_NK, _RANGE_NATS))), highest
-        )
-        code_NK = np.where(np.isposinf(gap_NK), highest + 1, code_NK).astype(np.uint16)
+        code_NK = np.searchsorted(code_bounds(self.precision), gap_NK, side="right").astype(np.uint16)
         step_NK = np.diff(code_NK, axis=1, prepend=np.zeros((len(code_NK), 1), np.uint16))
-        return {
-            **{f"topk_gaps_b{i}": (step_NK >> 8 * i).astype(np.uint8) for i in range(self.n_gap_planes)},
-            "top1_logprob": half_NK[:, 0].astype(np.float16),
-        }
+        return _byte_planes("topk_ids", rank_NK, self.n_id_planes) | _byte_planes(
+            "topk_gaps", step_NK, self.n_gap_planes
+        )
 
     def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] = _half) -> dict[str, Array]:
         """Decode stored arrays into logical ones.
@@ -347,6 +349,11 @@ class Compact:
         top_N1 = stored["top1_logprob"].astype(np.float32)[:, None]
         logprobs_NK: Array = np.subtract(top_N1, gap_NK, out=gap_NK)
         return logprobs_NK
+
+
+def _byte_planes(name: str, values_NK: Array, count: int) -> dict[str, Array]:
+    """Return the bytes of some integers, the lowest first."""
+    return {f"{name}_b{i}": (values_NK >> 8 * i).astype(np.uint8) for i in range(count)}
 
 
 def _temperatures(extras: Extras) -> dict[str, Array]:
@@ -409,6 +416,46 @@ def as_kept(records: Records, profile: Profile, stored: Mapping[str, Array] | No
         for name, array in profile.decode(part).items():
             out[name][first : first + _BLOCK_TOKENS] = array
     return replace(records, **out)
+
+
+def encode_records(
+    records: Records, profile: Profile, planes: Mapping[str, Array] | None = None
+) -> tuple[dict[str, Array], Records]:
+    """Return the stored token arrays of records, and the records with their values after reading.
+
+    Parameters
+    ----------
+    records
+        The records.
+    profile
+        The profile.
+    planes
+        Planes that a device has computed. It has also replaced the log-probs by those that are read.
+    """
+    tokens = records.tokens()
+    if isinstance(profile, Plain) or not planes:
+        stored = encode_all(tokens, profile)
+        return stored, as_kept(records, profile, stored)
+    stored = profile.encode(tokens, planes)
+    return stored, replace(records, **{name: stored[name].astype(np.float32) for name in _HALVED if name in stored})
+
+
+@lru_cache
+def code_bounds(precision: Precision) -> Array:
+    """Return the least gap of each code but 0: [2^precision - 1] float32, ascending. The last is infinite.
+
+    A code is ``round(c · log1p(gap))`` in float32. The last digit of float32 logarithms differs between libraries and
+    machines. Bounds make the codes the same everywhere.
+    """
+    codes = np.arange(1, (1 << precision) - 1)
+    # Bisection over the bits of float32, which are in the order of the values.
+    low, high = np.zeros(len(codes), np.int32), np.full(len(codes), np.float32(_RANGE_NATS).view(np.int32))
+    while (low < high).any():
+        middle = low + (high - low) // 2
+        logs = np.log1p(middle.view(np.float32).astype(np.float64)).astype(np.float32)
+        is_reached = np.rint(_codes_per_log(precision) * logs) >= codes
+        low, high = np.where(is_reached, low, middle + 1), np.where(is_reached, middle, high)
+    return np.append(low.view(np.float32), np.float32(np.inf))
 
 
 def gaps_of(precision: Precision) -> Array:

@@ -103,6 +103,8 @@ class Scored:
         Batch → numbers of items in its parts, if it was split because it did not fit into memory.
     padded_tokens
         Tokens computed, padding included.
+    encoded
+        The targets' arrays that ``encode`` of :func:`start_scoring` has added, in the order of the records.
     """
 
     records: Records
@@ -110,6 +112,7 @@ class Scored:
     seconds: dict[str, float]
     splits: dict[int, list[int]]
     padded_tokens: int
+    encoded: dict[str, Array] = field(default_factory=dict)
 
 
 def score_items(
@@ -143,6 +146,7 @@ def start_scoring(
     *,
     packed: bool = False,
     on_tokens: Callable[[int], None] = lambda tokens: None,
+    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Callable[[], Scored]:
     """Give all batches of a partition to the device. The last results may not have arrived yet.
 
@@ -161,6 +165,8 @@ def start_scoring(
         Whether items are packed blocks, whose lengths are recorded.
     on_tokens
         Called after each batch with the tokens kept since the last call.
+    encode
+        Called with the targets of each chunk on the device. What it returns replaces some of them, or is added.
 
     Returns
     -------
@@ -186,7 +192,7 @@ def start_scoring(
         ) from error
     # Switching to compiled layers runs them a few times, which is no part of a partition's work.
     started = time.perf_counter()
-    run = _Run(teacher, items, settings, on_tokens)
+    run = _Run(teacher, items, settings, on_tokens, encode)
     with run.closed_on_error(), teacher.strict():
         run.score_until_begun()
     return functools.partial(run.finish, packed=packed, started=started)
@@ -207,7 +213,10 @@ class _Run:
     items: Sequence[Item]
     settings: ScoringSettings
     on_tokens: Callable[[int], None]
+    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     padded_tokens: int = 0
+    # What `encode` adds.
+    encoded: dict[str, Array] = field(default_factory=dict)
     # Batch → numbers of items in its parts so far.
     _parts: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     # Hidden states from a pipeline, if the teacher has one.
@@ -375,7 +384,9 @@ class _Run:
         )
         if entropy_M is not None:
             chosen_M = highest_entropy(self.items, self.scored_M, entropy_M, self.settings.position_share)
-            entropy_M = entropy_M[records.targets_of(chosen_M)]
+            targets_M = records.targets_of(chosen_M)
+            entropy_M = entropy_M[targets_M]
+            self.encoded = {name: array[targets_M] for name, array in self.encoded.items()}
             records = records.at(chosen_M)
         return Scored(
             records=records,
@@ -383,6 +394,7 @@ class _Run:
             seconds=self.watch.seconds() | {"score": round(time.perf_counter() - started, 4)},
             splits={number: sizes for number, sizes in self._parts.items() if len(sizes) > 1},
             padded_tokens=self.padded_tokens,
+            encoded=self.encoded,
         )
 
     def _score(self, part: tuple[int, ...]) -> int:
@@ -437,13 +449,14 @@ class _Run:
                 uniform_RS=None if keys_R is None else uniforms(keys_R, self.settings.draws),
             )
             label_logprobs_R = torch.where(labels_R >= 0, top.label_logits_R - top.logsumexp_R, torch.nan)
-            return {
+            targets = {
                 **self._entries(top),
                 "logsumexp": top.logsumexp_R,
                 "label_logprob": label_logprobs_R,
                 **({"tail_logmass_T": top.tail_logmass_RJ} if self.settings.temperatures else {}),
                 **({} if top.entropy_R is None else {_ENTROPY: top.entropy_R}),
             }
+            return targets if self.encode is None else targets | self.encode(targets)
 
     def _entries(self, top: TopK) -> dict[str, Tensor]:
         """Return the kept entries of a chunk: the most probable tokens and their tail, or the draws."""
@@ -462,7 +475,9 @@ class _Run:
 
     def _deliver(self, where_M: Array, results: dict[str, Array]) -> None:
         for name, values in results.items():
-            self.out[name][where_M] = values
+            if name not in self.out and name not in self.encoded:
+                self.encoded[name] = np.empty((len(self.scored_M), *values.shape[1:]), values.dtype)
+            (self.out if name in self.out else self.encoded)[name][where_M] = values
 
     def _padded_size(self, part: tuple[int, ...]) -> int:
         return len(part) * int(self.lengths[part[0]])

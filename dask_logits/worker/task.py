@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dask_logits.cache.partition import write_partition
-from dask_logits.cache.profile import ProfileSpec, as_kept, encode_all, load_profile
+from dask_logits.cache.profile import ProfileSpec, encode_records, load_profile
 from dask_logits.data.columns import Column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.source import FileRows, read_rows
@@ -35,6 +35,7 @@ from dask_logits.run.records import FailedAttempt, Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.scoring import Scored, ScoringSettings, score_items, start_scoring
+from dask_logits.worker.encoder import encoder_for
 from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for, gpus_in_use
 
 logger = logging.getLogger(__name__)
@@ -203,11 +204,13 @@ def process_partition(
         items = make_items(documents.tokens, task.items, first_row=task.partition.first_row, masks=documents.masks)
         lap("tokenize")
     packed = task.items.packing == "concat"
+    profile = load_profile(task.profile)
 
     def start() -> Callable[[], Scored]:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size, on_life=lambda: on_tokens(0))
         lap("load")
-        return start_scoring(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens)
+        encode = encoder_for(profile, teacher.device)
+        return start_scoring(teacher, items, task.scoring, packed=packed, on_tokens=on_tokens, encode=encode)
 
     with stages.teacher:
         lap("wait")
@@ -217,9 +220,9 @@ def process_partition(
     scored = finish()
     lap("score")
     seconds["score"] = round(stages.scored.seconds(begun, clock), 4)
-    profile = load_profile(task.profile)
-    stored = encode_all(scored.records.tokens(), profile)
-    statistics, content_digest = _said_of(as_kept(scored.records, profile, stored))
+    stored, kept = encode_records(scored.records, profile, scored.encoded)
+    statistics, content_digest = _said_of(kept)
+    del kept
     statistics = statistics.model_copy(
         update={"skipped_rows": len(documents.skipped), "double_bos_rows": documents.n_double_bos}
     )

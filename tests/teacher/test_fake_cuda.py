@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB_SIZE, tiny_model
+from builders import VOCAB_SIZE, compact, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -21,6 +21,7 @@ from dask_logits.data.items import plain_items
 from dask_logits.teacher import meter, scoring, transfer
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.worker import encoder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a build of torch with CUDA treats them otherwise")
 
@@ -95,7 +96,8 @@ def delivered(monkeypatch) -> list[dict[str, Tensor]]:
 
     for module in (transfer, meter):
         monkeypatch.setattr(module, "cuda", fake_cuda())
-    monkeypatch.setattr(scoring, "to_device", to_device)
+    for module in (scoring, encoder):
+        monkeypatch.setattr(module, "to_device", to_device)
     monkeypatch.setattr(transfer.OutputRing, "put", lambda ring, results, deliver: found.append(results))
     return found
 
@@ -111,7 +113,8 @@ def score(family: str, attention: str = "model") -> int:
         settings = scoring.ScoringSettings(
             top_k=8, vocab_size=VOCAB_SIZE, batch_tokens=500, batch_size=None, head_rows=16, path=teacher.path
         )  # fmt: skip
-        return scoring._Run(teacher, plain_items(texts), settings, lambda tokens: None)._score((0, 1, 2, 3))
+        encode = encoder.Encoder(compact(8, VOCAB_SIZE), teacher.device)
+        return scoring._Run(teacher, plain_items(texts), settings, lambda tokens: None, encode)._score((0, 1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +128,7 @@ def test_scoring_stays_on_the_gpu_and_needs_no_value(family, attention, delivere
         assert {tensor.device for tensor in results.values()} == {torch.device("cuda:0")}
         assert results["topk_ids"].shape[1:] == (8,)
         assert results["topk_logprobs"].dtype == torch.float16
+        assert results["topk_gaps_b0"].dtype == results["topk_ids_b0"].dtype == torch.uint8
         assert results["logsumexp"].dtype == torch.float32
 
 

@@ -7,12 +7,13 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, VOCAB_SIZE, tiny_model
+from builders import FAMILIES, VOCAB_SIZE, compact, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dask_logits.data.items import plain_items
 from dask_logits.teacher.model import ScoringPath, Teacher
-from dask_logits.teacher.scoring import ScoringSettings, score_items
+from dask_logits.teacher.scoring import ScoringSettings, start_scoring
+from dask_logits.worker.encoder import encoder_for
 
 # Operations whose result, or its shape, the host must know.
 WAITS = {
@@ -51,8 +52,10 @@ def waits(family: str) -> list[str]:
     draw = np.random.default_rng(0)
     texts = [draw.integers(0, VOCAB_SIZE, n).astype(np.int32) for n in (30, 20, 10, 5)]
     teacher = Teacher(tiny_model(family), VOCAB_SIZE)
+    encode = encoder_for(compact(8, VOCAB_SIZE), teacher.device)
     with Waits() as mode:
-        score_items(teacher, plain_items(texts), settings)
+        scored = start_scoring(teacher, plain_items(texts), settings, encode=encode)()
+    assert "topk_gaps_b0" in scored.encoded
     return mode.found
 
 
