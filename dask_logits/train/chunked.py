@@ -21,6 +21,9 @@ from dask_logits.train.cells import Terms, measure
 from dask_logits.train.heads import Head
 from dask_logits.train.objective import Objective, TeacherCells
 
+# Rows of a half-precision gradient whose float32 copy exists at one time.
+_SCALED_ROWS = 1024
+
 
 class Source(Protocol):
     """Logits of chunks of rows, and what becomes of their gradient."""
@@ -215,8 +218,10 @@ class Chunked(torch.autograd.Function):
                     "pass recompute=True to fused_distillation_loss"
                 )
             gradients, ctx.gradients = ctx.gradients, None
-            scaled = (None if grad is None else grad.mul_(grads[0].to(grad.dtype)) for grad in gradients)
-            return None, *_cast(scaled, ctx.dtypes)
+            for grad in gradients:
+                if grad is not None:
+                    _scale(grad, grads[0])
+            return None, *_cast(gradients, ctx.dtypes)
         with torch.autocast(grads[0].device.type, enabled=False):
             source = plan.source(ctx.saved_tensors, ctx.needs_input_grad[1:])
             weights_M = torch.split(grads[0], [len(rows_R) for rows_R in plan.rows_M])
@@ -227,6 +232,15 @@ class Chunked(torch.autograd.Function):
                 assert grad_RV is not None
                 source.absorb(rows_R, grad_RV)
         return None, *_cast(source.gradients(), [tensor.dtype for tensor in ctx.saved_tensors])
+
+
+def _scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiply in place. The factor is not rounded to half precision, so all gradients are scaled by the same."""
+    if grad.dtype.itemsize >= 4:
+        grad.mul_(factor.to(grad.dtype))
+        return
+    for part in torch.split(grad, _SCALED_ROWS):
+        part.copy_(part.float() * factor)
 
 
 def _cast(grads: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
 from dask_logits.errors import ConfigError
 from dask_logits.train.chunked import Chunked, GivenLogits, HeadLogits, Plan, Problem
@@ -65,6 +66,11 @@ class DistillationLoss:
     entropy: Tensor | None = None
     n_tokens: int
     n_labels: int
+
+
+# With static_graph, DistributedDataParallel looks for the tensors of a forward's output in this way, and does not
+# average the gradients of the first step without them.
+register_dataclass(DistillationLoss)
 
 
 @_uncompiled

@@ -268,7 +268,7 @@ _RANK = """
 
     rank = int(sys.argv[1])
     distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=rank, world_size=2)
-    model = DistributedDataParallel(Whole())
+    model = DistributedDataParallel(Whole(), static_graph=sys.argv[3] == "True")
     ids, teacher, _ = batch()
     rows = (slice(0, 5), slice(5, N))[rank]
     targets = sparse_targets(teacher[rows], LABELS[rows], K, MASK[rows])
@@ -279,13 +279,15 @@ _RANK = """
 """
 
 
-def test_two_processes_equal_one(tmp_path) -> None:
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_two_processes_equal_one(static_graph, tmp_path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(_RANK))
     paths = f"import sys; sys.path[:0] = {sys.path!r}\n"
     script.write_text(paths + script.read_text())
     ranks = [
-        warm.Popen([sys.executable, str(script), str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in (0, 1)
+        warm.Popen([sys.executable, str(script), str(rank), str(tmp_path), str(static_graph)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
