@@ -78,8 +78,9 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding and at tokens
-        that are not learned, as Hugging Face models expect them (they shift inside). ``targets``, the
+        ``input_ids``, ``attention_mask`` [B, T]. ``labels`` [B, T], the input ids with −100 at padding, at tokens that
+        are not learned, and at the first token of a further document of an item, as Hugging Face models expect them
+        (they shift inside). ``targets``, the
         :class:`dask_logits.SparseTargets` [B, T] of the batch, with the mask False at positions without targets.
         The targets of draws have as many entries as the widest position.
         ``row`` [B]. ``segments`` [B, S, 3], with rows −1 and lengths 0 for missing segments. ``n_beyond`` [B] with a
@@ -113,6 +114,11 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
         # A position's mask is about the next token, labels are about the token itself.
         labels_BT[:, 1:].masked_fill_(~learned_BT[:, :-1], IGNORED_LABEL)
         labels_BT[:, :1] = IGNORED_LABEL
+    for labels_T, item in zip(labels_BT, items, strict=True):
+        if "target_pos" not in item:
+            # The last token of a document does not predict the first one of the next.
+            ends_T = item["label_logprob"].isnan()
+            labels_T[1 : len(ends_T)].masked_fill_(ends_T[:-1], IGNORED_LABEL)
     batch = {
         "input_ids": input_ids_BT,
         "attention_mask": mask_BT.long(),

@@ -69,12 +69,14 @@ def test_label_ids_are_what_label_logprob_is_of(dataset) -> None:
 def test_a_token_of_the_next_document_is_no_label(path) -> None:
     windows = CachedLogitsDataset(path, window=5)
     # Documents of 4, 2, 7, 1 and 3 tokens.
-    labels = collate([windows[0], windows[1]])["targets"].label_ids
+    batch = collate([windows[0], windows[1]])
     ids = [windows[i]["input_ids"].tolist() for i in range(2)]
-    assert labels.tolist() == [
+    assert batch["targets"].label_ids.tolist() == [
         [*ids[0][1:4], -100, -100],
         [-100, *ids[1][2:5], -100],
     ]
+    # Models shift these themselves.
+    assert batch["labels"].tolist() == [[*ids[0][:4], -100], [ids[1][0], -100, *ids[1][2:5]]]
 
 
 def test_a_flat_batch_is_the_padded_one_without_padding(dataset) -> None:
