@@ -39,7 +39,8 @@ def student_head(model: Any) -> Head | None:
     Parameters
     ----------
     model
-        A causal language model, also one wrapped by peft. Its weights, modes and gradients are unchanged.
+        A causal language model, also one wrapped by peft. Its weights, modes and gradients are unchanged. It is run
+        under autocast if the caller is, as flash attention needs for float32 weights.
 
     Returns
     -------
@@ -79,12 +80,19 @@ class StudentWithLoss(nn.Module):
         self.model = model
         self.objective = objective or Objective()
         self.head = student_head(model)
+        if getattr(model.config, "output_router_logits", False):
+            logger.warning(
+                "%s: output_router_logits is set, but the auxiliary loss of the router is not part of the distillation "
+                "loss",
+                type(model).__name__,
+            )
 
     def forward(
         self,
         input_ids: Tensor,
         targets: SparseTargets,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         *,
         normaliser: float | Tensor | None = None,
         per_token: bool = False,
@@ -95,6 +103,9 @@ class StudentWithLoss(nn.Module):
         ----------
         input_ids, targets, attention_mask
             Of the batch, [B, T]. The tokens are compared with the teacher's.
+        position_ids
+            Of a batch of :func:`dask_logits.collate_flat`, by which the model tells its items apart. None: every row
+            is one item.
         normaliser, per_token
             As for :func:`dask_logits.distillation_loss`.
 
@@ -103,6 +114,8 @@ class StudentWithLoss(nn.Module):
         DistillationLoss
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, "return_dict": True}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         options: dict[str, Any] = {"normaliser": normaliser, "per_token": per_token, "input_ids": input_ids}
         if self.head is None:
             return distillation_loss(self.model(**inputs).logits, targets, self.objective, **options)
@@ -161,7 +174,7 @@ def _agreeing(model: Any, head: Head) -> Head:
     tokens_BT = torch.randint(V, _SHAPE, generator=torch.Generator().manual_seed(0)).to(head.weight.device)
     runs = [_run(model, tokens_BT, loudness) for loudness in _LOUDNESS]
     alone_BTD = _trunk(model)(input_ids=tokens_BT, use_cache=False, return_dict=True).last_hidden_state
-    dtype = head.weight.dtype
+    dtype = _computed_dtype(head.weight)
     limit = torch.finfo(dtype).eps * (_EPSILONS if dtype.itemsize >= 4 else _EPSILONS_HALF)
     if not _difference(alone_BTD, runs[0][0]) <= limit:
         raise ValueError("the model's forward gives its trunk other inputs than the tokens")
@@ -176,6 +189,12 @@ def _agreeing(model: Any, head: Head) -> Head:
         f"expected a linear head with a factor and a soft cap to reproduce the model's logits within {limit:.1e}, got "
         f"relative differences of {least:.1e} and more"
     )
+
+
+def _computed_dtype(weight_VD: Tensor) -> torch.dtype:
+    """Return the dtype of the products with a weight, which autocast may lower."""
+    device = weight_VD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
 
 
 def _run(model: Any, tokens_BT: Tensor, loudness: float) -> tuple[Tensor, Tensor]:

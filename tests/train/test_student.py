@@ -8,11 +8,21 @@ import logging
 
 import pytest
 import torch
+from builders import records, write_cache
 from dense_losses import gradients, sparse_targets
 from families import family_model
 from torch import Tensor, nn
 
-from dask_logits import Objective, SparseTargets, StudentWithLoss, distillation_loss, student_head
+from dask_logits import (
+    CachedLogitsDataset,
+    Objective,
+    SparseTargets,
+    StudentWithLoss,
+    collate,
+    collate_flat,
+    distillation_loss,
+    student_head,
+)
 
 V = 112
 
@@ -155,3 +165,37 @@ def test_values_per_token_and_the_normaliser_pass_through() -> None:
     each = student(ids, targets, per_token=True)
     torch.testing.assert_close(each.loss.sum() / 4, student(ids, targets, normaliser=4).loss)
     assert each.entropy.shape == ids.shape
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "softcap"), [("llama", 1.0, None), ("gemma2", 1.0, 5.0), ("granite", 1 / 3, None)]
+)
+def test_heads_are_recognised_under_autocast(family, scale, softcap) -> None:
+    ids, targets = batch()
+    model = family_model(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        student = StudentWithLoss(model)
+        found = student(ids, targets)
+        expected = distillation_loss(model(input_ids=ids).logits, targets)
+    assert (student.head.scale, student.head.softcap) == (pytest.approx(scale), softcap)
+    torch.testing.assert_close(found.loss, expected.loss, atol=0.02, rtol=0.02)
+
+
+def test_the_items_of_a_flat_batch_do_not_see_each_other(tmp_path) -> None:
+    write_cache(tmp_path / "c.h5", records((7, 5, 4)))
+    items = list(CachedLogitsDataset(tmp_path / "c.h5"))
+    student = StudentWithLoss(family_model("llama"))
+    padded, flat = collate(items), collate_flat(items)
+    expected = student(padded["input_ids"], padded["targets"], padded["attention_mask"])
+    found = student(flat["input_ids"], flat["targets"], position_ids=flat["position_ids"])
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    assert abs(student(flat["input_ids"], flat["targets"]).loss - expected.loss) > 1e-3
+
+
+def test_a_router_without_its_auxiliary_loss_is_named(caplog) -> None:
+    model = family_model("llama")
+    StudentWithLoss(model)
+    assert "router" not in caplog.text
+    model.config.output_router_logits = True
+    StudentWithLoss(model)
+    assert "output_router_logits is set, but the auxiliary loss of the router is not part" in caplog.text
