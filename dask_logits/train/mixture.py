@@ -65,7 +65,8 @@ class MixedDataset(Dataset[CachedItem]):
             raise ConfigError("decode: expected 'worker' for sources with different id tables, got 'device'")
         self.seed = seed
         first = next(iter(self.sources.values()))
-        self.top_k, self.vocab_size, self.temperatures = first.top_k, first.vocab_size, first.temperatures
+        self.draws, self.top_k, self.vocab_size = first.draws, first.top_k, first.vocab_size
+        self.temperatures = first.temperatures
         self.decode, self.student_vocab_size = first.decode, first.student_vocab_size
         self.is_masked = any(source.is_masked for source in self.sources.values())
         # Each source has its own, and the content digest covers them.

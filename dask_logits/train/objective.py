@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ Tail = Literal["auto", "ghost", "residual", "renormalised", "sampled"]
 
 # Log of the smallest positive float32: the least tail mass of the reverse KL, which is infinite at a mass of 0.
 LEAST_LOGMASS = -149 * math.log(2)
+
+
+class _Targets(Protocol):
+    """Targets, or a dataset of them."""
+
+    @property
+    def draws(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +128,13 @@ class Objective:
             )
         return problems
 
-    def of(self, targets: SparseTargets) -> Objective:
+    def of(self, targets: _Targets) -> Objective:
         """Return the objective with the tail that targets have.
 
         Parameters
         ----------
         targets
-            The targets of a loss.
+            The targets of a loss, or a dataset of them.
 
         Raises
         ------
@@ -252,6 +259,23 @@ def teacher_cells(
     )
 
 
+def column_of(temperature: float, temperatures: tuple[float, ...]) -> int:
+    """Return the column of a temperature other than 1.
+
+    Raises
+    ------
+    ConfigError
+        If the targets have no tail at this temperature.
+    """
+    if temperature not in temperatures:
+        has = ", ".join(f"{value:g}" for value in sorted((1.0, *temperatures)))
+        raise ConfigError(
+            f"temperature: expected one that the cache has a tail for ({has}), got {temperature:g}; make a cache with "
+            f"distillation.teacher.generation.temperatures=[{temperature:g}]"
+        )
+    return temperatures.index(temperature)
+
+
 def normalise_targets(logp_NK: Tensor, logtail_N: Tensor) -> tuple[Tensor, Tensor]:
     """Scale the kept entries so that they and the tail sum to one.
 
@@ -312,27 +336,16 @@ def _entries(targets: SparseTargets, temperature: float) -> tuple[Tensor, float]
     """Return log-probs of the kept entries, and what divides them at a temperature."""
     if targets.topk_logprobs_NKJ is None or temperature == 1:
         return targets.topk_logprobs, temperature
-    return targets.topk_logprobs_NKJ[..., _place(targets, temperature)], 1.0
+    return targets.topk_logprobs_NKJ[..., column_of(temperature, targets.temperatures)], 1.0
 
 
 def _tail(targets: SparseTargets, temperature: float) -> Tensor:
     """Return the tail's log-mass at a temperature."""
     if temperature == 1:
         return targets.tail_logmass
-    column = _place(targets, temperature)
+    column = column_of(temperature, targets.temperatures)
     assert targets.tail_logmass_NJ is not None
     return targets.tail_logmass_NJ[..., column]
-
-
-def _place(targets: SparseTargets, temperature: float) -> int:
-    """Return the column of a temperature."""
-    if temperature not in targets.temperatures:
-        has = ", ".join(f"{value:g}" for value in sorted((1.0, *targets.temperatures)))
-        raise ConfigError(
-            f"temperature: expected one that the cache has a tail for ({has}), got {temperature:g}; make a cache with "
-            f"distillation.teacher.generation.temperatures=[{temperature:g}]"
-        )
-    return targets.temperatures.index(temperature)
 
 
 def _residual(ids_NK: Tensor, logp_NK: Tensor, logtail_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

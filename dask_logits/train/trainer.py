@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from dask_logits.files.atomic import replace_json
 from dask_logits.train.batches import collate
 from dask_logits.train.checkpoint import STATE_NAME, DistillationState, TrainedOn, cache_of
 from dask_logits.train.losses import DistillationLoss, distillation_loss
-from dask_logits.train.objective import Divergence, Objective, Tail
+from dask_logits.train.objective import Divergence, Objective, Tail, column_of
 from dask_logits.train.order import ItemOrder
 from dask_logits.train.sampler import ResumableSampler
 from dask_logits.train.student import StudentWithLoss
@@ -113,7 +113,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ------
     ConfigError
         If a dataset is not over a cache, the model has fewer logits than the cache's vocabulary, or an argument of
-        ``TrainingArguments`` does not go with distillation. All such arguments are named.
+        ``TrainingArguments`` does not go with distillation. All such arguments are named. If a dataset has no targets
+        for the objective.
 
     Notes
     -----
@@ -160,6 +161,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Epochs(self))
         for cache in caches:
+            _check_objective(self._objective, cache)
             _check_vocabulary(self.model, cache.student_vocab_size or cache.vocab_size)
 
     def train(
@@ -187,6 +189,25 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if isinstance(resume_from_checkpoint, str | Path):
             self._check_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        """Search as ``transformers.Trainer`` does.
+
+        Parameters
+        ----------
+        hp_space, args, options
+            As for ``transformers.Trainer.hyperparameter_search``.
+        compute_objective
+            None: the loss of the evaluation, without its two terms. Losses of different objectives do not compare, so
+            pass another function if trials change the objective.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _evaluation_loss, *args, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -332,7 +353,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             inner.objective = self._objective
             return model
         if self._student is None or self._student.model is not inner:
-            self._student = StudentWithLoss(inner, self._objective)
+            with self.accelerator.autocast():
+                self._student = StudentWithLoss(inner, self._objective)
         self._student.objective = self._objective
         return self.accelerator.prepare_model(self._student) if training else self._student
 
@@ -419,6 +441,9 @@ def _check_arguments(args: DistillationConfig) -> None:
         )
         if getattr(args, name, expected) != expected
     ]
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            problems.append(f"accelerator_config: expected {name}=False, got True; each process reads its own batches")
     if args.n_gpu > 1:
         problems.append(
             f"n_gpu: expected one GPU per process, got {args.n_gpu}; start the script with torchrun or accelerate "
@@ -428,8 +453,25 @@ def _check_arguments(args: DistillationConfig) -> None:
         raise ConfigError("\n".join(problems), problems)
 
 
+def _check_objective(objective: Objective, cache: Any) -> None:
+    """Refuse an objective that a cache has no targets for, before the first evaluation does."""
+    objective = objective.of(cache)
+    if objective.temperature != 1 and objective.tail != "renormalised":
+        column_of(objective.temperature, cache.temperatures)
+
+
+def _evaluation_loss(metrics: Mapping[str, float]) -> float:
+    """Return the loss of an evaluation, summed over its datasets."""
+    return sum(value for name, value in metrics.items() if name.endswith("_loss"))
+
+
 def _check_vocabulary(model: Any, vocab_size: int) -> None:
     """Refuse a student that lacks logits for ids of the cache."""
+    if not hasattr(model, "config"):
+        raise ConfigError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}; pass the model "
+            "itself, which the trainer wraps with its loss"
+        )
     width = model.config.get_text_config().vocab_size
     if width < vocab_size:
         raise ConfigError(

@@ -18,7 +18,7 @@ import torch
 import warm
 from builders import compact, drawn_records, records, tiny_model, write_cache
 from torch.utils.data import ConcatDataset, Subset
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from dask_logits import (
     CachedLogitsDataset,
@@ -28,6 +28,7 @@ from dask_logits import (
     DistillationTrainer,
     ItemOrder,
     Objective,
+    StudentWithLoss,
     collate,
     collate_flat,
     distillation_loss,
@@ -149,6 +150,21 @@ def test_changed_arguments_change_the_loss(dataset, tmp_path) -> None:
     again.args.alpha = 0.0
     again.train()
     assert steps(again)[-1]["loss"] == pytest.approx(steps(again)[-1]["cross_entropy"], rel=1e-6)
+
+
+def test_a_search_minimises_the_loss_of_the_evaluation(dataset, tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(Trainer, "hyperparameter_search", lambda trainer, *args, **options: asked.append(args[1]))
+    searched = DistillationTrainer(
+        model_init=lambda: student(), args=settings(tmp_path), train_dataset=dataset, eval_dataset=dataset
+    )
+    metrics = searched.evaluate()
+    assert metrics["eval_divergence"] > 0
+    searched.hyperparameter_search(n_trials=1)
+    searched.hyperparameter_search(None, len)
+    assert asked[0](metrics) == metrics["eval_loss"]
+    assert asked[0]({"eval_a_loss": 1.0, "eval_b_loss": 2.0, "eval_a_divergence": 9.0, "epoch": 4.0}) == 3.0
+    assert asked[1] is len
 
 
 def test_accumulated_batches_equal_one(either, tmp_path) -> None:
@@ -494,6 +510,11 @@ def test_a_student_with_too_few_logits_is_refused(folder, dataset, tmp_path) -> 
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected 0.0, got 0.1; the teacher's distribution"),
         ({"train_sampling_strategy": "sequential"}, r"train_sampling_strategy: expected 'random', got 'sequential'"),
         ({"ignore_data_skip": True}, r"ignore_data_skip: expected False, got True"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "accelerator_config: expected split_batches=False, got True; each process reads its own batches",
+        ),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: expected dispatch_batches=False"),
         ({"alpha": 2.0}, r"alpha: expected a number from 0 to 1, got 2.0"),
         ({"tail": "residual", "divergence": "reverse_kl"}, r"tail: expected 'ghost' with the reverse KL"),
     ],
@@ -502,6 +523,32 @@ def test_a_student_with_too_few_logits_is_refused(folder, dataset, tmp_path) -> 
 def test_arguments_that_do_not_fit_are_refused(changes, message, dataset, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillationTrainer(model=student(), args=settings(tmp_path, **changes), train_dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"temperature": 2.0}, r"temperature: expected one that the cache has a tail for \(1\), got 2"),
+        ({"tail": "ghost"}, "tail: expected 'auto' or 'sampled' for draws"),
+    ],
+)
+def test_an_objective_that_the_evaluation_cannot_have_is_refused_before_training(
+    objective, message, folder, tmp_path
+) -> None:
+    write_cache(tmp_path / "two.h5", records(LENGTHS, k=4, temperatures=True))
+    lacking = "drawn" if "tail" in objective else "eval"
+    with pytest.raises(ConfigError, match=message):
+        DistillationTrainer(
+            model=student(),
+            args=settings(tmp_path, **objective),
+            train_dataset=CachedLogitsDataset(tmp_path / "two.h5"),
+            eval_dataset=CachedLogitsDataset(folder / f"{lacking}.h5"),
+        )
+
+
+def test_a_module_without_a_configuration_is_refused(dataset, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="model: expected a causal language model of transformers, got StudentWith"):
+        DistillationTrainer(model=StudentWithLoss(student()), args=settings(tmp_path), train_dataset=dataset)
 
 
 def test_several_gpus_in_one_process_are_refused(dataset, tmp_path) -> None:
