@@ -176,6 +176,13 @@ def new_student(settings: StudentSettings, dataset: CachedLogitsDataset) -> Any:
     return student
 
 
+def take_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Write the tokenizer's special tokens into a model's configurations, so that generation ends at the right one."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
+
+
 class Loop:
     """The student, its optimizer and its losses so far."""
 
@@ -301,9 +308,11 @@ def main(overrides: Sequence[str]) -> None:
     folder = new_folder(settings.output_dir)
     loop.run(train, held_out)
 
-    loop.model.save_pretrained(folder)
     if tokenizer is not None:
+        if settings.model_path is None:
+            take_special_tokens(loop.model, tokenizer)
         tokenizer.save_pretrained(folder)
+    loop.model.save_pretrained(folder)
     report = {"settings": settings.model_dump(), "content_digest": dataset.content_digest, **loop.curve}
     (folder / "curve.json").write_text(json.dumps(report, indent=1))
     if importlib.util.find_spec("bokeh"):

@@ -89,9 +89,14 @@ def named_tokenizer(cache: Path) -> Path:
 
 
 def test_a_random_student_is_saved_with_the_teachers_tokenizer_and_can_continue(cache, monkeypatch) -> None:
-    vocabulary = AutoTokenizer.from_pretrained(named_tokenizer(cache)).get_vocab()
+    tokenizer = AutoTokenizer.from_pretrained(named_tokenizer(cache))
+    vocabulary = tokenizer.get_vocab()
     output = distill(cache, "student.steps=1", *SMALL, monkeypatch=monkeypatch)
     assert AutoTokenizer.from_pretrained(output).get_vocab() == vocabulary
+    # Llama's configuration has 2 by default.
+    assert tokenizer.eos_token_id != 2
+    saved = AutoModelForCausalLM.from_pretrained(output)
+    assert saved.generation_config.eos_token_id == saved.config.eos_token_id == tokenizer.eos_token_id
     more = [f"student.model_path={output}", f"student.output_dir={cache / 'continued'}"]
     distill(cache, "student.steps=1", *more, monkeypatch=monkeypatch)
     assert AutoTokenizer.from_pretrained(cache / "continued").get_vocab() == vocabulary
