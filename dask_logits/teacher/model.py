@@ -18,6 +18,7 @@ Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden widt
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,6 +97,7 @@ class Teacher:
         self.vocab_size = vocab_size
         # Llama 4's class names a nonexistent trunk, so base_model is the whole model.
         prefix: str = self.model.base_model_prefix
+        self._replaying = threading.Lock()
         self._trunk_name = prefix if hasattr(self.model, prefix) else "model"
         self.trunk: Any = getattr(self.model, self._trunk_name, self.model)
         self.head: Any = self.model.get_output_embeddings()
@@ -215,11 +217,13 @@ class Teacher:
         tokens = torch.zeros(1, len(hidden_RD), dtype=torch.int64, device=self.device)
         output = BaseModelOutputWithPast(last_hidden_state=hidden_RD[None])
         # The attribute is swapped rather than the module's forward, so that hooks on the trunk do not run again.
-        setattr(self.model, self._trunk_name, _Stub(output))
-        try:
-            logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
-        finally:
-            setattr(self.model, self._trunk_name, self.trunk)
+        # With a pipeline, two partitions may be at the head at one time.
+        with self._replaying:
+            setattr(self.model, self._trunk_name, _Stub(output))
+            try:
+                logits_1RV: Tensor = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+            finally:
+                setattr(self.model, self._trunk_name, self.trunk)
         out_RV.copy_(logits_1RV[0, :, : self.vocab_size])
 
     def logits_forward(self, input_ids_BT: Tensor) -> Tensor:
