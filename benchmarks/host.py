@@ -106,9 +106,9 @@ def drawn(vocab_size: int, k: int, rows: int) -> dict[str, Tensor]:
 def stub(device: Device, pool: dict[str, Tensor], in_flight: int) -> Iterator[None]:
     """Put the device in the place of the real one in scoring, with some partitions at one time, as on a GPU."""
 
-    def hidden_states(run: Any, part: tuple[int, ...], input_ids_BT: Tensor) -> Tensor:
-        device.queue(TRUNK * input_ids_BT.numel())
-        return torch.zeros(*input_ids_BT.shape, 1)
+    def states(run: Any, part: tuple[int, ...], tokens_BT: Array) -> Tensor:
+        device.queue(TRUNK * tokens_BT.size)
+        return torch.zeros(*tokens_BT.shape, 1)
 
     encoded: dict[str, Tensor] = {}
 
@@ -125,7 +125,7 @@ def stub(device: Device, pool: dict[str, Tensor], in_flight: int) -> Iterator[No
         (scoring, "OutputRing", LateRing),
         # The logits would be on the device. Here they take no memory.
         (scoring, "padded_width", lambda vocab_size: 0),
-        (scoring._Run, "_hidden_states", hidden_states),
+        (scoring._Run, "_states", states),
         (scoring._Run, "_targets", targets),
     ]
     real = [getattr(owner, name) for owner, name, _ in replaced]

@@ -302,10 +302,16 @@ class _Run:
         return [part for _, part in self.waiting]
 
     def _tokens(self, part: tuple[int, ...]) -> Tensor:
-        return to_device(_padded([self.items[i] for i in part])[0], self.teacher.device)
+        assert self.teacher.pipeline is not None
+        return to_device(_padded([self.items[i] for i in part])[0], self.teacher.pipeline.input_device)
 
-    def _hidden_states(self, part: tuple[int, ...], input_ids_BT: Tensor) -> Tensor:
-        return self.teacher.hidden_states(input_ids_BT) if self._ahead is None else self._ahead.take(part)
+    def _states(self, part: tuple[int, ...], tokens_BT: Array) -> Tensor:
+        """Return the hidden states of a batch, or its logits if the model's own forward computes them."""
+        if self._ahead is not None:
+            return self._ahead.take(part)
+        input_ids_BT = to_device(tokens_BT, self.teacher.device)
+        is_whole = self.settings.path.head == "forward"
+        return self.teacher.logits_forward(input_ids_BT) if is_whole else self.teacher.hidden_states(input_ids_BT)
 
     def score_next(self) -> int:
         """Score the next batch or part. Return the tokens kept, or 0 if it must be tried again.
@@ -398,7 +404,7 @@ class _Run:
         )
 
     def _score(self, part: tuple[int, ...]) -> int:
-        device, path = self.teacher.device, self.settings.path
+        device = self.teacher.device
         tokens_BT, labels_BT = _padded([self.items[i] for i in part])
         chosen = list(part)
         place_T = np.arange(tokens_BT.shape[1])
@@ -406,13 +412,10 @@ class _Run:
         where_N = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in part])
         target_N = self._target_N[where_N]
         where_M = target_N[target_N >= 0]
-        input_ids_BT = to_device(tokens_BT, device)
         valid_M = to_device(np.flatnonzero(kept_BT)[target_N >= 0], device)
         labels_M = to_device(labels_BT[kept_BT][target_N >= 0], device)
         with self.watch.span("trunk"):
-            whole = path.head == "forward"
-            states = self.teacher.logits_forward(input_ids_BT) if whole else self._hidden_states(part, input_ids_BT)
-            rows_M = states.flatten(0, 1)
+            rows_M = self._states(part, tokens_BT).flatten(0, 1)
         for first in range(0, len(where_M), self.settings.head_rows):
             chunk = slice(first, first + self.settings.head_rows)
             keys_R = None if self._keys_M is None else to_device(self._keys_M[where_M[chunk]], device)

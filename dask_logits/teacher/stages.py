@@ -141,6 +141,11 @@ class Pipeline:
             thread.start()
 
     @property
+    def input_device(self) -> torch.device:
+        """Where the first stage needs the tokens. A copy from another GPU would wait for all of that GPU's work."""
+        return self._stages[0].device
+
+    @property
     def depth(self) -> int:
         """Number of batches in flight that keeps all stages busy."""
         return len(self._stages) + 1
@@ -264,7 +269,7 @@ class Ahead(Generic[_Key]):
     keys
         The batches, in the order in which they will be taken.
     tokens_of
-        Key → int64 tokens [B, T] on the pipeline's device.
+        Key → int64 tokens [B, T] on the pipeline's input device.
     """
 
     def __init__(self, pipeline: Pipeline, keys: Iterable[_Key], tokens_of: Callable[[_Key], Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dask_logits.data.items import Item, plain_items
-from dask_logits.teacher import stages
+from dask_logits.teacher import scoring, stages
 from dask_logits.teacher.model import Teacher
 from dask_logits.teacher.scoring import ScoringSettings, score_items, start_scoring
 from dask_logits.teacher.selfcheck import check
@@ -66,6 +66,23 @@ def test_stages_give_the_same_content_as_one_device(family: str, dtype: torch.dt
     finally:
         teacher.close()
     assert teacher.pipeline is None
+
+
+def test_tokens_are_sent_to_the_first_stage(monkeypatch) -> None:
+    teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
+    expected = content(score_items(teacher, plain_items(DOCUMENTS), settings(teacher)).records)
+    made, sent = pipelined(teacher, 2), []
+    monkeypatch.setattr(Pipeline, "input_device", torch.device("cuda:7"))
+
+    def to_device(array, device):
+        sent.append((array.ndim, device.type))
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(scoring, "to_device", to_device)
+    assert content(score_items(teacher, plain_items(DOCUMENTS), settings(teacher)).records) == expected
+    assert {device for ndim, device in sent if ndim == 2} == {"cuda"}
+    assert {device for ndim, device in sent if ndim == 1} == {"cpu"}
+    made.close()
 
 
 def test_placement_hooks_do_not_disturb() -> None:
