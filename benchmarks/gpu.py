@@ -40,6 +40,7 @@ from torch import Tensor
 from dask_logits.data.items import plain_items
 from dask_logits.errors import first_line
 from dask_logits.records import Array, ContentDigest
+from dask_logits.teacher.checkpoint import choose_kernels
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.memory import is_out_of_memory
 from dask_logits.teacher.meter import Cost, measure_cost
@@ -417,6 +418,24 @@ def vllm(bench: Bench, config: Any) -> list[dict[str, Any]] | None:
     return rows
 
 
+def attentions(bench: Bench, config: Any) -> dict[str, float]:
+    """Compare attention without and with cuDNN, which prepares each shape, on documents of mixed lengths. Tokens/s."""
+    teacher, settings, _ = build(bench, "attentions", config)
+    teacher.take(settings.path)
+    draw = np.random.default_rng(0)
+    longest = bench.arguments.lengths[1]
+    rates: dict[str, list[float]] = {"flash": [], "cuDNN": []}
+    for number in range(2 * bench.arguments.rounds):
+        name = list(rates)[number % 2]
+        torch.backends.cuda.enable_cudnn_sdp(name == "cuDNN")
+        lengths = draw.integers(longest // 8, longest, max(2, 2 * bench.arguments.tokens // longest))
+        texts = [draw.integers(0, config.vocab_size, length) for length in lengths]
+        seconds = score_items(teacher, plain_items(texts), settings).seconds["score"]
+        rates[name].append(float(lengths.sum() / seconds))
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
 def versions() -> dict[str, str | None]:
     """Return the versions of the packages that matter."""
     found: dict[str, str | None] = {}
@@ -449,7 +468,7 @@ def report(bench: Bench) -> None:
     for row in found["tails"] or []:
         each = ", ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
         print(f"top-{K} of {row['vocabulary']:7d} {row['dtype']:9s} µs per position: {each}")
-    print(f"head: {found['heads']}\njob: {found['job']}")
+    print(f"head: {found['heads']}\nattention, mixed lengths: {found['attentions']}\njob: {found['job']}")
     print("\n".join(f"left out: {line}" for line in bench.left_out))
 
 
@@ -473,6 +492,7 @@ def main() -> None:
     bench, known = Bench(arguments), shapes()
     if bench.device.type == "cuda":
         grow_segments()
+        choose_kernels("bfloat16", torch.cuda.get_device_capability())
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     command = vars(arguments) | {"out": None}
     found = bench.found = {"device": device, "versions": versions(), "command": command, "scoring": {}}
@@ -487,6 +507,7 @@ def main() -> None:
         part("job", lambda: job(bench, first, "serial"))
     part("tails", lambda: tails(bench))
     part("heads", lambda: heads(bench))
+    part("attentions", lambda: attentions(bench, first))
     for name in arguments.shapes:
         facts = found["scoring"][name] = {}
         bench.run(name, lambda name=name, facts=facts: score(bench, name, known[name], facts))

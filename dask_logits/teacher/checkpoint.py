@@ -55,7 +55,7 @@ from dask_logits.teacher.placement import (
     working_bytes,
 )
 from dask_logits.teacher.torch_internals import grow_segments
-from dask_logits.teacher.transformers_internals import kept_in_float32
+from dask_logits.teacher.transformers_internals import kept_in_float32, repeat_grouped_heads
 from dask_logits.teacher.weights import main_dtype, prefix_renames
 
 # glibc's M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD.
@@ -336,6 +336,7 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
         )
     if spec.device == "cuda":
         grow_segments()
+        choose_kernels(spec.dtype, torch.cuda.get_device_capability())
         require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     folder = Path(spec.path)
     seen = Identity(content=spec.identity, sample=spec.sample, stamp=spec.stamp)
@@ -377,6 +378,28 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     if spec.n_gpus > 1:
         teacher.stage()
     return teacher
+
+
+def choose_kernels(dtype: str, capability: tuple[int, int]) -> None:
+    """Set what torch and transformers compute with on a GPU, in this process.
+
+    * Products of float32 numbers are float32. NVIDIA's containers allow 10 bits of mantissa (TF32).
+    * Attention is not cuDNN's, which torch 2.13 prefers on recent GPUs. It prepares a plan for every shape of a batch,
+      for tens of milliseconds on the host, and hardly any shape occurs twice.
+    * Without flash attention, grouped heads are repeated.
+
+    Parameters
+    ----------
+    dtype
+        Of the teacher.
+    capability
+        Of the GPU. Flash attention needs 8.0 and a half-precision dtype.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if dtype == "float32" or capability < (8, 0):
+        repeat_grouped_heads()
 
 
 def _settle_dtype(model: Any, dtype: torch.dtype) -> None:

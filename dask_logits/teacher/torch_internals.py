@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -44,9 +45,11 @@ def grow_segments() -> None:
     """Have CUDA's allocator grow its memory segments, so that batches of many shapes leave no unusable gaps.
 
     torch reads ``PYTORCH_ALLOC_CONF`` when it is imported (2.13: ``BackendStaticInitializer`` in
-    c10/cuda/CUDACachingAllocator.cpp), so it is too late to set it. A user who has set it has chosen.
+    c10/cuda/CUDACachingAllocator.cpp), so it is too late to set it. A user who has set it has chosen. Under WSL 2 the
+    driver refuses such segments (PyTorch 192330).
     """
-    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+    is_wsl = "microsoft" in platform.release().lower()
+    if not is_wsl and not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 

@@ -28,6 +28,17 @@ def kept_in_float32(model: Any, *, is_half: bool) -> set[str]:
     return names | set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_half else names
 
 
+def repeat_grouped_heads() -> None:
+    """Have the keys and values of grouped heads repeated before attention, in this process.
+
+    transformers 5.23 leaves that to torch, which has a kernel for grouped heads in flash attention and cuDNN only.
+    Otherwise torch 2.13 computes the scores of all pairs of positions at one time (PyTorch 191085).
+    """
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda attention_mask, key, value: False
+
+
 @contextlib.contextmanager
 def one_sequence_per_row() -> Iterator[None]:
     """Have no batch examined for several sequences packed into a row.

@@ -17,7 +17,13 @@ from dask_logits.teacher.torch_internals import (
     strict_compiler,
     uncompile,
 )
-from dask_logits.teacher.transformers_internals import attention_of, kept_in_float32, one_sequence_per_row, unsplittable
+from dask_logits.teacher.transformers_internals import (
+    attention_of,
+    kept_in_float32,
+    one_sequence_per_row,
+    repeat_grouped_heads,
+    unsplittable,
+)
 
 
 class _Double(torch.nn.Module):
@@ -71,6 +77,37 @@ def test_segments_grow_unless_the_user_has_chosen(monkeypatch) -> None:
     grow_segments()
     assert torch._C._accelerator_getAllocatorSettings() == "expandable_segments:True"
     real(before or "expandable_segments:False")
+
+
+def test_segments_do_not_grow_under_wsl(monkeypatch) -> None:
+    set_to = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_to.append)
+    monkeypatch.setattr("platform.release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    grow_segments()
+    assert set_to == []
+
+
+def test_grouped_heads_are_repeated_before_attention(monkeypatch) -> None:
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    model, shapes = tiny_model("llama"), []
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(query, key, value, *given, **named):
+        shapes.append((query.shape[1], key.shape[1]))
+        return own(query, key, value, *given, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    before = model(torch.ones(1, 5, dtype=torch.int64)).logits
+    assert any(heads != key_heads for heads, key_heads in shapes)
+    shapes.clear()
+    repeat_grouped_heads()
+    after = model(torch.ones(1, 5, dtype=torch.int64)).logits
+    assert shapes
+    assert all(heads == key_heads for heads, key_heads in shapes)
+    torch.testing.assert_close(after, before)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,8 @@ from dask_logits.config import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.job.retry_policy import classify
 from dask_logits.teacher import checkpoint
-from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher, resolve_dtype
-from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.checkpoint import TeacherSpec, choose_kernels, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.selfcheck import check
 
 
@@ -203,3 +205,55 @@ def test_half_precision_on_a_cpu_without_the_units_becomes_float32(monkeypatch) 
     assert resolve_dtype("auto", "bfloat16", "cpu") == "float32"
     monkeypatch.setattr("dask_logits.teacher.checkpoint._cpu_has_bfloat16", lambda: True)
     assert resolve_dtype("auto", "bfloat16", "cpu") == "bfloat16"
+
+
+def test_two_partitions_replay_the_head_at_one_time(monkeypatch) -> None:
+    teacher = Teacher(tiny_model("minicpm3"), VOCAB_SIZE)
+    teacher.take(ScoringPath(head="replay"))
+    hidden_NRD = torch.randn(2, 3, teacher.head.weight.shape[1])
+
+    def logits(number: int) -> torch.Tensor:
+        out_RV = torch.empty(3, VOCAB_SIZE)
+        with torch.inference_mode():
+            teacher.logits(hidden_NRD[number], out_RV)
+        return out_RV
+
+    expected = [logits(number) for number in range(2)]
+    own, entered = type(teacher.model).forward, []
+
+    def slow(model, *given, **named):
+        # The other thread has time to replace the trunk, too.
+        entered.append(1)
+        time.sleep(0.2)
+        return own(model, *given, **named)
+
+    monkeypatch.setattr(type(teacher.model), "forward", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(logits, range(2)))
+    assert len(entered) == 2
+    for logits_RV, expected_RV in zip(found, expected, strict=True):
+        assert torch.equal(logits_RV, expected_RV)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "are_repeated"),
+    [("bfloat16", (9, 0), False), ("float32", (9, 0), True), ("float16", (7, 5), True), ("float16", (8, 0), False)],
+)
+def test_kernels_are_chosen_by_dtype_and_capability(dtype, capability, are_repeated, monkeypatch) -> None:
+    from transformers.integrations import sdpa_attention
+
+    use_gqa = sdpa_attention.use_gqa_in_sdpa
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", use_gqa)
+    precision, allows_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        choose_kernels(dtype, capability)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert (sdpa_attention.use_gqa_in_sdpa is not use_gqa) == are_repeated
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allows_tf32
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
