@@ -105,7 +105,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
             made = _start(generation, config, device, workers)
         except ClusterError:
             raise
-        except (RuntimeError, ValueError, OSError, ImportError) as error:
+        # A TypeError is dask-cuda's for a GPU that is named by its UUID and has no affinity to cores.
+        except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
             raise ClusterError(
                 f"distillation.cluster: expected a local cluster, got {error!r}; see the log of the workers above"
             ) from error

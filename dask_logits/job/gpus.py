@@ -141,21 +141,21 @@ def own_gpus(generation: GenerationConfig) -> Iterator[None]:
     import torch
 
     before, mine = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_groups(generation)[0]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # CUDA has read the variable, and it may have changed since.
-        if not _are_first(mine):
+    # CUDA has read the variable if it is initialised, and also if GPUs were only counted, which torch does not tell.
+    is_late = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not is_late:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    try:
+        if (is_late or torch.cuda.is_available()) and not _are_first(mine):
             raise ClusterError(
                 "distillation.teacher.generation.devices: expected a process that can be given the GPUs "
                 f"{','.join(mine)}, got one that uses CUDA already with others (CUDA_VISIBLE_DEVICES={before}); set "
                 f"CUDA_VISIBLE_DEVICES={','.join(mine)} before Python starts, or distillation.cluster.kind=local_cuda"
             )
         yield
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-    try:
-        yield
     finally:
-        restore_environment({"CUDA_VISIBLE_DEVICES": before})
+        if not is_late:
+            restore_environment({"CUDA_VISIBLE_DEVICES": before})
 
 
 def restore_environment(values: Mapping[str, str | None]) -> None:

@@ -128,6 +128,17 @@ def test_a_process_sees_only_its_own_gpus(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("_gpus_e0_to_e3")
+@pytest.mark.parametrize(("sees", "is_allowed"), [("e2", True), ("e0", False)])
+def test_a_process_that_has_only_counted_gpus_is_compared_too(sees, is_allowed, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(home, "gpus_in_use", lambda count: (f"NVIDIA H200 GPU-{sees}",))
+    refused = pytest.raises(ClusterError, match="got one that uses CUDA already with others")
+    with contextlib.nullcontext() if is_allowed else refused, own_gpus(GenerationConfig(devices="2")):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
 @pytest.mark.parametrize(
     ("sees", "visible", "devices", "is_allowed"),
     [
