@@ -8,7 +8,7 @@ two should be equal.
     python benchmarks/quality.py --out benchmarks/results/NAME.json --plot docs/figures/NAME.svg
     python benchmarks/quality.py --tiny    # does it run? the figures mean nothing
 
-About half an hour on two cores. The plot needs matplotlib, which the project itself does not.
+Less than half an hour on two cores. The plot needs matplotlib, which the project itself does not.
 
 Dimension letters: N blocks, B blocks of a batch, T tokens of a block, V vocabulary.
 """
@@ -16,6 +16,7 @@ Dimension letters: N blocks, B blocks of a batch, T tokens of a block, V vocabul
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -27,13 +28,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dask_logits import CachedLogitsDataset, Objective, collate, distillation_loss, generate, load_config
+from dask_logits import CachedLogitsDataset, Objective, collate, convert, distillation_loss, generate, load_config
 
 T = 128
 BINS = 15
@@ -46,12 +47,14 @@ class Way(NamedTuple):
 
     k: int
     objective: Objective | None
-    precision: int | None = None
+    precision: Literal[8, 10, 12] | None = None
     position_share: float = 1.0
     # Of the label loss at all positions. The objective's own is at the positions with targets.
     label_share: float = 0.0
     # Draws of a position. 0: the k most probable tokens.
     draws: int = 0
+    # Tried with --all only.
+    is_further: bool = False
 
 
 def ways(vocab_size: int, k: int) -> dict[str, Way]:
@@ -67,18 +70,20 @@ def ways(vocab_size: int, k: int) -> dict[str, Way]:
         f"ghost, k = {k // 4}": Way(k // 4, ghost),
         f"ghost, k = {k}": Way(k, ghost),
         f"ghost, k = {4 * k}": Way(4 * k, ghost),
-        f"ghost, k = {4 * k}, 50 % of the positions": Way(4 * k, ghost, position_share=0.5),
+        f"ghost, k = {4 * k}, 50 % of the positions": Way(4 * k, ghost, position_share=0.5, is_further=True),
         f"ghost, k = {4 * k}, 20 % of the positions": Way(4 * k, ghost, position_share=0.2),
-        f"half cross-entropy, half ghost at 20 %, k = {4 * k}": Way(4 * k, ghost, position_share=0.2, label_share=0.5),
-        f"half cross-entropy, half ghost, k = {4 * k}": Way(4 * k, ghost, label_share=0.5),
+        f"half cross-entropy, half ghost at 20 %, k = {4 * k}": Way(
+            4 * k, ghost, position_share=0.2, label_share=0.5, is_further=True
+        ),
+        f"half cross-entropy, half ghost, k = {4 * k}": Way(4 * k, ghost, label_share=0.5, is_further=True),
         f"residual, k = {k}": Way(k, Objective(tail="residual")),
-        f"half cross-entropy, half ghost, k = {k}": Way(k, Objective(alpha=0.5)),
+        f"half cross-entropy, half ghost, k = {k}": Way(k, Objective(alpha=0.5), is_further=True),
         f"ghost, k = {k}, 8 bits": Way(k, ghost, 8),
         f"ghost, k = {k}, 10 bits": Way(k, ghost, 10),
         f"ghost, k = {k}, 12 bits": Way(k, ghost, 12),
-        f"ghost, k = {4 * k}, 8 bits": Way(4 * k, ghost, 8),
+        f"ghost, k = {4 * k}, 8 bits": Way(4 * k, ghost, 8, is_further=True),
         "12 draws": Way(k, ghost, 8, draws=12),
-        "50 draws": Way(k, ghost, 8, draws=50),
+        "50 draws": Way(k, ghost, 8, draws=50, is_further=True),
         "offline": Way(vocab_size, ghost),
         "live": Way(k, None),
     }
@@ -154,7 +159,7 @@ def train_teacher(arguments: argparse.Namespace, blocks_NT: Tensor) -> Any:
 
 
 def write_cache(folder: Path, teacher: Path, blocks_NT: Tensor, way: Way) -> tuple[CachedLogitsDataset, float]:
-    """Score the blocks. Return the dataset, and its bytes per token."""
+    """Score the blocks, or convert a cache of the same targets. Return the dataset, and its bytes per token."""
     from datasets import Dataset
 
     name = f"k{way.k}-{way.precision}-{way.position_share}-{way.draws}"
@@ -173,7 +178,10 @@ def write_cache(folder: Path, teacher: Path, blocks_NT: Tensor, way: Way) -> tup
     if way.position_share < 1:
         settings += [f"{generation}.positions=entropy", f"{generation}.position_share={way.position_share}"]
     path = folder / name / "teacher_logits.h5"
-    if not path.exists():
+    plain = folder / f"k{way.k}-None-{way.position_share}-0" / "teacher_logits.h5"
+    if way.precision is not None and not way.draws and plain.exists():
+        path = convert(plain, folder / f"{name}.h5", profile="compact", precision=way.precision)
+    elif not path.exists():
         data = Dataset.from_dict({"input_ids": blocks_NT.tolist()})
         generate(load_config(settings, dataset_given=True), data)
     return CachedLogitsDataset(path), path.stat().st_size / blocks_NT.numel()
@@ -248,7 +256,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         teacher.save_pretrained(path)
         found = {"teacher": evaluate([teacher], teacher, parts["held_out"])[0]}
         ladder = ways(arguments.vocab_size, arguments.k)
-        wanted = {*_BOUNDS, *arguments.ways} if arguments.ways else set(ladder)
+        usual = {name for name, way in ladder.items() if arguments.all or not way.is_further}
+        wanted = {*_BOUNDS, *arguments.ways} if arguments.ways else usual
         for name, way in ladder.items():
             if name not in wanted:
                 continue
@@ -325,12 +334,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--student-steps", type=int, default=200)
-    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--all", action="store_true", help="also the further ways, in half as much time again")
     parser.add_argument("--ways", nargs="*", help="only these, and those that the gap is between")
     parser.add_argument("--tiny", action="store_true", help="tiny models, a few steps, one seed")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw the shares into this SVG file")
     arguments = parser.parse_args()
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: expected matplotlib, got none; install it")
     arguments.vocab_size, arguments.files = 1024, 200
     arguments.teacher_width, arguments.student_width = 256, 64
     arguments.blocks = {"teacher": 8000, "student": 1000, "held_out": 200}

@@ -94,12 +94,13 @@ def test_stream_runs(llama, corpus, capsys) -> None:
 @pytest.mark.parametrize(
     ("ways", "number"),
     [
-        (["half cross-entropy, half ghost at 20 %, k = 32", "50 draws", "offline"], 5),
-        pytest.param([], 19, marks=pytest.mark.slow),
+        (["--ways", "half cross-entropy, half ghost at 20 %, k = 32", "50 draws", "offline"], 5),
+        pytest.param([], 13, marks=pytest.mark.slow),
+        pytest.param(["--all"], 19, marks=pytest.mark.slow),
     ],
 )
 def test_quality_runs(ways, number, tmp_path, capsys) -> None:
-    run("quality.py", "--tiny", "--out", tmp_path / "out.json", "--ways", *ways)
+    run("quality.py", "--tiny", "--out", tmp_path / "out.json", *ways)
     found = json.loads((tmp_path / "out.json").read_text())["ways"]
     assert len(found) == number
     assert found["cross-entropy"]["gap_closed_cross_entropy"] == 0
@@ -129,6 +130,7 @@ def test_gpu_runs(tmp_path, capsys) -> None:
         ("eager", 32),
     ]
     assert found["heads"].keys() == {"bfloat16", "float32 out"}
+    assert found["attentions"].keys() == {"flash", "cuDNN"}
     assert (found["job"]["verified"], found["job"]["tokens"], found["job"]["cluster"]) == (True, 64, "serial")
     out = capsys.readouterr().out
     assert "ours / loop" in out
