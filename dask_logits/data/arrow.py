@@ -164,7 +164,7 @@ class Corpus:
         for segment in list(log.segments()):
             if self._is_repaired(segment):
                 logger.warning("rows that could not be used have been repaired: their partitions are computed")
-                log.mend(segment, self._source(segment.first_row, segment.n_rows))
+                log.update_source(segment, self._source(segment.first_row, segment.n_rows))
                 shutil.rmtree(log.run.dataset_path, ignore_errors=True)
         if log.n_rows < self.n_rows:
             count = self.n_rows - log.n_rows

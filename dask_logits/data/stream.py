@@ -192,7 +192,7 @@ class RowStream:
             chunk = self._chunk(row, segment.n_rows)
             if segment.n_rows and "error" in segment.source and "error" not in chunk.source:
                 logger.warning("partition %06d can be used now", segment.first_partition)
-                segment = log.mend(segment, chunk.source)
+                segment = log.update_source(segment, chunk.source)
             if len(chunk.rows) != segment.n_rows or chunk.source.get("content") != segment.source.get("content"):
                 raise self._other_rows(log, segment)
             row += segment.n_rows

@@ -220,7 +220,7 @@ def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | Non
     if failures:
         parts += [
             f"{plural(len(failures), 'partition')} failed for good. `dask-logits retry` scores them again once the "
-            "cause is mended.",
+            "cause is fixed.",
             table(("partition", "kind", "attempts", "reason", "rows", "workers"), rows, numbers=(2,), label="Failures"),
         ]
     if len(failures) > _MOST_FAILURES:

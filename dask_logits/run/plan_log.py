@@ -88,12 +88,12 @@ class PlanLog:
         self.replanned_from = segment.first_partition
         self._recount()
 
-    def mend(self, segment: Segment, source: dict[str, Any]) -> Segment:
+    def update_source(self, segment: Segment, source: dict[str, Any]) -> Segment:
         """Replace the source of a segment, because one of its unusable rows has become usable."""
         self._check_alone(segment)
-        mended = segment.model_copy(update={"source": source})
-        replace_json(self.run.plan_path(self._ordinal(segment)), mended.to_json(), durable=True)
-        return mended
+        updated = segment.model_copy(update={"source": source})
+        replace_json(self.run.plan_path(self._ordinal(segment)), updated.to_json(), durable=True)
+        return updated
 
     def digest(self, n_rows: int | None = None) -> str:
         """SHA-256 of the segments, equal if two runs cut the same rows in the same way.

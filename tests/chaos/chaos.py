@@ -112,7 +112,7 @@ class Chaos:
                 if time.monotonic() > at and self.killed.total() < self.kills:
                     self._kill()
                     at = time.monotonic() + self._pause()
-                self._mend()
+                self._repair()
                 time.sleep(0.05)
         finally:
             self._stop()
@@ -179,7 +179,7 @@ class Chaos:
             # It is being started.
             return
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         """Start again what was killed, but for the driver."""
         if self._scheduler.poll() is not None:
             for nanny in self._nannies:

@@ -462,7 +462,7 @@ def test_a_stream_that_does_not_answer_is_no_damage(stream, llama) -> None:
     assert_holds(run(stream, dataset=iter(TEXTS)), TEXTS, llama)
 
 
-def test_what_waits_before_a_mended_place_is_scored(stream, llama, tmp_path, monkeypatch) -> None:
+def test_what_waits_before_an_updated_place_is_scored(stream, llama, tmp_path, monkeypatch) -> None:
     (tmp_path / "data").mkdir()
     mine = [*stream, *gzipped(tmp_path / "data")]
     file = tmp_path / "data" / "1.jsonl.gz"
