@@ -142,13 +142,16 @@ class CacheError(DaskLogitsError, OSError):
         super().__init__(message)
         self.path = path
 
+    @classmethod
+    def at(cls, path: Path, problem: str) -> CacheError:
+        """Build the error for a file or folder from its path, and the rest of the message."""
+        return cls(f"{path}: {problem}", str(path))
+
 
 def damaged(path: Path, expected: str, found: object) -> CacheError:
     """Return the error for a cache with inconsistent or unreadable parts."""
-    return CacheError(
-        f"{path}: expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job "
-        "again",
-        str(path),
+    return CacheError.at(
+        path, f"expected {expected}, got {found}; the file is damaged: restore it, or delete it and run the job again"
     )
 
 

@@ -115,9 +115,7 @@ class Record(BaseModel):
         except ValidationError as error:
             problems = [_problem(each) for each in error.errors()]
             more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-            raise CacheError(
-                f"{path}: {'; '.join(problems[:_NAMED])}{more}; the file is damaged: {cure}", str(path)
-            ) from error
+            raise CacheError.at(path, f"{'; '.join(problems[:_NAMED])}{more}; the file is damaged: {cure}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that were given, as JSON values."""

@@ -158,9 +158,8 @@ class PlaneReader:
         try:
             return os.pread(self._descriptor, size, offset)
         except OSError as error:
-            raise CacheError(
-                f"{self.path}: expected to read {size} bytes at {offset}, got {error}; check the disk",
-                str(self.path),
+            raise CacheError.at(
+                self.path, f"expected to read {size} bytes at {offset}, got {error}; check the disk"
             ) from error
 
     def check(self, first: int, stop: int, *, trailers: bool) -> None:

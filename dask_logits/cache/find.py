@@ -50,7 +50,7 @@ def find_caches(path: Path) -> list[Path]:
     if not found or (path / "run.json").exists():
         is_run = (path / "run.json").exists() or any(path.glob("status*.json"))
         cure = f"the run is not complete: see `dask-logits status {path}`" if is_run else "correct the path"
-        raise CacheError(f"{path}: expected {CACHE_NAME} in it, or caches to serve as one, got none; {cure}", str(path))
+        raise CacheError.at(path, f"expected {CACHE_NAME} in it, or caches to serve as one, got none; {cure}")
     return found
 
 
@@ -90,9 +90,7 @@ class CacheIndex(Record):
         found = values.get("format"), values.get("version")
         if found != (INDEX_FORMAT, INDEX_VERSION):
             got = f"{shown(found[0])} version {shown(found[1])}" if values else "nothing"
-            raise CacheError(
-                f"{path}: expected {INDEX_FORMAT} version {INDEX_VERSION}, got {got}; merge again", str(path)
-            )
+            raise CacheError.at(path, f"expected {INDEX_FORMAT} version {INDEX_VERSION}, got {got}; merge again")
         return cls.parse(path, values, "merge again")
 
 
@@ -126,8 +124,8 @@ def _indexed(path: Path) -> list[Path]:
         caches[cache] = None
     whole = total_digest(entry.content_digest for entry in index.caches)
     if index.content_digest not in (None, whole):
-        raise CacheError(
-            f"{path}: expected caches with content {index.content_digest} in all, got {whole}; merge again", str(path)
+        raise CacheError.at(
+            path, f"expected caches with content {index.content_digest} in all, got {whole}; merge again"
         )
     return list(caches)
 
@@ -144,10 +142,10 @@ def check_one_job(readers: Sequence[CacheReader]) -> None:
         for name in ("fingerprint", "plan_digest", "top_k", "vocab_size"):
             expected, found = readers[0].attributes.get(name), reader.attributes.get(name)
             if found != expected:
-                raise CacheError(
-                    f"{reader.path}: expected a part of the same job as {readers[0].path}, with {name} {expected!r}, "
+                raise CacheError.at(
+                    reader.path,
+                    f"expected a part of the same job as {readers[0].path}, with {name} {expected!r}, "
                     f"got {found!r}; join datasets of different jobs with torch.utils.data.ConcatDataset",
-                    str(reader.path),
                 )
 
 
@@ -164,8 +162,8 @@ def check_whole(readers: Sequence[CacheReader]) -> None:
     rows = np.unique(np.concatenate([np.unique(np.asarray(reader.arrays["document_row"])) for reader in readers]))
     expected = readers[0].header.n_rows
     if len(rows) != expected:
-        raise CacheError(
-            f"{readers[0].path}: expected the parts of all {expected} rows of the job, got {len(rows)} rows in "
+        raise CacheError.at(
+            readers[0].path,
+            f"expected the parts of all {expected} rows of the job, got {len(rows)} rows in "
             f"{len(readers)} parts; name the others too",
-            str(readers[0].path),
         )

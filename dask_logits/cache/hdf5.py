@@ -43,15 +43,15 @@ def open_file(path: Path) -> h5py.File:
             return h5py.File(path, "r")
     except _HDF5_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _LOCKED:
-            raise CacheError(
-                f"{path}: expected a cache that can be read, but another process has locked it; close the program that "
+            raise CacheError.at(
+                path,
+                "expected a cache that can be read, but another process has locked it; close the program that "
                 "writes it, then try again",
-                str(path),
             ) from error
-        raise CacheError(
-            f"{path}: expected a complete HDF5 file, got a truncated or damaged one ({first_line(error)}); copy it "
+        raise CacheError.at(
+            path,
+            f"expected a complete HDF5 file, got a truncated or damaged one ({first_line(error)}); copy it "
             "again; if a job wrote it and no copy exists, delete it and run the job again",
-            str(path),
         ) from error
 
 
@@ -59,27 +59,24 @@ def _check_kind(path: Path) -> None:
     """Refuse a path that is absent, not a file, not readable, or of another file type."""
     try:
         if not path.exists():
-            raise CacheError(f"{path}: expected a cache, got nothing; run the job, or correct the path", str(path))
+            raise CacheError.at(path, "expected a cache, got nothing; run the job, or correct the path")
         if not path.is_file():
-            raise CacheError(f"{path}: expected a file, got something else; correct the path", str(path))
+            raise CacheError.at(path, "expected a file, got something else; correct the path")
         with path.open("rb") as file:
             start = file.read(len(_SIGNATURE))
     except CacheError:
         raise
     except PermissionError as error:
-        raise CacheError(
-            f"{path}: expected a cache that can be read, but permission is denied; ask its owner, or change its mode",
-            str(path),
+        raise CacheError.at(
+            path, "expected a cache that can be read, but permission is denied; ask its owner, or change its mode"
         ) from error
     except OSError as error:
-        raise CacheError(
-            f"{path}: expected a cache that can be read, got {error}; check the disk", str(path)
-        ) from error
+        raise CacheError.at(path, f"expected a cache that can be read, got {error}; check the disk") from error
     if start != _SIGNATURE:
-        raise CacheError(
-            f"{path}: expected a cache (an HDF5 file), got {_kind_of(path, start)}; give the path of a cache or of a "
+        raise CacheError.at(
+            path,
+            f"expected a cache (an HDF5 file), got {_kind_of(path, start)}; give the path of a cache or of a "
             "run folder",
-            str(path),
         )
 
 
@@ -141,11 +138,11 @@ def check_dataset(
     properties = dataset.id.get_create_plist()
     layout = h5py.h5d.CHUNKED if chunked else h5py.h5d.CONTIGUOUS
     if properties.get_layout() != layout or properties.get_external_count():
-        raise CacheError(
-            f"{path}: expected {name} {'in chunks' if chunked else 'contiguous'} in the file itself, got another "
+        raise CacheError.at(
+            path,
+            f"expected {name} {'in chunks' if chunked else 'contiguous'} in the file itself, got another "
             "layout: the file was repacked or damaged; restore the original, or read this one with h5py as "
             "docs/FORMAT.md shows",
-            str(path),
         )
     if not chunked and dataset.nbytes:
         end, file_bytes = dataset.nbytes + (dataset.id.get_offset() or 0), path.stat().st_size

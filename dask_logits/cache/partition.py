@@ -156,15 +156,13 @@ class PartitionReader:
         self._real_path = os.path.realpath(path)
         metadata = None if path.is_symlink() else read_json(self._inside(_METADATA))
         if metadata is None:
-            raise CacheError(f"{path}: expected a partition, got nothing; run the job again", str(path))
+            raise CacheError.at(path, "expected a partition, got nothing; run the job again")
         attributes = metadata.get("attributes")
         keys = ("format", "version", "profile")
         found = tuple(attributes.get(key) for key in keys) if isinstance(attributes, dict) else None
         if found != (FORMAT, VERSION, profile.name):
-            raise CacheError(
-                f"{path}: expected {FORMAT} version {VERSION}, {profile.name}, got {str(found)[:200]}; run the job "
-                "again",
-                str(path),
+            raise CacheError.at(
+                path, f"expected {FORMAT} version {VERSION}, {profile.name}, got {str(found)[:200]}; run the job again"
             )
 
     @property
@@ -321,9 +319,8 @@ class PartitionReader:
         return self.profile.arrays.get(name) or Stored(*schema(self.profile.top_k, self.profile.vocab_size)[name])
 
     def _unreadable(self, name: str, error: Exception | str) -> CacheError:
-        return CacheError(
-            f"{self.path}: expected to read {name}, got {error}; delete its receipt and run the job again",
-            str(self.path),
+        return CacheError.at(
+            self.path, f"expected to read {name}, got {error}; delete its receipt and run the job again"
         )
 
     def records(self) -> Records:

@@ -156,10 +156,10 @@ class PartitionPiece:
         reader = self._reader
         found = (reader.n_tokens, reader.n_targets, reader.n_documents, reader.n_blocks)
         if found != self.counts():
-            raise CacheError(
-                f"{self.path}: expected {self.counts()} tokens, targets, documents and blocks, got {found}; delete the "
+            raise CacheError.at(
+                self.path,
+                f"expected {self.counts()} tokens, targets, documents and blocks, got {found}; delete the "
                 "partition's receipt and run the job again",
-                str(self.path),
             )
 
     def blocks(self, name: str) -> Iterator[Array]:
@@ -396,14 +396,13 @@ def _sizes(
     row = 0
     for piece in pieces:
         if piece.first_row < row or (n_rows is not None and piece.first_row != row):
-            raise CacheError(
-                f"{cache_path}: expected targets from row {row}, got {piece.path} from row {piece.first_row}",
-                str(cache_path),
+            raise CacheError.at(
+                cache_path, f"expected targets from row {row}, got {piece.path} from row {piece.first_row}"
             )
         row = piece.first_row + piece.n_rows
         counts = piece.counts()
         sums += np.array([*entries_of(profile, *counts[:2]), *counts])
     if n_rows is not None and row != n_rows:
-        raise CacheError(f"{cache_path}: expected {n_rows} rows, got {row}", str(cache_path))
+        raise CacheError.at(cache_path, f"expected {n_rows} rows, got {row}")
     n_entries, n_target_entries, tokens, targets, documents, blocks = sums.tolist()
     return (n_entries, n_target_entries), (tokens, targets, documents, blocks)

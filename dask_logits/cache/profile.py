@@ -517,10 +517,10 @@ def load_profile(spec: ProfileSpec) -> Profile:
     is_table = path.is_file() and table_bytes < path.stat().st_size <= table_bytes + _NPY_HEADER_BYTES
     data = path.read_bytes() if is_table else b""
     if hashlib.sha256(data).hexdigest() != path.stem:
-        raise CacheError(
-            f"{path}: expected the id table with this SHA-256, got {'another' if path.exists() else 'nothing'}; "
+        raise CacheError.at(
+            path,
+            f"expected the id table with this SHA-256, got {'another' if path.exists() else 'nothing'}; "
             "restore it, or run again with distillation.teacher.generation.force_regenerate=true",
-            str(path),
         )
     # The .npy header is known, so it is not parsed.
     table = np.frombuffer(data[-table_bytes:], "<u4")
@@ -533,7 +533,7 @@ def load_profile(spec: ProfileSpec) -> Profile:
             extras=spec.extras,
         )
     except ValueError as error:
-        raise CacheError(f"{path}: expected an id table, got {error}; restore it", str(path)) from error
+        raise CacheError.at(path, f"expected an id table, got {error}; restore it") from error
 
 
 def save_id_table(folder: Path, table: Array) -> str:

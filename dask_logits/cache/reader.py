@@ -340,9 +340,7 @@ class CacheReader:
                         yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
                 return
         except OSError as error:
-            raise CacheError(
-                f"{self.path}: expected to read {name}, got {error}; check the disk", str(self.path)
-            ) from error
+            raise CacheError.at(self.path, f"expected to read {name}, got {error}; check the disk") from error
         rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
         for first in range(0, len(array), rows):
             yield self._read(name, first, first + rows)
@@ -415,21 +413,19 @@ class CacheReader:
     def _check_header(self) -> Header:
         found = self.attributes.get("format")
         if found != FORMAT:
-            raise CacheError(
-                f"{self.path}: expected a dask_logits cache, got format {found!r}; give the teacher_logits.h5 of a run",
-                str(self.path),
+            raise CacheError.at(
+                self.path, f"expected a dask_logits cache, got format {found!r}; give the teacher_logits.h5 of a run"
             )
         version, profile = str(self.attributes.get("format_version"))[:80], self.attributes.get("profile")
         if version.split(".")[0] != FORMAT_VERSION.split(".")[0] or profile not in ("plain", "compact"):
-            raise CacheError(
-                f"{self.path}: expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain' or 'compact', "
+            raise CacheError.at(
+                self.path,
+                f"expected format version {FORMAT_VERSION.split('.')[0]}.x, profile 'plain' or 'compact', "
                 f"got {version}, {profile!r}; install a newer dask_logits",
-                str(self.path),
             )
         if not self.attributes.get("complete"):
-            raise CacheError(
-                f"{self.path}: expected a complete cache, got one whose writing was cut off; run the job again",
-                str(self.path),
+            raise CacheError.at(
+                self.path, "expected a complete cache, got one whose writing was cut off; run the job again"
             )
         header = (CompactHeader if profile == "compact" else Header).parse(self.path, self.attributes)
         if self.attributes.get("partial") and header.n_rows is None:
@@ -438,10 +434,10 @@ class CacheReader:
             raise damaged(self.path, "crc32_block_bytes above 0", "0")
         for name, expected in (("temperature", 1), ("target_shift", 1)):
             if self.attributes.get(name, expected) != expected:
-                raise CacheError(
-                    f"{self.path}: expected {name} {expected}, got {self.attributes[name]!r}: these are other targets; "
+                raise CacheError.at(
+                    self.path,
+                    f"expected {name} {expected}, got {self.attributes[name]!r}: these are other targets; "
                     "install a newer dask_logits",
-                    str(self.path),
                 )
         if not 0 < header.top_k <= header.vocab_size <= 1 << 32:
             raise damaged(self.path, "0 < top_k <= vocab_size", f"{header.top_k} and {header.vocab_size}")
@@ -523,10 +519,10 @@ class CacheReader:
         known = {name.encode() for name in expected}
         for key in root:
             if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and is_critical(file[key]):
-                raise CacheError(
-                    f"{self.path}: expected only known arrays, got the critical array {key.decode(errors='replace')!r};"
+                raise CacheError.at(
+                    self.path,
+                    f"expected only known arrays, got the critical array {key.decode(errors='replace')!r};"
                     " install a newer dask_logits",
-                    str(self.path),
                 )
         return found
 
@@ -544,11 +540,11 @@ class CacheReader:
             found = dataset.id.get_chunk_info_by_coord((chunk * self.profile.alignment, 0))
             expected = (int(index.offset[chunk]), int(index.size[chunk]) + len(fletcher32(b"")))
             if (found.byte_offset, found.size) != expected:
-                raise CacheError(
-                    f"{self.path}: expected chunk {chunk} of {name} at (offset, bytes) {expected}, as the index says, "
+                raise CacheError.at(
+                    self.path,
+                    f"expected chunk {chunk} of {name} at (offset, bytes) {expected}, as the index says, "
                     f"got {(found.byte_offset, found.size)}: the file was repacked; restore the original, or read this "
                     "one with h5py as docs/FORMAT.md shows",
-                    str(self.path),
                 )
 
     def _mapped(self, name: str, dataset: h5py.Dataset) -> Array:

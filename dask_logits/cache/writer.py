@@ -140,7 +140,7 @@ class CacheWriter:
         first = self._filled[name]
         dataset = self._datasets[name]
         if block.dtype != dataset.dtype:
-            raise CacheError(f"{self.path}: expected {name} as {dataset.dtype}, got {block.dtype}", str(self.path))
+            raise CacheError.at(self.path, f"expected {name} as {dataset.dtype}, got {block.dtype}")
         if len(block):
             dataset[first : first + len(block)] = block
         self._sink.check()
@@ -198,10 +198,7 @@ class CacheWriter:
         """
         for name, filled in self._filled.items():
             if filled != len(self._datasets[name]):
-                raise CacheError(
-                    f"{self.path}: expected {len(self._datasets[name])} entries of {name}, got {filled}",
-                    str(self.path),
-                )
+                raise CacheError.at(self.path, f"expected {len(self._datasets[name])} entries of {name}, got {filled}")
         if "token_crcs" in attributes:
             crcs = attributes["token_crcs"]
             self._create("token_crcs", crcs.shape, crcs.dtype)

@@ -46,11 +46,11 @@ def read_json(path: Path) -> Json | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CacheError(f"{path}: expected to read it, got {error}; see that it can be read", str(path)) from error
+        raise CacheError.at(path, f"expected to read it, got {error}; see that it can be read") from error
     except ValueError as error:
-        raise CacheError(f"{path}: expected a JSON object, got {error}; restore the file", str(path)) from error
+        raise CacheError.at(path, f"expected a JSON object, got {error}; restore the file") from error
     if not isinstance(value, dict):
-        raise CacheError(f"{path}: expected a JSON object, got {type(value).__name__}; restore it", str(path))
+        raise CacheError.at(path, f"expected a JSON object, got {type(value).__name__}; restore it")
     return value
 
 

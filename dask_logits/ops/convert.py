@@ -78,7 +78,7 @@ def convert(
     source, target = (expanded(path) for path in (source, target))
     readers = [CacheReader(file) for file in find_caches(source)]
     if target.exists() and any(target.samefile(reader.path) for reader in readers):
-        raise CacheError(f"{target}: expected another file than the source, got the same; name a new one", str(target))
+        raise CacheError.at(target, "expected another file than the source, got the same; name a new one")
     reader = readers[0]
     _check_target(target, reader)
     attributes = {name: value for name, value in reader.said().items() if name not in _OWN}

@@ -137,10 +137,10 @@ def _merged(path: Path) -> CacheReader:
     cache = CacheReader(path)
     missing = [name for name in (*JOB_ATTRIBUTES, "n_rows") if name not in cache.attributes]
     if missing:
-        raise CacheError(
-            f"{path}: expected a cache that says of which job it is a part, got none of {missing} in format version "
+        raise CacheError.at(
+            path,
+            f"expected a cache that says of which job it is a part, got none of {missing} in format version "
             f"{cache.attributes['format_version']}; merge its run folder, or make it again",
-            str(path),
         )
     return cache
 

@@ -161,9 +161,7 @@ class RunFolder:
         """Return the profile that a manifest and a calibration name."""
         sizes, storage = _Sizes.parse(self.manifest_path, manifest.what), calibration.storage
         if storage is None:
-            raise CacheError(
-                f"{self.calibration_path}: expected storage, got none; restore it", str(self.calibration_path)
-            )
+            raise CacheError.at(self.calibration_path, "expected storage, got none; restore it")
         return ProfileSpec(
             name=storage.profile,
             top_k=sizes.top_k,
@@ -248,10 +246,10 @@ class RunFolder:
             return None
         found = manifest.get("format"), manifest.get("version")
         if found != (FORMAT, VERSION):
-            raise CacheError(
-                f"{self.manifest_path}: expected {FORMAT} version {VERSION}, got {shown(found[0])} version "
+            raise CacheError.at(
+                self.manifest_path,
+                f"expected {FORMAT} version {VERSION}, got {shown(found[0])} version "
                 f"{shown(found[1])}; use the release that wrote it, or another folder",
-                str(self.manifest_path),
             )
         return Manifest.parse(self.manifest_path, manifest)
 
@@ -279,10 +277,9 @@ class RunFolder:
             return None
         receipt = Receipt.parse(path, values)
         if receipt.partition != index:
-            raise CacheError(
-                f"{path}: expected partition to be {index}, got {receipt.partition}; the file is damaged: restore or "
-                "delete it",
-                str(path),
+            raise CacheError.at(
+                path,
+                f"expected partition to be {index}, got {receipt.partition}; the file is damaged: restore or delete it",
             )
         return receipt
 

@@ -211,7 +211,7 @@ def _load(path: Path) -> Array:
     try:
         loaded: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CacheError(f"{path}: expected an array, got {error}; restore the file", str(path)) from error
+        raise CacheError.at(path, f"expected an array, got {error}; restore the file") from error
     return loaded
 
 

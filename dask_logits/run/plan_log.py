@@ -151,10 +151,10 @@ class PlanLog:
             after = (partitions + entry.n_partitions, rows + entry.n_rows)
         if begin != (partitions, rows) or after[0] > _MOST_PARTITIONS or after[1] >= MOST_COUNT:
             path = self.run.plan_path(ordinal)
-            raise CacheError(
-                f"{path}: expected the plan to go on at partition {partitions}, row {rows}, to at most "
+            raise CacheError.at(
+                path,
+                f"expected the plan to go on at partition {partitions}, row {rows}, to at most "
                 f"{_MOST_PARTITIONS:,} partitions, got {begin} to {after}; restore the file",
-                str(path),
             )
         return after
 

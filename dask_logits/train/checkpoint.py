@@ -74,10 +74,10 @@ class DistillationState(Record):
         path = folder / STATE_NAME
         values = read_json(path)
         if values is None:
-            raise CacheError(
-                f"{path}: expected the state that DistillationTrainer writes into each checkpoint, got none; resume "
+            raise CacheError.at(
+                path,
+                "expected the state that DistillationTrainer writes into each checkpoint, got none; resume "
                 "from one of its checkpoints, or start anew without resume_from_checkpoint",
-                str(path),
             )
         return cls.parse(path, values, _CURE)
 

@@ -328,7 +328,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         try:
             batch["targets"].check_alignment(batch["input_ids"])
         except DatasetError as error:
-            raise CacheError(f"{reader.path}: {error}", str(reader.path)) from error
+            raise CacheError.at(reader.path, f"{error}") from error
 
     def _window(self, index: int, width: int) -> dict[str, npt.NDArray[Any]]:
         """Return one window of the stream: the tail of an item, whole items, and the head of another."""
