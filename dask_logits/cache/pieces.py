@@ -33,51 +33,6 @@ _DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
 _CHUNKS = 256
 
 
-class Piece(Protocol):
-    """Targets of consecutive dataset rows at one location, without gaps between documents."""
-
-    @property
-    def path(self) -> Path:
-        """Location, for messages."""
-
-    @property
-    def profile(self) -> Profile:
-        """Storage of its token arrays."""
-
-    @property
-    def first_row(self) -> int:
-        """First dataset row."""
-
-    @property
-    def n_rows(self) -> int:
-        """Number of dataset rows."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Stored size in bytes."""
-
-    def counts(self) -> tuple[int, int, int, int]:
-        """Return tokens, targets, documents and blocks."""
-
-    def content_digest(self) -> str:
-        """Return the content digest."""
-
-    def runs(self) -> Iterator[Records]:
-        """Yield the targets, some documents at a time."""
-
-    def check(self) -> None:
-        """Raise CacheError if the data differs from the committed data."""
-
-    def blocks(self, name: str) -> Iterator[Array]:
-        """Yield a contiguous stored array, piece by piece."""
-
-    def frames(self) -> Iterator[Mapping[str, Sequence[bytes | memoryview]]]:
-        """Yield the compressed chunks of the chunked arrays, some at a time."""
-
-    def tokens(self) -> Iterator[dict[str, Array]]:
-        """Yield the logical token arrays, :data:`BLOCK_TOKENS` entries of each axis at a time."""
-
-
 class Committed(Protocol):
     """The fields of a receipt that describe a partition's rows and files."""
 
@@ -255,6 +210,10 @@ class CachePiece:
                 for start, stop in (self.token_range, self.targets)
             )
             yield self.profile.decode(self.reader.stored_at(tokens, targets, self.token_range[0]))
+
+
+# Targets of consecutive dataset rows at one location, without gaps between documents.
+Piece = PartitionPiece | CachePiece
 
 
 def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:

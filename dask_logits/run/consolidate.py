@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheIndex, IndexEntry
-from dask_logits.cache.pieces import CachePiece, PartitionPiece, Piece, consolidate
+from dask_logits.cache.pieces import PartitionPiece, Piece, consolidate
 from dask_logits.cache.profile import Profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
@@ -348,7 +348,6 @@ def _digest(pieces: Iterable[Piece]) -> str:
         if isinstance(piece, PartitionPiece):
             known: Any = piece.content_digest()
         else:
-            assert isinstance(piece, CachePiece)
             known = [piece.reader.header.content_digest, *piece.documents]
         lines.update(json.dumps([piece.first_row, piece.n_rows, known], sort_keys=True).encode())
     return lines.hexdigest()
@@ -362,7 +361,6 @@ def _statistics(pieces: Iterable[Piece]) -> Statistics:
         if isinstance(piece, PartitionPiece):
             sums += piece.receipt.statistics
         elif piece.path not in seen:
-            assert isinstance(piece, CachePiece)
             seen.add(piece.path)
             sums += piece.reader.header.statistics or Statistics()
     return sums
