@@ -388,6 +388,14 @@ class ContentDigest:
         return f"{self._sum:064x}"
 
 
+def digest_of(runs: Iterable[Records]) -> str:
+    """Return the content digest of targets."""
+    digest = ContentDigest()
+    for records in runs:
+        digest.update(records)
+    return digest.hexdigest()
+
+
 def total_digest(digests: Iterable[str]) -> str:
     """Return the content digest of a whole from those of its parts."""
     total = ContentDigest()

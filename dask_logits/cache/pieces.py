@@ -25,7 +25,16 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, EVERY_TOKEN, Array, ContentDigest, Records, Statistics
+from dask_logits.records import (
+    BLOCK_ARRAYS,
+    DOCUMENT_ARRAYS,
+    EVERY_TOKEN,
+    Array,
+    ContentDigest,
+    Records,
+    Statistics,
+    digest_of,
+)
 
 # Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
 _DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
@@ -176,10 +185,7 @@ class CachePiece:
 
     def content_digest(self) -> str:
         """Compute the content digest of these rows."""
-        digest = ContentDigest()
-        for records in self.runs():
-            digest.update(records)
-        return digest.hexdigest()
+        return digest_of(self.runs())
 
     def runs(self) -> Iterator[Records]:
         """Yield the targets, some documents at a time."""
@@ -336,15 +342,7 @@ def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str
                 ends = at + np.cumsum(block, dtype=np.uint64)
                 writer.append(name.replace("_length", "_start"), (ends - block).astype(np.uint64))
                 at = int(ends[-1])
-    return piece.content_digest() if alike else _digest(piece.runs(), profile)
-
-
-def _digest(runs: Iterable[Records], profile: Profile) -> str:
-    """Return the content digest of targets as stored by a profile."""
-    digest = ContentDigest()
-    for records in runs:
-        digest.update(as_kept(records, profile))
-    return digest.hexdigest()
+    return piece.content_digest() if alike else digest_of(as_kept(records, profile) for records in piece.runs())
 
 
 def _sizes(

@@ -26,7 +26,7 @@ from dask_logits.hydra_config import override
 from dask_logits.job.driver import tasks
 from dask_logits.job.prepare import check_folder, prepare
 from dask_logits.ops.check import Check, Report, check_files
-from dask_logits.records import EVERY_TOKEN, Array, ContentDigest, Records
+from dask_logits.records import EVERY_TOKEN, Array, Records, digest_of
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.settings import check_named, settings_of
@@ -157,12 +157,11 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
         scored, chosen_M, alone, dense = _score(task, rows_of[task.partition.index])
         live = scored.records
         kept = as_kept(live, load_profile(task.profile))
-        digest = ContentDigest()
-        digest.update(kept if chosen_M is None else kept.at(chosen_M))
+        digest = digest_of([kept if chosen_M is None else kept.at(chosen_M)])
         near_nats = _NEAR_NATS.get(calibration.numerics.dtype, 0.01)
         check.looked_at += 1
         receipt = run.receipt(task.partition.index)
-        if receipt is None or digest.hexdigest() != receipt.content_digest:
+        if receipt is None or digest != receipt.content_digest:
             made_in = (receipt.environment if receipt else None) or calibration.environment or here
             differing = describe(differences(made_in, here))
             off = _Differences()

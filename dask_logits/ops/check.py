@@ -19,7 +19,7 @@ from dask_logits.cache.pieces import PartitionPiece, cache_pieces
 from dask_logits.cache.profile import Compact, Precision, Profile, gaps_of
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, label_doubts, total_digest
+from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, digest_of, label_doubts, total_digest
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 from dask_logits.run.records import Receipt
@@ -467,8 +467,6 @@ def _check_partition(piece: PartitionPiece, checker: _Checker) -> None:
         piece.check()
         for records in piece.runs():
             checker.records(records, piece.profile)
-            digest = ContentDigest()
-            digest.update(records)
-            _compare_digest(checker, str(piece.path), piece.content_digest(), digest.hexdigest())
+            _compare_digest(checker, str(piece.path), piece.content_digest(), digest_of([records]))
     except CacheError as error:
         checker.checksums.found([error.message])

@@ -28,7 +28,7 @@ from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, read_documents
 from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.files.atomic import create_json
-from dask_logits.records import ContentDigest, Records, Statistics
+from dask_logits.records import Records, Statistics, digest_of
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import FailedAttempt, Receipt
@@ -310,9 +310,7 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
 
 def _said_of(kept: Records) -> tuple[Statistics, str]:
     """Return the statistics and the content digest of targets that are no longer needed."""
-    digest = ContentDigest()
-    digest.update(kept)
-    return Statistics.of(kept), digest.hexdigest()
+    return Statistics.of(kept), digest_of([kept])
 
 
 def peak_rss_bytes() -> int:
