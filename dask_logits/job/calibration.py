@@ -13,7 +13,7 @@ from dask_logits.data.items import make_items
 from dask_logits.data.tokens import sample_documents
 from dask_logits.errors import ClusterError, RunConflictError
 from dask_logits.files.atomic import create_json
-from dask_logits.job.driver import teacher_spec
+from dask_logits.job.driver import scoring_settings, teacher_spec
 from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job, check_folder
 from dask_logits.job.progress import Steps
@@ -24,7 +24,7 @@ from dask_logits.run.records import FORMAT, VERSION, Calibration, Manifest, Stor
 from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import resolve_dtype
 from dask_logits.worker.calibrate import TOKENS as CALIBRATION_TOKENS
-from dask_logits.worker.calibrate import CalibrationTask, auto_budgets, calibrate, first_documents
+from dask_logits.worker.calibrate import CalibrationTask, calibrate, first_documents
 from dask_logits.worker.environment import has_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
             nonlocal shown
             if shown is None:
                 # The worker that calibrates loads first.
-                meanwhile.enter_context(executor.preload(task.teacher, task.vocab_size))
+                meanwhile.enter_context(executor.preload(task.teacher, task.scoring.vocab_size))
             if step != shown:
                 shown = step
                 steps.show(step)
@@ -61,7 +61,6 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
 def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
     """Read the first documents of a plan, for its calibration on one of the executor's workers."""
     generation = job.config.teacher.generation
-    batch_tokens, head_rows = auto_budgets(executor.device, generation.batch_tokens, generation.head_rows)
     documents: list[Array] = []
     tokens = 0
     plan_tokens = _tokens_each(job, executor)
@@ -83,19 +82,12 @@ def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
         ),
         documents=first_documents(sequences, CALIBRATION_TOKENS),
         plan_tokens=plan_tokens,
-        top_k=generation.width(job.tokenizer_spec.vocab_size),
-        draws=generation.n_draws,
-        seed=generation.draw_seed,
-        vocab_size=job.tokenizer_spec.vocab_size,
-        batch_size=generation.batch_size,
-        batch_tokens=batch_tokens,
+        scoring=dataclasses.replace(scoring_settings(job, executor.device), positions="all", position_share=1.0),
         batch_tokens_fixed=generation.batch_tokens != "auto",
-        head_rows=head_rows,
         head_rows_fixed=generation.head_rows != "auto",
         logits=job.config.scoring.logits,
         compile=job.config.scoring.compile,
         compact=job.is_compact,
-        temperatures=generation.temperatures,
         target_share=job.estimate.target_share,
         most_trial_seconds=job.config.job.stall_seconds / _TRIALS_IN_STALL,
     )

@@ -26,6 +26,7 @@ from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.scoring import ScoringSettings
+from dask_logits.worker.calibrate import auto_budgets
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
@@ -242,18 +243,12 @@ def tasks(
     numerics = calibration.numerics
     of_run = run_id(job)
     teacher = teacher_spec(job, dtype=numerics.dtype, device=numerics.device, torch_threads=numerics.torch_threads)
-    scoring = ScoringSettings(
-        top_k=job.config.teacher.generation.width(job.tokenizer_spec.vocab_size),
-        vocab_size=job.tokenizer_spec.vocab_size,
+    scoring = dataclasses.replace(
+        scoring_settings(job, numerics.device),
         batch_tokens=numerics.batch_tokens,
         batch_size=numerics.batch_size,
         head_rows=numerics.head_rows,
         path=ScoringPath(**numerics.path.model_dump()),
-        temperatures=job.config.teacher.generation.temperatures,
-        positions=job.config.teacher.generation.positions,
-        position_share=job.config.teacher.generation.target_share,
-        draws=job.config.teacher.generation.n_draws,
-        seed=job.config.teacher.generation.draw_seed,
     )
     measured: dict[str, Any] = calibration.cost or {}
     cost = Cost(**measured)
@@ -298,6 +293,25 @@ def run_id(job: Job) -> str:
     if manifest is None:
         raise RunConflictError(f"{job.run.path}: expected run.json, got none: it was deleted while the job ran")
     return manifest.run_id
+
+
+def scoring_settings(job: Job, device: str) -> ScoringSettings:
+    """Return the settings of a job for scoring, with the budgets and the path that a calibration begins with."""
+    generation, vocab_size = job.config.teacher.generation, job.tokenizer_spec.vocab_size
+    batch_tokens, head_rows = auto_budgets(device, generation.batch_tokens, generation.head_rows)
+    return ScoringSettings(
+        top_k=generation.width(vocab_size),
+        vocab_size=vocab_size,
+        batch_tokens=batch_tokens,
+        batch_size=generation.batch_size,
+        head_rows=head_rows,
+        path=ScoringPath(),
+        temperatures=generation.temperatures,
+        positions=generation.positions,
+        position_share=generation.target_share,
+        draws=generation.n_draws,
+        seed=generation.draw_seed,
+    )
 
 
 def teacher_spec(job: Job, *, dtype: str, device: str, torch_threads: int) -> TeacherSpec:

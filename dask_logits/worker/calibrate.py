@@ -87,10 +87,8 @@ class CalibrationTask:
         Token ids of the first documents of the plan.
     plan_tokens
         Tokens that each worker will score. None: unknown, assumed to be a quarter of an hour's work.
-    top_k, vocab_size, batch_size, draws, seed
-        Settings of the run. Of draws, `top_k` is the most distinct ids that there can be.
-    batch_tokens, head_rows
-        Settings, with ``auto`` resolved by :func:`auto_budgets`.
+    scoring
+        Settings of the run for all positions, with budgets resolved by :func:`auto_budgets`. Its path is not yet known.
     batch_tokens_fixed
         Whether the token budget was set by the user.
     head_rows_fixed
@@ -99,8 +97,6 @@ class CalibrationTask:
         Settings of ``distillation.scoring``.
     compact
         Whether the compact profile will be used, which requires an id table.
-    temperatures
-        Temperatures other than 1 whose tail is stored.
     target_share
         Expected share of the positions that get targets, for the sizes of a plan. The sample is scored at all.
     most_trial_seconds
@@ -110,35 +106,14 @@ class CalibrationTask:
     teacher: TeacherSpec
     documents: tuple[Array, ...]
     plan_tokens: int | None
-    top_k: int
-    vocab_size: int
-    batch_size: int | None
-    batch_tokens: int
+    scoring: ScoringSettings
     batch_tokens_fixed: bool
-    head_rows: int
     head_rows_fixed: bool
     logits: Literal["exact", "model"]
     compile: Literal["auto", "always", "never"]
     compact: bool = False
-    temperatures: tuple[float, ...] = ()
-    draws: int = 0
-    seed: int = 0
     target_share: float = 1.0
     most_trial_seconds: float = float("inf")
-
-    def settings(self, path: ScoringPath, batch_tokens: int, head_rows: int) -> ScoringSettings:
-        """Return the settings of the run with a scoring path and budgets."""
-        return ScoringSettings(
-            top_k=self.top_k,
-            vocab_size=self.vocab_size,
-            batch_tokens=batch_tokens,
-            batch_size=self.batch_size,
-            head_rows=head_rows,
-            path=path,
-            temperatures=self.temperatures,
-            draws=self.draws,
-            seed=self.seed,
-        )
 
 
 def auto_budgets(device: str, batch_tokens: int | str, head_rows: int | str) -> tuple[int, int]:
@@ -201,7 +176,7 @@ def calibrate(
         If it does not fit into memory with one row of logits.
     """
     on_step(LOADING)
-    teacher = load_teacher(task.teacher, task.vocab_size, on_life=lambda: on_step(LOADING))
+    teacher = load_teacher(task.teacher, task.scoring.vocab_size, on_life=lambda: on_step(LOADING))
     with must_fit("calibration", "stop other processes on this device, or use one with more memory"):
         on_step("measuring the device's speed")
         cost = measure_cost(teacher)
@@ -215,7 +190,7 @@ def calibrate(
             torch.cuda.reset_peak_memory_stats(device)
     if task.logits == "exact" and not path.exact and teacher.dtype != torch.float32:
         logger.warning("this family's head can only be run as it is: its logits are rounded to %s", task.teacher.dtype)
-    settings = task.settings(path, task.batch_tokens, task.head_rows)
+    settings = dataclasses.replace(task.scoring, path=path)
     first = settings = _warmed(teacher, settings, task)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
     on_step(f"scoring the first {sum(map(len, documents)):,} tokens")
@@ -228,7 +203,7 @@ def calibrate(
     if settings != first:
         on_step("scoring them again with the faster settings")
         scored = score_items(teacher, plain_items(documents), settings)
-    table = id_table(scored.records.present_ids, task.vocab_size) if task.compact else None
+    table = id_table(scored.records.present_ids, task.scoring.vocab_size) if task.compact else None
     return _report(task, settings, scored, cost, choice, trials), table
 
 
@@ -237,12 +212,12 @@ def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) ->
     if teacher.device.type != "cuda" or not kernels.available():
         return path
     generator = torch.Generator(teacher.device).manual_seed(20_260_103)
-    shape = (_KERNEL_ROWS, padded_width(task.vocab_size))
+    shape = (_KERNEL_ROWS, padded_width(task.scoring.vocab_size))
     logits_RV = 4 * torch.randn(shape, generator=generator, device=teacher.device)
-    logits_RV[:, task.vocab_size :] = -torch.inf
+    logits_RV[:, task.scoring.vocab_size :] = -torch.inf
     try:
         # Rounded, so that there are ties.
-        if kernels_agree(logits_RV.bfloat16().to(teacher.logits_dtype), task.top_k, path):
+        if kernels_agree(logits_RV.bfloat16().to(teacher.logits_dtype), task.scoring.top_k, path):
             return dataclasses.replace(path, kernels=True)
         logger.warning("Triton's kernels differ from torch here; torch is used")
     except Exception as error:  # noqa: BLE001 - Triton and its compilers raise whatever they like
@@ -283,7 +258,7 @@ def _report(
             torch_threads=task.teacher.torch_threads,
             path=PathNumerics(**dataclasses.asdict(settings.path)),
             batch_tokens=settings.batch_tokens,
-            batch_size=task.batch_size,
+            batch_size=task.scoring.batch_size,
             head_rows=settings.head_rows,
         ),
         # JSON has no infinity, which marks a path that does not apply.
@@ -292,8 +267,8 @@ def _report(
         cost=dataclasses.asdict(cost),
         trials_tokens_per_second=trials.rates,
         compile_seconds=trials.compile_seconds,
-        kept_mass_by_k=None if task.draws else kept_mass_by_k(scored.records.logprobs),
-        distinct_draws=round(statistics_of.mean_distinct, 3) if task.draws else None,
+        kept_mass_by_k=None if task.scoring.draws else kept_mass_by_k(scored.records.logprobs),
+        distinct_draws=round(statistics_of.mean_distinct, 3) if task.scoring.draws else None,
         tokens=scored.records.n_tokens,
         perplexity=statistics_of.perplexity if statistics_of.labels else None,
         tokens_per_second=round(scored.records.n_tokens / seconds, 1),

@@ -122,8 +122,8 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
     calibration, _ = calibrate(task, on_step)
     numerics = calibration.numerics
     path = ScoringPath(**numerics.path.model_dump())
-    settings = task.settings(path, numerics.batch_tokens, numerics.head_rows)
-    teacher = load_teacher(task.teacher, task.vocab_size)
+    settings = replace(task.scoring, path=path, batch_tokens=numerics.batch_tokens, head_rows=numerics.head_rows)
+    teacher = load_teacher(task.teacher, task.scoring.vocab_size)
     documents = first_documents(task.documents, sample_tokens(task.plan_tokens))
     items = plain_items(documents)
     rates: list[float] = []
@@ -135,12 +135,12 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         scored = score_items(teacher, items, settings)
         rates.append(scored.records.n_tokens / max(scored.seconds["score"], 1e-9))
     on_step("comparing numbers of kept entries")
-    ks = tuple(sorted({k for k in _KS if k <= task.vocab_size} | {task.top_k}))
+    ks = tuple(sorted({k for k in _KS if k <= task.scoring.vocab_size} | {task.scoring.top_k}))
     widest = score_items(teacher, items, replace(settings, top_k=ks[-1], positions="entropy", draws=0))
-    job = score_items(teacher, items, replace(settings, positions="entropy")) if task.draws else widest
+    job = score_items(teacher, items, replace(settings, positions="entropy")) if task.scoring.draws else widest
     shares = sorted({*_SHARES, round(task.target_share, 2) or _SHARES[0]})
     few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
-    whole = score_items(teacher, few, replace(settings, top_k=task.vocab_size, temperatures=(), draws=0))
+    whole = score_items(teacher, few, replace(settings, top_k=task.scoring.vocab_size, temperatures=(), draws=0))
     return Measurement(
         calibration=calibration,
         tokens_per_second=tuple(rates),
@@ -155,9 +155,9 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
         ),
         draw_choices=tuple(
             _draw_choice(whole.records, draws, task)
-            for draws in sorted({*_DRAWS, *([task.draws] if task.draws else [])})
+            for draws in sorted({*_DRAWS, *([task.scoring.draws] if task.scoring.draws else [])})
         ),
-        bytes_by_share={share: _size(_chosen(items, job, share), task.top_k, task) for share in shares},
+        bytes_by_share={share: _size(_chosen(items, job, share), task.scoring.top_k, task) for share in shares},
         peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
     )
 
@@ -170,7 +170,7 @@ def _chosen(items: Sequence[Item], scored: Scored, share: float) -> Records:
 
 def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoice:
     """Draw from the whole distributions of a sample."""
-    width = min(draws, task.vocab_size)
+    width = min(draws, task.scoring.vocab_size)
     random = np.random.default_rng(0)
     ids_NK = np.zeros((whole.n_targets, width), whole.topk_ids.dtype)
     counts_NK = np.zeros((whole.n_targets, width), np.uint8)
@@ -186,25 +186,25 @@ def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoic
     return DrawChoice(
         draws=draws,
         distinct=float(np.count_nonzero(counts_NK, axis=1).mean()),
-        bytes_per_token=_size(drawn, width, replace(task, draws=draws, temperatures=())),
+        bytes_per_token=_size(drawn, width, replace(task, scoring=replace(task.scoring, draws=draws, temperatures=()))),
     )
 
 
 def _size(records: Records, k: int, task: CalibrationTask) -> float:
     """Return the bytes per token of a sample that keeps k entries, or as many as its draws need."""
     share = records.n_targets / max(1, records.n_tokens)
-    draws = 0 if records.topk_counts is None else task.draws
-    extras = Extras(draws=draws, temperatures=task.temperatures, has_target_pos=share < 1)
+    draws = 0 if records.topk_counts is None else task.scoring.draws
+    extras = Extras(draws=draws, temperatures=task.scoring.temperatures, has_target_pos=share < 1)
     if not task.compact:
-        return bytes_per_token(k, task.vocab_size, extras, share)
+        return bytes_per_token(k, task.scoring.vocab_size, extras, share)
     tokens = {name: array for name, array in records.tokens().items() if name in extras.token_arrays}
     of_entries = ("topk_ids", "topk_counts" if draws else "topk_logprobs")
     cut = {**tokens, **{name: tokens[name][:, :k] for name in of_entries}}
     profile: Profile = Compact(
         top_k=k,
-        vocab_size=task.vocab_size,
+        vocab_size=task.scoring.vocab_size,
         precision=8,
-        id_table=id_table(records.present_ids if draws else cut["topk_ids"], task.vocab_size),
+        id_table=id_table(records.present_ids if draws else cut["topk_ids"], task.scoring.vocab_size),
         extras=extras,
     )
     n_bytes = 0

@@ -32,13 +32,17 @@ def task(llama):
     )  # fmt: skip
 
     def make(**changes) -> CalibrationTask:
+        names = {field.name for field in dataclasses.fields(ScoringSettings)}
+        scoring = ScoringSettings(**{
+            "top_k": 8, "vocab_size": VOCAB_SIZE, "batch_tokens": 128, "batch_size": None, "head_rows": 16,
+            "path": ScoringPath(), **{name: value for name, value in changes.items() if name in names},
+        })  # fmt: skip
         values = {
-            "teacher": spec, "documents": documents, "plan_tokens": 1_000, "top_k": 8, "vocab_size": VOCAB_SIZE,
-            "batch_size": None, "batch_tokens": 128, "batch_tokens_fixed": True, "head_rows": 16,
-            "head_rows_fixed": True, "logits": "exact",
-            "compile": "auto",
+            "teacher": spec, "documents": documents, "plan_tokens": 1_000, "scoring": scoring,
+            "batch_tokens_fixed": True, "head_rows_fixed": True, "logits": "exact", "compile": "auto",
         }  # fmt: skip
-        return CalibrationTask(**{**values, **changes})
+        others = {name: value for name, value in changes.items() if name not in names}
+        return CalibrationTask(**{**values, **others})
 
     return make
 
