@@ -136,7 +136,7 @@ def timeline(
     order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
     few = len(history) <= _MOST_BOXES
     marks = pauses(_pause_places(clock), 20)
-    lanes = _boxes(charts, history, clock, order, marks) if few else _shades(charts, history, found, order, marks)
+    lanes = _lanes(charts, history, clock, found, order, marks, boxes=few)
     drawn = "A box is a partition, from its loading to its receipt." if few else (
         "The darker, the larger the share of the time in which the worker was busy."
     )  # fmt: skip
@@ -168,43 +168,28 @@ def timeline(
     )  # fmt: skip
 
 
-def _boxes(charts: Charts, history: History, clock: Clock, order: Sequence[int], marks: str) -> str:
+def _lanes(
+    charts: Charts, history: History, clock: Clock, found: Rates, order: Sequence[int], marks: str, *, boxes: bool
+) -> str:
+    """Return a line for each worker: boxes of its partitions, or shades of its busy share."""
     begin, end = (clock.shown(history.column(name)) / clock.seconds for name in ("begin", "end"))
     owner, index, tokens = (history.column(name) for name in ("worker", "index", "tokens"))
+    seconds = history.column("end") - history.column("begin")
     lanes = ""
     for i in order:
-        spans = [
-            (float(begin[j]), float(end[j]), f"partition {index[j]:.0f}: {tokens[j]:,.0f} tokens in "
-             f"{duration(history.column('end')[j] - history.column('begin')[j])}")
-            for j in np.flatnonzero(owner == i)
-        ]  # fmt: skip
-        lanes += _lane(
-            history, i, charts.spans(_lane_title(history, i), spans, description=_lane_text(history, i), marks=marks)
-        )
+        worker = history.workers[i]
+        title, description = f"Timeline of {worker.name}", plural(worker.partitions, "partition")
+        if boxes:
+            spans = [
+                (float(begin[j]), float(end[j]),
+                 f"partition {index[j]:.0f}: {tokens[j]:,.0f} tokens in {duration(seconds[j])}")
+                for j in np.flatnonzero(owner == i)
+            ]  # fmt: skip
+            drawn = charts.spans(title, spans, description=description, marks=marks)
+        else:
+            drawn = charts.shades(title, found.busy[:, i], description=description, marks=marks)
+        lanes += f"<div>{text(worker.name)}</div>{drawn}"
     return lanes
-
-
-def _shades(charts: Charts, history: History, found: Rates, order: Sequence[int], marks: str) -> str:
-    return "".join(
-        _lane(
-            history,
-            i,
-            charts.shades(_lane_title(history, i), found.busy[:, i], description=_lane_text(history, i), marks=marks),
-        )
-        for i in order
-    )
-
-
-def _lane_title(history: History, i: int) -> str:
-    return f"Timeline of {history.workers[i].name}"
-
-
-def _lane_text(history: History, i: int) -> str:
-    return plural(history.workers[i].partitions, "partition")
-
-
-def _lane(history: History, i: int, svg: str) -> str:
-    return f"<div>{text(history.workers[i].name)}</div>{svg}"
 
 
 def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | None:
