@@ -9,9 +9,10 @@ Dimension letters: P partitions, W workers, E edges of time bins.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -80,14 +81,7 @@ class History:
 
     def copy(self) -> History:
         """Return a copy, to which partitions can be added without changing this history."""
-        return History(
-            workers=[replace(worker) for worker in self.workers],
-            problems=dict(self.problems),
-            n_problems=self.n_problems,
-            retried=list(self.retried),
-            _numbers=dict(self._numbers),
-            _columns={name: column[:] for name, column in self._columns.items()},
-        )
+        return copy.deepcopy(self)
 
     def add(self, state: PartitionState) -> None:
         """Add a partition."""

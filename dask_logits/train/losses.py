@@ -29,6 +29,7 @@ from dask_logits.train.targets import CodedTargets, SparseTargets
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _FORWARD_KL = Objective()
+_TERMS = ("loss", "divergence", "cross_entropy", "kept_mass", "entropy")
 # Bytes of the logits of a chunk. Larger chunks make the products with the head faster.
 _CHUNK_BYTES = 128 * 2**20
 
@@ -288,30 +289,19 @@ def _loss(
         has_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors),
     )
     loss, *values_M = Chunked.apply(plan, *problem.tensors)  # type: ignore[no-untyped-call]
-    n_labels = int((teacher.labels_N >= 0).sum())
     if per_token:
 
         def at_positions(value_M: Tensor) -> Tensor:
             value_N = value_M.new_zeros(targets.mask.numel())
             return value_N.index_copy(0, rows_M, value_M).reshape(targets.shape)
 
-        loss, divergence, cross_entropy, kept_mass, entropy = (at_positions(value) for value in (loss, *values_M))
-        return DistillationLoss(
-            loss=loss,
-            divergence=divergence,
-            cross_entropy=cross_entropy,
-            kept_mass=kept_mass,
-            entropy=entropy,
-            n_tokens=n_tokens,
-            n_labels=n_labels,
-        )
-    count = max(1, n_tokens) if normaliser is None else normaliser
-    loss, divergence, cross_entropy = (
-        (value.sum(dtype=torch.float64) / count).to(problem.dtype) for value in (loss, *values_M)
-    )
-    return DistillationLoss(
-        loss=loss, divergence=divergence, cross_entropy=cross_entropy, n_tokens=n_tokens, n_labels=n_labels
-    )
+        values = [at_positions(value) for value in (loss, *values_M)]
+    else:
+        count = max(1, n_tokens) if normaliser is None else normaliser
+        values = [(value.sum(dtype=torch.float64) / count).to(problem.dtype) for value in (loss, *values_M)]
+    # The details of each position come last.
+    terms: dict[str, Tensor] = dict(zip(_TERMS, values, strict=False))
+    return DistillationLoss(**terms, n_tokens=n_tokens, n_labels=int((teacher.labels_N >= 0).sum()))
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
