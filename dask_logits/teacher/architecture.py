@@ -7,6 +7,7 @@ of these is refused by name. A multimodal wrapper is scored as the text model it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from dataclasses import dataclass
@@ -179,6 +180,9 @@ def _require_quantizer(source: str, config: Any) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
+        with contextlib.suppress(ValueError, RuntimeError):
+            # It may need a GPU, or refuse this device. The worker may have another device, so it decides.
+            quantizer.validate_environment(device_map=None, dtype=None)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TeacherError(
             f"{_WHERE}: {source!r} is quantized by {str(method)!r}, which the installed transformers cannot read "
@@ -186,18 +190,7 @@ def _require_quantizer(source: str, config: Any) -> None:
             "checkpoint that is not quantized"
         ) from error
     except ImportError as error:
-        raise _missing_package(source, method, error) from error
-    try:
-        quantizer.validate_environment(device_map=None, dtype=None)
-    except ImportError as error:
-        raise _missing_package(source, method, error) from error
-    except (ValueError, RuntimeError):
-        # It needs a GPU or refuses this device. The worker may have another device, so it decides.
-        return
-
-
-def _missing_package(source: str, method: Any, error: ImportError) -> TeacherError:
-    return TeacherError(
-        f"{_WHERE}: {source!r} is quantized by {str(method)!r}, which needs a package that is missing: "
-        f"{first_line(error)}; install it, or use a checkpoint that is not quantized"
-    )
+        raise TeacherError(
+            f"{_WHERE}: {source!r} is quantized by {str(method)!r}, which needs a package that is missing: "
+            f"{first_line(error)}; install it, or use a checkpoint that is not quantized"
+        ) from error
