@@ -263,12 +263,6 @@ class CacheReader:
         first = np.searchsorted(starts, self._block_start.astype(starts.dtype), side="right") - 1
         return rows[first], offsets[first]
 
-    @property
-    def document_start(self) -> Array:
-        """[D] uint64, first entry of each document."""
-        start: Array = self.arrays["document_start"]
-        return start
-
     def blocks_between(self, start: int, stop: int) -> tuple[int, int]:
         """Return the packed blocks [first, stop) that begin in a range of entries, (0, 0) without packing."""
         if self._block_start is None:

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.chunks import compress, fletcher32
+from dask_logits.cache.chunks import LEVEL, compress, fletcher32
 from dask_logits.cache.layout import (
     ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
@@ -32,8 +32,6 @@ from dask_logits.cache.sink import Sink
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
 from dask_logits.records import EVERY_TOKEN, OPTIONAL_TOKEN_ARRAYS, Array, schema
-
-_LEVEL = 1
 
 
 class CacheWriter:
@@ -124,7 +122,7 @@ class CacheWriter:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_chunk((self.profile.alignment, *shape[1:]))
         # Optional, so that HDF5 does not need the plugin to create a dataset that we compress ourselves.
-        properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (_LEVEL,))
+        properties.set_filter(ZSTD_FILTER, h5py.h5z.FLAG_OPTIONAL, (LEVEL,))
         properties.set_fletcher32()
         # No timestamps: the same targets give the same bytes.
         properties.set_obj_track_times(False)

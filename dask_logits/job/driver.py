@@ -18,7 +18,7 @@ from dask_logits.job.progress import JobProgress
 from dask_logits.job.read_ahead import ReadAhead
 from dask_logits.job.reporter import Reporter
 from dask_logits.records import Statistics
-from dask_logits.run.failures import Failure, forget_failure, note_failure, read_failures
+from dask_logits.run.failures import Failure, note_failure, read_failures
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Calibration, FailureEntry, Receipt
 from dask_logits.run.timings import add_seconds, shares
@@ -174,7 +174,7 @@ class _Driver:
         )
         self._seconds = add_seconds(self._seconds, receipt.seconds)
         self._reporter.running.discard(receipt.partition)
-        forget_failure(self._job.run, receipt.partition)
+        self._job.run.failure_path(receipt.partition).unlink(missing_ok=True)
         self._settle(receipt.partition)
 
     def on_failure(self, failure: Failure) -> None:

@@ -395,7 +395,7 @@ def _cached_document(readers: list[CacheReader], row: int) -> _Document:
     positions, parts = [], []
     for reader in readers:
         for i in np.flatnonzero(np.asarray(reader.arrays["document_row"]) == row):
-            start = int(reader.document_start[i])
+            start = int(reader.arrays["document_start"][i])
             tokens = reader.tokens(start, start + int(reader.arrays["document_length"][i]))
             at = tokens.get("target_pos", np.arange(len(tokens["topk_ids"]))).astype(np.int64)
             positions.append(at + int(reader.arrays["document_offset"][i]))

@@ -73,7 +73,8 @@ def merge(
     opened = _open_parts(paths, target)
     if num_workers is not None:
         _check_workers(opened, num_workers)
-    whole = _reference(opened)
+    # The part with the longest plan.
+    whole = max(opened, key=lambda part: (part.end is not None, part.n_rows))
     with room(target.parent):
         if isinstance(whole, RunPart) and len(opened) == 1 and target in (whole.run.cache_path, whole.run.index_path):
             written = _consolidated(whole, max_bytes)
@@ -143,11 +144,6 @@ def _merged(path: Path) -> CacheReader:
             f"{cache.attributes['format_version']}; merge its run folder, or make it again",
         )
     return cache
-
-
-def _reference(parts: Sequence[Part]) -> Part:
-    """Return the part with the longest plan."""
-    return max(parts, key=lambda part: (part.end is not None, part.n_rows))
 
 
 def _check_one_job(whole: Part, parts: Sequence[Part]) -> None:

@@ -38,12 +38,6 @@ def note_failure(run: RunFolder, failure: Failure) -> None:
     replace_json(path, {**failure.model_dump(mode="json"), "at": time.time()}, durable=True)
 
 
-def forget_failure(run: RunFolder, index: int) -> None:
-    """Delete the ledger entry of a committed partition."""
-    path = run.failure_path(index)
-    path.unlink(missing_ok=True)
-
-
 def _has_receipt(run: RunFolder, index: int) -> bool:
     try:
         return run.receipt(index) is not None

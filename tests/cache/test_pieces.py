@@ -79,7 +79,7 @@ def test_the_cache_is_the_partitions_one_after_the_other(tmp_path, before: str, 
     reader = CacheReader(tmp_path / "c.h5")
     assert digest == content(*expected) == reader.attributes["content_digest"]
     aligned = [0, 3, 3, 5, 5, 10] if after == "plain" else [0, 3, 3, 8, 8, 13]
-    np.testing.assert_array_equal(reader.document_start, aligned)
+    np.testing.assert_array_equal(reader.arrays["document_start"], aligned)
     assert (reader.n_tokens, reader.n_entries) == (11, 11 if after == "plain" else 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "partitions"]
 
