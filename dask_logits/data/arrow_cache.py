@@ -87,20 +87,14 @@ def file_rows(path: str, reader: str, separator: str | None) -> Iterator[Mapping
     """
     try:
         yield from read_file(path, reader, separator)
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise _cut_off(path, error) from error
-    except OSError as error:
-        # Arrow (for Zstandard) and gzip raise this for damaged data, without a system error number.
-        if error.errno is not None or isinstance(error, FileNotFoundError):
+    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+        # Arrow (for Zstandard) and gzip raise an OSError for damaged data, without a system error number.
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
             raise
-        raise _cut_off(path, error) from error
-
-
-def _cut_off(path: str, error: Exception) -> DatasetError:
-    return DatasetError(
-        f"{path}: expected to read the file to its end, got {type(error).__name__}: {first_line(error)}; restore the "
-        "file"
-    )
+        raise DatasetError(
+            f"{path}: expected to read the file to its end, got {type(error).__name__}: {first_line(error)}; restore "
+            "the file"
+        ) from error
 
 
 def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[str]:

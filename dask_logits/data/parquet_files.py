@@ -305,12 +305,8 @@ def _readable(where: str) -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        # For broken pages and thrift data Arrow raises an OSError without a system error number.
+        if not isinstance(error, pa.ArrowException) and (type(error) is not OSError or error.errno is not None):
+            raise
         raise DatasetError(f"{where}: expected readable Parquet, got {first_line(error)}; restore the file") from error
-    except OSError as error:
-        # Arrow raises this for broken pages and thrift data, without a system error number.
-        if type(error) is OSError and error.errno is None:
-            raise DatasetError(
-                f"{where}: expected readable Parquet, got {first_line(error)}; restore the file"
-            ) from error
-        raise
