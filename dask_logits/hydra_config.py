@@ -180,16 +180,13 @@ def quoted(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         key, equals, value = override.partition("=")
         kind = types.get(key.lstrip("+"), "")
-        if not equals or value in ("", "null") or "${" in value or key.endswith(".devices"):
-            made.append(override)
-        elif kind in ("str", "str or null"):
-            made.append(f"{key}={_quote(value)}")
-        elif kind == "list of str or null":
-            is_list = value.startswith("[") and value.endswith("]")
-            items = _items(value[1:-1]) if is_list else _items(value)
-            made.append(f"{key}=[{','.join(map(_quote, items))}]")
-        else:
-            made.append(override)
+        if equals and value not in ("", "null") and "${" not in value and not key.endswith(".devices"):
+            if kind in ("str", "str or null"):
+                override = f"{key}={_quote(value)}"
+            elif kind == "list of str or null":
+                items = _items(value[1:-1] if value.startswith("[") and value.endswith("]") else value)
+                override = f"{key}=[{','.join(map(_quote, items))}]"
+        made.append(override)
     return made
 
 
@@ -219,22 +216,18 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.lstrip("+~").split("@")[0]
+        leaf = key.rsplit(".", 1)[-1]
+        same_leaf = [path for path in known if path.endswith(f".{leaf}")]
         if key.startswith(_OLD_TREE):
-            problems.append(f"{key}: this tree has gone; use {_new_name(key, value, known)}")
+            name = next(iter(same_leaf), _OLD_NAMES.get(leaf))
+            new = f"{name}={value}" if name else "the nearest setting in docs/SETTINGS.md"
+            problems.append(f"{key}: this tree has gone; use {new}")
         elif key not in known and key not in heads and not key.startswith("hydra"):
             # The right name in the wrong group, or in none, is preferred to a similar spelling.
-            same_leaf = [path for path in known if path.endswith(f".{key.rsplit('.', 1)[-1]}")]
             guess = nearest(key, same_leaf, cutoff=0) or nearest(key, known)
             problems.append(f"{key}: unknown setting{guess}")
     if problems:
         raise ConfigError.from_problems(*problems)
-
-
-def _new_name(key: str, value: str, known: Sequence[str]) -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [path for path in known if path.endswith(f".{leaf}")]
-    name = same_leaf[0] if same_leaf else _OLD_NAMES.get(leaf)
-    return f"{name}={value}" if name else "the nearest setting in docs/SETTINGS.md"
 
 
 def generate_command(tree: Mapping[str, Any]) -> str | None:
