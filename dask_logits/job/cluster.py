@@ -38,7 +38,7 @@ from dask_logits.job.gpus import (
 )
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler
+from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, run_on_scheduler
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
 from dask_logits.worker.environment import Environment, environment
 
@@ -207,13 +207,8 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         with _occupied(client, 3 * config.wait_seconds):
             _wait_for_worker(client, config.wait_seconds)
             facts, roster = _facts(client, config.wait_seconds)
-        saturation = call_scheduler(
-            client,
-            lambda: client.run_on_scheduler(
-                lambda: dask.config.get("distributed.scheduler.worker-saturation"), asynchronous=True
-            ),
-            CALL_SECONDS,
-        )
+        name = "distributed.scheduler.worker-saturation"
+        saturation = run_on_scheduler(client, lambda: dask.config.get(name))
         if float(saturation) > 1.0:
             logger.warning(
                 "the scheduler's worker-saturation is %s; export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0 "
@@ -324,7 +319,7 @@ def _occupied(client: Client, seconds: float) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(ClusterError):
-            call_scheduler(client, lambda: client.scheduler.event_set(name=name), CALL_SECONDS)
+            call_scheduler(client, lambda: client.scheduler.event_set(name=name))
         task.release()
 
 

@@ -33,7 +33,7 @@ class SchedulerLostError(ClusterError):
     """The client is currently not connected to its scheduler."""
 
 
-def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float = CALL_SECONDS) -> Any:
     """Call the scheduler, and stop waiting when the client has lost it. distributed keeps connecting for minutes.
 
     Raises
@@ -62,10 +62,29 @@ def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], secon
         raise scheduler_lost() from error
 
 
+def run_on_scheduler(client: Client, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in the scheduler's process.
+
+    It must be defined inside another one, to be pickled by value: the scheduler may not have this package
+    (distributed 2026.7.1).
+    """
+    return call_scheduler(client, lambda: client.run_on_scheduler(function, *arguments, asynchronous=True))
+
+
+def present_workers(client: Client) -> dict[str, Any]:
+    """Return address → facts of all workers.
+
+    ``Client.scheduler_info()`` lists only five, or waits forever when the scheduler is gone.
+    """
+    scheduler = client.scheduler
+    workers: dict[str, Any] = call_scheduler(client, lambda: scheduler.identity(n_workers=-1))["workers"]
+    return workers
+
+
 def holders(client: Client) -> dict[str, str]:
     """Return key → worker address for all tasks assigned to a worker."""
     scheduler = client.scheduler
-    found = call_scheduler(client, lambda: scheduler.processing(workers=None), CALL_SECONDS)
+    found = call_scheduler(client, lambda: scheduler.processing(workers=None))
     return {key: worker for worker, keys in found.items() for key in keys}
 
 
@@ -126,14 +145,11 @@ def erred_on(client: Client, future: Future) -> str | None:
         If the scheduler is lost.
     """
 
-    # Defined inside, so that it is pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
     def look_up(key: str, dask_scheduler: Any) -> str | None:
         state = dask_scheduler.tasks.get(key)
         return next(iter((state and state.erred_on) or ()), None)
 
-    found: str | None = call_scheduler(
-        client, lambda: client.run_on_scheduler(look_up, future.key, asynchronous=True), CALL_SECONDS
-    )
+    found: str | None = run_on_scheduler(client, look_up, future.key)
     return found
 
 
@@ -168,7 +184,7 @@ def wait_for_scheduler(client: Client, seconds: float) -> Iterator[None]:
             raise scheduler_lost()
         if client.status == "running":
             with contextlib.suppress(SchedulerLostError):
-                call_scheduler(client, lambda: client.scheduler.identity(n_workers=0), CALL_SECONDS)
+                call_scheduler(client, lambda: client.scheduler.identity(n_workers=0))
                 logger.warning("the scheduler at %s answers again after %.0f s", address, time.monotonic() - started)
                 return
         if not _refuses(address):

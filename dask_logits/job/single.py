@@ -25,12 +25,11 @@ from dask_logits.job.remote import call_on_worker
 from dask_logits.job.retry_policy import is_poisoned
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
-    CALL_SECONDS,
     SchedulerLostError,
-    call_scheduler,
     erred_on,
     exception_of,
     result_of,
+    run_on_scheduler,
     wait_for_scheduler,
 )
 
@@ -161,7 +160,6 @@ class _Task:
             time.sleep(_POLL_SECONDS)
 
     def _look(self) -> _View:
-        # Defined inside, to be pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
         def look(keys: list[str], dask_scheduler: Any) -> tuple[dict[str, float], dict[str, str]]:
             from time import time
 
@@ -172,11 +170,7 @@ class _Task:
             )
 
         keys = [attempt.future.key for attempt in self.attempts]
-        return _View(
-            *call_scheduler(
-                self.client, lambda: self.client.run_on_scheduler(look, keys, asynchronous=True), CALL_SECONDS
-            )
-        )
+        return _View(*run_on_scheduler(self.client, look, keys))
 
     def _others(self, view: _View) -> set[str]:
         """Return healthy workers on which it was not tried."""

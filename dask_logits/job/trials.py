@@ -15,7 +15,14 @@ from distributed import Client
 from dask_logits.errors import ClusterError
 from dask_logits.job.remote import try_on_worker
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, holders, restart_worker, scheduler_lost
+from dask_logits.job.scheduler import (
+    CALL_SECONDS,
+    holders,
+    present_workers,
+    restart_worker,
+    run_on_scheduler,
+    scheduler_lost,
+)
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
@@ -91,9 +98,7 @@ def _allowed(client: Client, roster: Roster) -> list[str] | None:
     """Return the workers that may get work. None: all."""
     if not roster.left_out:
         return None
-    scheduler = client.scheduler
-    present = call_scheduler(client, lambda: scheduler.identity(n_workers=-1), CALL_SECONDS)["workers"]
-    return sorted(roster.usable(present)) or None
+    return sorted(roster.usable(present_workers(client))) or None
 
 
 @contextlib.contextmanager
@@ -105,16 +110,10 @@ def two_deaths_are_enough(client: Client) -> Iterator[None]:
         dask_scheduler.allowed_failures = failures
         return before
 
-    def set_allowed(failures: int) -> int:
-        before: int = call_scheduler(
-            client, lambda: client.run_on_scheduler(allow, failures, asynchronous=True), CALL_SECONDS
-        )
-        return before
-
-    before = set_allowed(1)
+    before: int = run_on_scheduler(client, allow, 1)
     try:
         yield
     finally:
         # A lost scheduler has nothing to restore.
         with contextlib.suppress(ClusterError):
-            set_allowed(before)
+            run_on_scheduler(client, allow, before)

@@ -30,10 +30,10 @@ from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
     SchedulerLostError,
-    call_scheduler,
     erred_on,
     exception_of,
     holders,
+    present_workers,
     restart_worker,
     result_of,
     scheduler_lost,
@@ -110,7 +110,7 @@ class Window:
         """Submit tasks while there is capacity. Return whether anything is left to wait for."""
         now = time.monotonic()
         self._starved = False
-        before, self._present = self._present, self._workers()
+        before, self._present = self._present, present_workers(self.client)
         self.roster.nannies |= {worker: facts["nanny"] for worker, facts in self._present.items() if facts.get("nanny")}
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
@@ -302,7 +302,7 @@ class Window:
     def _stalled(self, idle: float) -> ClusterError:
         flying = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
         left_out = f"\nThese workers get no work:\n{self.roster.listed()}" if self.roster.left_out else ""
-        where = f"{len(self._workers())} workers and partitions {flying or 'none'} in flight"
+        where = f"{len(present_workers(self.client))} workers and partitions {flying or 'none'} in flight"
         return stalled(self.job.stall_seconds, idle, where, left_out)
 
     def _held(self) -> dict[str, str]:
@@ -474,13 +474,6 @@ class Window:
     def _give_up_partition(self, failure: Failure) -> None:
         logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
         self._events.append(Failed(failure))
-
-    def _workers(self) -> dict[str, Any]:
-        # Client.scheduler_info() lists only five workers, or waits forever when the scheduler is gone.
-        scheduler = self.client.scheduler
-        found = call_scheduler(self.client, lambda: scheduler.identity(n_workers=-1), CALL_SECONDS)
-        workers: dict[str, Any] = found["workers"]
-        return workers
 
     def _room(self, now: float) -> int:
         """Return how many partitions may be in flight, counting the workers that may get one."""

@@ -91,7 +91,7 @@ def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
 def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
     held = SimpleNamespace(status="running")
     window = Window(held, iter(()), JobConfig(stall_seconds=1), last_progress=-1e9)
-    monkeypatch.setattr(Window, "_workers", lambda self: {})
+    monkeypatch.setattr("dask_logits.job.window.present_workers", lambda client: {})
     window._later.append((math.inf, None))
     window.check_stall()
     for later in ([], [(0.0, None)], [(math.inf, None), (0.0, None)]):
