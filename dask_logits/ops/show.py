@@ -92,11 +92,8 @@ def card(path: str | Path) -> dict[str, Any]:
     draws = reader.profile.extras.draws
     teacher = said.get("teacher") or {}
     named: Any = said.get("dataset")
-    data = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
-    data = {
-        **(named if isinstance(named, dict) else {}),
-        **{name: value for name, value in data.items() if value is not None},
-    }
+    known = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
+    data = [*(named if isinstance(named, dict) else {}).items(), *known.items()]
     return {
         "file": str(reader.path if len(readers) == 1 else path),
         "files": len(readers),
@@ -126,7 +123,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "dtype": calibration.numerics.dtype if calibration else None,
         "device": calibration.numerics.device if calibration else None,
         "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
-        "dataset": {name: value for name, value in data.items() if value is not None},
+        "dataset": {name: value for name, value in data if value is not None},
         "plan_digest": said.get("plan_digest"),
         "content_digest": total_digest(one.header.content_digest for one in readers),
         "kept_mass": _number(statistics.mean_kept_mass) if statistics and not draws else None,
@@ -151,13 +148,8 @@ def card_lines(found: dict[str, Any]) -> list[str]:
     if not is_packed:
         del labels["items"]
     shown = {**found, "dataset": _dataset_text(settings), "dataset_settings": settings}
-    lines = []
-    for name, label in labels.items():
-        value = shown.get(name)
-        if value is None or value == {} or value == "":
-            continue
-        lines.append(f"{label:17} {_text(name, value)}")
-    return lines
+    known = {name: value for name, value in shown.items() if value not in (None, {}, "")}
+    return [f"{label:17} {_text(name, known[name])}" for name, label in labels.items() if name in known]
 
 
 def _dataset_text(settings: dict[str, Any]) -> str:
