@@ -33,10 +33,11 @@ def check_capacity(job: Job, done: float = 0.0) -> None:
     """
     whole = job.estimate.peak_disk_bytes if job.share.total == 1 else job.estimate.cache_bytes / job.share.total
     need = round(whole - job.estimate.cache_bytes * done)
+    amount = "a partition" if job.estimate.tokens is None else f"{job.estimate.tokens:,} tokens"
     free = free_disk_bytes(job.run.path)
     if need > free:
         raise CapacityError(
-            f"distillation.teacher.cache_dir: expected {gib(need)} free for {_amount(job)} (partitions "
+            f"distillation.teacher.cache_dir: expected {gib(need)} free for {amount} (partitions "
             f"and cache side by side), got {gib(free)}; free space, or lower "
             "distillation.teacher.generation.top_k or distillation.dataset.max_samples",
             need,
@@ -123,11 +124,6 @@ def plan_figures(job: Job) -> dict[str, Any]:
         "peak_disk_bytes": job.estimate.peak_disk_bytes,
         "worker_bytes": job.estimate.worker_bytes,
     }
-
-
-def _amount(job: Job) -> str:
-    tokens = job.estimate.tokens
-    return "a partition" if tokens is None else f"{tokens:,} tokens"
 
 
 def _each(job: Job) -> str:

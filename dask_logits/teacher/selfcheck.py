@@ -45,8 +45,7 @@ _LONGEST = 2_200
 # Factors on hidden states. The largest drives logits of usual size far into a soft cap.
 _LOUDNESS = (1.0, 8.0, 64.0)
 # Relative RMS difference of raw logits between two orders of the same sums, in units of the dtype's epsilon.
-_RAW_EPSILONS = {torch.float32: 100.0}
-_RAW_EPSILONS_HALF = 0.75
+_RAW_EPSILONS, _RAW_EPSILONS_HALF = 100.0, 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +255,7 @@ def _head_error(probe: Oracle, path: ScoringPath) -> float:
     if path.head == "replay" or error > probe.limit:
         return error
     teacher, hidden_RD = probe.teacher, probe.hidden_states()
+    epsilons = _RAW_EPSILONS if teacher.dtype == torch.float32 else _RAW_EPSILONS_HALF
     for loudness in _LOUDNESS:
         loud_RD = hidden_RD * loudness
         teacher.take(ScoringPath(head="replay"))
@@ -269,13 +269,9 @@ def _head_error(probe: Oracle, path: ScoringPath) -> float:
         teacher.take(path)
         found_RV = head_logits(teacher, loud_RD).float()
         teacher.take(ScoringPath())
-        if not rms(found_RV - wanted_RV) <= _raw_limit(teacher.dtype) * rms(wanted_RV):
+        if not rms(found_RV - wanted_RV) <= epsilons * torch.finfo(teacher.dtype).eps * rms(wanted_RV):
             return float("inf")
     return error
-
-
-def _raw_limit(dtype: torch.dtype) -> float:
-    return _RAW_EPSILONS.get(dtype, _RAW_EPSILONS_HALF) * torch.finfo(dtype).eps
 
 
 def fast_attention(teacher: Teacher, *, may_compile: bool) -> Attention | None:
