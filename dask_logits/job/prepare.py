@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.profile import earns
-from dask_logits.config import DEFAULT_MAX_LENGTH, Config, DatasetConfig, GenerationConfig, stride_problems
+from dask_logits.config import DEFAULT_MAX_LENGTH, Config, GenerationConfig, stride_problems
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.items import ItemSettings
 from dask_logits.data.open import is_stream, open_stream
@@ -142,7 +142,9 @@ def prepare(
         source = open_stream(config.dataset, dataset, manifest.commit if manifest else None)
     else:
         source = open_corpus(config.dataset, dataset)
-    items = _item_settings(config.dataset)
+    # The settings have the same names.
+    names = [field.name for field in dataclasses.fields(ItemSettings)]
+    items = ItemSettings(**{name: getattr(config.dataset, name) for name in names})
     on_step("reading the tokenizer, tokenizing a sample of the rows")
     tokenizer, spec = inspect_tokenizer(
         config.teacher,
@@ -319,17 +321,6 @@ def _warn_of_double_bos(documents: Sequence[Documents]) -> None:
             count,
             len(documents),
         )
-
-
-def _item_settings(dataset: DatasetConfig) -> ItemSettings:
-    assert dataset.max_length != "auto"
-    return ItemSettings(
-        max_length=dataset.max_length,
-        long_documents=dataset.long_documents,
-        window_stride=dataset.window_stride,
-        packing=dataset.packing,
-        separator_id=dataset.separator_id,
-    )
 
 
 def _with_separator(items: ItemSettings, tokenizer: Tokenizer | None, vocab_size: int) -> ItemSettings:
