@@ -33,7 +33,7 @@ from dask_logits.errors import ConfigError, DatasetError, RunConflictError
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers
 from dask_logits.records import Extras
 from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, compare
-from dask_logits.run.plan import Estimate, TeacherShape, auto_partition_rows, estimate, fingerprint
+from dask_logits.run.plan import Estimate, auto_partition_rows, estimate, fingerprint
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Manifest
 from dask_logits.teacher.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
@@ -192,13 +192,9 @@ def prepare(
         vocab_size=spec.vocab_size,
         extras=extras,
         target_share=_target_share(generation, documents),
-        teacher=TeacherShape(
-            parameters=teacher.parameters,
-            hidden_width=teacher.hidden_width,
-            head_width=teacher.head_width,
-            layers=teacher.layers,
-            bytes_per_value=_BYTES[dtype],
-        ),
+        parameters=teacher.parameters,
+        hidden_width=teacher.hidden_width,
+        bytes_per_value=_BYTES[dtype],
         batch_tokens=max(batch_tokens, min(longest, items.max_length)),
         head_rows=head_rows,
         scratch_rows=scratch_rows(head_rows, device),

@@ -199,27 +199,6 @@ class Estimate:
     target_share: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherShape:
-    """Sizes of a teacher that determine the memory of a batch.
-
-    Parameters
-    ----------
-    parameters
-        Number of weights.
-    hidden_width, head_width, layers
-        D, V and the number of layers.
-    bytes_per_value
-        Bytes per weight.
-    """
-
-    parameters: int
-    hidden_width: int
-    head_width: int
-    layers: int
-    bytes_per_value: int
-
-
 # Interpreter, torch, transformers, tokenizer and allocator slack of a worker process.
 _PROCESS_BYTES = 700 << 20
 # On a CPU in half precision: cached code for shapes of matrix products, compiled layers, gaps between activations.
@@ -237,7 +216,9 @@ def estimate(
     vocab_size: int,
     extras: records.Extras = records.NO_EXTRAS,
     target_share: float = 1.0,
-    teacher: TeacherShape,
+    parameters: int,
+    hidden_width: int,
+    bytes_per_value: int,
     batch_tokens: int,
     head_rows: int,
     scratch_rows: int,
@@ -249,8 +230,10 @@ def estimate(
     ----------
     n_rows
         Total rows. None: unknown.
-    partition_rows, teacher
-        Rows of a partition, and sizes of the teacher.
+    partition_rows
+        Rows of a partition.
+    parameters, hidden_width, bytes_per_value
+        Sizes of the teacher.
     tokens_per_row
         Mean of a sample.
     top_k, vocab_size, batch_tokens, head_rows
@@ -268,17 +251,16 @@ def estimate(
     rows = partition_rows if n_rows is None else n_rows
     tokens = round(rows * tokens_per_row)
     cache_bytes = round(tokens * records.bytes_per_token(top_k, vocab_size, extras, target_share)) + rows * 24
-    value = teacher.bytes_per_value
-    batch = batch_tokens * teacher.hidden_width * _WIDTHS_PER_TOKEN * value
-    head = head_rows * vocab_size * value + scratch_rows * vocab_size * 4
-    partition = min(partition_rows, rows) * tokens_per_row * per_token
-    process = _PROCESS_BYTES + (_CODE_BYTES if device == "cpu" and value < 4 else 0)
+    batch = batch_tokens * hidden_width * _WIDTHS_PER_TOKEN * bytes_per_value
+    head = head_rows * vocab_size * bytes_per_value + scratch_rows * vocab_size * 4
+    partition_tokens = min(partition_rows, rows) * tokens_per_row
+    process = _PROCESS_BYTES + (_CODE_BYTES if device == "cpu" and bytes_per_value < 4 else 0)
     return Estimate(
         tokens=None if n_rows is None else tokens,
         cache_bytes=cache_bytes,
         peak_disk_bytes=2 * cache_bytes,
-        worker_bytes=round(teacher.parameters * value + batch + head + 2 * partition + process),
-        partition_tokens=min(partition_rows, rows) * tokens_per_row,
+        worker_bytes=round(parameters * bytes_per_value + batch + head + 2 * partition_tokens * per_token + process),
+        partition_tokens=partition_tokens,
         target_share=target_share,
     )
 

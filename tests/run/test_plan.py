@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dask_logits.errors import RunConflictError
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan import Segment, TeacherShape, auto_partition_rows, estimate, group_cuts, uniform_cuts
+from dask_logits.run.plan import Segment, auto_partition_rows, estimate, group_cuts, uniform_cuts
 from dask_logits.run.plan_log import PlanLog
 
 
@@ -81,9 +81,9 @@ def test_two_planners_of_one_run_must_agree(tmp_path) -> None:
 
 
 def test_the_estimate_adds_up() -> None:
-    teacher = TeacherShape(parameters=10**8, hidden_width=512, head_width=50_000, layers=8, bytes_per_value=2)
+    teacher = {"parameters": 10**8, "hidden_width": 512, "bytes_per_value": 2}
     fixed = {
-        "tokens_per_row": 200.0, "top_k": 64, "vocab_size": 50_000, "teacher": teacher, "batch_tokens": 4096,
+        "tokens_per_row": 200.0, "top_k": 64, "vocab_size": 50_000, **teacher, "batch_tokens": 4096,
         "head_rows": 256, "scratch_rows": 16,
     }  # fmt: skip
     cost = estimate(1000, 100, **fixed)
