@@ -104,15 +104,11 @@ class Plain:
         """Name → array needed for decoding."""
         return _temperatures(self.extras)
 
-    def pack(self, stored: Mapping[str, Array]) -> dict[str, Array]:
-        """Return encoded arrays in the form that is written: unchanged."""
-        return dict(stored)
-
-    unpack = pack
-
     def encode(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
-        """Encode logical arrays into stored ones."""
+        """Encode logical arrays into stored ones, which are written as they are."""
         return dict(tokens)
+
+    pack = unpack = encode
 
     def decode(self, stored: Mapping[str, Array], half: Callable[[Array], Array] | None = None) -> dict[str, Array]:
         """Decode stored arrays into logical ones."""
@@ -387,9 +383,16 @@ def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array
         name: np.empty((n_tokens if name in EVERY_TOKEN else n_targets, *kind.shape), kind.dtype)
         for name, kind in profile.arrays.items()
     }
-    for first in range(0, n_tokens, _BLOCK_TOKENS):
-        part = profile.encode({name: array[first : first + _BLOCK_TOKENS] for name, array in tokens.items()})
-        for name, array in part.items():
+    return _filled(out, tokens, profile.encode)
+
+
+def _filled(
+    out: dict[str, Array], arrays: Mapping[str, Array], convert: Callable[[Mapping[str, Array]], dict[str, Array]]
+) -> dict[str, Array]:
+    """Convert arrays of the token axis into others, some tokens at a time."""
+    for first in range(0, len(arrays["input_ids"]), _BLOCK_TOKENS):
+        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in arrays.items()}
+        for name, array in convert(part).items():
             out[name][first : first + _BLOCK_TOKENS] = array
     return out
 
@@ -411,11 +414,7 @@ def as_kept(records: Records, profile: Profile, stored: Mapping[str, Array] | No
     tokens = records.tokens()
     stored = encode_all(tokens, profile) if stored is None else stored
     out = {name: np.empty_like(array) for name, array in tokens.items()}
-    for first in range(0, records.n_tokens, _BLOCK_TOKENS):
-        part = {name: array[first : first + _BLOCK_TOKENS] for name, array in stored.items()}
-        for name, array in profile.decode(part).items():
-            out[name][first : first + _BLOCK_TOKENS] = array
-    return replace(records, **out)
+    return replace(records, **_filled(out, stored, profile.decode))
 
 
 def encode_records(
