@@ -24,6 +24,7 @@ from dask_logits.data.parquet_files import file_state, parquet_batches, read_foo
 from dask_logits.data.text_files import located_value, read_file
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
 from dask_logits.errors import DatasetError, first_line
+from dask_logits.files.atomic import aside
 
 _VERSION = 2
 _BATCH_ROWS = 1_000
@@ -59,21 +60,17 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    empty = value_table([], column)
     n_rows = 0
-    try:
-        with aside.open("wb") as sink:
-            with pa.ipc.new_stream(sink, empty.schema) as writer:
+    with aside(path) as temporary:
+        with temporary.open("wb") as sink:
+            with pa.ipc.new_stream(sink, value_table([], column).schema) as writer:
                 for table in _tables(reader, files, separator, column, chosen=wanted.is_chosen):
                     writer.write_table(table)
                     n_rows += len(table)
             os.fsync(sink.fileno())
         if not n_rows:
             raise _no_rows(files)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        temporary.replace(path)
     return path
 
 

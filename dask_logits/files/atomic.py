@@ -153,16 +153,16 @@ def create_json(path: Path, value: Mapping[str, Any]) -> bool:
 def create_bytes(path: Path, data: bytes) -> bool:
     """Create a file atomically and durably, unless it exists. Return False if it existed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _aside(path) as aside:
-        with aside.open("wb") as file:
+    with aside(path) as temporary:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(aside, path)
+            os.link(temporary, path)
         except FileExistsError:
             # NFS repeats a request whose answer was lost, and then finds its own link.
-            if aside.stat().st_nlink == 1:
+            if temporary.stat().st_nlink == 1:
                 return False
     sync(path.parent)
     return True
@@ -175,23 +175,23 @@ def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False)
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a text file in UTF-8 atomically, flushed to the disk only if ``durable``."""
-    with _aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
         if durable:
-            sync(aside)
-        aside.replace(path)
+            sync(temporary)
+        temporary.replace(path)
     if durable:
         sync(path.parent)
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
     """Yield a temporary name next to a path. The file is deleted at the end unless it was renamed."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        yield aside
+        yield temporary
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def no_room(error: BaseException) -> str | None:
