@@ -42,6 +42,7 @@ def test_the_wheel_holds_types_configuration_and_launchers(wheel) -> None:
         "dask_logits/py.typed",
         "dask_logits/conf/config.yaml",
         "dask_logits/teacher/cpu/fused.cpp",
+        *(f"dask_logits/observe/{name}" for name in ("page.css", "explore.css", "explore.js", "live.js")),
         f"{data}/slurm_teacher_logits.sh",
         f"{data}/monitor.ipynb",
     } <= names.keys()

@@ -21,7 +21,7 @@ from dask_logits.observe import sections
 from dask_logits.observe.charts import Charts, number
 from dask_logits.observe.history import Clock, rates
 from dask_logits.observe.live import STATES, Snapshot
-from dask_logits.observe.page import STYLE, Html, badge, section, table, text, tiles
+from dask_logits.observe.page import STYLE, Html, asset, badge, section, table, text, tiles
 from dask_logits.observe.page import document as whole_page
 from dask_logits.records import Array
 from dask_logits.run.timings import duration, plural
@@ -31,28 +31,7 @@ _MOST_CELLS = 2_000
 # Workers whose memory is listed.
 _MOST_WORKERS = 100
 
-_SCRIPT = """
-"use strict";
-const live = document.getElementById("live"), note = document.getElementById("note");
-async function refresh() {
-  try {
-    const answer = await fetch(location.pathname + "/body" + location.search, {cache: "no-store"});
-    if (!answer.ok) throw new Error(answer.status);
-    const next = document.createElement("div");
-    next.innerHTML = await answer.text();
-    const parts = [...next.children];
-    if (parts.length !== live.children.length) live.replaceChildren(...parts);
-    else parts.forEach((part, i) => {
-      if (part.outerHTML !== live.children[i].outerHTML) live.children[i].replaceWith(part);
-    });
-    note.textContent = "";
-  } catch (error) {
-    note.textContent = "The scheduler does not answer. These are the last figures that it sent.";
-  }
-  setTimeout(refresh, document.hidden ? 20000 : 2000);
-}
-setTimeout(refresh, 2000);
-"""
+_SCRIPT = asset("live.js")
 _HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; connect-src 'self'; img-src data:"
