@@ -175,15 +175,10 @@ class PartitionReader:
         """Number of positions with targets, M."""
         return self._layout("target_pos" if self.profile.extras.has_target_pos else "input_ids").shape[0]
 
-    @property
-    def n_documents(self) -> int:
-        """Number of documents, D."""
-        return self._layout("document_row").shape[0]
-
-    @property
-    def n_blocks(self) -> int:
-        """Number of packed blocks, B, 0 if documents were not packed."""
-        return self._layout("block_length").shape[0] if self._has("block_length") else 0
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return tokens, targets, documents and blocks."""
+        n_blocks = self._layout("block_length").shape[0] if self._has("block_length") else 0
+        return self.n_tokens, self.n_targets, self._layout("document_row").shape[0], n_blocks
 
     def _has(self, name: str) -> bool:
         return is_there(self._inside(name))

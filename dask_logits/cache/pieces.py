@@ -117,8 +117,7 @@ class PartitionPiece:
     def check(self) -> None:
         """Check every file against the receipt."""
         self._reader.check(self.receipt.files)
-        reader = self._reader
-        found = (reader.n_tokens, reader.n_targets, reader.n_documents, reader.n_blocks)
+        found = self._reader.counts()
         if found != self.counts():
             raise CacheError.at(
                 self.path,
