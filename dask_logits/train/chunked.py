@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +23,6 @@ from dask_logits.train.objective import Objective, TeacherCells
 
 # Rows of a half-precision gradient whose float32 copy exists at one time.
 _SCALED_ROWS = 1024
-
-
-class Source(Protocol):
-    """Logits of chunks of rows, and what becomes of their gradient."""
-
-    def logits(self, rows_R: Tensor) -> Tensor:
-        """Return the logits of some positions, in memory that the caller may overwrite until the next call."""
-
-    def absorb(self, rows_R: Tensor, grad_RV: Tensor) -> None:
-        """Take the gradient to the logits of the latest chunk, which may be overwritten."""
-
-    def gradients(self) -> list[Tensor | None]:
-        """Return the gradients to the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,11 +44,11 @@ class GivenLogits:
         self.grad_NV = torch.zeros_like(self.logits_NV) if needs[0] else None
 
     def logits(self, rows_R: Tensor) -> Tensor:
-        """Return the logits of some positions."""
+        """Return the logits of some positions, in memory that the caller may overwrite until the next call."""
         return self.logits_NV.index_select(0, rows_R).to(self.dtype)
 
     def absorb(self, rows_R: Tensor, grad_RV: Tensor) -> None:
-        """Store a gradient."""
+        """Take the gradient to the logits of the latest chunk, which may be overwritten."""
         if self.grad_NV is not None:
             self.grad_NV.index_copy_(0, rows_R, grad_RV.to(self.grad_NV.dtype))
 
@@ -95,7 +82,7 @@ class HeadLogits:
         self.slope_RV: Tensor | None = None
 
     def logits(self, rows_R: Tensor) -> Tensor:
-        """Compute the logits of some positions."""
+        """Compute the logits of some positions, in memory that the caller may overwrite until the next call."""
         if self.buffer_RV is None:
             shape = (len(rows_R), len(self.weights[0]))
             self.buffer_RV = torch.empty(shape, dtype=self.dtype, device=rows_R.device)
@@ -139,6 +126,10 @@ class HeadLogits:
             grad if grad is None or dtype == torch.float16 else grad.to(dtype)
             for grad, dtype in zip(self.grads, self.dtypes, strict=True)
         ]
+
+
+# Logits of chunks of rows, and what becomes of their gradient.
+Source = GivenLogits | HeadLogits
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
