@@ -70,15 +70,10 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if _takes_settings(self) and (name := _setting_of(error.option_name)):
+            if any(each.name == "overrides" for each in self.params) and (name := _setting_of(error.option_name)):
                 value = next((word.partition("=")[2] for word in given if word.startswith(f"{error.option_name}=")), "")
                 raise click.UsageError(f"settings have no dashes: write {name}={value or 'VALUE'}", ctx) from error
             raise
-
-
-def _takes_settings(command: click.Command) -> bool:
-    """Whether a command takes settings."""
-    return any(parameter.name == "overrides" for parameter in command.params)
 
 
 def _setting_of(option: str) -> str | None:

@@ -29,7 +29,6 @@ _HISTOGRAM_BINS = 40
 # Largest share of values that the last column of a histogram gathers.
 _CUT_SHARE = 0.005
 _UNITS = ((2 * 86_400, 86_400, "days"), (2 * 3_600, 3_600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
-_STAGES = ("read", "tokenize", "load", "trunk", "head", "tail", "rest", "write")
 
 
 def time_axis(clock: Clock) -> tuple[Axis, str]:
@@ -98,9 +97,9 @@ def time_shares(charts: Charts, seconds: Mapping[str, float]) -> Html:
     """Where the time of the workers went."""
     inner, outer = inside_and_outside(seconds)
     known = {**outer, **inner, "rest": max(0.0, seconds.get("score", 0.0) - sum(inner.values()))}
-    small = sum(known.pop(stage) for stage in list(known) if stage not in _STAGES)
+    small = sum(known.pop(stage) for stage in list(known) if stage not in _MEANING)
     known["rest"] += small
-    parts = [(stage, known.get(stage, 0.0)) for stage in _STAGES]
+    parts = [(stage, known.get(stage, 0.0)) for stage in _MEANING]
     total = sum(value for _, value in parts) or 1.0
     name, most = max(parts, key=lambda part: part[1])
     sentence = f"The workers were busy for {duration(total)} in all, {100 * most / total:.0f} % of it in {name}."

@@ -418,17 +418,14 @@ def _check_rows(check: Check, columns: dict[str, Array], n_rows: int | None) -> 
 
 def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     """Check a run folder. Return the remaining work."""
-    part: RunPart | None = None
-    readers: list[CacheReader] = []
     try:
         part = RunPart.open(run)
-        cache = part.state.cache
     except CacheError as error:
         checker.checksums.looked_at += 1
         checker.checksums.found([error.message])
         return None
-    if cache is not None:
-        readers = list(_opened([reader.path for reader in cache.readers], checker))
+    if part.state.cache is not None:
+        readers = list(_opened([reader.path for reader in part.state.cache.readers], checker))
         _check_caches(readers, checker)
         _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
     keeps = bool(part.state.manifest.setting("job.keep_partitions"))

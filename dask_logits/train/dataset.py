@@ -169,13 +169,14 @@ class CachedLogitsDataset(Dataset[CachedItem]):
 
     def __repr__(self) -> str:
         file = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        size = f"of a vocabulary of {self.vocab_size:,}"
         left_out = [(self._n_empty, "empty"), (self._n_unrepresentable, "with tokens that the student lacks")]
         lines = {
             "path": file,
             "teacher": self.attributes.get("teacher_path") or "unknown",
             "items": f"{len(self):,}" + "".join(f", {n:,} {kind} left out" for n, kind in left_out if n),
             "tokens": f"{self.n_tokens:,}",
-            **self._entries_text(),
+            **({"draws": f"{self.draws} {size}"} if self.draws else {"top_k": f"{self.top_k} {size}"}),
             "profile": self.attributes["profile"],
         }
         if self.has_target_pos:
@@ -186,10 +187,6 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             if getattr(self, name) is not None:
                 lines[name] = f"{getattr(self, name):,}"
         return "CachedLogitsDataset(" + "".join(f"\n    {name}: {value}" for name, value in lines.items()) + "\n)"
-
-    def _entries_text(self) -> dict[str, str]:
-        size = f"of a vocabulary of {self.vocab_size:,}"
-        return {"draws": f"{self.draws} {size}"} if self.draws else {"top_k": f"{self.top_k} {size}"}
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -180,17 +180,13 @@ class ItemOrder:
         return block_C * np.uint64(self.block_items) + inside_C
 
     def _keys(self, epoch: int, purpose: str) -> _U64:
-        return _round_keys(self.seed, epoch, purpose)
+        said = f"dask_logits item order 1: seed {self.seed}, epoch {epoch}, {purpose}".encode()
+        return np.frombuffer(hashlib.blake2b(said, digest_size=8 * _ROUNDS).digest(), "<u8").astype(np.uint64)
 
 
 def is_integer(value: object) -> bool:
     """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _round_keys(seed: int, epoch: int, purpose: str) -> _U64:
-    said = f"dask_logits item order 1: seed {seed}, epoch {epoch}, {purpose}".encode()
-    return np.frombuffer(hashlib.blake2b(said, digest_size=8 * _ROUNDS).digest(), "<u8").astype(np.uint64)
 
 
 def _permuted(index_C: _U64, size: int, keys: _U64, tweak_C: _U64 | None = None) -> _U64:
