@@ -38,7 +38,7 @@ from dask_logits.job.scheduler import (
     result_of,
     scheduler_lost,
 )
-from dask_logits.run.failures import Failure
+from dask_logits.run.failures import Failure, Kind
 from dask_logits.run.records import Receipt
 from dask_logits.worker.task import PartitionTask
 
@@ -219,10 +219,7 @@ class Window:
             again = task.after("lost", "its worker died or its submission was cancelled")
             self._later.append((time.monotonic(), again))
             return
-        reason = f"its worker died or its submission was cancelled {losses} times"
-        self._give_up_partition(
-            Failure(index=index, kind="worker-death", reason=reason, attempts=self._attempts[index], task=task)
-        )
+        self._lose(task, "worker-death", f"its worker died or its submission was cancelled {losses} times")
 
     def note_tokens(self, index: int, tokens: int) -> None:
         """Record that a partition is being scored."""
@@ -283,17 +280,7 @@ class Window:
             index = task.partition.index
             if decide("hang", self.job.retries, was_alone=index in self._alone) is None:
                 reason = f"no sign of life for {seconds:g} s (distillation.job.stall_seconds), on its own, too"
-                self._give_up_partition(
-                    Failure(
-                        index=index,
-                        kind="hang",
-                        reason=reason,
-                        attempts=self._attempts[index],
-                        evidence=f"worker {worker}",
-                        workers=(self.roster.name(worker),),
-                        task=task,
-                    )
-                )
+                self._lose(task, "hang", reason, (self.roster.name(worker),), f"worker {worker}")
             else:
                 self._alone.add(index)
                 reason = f"no sign of life for {seconds:g} s, from it or another partition of its worker"
@@ -446,30 +433,27 @@ class Window:
         return True
 
     def _died(self, task: PartitionTask, error: KilledWorker) -> None:
-        index = task.partition.index
-        if (
-            decide("worker-death", self.job.retries, had_company=self._shared, was_alone=index in self._alone)
-            is not None
-        ):
+        index, name = task.partition.index, self.roster.name(error.last_worker.address)
+        was_alone = index in self._alone
+        if decide("worker-death", self.job.retries, had_company=self._shared, was_alone=was_alone) is not None:
             logger.warning(
                 "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
             )
             self._alone.add(index)
-            name = self.roster.name(error.last_worker.address)
             self._suspects.append(task.after("worker-death", "its worker died, with another partition on it", name))
             return
-        worker = error.last_worker.address
-        self._give_up_partition(
-            Failure(
-                index=index,
-                kind="worker-death",
-                reason=f"its worker died {error.allowed_failures + 1} times",
-                attempts=self._attempts[index],
-                evidence=f"last worker {worker}; its log, or the kernel's, says what ended it",
-                workers=(self.roster.name(worker),),
-                task=task,
-            )
+        evidence = f"last worker {error.last_worker.address}; its log, or the kernel's, says what ended it"
+        self._lose(task, "worker-death", f"its worker died {error.allowed_failures + 1} times", (name,), evidence)
+
+    def _lose(
+        self, task: PartitionTask, kind: Kind, reason: str, workers: tuple[str, ...] = (), evidence: str = ""
+    ) -> None:
+        """Give up a partition whose last attempt ended without an error of its own."""
+        index, attempts = task.partition.index, self._attempts[task.partition.index]
+        failed = Failure(
+            index=index, kind=kind, reason=reason, attempts=attempts, evidence=evidence, workers=workers, task=task
         )
+        self._give_up_partition(failed)
 
     def _give_up_partition(self, failure: Failure) -> None:
         logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
