@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.profile import earns
-from dask_logits.config import DEFAULT_MAX_LENGTH, Config, GenerationConfig, stride_problems
+from dask_logits.config import DEFAULT_MAX_LENGTH, Config, GenerationConfig, flat, settings, stride_problems
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.items import ItemSettings
 from dask_logits.data.open import is_stream, open_stream
@@ -234,21 +234,17 @@ def prepare(
             **{f"dataset.{name}": value for name, value in dataclasses.asdict(items).items()},
             "partition.rows": partition_rows,
         },
-        numerics={
-            "teacher.dtype": config.teacher.dtype,
-            "teacher.generation.batch_size": generation.batch_size,
-            "teacher.generation.batch_tokens": generation.batch_tokens,
-            "teacher.generation.head_rows": generation.head_rows,
-            "teacher.generation.torch_threads": generation.torch_threads,
-            "teacher.generation.gpus_per_worker": generation.gpus_per_worker,
-            "scoring.logits": config.scoring.logits,
-            "scoring.compile": config.scoring.compile,
-            "cache.profile": config.cache.profile,
-            "cache.precision": config.cache.precision,
-        },
+        numerics=_numerics(config),
         device=device,
         n_workers=0 if joins else local_workers(generation, config.cluster, device),
     )
+
+
+def _numerics(config: Config) -> dict[str, Any]:
+    """Return the settings that move the last bits. The device is compared as the calibration found it."""
+    values = flat(config.model_dump())
+    names = [each.path for each in settings() if each.kind == "numerics" and not each.path.endswith(".device")]
+    return {name.removeprefix("distillation."): values[name] for name in names}
 
 
 def _identity_of_draws(generation: GenerationConfig) -> dict[str, Any]:
