@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,11 +203,11 @@ class _Checker:
         if records.loss_mask is not None:
             wrong_N = records.loss_mask > 1
             wrong_N[places.targets_M] |= (records.loss_mask[places.targets_M] == 1) & np.isnan(label_M)
-            self._add(self.finite, wrong_N, places.name, "expected a mask of 0 and 1, and a next token where it is 1")
+            self._add(self.finite, wrong_N, places, "expected a mask of 0 and 1, and a next token where it is 1")
         next_M = np.append(records.input_ids[1:], 0).astype(np.int64)[places.targets_M]
         inside_M = ~places.is_last[places.targets_M]
         lacking_M = inside_M & np.isnan(label_M)
-        self._add(self.finite, lacking_M, places.name_of_target, "expected the log-prob of the next token, got none")
+        self._add(self.finite, lacking_M, places, "expected the log-prob of the next token, got none")
         inside_M &= ~lacking_M
         match_MK = records.topk_ids.astype(np.int64) == next_M[:, None]
         if records.topk_counts is not None:
@@ -222,15 +222,15 @@ class _Checker:
         bad_N = records.input_ids >= profile.vocab_size
         bad_N[places.targets_M] |= sorted_MK[:, -1] >= profile.vocab_size
         bad_N[places.targets_M] |= (sorted_MK[:, 1:] == sorted_MK[:, :-1]).any(1)
-        self._add(self.ids, bad_N, places.name, f"expected distinct ids below {profile.vocab_size}")
+        self._add(self.ids, bad_N, places, f"expected distinct ids below {profile.vocab_size}")
         rising = (np.diff(logprobs_MK, axis=1) > 0).any(1) | (logprobs_MK[:, 0] > _SLACK)
-        self._add(self.order, rising, places.name_of_target, "expected log-probs that descend from at most 0")
+        self._add(self.order, rising, places, "expected log-probs that descend from at most 0")
         # −inf is the log of probability 0, NaN a missing label.
         odd = np.isnan(logprobs_MK).any(1) | (logprobs_MK == np.inf).any(1) | ~np.isfinite(records.logsumexp)
         odd |= np.isnan(tail_M) | (tail_M > _SLACK) | (label_M > _SLACK)
         if records.tail_logmass_T is not None:
             odd |= ~(records.tail_logmass_T <= _SLACK).all(1)
-        self._add(self.finite, odd, places.name_of_target, "expected numbers, and no log-prob above 0")
+        self._add(self.finite, odd, places, "expected numbers, and no log-prob above 0")
         error_MK = _rounding(logprobs_MK, profile, source_precision)
         p_MK, tail_p_M = np.exp(logprobs_MK), np.exp(tail_M)
         mass_M = p_MK.sum(1) + tail_p_M
@@ -238,7 +238,7 @@ class _Checker:
             tail_error_M = np.nan_to_num(tail_p_M * np.abs(tail_M) * _FLOAT16)
         with np.errstate(over="ignore", invalid="ignore"):
             allowed_M = (p_MK * np.expm1(error_MK)).sum(1) + tail_error_M + _SLACK
-        self._add(self.mass, ~(np.abs(mass_M - 1) <= allowed_M), places.name_of_target, "expected a mass of 1", mass_M)
+        self._add(self.mass, ~(np.abs(mass_M - 1) <= allowed_M), places, "expected a mass of 1", mass_M)
         if records.tail_logmass_T is not None:
             self._tails(tail_M, records.tail_logmass_T.astype(np.float64), profile.extras.temperatures, places)
         kept_M = match_MK.any(1)
@@ -249,13 +249,7 @@ class _Checker:
         with np.errstate(invalid="ignore"):
             off_M = label_M - expected_M
         wrong_M = np.where(kept_M, np.abs(off_M) > allowed_M, off_M > allowed_M) & inside_M & np.isfinite(expected_M)
-        self._add(
-            self.labels,
-            wrong_M,
-            places.name_of_target,
-            "expected the kept entry's log-prob, or less than the last's",
-            label_M,
-        )
+        self._add(self.labels, wrong_M, places, "expected the kept entry's log-prob, or less than the last's", label_M)
 
     def _tails(self, tail_M: Array, tail_MJ: Array, temperatures: tuple[float, ...], places: _Places) -> None:
         """Check that the mass outside the most probable entries grows with the temperature, 1 included."""
@@ -264,7 +258,7 @@ class _Checker:
         with np.errstate(invalid="ignore"):
             allowed = np.abs(tails[:, :-1]) * 2 * _FLOAT16 + _SLACK
             falls_M = np.asarray((tails[:, :-1] - tails[:, 1:] > allowed).any(1))
-        self._add(self.mass, falls_M, places.name_of_target, "expected a tail mass that grows with the temperature")
+        self._add(self.mass, falls_M, places, "expected a tail mass that grows with the temperature")
 
     def _draws(self, records: Records, counts_MK: Array, profile: Profile, places: _Places) -> None:
         """Check the draws of every position."""
@@ -274,18 +268,16 @@ class _Checker:
         bad_N = records.input_ids >= profile.vocab_size
         bad_M = (ids_MK >= profile.vocab_size).any(1) | (distinct_MK[:, 1:] == distinct_MK[:, :-1]).any(1)
         bad_N[places.targets_M] |= bad_M | ((ids_MK > 0) & ~is_present_MK).any(1)
-        self._add(self.ids, bad_N, places.name, f"expected distinct ids below {profile.vocab_size}, 0 for absent ones")
+        self._add(self.ids, bad_N, places, f"expected distinct ids below {profile.vocab_size}, 0 for absent ones")
         steps_MK, rises_MK = np.diff(counts_MK.astype(np.int64), axis=1), np.diff(ids_MK, axis=1) > 0
         is_tie_MK = (steps_MK == 0) & is_present_MK[:, 1:]
         unordered_M = ((steps_MK > 0) | (is_tie_MK & ~rises_MK)).any(1)
-        self._add(
-            self.counts, unordered_M, places.name_of_target, "expected counts that descend, equal ones by lower id"
-        )
+        self._add(self.counts, unordered_M, places, "expected counts that descend, equal ones by lower id")
         sums_M = counts_MK.sum(1, dtype=np.int64)
         wrong_M, text = sums_M != profile.extras.draws, f"expected counts that sum to {profile.extras.draws}"
-        self._add(self.counts, wrong_M, places.name_of_target, text, sums_M)
+        self._add(self.counts, wrong_M, places, text, sums_M)
         odd_M = ~np.isfinite(records.logsumexp) | (records.label_logprob > _SLACK)
-        self._add(self.finite, odd_M, places.name_of_target, "expected numbers, and no log-prob above 0")
+        self._add(self.finite, odd_M, places, "expected numbers, and no log-prob above 0")
 
     def _drawn_labels(
         self, counts_MK: Array, match_MK: Array, label_M: Array, inside_M: Array, draws: int, places: _Places
@@ -300,10 +292,10 @@ class _Checker:
                  f"among the draws, got {doubts[1]:.6g}"]
             )  # fmt: skip
 
-    def _add(
-        self, check: Check, wrong: Array, name: Callable[[int], str], text: str, values: Array | None = None
-    ) -> None:
+    def _add(self, check: Check, wrong: Array, places: _Places, text: str, values: Array | None = None) -> None:
         check.looked_at += len(wrong)
+        # The axis is the one of this length. If both are, they are the same.
+        name = places.name_of_target if len(wrong) == len(places.targets_M) else places.name
         bad = np.flatnonzero(wrong)
         got = ["" if values is None else f", got {values[at]:.6g}" for at in bad[:_NAMED].tolist()]
         check.found([f"{name(int(at))}: {text}{end}" for at, end in zip(bad, got, strict=False)], len(bad))
