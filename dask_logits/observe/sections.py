@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dask_logits.config import flat
 from dask_logits.observe.charts import Axis, Charts, axis, crosses, nice_top, number, pauses
 from dask_logits.observe.history import Clock, History, Rates, rates
 from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text
@@ -343,18 +344,15 @@ def settings(values: Mapping[str, Any]) -> Html:
     return pairs((name, value) for name, value in leaves(values) if value is not None)
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the dotted names and values of nested objects, lists as text."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found += leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            shown = ", ".join(map(str, value[:10]))
-            found.append((f"{prefix}{key}", f"{shown}, {len(value) - 10} more" if len(value) > 10 else shown))
-        else:
-            found.append((f"{prefix}{key}", str(value).lower() if isinstance(value, bool) else value))
-    return found
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return ", ".join([*map(str, value[:10]), *([f"{len(value) - 10} more"] if len(value) > 10 else [])])
+        return str(value).lower() if isinstance(value, bool) else value
+
+    return [(path.removeprefix("."), shown(value)) for path, value in flat(tree, "").items()]
 
 
 def _pause_places(clock: Clock) -> list[tuple[float, str]]:
