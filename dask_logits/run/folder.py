@@ -91,6 +91,16 @@ class Share:
         return len(range(self.worker, n_partitions, self.total))
 
 
+class _Inside:
+    """A path in a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and small files of one run.
@@ -106,40 +116,24 @@ class RunFolder:
     path: Path
     scratch: Path | None = None
 
-    @property
-    def manifest_path(self) -> Path:
-        """``run.json``."""
-        return self.path / "run.json"
-
-    @property
-    def calibration_path(self) -> Path:
-        """``calibration.json``."""
-        return self.path / "calibration.json"
-
-    @property
-    def cache_path(self) -> Path:
-        """The consolidated cache."""
-        return self.path / CACHE_NAME
-
-    @property
-    def index_path(self) -> Path:
-        """Index over the files of a cache that is larger than ``cache.max_file_size``."""
-        return self.path / INDEX_NAME
-
-    @property
-    def report_path(self) -> Path:
-        """``report.html``."""
-        return self.path / REPORT_NAME
-
-    @property
-    def partitions_path(self) -> Path:
-        """Folder of the Zarr partitions."""
-        return self.path / "partitions"
-
-    @property
-    def tables_path(self) -> Path:
-        """Folder of arrays: the compact profile's id table, and one byte of each id's token."""
-        return self.path / "tables"
+    manifest_path = _Inside("run.json")
+    """``run.json``."""
+    calibration_path = _Inside("calibration.json")
+    """``calibration.json``."""
+    cache_path = _Inside(CACHE_NAME)
+    """The consolidated cache."""
+    index_path = _Inside(INDEX_NAME)
+    """Index over the files of a cache that is larger than ``cache.max_file_size``."""
+    report_path = _Inside(REPORT_NAME)
+    """``report.html``."""
+    partitions_path = _Inside("partitions")
+    """Folder of the Zarr partitions."""
+    tables_path = _Inside("tables")
+    """Folder of arrays: the compact profile's id table, and one byte of each id's token."""
+    dataset_path = _Inside("dataset")
+    """Rows of a dataset that did not match its files."""
+    failures_path = _Inside("failures")
+    """Folder of the failure ledger."""
 
     @property
     def token_crcs_path(self) -> Path:
@@ -177,11 +171,6 @@ class RunFolder:
         )
 
     @property
-    def dataset_path(self) -> Path:
-        """Rows of a dataset that did not match its files."""
-        return self.path / "dataset"
-
-    @property
     def spool_path(self) -> Path:
         """Rows of a stream in transit to the workers."""
         return (self.scratch or self.path) / "spool"
@@ -210,11 +199,6 @@ class RunFolder:
     def receipt_path(self, index: int) -> Path:
         """Receipt of one partition, in a subfolder per thousand."""
         return self.path / "receipts" / f"{index // 1000:03d}" / f"{index:06d}.json"
-
-    @property
-    def failures_path(self) -> Path:
-        """Folder of the failure ledger."""
-        return self.path / "failures"
 
     def failure_path(self, index: int) -> Path:
         """Ledger entry of a partition that failed permanently."""
