@@ -30,7 +30,7 @@ from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition, PlanEnd, Segment
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry, Receipt
-from dask_logits.run.state import Listing, PartitionState, RunState, Settled, cache_state
+from dask_logits.run.state import Listing, PartitionState, RunState, Settled, cache_state, read_consistently
 
 # States of a partition. Where one square of a map stands for several partitions, the last of their states is drawn.
 STATES = ("committed", "waiting", "running", "failed")
@@ -183,12 +183,13 @@ class LiveRun:
             self._start_over()
         self._log = self._plan()
         run = self._folder
-        # The cache may be written, and the partitions deleted, while they are read.
-        for _ in range(2):
-            before, others = cache_state(run), list[PartitionState]()
-            status = status_of(run, partial(self._count, before, others), log=self._log, level=logging.DEBUG)
-            if cache_state(run) == before:
-                break
+
+        def read() -> tuple[Status, list[PartitionState]]:
+            others: list[PartitionState] = []
+            count = partial(self._count, cache_state(run), others)
+            return status_of(run, count, log=self._log, level=logging.DEBUG), others
+
+        status, others = read_consistently(run, read)
         failures = {} if status.state == "complete" else read_failures(run)
         states_P = np.full(status.partitions, _WAITING, np.uint8)
         done = [*self._kept.settled.indices, *(each.partition.index for each in others if each.is_done)]

@@ -31,7 +31,7 @@ from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
-from dask_logits.run.state import RunCache, RunState, cache_state, open_run_cache
+from dask_logits.run.state import RunCache, open_run_cache, read_consistently
 from dask_logits.run.timings import duration
 
 logger = logging.getLogger(__name__)
@@ -131,16 +131,11 @@ def report_html(path: Path) -> str:
 
 
 def _of_run(run: RunFolder) -> Facts:
-    # The cache may be written, and the partitions deleted, while they are read.
-    for _ in range(2):
-        before, history = cache_state(run), History()
+    def read() -> tuple[Status, History]:
+        history = History()
+        return status_of(run, lambda state: Tally().including(history.noted(state.partitions()))), history
 
-        def count(state: RunState, history: History = history) -> Tally:
-            return Tally().including(history.noted(state.partitions()))
-
-        status = status_of(run, count)
-        if cache_state(run) == before:
-            break
+    status, history = read_consistently(run, read)
     manifest, calibration = run.manifest(), run.calibration()
     cache, sample, problem = None, None, None
     try:

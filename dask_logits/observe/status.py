@@ -24,7 +24,7 @@ from dask_logits.run.folder import WORKING_STATES, RunFolder
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry
 from dask_logits.run.settings import settings_of
-from dask_logits.run.state import PartitionState, RunState, cache_state
+from dask_logits.run.state import PartitionState, RunState, read_consistently
 from dask_logits.run.timings import add_seconds, duration, plural, shares
 
 logger = logging.getLogger(__name__)
@@ -296,10 +296,7 @@ def read_status(path: Path | str) -> Status:
         If its files cannot be read.
     """
     run = RunFolder(expanded(path))
-    before = cache_state(run)
-    status = status_of(run)
-    # If the job wrote its cache in the meantime, it deleted its partitions.
-    return status if cache_state(run) == before else status_of(run)
+    return read_consistently(run, lambda: status_of(run))
 
 
 def status_of(

@@ -23,7 +23,7 @@ from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, 
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 from dask_logits.run.records import Receipt
-from dask_logits.run.state import cache_state, open_run_cache
+from dask_logits.run.state import open_run_cache, read_consistently
 from dask_logits.worker.environment import Environment, describe, differences
 
 # Number of violations of one kind that are listed.
@@ -142,14 +142,13 @@ def check_files(path: Path) -> Report:
     checker = _Checker()
     report = Report(str(path))
     if path.is_dir() and run.manifest() is not None:
-        before = cache_state(run)
         calibration = run.calibration()
-        checker.expected = (calibration.environment if calibration else None) or {}
-        report.unfinished = _check_run(run, checker)
-        if cache_state(run) != before:
-            # The job wrote its cache in the meantime and deleted its partitions.
-            checker = _Checker(checker.expected)
-            report.unfinished = _check_run(run, checker)
+
+        def read() -> tuple[_Checker, str | None]:
+            checker = _Checker((calibration.environment if calibration else None) or {})
+            return checker, _check_run(run, checker)
+
+        checker, report.unfinished = read_consistently(run, read)
         report.notes += checker.notes()
     else:
         readers = list(_opened(find_caches(path), checker))

@@ -6,10 +6,11 @@ It is computed from files only, without a running process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from dask_logits.cache.find import find_caches
 from dask_logits.cache.reader import CacheReader
@@ -22,6 +23,8 @@ from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Manifest, Receipt
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,13 @@ def cache_state(run: RunFolder) -> list[int]:
     """Return values that change when another cache is written."""
     paths = (run.cache_path, run.index_path)
     return [path.stat().st_ino if is_there(path) else 0 for path in paths]
+
+
+def read_consistently(run: RunFolder, read: Callable[[], _T]) -> _T:
+    """Read a run. Do it again if the job wrote its cache in the meantime, because it then deleted its partitions."""
+    before = cache_state(run)
+    found = read()
+    return found if cache_state(run) == before else read()
 
 
 @dataclass(frozen=True, kw_only=True)
