@@ -16,7 +16,6 @@ from dask_logits.cache.chunks import compress
 from dask_logits.cache.profile import Compact, Profile, encode_all, id_table
 from dask_logits.data.items import Item, plain_items
 from dask_logits.records import Array, Extras, Records, bytes_per_token
-from dask_logits.run.records import Calibration
 from dask_logits.teacher.checkpoint import load_teacher
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.positions import highest_entropy
@@ -82,8 +81,6 @@ class Measurement:
 
     Parameters
     ----------
-    calibration
-        The calibration that a run would start with.
     tokens_per_second
         Speeds of one worker in some rounds.
     choices
@@ -96,7 +93,6 @@ class Measurement:
         Peak memory of the process, or of its GPU.
     """
 
-    calibration: Calibration
     tokens_per_second: tuple[float, ...]
     choices: tuple[Choice, ...]
     draw_choices: tuple[DrawChoice, ...]
@@ -142,7 +138,6 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
     few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
     whole = score_items(teacher, few, replace(settings, top_k=task.scoring.vocab_size, temperatures=(), draws=0))
     return Measurement(
-        calibration=calibration,
         tokens_per_second=tuple(rates),
         choices=tuple(
             Choice(
