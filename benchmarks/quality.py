@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--student-steps", type=int, default=200)
-    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--teacher-steps", type=int, default=500)
     parser.add_argument("--all", action="store_true", help="also the further ways, in half as much time again")
     parser.add_argument("--ways", nargs="*", help="only these, and those that the gap is between")
     parser.add_argument("--tiny", action="store_true", help="tiny models, a few steps, one seed")
