@@ -76,7 +76,8 @@ STUBS: dict[str, Callable[..., object]] = {
     "read_documents": lambda rows, spec, first_row: Documents(tokens=[], skipped={}, n_double_bos=0),
     "make_items": lambda documents, settings, first_row, masks: [],
     "environment": lambda device: {},
-    "load_teacher": lambda spec, vocab_size, on_life: None,
+    "load_teacher": lambda spec, vocab_size, on_life: SimpleNamespace(device="cpu"),
+    "encoder_for": lambda profile, device: None,
     "start_scoring": lambda *_, **__: lambda: None,
 }
 

@@ -91,7 +91,7 @@ def test_grouped_heads_are_repeated_before_attention(monkeypatch) -> None:
     from transformers.integrations import sdpa_attention
 
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
-    model, shapes = tiny_model("llama"), []
+    model, shapes = tiny_model("qwen3"), []
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     own = torch.nn.functional.scaled_dot_product_attention
 
