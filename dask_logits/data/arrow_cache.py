@@ -26,7 +26,7 @@ from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
 from dask_logits.errors import DatasetError, first_line
 from dask_logits.files.atomic import aside
 
-_VERSION = 2
+_VERSION = 3
 _BATCH_ROWS = 1_000
 # Rows inspected for columns before the column is chosen.
 _LOOKED_AT_ROWS = 100

@@ -17,6 +17,7 @@ from dask_logits.data.parquet import ParquetStream
 from dask_logits.data.parquet_files import all_batches, file_state
 from dask_logits.data.splits import refuse_splits, stream_parts
 from dask_logits.data.stream import RowStream
+from dask_logits.data.values import python_rows
 from dask_logits.errors import ConfigError, DatasetError
 
 
@@ -112,7 +113,7 @@ def _file_parts(found: FoundFiles, parts: Sequence[tuple[str, int, int | None]])
 
 def _rows(found: FoundFiles, file: str) -> Iterable[Any]:
     if found.reader == "parquet":
-        return (row for batch in all_batches(file) for row in batch.to_pylist())
+        return (row for batch in all_batches(file) for row in python_rows(batch))
     return file_rows(file, found.reader, found.separator)
 
 

@@ -7,7 +7,7 @@ unusable row becomes a :class:`BadRow`, which is handled according to ``distilla
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,12 +70,14 @@ def row_value(row: Any, column: Column) -> Value:
     else:
         value = row
         for name in column.name.split("."):
-            if value is None and value is not row:
-                return None
+            if value is None or isinstance(value, BadRow):
+                return value
             if not isinstance(value, Mapping) or name not in value:
                 names = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
                 return BadRow(reason=f"expected a column {column.name!r}, got {names}")
             value = value[name]
+    if isinstance(value, BadRow):
+        return value
     match column.kind:
         case "text":
             return check_text(value)
@@ -252,9 +254,11 @@ def type_problem(kind: pa.DataType, column: Column) -> str | None:
             inner = kind.value_type
             return None if pa.types.is_integer(inner) or pa.types.is_null(inner) else f"lists of {inner}"
         return str(kind)
-    if column.kind == "chat" and (pa.types.is_struct(kind) or (is_list and pa.types.is_struct(kind.value_type))):
+    message = kind.value_type if is_list else kind
+    if column.kind == "chat" and (pa.types.is_struct(message) or isinstance(message, pa.JsonType)):
         return None
-    return None if any(is_string(kind) for is_string in _STRINGS) else str(kind)
+    is_text = isinstance(kind, pa.JsonType) or any(is_string(kind) for is_string in _STRINGS)
+    return None if is_text else str(kind)
 
 
 def arrow_values(batch: pa.RecordBatch | pa.Table, column: Column) -> list[Value]:
@@ -270,18 +274,47 @@ def arrow_values(batch: pa.RecordBatch | pa.Table, column: Column) -> list[Value
     beside = [name for name in column.beside if name in names]
     others = [_python_values(batch.column(name)) for name in beside]
     rows = ({head: value, **dict(zip(beside, more, strict=True))} for value, *more in zip(values, *others, strict=True))
-    return [
-        value if isinstance(value, BadRow) else row_value(row, column) for value, row in zip(values, rows, strict=True)
-    ]
+    return [row_value(row, column) for row in rows]
+
+
+def python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return Arrow rows as mappings, with bad rows in place of values that cannot be read."""
+    columns = [_python_values(column) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _python_values(array: Any) -> list[Any]:
+    decode = _json_decoder(array.type)
     try:
         values: list[Any] = array.to_pylist()
-        return values
     except UnicodeDecodeError:
         # Parquet and Arrow files may hold unvalidated texts.
-        return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+        values = [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+    return [value if isinstance(value, BadRow) else decode(value) for value in values] if decode else values
+
+
+def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return a function that decodes the JSON texts in values of a type, None if the type has none.
+
+    ``datasets`` stores values of mixed types as JSON texts (``datasets.Json``), which Arrow returns as they are.
+    """
+    if isinstance(kind, pa.JsonType):
+        return _from_json
+    if any(is_list(kind) for is_list in LISTS):
+        item = _json_decoder(kind.value_type)
+        return item and (lambda values: None if values is None else [item(value) for value in values])
+    if pa.types.is_struct(kind):
+        fields = {field.name: decode for field in kind if (decode := _json_decoder(field.type))}
+        if fields:
+            return lambda value: value and {n: fields[n](v) if n in fields else v for n, v in value.items()}
+    return None
+
+
+def _from_json(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _decoded(value: bytes | None) -> str | BadRow | None:

@@ -338,6 +338,58 @@ def test_every_reader_reads_chats_alike(way, tmp_path) -> None:
     assert [json.loads(row)["messages"] if row else None for row in rows] == [TWO_TURNS, None, TWO_TURNS[1:3]]
 
 
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Paris / FR"}}}
+# datasets stores what differs between messages as JSON texts: a field, or whole messages.
+MIXED = {
+    "content": [
+        {"messages": [{"role": "user", "content": 'say "hi"\nplease'}, {"role": "assistant", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        {"messages": None},
+    ],
+    "messages": [
+        {"messages": [{"role": "user", "content": "a\n?"}, {"role": "assistant", "tool_calls": [CALL]}]},
+        {"messages": [{"role": "user", "content": "b"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize(
+    "way", ["json", "loaded", "saved", "parquet", "parquet stream", "slice of a parquet stream", "stream"]
+)
+def test_every_reader_decodes_the_values_that_datasets_stores_as_json(way, rows, tmp_path) -> None:
+    file = write_json_lines(tmp_path / "a.jsonl", rows)
+    loaded = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json(" in repr(loaded.features)
+    settings = DatasetConfig(name="json", messages_column="messages", data_files=(str(file),), max_samples="all")
+    if "parquet" in way:
+        loaded.to_parquet(tmp_path / "a.parquet")
+        settings = settings.model_copy(update={"name": "parquet", "data_files": (str(tmp_path / "a.parquet"),)})
+    if way == "saved":
+        loaded.save_to_disk(tmp_path / "saved")
+        settings = settings.model_copy(update={"name": str(tmp_path / "saved"), "data_files": None})
+    if "stream" in way:
+        sliced = settings.model_copy(update={"split": f"train[:{len(rows)}]"} if "slice" in way else {})
+        source = open_stream(settings, loaded.to_iterable_dataset()) if way == "stream" else open_stream(sliced)
+        found = list(source.head())
+    else:
+        opened = open_corpus(settings, loaded if way == "loaded" else None)
+        files = opened.files or opened.materialise(tmp_path / "rows")
+        found = read_rows(slice_files(files, 0, opened.n_rows), opened.column)
+    assert [json.loads(one)["messages"] if one else None for one in found] == [row["messages"] for row in rows]
+
+
+def test_texts_among_values_of_other_types_are_read_and_the_others_are_bad_rows(tmp_path) -> None:
+    file = write_json_lines(tmp_path / "a.jsonl", [{"text": 'a "b"\n'}, {"text": ["c"]}, {"text": None}])
+    loaded = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json(" in repr(loaded.features)
+    opened = open_corpus(DatasetConfig(), loaded)
+    files = opened.files or opened.materialise(tmp_path / "rows")
+    text, other, empty = read_rows(slice_files(files, 0, opened.n_rows), opened.column)
+    assert (text, empty) == ('a "b"\n', None)
+    assert "expected a text, got list" in other.reason
+
+
 def test_columns_that_are_missing_or_do_not_fit_are_named() -> None:
     with pytest.raises(DatasetError, match=r"dataset\.messages_column: expected one of .*did you mean 'messages'"):
         choose_column(["id", "messages"], ColumnSettings(messages="mesages"))
