@@ -3,8 +3,9 @@
 A chat travels between reader and tokenizer as JSON text, ``{"messages": […], "tools": […]}``. The tokenizer's own
 template renders it. The assistant's turns come from the template's generation markers. Without markers they are found
 by rendering the messages before each turn: that text, with the prompt for an answer, must be the beginning of the whole
-text, and the turn ends where the rendering of the messages up to it ends. Both are compared with the whole text. A row
-whose turns cannot be found is refused, never guessed.
+text, and the turn ends where the rendering of the messages up to it ends. Both are compared with the whole text. A
+template may render more while a turn is the last one, such as its thoughts: the rest has to follow at the turn's start.
+A row whose turns cannot be found is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,7 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[t
                 f"got another; {_CURE}"
             )
         until = _rendered(tokenizer, messages[: i + 1], tools)
-        end = len(until) if text.startswith(until) else _end(until, text, message, len(before))
+        end = len(until) if text.startswith(until) else _end(until, text, len(before))
         if not text.startswith(before) or end is None or end < len(before):
             return BadRow(
                 reason=f"expected a chat template that renders message {i} the same whether or not others follow, got "
@@ -160,11 +160,13 @@ def _opening(tokenizer: Any, message: Any, tools: Any, text: str) -> str | None:
     return "" if text.startswith(prompt) else text[: text.index(prompt) + len(prompt)]
 
 
-def _end(until: str, text: str, message: Mapping[str, Any], start: int) -> int | None:
-    """Return the end of a turn that is rendered with more, such as its reasoning, while it is the last one."""
-    content = message.get("content")
-    if not isinstance(content, str) or not content.strip() or content.strip() not in until[start:]:
-        return None
-    closing = until[until.rindex(content.strip()) + len(content.strip()) :]
-    place = text.find(content.strip() + closing, start)
-    return None if place < 0 else place + len(content.strip()) + len(closing)
+def _end(until: str, text: str, start: int) -> int | None:
+    """Return the end of a turn that is rendered with more before it, such as its thoughts, while it is the last one.
+
+    The turn is the longest end of that rendering with which the text goes on at `start`.
+    """
+    for cut in range(start, len(until)):
+        # The first characters differ almost always, and to compare them copies little.
+        if text.startswith(until[cut : cut + 32], start) and text.startswith(until[cut:], start):
+            return start + len(until) - cut if until[cut:].strip() else None
+    return None

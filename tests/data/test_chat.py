@@ -38,13 +38,19 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Qwen 3 does: an answer has its (empty) thoughts only while no user's message follows it.
+# As Qwen 3 does: thoughts are shown only after the last question, and then also empty ones in the last answer.
 THINKING = (
     "{% set ns = namespace(last=0) %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set content = m.content if m.content is string else '' %}"
+    "{% set role = 'user' if m.role == 'tool' else m.role %}{{ '<|im_start|>' + role + '\n' }}"
+    "{% if m.role == 'assistant' %}"
+    "{% set thoughts = m.reasoning_content if m.reasoning_content is string else '' %}"
+    "{% if '</think>' in content %}{% set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thoughts) %}{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}"
+    "{{ content }}{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}{% endfor %}"
+    "{% else %}{{ content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # A template that numbers the messages from the end, so that no beginning stays the same.
@@ -119,6 +125,46 @@ def test_an_answer_whose_first_token_has_the_space_before_it_is_learned(tokenize
 def test_an_answer_that_is_rendered_otherwise_while_it_is_the_last_is_found(tokenizer) -> None:
     found = learned(tokenizer, TWO_TURNS, THINKING)
     assert found == ["the red cat<|im_end|>\n", "<think>\n\n</think>\n\nsleeps<|im_end|>\n"]
+
+
+def turns(*contents: str) -> list[dict]:
+    """Return a chat in which user and assistant take turns."""
+    return [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
+
+
+def test_thoughts_inside_of_the_content_are_learned_only_where_the_template_shows_them(tokenizer) -> None:
+    chat = turns("a?", "<think>\nwhy\n</think>\n\nYes.", "b?", "<think>\nwell\n</think>\n\nNo.")
+    assert learned(tokenizer, chat, THINKING) == ["Yes.<|im_end|>\n", "<think>\nwell\n</think>\n\nNo.<|im_end|>\n"]
+
+
+def test_an_answer_without_its_thoughts_ends_before_the_next_question(tokenizer) -> None:
+    # The content as a whole stands only in the last turn.
+    same = "<think>\n\n</think>\n\nYes."
+    found = learned(tokenizer, turns("a?", same, "SECRET b?", same), THINKING)
+    assert found == ["Yes.<|im_end|>\n", "<think>\n\n</think>\n\nYes.<|im_end|>\n"]
+
+
+def test_calls_without_content_are_learned_though_thoughts_precede_them_while_they_are_last(tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    for content in ({"content": ""}, {}):
+        chat = [
+            {"role": "user", "content": "weather?"},
+            {"role": "assistant", "tool_calls": [call], **content},
+            {"role": "tool", "content": "sun"},
+            {"role": "assistant", "content": "It is sunny."},
+        ]
+        found = learned(tokenizer, chat, THINKING)
+        assert found == [
+            "<tool_call>look</tool_call><|im_end|>\n",
+            "<think>\n\n</think>\n\nIt is sunny.<|im_end|>\n",
+        ]
+
+
+def test_an_answer_whose_text_is_another_while_it_is_the_last_is_refused(tokenizer) -> None:
+    numbered = THINKING.replace("{{ content }}{% for", "{{ content ~ loop.revindex }}{% for")
+    tokenizer.chat_template = numbered
+    found = encode_chat(tokenizer, check_chat(turns("a?", "Yes.", "b?", "No.")), marks=True)
+    assert "renders message 1 the same whether or not others follow" in found.reason
 
 
 def test_words_that_occur_twice_are_found_in_their_turn(tokenizer) -> None:
