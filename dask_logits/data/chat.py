@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -138,14 +139,17 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, text: str) -> list[t
                 reason="expected a chat template with a prompt for answers, to find where the first message begins, "
                 f"got another; {_CURE}"
             )
+        start: int | None = len(before)
+        if not text.startswith(before):
+            start = _start(_rendered(tokenizer, messages[:i], tools), before, text, message)
         until = _rendered(tokenizer, messages[: i + 1], tools)
-        end = len(until) if text.startswith(until) else _end(until, text, len(before))
-        if not text.startswith(before) or end is None or end < len(before):
+        end = len(until) if text.startswith(until) else None if start is None else _end(until, text, start)
+        if start is None or end is None or end < start:
             return BadRow(
                 reason=f"expected a chat template that renders message {i} the same whether or not others follow, got "
                 f"another; {_CURE}"
             )
-        spans.append((len(before), end))
+        spans.append((start, end))
     return spans
 
 
@@ -158,6 +162,22 @@ def _opening(tokenizer: Any, message: Any, tools: Any, text: str) -> str | None:
         return None
     # Nothing precedes the turn: it is learned as a whole.
     return "" if text.startswith(prompt) else text[: text.index(prompt) + len(prompt)]
+
+
+def _start(base: str, before: str, text: str, message: Mapping[str, Any]) -> int | None:
+    """Return where a turn begins if the prompt also opens thoughts: where text and prompt part, and the answer stands.
+
+    Both have to go on from `base`, the text without a prompt, with the header of the turn.
+    """
+    content = message.get("content")
+    answer = content.split("</think>")[-1].strip() if isinstance(content, str) else ""
+    if not answer or not (before.startswith(base) and text.startswith(base)):
+        return None
+    parting = next(i for i in range(len(base), len(before)) if before[i] != text[i : i + 1])
+    spaces = len(text[parting:]) - len(text[parting:].lstrip())
+    # An answer such as "<b>" begins as the prompt's "<think>" does, and so before they part.
+    place = text.find(answer, max(len(base) + 1, parting - len(answer)), parting + spaces + len(answer))
+    return min(place, parting) if place >= 0 else None
 
 
 def _end(until: str, text: str, start: int) -> int | None:

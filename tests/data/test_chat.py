@@ -48,11 +48,20 @@ THINKING = (
     "{% set thoughts = m.reasoning_content if m.reasoning_content is string else '' %}"
     "{% if '</think>' in content %}{% set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.index0 > ns.last and (loop.last or thoughts) %}{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}"
-    "{{ content }}{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}{% endfor %}"
+    "{% if loop.index0 > ns.last and (loop.last or thoughts) %}{{ '<think>\n' + thoughts + '\n</think>\n\n' }}"
+    "{% endif %}{{ content }}"
+    "{% for call in m.tool_calls %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}{% endfor %}"
     "{% else %}{{ content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As DeepSeek R1 does: the prompt opens the thoughts, which no turn shows.
+OPENED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>' + m.content.split('</think>')[-1] }}"
+    "{{ '<|im_end|>' }}{% else %}{{ '<|endoftext|>' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
+# As Qwen 3 Thinking does: the prompt opens the thoughts, which only the last answer shows.
+BOTH = THINKING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 # A template that numbers the messages from the end, so that no beginning stays the same.
 BACKWARDS = "{% for m in messages %}{{ loop.revindex ~ m['role'] ~ ': ' ~ m['content'] ~ '\n' }}{% endfor %}"
 TWO_TURNS = [
@@ -158,6 +167,23 @@ def test_calls_without_content_are_learned_though_thoughts_precede_them_while_th
             "<tool_call>look</tool_call><|im_end|>\n",
             "<think>\n\n</think>\n\nIt is sunny.<|im_end|>\n",
         ]
+
+
+@pytest.mark.parametrize("answer", ["the red cat", "s", "t", "<b>red</b>", "<think", "<", "\nred"])
+def test_an_answer_is_learned_though_the_prompt_opens_thoughts(answer, tokenizer) -> None:
+    # "s" and "t" also stand in the header of the turn, and "<" begins the thoughts, too.
+    thought = turns("a?", f"<think>\nwhy\n</think>{answer}", "b?", answer)
+    assert learned(tokenizer, thought, OPENED) == [f"{answer}<|im_end|>"] * 2
+    first, second = learned(tokenizer, thought, BOTH)
+    assert first == f"{answer.lstrip()}<|im_end|>\n"
+    assert second == f"\n</think>\n\n{answer}<|im_end|>\n"
+
+
+def test_a_turn_that_does_not_begin_with_its_answer_is_refused_where_the_prompt_opens_thoughts(tokenizer) -> None:
+    tokenizer.chat_template = OPENED.replace("m.content.split", "'Well, s. ' ~ m.content.split")
+    for answer in ("s", "", "Yes."):
+        found = encode_chat(tokenizer, check_chat(turns("a?", answer)), marks=True)
+        assert "renders message 1 the same whether or not others follow" in found.reason
 
 
 def test_an_answer_whose_text_is_another_while_it_is_the_last_is_refused(tokenizer) -> None:
