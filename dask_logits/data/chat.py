@@ -10,6 +10,7 @@ A row whose turns cannot be found is refused, never guessed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -80,6 +81,7 @@ def encode_chat(tokenizer: Any, chat: str, *, marks: bool, date: str | None = No
     try:
         template = tokenizer.get_chat_template(None, tools)
         with dated(template, date):
+            messages = _with_texts(tokenizer, messages, tools)
             if marks and _MARKER.search(template):
                 text, spans = _marked(tokenizer, messages, tools, template)
             else:
@@ -109,6 +111,54 @@ def _inner(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _rendered(tokenizer: Any, messages: list[Any], tools: Any, *, prompts: bool = False) -> str:
     return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompts))
+
+
+def _with_texts(tokenizer: Any, messages: list[Any], tools: Any) -> list[Any]:
+    """Join the texts of contents that are lists of parts, if the template does not read such lists.
+
+    Many templates print a list as Python does, or leave it out. Other texts in the place of the parts show it, because
+    a short text may stand elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If a part is no text.
+    """
+    contents = {i: message["content"] for i, message in enumerate(messages) if _has_parts(message)}
+    if not contents:
+        return messages
+    other = next((part for content in contents.values() for part in content if not _is_text(part)), None)
+    if other is not None:
+        raise ValueError(f"a content with a part other than text, which is not scored: {other!r:.80}")
+
+    def replaced(by: Mapping[int, Any]) -> list[Any]:
+        return [{**message, "content": by[i]} if i in by else message for i, message in enumerate(messages)]
+
+    probes = {
+        i: [{**part, "text": f"part-{i}-{j}."} for j, part in enumerate(content or [{"type": "text"}])]
+        for i, content in contents.items()
+    }
+    # A template may raise any error about lists.
+    with contextlib.suppress(Exception):
+        text = _rendered(tokenizer, replaced(probes), tools)
+        printed = (form for parts in probes.values() for form in (str(parts), json.dumps(parts, ensure_ascii=False)))
+        if all(part["text"] in text for parts in probes.values() for part in parts) and not any(
+            form in text for form in printed
+        ):
+            return messages
+    return replaced({i: "".join(part["text"] for part in content) for i, content in contents.items()})
+
+
+def _has_parts(message: Mapping[str, Any]) -> bool:
+    """Whether a content is a list of parts. A tool may answer with a list of its own."""
+    content = message.get("content")
+    if message["role"] in ("tool", "ipython") and isinstance(content, list):
+        return bool(content) and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+    return isinstance(content, list)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _marked(tokenizer: Any, messages: list[Any], tools: Any, template: str) -> tuple[str, list[tuple[int, int]]]:

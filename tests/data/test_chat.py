@@ -62,6 +62,20 @@ OPENED = (
 )
 # As Qwen 3 Thinking does: the prompt opens the thoughts, which only the last answer shows.
 BOTH = THINKING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+# As Llama 3 does, which prints whatever the content is.
+PRINTED = CHATML.replace("+ m['content'] +", "~ m['content'] | trim ~")
+# As Llama 3.1 prints what a tool answers.
+AS_JSON = CHATML.replace("+ m['content'] +", "+ (m['content'] if m['content'] is string else m['content'] | tojson) +")
+# As Gemma 3 and templates of other models for images do.
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text | trim }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As early templates for images do, which read nothing but lists.
+ONLY_PARTS = PARTS.replace("{% if m.content is string %}{{ m.content }}{% else %}", "").replace(
+    "{% endfor %}{% endif %}", "{% endfor %}"
+)
 # A template that numbers the messages from the end, so that no beginning stays the same.
 BACKWARDS = "{% for m in messages %}{{ loop.revindex ~ m['role'] ~ ': ' ~ m['content'] ~ '\n' }}{% endfor %}"
 TWO_TURNS = [
@@ -219,6 +233,60 @@ def test_a_default_system_message_before_the_assistants_first_turn_is_not_learne
     found = encode_chat(real, check_chat(begun), marks=True)
     assert isinstance(found, BadRow)
     assert "expected a chat template with a prompt for answers" in found.reason
+
+
+def parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, THINKING, PRINTED, AS_JSON, PARTS])
+def test_contents_that_are_lists_of_texts_are_read_as_their_text(template, tokenizer) -> None:
+    # "s" and "1" also stand in other places of the chat.
+    chat = turns("is 1 + 0 = 1?", "s", "how many?", "1", "", "the end")
+    listed = [{**message, "content": parts(message["content"])} for message in chat]
+    listed[4]["content"] = []
+    tokenizer.chat_template = template
+    expected, expected_mask = encode_chat(tokenizer, check_chat(chat), marks=True)
+    for messages in (listed, [*listed[:1], *chat[1:4], *listed[4:]]):
+        ids, mask = encode_chat(tokenizer, check_chat(messages), marks=True)
+        assert ids == expected
+        assert mask.tolist() == expected_mask.tolist()
+
+
+@pytest.mark.parametrize("template", [PARTS, ONLY_PARTS])
+def test_a_template_that_reads_lists_of_texts_gets_them(template, tokenizer) -> None:
+    tokenizer.chat_template = template
+    chat = [{"role": "user", "content": parts(" red ", "green ")}, {"role": "assistant", "content": parts("blue")}]
+    ids, _ = encode_chat(tokenizer, check_chat(chat), marks=True)
+    assert "user\nredgreen<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>" in tokenizer.decode(ids)
+
+
+def test_several_texts_are_joined_for_a_template_that_does_not_read_lists(tokenizer) -> None:
+    tokenizer.chat_template = PRINTED
+    chat = [{"role": "user", "content": parts("red ", "green")}, {"role": "assistant", "content": [{"text": "blue"}]}]
+    ids, _ = encode_chat(tokenizer, check_chat(chat), marks=True)
+    assert tokenizer.decode(ids).startswith(
+        "<|im_start|>user\nred green<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("template", [PRINTED, PARTS])
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, "text", 3])
+def test_parts_other_than_texts_are_bad_rows(part, template, tokenizer) -> None:
+    tokenizer.chat_template = template
+    chat = [{"role": "user", "content": [*parts("what is it?"), part]}, {"role": "assistant", "content": "a cat"}]
+    found = encode_chat(tokenizer, check_chat(chat), marks=True)
+    assert "got a content with a part other than text, which is not scored: " in found.reason
+
+
+@pytest.mark.parametrize("answer", [[{"city": "Paris"}], []])
+def test_a_list_that_a_tool_answers_with_is_left_to_the_template(answer, tokenizer) -> None:
+    tokenizer.chat_template = AS_JSON
+    chat = [{"role": "tool", "content": answer}, {"role": "assistant", "content": parts("Paris")}]
+    ids, _ = encode_chat(tokenizer, check_chat(chat), marks=True)
+    assert tokenizer.decode(ids).startswith(
+        f"<|im_start|>tool\n{json.dumps(answer)}<|im_end|>\n<|im_start|>assistant\nParis<|im_end|>"
+    )
 
 
 def test_a_template_that_hides_its_turns_is_refused(tokenizer) -> None:
