@@ -105,20 +105,24 @@ def check_chat(value: Any, tools: Any = None) -> str | BadRow | None:
     >>> check_chat([{"role": "user", "content": "Hi", "name": None}])
     '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
+    is_text, is_tools_text = isinstance(value, str), isinstance(tools, str)
     try:
         value, tools = (json.loads(one) if isinstance(one, str) else one for one in (value, tools))
     except (ValueError, RecursionError) as error:
         return BadRow(reason=f"expected messages, or JSON of them, got text that is none ({error})")
     if isinstance(value, Mapping) and "messages" in value:
-        value, tools = value["messages"], value.get("tools") or tools
+        if value.get("tools"):
+            tools, is_tools_text = value["tools"], is_text
+        value = value["messages"]
     found = [] if value is None else _plain_list(value)
     if found is None or not all(isinstance(message, Mapping) for message in found):
         return BadRow(reason=f"expected a list of messages with role and content, got {type(value).__name__}")
-    messages = [_message(_without_none(message)) for message in found]
+    # Nulls inside of a JSON text are those of a call or a schema.
+    messages = [_message(_without_none(message, nested=not is_text)) for message in found]
     wrong = next((message for message in messages if not isinstance(message.get("role"), str)), None)
     if wrong is not None:
         return BadRow(reason=f"expected messages with role and content, got one with {sorted(map(str, wrong))}")
-    chat = {"messages": messages, **({"tools": _without_none(tools)} if tools else {})}
+    chat = {"messages": messages, **({"tools": tools if is_tools_text else _without_none(tools)} if tools else {})}
     try:
         text = json.dumps(chat, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -133,10 +137,10 @@ def _message(message: Any) -> Any:
     return {"role": _ROLES.get(message["from"], message["from"]), "content": message.get("value", ""), **others}
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: Any, *, nested: bool = True) -> Any:
     """Drop keys without a value, which Arrow adds so that all rows have the same keys."""
     if isinstance(value, Mapping):
-        return {name: _without_none(item) for name, item in value.items() if item is not None}
+        return {name: _without_none(item) if nested else item for name, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 

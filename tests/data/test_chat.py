@@ -357,6 +357,26 @@ def test_ways_to_write_a_chat(value, expected) -> None:
     assert check_chat(check_chat(value)) == check_chat(value)
 
 
+def test_nulls_inside_of_json_text_are_kept() -> None:
+    call = {"function": {"name": "look", "arguments": {"city": None, "n": 1}}}
+    tools = [{"function": {"name": "look", "default": None}}]
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat = {"messages": [{"role": "assistant", "tool_calls": [call]}], "tools": tools}
+    for found in (
+        check_chat(json.dumps(messages), json.dumps(tools)),
+        check_chat(json.dumps({"messages": messages, "tools": tools})),
+        check_chat(json.dumps({"messages": messages, "tools": None}), json.dumps(tools)),
+    ):
+        assert json.loads(found) == chat
+        assert check_chat(found) == found
+    # Arrow adds nulls to mappings, so theirs are left out.
+    call, tools = {"function": {"name": "look", "arguments": {"n": 1}}}, [{"function": {"name": "look"}}]
+    assert json.loads(check_chat(messages, tools)) == {
+        "messages": [{"role": "assistant", "tool_calls": [call]}],
+        "tools": tools,
+    }
+
+
 @pytest.mark.parametrize("value", [None, [], "[]"])
 def test_a_chat_without_messages_is_an_empty_document(value) -> None:
     assert check_chat(value) is None
