@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -124,10 +126,19 @@ def check_chat(value: Any, tools: Any = None) -> str | BadRow | None:
         return BadRow(reason=f"expected messages with role and content, got one with {sorted(map(str, wrong))}")
     chat = {"messages": messages, **({"tools": tools if is_tools_text else _without_none(tools)} if tools else {})}
     try:
-        text = json.dumps(chat, ensure_ascii=False)
+        text = json.dumps(chat, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError) as error:
         return BadRow(reason=f"expected messages of text, numbers, lists and mappings, got {error}")
     return check_text(text) if messages else None
+
+
+def _plain(value: Any) -> str:
+    """Return a time or a decimal number, which JSON does not have, as text."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r:.80}")
 
 
 def _message(message: Any) -> Any:

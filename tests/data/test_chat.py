@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.open import open_stream
 from dask_logits.data.source import read_rows
 from dask_logits.data.tokens import TokenizerSpec, _identify, read_documents
-from dask_logits.data.values import BadRow, check_chat, row_value
+from dask_logits.data.values import BadRow, arrow_values, check_chat, row_value
 
 # As SmolLM2 and Qwen 2.5 render chats.
 CHATML = (
@@ -357,6 +358,21 @@ def test_ways_to_write_a_chat(value, expected) -> None:
     assert check_chat(check_chat(value)) == check_chat(value)
 
 
+def test_times_and_decimals_in_messages_become_text() -> None:
+    # As WildChat stores them.
+    message = {
+        "role": "user",
+        "content": "hi",
+        "timestamp": datetime(2026, 11, 30, 8, tzinfo=UTC),
+        "cost": Decimal("1.50"),
+    }
+    (found,) = json.loads(check_chat([message]))["messages"]
+    assert found == {**message, "timestamp": "2026-11-30T08:00:00+00:00", "cost": "1.50"}
+    arrow = pa.Table.from_pylist([{"messages": [message]}])
+    (read,) = arrow_values(arrow, Column(name="messages", kind="chat"))
+    assert json.loads(read)["messages"] == [found]
+
+
 def test_nulls_inside_of_json_text_are_kept() -> None:
     call = {"function": {"name": "look", "arguments": {"city": None, "n": 1}}}
     tools = [{"function": {"name": "look", "default": None}}]
@@ -389,7 +405,11 @@ def test_a_chat_without_messages_is_an_empty_document(value) -> None:
         (3, "expected a list of messages with role and content, got int"),
         (["hello"], "expected a list of messages with role and content, got list"),
         ([{"content": "x"}], r"expected messages with role and content, got one with \['content'\]"),
-        ([{"role": "user", "content": {1, 2}}], "expected messages of text, numbers, lists and mappings"),
+        (
+            [{"role": "user", "content": {1, 2}}],
+            r"expected messages of text, numbers, lists and mappings, got set \{1, 2\}",
+        ),
+        ([{"role": "user", "content": b"x"}], "expected messages of text, numbers, lists and mappings, got bytes b'x'"),
         ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
     ],
 )
