@@ -100,7 +100,7 @@ def check_chat(value: Any, tools: Any = None) -> str | BadRow | None:
         A list of messages with ``role`` and ``content`` (or ``from`` and ``value``), a mapping with such a list as
         ``messages``, or JSON of one of them.
     tools
-        Functions that the model may call: a list of mappings, or its JSON.
+        Functions that the model may call: a list of mappings, or its JSON. An empty text: none.
 
     Examples
     --------
@@ -108,6 +108,8 @@ def check_chat(value: Any, tools: Any = None) -> str | BadRow | None:
     '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
     is_text, is_tools_text = isinstance(value, str), isinstance(tools, str)
+    if isinstance(tools, str) and not tools.strip():
+        tools = None
     try:
         value, tools = (json.loads(one) if isinstance(one, str) else one for one in (value, tools))
     except (ValueError, RecursionError) as error:

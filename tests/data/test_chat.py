@@ -393,6 +393,11 @@ def test_nulls_inside_of_json_text_are_kept() -> None:
     }
 
 
+@pytest.mark.parametrize("tools", ["", " \n", "[]", "null", None, []])
+def test_a_chat_without_tools_may_say_so_in_any_way(tools) -> None:
+    assert check_chat(TWO_TURNS, tools) == check_chat(TWO_TURNS)
+
+
 @pytest.mark.parametrize("value", [None, [], "[]"])
 def test_a_chat_without_messages_is_an_empty_document(value) -> None:
     assert check_chat(value) is None
