@@ -306,7 +306,7 @@ def _python_values(array: Any) -> list[Any]:
         values: list[Any] = array.to_pylist()
     except UnicodeDecodeError:
         # Parquet and Arrow files may hold unvalidated texts.
-        values = [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+        values = [_python_value(array[i]) for i in range(len(array))]
     return [value if isinstance(value, BadRow) else decode(value) for value in values] if decode else values
 
 
@@ -334,9 +334,9 @@ def _from_json(text: str | None) -> Any:
         return text
 
 
-def _decoded(value: bytes | None) -> str | BadRow | None:
+def _python_value(scalar: pa.Scalar) -> Any:
     try:
-        return None if value is None else value.decode()
+        return scalar.as_py()
     except UnicodeDecodeError as error:
         return BadRow(reason=f"expected a text, got bytes that are not valid UTF-8 ({error})")
 

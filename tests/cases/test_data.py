@@ -312,6 +312,27 @@ def test_a_text_of_parquet_that_is_no_utf8_is_one_bad_row(tmp_path: Path) -> Non
         assert isinstance(found[4], BadRow)
 
 
+def test_a_damaged_text_inside_of_a_struct_or_a_list_is_one_bad_row(tmp_path: Path) -> None:
+    raw = pa.array([b"red", b"\xff\xfe", b"sun"], pa.binary()).view(pa.string())
+    structs = pa.StructArray.from_arrays([raw], ["text"])
+    roles = pa.array(["user"] * 3)
+    messages = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([roles, raw], ["role", "content"]))
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"doc": structs, "messages": messages}), path)
+    chat = '{"messages": [{"role": "user", "content": "%s"}]}'
+    for chosen, expected in (
+        ({"text_column": "doc.text"}, ["red", "sun"]),
+        ({"messages_column": "messages"}, [chat % "red", chat % "sun"]),
+    ):
+        for found in (
+            worker_rows(corpus("parquet", path, **chosen), tmp_path),
+            streamed("parquet", path, **chosen),
+            streamed("parquet", path, split="train[:3]", **chosen),
+        ):
+            assert [found[0], found[2]] == expected
+            assert "got bytes that are not valid UTF-8" in found[1].reason
+
+
 def test_bad_rows_fail_or_are_documents_without_tokens() -> None:
     rows = [[1], BadRow(reason="damaged"), [200], [2]]
     with pytest.raises(DatasetError, match=r"dataset row 11: damaged; fix the row, or set .*on_bad_row=skip"):
