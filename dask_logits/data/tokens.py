@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -23,6 +24,8 @@ from dask_logits.data.values import BadRow, check_ids, check_text
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
 from dask_logits.vocabulary import map_digest, token_crcs
+
+logger = logging.getLogger(__name__)
 
 # A tokenizer that covers less of the head than this is assumed to be another model's (Qwen, Phi, DeepSeek pad < 3 %).
 _LEAST_COVERED = 0.9
@@ -100,6 +103,8 @@ class Tokenizer:
     ----------
     vocab_size
         Highest possible id, plus one.
+    base_size
+        Number of tokens that were not added to the tokenizer later.
     map_digest
         SHA-256 of its id → token map, equal if ids mean the same tokens.
     crcs
@@ -111,6 +116,7 @@ class Tokenizer:
     """
 
     vocab_size: int
+    base_size: int
     map_digest: str
     crcs: Array = field(compare=False, repr=False)
     digest: str
@@ -167,8 +173,8 @@ def inspect_tokenizer(
                 "set it to the teacher's tokenizer, or give rows with input_ids"
             ) from error
     if tokenizer is not None and dataset.vocab_size is None:
-        _check_match(tokenizer.vocab_size, head_width, path)
-    vocab_size = dataset.vocab_size or (tokenizer.vocab_size if tokenizer else head_width)
+        _check_match(tokenizer, head_width, path)
+    vocab_size = dataset.vocab_size or (min(tokenizer.vocab_size, head_width) if tokenizer else head_width)
     if vocab_size > head_width:
         raise TeacherError(
             f"distillation.dataset.vocab_size: expected at most the teacher's logit width {head_width}, "
@@ -421,6 +427,7 @@ def _identify(loaded: Any) -> Tokenizer:
     rule_lines = json.dumps([type(loaded).__name__, rules], sort_keys=True, ensure_ascii=False)
     return Tokenizer(
         vocab_size=max(ids.values(), default=-1) + 1,
+        base_size=loaded.vocab_size,
         map_digest=digest,
         crcs=token_crcs(ids),
         digest=hashlib.sha256((digest + rule_lines).encode()).hexdigest(),
@@ -428,10 +435,17 @@ def _identify(loaded: Any) -> Tokenizer:
     )
 
 
-def _check_match(vocab_size: int, head_width: int, path: str) -> None:
-    if vocab_size > head_width or vocab_size < _LEAST_COVERED * head_width:
+def _check_match(tokenizer: Tokenizer, head_width: int, path: str) -> None:
+    if tokenizer.base_size > head_width or tokenizer.vocab_size < _LEAST_COVERED * head_width:
         raise TeacherError(
             f"distillation.teacher.tokenizer_path: expected a tokenizer for the teacher's {head_width} logits, got "
-            f"{path!r} with {vocab_size} ids; give the teacher's own tokenizer, or say which ids are valid with "
-            "distillation.dataset.vocab_size"
+            f"{path!r} with {tokenizer.vocab_size} ids; give the teacher's own tokenizer, or say which ids are valid "
+            "with distillation.dataset.vocab_size"
+        )
+    if tokenizer.vocab_size > head_width:
+        # Such as the image token of Gemma 3 1B, or a token for padding.
+        logger.warning(
+            "the tokenizer has added tokens without logits: %d ids for %d logits; a row with one of them is a bad row",
+            tokenizer.vocab_size,
+            head_width,
         )

@@ -11,6 +11,7 @@ from builders import HEAD_WIDTH, VOCAB_SIZE, save_tokenizer, sentences, write_js
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenate_datasets, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.data import arrow as home
@@ -307,6 +308,20 @@ class TestTokenizerMatch:
     def test_another_models_tokenizer_is_refused(self, llama, head_width) -> None:
         with pytest.raises(TeacherError, match=rf"for the teacher's {head_width} logits, got .* with {VOCAB_SIZE} ids"):
             self.settle(llama, head_width)
+
+    def test_added_tokens_beyond_the_head_are_not_valid(self, tmp_path, caplog) -> None:
+        # As Gemma 3 1B has one for images, and many fine-tuned models one for padding.
+        save_tokenizer(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        loaded.add_special_tokens({"pad_token": "<pad>"})
+        loaded.save_pretrained(tmp_path)
+        tokenizer, spec = self.settle(tmp_path, head_width=VOCAB_SIZE)
+        assert (tokenizer.vocab_size, spec.vocab_size) == (VOCAB_SIZE + 1, VOCAB_SIZE)
+        assert f"{VOCAB_SIZE + 1} ids for {VOCAB_SIZE} logits; a row with one of them is a bad row" in caplog.text
+        with pytest.raises(DatasetError, match=rf"row 1: expected token ids in \[0, {VOCAB_SIZE}\), got {VOCAB_SIZE}"):
+            read_documents(["red", "red <pad>"], spec)
+        with pytest.raises(TeacherError, match=rf"for the teacher's {VOCAB_SIZE - 1} logits"):
+            self.settle(tmp_path, head_width=VOCAB_SIZE - 1)
 
     def test_unless_the_valid_ids_are_said(self, llama) -> None:
         assert self.settle(llama, 2 * VOCAB_SIZE, vocab_size=150)[1].vocab_size == 150
