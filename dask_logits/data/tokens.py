@@ -349,8 +349,8 @@ def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_
         add_special_tokens=add_special_tokens,
         truncation=max_length is not None,
         max_length=None if max_length is None else max_length + room,
+        # No return_token_type_ids: the tokenizer of mistral-common refuses it.
         return_attention_mask=False,
-        return_token_type_ids=False,
         # A warning about texts longer than the model's positions is irrelevant: such documents are cut into items.
         verbose=False,
     )["input_ids"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import http.server
+import inspect
 import json
 import struct
 import threading
@@ -24,6 +25,7 @@ from text_inputs import (
     write_lines,
     zstd_frames,
 )
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from dask_logits import DatasetError, prepare_dataset
 from dask_logits.config import DatasetConfig, TeacherConfig
@@ -405,6 +407,22 @@ def test_of_a_long_text_little_is_tokenized() -> None:
     counting.num_special_tokens_to_add = tokenizer.num_special_tokens_to_add
     encode(counting, ["x" * 2_000_000, "\n\n".join(documents(100)) * 10], True, 64)
     assert sum(seen) < 100_000
+
+
+def test_a_tokenizer_is_called_with_nothing_that_mistrals_own_refuses() -> None:
+    # transformers chooses it for a folder with tekken.json where mistral-common is installed.
+    known = inspect.signature(MistralCommonBackend.__call__).parameters
+    tokenizer = byte_level_tokenizer()
+
+    def refusing(texts, **settings):
+        assert set(settings) <= set(known)
+        return tokenizer(texts, **settings)
+
+    refusing.num_special_tokens_to_add = tokenizer.num_special_tokens_to_add
+    for length in (None, 4):
+        assert encode(refusing, TEXTS[:2], True, length) == [
+            tokenizer(text)["input_ids"][:length] for text in TEXTS[:2]
+        ]
 
 
 # --- splits, names and objects --------------------------------------------------------------------------------------
