@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -292,7 +292,7 @@ def consolidate(
     entries, (n_tokens, n_targets, n_documents, n_blocks) = _sizes(cache_path, pieces(), n_rows, profile)
     for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
         stale.unlink()
-    aside = cache_path.with_name(f".{cache_path.name}.{os.getpid()}.tmp")
+    aside = cache_path.with_name(f".{cache_path.name}.{uuid.uuid4().hex[:8]}.tmp")
     digest = ContentDigest()
     with CacheWriter(
         aside,

@@ -13,8 +13,8 @@ import functools
 import hashlib
 import itertools
 import logging
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,7 +222,7 @@ class Corpus:
         if there < self.n_rows:
             for stale in folder.parent.glob(f".{folder.name}.*"):
                 shutil.rmtree(stale)
-            aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             self._plain().select(range(self.n_rows)).save_to_disk(str(aside))
             shutil.rmtree(folder, ignore_errors=True)
             aside.replace(folder)

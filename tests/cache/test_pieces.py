@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +149,31 @@ def test_doing_it_again_gives_the_same_bytes(tmp_path) -> None:
     run(tmp_path / "c.h5", pieces, PROFILES["compact"])
     assert (tmp_path / "c.h5").read_bytes() == once
     assert not (tmp_path / ".c.h5.99.tmp").exists()
+
+
+def test_a_writer_whose_successor_has_begun_leaves_its_file_alone(tmp_path) -> None:
+    pieces = committed(tmp_path / "partitions", PROFILES["plain"])
+    has_successor, errors = threading.Event(), []
+
+    def suspended() -> None:
+        try:
+            run(tmp_path / "c.h5", pieces, on_piece=lambda: has_successor.wait(60))
+        except OSError as error:
+            errors.append(error)
+
+    first = threading.Thread(target=suspended)
+
+    def ends_meanwhile() -> None:
+        has_successor.set()
+        first.join(60)
+
+    first.start()
+    while first.is_alive() and not list(tmp_path.glob(".c.h5.*")):
+        time.sleep(0.01)
+    run(tmp_path / "c.h5", pieces, on_piece=ends_meanwhile)
+    assert len(errors) == 1
+    check(tmp_path / "c.h5", partitions())
+    assert not list(tmp_path.glob(".c.h5*"))
 
 
 @pytest.mark.parametrize("profile", ["plain", "compact"])

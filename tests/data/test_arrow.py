@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,9 @@ from transformers import AutoTokenizer
 
 from dask_logits.config import DatasetConfig, TeacherConfig
 from dask_logits.data import arrow as home
+from dask_logits.data import arrow_cache
 from dask_logits.data.arrow import hash_rows, open_corpus, slice_files
-from dask_logits.data.columns import Column
+from dask_logits.data.columns import Column, ColumnSettings
 from dask_logits.data.source import FileRows, read_rows, write_spool
 from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, read_documents
 from dask_logits.errors import DatasetError, TeacherError
@@ -364,6 +366,29 @@ def test_rows_written_as_json_with_null_text(tmp_path) -> None:
     path = write_json_lines(tmp_path / "x.jsonl", ["red", None, "blue"])
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(path),)))
     assert list(opened.head()) == ["red", None, "blue"]
+
+
+def test_processes_of_one_number_on_two_machines_convert_the_same_files_at_once(tmp_path, monkeypatch) -> None:
+    corpus = write_json_lines(tmp_path / "corpus.jsonl", ["red"] * 3_000)
+    tables, others = arrow_cache._tables, []
+
+    def convert() -> Path:
+        return arrow_cache.arrow_file(tmp_path / "cache", "json", [str(corpus)], None, ColumnSettings())
+
+    def interrupted(*given, **settings):
+        is_first = not others
+        for table in tables(*given, **settings):
+            yield table
+            if is_first:
+                is_first = False
+                others.append(None)
+                others.append(convert())
+
+    monkeypatch.setattr(arrow_cache, "_tables", interrupted)
+    converted = convert()
+    assert others == [None, converted]
+    assert pa.ipc.open_stream(converted.read_bytes()).read_all().num_rows == 3_000
+    assert list(converted.parent.iterdir()) == [converted]
 
 
 def test_a_spool_file_for_which_there_is_no_room_leaves_nothing(tmp_path) -> None:
