@@ -10,6 +10,7 @@ reads a new cache back. The watchdog ends a driver that hangs, whatever its reco
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from dask_logits.run.records import DriverStatus
 
 _REPORT_SECONDS = 10.0
 _RENEW_SECONDS = 10.0
+# The record is written with each partition, and a scheduler keeps many of them. ``failures/`` has every failure whole.
+_MOST_FAILED = 20
+_MOST_CHARACTERS = 200
 
 
 class Reporter:
@@ -107,7 +111,11 @@ class Reporter:
             entered=self._entered,
             step=self._step,
             reason=self._reason,
-            failed={str(index): text for index, text in self.failed.items()},
+            failed={
+                str(index): text.partition("\n")[0][:_MOST_CHARACTERS]
+                for index, text in itertools.islice(self.failed.items(), _MOST_FAILED)
+            },
+            failures=len(self.failed),
             running=tuple(sorted(self.running)) if self._state == "running" else (),
             left_out=self.executor.roster.named() if self.executor else {},
         )

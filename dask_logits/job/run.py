@@ -50,6 +50,8 @@ from dask_logits.run.state import RunState, discard_stale, open_run_cache
 
 logger = logging.getLogger(__name__)
 
+# Failed partitions in a message.
+_MOST_NAMED = 20
 _WORKER = "distillation.teacher.generation.worker_id"
 
 
@@ -341,7 +343,10 @@ def open_executor(
 
 
 def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
-    reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in sorted(failed.items()))
+    named = sorted(failed.items())[:_MOST_NAMED]
+    reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in named)
+    if len(failed) > len(named):
+        reasons += f"\n  and {len(failed) - len(named):,} more, which `dask-logits status {job.run.path}` lists"
     return PartitionsFailedError(
         f"{len(failed)} of {PlanLog(job.run).n_partitions} partitions failed; the others are committed:\n{reasons}\n"
         f"fix the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "

@@ -200,6 +200,9 @@ class DriverStatus(Record):
     entered: dict[str, Finite] = Field(default={}, description="State → when the driver entered it, Unix time.")
     step: str | None = Field(default=None, description="Step of the calibration.")
     reason: str | None = Field(default=None, description="Reason why the driver failed.")
-    failed: dict[str, str] = Field(default={}, description="Partition → reason, for permanent failures.")
+    failed: dict[str, str] = Field(
+        default={}, description="Partition → beginning of the reason, for the first 20 permanent failures."
+    )
+    failures: Count = Field(default=0, description="Number of permanent failures.")
     running: tuple[Count, ...] = Field(default=(), description="Partitions that workers were given.")
     left_out: dict[str, str] | None = Field(default=None, description="Worker → reason why it gets no work.")

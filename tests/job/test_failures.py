@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import pytest
@@ -22,6 +23,7 @@ from dask_logits import CacheError, CapacityError, PartitionsFailedError, genera
 from dask_logits.cache import partition
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
+from dask_logits.job import run as home
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import RunFolder
 
@@ -261,6 +263,17 @@ def test_partitions_that_cannot_be_read_for_a_while_are_not_taken_back(joined, e
     before = tree(run / "receipts")
     assert CacheReader(generate(load_config([*joined, SMALL]))).attributes["content_digest"] == expected
     assert tree(run / "receipts") == before
+
+
+def test_the_message_of_many_failures_counts_all_and_names_the_first_ones(tmp_path) -> None:
+    failed = {index: f"row {index}" for index in range(50_000)}
+    error = home._failure(failed, SimpleNamespace(run=RunFolder(tmp_path)))
+    assert error.reasons == failed
+    lines = error.message.splitlines()
+    assert lines[0].startswith("50000 of ")
+    assert lines[20] == "  partition 000019: row 19"
+    assert lines[21] == f"  and 49,980 more, which `dask-logits status {tmp_path}` lists"
+    assert len(lines) == 23
 
 
 def test_retry_says_when_there_is_nothing_to_take_up(joined, tmp_path, capsys) -> None:

@@ -57,3 +57,13 @@ def test_nothing_is_written_after_the_last_record(tmp_path, monkeypatch) -> None
     thread.join(300)
     assert not thread.is_alive()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+def test_the_record_counts_all_failures_and_names_the_first_ones(tmp_path) -> None:
+    made = Reporter(SimpleNamespace(run=RunFolder(tmp_path), share=Share()))
+    made.failed |= {index: "a row " * 1_000 + "\nand more" for index in range(50_000, 0, -1)}
+    made.report("running")
+    record = json.loads((tmp_path / "status.json").read_text())
+    assert record["failures"] == 50_000
+    assert list(record["failed"]) == [str(index) for index in range(50_000, 49_980, -1)]
+    assert set(record["failed"].values()) == {("a row " * 1_000)[:200]}
