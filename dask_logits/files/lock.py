@@ -73,8 +73,10 @@ def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[None]:
+def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Hold one of a few slots of this machine. A slot is free when its process ends, however that happens.
+
+    Yields a function for the holder to call when it has made progress.
 
     Without a folder that belongs to this user, and on a file system without locks, there is no limit.
 
@@ -85,10 +87,11 @@ def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[None
     count
         Number of slots.
     on_wait
-        Called several times a second while all are taken.
+        Called when all are taken, whenever a holder has made progress meanwhile, and when the waiting ends.
     """
     held: FileLock | None = None
     locks = _slots(folder, count)
+    seen: list[int] | None = None
     while locks and held is None:
         try:
             held = next(filter(_take, locks), None)
@@ -96,10 +99,22 @@ def slot(folder: Path, count: int, on_wait: Callable[[], None]) -> Iterator[None
             # A file system without locks.
             break
         if held is None:
-            on_wait()
+            beats = [_changed(_beat_path(lock)) for lock in locks]
+            if beats != seen:
+                seen = beats
+                on_wait()
             time.sleep(_POLL_SECONDS)
+
+    def progress() -> None:
+        if held is not None:
+            with contextlib.suppress(OSError):
+                _beat_path(held).touch()
+
     try:
-        yield
+        progress()
+        if seen is not None:
+            on_wait()
+        yield progress
     finally:
         if held is not None:
             held.release()
@@ -114,6 +129,19 @@ def _slots(folder: Path, count: int) -> list[FileLock]:
         return []
     # The kernel releases these locks, unlike a lease, with the last descriptor of the file.
     return [FileLock(folder / f"slot-{number}.lock") for number in range(count)] if is_ours else []
+
+
+def _beat_path(lock: FileLock) -> Path:
+    """Return the file whose time is that of the last progress. Whoever tries the lock file changes its time."""
+    return Path(lock.lock_file).with_suffix(".beat")
+
+
+def _changed(path: Path) -> int:
+    """Return when a file was changed, in nanoseconds, 0 if it cannot be told."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _take(lock: FileLock) -> bool:

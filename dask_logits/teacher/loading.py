@@ -1,8 +1,9 @@
 """Load big weights without harm: few processes of a host at a time, with signs of life.
 
 Loading takes minutes from slow storage, while a worker scores no tokens. Each parameter that arrives is a sign of life,
-so that a slow load is not mistaken for a hang, and a hanging one still is. A shared disk serves a few readers faster
-than many, and the first one fills the page cache for the others.
+so that a slow load is not mistaken for a hang, and a hanging one still is. A process that waits for others reports life
+when weights arrive there. A shared disk serves a few readers faster than many, and the first one fills the page cache
+for the others.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ def loading(on_life: Callable[[], None]) -> Iterator[None]:
     Parameters
     ----------
     on_life
-        Called at most twice a second: while this process waits for another one, and whenever weights arrive.
+        Called at most twice a second whenever weights arrive, in this process or in one for which it waits.
     """
-    beat = _seldom(on_life)
-    with slot(Path(tempfile.gettempdir()) / f"dask_logits-{os.getuid()}", _LOADS_AT_A_TIME, beat), _reported(beat):
-        yield
+    folder = Path(tempfile.gettempdir()) / f"dask_logits-{os.getuid()}"
+    with slot(folder, _LOADS_AT_A_TIME, _seldom(on_life)) as progress:
+
+        def arrived() -> None:
+            progress()
+            on_life()
+
+        with _reported(_seldom(arrived)):
+            yield
 
 
 def _seldom(on_life: Callable[[], None]) -> Callable[[], None]:

@@ -210,12 +210,12 @@ def test_a_folder_that_cannot_be_written_is_an_error(left) -> None:
 
 def test_slots_are_few_and_end_with_their_process(tmp_path) -> None:
     code = (
-        "import sys, pathlib; from dask_logits.files.lock import slot\n"
-        "with slot(pathlib.Path(sys.argv[1]), 1, lambda: None): print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib, time; from dask_logits.files.lock import slot\n"
+        "with slot(pathlib.Path(sys.argv[1]), 1, lambda: None) as progress:\n"
+        "    print('held', flush=True)\n"
+        "    while True: progress(); time.sleep(0.01)"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "slots")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "slots")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     waits = []
 
@@ -229,6 +229,33 @@ def test_slots_are_few_and_end_with_their_process(tmp_path) -> None:
     holder.communicate()
     with module.slot(tmp_path / "slots", 2, pytest.fail), module.slot(tmp_path / "slots", 2, pytest.fail):
         pass
+
+
+def test_waiting_is_a_sign_of_life_only_while_a_holder_makes_progress(tmp_path) -> None:
+    waits = []
+
+    def wait() -> None:
+        with module.slot(tmp_path, 1, lambda: waits.append(1)):
+            pass
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(waits) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(waits) == count
+
+    waiting = threading.Thread(target=wait)
+    with module.slot(tmp_path, 1, pytest.fail) as progress:
+        waiting.start()
+        for count in (1, 2, 3):
+            wait_for(count)
+            time.sleep(0.5)
+            assert len(waits) == count
+            progress()
+        wait_for(4)
+    # Its turn is one, too.
+    waiting.join(30)
+    assert len(waits) == 5
 
 
 def test_an_error_while_a_slot_is_awaited_is_not_hidden(tmp_path) -> None:

@@ -60,6 +60,19 @@ def test_a_third_process_waits_and_is_alive(llama, monkeypatch) -> None:
     assert checkpoint._LOADED
 
 
+def test_who_waits_for_loads_that_hang_is_not_alive(llama, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "_BEAT_SECONDS", 0.0)
+    signs = []
+    with loading.loading(lambda: None), loading.loading(lambda: None):
+        done = threading.Thread(target=load_teacher, args=(spec(llama), VOCAB_SIZE, lambda: signs.append(1)))
+        done.start()
+        done.join(2)
+        assert done.is_alive()
+        assert len(signs) == 1
+    done.join(60)
+    assert checkpoint._LOADED
+
+
 def device_map(path, **changes):
     location = locate_teacher(str(path), allow_pickle=False)
     architecture = read_architecture(location.base, None, trust_remote_code=False)
