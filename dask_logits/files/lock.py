@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.2
 def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lease. Others can take it when it is released, when its process ends, or when it is not renewed.
 
-    If another process takes it because this one was suspended, the main thread is interrupted.
+    If another process takes it because this one was suspended or could not renew it, the main thread is interrupted.
 
     Parameters
     ----------
@@ -54,21 +54,34 @@ def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
     OSError
         If the lock file cannot be written.
     """
-    lock = SoftFileLease(path, lease_duration=LEASE_SECONDS, heartbeat_interval=BEAT_SECONDS, on_compromise=_on_loss)
+    is_lost, is_released = threading.Event(), threading.Event()
+
+    def on_loss(loss: LeaseCompromise) -> None:
+        # A disk that is temporarily full is no reason to stop. But filelock 4.3 stops renewing here.
+        if loss.reason == "refresh-failed":
+            logger.warning("%s cannot be renewed (%s), so another driver may start", path, loss.error)
+            if _renew(path, loss.token, is_released):
+                return
+        logger.error("%s was deleted or taken over: stopping", path)
+        is_lost.set()
+        interrupt_main_thread()
+
+    lock = SoftFileLease(path, lease_duration=LEASE_SECONDS, heartbeat_interval=BEAT_SECONDS, on_compromise=on_loss)
     _acquire(lock, path, wait)
     try:
         yield
     except KeyboardInterrupt:
-        if lock.compromise is None or lock.compromise.reason == "refresh-failed":
+        if not is_lost.is_set():
             raise
         error = _conflict(
             path,
-            f"this process was suspended, or its lock file deleted, and {_who(lock.owner)} may be at work; wait for "
-            "it, then run the same command again",
+            f"this process was suspended, or its lock file deleted or out of reach, and {_who(lock.owner)} may be at "
+            "work; wait for it, then run the same command again",
         )
         error.ran = True
         raise error from None
     finally:
+        is_released.set()
         lock.release()
 
 
@@ -198,13 +211,27 @@ def _acquire(lock: SoftFileLease, path: Path, wait: bool) -> None:
         logger.warning("took over %s, which %s did not renew for %.0f s", path, _who(holder), LEASE_SECONDS)
 
 
-def _on_loss(loss: LeaseCompromise) -> None:
-    if loss.reason == "refresh-failed":
-        # A disk that is temporarily full is no reason to stop.
-        logger.warning("%s cannot be renewed (%s), so another driver may start", loss.lock_file, loss.error)
-    else:
-        logger.error("%s was deleted or taken over: stopping", loss.lock_file)
-        interrupt_main_thread()
+def _renew(path: Path, token: str, is_released: threading.Event) -> bool:
+    """Renew a lease until it is released, through errors of the disk. Return False if it is lost."""
+    n_missed = 0
+    # An exchange of two files by a start that backs out may hide it for a moment.
+    while n_missed < 2:
+        if is_released.wait(BEAT_SECONDS):
+            return True
+        try:
+            path.lstat()
+            holder = SoftFileLease(path).owner
+            if holder is None:
+                # It cannot be read now.
+                continue
+            n_missed = 0 if holder.token == token else n_missed + 1
+            if not n_missed:
+                os.utime(path)
+        except FileNotFoundError:
+            n_missed += 1
+        except OSError:
+            continue
+    return is_released.is_set()
 
 
 def _has_ended(holder: OwnerRecord | None) -> bool:

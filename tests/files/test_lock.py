@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -167,16 +167,53 @@ def test_a_stop_signal_is_not_mistaken_for_a_takeover(path) -> None:
     assert not path.exists()
 
 
-def test_a_disk_that_fails_for_a_while_does_not_stop_the_holder(path, monkeypatch, caplog) -> None:
+@pytest.fixture
+def cannot_be_renewed(monkeypatch, caplog) -> Callable[[], None]:
+    """Let the disk fail until a holder gives up; return a function that waits for this."""
     import filelock._soft._lease as home
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
+    def wait() -> None:
+        deadline = time.monotonic() + 30
+        while "cannot be renewed (no space left on device), so another driver may start" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     monkeypatch.setattr(home, "touch", fail)
+    return wait
+
+
+def test_a_disk_that_fails_for_a_while_does_not_stop_the_holder_and_the_lease_is_renewed_again(
+    path, cannot_be_renewed
+) -> None:
     with lease(path):
-        time.sleep(2)
-    assert "cannot be renewed (no space left on device), so another driver may start" in caplog.text
+        cannot_be_renewed()
+        before = path.lstat().st_mtime_ns
+        time.sleep(1)
+        assert path.lstat().st_mtime_ns > before
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("left", [ELSEWHERE, None])
+def test_a_takeover_is_noticed_after_a_disk_has_failed(path, cannot_be_renewed, left) -> None:
+    def hold() -> None:
+        with lease(path):
+            cannot_be_renewed()
+            if left is None:
+                path.unlink()
+            else:
+                successor = path.with_name("successor")
+                successor.write_text(left)
+                successor.replace(path)
+            time.sleep(30)
+
+    holder = "process 7 on elsewhere" if left else "another process"
+    with pytest.raises(RunConflictError, match=rf"or out of reach, and {holder} may be at work") as caught:
+        hold()
+    assert caught.value.ran
+    assert path.exists() == (left is not None)
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(path, tmp_path) -> None:
