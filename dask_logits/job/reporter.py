@@ -147,24 +147,33 @@ def reported(job: Job) -> Iterator[Reporter]:
         with reporter.renewed():
             yield reporter
     except BaseException as error:
-        refused = isinstance(error, DaskLogitsError) and not error.ran
-        if not refused and job.run.manifest_path.exists():
-            if isinstance(error, KeyboardInterrupt):
-                reporter.report("stopped")
-            else:
-                # A list of partitions may follow.
-                reason = first_line(error).removesuffix(":")
-                reporter.report("failed", reason=reason)
-                leave_report(job.run)
-                notify(job.config.job, job.run.path, "failed", reason)
-        else:
+        is_begun = job.run.manifest_path.exists()
+        if _leaves_no_trace(error, is_begun=is_begun):
             # The error to show is the one that refused the start.
             with contextlib.suppress(OSError):
                 if before is None:
                     path.unlink(missing_ok=True)
                 else:
                     path.write_bytes(before)
+        elif isinstance(error, KeyboardInterrupt):
+            reporter.report("stopped")
+        else:
+            # A list of partitions may follow.
+            reason = first_line(error).removesuffix(":")
+            reporter.report("failed", reason=reason)
+            # A start takes a report without a manifest for another program's.
+            if is_begun:
+                leave_report(job.run)
+            notify(job.config.job, job.run.path, "failed", reason)
         raise
     reporter.report("done")
     leave_report(job.run)
     notify(job.config.job, job.run.path, "done")
+
+
+def _leaves_no_trace(error: BaseException, *, is_begun: bool) -> bool:
+    """Whether an error refuses the start, or ends it before the manifest without a failure of the job."""
+    if isinstance(error, DaskLogitsError):
+        return not error.ran
+    # A disk that cannot be written before the manifest is a refusal (:func:`dask_logits.files.atomic.room`).
+    return not is_begun and isinstance(error, KeyboardInterrupt | OSError)

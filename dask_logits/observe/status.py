@@ -385,19 +385,20 @@ def status_of(
 
 
 def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:
-    """Return the status of a run without a manifest: its driver is starting or calibrating, or was killed."""
+    """Return the status of a run without a manifest: its driver is starting or calibrating, was killed or failed."""
     if not drivers.records:
         raise RunConflictError(
             f"{run.path}: expected a run folder with run.json, got none; check the path: it is the value of "
             "distillation.teacher.cache_dir"
         )
-    state = drivers.state() if drivers.alive else "stopped"
+    state: State = drivers.state() if drivers.alive else "failed" if drivers.reason else "stopped"
+    ended = drivers.reason or "the driver ended during the calibration; nothing is scored yet"
     return Status(
         run=str(run.path),
         state=state,
         since=drivers.since,
         step=drivers.step,
-        reason=None if drivers.alive else "the driver ended during the calibration; nothing is scored yet",
+        reason=None if drivers.alive else ended,
         next_command=_next_command(run, state, None),
         running=len(drivers.alive),
         left_out=drivers.left_out,

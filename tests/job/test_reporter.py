@@ -7,12 +7,14 @@ import threading
 import time
 from types import SimpleNamespace
 
+import pytest
 from builders import cache_dir
 
-from dask_logits import generate, load_config, read_status
+from dask_logits import CapacityError, TeacherError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import replace_json
 from dask_logits.job import reporter as module
+from dask_logits.job.executor import too_slow
 from dask_logits.job.reporter import Reporter
 from dask_logits.run.folder import RunFolder, Share
 
@@ -57,6 +59,51 @@ def test_nothing_is_written_after_the_last_record(tmp_path, monkeypatch) -> None
     thread.join(300)
     assert not thread.is_alive()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (too_slow("calibrate", 1.0), "expected the calibrate task to end or take a step within 1 s"),
+        (RuntimeError("a kernel failed"), "a kernel failed"),
+    ],
+    ids=["stall", "error"],
+)
+def test_a_calibration_that_fails_leaves_its_reason_and_tells_it(here, tmp_path, monkeypatch, error, reason) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    out, folder = tmp_path / "message.json", cache_dir(here)
+    told = [*here, f"distillation.job.notify_command=[/usr/bin/tee,{out}]"]
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.run_calibration", fail)
+        with pytest.raises(type(error), match=reason):
+            generate(load_config(told))
+    message, status = json.loads(out.read_text()), read_status(folder)
+    assert (message["state"], status.state, status.committed) == ("failed", "failed", 0)
+    assert reason in status.reason
+    assert message["reason"] == status.reason
+    assert status.next_command == "start the job again with the same command"
+    assert [path.name for path in folder.iterdir()] == ["status.json"]
+    generate(load_config(here))
+    assert read_status(folder).state == "complete"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), TeacherError("odd")], ids=repr
+)
+def test_a_start_that_is_stopped_or_refused_before_the_manifest_leaves_no_trace(
+    here, tmp_path, monkeypatch, error
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    out = tmp_path / "message.json"
+    monkeypatch.setattr("dask_logits.job.run.run_calibration", fail)
+    with pytest.raises((type(error), CapacityError)):
+        generate(load_config([*here, f"distillation.job.notify_command=[/usr/bin/tee,{out}]"]))
+    assert not out.exists()
+    assert not cache_dir(here).exists()
 
 
 def test_the_record_counts_all_failures_and_names_the_first_ones(tmp_path) -> None:
