@@ -35,8 +35,10 @@ _POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
+def lease(path: Path, *, wait: bool = False) -> Iterator[Callable[[], bool]]:
     """Hold a lease. Others can take it when it is released, when its process ends, or when it is not renewed.
+
+    Yields a function that returns whether it is lost.
 
     If another process takes it because this one was suspended or could not renew it, the main thread is interrupted.
 
@@ -69,7 +71,7 @@ def lease(path: Path, *, wait: bool = False) -> Iterator[None]:
     lock = SoftFileLease(path, lease_duration=LEASE_SECONDS, heartbeat_interval=BEAT_SECONDS, on_compromise=on_loss)
     _acquire(lock, path, wait)
     try:
-        yield
+        yield is_lost.is_set
     except KeyboardInterrupt:
         if not is_lost.is_set():
             raise

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dask_logits.errors import DaskLogitsError, first_line
 from dask_logits.files.atomic import replace_json
@@ -132,10 +132,17 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def reported(job: Job) -> Iterator[Reporter]:
+def reported(job: Job, is_lost: Callable[[], bool]) -> Iterator[Reporter]:
     """Report a driver from its start to its end, then leave a page and tell of it.
 
     The earlier record is restored if the driver is refused.
+
+    Parameters
+    ----------
+    job
+        The job.
+    is_lost
+        Returns whether another driver has taken the share over. The record is then that driver's.
     """
     path = job.run.status_path(job.share)
     before = None
@@ -147,6 +154,8 @@ def reported(job: Job) -> Iterator[Reporter]:
         with reporter.renewed():
             yield reporter
     except BaseException as error:
+        if is_lost():
+            raise
         is_begun = job.run.manifest_path.exists()
         if _leaves_no_trace(error, is_begun=is_begun):
             # The error to show is the one that refused the start.

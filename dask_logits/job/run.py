@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,7 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
 
 def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
     config = job.config
-    with _held(job):
+    with _held(job) as is_lost:
         # Repeated, because no other process can change the folder from here on.
         undo_setting_aside(job.run)
         check_folder(job)
@@ -164,7 +164,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
             return _complete_path(job)
         done = Done() if start == "replace" or state is None else _done(job, state)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
-        with reported(job) as reporter:
+        with reported(job, is_lost) as reporter:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
                 failed = _run_tasks(job, start, done, reporter, only, bisects)
                 if failed:
@@ -248,8 +248,11 @@ def _ran() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(job: Job) -> Iterator[None]:
-    """Hold the share of the run for this driver. A start refused before its manifest leaves no trace."""
+def _held(job: Job) -> Iterator[Callable[[], bool]]:
+    """Hold the share of the run for this driver. A start refused before its manifest leaves no trace.
+
+    Yields a function that returns whether another driver has taken the share over.
+    """
     run = job.run
     missing = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     try:
@@ -259,8 +262,8 @@ def _held(job: Job) -> Iterator[None]:
             f"distillation.teacher.cache_dir: expected a folder that can be made, got {error}; choose another"
         ) from error
     try:
-        with lease(run.path / lock_name(job.share)):
-            yield
+        with lease(run.path / lock_name(job.share)) as is_lost:
+            yield is_lost
     finally:
         if not run.manifest_path.exists():
             for folder in missing:

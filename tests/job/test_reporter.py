@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from builders import cache_dir
 
-from dask_logits import CapacityError, TeacherError, generate, load_config, read_status
+from dask_logits import CapacityError, RunConflictError, TeacherError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import replace_json
 from dask_logits.job import reporter as module
@@ -59,6 +59,25 @@ def test_nothing_is_written_after_the_last_record(tmp_path, monkeypatch) -> None
     thread.join(300)
     assert not thread.is_alive()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+def test_a_driver_whose_run_was_taken_over_leaves_the_record_to_its_successor(here, tmp_path, monkeypatch) -> None:
+    folder, out = cache_dir(here), tmp_path / "message.json"
+
+    def wake_up(*_: object, **__: object) -> None:
+        (folder / "status.json").write_text("its successor's")
+        lock = tmp_path / "lock"
+        lock.write_text("filelock/2\npid=7\nhost=elsewhere\nmode=lease\ntoken=t\nduration=30.0\n")
+        lock.replace(folder / ".driver.lock")
+        time.sleep(60)
+
+    monkeypatch.setattr("dask_logits.files.lock.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("dask_logits.job.run.consolidate_run", wake_up)
+    with pytest.raises(RunConflictError, match="process 7 on elsewhere may be at work"):
+        generate(load_config([*here, f"distillation.job.notify_command=[/usr/bin/tee,{out}]"]))
+    assert (folder / "status.json").read_text() == "its successor's"
+    assert not (folder / "report.html").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
