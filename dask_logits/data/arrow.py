@@ -223,9 +223,12 @@ class Corpus:
             for stale in folder.parent.glob(f".{folder.name}.*"):
                 shutil.rmtree(stale)
             aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-            self._plain().select(range(self.n_rows)).save_to_disk(str(aside))
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.replace(folder)
+            try:
+                self._plain().select(range(self.n_rows)).save_to_disk(str(aside))
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.replace(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         written = Corpus(load_from_disk(str(folder)), self.n_rows, self.column)
         if written.content_digest != self.content_digest or written.files is None:
             raise DatasetError(f"{folder}: expected the rows this run was made with, got others; delete the folder")

@@ -204,6 +204,19 @@ def test_a_materialised_dataset_that_was_cut_or_lost_files_is_written_again(tmp_
     assert [(rows.path, rows.n_rows) for rows in again] == [(rows.path, rows.n_rows) for rows in before]
 
 
+def test_a_materialised_dataset_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def fill(dataset: Dataset, folder: str) -> None:
+        Path(folder).mkdir()
+        Path(folder, "data-00000-of-00001.arrow").write_bytes(b"cut")
+        raise OSError(28, "No space left on device")
+
+    opened = open_corpus(DatasetConfig(), Dataset.from_dict({"text": ["a", "b"]}))
+    monkeypatch.setattr(Dataset, "save_to_disk", fill)
+    with pytest.raises(OSError, match="No space left"):
+        opened.materialise(tmp_path / "d")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_content_digest_is_of_the_rows_not_of_their_storage() -> None:
     texts = [*sentences(30), None]
     whole = Dataset.from_dict({"text": texts})
