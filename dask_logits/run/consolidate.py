@@ -26,7 +26,7 @@ from dask_logits.files.atomic import read_json, replace_json, unreadable
 from dask_logits.files.lock import lease
 from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import Failure, note_failure
-from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, drop_previous
+from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
 from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
 from dask_logits.run.plan_log import PlanLog
 
@@ -119,7 +119,7 @@ def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
             if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
                 shutil.rmtree(attempt, ignore_errors=True)
     else:
-        shutil.rmtree(run.partitions_path, ignore_errors=True)
+        delete_partitions(run)
     for path in (run.dataset_path, run.spool_path):
         shutil.rmtree(path, ignore_errors=True)
     drop_previous(run)

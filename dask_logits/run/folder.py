@@ -366,7 +366,9 @@ def set_aside(run: RunFolder) -> None:
     if has_previous(run) and not run.cache_path.exists() and not run.index_path.exists():
         for name in names:
             path = run.path / name
-            if path.is_dir():
+            if path == run.partitions_path:
+                delete_partitions(run)
+            elif path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -399,6 +401,15 @@ def drop_previous(run: RunFolder) -> None:
                 path.unlink()
     # The mark is deleted last, because an interrupted deletion resumes only if the mark exists.
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def delete_partitions(run: RunFolder) -> None:
+    """Delete the partitions. If their folder is a link to another disk, it stays, with everything else in it."""
+    if run.partitions_path.is_symlink():
+        for attempt in run.partitions_path.glob("[0-9]*.zarr"):
+            shutil.rmtree(attempt, ignore_errors=True)
+    else:
+        shutil.rmtree(run.partitions_path, ignore_errors=True)
 
 
 def check_previous(run: RunFolder) -> None:

@@ -115,6 +115,23 @@ def test_a_forced_start_in_an_empty_folder_goes_on_where_it_was(here, monkeypatc
     assert tree(run_folder) == before
 
 
+def test_a_replacement_with_partitions_behind_a_link_begins_again(here, cache, tmp_path, monkeypatch) -> None:
+    force, partitions = "distillation.teacher.generation.force_regenerate=true", cache_dir(here) / "partitions"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dask_logits.job.run.consolidate_run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(here, force, "distillation.teacher.generation.top_k=4")
+    disk = partitions.rename(tmp_path / "disk")
+    partitions.symlink_to(disk)
+    new = run(here, force, "distillation.teacher.generation.top_k=3")
+    assert CacheReader(new).top_k == 3
+    assert list(disk.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", [".driver-0-of-2.lock", ".consolidate.lock"])
 def test_a_run_that_somebody_is_at_work_on_is_not_replaced(here, overrides, name) -> None:
     share = ["distillation.teacher.generation.worker_id=1", "distillation.teacher.generation.total_workers=2"]

@@ -123,6 +123,16 @@ def test_a_large_cache_becomes_numbered_files_with_the_same_content(here, capsys
     assert json.loads((folder / "again.index.json").read_text())["content_digest"] == whole.content_digest
 
 
+def test_partitions_behind_a_link_are_deleted_and_the_link_stays(here, scored, tmp_path) -> None:
+    disk = scored.partitions_path.rename(tmp_path / "disk")
+    scored.partitions_path.symlink_to(disk)
+    (disk / "notes.txt").write_text("mine")
+    run(here)
+    assert [path.name for path in disk.iterdir()] == ["notes.txt"]
+    assert scored.partitions_path.is_symlink()
+    assert read_status(scored.path).state == "complete"
+
+
 def test_files_are_as_large_as_allowed(here) -> None:
     folder = cache_dir(here)
     single = run(here, KEEP)
