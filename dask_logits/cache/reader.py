@@ -87,8 +87,19 @@ class CacheReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_file(path) as file, translated(path, "to open it"):
-            self._read_header(file)
+        # The file is opened by name several times, and a new cache may get its name in between. On some file systems no
+        # file keeps its identity.
+        for is_last in (False, False, True):
+            before = _identity(path)
+            try:
+                with open_file(path) as file, translated(path, "to open it"):
+                    self._read_header(file)
+            except CacheError:
+                if is_last or _identity(path) == before:
+                    raise
+            else:
+                if _identity(path) == before:
+                    break
 
     def _read_header(self, file: h5py.File) -> None:
         self.attributes = root_attributes(file)
@@ -547,3 +558,13 @@ class CacheReader:
         offset = self._offsets[name] = dataset.id.get_offset()
         # An ndarray over the map, because np.memmap itself costs microseconds per slice.
         return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from others of its name, or None if it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        # An index may name a path that no file can have.
+        return None
+    return status.st_dev, status.st_ino

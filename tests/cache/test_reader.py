@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from builders import compact, content, items, packed_records, plain, records, write_cache
 
+from dask_logits.cache import reader as module
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.profile import as_kept
 from dask_logits.cache.reader import CacheReader
@@ -508,3 +509,25 @@ def test_an_interrupt_is_not_hidden_by_a_file_that_cannot_be_closed(tmp_path, mo
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
     assert not path.exists()
+
+
+@pytest.mark.parametrize("lengths", [(4, 0, 2, 7), (9,)])
+@pytest.mark.parametrize("profile", [plain(), compact()])
+def test_a_cache_that_is_replaced_while_it_is_opened_is_read_as_one_file(
+    tmp_path, monkeypatch, profile, lengths
+) -> None:
+    path, successor = tmp_path / "c.h5", tmp_path / "next.h5"
+    write_cache(path, records((4, 0, 2, 7), seed=1), profile=profile)
+    expected = write_cache(successor, records(lengths, seed=2), profile=profile)
+    read = module.root_attributes
+
+    def replaced_meanwhile(file: h5py.File) -> dict[str, object]:
+        if successor.exists():
+            successor.replace(path)
+        return read(file)
+
+    monkeypatch.setattr(module, "root_attributes", replaced_meanwhile)
+    reader = CacheReader(path)
+    assert reader.header.content_digest == expected
+    assert reader.item_lengths().tolist() == list(lengths)
+    reader.verify_checksums()
