@@ -1,8 +1,9 @@
 """A file object for h5py that records write errors instead of raising them inside HDF5.
 
 After a failed write, HDF5 2.0 cannot close the file, and closing another one later crashes the process. Therefore the
-first error is stored for the caller to raise, and later writes are discarded. This costs a Python call for each write,
-which is a chunk or a block of an array.
+first error is stored for the caller to raise, and later writes are discarded. An interrupt is stored, too, because h5py
+3.16 may raise an AttributeError in its place. This costs a Python call for each write, which is a chunk or a block of
+an array.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ class Sink(io.RawIOBase):
         self.path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._place = self._end = 0
-        self._error: OSError | None = None
+        self._error: OSError | KeyboardInterrupt | None = None
 
     def check(self) -> None:
-        """Raise the first write error.
+        """Raise the first write error or interrupt.
 
         Raises
         ------
         OSError
             With the system's error number and the path.
         """
-        if self._error is not None:
+        if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror, str(self.path))
+        if self._error is not None:
+            raise KeyboardInterrupt
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Set the position."""
@@ -67,7 +70,7 @@ class Sink(io.RawIOBase):
             while len(rest) and self._error is None:
                 n = os.pwrite(self._handle, rest, place)
                 rest, place = rest[n:], place + n
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self._error = error
         return size
 
@@ -77,7 +80,7 @@ class Sink(io.RawIOBase):
         try:
             if self._error is None:
                 os.ftruncate(self._handle, self._end)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self._error = error
         return self._end
 

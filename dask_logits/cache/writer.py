@@ -91,6 +91,16 @@ class CacheWriter:
         }
         self._chunk_sizes: dict[str, list[int]] = {}
         self._chunk_crcs: dict[str, list[int]] = {}
+        try:
+            self._create_all(n_entries, n_target_entries, n_documents, n_blocks)
+        except BaseException as error:
+            # HDF5 crashes at exit if it closes a file after its sink.
+            self.__exit__(type(error), error, None)
+            raise
+
+    def _create_all(self, n_entries: int, n_target_entries: int, n_documents: int, n_blocks: int | None) -> None:
+        """Create all arrays, and write the tables."""
+        profile = self.profile
         for name, stored in profile.arrays.items():
             length = n_entries if name in EVERY_TOKEN else n_target_entries
             if stored.chunked:
@@ -230,6 +240,7 @@ class CacheWriter:
             value = json.dumps(value) if isinstance(value, dict | list) else value
             self._file.attrs[key] = _fixed(value) if isinstance(value, str) else value
         self._file.flush()
+        self._sink.check()
         self._file.attrs["complete"] = True
         self._file.close()
         self._sink.check()

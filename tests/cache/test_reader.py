@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import shutil
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import warm
 from builders import compact, content, items, packed_records, plain, records, write_cache
 
 from dask_logits.cache import reader as module
@@ -509,6 +511,53 @@ def test_an_interrupt_is_not_hidden_by_a_file_that_cannot_be_closed(tmp_path, mo
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
     assert not path.exists()
+
+
+INTERRUPTS = """
+import os, sys
+from pathlib import Path
+from builders import compact, records, write_cache
+from dask_logits.cache import sink
+
+class Interrupted:
+    n = at = 0
+
+    def __getattr__(self, name):
+        call = getattr(os, name)
+        return self.counted(call) if name in ("pwrite", "ftruncate") else call
+
+    def counted(self, call):
+        def counted(*given):
+            self.n += 1
+            if self.n == self.at:
+                raise ERROR
+            return call(*given)
+        return counted
+
+sink.os = system = Interrupted()
+made, path = records((4, 0, 2, 7, 90), k=5), Path(sys.argv[1])
+write_cache(path, made, profile=compact(5))
+path.unlink()
+calls = system.n
+for system.at in range(1, calls + 1):
+    system.n = 0
+    try:
+        write_cache(path, made, profile=compact(5))
+    except (KeyboardInterrupt, OSError) as error:
+        assert type(error) is type(ERROR), system.at
+    else:
+        raise AssertionError(system.at)
+    assert not path.exists(), system.at
+print(calls)
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt()", "OSError(28, 'No space left on device')"])
+def test_an_interrupt_or_error_at_any_write_of_a_cache_arrives_and_leaves_no_file(tmp_path, error) -> None:
+    # HDF5 can crash when its process ends.
+    done = warm.run([sys.executable, "-c", INTERRUPTS.replace("ERROR", error), str(tmp_path / "c.h5")])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
 
 
 @pytest.mark.parametrize("lengths", [(4, 0, 2, 7), (9,)])
