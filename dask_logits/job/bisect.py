@@ -22,15 +22,23 @@ def bisect(failure: Failure, passes: Trial) -> Failure:
     failure
         The failed partition.
     passes
-        Scores some rows of it.
+        Scores some rows of it. For no rows, it reads the files and loads the teacher.
 
     Returns
     -------
     Failure
-        With at most 8 rows, or with none if each row passes on its own.
+        With at most 8 rows. With none if each row passes on its own, or if the partition fails without any row, too.
+
+    Raises
+    ------
+    ClusterError
+        If scoring ends with an error that no row can cause.
     """
     task = failure.task
     assert isinstance(task, PartitionTask)
+    if not passes(task, 0, 0):
+        logger.error("partition %s: its files or the teacher make it fail, and not a row", task.partition.name)
+        return failure
     rows: list[int] = []
     waiting = [(0, task.partition.n_rows)]
     while waiting and len(rows) < _MOST_ROWS:

@@ -193,8 +193,8 @@ class _Driver:
         self.failed[failure.index] = failure.reason
         self._reporter.running.discard(failure.index)
         note_failure(self._job.run, failure)
-        # An error of a device says nothing about rows.
-        is_of_rows = failure.task is not None and not failure.rows and failure.kind != "device"
+        # An error of a device, or of a file or network, says nothing about rows.
+        is_of_rows = failure.task is not None and not failure.rows and failure.kind not in ("device", "transient")
         if self._bisects and is_of_rows:
             self.suspects.append(failure)
         else:

@@ -53,7 +53,8 @@ class Waiting:
 
 
 Event = Committed | Failed | Progress | Waiting
-# (task, first row counted from the partition's first, number of rows) → whether these rows pass.
+# (task, first row counted from the partition's first, number of rows) → whether these rows pass. No rows: whether the
+# files can be read and the teacher loaded.
 Trial = Callable[[PartitionTask, int, int], bool]
 
 
@@ -208,6 +209,14 @@ def unreadable_there(name: str, error: BaseException, where: str) -> ClusterErro
     return has_run(
         f"distillation.cluster: expected a result of the {name} task, got {error} from its worker ({where}); see that "
         "workers can read teacher and data, then run the same command again"
+    )
+
+
+def not_of_rows(task: PartitionTask, error: BaseException) -> ClusterError:
+    """Return the error for a search for bad rows that cannot go on."""
+    return has_run(
+        f"partition {task.partition.name}: expected some of its rows to pass or fail, got {str(error) or repr(error)}, "
+        "which no row can cause; fix the cause, then run the same command again"
     )
 
 

@@ -28,6 +28,7 @@ from dask_logits.job.executor import (
     Waiting,
     failure_of,
     no_room_for,
+    not_of_rows,
     stalled,
     take_due,
     too_slow,
@@ -210,9 +211,12 @@ class SerialExecutor:
     def _passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
         future = self._pool.submit(try_rows, task, first, n_rows, STAGES)
         try:
-            return future.exception(self._job.stall_seconds) is None
+            error = future.exception(self._job.stall_seconds)
         except TimeoutError:
             raise too_slow("try_rows", self._job.stall_seconds) from None
+        if error is not None and classify(error) != "data":
+            raise not_of_rows(task, error) from error
+        return error is None
 
     def close(self) -> None:
         """Stop at the next batch, and wait a moment for it."""

@@ -13,10 +13,13 @@ import dask
 from distributed import Client
 
 from dask_logits.errors import ClusterError
+from dask_logits.job.executor import not_of_rows
 from dask_logits.job.remote import try_on_worker
+from dask_logits.job.retry_policy import classify
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,
+    exception_of,
     holders,
     present_workers,
     restart_worker,
@@ -51,7 +54,7 @@ def passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
     Raises
     ------
     ClusterError
-        If the scheduler is lost, or no worker accepts an attempt.
+        If the scheduler is lost, no worker accepts an attempt, or it ends with an error that no row can cause.
     """
     while (found := _tried(client, task, first, n_rows, seconds, roster)) is None:
         logger.info("partition %s: a try was lost; again", task.partition.name)
@@ -87,8 +90,11 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
                 return False
             time.sleep(_POLL_SECONDS)
         if future.status == "error":
-            end = task.partition.first_row + first + n_rows - 1
-            logger.info("rows %d to %d fail: %r", task.partition.first_row + first, end, future.exception(CALL_SECONDS))
+            error = exception_of(future)
+            # The death of a worker (KilledWorker) counts as "data".
+            if classify(error) != "data":
+                raise not_of_rows(task, error) from error
+            logger.info("%d rows from %d on fail: %r", n_rows, task.partition.first_row + first, error)
         return {"finished": True, "error": False}.get(str(future.status))
     finally:
         future.release()

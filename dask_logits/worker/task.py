@@ -286,7 +286,7 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
     task
         The partition.
     first, n_rows
-        The rows, counted from the partition's first.
+        The rows, counted from the partition's first. No rows: the files are read and the teacher is loaded.
     stages
         Locks shared with other threads of this process.
 
@@ -298,11 +298,12 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
     first_row = task.partition.first_row + first
     rows = read_rows(task.files, task.column)[first : first + n_rows]
     documents = read_documents(rows, task.tokenizer, first_row=first_row)
-    items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks)
+    items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks) if rows else []
 
-    def score() -> Scored:
+    def score() -> None:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size)
-        return score_items(teacher, items, task.scoring, packed=task.items.packing == "concat")
+        if items:
+            score_items(teacher, items, task.scoring, packed=task.items.packing == "concat")
 
     with stages.teacher:
         stages.run(score)

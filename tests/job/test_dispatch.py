@@ -22,6 +22,7 @@ from test_cluster import COMMAND
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config import JobConfig
+from dask_logits.job import trials
 from dask_logits.job.cluster import _facts
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS
@@ -128,6 +129,23 @@ def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
         for _ in range(2):
             with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
                 lose_it()
+
+
+def _refused(task, first: int, n_rows: int) -> None:
+    raise ConnectionResetError("peer") if first == 0 else ValueError("odd text")
+
+
+def test_bisecting_ends_with_an_error_that_no_row_can_cause(monkeypatch) -> None:
+    monkeypatch.setattr(trials, "try_on_worker", _refused)
+    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        assert not passes(client, task, 2, 2, 60.0, Roster())
+        with pytest.raises(ClusterError, match="rows to pass or fail, got peer, which no row can cause") as caught:
+            passes(client, task, 0, 2, 60.0, Roster())
+        assert caught.value.ran
 
 
 def _of_another_environment() -> None:

@@ -20,11 +20,12 @@ from test_cluster import COMMAND
 from test_report import Page
 
 import dask_logits
-from dask_logits import CapacityError, ClusterError, PartitionsFailedError, load_config, read_status
+from dask_logits import CapacityError, ClusterError, DatasetError, PartitionsFailedError, load_config, read_status
 from dask_logits.config import JobConfig
 from dask_logits.job import retry_policy, serial_executor
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting
 from dask_logits.job.serial_executor import SerialExecutor
+from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
@@ -273,6 +274,47 @@ def test_a_row_that_fails_is_found(here, tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     assert dask_logits.retry(cache_dir(here)).exists()
     assert read_status(cache_dir(here)).failed_attempts == {"data": 1}
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "a.parquet"), DatasetError("a.parquet: expected readable Parquet")]
+)
+def test_no_row_is_blamed_for_a_file_that_cannot_be_read(here, monkeypatch, error) -> None:
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
+    read_rows, tries = task_module.read_rows, []
+
+    def read(files, column):
+        if files[0].first == 12:
+            raise error
+        return read_rows(files, column)
+
+    def counted(*given):
+        tries.append(given)
+        return task_module.try_rows(*given)
+
+    monkeypatch.setattr(task_module, "read_rows", read)
+    monkeypatch.setattr(serial_executor, "try_rows", counted)
+    with pytest.raises(PartitionsFailedError):
+        run(here)
+    with pytest.raises(PartitionsFailedError) as caught:
+        dask_logits.retry(cache_dir(here), bisect=True)
+    assert caught.value.reasons == {1: str(error)}
+    assert read_failures(RunFolder(cache_dir(here)))[1].rows == ()
+    assert len(tries) <= 1
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("peer"), RuntimeError("CUDA error: unspecified launch failure")]
+)
+def test_a_search_for_bad_rows_ends_with_an_error_that_no_row_can_cause(executor, monkeypatch, error) -> None:
+    def fail(*given):
+        raise error
+
+    monkeypatch.setattr(serial_executor, "try_rows", fail)
+    message = f"partition 000003: expected some of its rows to pass or fail, got {error}, which no row can cause"
+    with executor.trials() as passes, pytest.raises(ClusterError, match=message) as caught:
+        passes(task(3), 0, 1)
+    assert caught.value.ran
 
 
 def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> None:
