@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
-from dask_logits.job.executor import Trial
 from dask_logits.run.failures import Failure
 from dask_logits.worker.task import PartitionTask
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _MOST_ROWS = 8
 
 
-def bisect(failure: Failure, passes: Trial) -> Failure:
+def bisect(failure: Failure, passes: Callable[[PartitionTask, int, int], bool]) -> Failure:
     """Find the rows that make a partition fail.
 
     Parameters
@@ -22,7 +22,7 @@ def bisect(failure: Failure, passes: Trial) -> Failure:
     failure
         The failed partition.
     passes
-        Scores some rows of it. For no rows, it reads the files and loads the teacher.
+        Whether some rows of it pass (:meth:`dask_logits.job.executor.Executor.passes`).
 
     Returns
     -------

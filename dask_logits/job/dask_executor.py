@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,12 +14,12 @@ from distributed import Client
 
 from dask_logits.config import JobConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.executor import Event, Trial, Waiting
+from dask_logits.job.executor import Event, Waiting
 from dask_logits.job.remote import TOKENS_TOPIC, load_on_worker
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, wait_for_scheduler
 from dask_logits.job.single import run_one
-from dask_logits.job.trials import passes, two_deaths_are_enough
+from dask_logits.job.trials import passes
 from dask_logits.job.window import Window
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
@@ -129,11 +128,9 @@ class DaskExecutor:
             for future in futures:
                 future.release()
 
-    @contextlib.contextmanager
-    def trials(self) -> Iterator[Trial]:
-        """Return a function that scores some rows of a partition without storing the results."""
-        with two_deaths_are_enough(self.client):
-            yield functools.partial(passes, self.client, seconds=self.job.stall_seconds, roster=self.roster)
+    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
+        """Score some rows of a partition without storing the results. Return whether they pass."""
+        return passes(self.client, task, first, n_rows, self.job.stall_seconds, self.roster)
 
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Log an event at the scheduler. A lost scheduler is noticed elsewhere."""

@@ -92,10 +92,8 @@ def score(
                         case Progress(tokens=tokens):
                             progress.tokens(tokens)
                     reporter.tick()
-            if driver.suspects:
-                with executor.trials() as passes:
-                    for failure in driver.suspects:
-                        driver.on_rows(bisect(failure, passes))
+            for failure in driver.suspects:
+                driver.on_rows(bisect(failure, executor.passes))
         finally:
             driver.close()
     return driver.failed

@@ -53,9 +53,6 @@ class Waiting:
 
 
 Event = Committed | Failed | Progress | Waiting
-# (task, first row counted from the partition's first, number of rows) → whether these rows pass. No rows: whether the
-# files can be read and the teacher loaded.
-Trial = Callable[[PartitionTask, int, int], bool]
 
 
 class Executor(Protocol):
@@ -140,8 +137,21 @@ class Executor(Protocol):
     def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
         """Have the workers load a teacher during the block, where that does not disturb other work on their machine."""
 
-    def trials(self) -> AbstractContextManager[Trial]:
-        """Return a function that scores some rows of a partition without storing the results."""
+    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
+        """Score some rows of a partition without storing the results. Return whether they pass.
+
+        Parameters
+        ----------
+        task
+            The partition.
+        first, n_rows
+            The rows, counted from the partition's first. No rows: the files are read and the teacher is loaded.
+
+        Raises
+        ------
+        ClusterError
+            If the workers are lost, or scoring ends with an error that no row can cause.
+        """
 
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Publish a message to monitors that are connected to the workers but do not see the run folder."""

@@ -24,7 +24,6 @@ from dask_logits.job.executor import (
     Event,
     Failed,
     Progress,
-    Trial,
     Waiting,
     failure_of,
     no_room_for,
@@ -203,12 +202,8 @@ class SerialExecutor:
         """Do nothing: there is no other worker."""
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def trials(self) -> Iterator[Trial]:
-        """Return a function that scores some rows of a partition without storing the results."""
-        yield self._passes
-
-    def _passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
+    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
+        """Score some rows of a partition without storing the results. Return whether they pass."""
         future = self._pool.submit(try_rows, task, first, n_rows, STAGES)
         try:
             error = future.exception(self._job.stall_seconds)

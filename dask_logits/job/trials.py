@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -18,9 +16,7 @@ from dask_logits.job.remote import try_on_worker
 from dask_logits.job.retry_policy import classify
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
-    CALL_SECONDS,
     exception_of,
-    holders,
     present_workers,
     restart_worker,
     run_on_scheduler,
@@ -31,7 +27,9 @@ from dask_logits.worker.task import PartitionTask
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.2
+# Dead workers after which rows have failed. The first may have died of an earlier task.
+_MOST_DEATHS = 2
 
 
 def passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds: float, roster: Roster) -> bool:
@@ -47,7 +45,7 @@ def passes(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
         The rows, counted from the partition's first.
     seconds
         Limit of an attempt. A worker that takes longer is restarted, and the rows have failed. Time without a worker,
-        or on one that left, does not count.
+        or on one that left, does not count. The rows have also failed when a second worker dies.
     roster
         Workers that get no work.
 
@@ -77,7 +75,10 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
             now = time.monotonic()
             if now - looked > _LOOK_SECONDS or now - since > seconds:
                 looked = now
-                if (current := holders(client).get(name)) != holder:
+                current, n_deaths = _look(client, name)
+                if n_deaths >= _MOST_DEATHS:
+                    return False
+                if current != holder:
                     holder, since = current, now
             if now - since > seconds:
                 if holder is None:
@@ -100,26 +101,25 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
         future.release()
 
 
+def _look(client: Client, key: str) -> tuple[str | None, int]:
+    """Return the worker that has an attempt, and how many workers died during it.
+
+    The scheduler's own limit of deaths is not lowered, because it holds for other jobs, too.
+    """
+
+    # Defined inside, so that it is pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
+    def look_up(key: str, dask_scheduler: Any) -> tuple[str | None, int]:
+        state = dask_scheduler.tasks.get(key)
+        if state is None:
+            return None, 0
+        return state.processing_on.address if state.processing_on else None, state.suspicious
+
+    found: tuple[str | None, int] = run_on_scheduler(client, look_up, key)
+    return found
+
+
 def _allowed(client: Client, roster: Roster) -> list[str] | None:
     """Return the workers that may get work. None: all."""
     if not roster.left_out:
         return None
     return sorted(roster.usable(present_workers(client))) or None
-
-
-@contextlib.contextmanager
-def two_deaths_are_enough(client: Client) -> Iterator[None]:
-    """Fail a task when a second worker dies during it. The first may have died of an earlier task."""
-
-    def allow(failures: int, dask_scheduler: Any = None) -> int:
-        before: int = dask_scheduler.allowed_failures
-        dask_scheduler.allowed_failures = failures
-        return before
-
-    before: int = run_on_scheduler(client, allow, 1)
-    try:
-        yield
-    finally:
-        # A lost scheduler has nothing to restore.
-        with contextlib.suppress(ClusterError):
-            run_on_scheduler(client, allow, before)

@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import dask
@@ -24,9 +26,10 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.config import JobConfig
 from dask_logits.job import trials
 from dask_logits.job.cluster import _facts
+from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS
-from dask_logits.job.trials import passes, two_deaths_are_enough
+from dask_logits.job.trials import passes
 from dask_logits.job.window import Window, _Running
 from dask_logits.run.plan import Partition
 
@@ -120,15 +123,9 @@ def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
     task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
     with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         client = Client(cluster)
-
-        def lose_it() -> None:
-            with two_deaths_are_enough(client):
-                client.close()
-                passes(client, task, 0, 4, 1.0, Roster())
-
-        for _ in range(2):
-            with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
-                lose_it()
+        client.close()
+        with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
+            passes(client, task, 0, 4, 1.0, Roster())
 
 
 def _refused(task, first: int, n_rows: int) -> None:
@@ -146,6 +143,38 @@ def test_bisecting_ends_with_an_error_that_no_row_can_cause(monkeypatch) -> None
         with pytest.raises(ClusterError, match="rows to pass or fail, got peer, which no row can cause") as caught:
             passes(client, task, 0, 2, 60.0, Roster())
         assert caught.value.ran
+
+
+def _deadly(task, first: int, n_rows: int) -> None:
+    (Path(task.run) / str(os.getpid())).touch()
+    os._exit(1)
+
+
+def test_rows_that_kill_workers_fail_and_other_jobs_keep_their_limit(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(trials, "try_on_worker", _deadly)
+    task = SimpleNamespace(run=str(tmp_path), partition=Partition(index=0, first_row=0, n_rows=4))
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 9}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+        Client(cluster) as client,
+    ):
+        executor = DaskExecutor(
+            client=client,
+            job=JobConfig(stall_seconds=300),
+            device="cpu",
+            torch_threads=1,
+            dashboard=None,
+            environments={},
+            roster=Roster(),
+        )
+        limits = []
+        watcher = threading.Timer(1, lambda: limits.append(cluster.scheduler.allowed_failures))
+        watcher.start()
+        assert not executor.passes(task, 0, 4)
+        watcher.join()
+    assert limits == [9]
+    # The scheduler is looked at several times a second, and gives the rows to the next worker meanwhile.
+    assert 2 <= len(list(tmp_path.iterdir())) < 10
 
 
 def _of_another_environment() -> None:
