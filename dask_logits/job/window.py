@@ -275,7 +275,6 @@ class Window:
             tasks.append(running.task)
         names = ", ".join(task.partition.name for task in tasks)
         logger.warning("no sign of life from %s for %.0f s; restarting %s", names, seconds, worker)
-        restart_worker(self.client, worker)
         for task in tasks:
             index = task.partition.index
             if decide("hang", self.job.retries, was_alone=index in self._alone) is None:
@@ -285,6 +284,8 @@ class Window:
                 self._alone.add(index)
                 reason = f"no sign of life for {seconds:g} s, from it or another partition of its worker"
                 self._suspects.append(task.after("hang", reason, self.roster.name(worker)))
+        # Last, because it may find the scheduler lost.
+        restart_worker(self.client, worker)
 
     def _stalled(self, idle: float) -> ClusterError:
         flying = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
@@ -378,6 +379,9 @@ class Window:
             self._later.append((time.monotonic(), task.after("device", said, name)))
             return
         on_good_devices, retired = self.roster.note_device_failure(worker, index)
+        if retired is None and is_poisoned(error):
+            # First, because `wait` takes the partition back if the scheduler is lost.
+            self._restart(worker)
         seconds = decide("device", self.job.retries, on_good_devices=on_good_devices)
         if seconds is not None:
             logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said)
@@ -389,8 +393,6 @@ class Window:
             self._give_up_partition(failure_of(task, error, trace, kind="device", attempts=attempts, workers=tried))
         if retired is not None:
             self._leave_out({worker: f"{retired}, the last time with: {said}"}, ClusterError)
-        elif is_poisoned(error):
-            self._restart(worker)
 
     def _restart(self, worker: str) -> None:
         """Restart a worker, and take its other partitions back without blame."""
@@ -399,8 +401,8 @@ class Window:
             running = self._running.pop(key)
             running.future.release()
             self._later.append((time.monotonic(), running.task))
-        self._restarted.add(worker)
         restart_worker(self.client, worker)
+        self._restarted.add(worker)
 
     def _leave_out(self, reasons: dict[str, str], refused: type[ClusterError | CapacityError]) -> None:
         """Give workers no more work. Raise if none is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -25,13 +26,15 @@ from dask_logits import ClusterError, PartitionsFailedError, generate, load_conf
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config import JobConfig
 from dask_logits.job import trials
+from dask_logits.job import window as window_module
 from dask_logits.job.cluster import _facts
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS
+from dask_logits.job.scheduler import CALL_SECONDS, SchedulerLostError, scheduler_lost
 from dask_logits.job.trials import passes
 from dask_logits.job.window import Window, _Running
 from dask_logits.run.plan import Partition
+from dask_logits.worker.task import PartitionTask
 
 
 class Saboteur(WorkerPlugin):
@@ -117,6 +120,55 @@ def test_a_partition_that_waits_for_another_of_its_worker_is_not_hung(monkeypatc
     window.note_tokens(0, 0)
     window.check_hung()
     assert given_up == [(["hangs", "also"], "two")]
+
+
+def _lost(*given: object) -> None:
+    raise scheduler_lost()
+
+
+def _in_flight(window: Window, key: str, future: object = None, index: int = 5) -> PartitionTask:
+    """Put a partition into a window. Return its task."""
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(PartitionTask))
+    partition = Partition(index=index, first_row=index, n_rows=1)
+    task = PartitionTask(**{**fields, "partition": partition, "failed_attempts": ()})
+    window._attempts[index] = 1
+    window._running[key] = _Running(task, future or SimpleNamespace(release=lambda: None), alive=-1e9)
+    return task
+
+
+@pytest.mark.parametrize("was_alone", [False, True])
+def test_no_partition_of_a_hung_worker_is_dropped_when_the_scheduler_is_lost(monkeypatch, was_alone) -> None:
+    window = Window(SimpleNamespace(), iter(()), JobConfig(stall_seconds=1))
+    task = _in_flight(window, "hangs")
+    monkeypatch.setattr(window, "_held", lambda: {"hangs": "one"})
+    monkeypatch.setattr(window_module, "restart_worker", _lost)
+    if was_alone:
+        window._alone.add(5)
+    with pytest.raises(SchedulerLostError):
+        window.check_hung()
+    assert [each.partition for each in window._suspects] == [task.partition] * (not was_alone)
+    assert [event.failure.index for event in window.events()] == [5] * was_alone
+
+
+@pytest.mark.parametrize("lost_in", ["holders", "restart_worker"])
+def test_a_partition_is_retried_once_when_the_scheduler_is_lost_during_a_restart(monkeypatch, lost_in) -> None:
+    def fail() -> BaseException:
+        return RuntimeError("CUDA error: unspecified launch failure")
+
+    window = Window(SimpleNamespace(), iter(()), JobConfig())
+    future = SimpleNamespace(key="fails", status="error", exception=fail, release=lambda: None)
+    _in_flight(window, "fails", future)
+    _in_flight(window, "other", index=6)
+    window._done.put(future)
+    monkeypatch.setattr(window_module, "erred_on", lambda client, future: "one")
+    monkeypatch.setattr(window_module, "holders", lambda client: {"other": "one"})
+    monkeypatch.setattr(window_module, lost_in, _lost)
+    with pytest.raises(SchedulerLostError):
+        window.wait(1)
+    # The worker that was not restarted is restarted after its next failure.
+    assert window._restarted == set()
+    tasks = [task for _, task in window._later] + [running.task for running in window._running.values()]
+    assert sorted(task.partition.index for task in tasks) == [5, 6]
 
 
 def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
