@@ -412,7 +412,10 @@ class JobConfig(Group):
         1800.0, "how", "Seconds without progress after which the job stops with a diagnosis."
     )
     max_failures: PositiveInt = _setting(
-        5, "how", "Number of failed partitions that stop the job if none has succeeded yet."
+        5,
+        "how",
+        "Number of failed partitions that stop the job: the first ones, or so many in a row that cannot be read or "
+        "written (and two for each worker).",
     )
     keep_partitions: bool = _setting(False, "how", "Keep the Zarr partitions after the cache is complete.")
     notify_command: Words | None = _setting(

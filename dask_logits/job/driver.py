@@ -74,12 +74,13 @@ def score(
     Raises
     ------
     PartitionsFailedError
-        If the first ``distillation.job.max_failures`` partitions all fail, because the error is then systematic.
+        If the first ``distillation.job.max_failures`` partitions all fail, because the error is then systematic. If so
+        many in a row, and two for each worker, cannot be read or written, because a store or disk is then unavailable.
     DaskLogitsError
         As raised by the executor.
     """
     with _progress(job, done) as progress:
-        driver = _Driver(job, done, progress, reporter, only, bisects)
+        driver = _Driver(job, done, progress, reporter, only, bisects, executor.n_workers)
         due = driver.noted(tasks(job, calibration, driver.planned(), driver.on_unreadable))
         try:
             with contextlib.closing(executor.run(due, run_id(job), driver.has_read)) as events:
@@ -122,6 +123,7 @@ class _Driver:
         reporter: Reporter,
         only: frozenset[int] | None,
         bisects: bool,
+        n_workers: int,
     ) -> None:
         self.failed = reporter.failed
         self.suspects: list[Failure] = []
@@ -134,6 +136,9 @@ class _Driver:
         self._ahead: ReadAhead | None = None
         self._passed = 0
         self._n_committed = self._n_failed = 0
+        # Partitions in a row that could not be read or written, and the number that stops the job.
+        self._n_unavailable = 0
+        self._most_unavailable = max(job.config.job.max_failures, 2 * n_workers)
         self._seconds: dict[str, float] = {}
         self._reporter = reporter
         reporter.progress = progress
@@ -159,6 +164,7 @@ class _Driver:
     def on_receipt(self, receipt: Receipt) -> None:
         """Record a committed partition."""
         self._n_committed += 1
+        self._n_unavailable = 0
         statistics = receipt.statistics
         self._progress.partition(statistics)
         logger.info(
@@ -176,13 +182,21 @@ class _Driver:
         self._settle(receipt.partition)
 
     def on_failure(self, failure: Failure) -> None:
-        """Record a permanently failed partition. Raise PartitionsFailedError if none succeeds."""
+        """Record a permanently failed partition. Raise PartitionsFailedError if none succeeds any more."""
         self.on_unreadable(failure)
         self._n_failed += 1
+        self._n_unavailable = self._n_unavailable + 1 if failure.kind == "transient" else 0
         if not self._n_committed and self._n_failed >= self._job.config.job.max_failures:
             raise PartitionsFailedError(
                 f"the first {self._n_failed} partitions all failed, so the job was stopped; the first because: "
                 f"{next(iter(self.failed.values()))}",
+                self.failed,
+            )
+        if self._n_unavailable >= self._most_unavailable:
+            raise PartitionsFailedError(
+                f"the last {self._n_unavailable} partitions could not be read or written, so the job was stopped; the "
+                f"last because: {failure.reason}; see that the dataset and the run folder can be reached, then run the "
+                "same command again",
                 self.failed,
             )
 

@@ -30,9 +30,11 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
 from dask_logits.cache.profile import load_profile
 from dask_logits.cache.reader import CacheReader
+from dask_logits.job import retry_policy
 from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.worker import task as task_module
 
 
 def test_the_cache_holds_every_document_once_in_order_with_the_teachers_targets(here, cache, corpus, llama) -> None:
@@ -266,6 +268,31 @@ def test_a_systematic_error_stops_the_job_at_once(here, tmp_path, monkeypatch) -
     mine = [*here, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
     with pytest.raises(dask_logits.PartitionsFailedError, match="the first 2 partitions all failed"):
         run(mine, "distillation.job.max_failures=2", "distillation.partition.rows=4")
+
+
+def test_a_store_that_stops_answering_stops_the_job(here, monkeypatch) -> None:
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
+    mine = [*here, "distillation.partition.rows=2"]
+    read_rows = task_module.read_rows
+
+    def read(files, column):
+        if files[0].first >= 12:
+            raise TimeoutError(110, "Connection timed out")
+        return read_rows(files, column)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(task_module, "read_rows", read)
+        with pytest.raises(
+            dask_logits.PartitionsFailedError,
+            match=r"the last 3 partitions could not be read or written, so .* because: .*Connection timed out",
+        ) as caught:
+            run(mine, "distillation.job.max_failures=3")
+    # Of 14. One of those before them may have been committed meanwhile.
+    assert 3 <= len(caught.value.reasons) <= 5
+    status = read_status(cache_dir(here))
+    assert len(status.failed) == len(caught.value.reasons)
+    assert status.committed in (5, 6)
+    assert CacheReader(run(mine)).n_documents == 40
 
 
 def test_an_io_error_is_tried_again(here, monkeypatch) -> None:
