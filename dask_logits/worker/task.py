@@ -296,9 +296,10 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
         As by :func:`process_partition` for these rows.
     """
     first_row = task.partition.first_row + first
-    rows = read_rows(task.files, task.column)[first : first + n_rows]
-    documents = read_documents(rows, task.tokenizer, first_row=first_row)
-    items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks) if rows else []
+    with stages.text:
+        rows = read_rows(task.files, task.column)[first : first + n_rows]
+        documents = read_documents(rows, task.tokenizer, first_row=first_row)
+        items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks) if rows else []
 
     def score() -> None:
         teacher = load_teacher(task.teacher, task.scoring.vocab_size)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -31,7 +32,7 @@ from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
 from dask_logits.teacher.scoring import Scored
 from dask_logits.worker import task as task_module
-from dask_logits.worker.task import PartitionTask
+from dask_logits.worker.task import PartitionTask, Stages
 
 
 def task(index: int) -> PartitionTask:
@@ -274,6 +275,22 @@ def test_a_row_that_fails_is_found(here, tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     assert dask_logits.retry(cache_dir(here)).exists()
     assert read_status(cache_dir(here)).failed_attempts == {"data": 1}
+
+
+def test_a_search_for_bad_rows_reads_and_tokenizes_in_one_thread_at_a_time(monkeypatch) -> None:
+    text, held = threading.Lock(), []
+
+    def read(*given, **named):
+        held.append(text.locked())
+        return SimpleNamespace(tokens=[], masks=None)
+
+    monkeypatch.setattr(task_module, "read_rows", lambda files, column: held.append(text.locked()) or [])
+    monkeypatch.setattr(task_module, "read_documents", read)
+    monkeypatch.setattr(task_module, "load_teacher", lambda *given: None)
+    spec = dataclasses.replace(task(0), scoring=SimpleNamespace(vocab_size=1))
+    task_module.try_rows(spec, 0, 0, Stages(text=text, teacher=contextlib.nullcontext()))
+    assert held == [True, True]
+    assert not text.locked()
 
 
 @pytest.mark.parametrize(
