@@ -82,13 +82,12 @@ def run_one(
         The function's error, if it failed on each worker that was tried.
     """
     task = _Task(client, function, argument, job, Roster() if roster is None else roster)
-    steps: queue.SimpleQueue[str] = queue.SimpleQueue()
-    client.subscribe_topic(task.topic, lambda event: steps.put(event[1]))
+    task.subscribe()
 
     def turn() -> None:
-        while not steps.empty():
+        while not task.steps.empty():
             task.alive = time.monotonic()
-            on_step(steps.get())
+            on_step(task.steps.get())
         on_turn()
 
     try:
@@ -128,6 +127,7 @@ class _Task:
     roster: Roster
     topic: str = field(default_factory=lambda: _STEPS_TOPIC + uuid.uuid4().hex[:8])
     attempts: list[_Attempt] = field(default_factory=list)
+    steps: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     # Time of the start, then of the last step.
     alive: float = field(default_factory=time.monotonic)
     # Workers that do not get the task again.
@@ -138,6 +138,10 @@ class _Task:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    def subscribe(self) -> None:
+        """Receive the steps of all attempts."""
+        self.client.subscribe_topic(self.topic, lambda event: self.steps.put(event[1]))
 
     def run(self, on_turn: Callable[[], None]) -> Any:
         """Run the task to its end."""
@@ -179,6 +183,8 @@ class _Task:
 
     def _submit(self, view: _View) -> None:
         """Submit it to an untried worker, or to any worker if there are no restrictions."""
+        # A scheduler that was restarted knows no subscription. Attempts are then cancelled, and submitted again here.
+        self.subscribe()
         chosen = self._others(view)
         workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
         key = f"{self.name}-{uuid.uuid4().hex[:8]}"

@@ -26,6 +26,8 @@ def _client() -> Iterator[Client]:
         n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
     )
     with Client(cluster) as client:
+        # On a loaded machine, what a task imports takes longer than a step may.
+        client.run(_loads_slowly, 0.0, print)
         yield client
     # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
     with contextlib.suppress(TimeoutError):
@@ -112,6 +114,29 @@ def test_what_no_gpu_can_do_is_raised(client, tmp_path) -> None:
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         run_one(client, _sick, tmp_path, JobConfig())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_steps_arrive_after_the_scheduler_was_restarted(client, monkeypatch) -> None:
+    def forget(topic: str, name: str, dask_scheduler) -> None:
+        # As a scheduler that has just started.
+        dask_scheduler.unsubscribe_topic(topic, name)
+        dask_scheduler.client_comms[name].abort()
+
+    subscribe, topics, steps = client.subscribe_topic, [], []
+
+    def subscribed(topic: str, handler) -> None:
+        topics.append(topic)
+        subscribe(topic, handler)
+
+    def on_step(step: str) -> None:
+        steps.append(step)
+        if len(steps) == 2:
+            client.run_on_scheduler(forget, topics[0], client.id)
+
+    monkeypatch.setattr(client, "subscribe_topic", subscribed)
+    assert run_one(client, _loads_slowly, 8.0, JobConfig(stall_seconds=6), on_step=on_step) == "loaded"
+    # Each attempt takes 16.
+    assert len(steps) > 10
 
 
 def test_a_step_that_is_repeated_is_a_sign_of_life(client) -> None:
