@@ -26,7 +26,7 @@ from dask_logits.data.columns import Column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.source import FileRows, read_rows
 from dask_logits.data.tokens import TokenizerSpec, read_documents
-from dask_logits.errors import ClusterError, RunConflictError
+from dask_logits.errors import CacheError, ClusterError, RunConflictError
 from dask_logits.files.atomic import create_json
 from dask_logits.records import Records, Statistics, digest_of
 from dask_logits.run.folder import RunFolder
@@ -172,6 +172,8 @@ def process_partition(
         If this worker's environment differs from the run's.
     RunConflictError
         If the run was replaced during the computation.
+    CacheError
+        If a worker of another plan committed other rows meanwhile. The next attempt deletes its receipt.
     """
     run = RunFolder(Path(task.run))
     receipt = run.receipt(task.partition.index)
@@ -275,6 +277,13 @@ def process_partition(
     winner = run.receipt(task.partition.index)
     if winner is None or winner.run_id != task.run_id:
         raise RunConflictError(f"{run.path}: expected run {task.run_id}, got another in its place; stop one driver")
+    if (winner.first_row, winner.n_rows) != (task.partition.first_row, task.partition.n_rows):
+        # This task's plan may be the replaced one, so nothing is deleted here. The next attempt of the valid plan does.
+        raise CacheError(
+            f"{run.receipt_path(task.partition.index)}: expected rows {task.partition.first_row} to "
+            f"{task.partition.first_row + task.partition.n_rows - 1}, got a receipt of another plan that a worker has "
+            "just written; run the same command again"
+        )
     return winner
 
 

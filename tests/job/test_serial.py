@@ -23,6 +23,7 @@ from test_report import Page
 import dask_logits
 from dask_logits import CapacityError, ClusterError, DatasetError, PartitionsFailedError, load_config, read_status
 from dask_logits.config import JobConfig
+from dask_logits.files.atomic import create_json
 from dask_logits.job import retry_policy, serial_executor
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting
 from dask_logits.job.serial_executor import SerialExecutor
@@ -176,6 +177,30 @@ def test_a_receipt_lists_the_attempts_that_failed_before(here, monkeypatch) -> N
     shown = Page(folder.report_path.read_text()).text
     assert "An orange cross is an attempt that failed before its partition was committed." in shown
     assert "partition 2: transient: peer" in shown
+
+
+def test_a_late_receipt_of_a_replaced_plan_does_not_count(here, cache, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
+    mine = [*here, f"distillation.teacher.cache_dir={tmp_path / 'late'}"]
+    folder, write = RunFolder(tmp_path / "late"), task_module.write_partition
+    of_this_plan = RunFolder(cache_dir(here)).receipt(2)
+    late = []
+
+    def written(attempt, *given):
+        files = write(attempt, *given)
+        if attempt.name.startswith("000002") and not late:
+            run_id = folder.manifest().run_id
+            late.append(of_this_plan.model_copy(update={"run_id": run_id, "n_rows": 3}))
+            assert create_json(folder.receipt_path(2), late[0].to_json())
+        return files
+
+    monkeypatch.setattr(task_module, "write_partition", written)
+    assert digest(run(mine)) == digest(cache)
+    receipt = folder.receipt(2)
+    assert (receipt.first_row, receipt.n_rows) == (24, 12)
+    (failed,) = receipt.failed_attempts
+    assert failed.kind == "transient"
+    assert "expected rows 24 to 35" in failed.reason
 
 
 @pytest.mark.parametrize(
