@@ -36,8 +36,14 @@ def _client() -> Iterator[Client]:
 
 @pytest.fixture
 def client(_client: Client) -> Client:
-    """A client of two workers, also if an earlier test has ended one."""
-    _client.wait_for_workers(2, timeout=120)
+    """A client of two workers that answer, also if an earlier test has just ended one."""
+    for _ in range(100):
+        _client.wait_for_workers(2, timeout=120)
+        # A worker that was killed is listed for a moment.
+        answers = _client.run(os.getpid, on_error="return").values()
+        if sum(isinstance(answer, int) for answer in answers) == 2:
+            break
+        time.sleep(0.2)
     return _client
 
 
