@@ -110,14 +110,15 @@ def stub(device: Device, pool: dict[str, Tensor], in_flight: int) -> Iterator[No
         device.queue(TRUNK * tokens_BT.size)
         return torch.zeros(*tokens_BT.shape, 1)
 
-    encoded: dict[str, Tensor] = {}
+    planes: dict[str, Tensor] = {}
 
     def targets(run: Any, rows_R: Tensor, labels_R: Tensor, keys_R: Tensor | None) -> dict[str, Tensor]:
         device.queue((1 - TRUNK) * len(rows_R))
-        if not encoded:
-            # The device would do this, so it takes no processor time.
-            encoded.update(pool if run.encode is None else pool | run.encode(pool))
-        return {name: tensor[: len(rows_R)] for name, tensor in encoded.items()}
+        if run.encode is not None and not planes:
+            # The device would do this for every chunk, so it takes no processor time.
+            planes.update(run.encode(pool))
+        found = pool if run.encode is None else pool | planes
+        return {name: tensor[: len(rows_R)] for name, tensor in found.items()}
 
     LateRing.device = device
     replaced = [
