@@ -1,6 +1,6 @@
 """Encode the entries of the compact profile on the device that scores them.
 
-On the host, encoding and decoding take about 3 µs per token at K = 64, as much as all else that a partition costs there.
+On the host, encoding and decoding take about 3 µs per token at K = 64, as much as all else that a partition costs.
 Both compare gaps with the same bounds, so the bytes are the same.
 
 Dimension letters: R positions of a chunk, K kept entries, V vocabulary, C codes.
