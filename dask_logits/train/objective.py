@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -31,13 +31,6 @@ Tail = Literal["auto", "ghost", "residual", "renormalised", "sampled"]
 
 # Log of the smallest positive float32: the least tail mass of the reverse KL, which is infinite at a mass of 0.
 LEAST_LOGMASS = -149 * math.log(2)
-
-
-class _Targets(Protocol):
-    """Targets, or a dataset of them."""
-
-    @property
-    def draws(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +121,7 @@ class Objective:
             )
         return problems
 
-    def of(self, targets: _Targets) -> Objective:
+    def of(self, targets: SparseTargets) -> Objective:
         """Return the objective with the tail that targets have.
 
         Parameters
