@@ -140,22 +140,26 @@ def own_gpus(generation: GenerationConfig) -> Iterator[None]:
     """
     import torch
 
-    before, mine = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_groups(generation)[0]
+    names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+    before, mine = {name: os.environ.get(name) for name in names}, gpu_groups(generation)[0]
     # CUDA has read the variable if it is initialised, and also if GPUs were only counted, which torch does not tell.
     is_late = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if not is_late:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        # Otherwise CUDA counts from the fastest GPU, and nvidia-smi by their places on the bus.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         if (is_late or torch.cuda.is_available()) and not _are_first(mine):
             raise ClusterError(
                 "distillation.teacher.generation.devices: expected a process that can be given the GPUs "
-                f"{','.join(mine)}, got one that uses CUDA already with others (CUDA_VISIBLE_DEVICES={before}); set "
+                f"{','.join(mine)}, got one that uses CUDA already with others "
+                f"(CUDA_VISIBLE_DEVICES={before['CUDA_VISIBLE_DEVICES']}); set CUDA_DEVICE_ORDER=PCI_BUS_ID and "
                 f"CUDA_VISIBLE_DEVICES={','.join(mine)} before Python starts, or distillation.cluster.kind=local_cuda"
             )
         yield
     finally:
         if not is_late:
-            restore_environment({"CUDA_VISIBLE_DEVICES": before})
+            restore_environment(before)
 
 
 def restore_environment(values: Mapping[str, str | None]) -> None:

@@ -114,13 +114,17 @@ def _gpus_e0_to_e3(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
 
 
 @pytest.mark.usefixtures("_gpus_e0_to_e3")
 def test_a_process_sees_only_its_own_gpus(monkeypatch) -> None:
     with own_gpus(GenerationConfig(devices="2,3", gpus_per_worker=2)):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+        # The order in which NVML and nvidia-smi count them.
+        assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "CUDA_DEVICE_ORDER" not in os.environ
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     with own_gpus(GenerationConfig()):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
