@@ -81,9 +81,11 @@ class _Run:
             return self._view
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().run_in_executor(None, self._renew, event)
-        done, _ = await asyncio.wait([self._reading], timeout=_WAIT_SECONDS)
+        # While this caller waits, another one may start the next reading.
+        reading = self._reading
+        done, _ = await asyncio.wait([reading], timeout=_WAIT_SECONDS)
         if done:
-            return self._reading.result()
+            return reading.result()
         return self._view or _without_snapshot(self.run, "Its files are being read.", event)
 
     def _renew(self, event: DriverStatus) -> View:

@@ -117,6 +117,20 @@ def test_a_slow_file_system_keeps_nobody_waiting(cluster, tmp_path, monkeypatch)
     assert len(reads) == 1
 
 
+def test_many_viewers_of_a_run_that_is_read_all_the_time_all_get_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dashboard, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "_REST", 0.0)
+    run, event = dashboard._Run(str(tmp_path)), DriverStatus(run=str(tmp_path), at=0.0, **FACTS)
+
+    async def look() -> list[str]:
+        return [(await run.view(event)).run for _ in range(20)]
+
+    async def look_together() -> list[list[str]]:
+        return await asyncio.gather(*(look() for _ in range(20)))
+
+    assert asyncio.run(look_together()) == [[str(tmp_path)] * 20] * 20
+
+
 def test_a_single_long_reading_does_not_make_the_page_stand_still(tmp_path, monkeypatch) -> None:
     run, event = dashboard._Run(str(tmp_path)), DriverStatus(run=str(tmp_path), at=0.0, **FACTS)
     rests = []
