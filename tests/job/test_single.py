@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
 
 from dask_logits import ClusterError
 from dask_logits.config import JobConfig
@@ -36,15 +36,18 @@ def _client() -> Iterator[Client]:
 
 @pytest.fixture
 def client(_client: Client) -> Client:
-    """A client of two workers that answer, also if an earlier test has just ended one."""
-    for _ in range(100):
+    """A client of two idle workers, also if a task of an earlier test has just ended one, or is about to."""
+    for _ in range(300):
         _client.wait_for_workers(2, timeout=120)
-        # A worker that was killed is listed for a moment.
-        answers = _client.run(os.getpid, on_error="return").values()
-        if sum(isinstance(answer, int) for answer in answers) == 2:
-            break
+        # A worker that was killed is listed for a moment, and a task that nobody wants any more runs to its end.
+        if list(_client.run(_running_tasks, on_error="return").values()) == [0, 0]:
+            return _client
         time.sleep(0.2)
-    return _client
+    raise TimeoutError("the workers are still busy")
+
+
+def _running_tasks(dask_worker: Worker) -> int:
+    return dask_worker.state.executing_count
 
 
 def _calls(folder: Path) -> int:
@@ -150,7 +153,7 @@ def test_a_step_that_is_repeated_is_a_sign_of_life(client) -> None:
     assert run_one(client, _loads_slowly, 6.0, JobConfig(stall_seconds=3), on_step=steps.append) == "loaded"
     assert len(steps) > 6
     with pytest.raises(ClusterError, match="to end or take a step within 2 s"):
-        run_one(client, _hangs, 20.0, JobConfig(stall_seconds=2))
+        run_one(client, _hangs, 8.0, JobConfig(stall_seconds=2))
 
 
 def test_a_worker_that_falls_silent_is_not_waited_for(client, tmp_path, monkeypatch) -> None:
