@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from dask.system import CPU_COUNT
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.data.items import plain_items
 from dask_logits.records import Array
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dask_logits.api import generate_teacher_logits as generate_teacher_logits
-    from dask_logits.config import Config as Config
+    from dask_logits.config.compose import load_config as load_config
+    from dask_logits.config.root import Config as Config
     from dask_logits.data.load import prepare_dataset as prepare_dataset
     from dask_logits.errors import CacheError as CacheError
     from dask_logits.errors import CapacityError as CapacityError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dask_logits.errors import PartitionsFailedError as PartitionsFailedError
     from dask_logits.errors import RunConflictError as RunConflictError
     from dask_logits.errors import TeacherError as TeacherError
-    from dask_logits.hydra_config import load_config as load_config
     from dask_logits.job.monitor import Monitor as Monitor
     from dask_logits.job.recompute import verify as verify
     from dask_logits.job.run import generate as generate
@@ -55,7 +55,7 @@ _HOMES = {
     "CachedLogitsDataset": "train.dataset",
     "CapacityError": "errors",
     "ClusterError": "errors",
-    "Config": "config",
+    "Config": "config.root",
     "ConfigError": "errors",
     "DaskLogitsError": "errors",
     "DatasetError": "errors",
@@ -81,7 +81,7 @@ _HOMES = {
     "fused_distillation_loss": "train.losses",
     "generate": "job.run",
     "generate_teacher_logits": "api",
-    "load_config": "hydra_config",
+    "load_config": "config.compose",
     "merge": "ops.merge",
     "prepare_dataset": "data.load",
     "read_status": "observe.status",

@@ -101,7 +101,7 @@ def generate_teacher_logits(
     DaskLogitsError
         If an input must be changed first, or some partitions failed.
     """
-    from dask_logits.config import Config
+    from dask_logits.config.root import Config
     from dask_logits.job.run import generate
 
     generation: dict[str, Any] = {

@@ -78,7 +78,7 @@ class Command(click.Command):
 
 def _setting_of(option: str) -> str | None:
     """Return the setting that an option of its name, or of its last part, must mean."""
-    from dask_logits.config import settings
+    from dask_logits.config.root import settings
 
     word = option.lstrip("-").replace("-", "_")
     return next((each.path for each in settings() if each.path == word or each.path.endswith(f".{word}")), None)
@@ -88,7 +88,7 @@ class _SettingsCommand(Command):
     """A command whose help ends with the list of the settings."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from dask_logits.config import settings
+        from dask_logits.config.root import settings
 
         formatter.write("\nA run may be resumed with other values of the settings that are marked (free).\n")
         for (group, purpose), members in groupby(settings(), lambda each: (each.path.rpartition(".")[0], each.purpose)):
@@ -101,8 +101,8 @@ class _SettingsCommand(Command):
 
 def complete_settings(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
     """Complete the names of settings and presets, and the values of the only one that matches."""
-    from dask_logits.config import settings
-    from dask_logits.hydra_config import config_dir
+    from dask_logits.config.compose import config_dir
+    from dask_logits.config.root import settings
 
     help_of = {each.path: each.doc for each in settings()} | {"cluster": "Preset of the group cluster."}
     values = {each.path: each.choices for each in settings()}
@@ -183,8 +183,8 @@ def generate(overrides: tuple[str, ...], **hydra: str | bool | None) -> None:
         distillation.dataset.config_name=wikitext-103-raw-v1 \\
         distillation.teacher.cache_dir=output/wikitext
     """
-    from dask_logits.config import Config
-    from dask_logits.hydra_config import load_config, run_hydra_app
+    from dask_logits.config.compose import load_config, run_hydra_app
+    from dask_logits.config.root import Config
 
     def one(config: Config) -> None:
         from dask_logits.job.progress import Steps
@@ -217,7 +217,7 @@ def plan(overrides: tuple[str, ...], measure: bool, as_json: bool) -> None:
     """
     import json
 
-    from dask_logits.hydra_config import load_config
+    from dask_logits.config.compose import load_config
     from dask_logits.job.progress import Steps
 
     config = load_config(overrides)

@@ -59,7 +59,7 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
 
 
 def _launch(count: int, devices: str | None, overrides: list[str], *, merge: bool) -> int:
-    from dask_logits.hydra_config import load_config
+    from dask_logits.config.compose import load_config
     from dask_logits.job.gpus import cores
 
     config = load_config(overrides)

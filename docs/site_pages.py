@@ -16,7 +16,7 @@ import click
 
 import dask_logits
 from dask_logits import cli, parallel
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dask_logits import CachedLogitsDataset, ItemOrder, Objective, ResumableSampler, StudentWithLoss, collate
-from dask_logits.config import Group, nearest
+from dask_logits.config.compose import config_dir
+from dask_logits.config.setting import Group, nearest
 from dask_logits.data.tokens import local_tokenizer
 from dask_logits.errors import MISFITS, ConfigError, DaskLogitsError, DatasetError, first_line
-from dask_logits.hydra_config import config_dir
 
 Count = Annotated[int, Field(ge=1)]
 _TERMS = ("loss", "divergence", "cross_entropy")

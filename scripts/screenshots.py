@@ -20,8 +20,8 @@ import urllib.request
 from pathlib import Path
 
 from dask_logits import RunConflictError, read_status, write_report
+from dask_logits.config.compose import generate_command
 from dask_logits.files.atomic import expanded
-from dask_logits.hydra_config import generate_command
 from dask_logits.observe.explore import write_explorer
 from dask_logits.run.folder import RunFolder
 

@@ -1,4 +1,4 @@
-"""Write the files that follow from the settings in ``dask_logits/config.py``.
+"""Write the files that follow from the settings in ``dask_logits/config/groups.py``.
 
     python scripts/write_settings.py
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import yaml
 
-from dask_logits.config import Config, settings
+from dask_logits.config.root import Config, settings
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "config" / "distillation" / "default.yaml"
 PAGE = ROOT / "docs" / "SETTINGS.md"
 YAML_HEAD = """\
 # Every setting with its default. docs/SETTINGS.md describes them.
-# Generated from dask_logits/config.py by scripts/write_settings.py.
+# Generated from dask_logits/config/groups.py by scripts/write_settings.py.
 """
 TABLE_HEAD = """\
 | setting | type | default | kind | meaning |

@@ -9,7 +9,7 @@ from builders import sentences
 from datasets import Dataset
 
 from dask_logits import CachedLogitsDataset, ConfigError, generate_teacher_logits
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 
 PARAMETERS = {
     "teacher_model_path": inspect.Parameter.empty,

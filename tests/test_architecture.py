@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "stderr"},
     {"fields"},
     {"config", "records", "vocabulary"},
-    {"hydra_config", "files"},
+    {"files"},
     {"cache"},
     {"run", "train"},
     {"data"},
@@ -55,14 +55,14 @@ HOMES = {
     "numcodecs": {"cache"},
     "zarr": {"cache.partition"},
     "zstandard": {"cache"},
-    "dask": {"config", "job"},
+    "dask": {"config.checks", "job"},
     "distributed": {"job"},
     "IPython": {"job.monitor"},
     "dask_cuda": {"job.cluster"},
     "pynvml": {"job.cluster", "job.gpus"},
     "click": {"cli", "parallel"},
-    "hydra": {"hydra_config"},
-    "omegaconf": {"hydra_config"},
+    "hydra": {"config.compose"},
+    "omegaconf": {"config.compose"},
 }
 
 

@@ -15,7 +15,7 @@ import warm
 from builders import tree
 
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "cache" / "golden" / "v1.0-plain.h5"

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dask_logits.config import Config, settings
+from dask_logits.config.compose import _composed, _hydra, check_overrides, config_dir, load_config, override
+from dask_logits.config.root import Config, settings
 from dask_logits.errors import ConfigError
-from dask_logits.hydra_config import _composed, _hydra, check_overrides, config_dir, load_config, override
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ["distillation.teacher.model_path=teacher", "distillation.dataset.name=data"]
@@ -129,7 +129,7 @@ def test_threads_may_load_the_configuration_at_the_same_time() -> None:
 
 def test_a_changed_file_of_the_tree_is_read_again(tmp_path, monkeypatch) -> None:
     tree = shutil.copytree(config_dir(), tmp_path / "config")
-    monkeypatch.setattr("dask_logits.hydra_config.config_dir", lambda: tree)
+    monkeypatch.setattr("dask_logits.config.compose.config_dir", lambda: tree)
     assert load_config(NEEDED).partition.rows != 77
     file = tree / "distillation" / "default.yaml"
     file.write_text(re.sub(r"(?m)^(partition:\n  rows:).*$", r"\1 77", file.read_text()))

@@ -26,7 +26,7 @@ from builders import (
 )
 
 from dask_logits.cache.profile import as_kept
-from dask_logits.hydra_config import load_config
+from dask_logits.config.compose import load_config
 from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS, Extras, Records
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_the_readme_shows_every_command() -> None:
 
 
 def test_settings_named_in_the_documents_exist() -> None:
-    from dask_logits.config import settings
+    from dask_logits.config.root import settings
 
     known = {setting.path for setting in settings()}
     groups = {path.rsplit(".", n)[0] for path in known for n in (1, 2, 3)}

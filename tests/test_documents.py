@@ -33,7 +33,7 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 
 ROOT = Path(__file__).parents[1]
 ADVANCED = ROOT / "docs" / "TEACHER_LOGITS_ADVANCED.md"

@@ -19,7 +19,7 @@ from test_documents import FENCE, PAGES, ROOT, run_document
 import dask_logits
 from dask_logits import parallel
 from dask_logits.cli import commands
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 
 DOCS = ROOT / "docs"
 after_quickstart = test_distillation_page.after_quickstart

@@ -49,7 +49,7 @@ from dask_logits.cache.partition import PartitionReader, write_partition
 from dask_logits.cache.pieces import cache_pieces, consolidate
 from dask_logits.cache.profile import as_kept
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import Config
+from dask_logits.config.root import Config
 from dask_logits.data.items import plain_items
 from dask_logits.job.capacity import plan_lines
 from dask_logits.job.measured_plan import measure_plan, measured_lines

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from dask_logits import CachedLogitsDataset, CacheError, ConfigError, Objective, convert, distillation_loss, verify
 from dask_logits.cache.profile import as_kept
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import Config
+from dask_logits.config.root import Config
 from dask_logits.ops.show import card
 from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.topk import padded_width, topk_with_tail

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dask_logits.config import DatasetConfig
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
 from dask_logits.data.load import load_rows
 from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from dask_logits.config import DatasetConfig, nearest
+from dask_logits.config.groups import DatasetConfig
+from dask_logits.config.setting import nearest
 from dask_logits.errors import DatasetError
 
 TEXT = "text"

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dask_logits.config import UNBOUNDED_STREAM, DatasetConfig
+from dask_logits.config.checks import UNBOUNDED_STREAM
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow_cache import file_rows
 from dask_logits.data.columns import ColumnSettings
 from dask_logits.data.find import FoundFiles, check_exists, find_files, is_saved

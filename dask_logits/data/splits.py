@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dask_logits.config import nearest
+from dask_logits.config.setting import nearest
 from dask_logits.errors import DatasetError, first_line
 
 _ENDLESS = 1 << 62

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.config.groups import DatasetConfig, TeacherConfig
 from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column
 from dask_logits.data.values import BadRow, check_ids, check_text

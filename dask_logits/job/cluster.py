@@ -23,7 +23,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster, Security, rpc
 
-from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import CacheError, ClusterError, first_line
 from dask_logits.files.atomic import read_json
 from dask_logits.job.dask_executor import DaskExecutor

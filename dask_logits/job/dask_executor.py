@@ -12,7 +12,7 @@ from typing import Any
 import dask
 from distributed import Client
 
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.executor import Event, Waiting
 from dask_logits.job.remote import TOKENS_TOPIC, load_on_worker

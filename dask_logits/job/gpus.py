@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dask_logits.config import GenerationConfig
+from dask_logits.config.groups import GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.worker.environment import Environment, environment, gpus_in_use
 

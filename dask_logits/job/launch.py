@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dask_logits.config import GenerationConfig
+from dask_logits.config.groups import GenerationConfig
 from dask_logits.errors import ClusterError
 
 # Launcher → its variables for the index of a process and their number. A Slurm batch script also has SLURM_NTASKS, so

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.errors import first_line
 
 logger = logging.getLogger(__name__)

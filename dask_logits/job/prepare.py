@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dask_logits.cache.profile import earns
-from dask_logits.config import DEFAULT_MAX_LENGTH, Config, GenerationConfig, flat, settings, stride_problems
+from dask_logits.config.checks import stride_problems
+from dask_logits.config.groups import DEFAULT_MAX_LENGTH, GenerationConfig
+from dask_logits.config.root import Config, settings
+from dask_logits.config.setting import flat
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.items import ItemSettings
 from dask_logits.data.open import is_stream, open_stream

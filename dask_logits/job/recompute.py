@@ -17,12 +17,12 @@ import numpy as np
 from dask_logits.cache.find import find_caches
 from dask_logits.cache.profile import as_kept, load_profile
 from dask_logits.cache.reader import CacheReader
+from dask_logits.config.compose import override
 from dask_logits.data.items import make_items, plain_items
 from dask_logits.data.source import read_rows
 from dask_logits.data.tokens import read_documents
 from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded
-from dask_logits.hydra_config import override
 from dask_logits.job.driver import tasks
 from dask_logits.job.prepare import check_folder, prepare
 from dask_logits.ops.check import Check, Report, check_files

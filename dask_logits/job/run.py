@@ -16,11 +16,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from dask_logits.config import ClusterConfig, Config, GenerationConfig, JobConfig, parse_bytes
+from dask_logits.config.checks import parse_bytes
+from dask_logits.config.compose import override
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.config.root import Config
 from dask_logits.errors import CacheError, ConfigError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
-from dask_logits.hydra_config import override
 from dask_logits.job.calibration import check_device, check_environment, record, run_calibration
 from dask_logits.job.capacity import check_capacity
 from dask_logits.job.cluster import open_cluster

@@ -16,7 +16,7 @@ from typing import Any
 
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
-from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError, DaskLogitsError
 from dask_logits.files.atomic import no_room
 from dask_logits.job.executor import (

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import dask
 from distributed import Client, Future, KilledWorker
 
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, TeacherError
 from dask_logits.files.atomic import no_room
 from dask_logits.job.executor import has_run, too_slow, unreadable_there

@@ -20,7 +20,7 @@ from typing import Any
 import dask
 from distributed import Client, Future, KilledWorker
 
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.errors import CapacityError, ClusterError
 from dask_logits.files.atomic import no_room, only_readable
 from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled, take_due

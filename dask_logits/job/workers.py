@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.gpus import cores, named_gpus, require_cuda_build, visible_gpus
 

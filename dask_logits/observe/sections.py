@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.config import flat
+from dask_logits.config.setting import flat
 from dask_logits.observe.charts import Axis, Charts, axis, crosses, nice_top, number, pauses
 from dask_logits.observe.history import Clock, History, Rates, rates
 from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dask_logits.config.compose import generate_command
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.files.atomic import expanded
-from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
 from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures

@@ -14,7 +14,7 @@ from pathlib import Path
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, find_caches
 from dask_logits.cache.pieces import Piece
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import parse_bytes
+from dask_logits.config.checks import parse_bytes
 from dask_logits.errors import CacheError, ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, SHARDS_NAME
 from dask_logits.cache.profile import ProfileSpec
-from dask_logits.config import settings
+from dask_logits.config.root import settings
 from dask_logits.errors import CacheError, RunConflictError
 from dask_logits.fields import MOST_DRAWS, Count, Record, Temperature, shown
 from dask_logits.files.atomic import names_in, read_json, unreadable

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError, first_line
 from dask_logits.teacher.adapters import merge_adapter
 from dask_logits.teacher.architecture import (

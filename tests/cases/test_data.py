@@ -28,7 +28,7 @@ from text_inputs import (
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from dask_logits import DatasetError, prepare_dataset
-from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.config.groups import DatasetConfig, TeacherConfig
 from dask_logits.data import tokens
 from dask_logits.data.arrow import open_corpus
 from dask_logits.data.columns import Column

@@ -12,7 +12,7 @@ from builders import HEAD_WIDTH, VOCAB_SIZE, run
 from plain_forward import K, assert_targets_match, plain_targets, settings
 from popular import BY_TYPE, FAMILIES, Family, save_family
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.data.items import plain_items
 from dask_logits.job.recompute import verify
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher

@@ -15,7 +15,7 @@ import torch
 from builders import VOCAB_SIZE, tiny_model, tree
 from safetensors.torch import save_file
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.errors import TeacherError
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.selfcheck import check

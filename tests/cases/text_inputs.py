@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from builders import VOCAB_SIZE
 
-from dask_logits.config import DatasetConfig
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow import Corpus, open_corpus, slice_files
 from dask_logits.data.source import read_rows
 from dask_logits.data.tokens import TokenizerSpec

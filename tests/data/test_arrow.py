@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dask_logits.config import DatasetConfig, TeacherConfig
+from dask_logits.config.groups import DatasetConfig, TeacherConfig
 from dask_logits.data import arrow as home
 from dask_logits.data import arrow_cache
 from dask_logits.data.arrow import hash_rows, open_corpus, slice_files

@@ -18,7 +18,8 @@ from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer
 
 from dask_logits import ConfigError, DatasetError, TeacherError
-from dask_logits.config import Config, DatasetConfig
+from dask_logits.config.groups import DatasetConfig
+from dask_logits.config.root import Config
 from dask_logits.data.arrow import open_corpus, slice_files
 from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column, ColumnSettings, choose_column

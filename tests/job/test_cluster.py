@@ -22,7 +22,7 @@ from builders import cache_dir, dask_processes, digest, finish, sentences, start
 
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.job.cluster import open_cluster
 from dask_logits.job.gpus import WorkerFacts, check_groups, gpu_groups, visible_gpus
 from dask_logits.job.single import run_one

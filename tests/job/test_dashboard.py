@@ -24,7 +24,7 @@ from test_monitor import FACTS
 from test_report import HOSTILE, Page
 
 from dask_logits import write_report
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.job import dashboard
 from dask_logits.job.cluster import open_cluster
 from dask_logits.observe.explore import Explorer, ExploreServer

@@ -24,7 +24,7 @@ from test_cluster import COMMAND
 
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.job import trials
 from dask_logits.job import window as window_module
 from dask_logits.job.cluster import _facts

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job import gpus as home
 from dask_logits.job.gpus import WorkerFacts, misplaced, named_gpus, own_gpus, visible_gpus

@@ -6,7 +6,7 @@ import pytest
 from builders import cache_dir
 
 from dask_logits import ClusterError, generate, load_config
-from dask_logits.config import ClusterConfig, GenerationConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.job.launch import check_launcher
 from dask_logits.job.workers import local_device
 

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.job import trials
 from dask_logits.job.roster import Roster
 from dask_logits.job.window import Window, _Running

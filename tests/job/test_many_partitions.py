@@ -11,7 +11,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster, WorkerPlugin
 
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.executor import Committed, Progress, Waiting
 from dask_logits.job.roster import Roster

@@ -13,7 +13,8 @@ import pytest
 from builders import run, sentences, tree, write_json_lines
 
 from dask_logits import ConfigError, PartitionsFailedError
-from dask_logits.config import Config, JobConfig
+from dask_logits.config.groups import JobConfig
+from dask_logits.config.root import Config
 from dask_logits.job.notify import WEBHOOK, notify
 
 KEEP = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"

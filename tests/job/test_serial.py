@@ -22,7 +22,7 @@ from test_report import Page
 
 import dask_logits
 from dask_logits import CapacityError, ClusterError, DatasetError, PartitionsFailedError, load_config, read_status
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.files.atomic import create_json
 from dask_logits.job import retry_policy, serial_executor
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting

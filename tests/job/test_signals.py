@@ -31,7 +31,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 import sys
 from dask_logits.cli import run
-from dask_logits.config import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.job.single import run_one
 from dask_logits.job.cluster import open_cluster
 

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, Worker
 
 from dask_logits import ClusterError
-from dask_logits.config import JobConfig
+from dask_logits.config.groups import JobConfig
 from dask_logits.job import single
 from dask_logits.job.roster import Roster
 from dask_logits.job.single import run_one

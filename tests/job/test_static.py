@@ -26,7 +26,7 @@ import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, merge, parallel, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
-from dask_logits.config import DatasetConfig
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow import open_corpus
 from dask_logits.files.lock import lease
 from dask_logits.observe.report import report_html

@@ -19,9 +19,9 @@ from builders import cache_dir, sentences
 from test_monitor import FACTS, run_folder
 
 from dask_logits import Monitor, RunConflictError, generate, load_config, read_status
+from dask_logits.config.compose import generate_command
 from dask_logits.files.atomic import replace_json
 from dask_logits.files.lock import lease
-from dask_logits.hydra_config import generate_command
 from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder, Share, lock_name

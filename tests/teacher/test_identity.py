@@ -7,7 +7,7 @@ import shutil
 import pytest
 from builders import VOCAB_SIZE
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.errors import TeacherError
 from dask_logits.teacher import checkpoint, identity
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher

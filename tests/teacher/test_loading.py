@@ -10,7 +10,7 @@ import teacher_inputs
 import torch
 from builders import VOCAB_SIZE
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.teacher import checkpoint, loading
 from dask_logits.teacher.architecture import read_architecture
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher

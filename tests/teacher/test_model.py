@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import VOCAB_SIZE, tiny_model
 
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.job.retry_policy import classify
 from dask_logits.teacher import checkpoint

@@ -12,7 +12,7 @@ import torch
 from builders import VOCAB_SIZE
 
 from dask_logits import __version__
-from dask_logits.config import TeacherConfig
+from dask_logits.config.groups import TeacherConfig
 from dask_logits.data.items import plain_items
 from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher

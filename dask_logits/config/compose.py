@@ -1,4 +1,4 @@
-"""Hydra composition: YAML tree plus overrides, validated as :class:`~dask_logits.config.Config`.
+"""Hydra composition: YAML tree plus overrides, validated as :class:`~dask_logits.Config`.
 
 The composed tree leaves this module as a plain mapping, so no other module depends on Hydra or OmegaConf.
 Override keys are checked before Hydra sees them, because Hydra stops at the first unknown key and users want all.
@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dask_logits.config import Config, flat, nearest, settings
+from dask_logits.config.root import Config, settings
+from dask_logits.config.setting import flat, nearest
 from dask_logits.errors import ConfigError
 
 # Hydra composes with one global state per process.
@@ -32,8 +33,9 @@ _OLD_NAMES = {
 
 def config_dir() -> Path:
     """Return the folder with ``config.yaml``: next to the package in a checkout, inside it in a wheel."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "config"
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "config"
 
 
 def load_config(overrides: Sequence[str] = (), *, dataset_given: bool = False) -> Config:
@@ -82,7 +84,7 @@ def _translated() -> Iterator[None]:
 
 
 def _composed(overrides: Sequence[str]) -> Any:
-    """Compose the tree. Groups are composed once per process, because Hydra takes 60 ms for them."""
+    """Compose the tree. Tree are composed once per process, because Hydra takes 60 ms for them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

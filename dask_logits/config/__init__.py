@@ -1,0 +1,1 @@
+"""The settings: their types and defaults, what goes together, and their composition by Hydra."""
