@@ -17,8 +17,15 @@ Every error keeps its attributes when pickled, because Dask replaces an unpickla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+# Errors of CUDA, its libraries and Triton reach torch as a RuntimeError. After most of them, every later call of the
+# process fails, too.
+_DEVICE_ERROR = re.compile(
+    r"CUDA error|CUDA driver|CUDA unknown error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|NVML|Triton Error|NCCL"
+)
 
 
 def first_line(error: BaseException) -> str:
@@ -28,6 +35,19 @@ def first_line(error: BaseException) -> str:
     ('too large', 'KeyError')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_poisoned(error: BaseException) -> bool:
+    """Whether the process of this error must be restarted, because its device cannot be used again.
+
+    >>> is_poisoned(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    True
+    """
+    # Recognised without importing torch.
+    if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+        return False
+    is_torchs = any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__)
+    return is_torchs or (isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error))))
 
 
 # Errors raised by the code of a model's family when a way to run it does not fit.

@@ -106,6 +106,8 @@ def _log_calibration(calibration: Calibration) -> None:
     )
     layers = "compiled" if path.compiled else "eager"
     logger.info("scoring path: %s layers, attention %s, head %s", layers, path.attention, path.head)
+    if (reason := calibration.refused.get("kernels")) is not None:
+        logger.warning("Triton's kernels are not used, so scoring is slower: %s", reason)
     if calibration.distinct_draws is not None:
         logger.info("distinct ids among the draws of a position: %.1f", calibration.distinct_draws)
         return

@@ -12,7 +12,14 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from dask_logits.errors import CacheError, CapacityError, ClusterError, DaskLogitsError, TeacherError
+from dask_logits.errors import (
+    CacheError,
+    CapacityError,
+    ClusterError,
+    DaskLogitsError,
+    TeacherError,
+    is_poisoned,
+)
 
 _FIRST_REST_SECONDS = 2.0
 _LONGEST_REST_SECONDS = 60.0
@@ -20,9 +27,11 @@ _LONGEST_REST_SECONDS = 60.0
 _MOST_MORE = 3
 # Failures on working devices after which the partition is the cause.
 _MOST_ON_GOOD_DEVICES = 2
-# Errors of CUDA, its libraries and Triton reach torch as a RuntimeError. After most of them, every later call of the
-# process fails, too.
-_DEVICE_ERROR = re.compile(r"CUDA error|CUDA driver|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|NVML|Triton Error|NCCL")
+# A device without room, or for which nothing can be compiled. Whoever caught these errors has not made others of them.
+_UNUSABLE = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED|No CUDA GPUs|NVIDIA driver|C compiler|FlexAttention: "
+)
+_COMPILERS = {"triton", "torch._inductor", "torch._dynamo", "subprocess"}
 
 # An I/O error, an unusable row, a device or worker that cannot score, a worker that died several times during the
 # partition, a worker or submission that disappeared, no sign of life.
@@ -37,23 +46,19 @@ def classify(error: BaseException) -> Literal["transient", "data", "device"]:
     """
     # The teacher cannot be loaded or run, as opposed to non-finite logits or too little memory for a row.
     of_no_row = isinstance(error, TeacherError | CapacityError) and error.row is None
-    if of_no_row or isinstance(error, ImportError | ClusterError) or is_poisoned(error):
+    if of_no_row or isinstance(error, ImportError | ClusterError) or is_poisoned(error) or _is_unusable(error):
         return "device"
     transient = isinstance(error, OSError) and (isinstance(error, CacheError) or not isinstance(error, DaskLogitsError))
     return "transient" if transient else "data"
 
 
-def is_poisoned(error: BaseException) -> bool:
-    """Whether the process of this error must be restarted, because its device cannot be used again.
-
-    >>> is_poisoned(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    True
-    """
-    # Recognised without importing torch.
-    if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+def _is_unusable(error: BaseException) -> bool:
+    """Whether a device has no room, or a compiler for it fails. Its process need not be restarted."""
+    if isinstance(error, DaskLogitsError):
         return False
-    is_torchs = any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__)
-    return is_torchs or (isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error))))
+    module = type(error).__module__
+    from_compiler = any(module == name or module.startswith(f"{name}.") for name in _COMPILERS)
+    return from_compiler or (isinstance(error, RuntimeError) and bool(_UNUSABLE.search(str(error))))
 
 
 def rest_seconds(failures: int) -> float:

@@ -22,7 +22,7 @@ from dask_logits.errors import CapacityError, ClusterError, DaskLogitsError, Tea
 from dask_logits.files.atomic import no_room
 from dask_logits.job.executor import has_run, too_slow, unreadable_there
 from dask_logits.job.remote import call_on_worker
-from dask_logits.job.retry_policy import is_poisoned
+from dask_logits.job.retry_policy import classify
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     SchedulerLostError,
@@ -211,7 +211,7 @@ class _Task:
         """Restart it on another worker if the error may be specific to this worker, else raise the error."""
         if worker is not None:
             self._tried.add(worker)
-        own = is_poisoned(error) or isinstance(error, _OWN)
+        own = classify(error) == "device" or isinstance(error, _OWN)
         view = self._look()
         if own and self._others(view) and len(self._tried) <= self.job.retries:
             where = "a worker" if worker is None else f"worker {self.roster.name(worker)}"

@@ -21,11 +21,11 @@ import dask
 from distributed import Client, Future, KilledWorker
 
 from dask_logits.config.groups import JobConfig
-from dask_logits.errors import CapacityError, ClusterError
+from dask_logits.errors import CapacityError, ClusterError, is_poisoned
 from dask_logits.files.atomic import no_room, only_readable
 from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled, take_due
 from dask_logits.job.remote import run_on_worker
-from dask_logits.job.retry_policy import classify, decide, is_poisoned
+from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import (
     CALL_SECONDS,

@@ -49,6 +49,7 @@ from dask_logits.teacher.placement import (
     DeviceMap,
     free_gpu_bytes,
     require_code,
+    require_gpu,
     require_room,
     sized_as_stored,
     spread_layers,
@@ -329,12 +330,8 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
 
     disable_progress_bar()
     set_memory()
-    if spec.device == "cuda" and not torch.cuda.is_available():
-        raise TeacherError(
-            "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
-            "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
-        )
     if spec.device == "cuda":
+        require_gpu()
         grow_segments()
         choose_kernels(spec.dtype, torch.cuda.get_device_capability())
         require_code(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())

@@ -26,9 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dask_logits.errors import TeacherError
+from dask_logits.errors import TeacherError, first_line, is_poisoned
 from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import flex, kernels
+from dask_logits.teacher.memory import is_out_of_memory
 from dask_logits.teacher.stages import Pipeline, split_layers, staged
 from dask_logits.teacher.torch_internals import remove_incomplete_code, strict_compiler, uncompile
 from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
@@ -134,6 +135,8 @@ class Teacher:
                 "teacher: expected a CPU with AVX512-BF16, as that of the worker where the run was calibrated, got one "
                 "without; use machines of one kind, or set distillation.scoring.compile=never"
             )
+        if path.kernels and not self.path.kernels and self.device.type == "cuda":
+            _run_kernels(self.device)
         try:
             if path.attention != self.path.attention:
                 self._attend_by(path.attention)
@@ -259,6 +262,21 @@ class Teacher:
     def _uncompile(self) -> None:
         for layer in self.layers():
             uncompile(layer)
+
+
+def _run_kernels(device: torch.device) -> None:
+    """Compile Triton's kernels, or say what this worker lacks for that."""
+    try:
+        kernels.run_once(device)
+    except Exception as error:
+        # Triton and its compilers raise whatever they like.
+        if is_out_of_memory(error) or is_poisoned(error):
+            raise
+        raise TeacherError(
+            "teacher: expected Triton to compile in this worker, as in the one where the run was calibrated, got "
+            f"{first_line(error)}; install a C compiler and Python's headers on every worker (apt install gcc "
+            "python3-dev)"
+        ) from error
 
 
 class _Stub(nn.Module):

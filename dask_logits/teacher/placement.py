@@ -57,6 +57,21 @@ def require_room(model: torch.nn.Module, free_bytes: int, total_bytes: int) -> N
         )
 
 
+def require_gpu() -> None:
+    """Refuse to compute on a GPU where none can be used.
+
+    Raises
+    ------
+    TeacherError
+        If torch sees none in this process.
+    """
+    if not torch.cuda.is_available():
+        raise TeacherError(
+            "distillation.teacher.generation.device: expected a CUDA device in this worker, got none; "
+            "set distillation.teacher.generation.device=cpu, or start the worker where a GPU is visible"
+        )
+
+
 def require_code(name: str, capability: tuple[int, int], built_for: Sequence[str]) -> None:
     """Refuse a GPU for which this build of torch has no code.
 

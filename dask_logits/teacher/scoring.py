@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dask_logits.data.items import Item, Span
-from dask_logits.errors import CapacityError, TeacherError, first_line
+from dask_logits.errors import CapacityError, TeacherError, first_line, is_poisoned
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.teacher.batching import plan_batches
 from dask_logits.teacher.draws import count_draws, draw_keys, uniforms
@@ -182,10 +182,11 @@ def start_scoring(
         If a single item does not fit into memory.
     """
     try:
-        teacher.take(settings.path)
-    except TeacherError:
-        raise
+        with must_fit("teacher", "stop other processes on this device, or use one with more memory"):
+            teacher.take(settings.path)
     except RuntimeError as error:
+        if isinstance(error, TeacherError) or is_poisoned(error):
+            raise
         raise TeacherError(
             "teacher: expected a C++ compiler on this worker, as on the one where the run was calibrated, got "
             f"{first_line(error)}; install it on every worker, or set distillation.scoring.compile=never"

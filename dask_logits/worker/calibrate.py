@@ -29,7 +29,7 @@ import torch
 from dask_logits import __version__
 from dask_logits.cache.profile import id_table
 from dask_logits.data.items import Item, plain_items
-from dask_logits.errors import CapacityError, TeacherError, first_line
+from dask_logits.errors import CapacityError, TeacherError, first_line, is_poisoned
 from dask_logits.records import Array, Statistics, kept_mass_by_k
 from dask_logits.run.records import Calibration, Numerics, PathNumerics
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
@@ -182,7 +182,7 @@ def calibrate(
         cost = measure_cost(teacher)
         on_step("comparing fast scoring paths with the teacher's own forward")
         choice = check(teacher, exact=task.logits == "exact", may_compile=task.compile != "never")
-    path, errors = _with_kernels(teacher, choice.path, task), choice.errors
+        path, errors = _with_kernels(teacher, choice, task), choice.errors
     for device in teacher.devices:
         if device.type == "cuda":
             # The self-check's copy of the teacher is not needed for scoring.
@@ -207,9 +207,13 @@ def calibrate(
     return _report(task, settings, scored, cost, choice, trials), table
 
 
-def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) -> ScoringPath:
-    """Use the Triton kernels if there is a GPU and they agree with torch."""
-    if teacher.device.type != "cuda" or not kernels.available():
+def _with_kernels(teacher: Teacher, choice: Choice, task: CalibrationTask) -> ScoringPath:
+    """Use the Triton kernels if there is a GPU and they agree with torch. Otherwise note why not."""
+    path = choice.path
+    if teacher.device.type != "cuda":
+        return path
+    if not kernels.available():
+        choice.refusals["kernels"] = "Triton is not installed"
         return path
     generator = torch.Generator(teacher.device).manual_seed(20_260_103)
     shape = (_KERNEL_ROWS, padded_width(task.scoring.vocab_size))
@@ -219,9 +223,12 @@ def _with_kernels(teacher: Teacher, path: ScoringPath, task: CalibrationTask) ->
         # Rounded, so that there are ties.
         if kernels_agree(logits_RV.bfloat16().to(teacher.logits_dtype), task.scoring.top_k, path):
             return dataclasses.replace(path, kernels=True)
-        logger.warning("Triton's kernels differ from torch here; torch is used")
-    except Exception as error:  # noqa: BLE001 - Triton and its compilers raise whatever they like
-        logger.warning("Triton's kernels do not run here (%s); torch is used", error)
+        choice.refusals["kernels"] = "they differ from torch on this device"
+    except Exception as error:
+        # Triton and its compilers raise whatever they like.
+        if is_out_of_memory(error) or is_poisoned(error):
+            raise
+        choice.refusals["kernels"] = f"they do not run: {first_line(error)}"
     return path
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from dask_logits import __version__
+from dask_logits.teacher.placement import require_gpu
 
 Environment = Mapping[str, str]
 
@@ -66,8 +67,14 @@ def environment(device: str) -> dict[str, str]:
     dict
         Name → value: the packages, and ``cpu`` (architecture and instruction set) or ``gpu`` (model and compute
         capability).
+
+    Raises
+    ------
+    TeacherError
+        If this process sees no GPU, although the device is one.
     """
     if device == "cuda":
+        require_gpu()
         major, minor = torch.cuda.get_device_capability()
         return {**_shared(), "gpu": f"{torch.cuda.get_device_name()}{_CAPABILITY}{major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
+import torch._dynamo.exc
+import triton.runtime.errors
 
-from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError
-from dask_logits.job.retry_policy import classify, decide, is_poisoned
+from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError, is_poisoned
+from dask_logits.job.retry_policy import classify, decide
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,16 @@ def test_a_lost_worker_is_retried_a_bounded_number_of_times(event, facts, expect
         (torch.AcceleratorError("an illegal memory access was encountered"), "device"),
         (RuntimeError("CUDA error: device-side assert triggered"), "device"),
         (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "device"),
+        # A device without room or compiler (Triton 3.7, torch 2.13) cannot be used, and no row is the cause.
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "device"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "device"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "device"),
+        (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "device"),
+        (RuntimeError("FlexAttention: No valid triton configs"), "device"),
+        (triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"), "device"),
+        (torch._dynamo.exc.Unsupported("call"), "device"),
+        (RuntimeError("No CUDA GPUs are available"), "device"),
+        (MemoryError(), "data"),
         (RuntimeError("shapes do not match"), "data"),
     ],
 )

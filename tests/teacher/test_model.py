@@ -16,6 +16,7 @@ from dask_logits.errors import CapacityError, TeacherError
 from dask_logits.job.retry_policy import classify
 from dask_logits.teacher import checkpoint
 from dask_logits.teacher.checkpoint import TeacherSpec, choose_kernels, inspect_teacher, load_teacher, resolve_dtype
+from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.selfcheck import check
 
@@ -77,6 +78,39 @@ def test_a_folder_that_is_away_for_a_moment_is_an_error_of_its_disk(llama, tmp_p
 def test_a_missing_device_names_the_setting(llama) -> None:
     with pytest.raises(TeacherError, match=r"generation\.device=cpu"):
         load_teacher(spec(llama, device="cuda"), VOCAB_SIZE)
+
+
+def test_a_worker_that_cannot_compile_kernels_says_what_it_lacks(llama, monkeypatch) -> None:
+    teacher = load_teacher(spec(llama), VOCAB_SIZE)
+    # The model stays on the CPU.
+    monkeypatch.setattr(teacher, "device", torch.device("cuda"))
+    errors = [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ]
+    tried = []
+
+    def run_once(device: torch.device) -> None:
+        tried.append(device.type)
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(kernels, "run_once", run_once)
+    path = ScoringPath(kernels=True)
+    with pytest.raises(TeacherError, match=r"got Failed to find C compiler.*apt install gcc python3-dev"):
+        teacher.take(path)
+    for error, kind in ((errors[1], RuntimeError), (errors[2], torch.OutOfMemoryError)):
+        errors[:] = [error]
+        with pytest.raises(kind) as caught:
+            teacher.take(path)
+        assert caught.value is error
+    errors.clear()
+    teacher.take(path)
+    teacher.take(path)
+    assert tried == ["cuda"] * 4
+    assert teacher.path == path
 
 
 def test_weights_that_do_not_fit_the_gpu_are_refused_with_the_arithmetic(llama, monkeypatch) -> None:

@@ -158,9 +158,10 @@ from dask_logits.teacher.model import ScoringPath
 from dask_logits.teacher.topk import block_statistics
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    for width in (64, 640, 4096 + 128):
+    # Beside a block of -inf, a base of 0 would lose rows of very low logits.
+    for width, level in ((64, 0), (640, 0), (4096 + 128, 0), (640, -1000)):
         for path in (ScoringPath(), ScoringPath(scale=0.5, softcap=4.0)):
-            logits = (torch.randn(3, width) * 6).to(dtype)
+            logits = (torch.randn(3, width) * 6 + level).to(dtype)
             logits[1, -30:] = -torch.inf
             logits[2, :64] = -torch.inf
             found = kernels.block_statistics(logits, path.scale, path.softcap)

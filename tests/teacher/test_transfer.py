@@ -56,6 +56,8 @@ class LateCopies(TorchFunctionMode):
         self.on_stream = False
 
     def event(self, blocking: bool) -> SimpleNamespace:
+        # Otherwise a thread that waits keeps a core busy.
+        assert blocking
         event = SimpleNamespace(upto=0)
         event.record = lambda: setattr(event, "upto", len(self.copies))
         event.synchronize = lambda: self.copy(event.upto)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from dask_logits import TeacherError
+from dask_logits.job.retry_policy import classify
+from dask_logits.run.plan import Partition
 from dask_logits.worker import environment as module
 from dask_logits.worker.environment import describe, differences, environment, fix_for
+from dask_logits.worker.task import PartitionTask, process_partition
 
 
 def test_an_environment_states_packages_sources_and_instruction_set() -> None:
@@ -18,6 +27,17 @@ def test_an_environment_states_packages_sources_and_instruction_set() -> None:
     lesser = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     said = subprocess.run([sys.executable, "-c", code], env=lesser, capture_output=True, text=True, check=True).stdout
     assert said.strip().endswith(" DEFAULT")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_worker_without_a_gpu_is_the_cause_and_not_a_partition(tmp_path) -> None:
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(PartitionTask))
+    partition = Partition(index=0, first_row=0, n_rows=1)
+    teacher = SimpleNamespace(device="cuda")
+    task = PartitionTask(**{**fields, "run": str(tmp_path), "partition": partition, "teacher": teacher})
+    with pytest.raises(TeacherError, match="expected a CUDA device in this worker, got none") as caught:
+        process_partition(task)
+    assert classify(caught.value) == "device"
 
 
 def test_a_changed_source_is_another_environment(tmp_path, monkeypatch) -> None:

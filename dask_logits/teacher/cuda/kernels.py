@@ -27,6 +27,12 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def run_once(device: torch.device) -> None:
+    """Compile and run both kernels on next to nothing, so that a device or machine that cannot do that is known."""
+    block_statistics(torch.zeros(1, _BLOCK, device=device))
+    largest(torch.zeros(1, 1, device=device), 1)
+
+
 def block_statistics(
     logits_RV: Tensor, scale: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
