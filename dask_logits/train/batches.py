@@ -159,7 +159,8 @@ def _alike(items: Sequence[CachedItem]) -> list[CachedItem]:
     if any("topk_logprobs_T" in item for item in items):
         for own, item in zip(more, items, strict=True):
             # One teacher's log-probs at temperature 1 determine those at the others, up to their sum.
-            at_others_TKJ = item["topk_logprobs"].float()[..., None] / torch.tensor(item.temperatures)
+            temperatures_J = torch.tensor(item.temperatures, dtype=torch.float32)
+            at_others_TKJ = item["topk_logprobs"].float()[..., None] / temperatures_J
             own["topk_logprobs_T"] = item.get("topk_logprobs_T", at_others_TKJ)
     if items[0].draws:
         width = max(item["topk_ids"].shape[1] for item in items)

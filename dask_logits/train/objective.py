@@ -236,7 +236,7 @@ def teacher_cells(
     elif objective.tail == "renormalised":
         sum_N = logp_NK.logsumexp(-1)
         logp_NK = logp_NK - torch.where(sum_N == -torch.inf, 0.0, sum_N)[:, None]
-        logtail_N = torch.where(sum_N == -torch.inf, 0.0, -torch.inf)
+        logtail_N = torch.zeros_like(sum_N).masked_fill(sum_N > -torch.inf, -torch.inf)
     elif objective.divergence == "reverse_kl":
         logtail_N = logtail_N.clamp(min=LEAST_LOGMASS)
 

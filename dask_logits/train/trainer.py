@@ -245,7 +245,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         normaliser = None
         if num_items_in_batch is not None:
             # The processes average their gradients.
-            normaliser = torch.as_tensor(num_items_in_batch).clamp(min=1) / self.accelerator.num_processes
+            normaliser = torch.as_tensor(num_items_in_batch).double().clamp(min=1) / self.accelerator.num_processes
         result = self._loss(model, inputs, normaliser=normaliser)
         if num_items_in_batch is not None:
             self._trained.add(torch.stack([getattr(result, name).detach() for name in _TERMS]))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -9,17 +14,48 @@ from dask_logits import Head, Objective, SparseTargets
 from dask_logits.train.heads import Adapter
 
 N, D, V, K = 7, 6, 50, 5
+# A label that is kept, several that are not, one position without.
 LABELS = torch.tensor([3, 7, -100, 0, 49, 12, 31])
 MASK = torch.tensor([True, True, True, False, True, True, True])
 
+# Counts of the kept tokens among 20 draws.
+COUNTS = torch.tensor([10, 5, 3, 2, 0], dtype=torch.float64)
+DIVERGENCES = [
+    (divergence, tail)
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "total_variation")
+    for tail in ("ghost", "residual", "renormalised")
+    if divergence != "reverse_kl" or tail == "ghost"
+]
 OBJECTIVES = {
-    "forward": Objective(),
-    "reverse": Objective(divergence="reverse_kl", alpha=0.6),
     "jsd-residual": Objective(divergence="jsd", tail="residual", beta=0.2, alpha=0.6),
-    "variation": Objective(divergence="total_variation", alpha=0.5),
     "warm": Objective(temperature=2.0, alpha=0.4),
-    "labels": Objective(alpha=0.0),
 }
+
+
+def objective(divergence: str, tail: str, **options: float) -> Objective:
+    """Make an objective without its warning."""
+    if tail != "renormalised":
+        return Objective(divergence=divergence, tail=tail, **options)
+    with pytest.warns(UserWarning, match=r"biased target\. .* \(arXiv 2503\.16870\)"):
+        return Objective(divergence=divergence, tail=tail, **options)
+
+
+def every_objective() -> Iterator[Objective]:
+    for alpha in (0.0, 0.3, 1.0):
+        for divergence, tail in DIVERGENCES:
+            for temperature in (1.0, 2.0):
+                yield objective(divergence, tail, temperature=temperature, alpha=alpha, beta=0.3)
+        yield Objective(tail="sampled", alpha=alpha)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def dense_divergence(p: Tensor, q: Tensor, objective: Objective) -> Tensor:
@@ -59,6 +95,8 @@ def dense_rows(student: Tensor, teacher: Tensor, labels: Tensor, k: int, objecti
         divergence = torch.where(labels >= 0, dense_divergence(given, q, objective), divergence)
     elif objective.tail == "renormalised":
         divergence = dense_divergence(inside / inside.sum(-1, keepdim=True), q, objective)
+    elif objective.tail == "sampled":
+        divergence = -(COUNTS / 20 * q.log().gather(-1, kept)).sum(-1)
     hard = torch.nn.functional.cross_entropy(student, labels, ignore_index=-100, reduction="none")
     return (1 - objective.alpha) * hard + objective.alpha * T**2 * divergence
 
@@ -83,6 +121,18 @@ def sparse_targets(
         tail_logmass_NJ=torch.stack(
             [(teacher / T).log_softmax(-1).scatter(-1, top.indices, -torch.inf).logsumexp(-1) for T in temperatures], -1
         ),
+    )
+
+
+def as_draws(targets: SparseTargets) -> SparseTargets:
+    """Return the kept tokens as draws."""
+    return dataclasses.replace(
+        targets,
+        topk_logprobs=(COUNTS / 20).log().expand_as(targets.topk_ids),
+        tail_logmass=torch.full_like(targets.tail_logmass, -torch.inf),
+        temperatures=(),
+        tail_logmass_NJ=None,
+        draws=20,
     )
 
 

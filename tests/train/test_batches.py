@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from builders import compact, drawn_records, records, write_cache
+from dense_losses import default_dtype
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from dask_logits import (
@@ -40,6 +41,16 @@ def equal(one: SparseTargets, other: SparseTargets) -> bool:
         torch.equal(getattr(one, name).nan_to_num(7), getattr(other, name).nan_to_num(7))
         for name in (*IN_TARGETS, "mask")
     )
+
+
+def test_the_default_dtype_changes_no_targets(tmp_path) -> None:
+    write_cache(tmp_path / "warm.h5", records(LENGTHS, k=3, temperatures=True))
+    first, second, *_ = CachedLogitsDataset(tmp_path / "warm.h5")
+    one, other = (dataclasses.replace(item, temperatures=(0.7, 1.3)) for item in (first, second))
+    mixed = dataclasses.replace(other, tensors={**other.tensors, "topk_logprobs_T": torch.zeros(2, 3, 2)})
+    expected = collate([one, mixed])["targets"].topk_logprobs_NKJ
+    with default_dtype(torch.bfloat16):
+        assert torch.equal(collate([one, mixed])["targets"].topk_logprobs_NKJ, expected)
 
 
 def test_collate_pads_and_makes_labels(dataset) -> None:

@@ -10,7 +10,23 @@ import textwrap
 import pytest
 import torch
 import warm
-from dense_losses import LABELS, MASK, OBJECTIVES, D, K, N, Student, V, batch, dense_rows, gradients, sparse_targets
+from dense_losses import (
+    LABELS,
+    MASK,
+    OBJECTIVES,
+    D,
+    K,
+    N,
+    Student,
+    V,
+    as_draws,
+    batch,
+    default_dtype,
+    dense_rows,
+    every_objective,
+    gradients,
+    sparse_targets,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -20,22 +36,39 @@ from dask_logits import ConfigError, Head, Objective, SparseTargets, distillatio
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["in-forward", "recompute"])
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "softcap", "tied", "frozen", "lora", "all"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_head_equals_the_dense_loss(name, kind, recompute) -> None:
+def test_every_head_equals_the_dense_loss(kind, recompute) -> None:
     ids, teacher, targets = batch()
-    one, two = Student(kind), Student(kind)
-    found = fused_distillation_loss(
-        one.hidden(ids), one.head(), targets, OBJECTIVES[name], recompute=recompute, chunk_rows=3
-    )
-    found.loss.backward()
-    expected = dense_rows(two(ids), teacher, LABELS, K, OBJECTIVES[name])[MASK].mean()
-    expected.backward()
-    torch.testing.assert_close(found.loss, expected, atol=1e-12, rtol=0)
-    wanted = gradients(two)
-    assert gradients(one).keys() == wanted.keys()
-    for name, grad in gradients(one).items():
-        torch.testing.assert_close(grad, wanted[name], atol=1e-12, rtol=0)
-    assert (found.n_tokens, found.n_labels) == (6, 5)
+    for objective in every_objective():
+        one, two = Student(kind), Student(kind)
+        given = as_draws(targets) if objective.tail == "sampled" else targets
+        found = fused_distillation_loss(
+            one.hidden(ids), one.head(), given, objective, recompute=recompute, chunk_rows=3
+        )
+        found.loss.backward()
+        expected = dense_rows(two(ids), teacher, LABELS, K, objective)[MASK].mean()
+        expected.backward()
+        values, wanted = ({"loss": loss, **gradients(of)} for loss, of in ((found.loss, one), (expected, two)))
+        assert values.keys() == wanted.keys()
+        for name, value in values.items():
+            assert torch.allclose(value, wanted[name], atol=1e-12, rtol=0), (name, objective)
+        assert (found.n_tokens, found.n_labels) == (6, 5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_default_dtype_changes_nothing(recompute) -> None:
+    ids, _, targets = batch()
+    for objective in every_objective():
+        outcomes = []
+        given = as_draws(targets) if objective.tail == "sampled" else targets
+        for dtype in (torch.float32, torch.bfloat16):
+            student = Student("all").float()
+            with default_dtype(dtype):
+                found = fused_distillation_loss(
+                    student.hidden(ids), student.head(), given, objective, recompute=recompute
+                )
+                found.loss.backward()
+            outcomes.append({"loss": found.loss, **gradients(student)})
+        assert all(torch.equal(value, outcomes[1][name]) for name, value in outcomes[0].items()), objective
 
 
 def test_values_per_token_equal_those_of_the_logits() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from dense_losses import dense_rows, sparse_targets
+from dense_losses import DIVERGENCES, LABELS, dense_rows, objective, sparse_targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -256,24 +256,6 @@ def test_entries_that_are_not_there_count_in_the_tail(k: int, width: int, seed: 
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(one.grad.double(), two.grad, atol=1e-5, rtol=1e-3)
-
-
-DIVERGENCES = [
-    (divergence, tail)
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "total_variation")
-    for tail in ("ghost", "residual", "renormalised")
-    if divergence != "reverse_kl" or tail == "ghost"
-]
-# A label that is kept, several that are not, one position without.
-LABELS = torch.tensor([3, 7, -100, 0, 49, 12, 31])
-
-
-def objective(divergence: str, tail: str, **options) -> Objective:
-    """Make an objective without its warning."""
-    if tail != "renormalised":
-        return Objective(divergence=divergence, tail=tail, **options)
-    with pytest.warns(UserWarning, match=r"biased target\. .* \(arXiv 2503\.16870\)"):
-        return Objective(divergence=divergence, tail=tail, **options)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import warm
 from builders import compact, drawn_records, records, tiny_model, write_cache
+from dense_losses import default_dtype
 from torch.utils.data import ConcatDataset, Subset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -174,6 +175,15 @@ def test_accumulated_batches_equal_one(either, tmp_path) -> None:
     for found, expected in zip(steps(parts), steps(whole), strict=True):
         for name in ("loss", "divergence", "cross_entropy", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_the_default_dtype_does_not_round_the_normaliser(dataset, tmp_path) -> None:
+    trainer = DistillationTrainer(model=student(), args=settings(tmp_path), train_dataset=dataset)
+    model, batch = trainer._wrap_model(trainer.model), collate([dataset[0], dataset[1]])
+    with torch.no_grad():
+        expected = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(257))
+        with default_dtype(torch.bfloat16):
+            assert trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(257)) == expected
 
 
 @pytest.mark.parametrize("changes", [{"remove_unused_columns": True}, {"dataloader_num_workers": 1}])
