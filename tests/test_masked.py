@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from datetime import date
@@ -245,6 +246,24 @@ def test_what_was_read_with_a_mask_is_not_resumed_without(chats) -> None:
     run(chats)
     with pytest.raises(RunConflictError, match=r"dataset\.learn: the run has 'assistant', now 'all'"):
         run(chats, "distillation.dataset.learn=all")
+
+
+def test_a_run_names_its_template_and_is_not_resumed_with_another(chats, chat_teacher, tmp_path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(chat_teacher, folder)
+    chats = [*chats, f"distillation.teacher.model_path={folder}"]
+    path = run(chats)
+    digest_of = {
+        template: hashlib.sha256(json.dumps(template).encode()).hexdigest() for template in (TEMPLATE, TEMPLATE + " ")
+    }
+    what = json.loads((path.parent / "run.json").read_text())["what"]
+    assert what["dataset.chat_template"] == digest_of[TEMPLATE]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE + " "
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(RunConflictError) as refused:
+        run(chats)
+    assert refused.value.differences == {"dataset.chat_template": tuple(digest_of.values())}
 
 
 def test_a_chat_with_tools_is_scored(chats, chat_teacher, tmp_path) -> None:

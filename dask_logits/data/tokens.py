@@ -384,17 +384,13 @@ def _cut(text: str, length: int) -> int:
 
 def _loaded(spec: TokenizerSpec) -> Any:
     """Return the tokenizer, as the driver saw it."""
-    loaded = _load_tokenizer(str(spec.path), spec.revision, spec.trust_remote_code, spec.identity)
-    if spec.chat_template is not None and template_digest(loaded) != spec.chat_template:
-        raise TeacherError(
-            f"distillation.teacher.tokenizer_path: expected the chat template {spec.chat_template[:16]}… that the "
-            f"driver saw, got another at {spec.path!r}; give every machine the same files"
-        )
-    return loaded
+    return _load_tokenizer(str(spec.path), spec.revision, spec.trust_remote_code, spec.identity, spec.chat_template)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool, identity: str | None) -> Any:
+def _load_tokenizer(
+    path: str, revision: str | None, trust_remote_code: bool, identity: str | None, template: str | None
+) -> Any:
     """Load the driver's tokenizer, or reuse the one held by this process."""
     loaded = _read_tokenizer(path, revision, trust_remote_code)
     found = _identify(loaded).digest
@@ -402,6 +398,11 @@ def _load_tokenizer(path: str, revision: str | None, trust_remote_code: bool, id
         raise TeacherError(
             f"distillation.teacher.tokenizer_path: expected the tokenizer {str(identity)[:16]}… that the driver saw, "
             f"got {found[:16]}… at {path!r}; give every machine the same files"
+        )
+    if template is not None and template_digest(loaded) != template:
+        raise TeacherError(
+            f"distillation.teacher.tokenizer_path: expected the chat template {template[:16]}… that the "
+            f"driver saw, got another at {path!r}; give every machine the same files"
         )
     return loaded
 

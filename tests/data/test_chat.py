@@ -444,6 +444,10 @@ def test_masks_and_labels_say_what_is_learned(marks, expected) -> None:
     ("row", "reason"),
     [
         ({"input_ids": [5, 6], "labels": [1]}, "expected 2 entries in 'labels', one for each of the token ids, got 1"),
+        (
+            {"input_ids": [5, 6], "labels": [-100, 6, 0]},
+            "expected 2 entries in 'labels', one for each of the token ids, got 3",
+        ),
         ({"input_ids": [5, 6]}, "got NoneType"),
         ({"input_ids": [5, 6], "labels": [6, -100]}, "got 6 at position 0, where the token id is 5"),
         ({"input_ids": [5, -6], "labels": [1, 1]}, "expected token ids of at least 0, got -6"),
