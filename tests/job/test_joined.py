@@ -1,0 +1,100 @@
+"""Workers of a joined scheduler: who gets work, by the GPUs that they see and use. The GPUs are pretended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from distributed import LocalCluster
+
+from dask_logits.config.groups import ClusterConfig, GenerationConfig
+from dask_logits.errors import ClusterError
+from dask_logits.job.cluster import open_cluster
+from dask_logits.job.dask_executor import DaskExecutor
+from dask_logits.job.gpus import WorkerFacts
+
+_PACKAGES = {"dask_logits": "1"}
+
+
+def facts_of(*gpus: str | None):
+    """Return what replaces `worker_facts`. The GPUs are those of the workers, by name: given>used. None: no GPU."""
+
+    def facts(dask_worker) -> WorkerFacts:
+        name = gpus[dask_worker.name]
+        if name is None:
+            return WorkerFacts(f"node{dask_worker.name}", 8, (), {"cpu": _PACKAGES})
+        given, used = name.split(">")
+        both = {"cpu": _PACKAGES, "cuda": {**_PACKAGES, "gpu": "NVIDIA H200"}}
+        return WorkerFacts("node", 8, (given,), both, (f"NVIDIA H200 {used}",))
+
+    return facts
+
+
+@contextlib.contextmanager
+def workers(n_workers: int) -> Iterator[LocalCluster]:
+    """Start a cluster whose workers are threads of this process, with a port each."""
+    with LocalCluster(
+        n_workers=n_workers, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:  # fmt: skip
+        yield cluster
+
+
+@contextlib.contextmanager
+def joined(cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = "auto") -> Iterator[DaskExecutor]:
+    monkeypatch.setattr("dask_logits.job.cluster.worker_facts", facts_of(*gpus))
+    config = ClusterConfig(scheduler=cluster.scheduler_address, wait_seconds=30)
+    with open_cluster(GenerationConfig(device=device), config) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "says"),
+    [
+        (("GPU-e0>GPU-e0", "GPU-e1>GPU-e1"), "cuda", None),
+        (("GPU-e0>GPU-e0", None), "cuda", " on node1: it sees no GPU; start it where one is visible"),
+        (
+            ("GPU-e0>GPU-e0", "1>GPU-e0"),
+            "cuda",
+            " on node (NVIDIA H200 GPU-e0): it computes on NVIDIA H200 GPU-e0, as tcp://",
+        ),
+        (
+            ("GPU-e0>GPU-e0", "GPU-e1>GPU-e2"),
+            "cuda",
+            " on node (NVIDIA H200 GPU-e2): it was given GPU-e1, and computes on NVIDIA H200 GPU-e2",
+        ),
+    ],
+)
+def test_auto_takes_the_workers_with_a_gpu_of_their_own_and_names_the_others(
+    monkeypatch, caplog, gpus, device, says
+) -> None:
+    with workers(2) as cluster, joined(cluster, monkeypatch, *gpus) as executor:
+        first, second = (cluster.workers[name].address for name in (0, 1))
+        assert executor.device == device
+        # Of two workers on one GPU, the one with the lower port keeps it.
+        left_out = list(executor.roster.left_out)
+        assert len(left_out) == (says is not None)
+        assert executor.environments.keys() == {first, second} - set(left_out)
+        assert executor.roster.usable([first, second]) == {first, second} - set(left_out)
+    if says is None:
+        assert "get no work" not in caplog.text
+    else:
+        assert f"these workers get no work:\n  {left_out[0]}{says}" in caplog.text
+
+
+def test_a_gpu_that_no_worker_has_is_refused_and_each_worker_is_named(monkeypatch) -> None:
+    with workers(2) as cluster:
+        with (
+            pytest.raises(ClusterError, match=r"device: expected workers with a GPU, got none:") as caught,
+            joined(cluster, monkeypatch, None, None, device="cuda"),
+        ):
+            pass
+        for name in (0, 1):
+            assert f"{cluster.workers[name].address} on node{name}: it sees no GPU" in str(caught.value)
+        with joined(cluster, monkeypatch, None, None, device="cpu") as executor:
+            assert (executor.device, executor.roster.left_out) == ("cpu", {})
+        # Asked for, the CPU is used, also by workers that share a GPU.
+        with joined(cluster, monkeypatch, "0>GPU-e0", "1>GPU-e0", device="cpu") as executor:
+            assert (executor.device, executor.roster.left_out) == ("cpu", {})
+            assert len(executor.environments) == 2
