@@ -211,6 +211,7 @@ def render(facts: Facts) -> str:
         noun = "blocks"
     seconds = facts.status.seconds if facts.status else {}
     parts = sections.work(charts, facts.history, clock, seconds, facts.failures)
+    parts.append(sections.left_out(facts.status.left_out if facts.status else {}))
     if facts.problem is not None:
         parts.append(section("targets", "Targets", f"The targets cannot be read: {facts.problem}"))
     elif sample is None or not sample.documents:

@@ -218,6 +218,20 @@ def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | Non
     return section("failures", "Failures", *parts)
 
 
+def left_out(workers: Mapping[str, str]) -> Html | None:
+    """List the workers that got no work, with their hosts and GPUs. None if there are none."""
+    if not workers:
+        return None
+    n_more = len(workers) - _MOST_WORKERS
+    return section(
+        "left-out",
+        "Workers without work",
+        f"{plural(len(workers), 'worker')} got no work, or no more work after failures, since the last start.",
+        table(("worker", "reason"), sorted(workers.items())[:_MOST_WORKERS], label="Workers without work"),
+        f"{n_more} more are listed by `dask-logits status`." if n_more > 0 else "",
+    )
+
+
 def targets(charts: Charts, sample: Sample, noun: str) -> Html:
     """Show the histograms of the targets, and the kept mass by k unless they are draws."""
     n_tokens = sum(len(each.entropies) for each in sample.documents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -268,6 +269,21 @@ def test_ten_thousand_partitions_are_drawn_within_two_seconds() -> None:
     assert "64 workers scored 10,000,000 tokens" in page.text
     assert "24 workers with fewer tokens are not drawn" in page.text
     assert html.count("<rect") < 100
+
+
+def test_workers_without_work_are_listed_with_their_reasons() -> None:
+    def page(n_workers: int) -> Page:
+        reasons = {f"tcp://n:{i} on n (NVIDIA H200 GPU-e{i})": f"its device failed {HOSTILE}" for i in range(n_workers)}
+        status = dataclasses.replace(read_status_of_nothing(), left_out=reasons)
+        facts = Facts(path=Path("/run"), teacher="t", dataset={}, settings={}, identity={}, calibration=None,
+                      statistics=Statistics(), status=status)  # fmt: skip
+        return checked(render(facts))
+
+    assert "Workers without work" not in page(0).text
+    assert "1 worker got no work, or no more work after failures, since the last start." in page(1).text
+    assert "tcp://n:0 on n (NVIDIA H200 GPU-e0)" in page(1).words
+    assert f"its device failed {HOSTILE}" in page(1).text
+    assert "2 more are listed by `dask-logits status`." in page(42).text
 
 
 def read_status_of_nothing():
