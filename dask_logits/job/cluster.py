@@ -343,15 +343,15 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     """
     scheduler = client.scheduler
 
-    async def ask() -> dict[str, Any]:
-        addresses = list((await scheduler.identity(n_workers=-1))["workers"])
+    async def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+        workers = (await scheduler.identity(n_workers=-1))["workers"]
         calls = (
             asyncio.wait_for(client.run(worker_facts, workers=[address], asynchronous=True), seconds)
-            for address in addresses
+            for address in workers
         )
-        return dict(zip(addresses, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+        return workers, dict(zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
-    answers = call_scheduler(client, ask, seconds + CALL_SECONDS)
+    workers, answers = call_scheduler(client, ask, seconds + CALL_SECONDS)
     facts = {address: answer[address] for address, answer in answers.items() if isinstance(answer, dict)}
     silent = {address: answer for address, answer in answers.items() if isinstance(answer, OSError)}
     broken = {address: answer for address, answer in answers.items() if not isinstance(answer, dict | OSError)}
@@ -359,6 +359,7 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
         hosts={address: fact.host for address, fact in facts.items()},
         gpus={address: fact.gpus_in_use[0] for address, fact in facts.items() if fact.gpus_in_use},
     )
+    roster.note_nannies(workers)
     reason = "it cannot tell its environment ({!r}); install the same packages there"
     roster.leave_out({address: reason.format(error) for address, error in broken.items()})
     if broken and not facts:

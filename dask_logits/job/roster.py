@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dask_logits.job.retry_policy import rest_seconds
 from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
@@ -53,17 +54,28 @@ class Roster:
     _on_good_devices: Counter[int] = field(default_factory=Counter)
 
     def name(self, worker: str) -> str:
-        """Return a worker's address with its host.
+        """Return a worker's address with its host and GPU.
 
         >>> Roster(hosts={"tcp://10.0.0.2:4001": "node2"}).name("tcp://10.0.0.2:4001")
         'tcp://10.0.0.2:4001 on node2'
         """
-        gpu = self.gpus.get(worker) or self.gpus.get(self._nanny(worker))
+        gpu = self._reported(self.gpus, worker)
         return f"{worker} on {self.host(worker)}{f' ({gpu})' if gpu else ''}"
 
     def host(self, worker: str) -> str:
         """Return the machine of a worker: its name, or the host part of its address."""
-        return self.hosts.get(worker) or worker.rpartition("://")[2].rpartition(":")[0] or worker
+        return self._reported(self.hosts, worker) or worker.rpartition("://")[2].rpartition(":")[0] or worker
+
+    def _reported(self, facts: Mapping[str, str], worker: str) -> str | None:
+        """Return what a worker reported, or its process before a restart, which had another address."""
+        nanny = self.nannies.get(worker)
+        if worker in facts or nanny is None:
+            return facts.get(worker)
+        return next((fact for other, fact in facts.items() if self.nannies.get(other) == nanny), None)
+
+    def note_nannies(self, workers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the nannies of workers, as the scheduler describes them."""
+        self.nannies |= {worker: facts["nanny"] for worker, facts in workers.items() if facts.get("nanny")}
 
     def usable(self, present: Iterable[str]) -> set[str]:
         """Return the workers that may get work."""

@@ -111,7 +111,7 @@ class Window:
         now = time.monotonic()
         self._starved = False
         before, self._present = self._present, present_workers(self.client)
-        self.roster.nannies |= {worker: facts["nanny"] for worker, facts in self._present.items() if facts.get("nanny")}
+        self.roster.note_nannies(self._present)
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
         while len(self._running) < self._room(now):

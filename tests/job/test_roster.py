@@ -85,3 +85,11 @@ def test_a_device_that_fails_in_a_row_gets_no_more_work_and_a_bad_partition_is_t
     assert roster.note_device_failure("a", 3) == (1, None)
     assert roster.note_device_failure("a", 4) == (0, None)
     assert roster.note_device_failure("a", 3) == (1, "its device failed 3 times in a row")
+
+
+def test_a_restarted_worker_is_named_with_its_host_and_gpu() -> None:
+    roster = Roster(hosts={"tcp://n:1": "node7"}, gpus={"tcp://n:1": "NVIDIA H200 GPU-e0"})
+    roster.note_nannies({"tcp://n:1": {"nanny": "tcp://n:9"}, "tcp://n:5": {"nanny": None}})
+    roster.note_nannies({"tcp://n:2": {"nanny": "tcp://n:9"}, "tcp://n:6": {"nanny": None}})
+    assert roster.name("tcp://n:2") == "tcp://n:2 on node7 (NVIDIA H200 GPU-e0)"
+    assert roster.name("tcp://n:6") == "tcp://n:6 on n"
