@@ -1,6 +1,6 @@
 """Run static workers in parallel on this machine and merge their results: the command ``dask-logits-parallel``.
 
-Each worker is a ``dask-logits generate`` process with its own GPU, or its share of the cores. It writes to its own log
+Each worker is a ``dask-logits generate`` process with its own GPUs, or its share of the cores. It writes to its own log
 file, so it does not depend on this process. New lines of all logs are printed here, prefixed with the worker's number.
 """
 
@@ -48,8 +48,9 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
     \b
       dask-logits-parallel 4 0,1,2,3 distillation.dataset.name=Salesforce/wikitext …
 
-    Workers take the GPUs DEVICES in turn, or all visible ones. Without any they share the cores. After a failure, run
-    the same command again: completed partitions are kept. The logs are in CACHE_DIR/logs/worker-I.log.
+    Workers take the GPUs DEVICES in turn, or all visible ones, each as many as gpus_per_worker says. Without any they
+    share the cores. After a failure, run the same command again: completed partitions are kept. The logs are in
+    CACHE_DIR/logs/worker-I.log.
 
     Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
     """
@@ -65,6 +66,7 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     config = load_config(overrides)
     is_cpu = config.teacher.generation.device == "cpu" or config.cluster.kind == "local_cpu"
     gpus = [] if is_cpu else [gpu for gpu in (devices or _gpus()).split(",") if gpu]
+    groups = _groups(gpus, config.teacher.generation.gpus_per_worker)
     folder = Path(config.teacher.cache_dir).expanduser()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     workers: list[_Worker] = []
     try:
         for number in range(count):
-            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]} if groups else {})
             log = logs / f"worker-{number}.log"
             share = [
                 f"distillation.teacher.generation.worker_id={number}",
@@ -91,7 +93,7 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
                     stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, process_group=0,
                 )  # fmt: skip
             workers.append(_Worker(number=number, process=process, log=log))
-            gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if gpus else ""
+            gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if groups else ""
             _say(f"worker {number}: process {process.pid}{gpu}, log {log}")
         failed = _wait(workers)
     finally:
@@ -125,6 +127,21 @@ def _wait(workers: list[_Worker]) -> bool:
                 _say(f"worker {worker.number}: " + ("done" if status == 0 else f"failed with exit status {status}"))
         time.sleep(_POLL_SECONDS if waiting else 0)
     return failed
+
+
+def _groups(gpus: list[str], size: int) -> list[str]:
+    """Return the GPUs of each worker, separated by commas. GPUs that do not complete a group are not used."""
+    from dask_logits.errors import ClusterError
+
+    groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
+    if size > 1 and not groups:
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
+            f"{len(gpus)} ({','.join(gpus) or 'none visible'}); lower it, or name more GPUs"
+        )
+    if groups and len(gpus) % size:
+        _say(f"{len(gpus) % size} of {len(gpus)} GPUs are not used: workers take {size} each")
+    return groups
 
 
 def _gpus() -> str:

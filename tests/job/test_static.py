@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,9 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
         (None, [], ["0", "1", "0"]),
         ("1", [], ["1", "1", "1"]),
         (None, ["4,5"], ["4", "5", "4"]),
+        (None, [f"{GENERATION}.gpus_per_worker=2"], ["0,1", "0,1", "0,1"]),
+        ("3,1,0,2,5", [f"{GENERATION}.gpus_per_worker=2"], ["3,1", "0,2", "3,1"]),
+        (None, ["4,5,6,7", f"{GENERATION}.gpus_per_worker=2"], ["4,5", "6,7", "4,5"]),
         ("", [], None),
         ("-1", [], None),
         ("NoDevFiles", [], None),
@@ -207,7 +211,29 @@ def test_the_launcher_gives_visible_gpus_or_a_share_of_the_cores(
     assert [gpu for _, gpu in started] == (expected or [visible] * 3)
     for command, _ in started:
         assert (f"{GENERATION}.torch_threads=4" in command) == (expected is None)
-        assert (f"{GENERATION}.device=cuda" in command) == (arguments == ["4,5"])
+        assert (f"{GENERATION}.device=cuda" in command) == (arguments[:1] in (["4,5"], ["4,5,6,7"]))
+
+
+@pytest.mark.parametrize(
+    ("devices", "problem"),
+    [(["4,5"], r"got 2 \(4,5\); lower it, or name more"), ([], r"got 0 \(none visible\); lower it")],
+)
+def test_the_launcher_refuses_groups_larger_than_its_gpus(
+    devices, problem, small, launched, capfd, monkeypatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launched("2", *devices, "--", *small, f"{GENERATION}.gpus_per_worker=3") == 2
+    message = f"{GENERATION}.gpus_per_worker: expected at least 3 GPUs for a worker, "
+    assert re.search(re.escape(message) + problem, capfd.readouterr().err)
+    assert not cache_dir(small).exists()
+
+
+def test_the_launcher_says_which_gpus_complete_no_group(small, launched, capfd) -> None:
+    # No worker sees such GPUs here.
+    assert launched("1", "4,5,6", "--", *small, f"{GENERATION}.gpus_per_worker=2") == 1
+    errors = capfd.readouterr().err
+    assert "1 of 3 GPUs are not used: workers take 2 each" in errors
+    assert re.search(r"worker 0: process \d+ on GPU 4,5, log ", errors)
 
 
 def test_the_launcher_refuses_named_gpus_that_are_not_there(small, launched, capfd) -> None:
