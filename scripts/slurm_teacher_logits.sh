@@ -2,8 +2,9 @@
 # Score a dataset inside one Slurm allocation: a Dask scheduler and the job's driver on the first node, workers on all.
 #   sbatch [SBATCH OPTION…] scripts/slurm_teacher_logits.sh OVERRIDE…
 #   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_teacher_logits.sh distillation.dataset.name=Salesforce/wikitext …
-# Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each; without, so
-# many on each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
+# Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each, or for each
+# group of a node's GPUs if distillation.teacher.generation.gpus_per_worker is among the overrides; without, so many on
+# each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
 # is done. The job's progress and errors: teacher-logits-JOB.log, where you submit. Logs of scheduler and workers:
 # output/slurm-JOB/. Exit status: that of `dask-logits generate`; 1 if scheduler or workers are lost.
 # It runs .venv/bin/python of the checkout, or PYTHON if that is set where you submit.
@@ -31,6 +32,8 @@ export DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION=1.0
 export DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING=False
 export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=2
 export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="30 minutes"
+# CUDA counts GPUs as Slurm and nvidia-smi do, and not from the fastest one.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
 
 say() { echo "slurm_teacher_logits: $*" >&2; }
 alive() { kill -0 "$1" 2>/dev/null; }
@@ -39,6 +42,19 @@ end() {  # PID: ask it to end, insist after 30 s
   kill "$1"
   for ((i = 0; i < 300; i++)); do alive "$1" || return 0; sleep 0.1; done
   kill -KILL "$1"
+}
+start_groups() {  # N COMMAND…: on a node, start the command once for each N of its GPUs, and wait for all
+  local n=$1 gpus i
+  shift
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L | wc -l)} - 1)))}"
+  [ ${#gpus[@]} -ge "$n" ] || { echo "expected $n GPUs or more on $HOSTNAME, got ${#gpus[@]}" >&2; return 1; }
+  trap 'kill $(jobs -p) 2>/dev/null' TERM INT
+  for ((i = 0; i + n <= ${#gpus[@]}; i += n)); do
+    CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i:n}") "$@" &
+  done
+  # A signal ends the first one.
+  wait
+  wait
 }
 
 scheduler='' workers='' driver='' stopping=''
@@ -56,11 +72,25 @@ until [ -s "$DASK_LOGITS_SCHEDULER_FILE" ]; do
   sleep 0.2
 done
 
+group=1
+for override in "$@"; do
+  if [[ $override =~ ^[+]*distillation\.teacher\.generation\.gpus_per_worker=([1-9][0-9]*)$ ]]; then
+    group=${BASH_REMATCH[1]}
+  fi
+done
+groups=()
 worker=(worker --nworkers "${WORKERS_PER_NODE:-1}" --nthreads 2)
-if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then worker=(cuda worker --nthreads 3 --device-memory-limit 0); fi
+if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
+  worker=(cuda worker --nthreads 3 --device-memory-limit 0)
+  if [ "$group" -gt 1 ]; then
+    # dask cuda worker starts a worker for each GPU.
+    groups=(bash -c "$(declare -f start_groups); start_groups \"\$@\"" start_groups "$group")
+    worker=(worker --nworkers 1 --nthreads 3)
+  fi
+fi
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --memory-limit 0 \
+  "${groups[@]}" "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --memory-limit 0 \
   --death-timeout 300 "${network[@]}" >"$logs/workers.log" 2>&1 &
 workers=$!
 

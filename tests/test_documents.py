@@ -363,6 +363,42 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     assert sorted(path.name for path in logs.iterdir()) == ["scheduler.log", "workers.log"]
 
 
+@pytest.mark.parametrize(
+    ("visible", "on_node", "groups", "message"),
+    [
+        ("3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
+        ("", "4", ["0,1", "2,3"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
+        ("5", "1", [], "all workers have ended; see "),
+    ],
+)
+def test_the_slurm_recipe_starts_a_worker_for_each_group_of_gpus(
+    visible, on_node, groups, message, overrides, tmp_path
+) -> None:
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    note = (
+        'case "$*" in "-m dask worker"*) echo "$CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER $*" >>"$FAKES/workers" ;; esac'
+    )
+    for name, script in (("srun", SRUN), ("python", f'#!/bin/sh\n{note}\nexec "{sys.executable}" "$@"\n')):
+        (fakes / name).write_text(script)
+        (fakes / name).chmod(0o755)
+    script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides, f"{GENERATION}.gpus_per_worker=2"]
+    slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": on_node}
+    # The workers see no GPUs, because there are none.
+    status = 2 if groups else 1
+    errors = shell(script, tmp_path, status, CUDA_VISIBLE_DEVICES=visible, PYTHON=str(fakes / "python"), **slurm)
+    assert message in errors
+    if not groups:
+        log = (tmp_path / "output" / "slurm-8" / "workers.log").read_text()
+        assert re.fullmatch(r"expected 2 GPUs or more on \S+, got 1\n", log)
+        return
+    started = sorted((fakes / "workers").read_text().splitlines())
+    assert [line.split()[0] for line in started] == groups
+    for line in started:
+        assert " PCI_BUS_ID -m dask worker --nworkers 1 --nthreads 3 --scheduler-file " in line
+        assert " --memory-limit 0 --death-timeout 300 --interface lo" in line
+
+
 @pytest.mark.parametrize("warning", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_slurm_recipe_stops_in_order_when_slurm_warns(warning, overrides, tmp_path) -> None:
     fakes = tmp_path / "fakes"
