@@ -100,7 +100,7 @@ def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS, may
     path = dataclasses.replace(path, exact=exact and path.head == "linear" and teacher.dtype != torch.float32)
     path = _confirm(own, path, heads, choice)
     teacher.take(path)
-    logger.info("path %s, RMS differences in nats from the plain forward: %s", path, choice.errors)
+    logger.debug("path %s, RMS differences in nats from the plain forward: %s", path, choice.errors)
     for way, reason in choice.refusals.items():
         logger.info("%s is not used: %s", way, reason)
     return dataclasses.replace(choice, path=path)
@@ -217,11 +217,7 @@ def _choose_head(probe: Oracle, heads: tuple[Head, ...], choice: Choice) -> Scor
             choice.refusals.pop(path.head, None)
             return path
         choice.refusals[path.head] = f"off by {choice.errors[path.head]:.2g} nats, the limit is {probe.limit:.2g}"
-    raise TeacherError(
-        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward within "
-        f"{probe.limit:.2g} nats, got {choice.errors}; run again with "
-        "distillation.teacher.generation.force_regenerate=true"
-    )
+    raise TeacherError(_no_path(heads, choice))
 
 
 def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
@@ -317,7 +313,12 @@ def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Ch
             choice.errors["path"] = error
             return way
         choice.refusals[given_up] = f"off by {error:.2g} nats in {own.teacher.dtype}, the limit is {own.limit:.2g}"
-    raise TeacherError(
-        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward, got "
-        f"{choice.refusals}; run again with distillation.teacher.generation.force_regenerate=true"
+    raise TeacherError(_no_path(heads, choice))
+
+
+def _no_path(heads: tuple[Head, ...], choice: Choice) -> str:
+    reasons = ", ".join(f"{way} {reason}" for way, reason in choice.refusals.items())
+    return (
+        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward, got {reasons}; "
+        "run again with distillation.teacher.generation.force_regenerate=true"
     )

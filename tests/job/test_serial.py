@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,6 +373,14 @@ def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> 
     assert "stopped; run the same command again to go on" in log
     assert 1 <= read_status(cache_dir(here)).committed < 40
     assert digest(run(here, "distillation.partition.rows=1")) == whole
+
+
+def test_the_log_is_in_words(here) -> None:
+    done = warm.run([*COMMAND, *here])
+    assert done.returncode == 0, done.stderr
+    assert "INFO scoring path: eager layers, attention " in done.stderr
+    dumps = re.compile(r"[{\[(]['\"]|ScoringPath\(|\b[A-Z]\w+\([a-z_]+=")
+    assert not [line for line in done.stderr.splitlines() if dumps.search(line)]
 
 
 def test_a_serial_job_has_one_worker_and_no_scheduler(here) -> None:

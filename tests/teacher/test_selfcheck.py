@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import VALID, family_model
 
+from dask_logits.errors import TeacherError
 from dask_logits.teacher import probe, selfcheck
 from dask_logits.teacher.cpu import attention
 from dask_logits.teacher.cpu.attention import block_attention
@@ -174,6 +175,12 @@ def test_a_path_that_fails_on_the_whole_teacher_is_given_up(monkeypatch) -> None
     choice = check(teacher_of("llama"), exact=True)
     assert dataclasses.replace(choice.path, exact=False) == ScoringPath(attention="model", head="linear")
     assert "in torch.float32" in choice.refusals["blocks"]
+
+
+def test_without_a_path_the_error_gives_the_reason_of_each(monkeypatch) -> None:
+    monkeypatch.setattr(selfcheck.Oracle, "error", lambda *_: 1.0)
+    with pytest.raises(TeacherError, match=r"got linear off by 1 nats, the limit is \S+, replay off by 1 nats"):
+        check(teacher_of("llama"), exact=True, heads=("linear", "replay"))
 
 
 class _Fp8Head(torch.nn.Module):
