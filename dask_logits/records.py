@@ -16,10 +16,10 @@ J temperatures.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,52 @@ from dask_logits.fields import Count, NumberOrInfinity, Record
 
 Array = npt.NDArray[Any]
 
-TOKEN_ARRAYS = ("input_ids", "topk_ids", "topk_logprobs", "logsumexp", "tail_logmass", "label_logprob")
-# Absent from targets that are draws.
-_OF_TOP_K = ("topk_logprobs", "tail_logmass")
-# Only for draws, for targets with further temperatures, for masked data, and for targets at chosen positions.
-OPTIONAL_TOKEN_ARRAYS = ("topk_counts", "tail_logmass_T", "loss_mask", "target_pos")
-# These have an entry for each token. All other token arrays have one for each position with targets.
-EVERY_TOKEN = ("input_ids", "loss_mask")
+
+@dataclass(frozen=True, kw_only=True)
+class TokenArray:
+    """Dtype, shape and storage of one array of the token axis.
+
+    Parameters
+    ----------
+    dtype
+        Dtype of a value. None: that of a token id.
+    per
+        An entry is one value, one per kept entry (K), or one per further temperature (J).
+    has_every_token
+        Whether it has an entry for each token. Otherwise it has one for each position with targets.
+    extra
+        The field of :class:`Extras` that says whether it is there. None: it always is.
+    is_of_top_k
+        Whether it is absent from targets that are draws.
+    compact
+        How the compact profile stores it: as it is, as float16, or by the profile's own code.
+    """
+
+    dtype: type[np.generic] | None
+    per: Literal["position", "K", "J"] = "position"
+    has_every_token: bool = False
+    extra: str | None = None
+    is_of_top_k: bool = False
+    compact: Literal["unchanged", "half", "own"] = "unchanged"
+
+
+# In canonical order, those that are always there first.
+ALL_TOKEN_ARRAYS = {
+    "input_ids": TokenArray(dtype=None, has_every_token=True),
+    "topk_ids": TokenArray(dtype=None, per="K", compact="own"),
+    "topk_logprobs": TokenArray(dtype=np.float16, per="K", is_of_top_k=True, compact="own"),
+    "logsumexp": TokenArray(dtype=np.float32, compact="half"),
+    "tail_logmass": TokenArray(dtype=np.float32, is_of_top_k=True, compact="half"),
+    "label_logprob": TokenArray(dtype=np.float32, compact="half"),
+    "topk_counts": TokenArray(dtype=np.uint8, per="K", extra="draws", compact="own"),
+    "tail_logmass_T": TokenArray(dtype=np.float32, per="J", extra="temperatures", compact="half"),
+    "loss_mask": TokenArray(dtype=np.uint8, has_every_token=True, extra="is_masked"),
+    "target_pos": TokenArray(dtype=np.uint64, extra="has_target_pos"),
+}
+TOKEN_ARRAYS = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.extra is None)
+OPTIONAL_TOKEN_ARRAYS = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.extra is not None)
+EVERY_TOKEN = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.has_every_token)
+_OF_TOP_K = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.is_of_top_k)
 DOCUMENT_ARRAYS = ("document_row", "document_offset", "document_length")
 # Draws that are this improbable, e^−30, are taken for those of other tokens.
 _DOUBT_NATS = 30.0
@@ -75,16 +114,18 @@ class Extras:
     is_masked: bool = False
     has_target_pos: bool = False
 
-    @property
+    @cached_property
     def token_arrays(self) -> tuple[str, ...]:
         """Names of all arrays of the token axis, in canonical order.
 
         >>> Extras(temperatures=(2.0,)).token_arrays[-2:]
         ('label_logprob', 'tail_logmass_T')
         """
-        present = (bool(self.draws), bool(self.temperatures), self.is_masked, self.has_target_pos)
-        always = (name for name in TOKEN_ARRAYS if not (self.draws and name in _OF_TOP_K))
-        return (*always, *itertools.compress(OPTIONAL_TOKEN_ARRAYS, present))
+        return tuple(
+            name
+            for name, array in ALL_TOKEN_ARRAYS.items()
+            if (array.extra is None or getattr(self, array.extra)) and not (self.draws and array.is_of_top_k)
+        )
 
 
 NO_EXTRAS = Extras()
@@ -97,18 +138,9 @@ def schema(top_k: int, vocab_size: int, extras: Extras = NO_EXTRAS) -> dict[str,
     (dtype('uint16'), (64,))
     """
     ids = id_dtype(vocab_size)
-    f32 = np.dtype(np.float32)
-    return {
-        "input_ids": (ids, ()),
-        "topk_ids": (ids, (top_k,)),
-        "topk_logprobs": (np.dtype(np.float16), (top_k,)),
-        "logsumexp": (f32, ()),
-        "tail_logmass": (f32, ()),
-        "label_logprob": (f32, ()),
-        "topk_counts": (np.dtype(np.uint8), (top_k,)),
-        "tail_logmass_T": (f32, (len(extras.temperatures),)),
-        "loss_mask": (np.dtype(np.uint8), ()),
-        "target_pos": (np.dtype(np.uint64), ()),
+    shapes = {"position": (), "K": (top_k,), "J": (len(extras.temperatures),)}
+    tokens = {name: (np.dtype(array.dtype or ids), shapes[array.per]) for name, array in ALL_TOKEN_ARRAYS.items()}
+    return tokens | {
         "document_row": (np.dtype(np.uint64), ()),
         "document_offset": (np.dtype(np.uint32), ()),
         "document_length": (np.dtype(np.uint32), ()),
@@ -295,14 +327,13 @@ class Records:
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """Yield every array under its logical name, in canonical order."""
-        for name in (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
+        for name in (*ALL_TOKEN_ARRAYS, *DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
     def tokens(self) -> dict[str, Array]:
         """Return the arrays of the token axis and the target axis by name."""
-        names = (*TOKEN_ARRAYS, *OPTIONAL_TOKEN_ARRAYS)
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in ALL_TOKEN_ARRAYS if getattr(self, name) is not None}
 
     @property
     def logprobs(self) -> Array:

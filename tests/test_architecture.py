@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +159,57 @@ def test_the_architecture_page_lists_every_module() -> None:
     assert [name for name in modules() if name != "__main__" and f"{name.split('.')[-1]}.py" not in page] == []
     listed = {name.removesuffix(".py") for name in re.findall(r"[\w]+\.py", page)}
     assert listed <= {name.split(".")[-1] for name in modules()}
+
+
+def test_where_does_it_go_names_files_and_symbols_that_exist() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text().partition("## Where does it go?")[2].partition("\n## ")[0]
+    rows = [line for line in page.splitlines() if line.startswith("| a ") or line.startswith("| an ")]
+    assert len(rows) >= 7
+    for row in rows:
+        files, symbols = [], []
+        for word in re.findall(r"`([\w./]+)`", row):
+            path = next((p for p in (PACKAGE / word, ROOT / word) if p.exists()), None)
+            assert path or ("/" not in word and not word.endswith(".py")), f"no {word} in: {row}"
+            (files if path else symbols).append(path or word)
+        text = "".join(path.read_text() for path in files if path.is_file())
+        assert [name for name in symbols if not re.search(rf"\b{name.split('.')[-1]}\b", text)] == [], row
+
+
+_NEW_COLUMN = """
+import dataclasses
+import numpy as np
+from builders import compact, plain, records, write_cache
+from pathlib import Path
+from dask_logits.cache.profile import as_kept
+from dask_logits.cache.reader import CacheReader
+from dask_logits.records import Extras
+
+made = dataclasses.replace(records((5, 0, 4)), weight=np.arange(9, dtype=np.float32) / 3)
+for profile in (plain(extras=Extras(has_weight=True)), compact(extras=Extras(has_weight=True))):
+    write_cache(Path(profile.name), made, profile=profile)
+    reader = CacheReader(Path(profile.name))
+    reader.verify_checksums()
+    assert reader.profile.extras == Extras(has_weight=True)
+    kept = as_kept(made, profile).weight[5:]
+    assert reader.item(2)["weight"].tolist() == kept.tolist() != [0] * 4
+"""
+
+
+def test_a_new_column_of_the_format_is_declared_in_records_alone(tmp_path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "dask_logits", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "dask_logits" / "records.py"
+    source = path.read_text()
+    for line in (
+        '    "weight": TokenArray(dtype=np.float32, extra="has_weight", compact="half"),',
+        "    has_weight: bool = False",
+        "    weight: Array | None = None",
+    ):
+        before = line.replace("has_weight", "has_target_pos").replace("weight", "target_pos").partition("(")[0]
+        source, n_places = re.subn(rf"^{re.escape(before)}.*\n", rf"\g<0>{line}\n", source, flags=re.M)
+        assert n_places == 1
+    path.write_text(source)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", _NEW_COLUMN], check=True, cwd=tmp_path, env=environment)
 
 
 def test_environment_names_what_pyproject_requires() -> None:

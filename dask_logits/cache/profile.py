@@ -33,7 +33,7 @@ from dask_logits.cache.layout import round_up
 from dask_logits.cache.packed import COUNTS, pack, unpack
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import create_bytes
-from dask_logits.records import EVERY_TOKEN, NO_EXTRAS, Array, Extras, Records, id_dtype, schema
+from dask_logits.records import ALL_TOKEN_ARRAYS, EVERY_TOKEN, NO_EXTRAS, Array, Extras, Records, id_dtype, schema
 
 Precision = Literal[8, 10, 12]
 PRECISIONS: tuple[Precision, ...] = (8, 10, 12)
@@ -46,8 +46,9 @@ _RANGE_NATS = 32.0
 _BLOCK_TOKENS = 1024
 # Upper bound for an array of one dimension.
 _NPY_HEADER_BYTES = 4096
-_HALVED = ("logsumexp", "tail_logmass", "label_logprob", "tail_logmass_T")
-_UNCHANGED = ("input_ids", "loss_mask", "target_pos")
+_HALVED = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.compact == "half")
+# Of them, the input ids come first in a file and are always there.
+_UNCHANGED = tuple(name for name, array in ALL_TOKEN_ARRAYS.items() if array.compact == "unchanged")
 
 
 @dataclass(frozen=True)

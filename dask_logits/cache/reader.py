@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from dask_logits.cache.profile import Compact, Plain, Profile
 from dask_logits.errors import CacheError, damaged
 from dask_logits.fields import MOST_COUNT, MOST_DRAWS, MOST_TEMPERATURES
 from dask_logits.records import (
+    ALL_TOKEN_ARRAYS,
     DOCUMENT_ARRAYS,
     EVERY_TOKEN,
     OPTIONAL_TOKEN_ARRAYS,
@@ -469,21 +469,27 @@ class CacheReader:
         return profile
 
     def _extras(self, file: h5py.File) -> Extras:
-        has_counts, has_tails, is_masked, has_target_pos = (
-            find_dataset(file, self.path, name) is not None for name in OPTIONAL_TOKEN_ARRAYS
-        )
-        draws = self._count("draws", "topk_counts") if has_counts else 0
-        if has_counts and not self.top_k <= draws <= MOST_DRAWS:
+        values: dict[str, Any] = {
+            str(ALL_TOKEN_ARRAYS[name].extra): find_dataset(file, self.path, name) is not None
+            for name in OPTIONAL_TOKEN_ARRAYS
+        }
+        values["draws"] = self._draws() if values["draws"] else 0
+        values["temperatures"] = self._temperatures(file) if values["temperatures"] else ()
+        return Extras(**values)
+
+    def _draws(self) -> int:
+        draws = self._count("draws", "topk_counts")
+        if not self.top_k <= draws <= MOST_DRAWS:
             raise damaged(self.path, f"draws from top_k {self.top_k} to {MOST_DRAWS}", str(draws))
-        extras = Extras(draws=draws, is_masked=is_masked, has_target_pos=has_target_pos)
-        if not has_tails:
-            return extras
+        return draws
+
+    def _temperatures(self, file: h5py.File) -> tuple[float, ...]:
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
         is_valid = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all() and 1.0 not in temperatures
         if not is_valid or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
             expected = f"1 to {MOST_TEMPERATURES} rising temperatures other than 1"
             raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
-        return replace(extras, temperatures=tuple(temperatures.tolist()))
+        return tuple(temperatures.tolist())
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
         dataset = find_dataset(file, self.path, name)
