@@ -241,6 +241,35 @@ def quantized(folder: Path, method: str) -> Path:
     return change_config(teacher(folder), quantization_config={"quant_method": method, **QUANTIZED[method][0]})
 
 
+def channelwise_fp8(folder: Path) -> Path:
+    """Projections in 8 bits with a scale for each row, in the format of compressed-tensors."""
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, weight in weights.items():
+            found[name] = weight
+            if "proj" in name:
+                scales = found[f"{name}_scale"] = weight.abs().amax(1, keepdim=True) / 448
+                found[name] = (weight / scales).to(torch.float8_e4m3fn)
+        return found
+
+    settings = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    settings |= QUANTIZED["compressed-tensors"][0]
+    return change_config(change_weights(teacher(folder), change), quantization_config=settings)
+
+
+def bitsandbytes(folder: Path, bits: int) -> Path:
+    """Projections in 4 or 8 bits, as the package writes them."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher(folder), quantization_config=settings, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
 def quantization_without_package(folder: Path) -> Path:
     settings = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 1}
     return change_config(teacher(folder), quantization_config=settings)

@@ -6,19 +6,24 @@ import json
 import logging
 import shutil
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import teacher_inputs
 import torch
-from builders import VOCAB_SIZE, tiny_model, tree
+from builders import VOCAB_SIZE, run, tiny_model, tree
+from plain_forward import K, plain_targets
 from safetensors.torch import save_file
 
 from dask_logits.config.groups import TeacherConfig
 from dask_logits.errors import TeacherError
+from dask_logits.job.recompute import verify
 from dask_logits.teacher.checkpoint import TeacherSpec, inspect_teacher, load_teacher
 from dask_logits.teacher.selfcheck import check
+from dask_logits.train.dataset import CachedLogitsDataset
 
 TOKENS = torch.arange(2, 42).view(2, 20)
 
@@ -92,6 +97,41 @@ def test_a_quantization_without_its_package_names_it(method: str, tmp_path) -> N
     message = rf"is quantized by '{method}', which needs a package that is missing: .*({package}).*; install it, or use"
     with pytest.raises(TeacherError, match=message):
         inspect(teacher_inputs.quantized(tmp_path / "quantized", method))
+
+
+@pytest.mark.parametrize(
+    ("package", "case"),
+    [
+        ("compressed_tensors", teacher_inputs.channelwise_fp8),
+        ("bitsandbytes", partial(teacher_inputs.bitsandbytes, bits=4)),
+        ("bitsandbytes", partial(teacher_inputs.bitsandbytes, bits=8)),
+    ],
+    ids=["compressed-tensors", "bitsandbytes-4", "bitsandbytes-8"],
+)
+def test_a_quantized_teacher_from_generate_to_a_verified_cache(package: str, case, here, tmp_path) -> None:
+    pytest.importorskip(package)
+    from transformers import AutoModelForCausalLM
+
+    path = case(tmp_path / "quantized")
+    cache = run(
+        here,
+        f"distillation.teacher.model_path={path}",
+        "distillation.teacher.dtype=float32",
+        "distillation.cache.profile=plain",
+    )
+    report = verify(cache.parent, recompute=2)
+    assert report.ok, report
+    # The model as transformers loads it, and not the one before it was quantized.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu").eval()
+    plain = tiny_model("llama")
+    dataset = CachedLogitsDataset(cache)
+    for item in list(dataset)[:4]:
+        tokens = np.asarray(item["input_ids"])
+        targets = plain_targets(model, tokens, dataset.vocab_size, K)["logp"][:, :K]
+        unquantized = plain_targets(plain, tokens, dataset.vocab_size, K)["logp"][:, :K]
+        stored = np.asarray(item["topk_logprobs"])
+        np.testing.assert_allclose(stored, targets, rtol=2.0**-11, atol=1e-4)
+        assert 1e-4 < np.abs(stored - unquantized).max() < 0.5
 
 
 # --- adapters ---
