@@ -18,6 +18,7 @@ import torch
 import warm
 from builders import compact, drawn_records, records, tiny_model, write_cache
 from dense_losses import default_dtype
+from test_ensemble import of_teacher
 from torch.utils.data import ConcatDataset, Subset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -27,7 +28,9 @@ from dask_logits import (
     ConfigError,
     DistillationConfig,
     DistillationTrainer,
+    EnsembleDataset,
     ItemOrder,
+    MixedDataset,
     Objective,
     StudentWithLoss,
     collate,
@@ -46,7 +49,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_cache(folder / f"{name}.h5", records(lengths, k=4, seed=seed))
     write_cache(folder / "drawn.h5", drawn_records(records(LENGTHS, k=4, seed=1)))
     write_cache(folder / "some.h5", records(LENGTHS, k=4, seed=1).at(np.arange(1, sum(LENGTHS), 3)))
+    for seed in (1, 2):
+        write_cache(folder / f"teacher-{seed}.h5", of_teacher(seed, lengths=tuple(LENGTHS)))
     return folder
+
+
+def ensemble(folder: Path) -> EnsembleDataset:
+    return EnsembleDataset({name: CachedLogitsDataset(folder / f"{name}.h5") for name in ("teacher-1", "teacher-2")})
+
+
+def mixture(folder: Path, **options: Any) -> MixedDataset:
+    """Return 20 items of a cache and of an ensemble."""
+    sources = {"one": CachedLogitsDataset(folder / "train.h5"), "several": ensemble(folder)}
+    return MixedDataset(sources, n_items=20, **options)
 
 
 @pytest.fixture
@@ -54,9 +69,10 @@ def dataset(folder: Path) -> CachedLogitsDataset:
     return CachedLogitsDataset(folder / "train.h5")
 
 
-@pytest.fixture(params=["train", "some", "drawn"], ids=["all positions", "some positions", "draws"])
-def either(folder: Path, request: pytest.FixtureRequest) -> CachedLogitsDataset:
-    return CachedLogitsDataset(folder / f"{request.param}.h5")
+@pytest.fixture(params=["train", "some", "drawn", "ensemble", "mixture"])
+def either(folder: Path, request: pytest.FixtureRequest) -> Any:
+    made = {"ensemble": ensemble, "mixture": mixture}.get(request.param)
+    return CachedLogitsDataset(folder / f"{request.param}.h5") if made is None else made(folder)
 
 
 def settings(output: Path, **changes: Any) -> DistillationConfig:
@@ -312,14 +328,6 @@ def test_a_share_of_a_cache_may_be_held_out(dataset, tmp_path) -> None:
 
 # Checkpoints
 
-EVERY_STEP = {
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "optim": "adamw_torch",
-    "max_steps": 8,
-    "attention_dropout": 0.2,
-}
-
 
 def run(output: Path, dataset: Any, *, resume: Any = None, **changes: Any) -> DistillationTrainer:
     """Train with AdamW and dropout, 5 steps an epoch, so that state and random numbers matter."""
@@ -339,6 +347,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(undisturbed, dataset, tmp_path,
     output, expected = undisturbed
     shutil.copytree(output / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert_equal(weights(run(tmp_path, dataset, resume=True)), expected)
+
+
+def test_a_resumed_run_on_a_mixture_equals_an_undisturbed_one(folder, tmp_path) -> None:
+    expected = weights(run(tmp_path / "one", mixture(folder)))
+    shutil.copytree(tmp_path / "one" / "checkpoint-7", tmp_path / "two" / "checkpoint-7")
+    with pytest.raises(CacheError, match="expected the cache that this checkpoint was trained on"):
+        run(tmp_path / "two", mixture(folder, weights={"one": 3, "several": 1}), resume=True)
+    assert_equal(weights(run(tmp_path / "two", mixture(folder), resume=True)), expected)
 
 
 def test_a_batch_size_that_was_found_is_resumed(dataset, tmp_path, monkeypatch) -> None:
