@@ -50,7 +50,11 @@ def token_crcs(vocabulary: Mapping[str, int]) -> npt.NDArray[np.uint8]:
 
 
 def check_tokenizer(
-    attributes: Mapping[str, Any], teacher_crcs: npt.NDArray[np.uint8] | None, tokenizer: HasVocabulary, where: str
+    attributes: Mapping[str, Any],
+    teacher_crcs: npt.NDArray[np.uint8] | None,
+    tokenizer: HasVocabulary,
+    where: str,
+    setting: str = "student_tokenizer",
 ) -> None:
     """Refuse a student's tokenizer that maps ids to different tokens than the teacher's.
 
@@ -64,6 +68,8 @@ def check_tokenizer(
         The student's tokenizer.
     where
         The cache, for error messages.
+    setting
+        What the tokenizer was given as, for error messages.
 
     Raises
     ------
@@ -78,7 +84,7 @@ def check_tokenizer(
     if not expected:
         raise CacheError(
             f"{where}: expected a cache that names its tokenizer, got one made from token ids without; compare them "
-            "yourself, and leave student_tokenizer out",
+            f"yourself, and leave {setting} out",
             where,
         )
     if map_digest(vocabulary) == expected:
@@ -95,7 +101,7 @@ def check_tokenizer(
             found = next((token for token, i in vocabulary.items() if i == first), None)
             place = f", which has no token with id {first}" if found is None else f", in which id {first} is {found!r}"
     raise CacheError(
-        f"student_tokenizer: expected the teacher's tokenizer of {n_teacher} ids ({where}), got one of {n_ids} ids"
+        f"{setting}: expected the teacher's tokenizer of {n_teacher} ids ({where}), got one of {n_ids} ids"
         f"{place}; choose a student with the teacher's tokenizer",
         where,
     )

@@ -32,6 +32,7 @@ from dask_logits.train.objective import Divergence, Objective, Tail, column_of
 from dask_logits.train.order import ItemOrder
 from dask_logits.train.sampler import ResumableSampler
 from dask_logits.train.student import StudentWithLoss
+from dask_logits.vocabulary import check_tokenizer
 
 _TERMS = ("divergence", "cross_entropy")
 
@@ -106,11 +107,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     data_collator
         None: :func:`dask_logits.collate`. Another one must return its keys ``input_ids``, ``attention_mask`` and
         ``targets``.
-    processing_class, model_init, callbacks, optimizers, optimizer_cls_and_kwargs
+    processing_class
+        As for ``transformers.Trainer``. A tokenizer, or that of a processor, is compared with the teacher's.
+    model_init, callbacks, optimizers, optimizer_cls_and_kwargs
         As for ``transformers.Trainer``.
 
     Raises
     ------
+    CacheError
+        If the tokenizer maps ids to other tokens than the teacher's.
     ConfigError
         If a dataset is not over a cache, the model has fewer logits than the cache's vocabulary, or an argument of
         ``TrainingArguments`` does not go with distillation. All such arguments are named. If a dataset has no targets
@@ -163,6 +168,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         for cache in caches:
             _check_objective(self._objective, cache)
             _check_vocabulary(self.model, cache.student_vocab_size or cache.vocab_size)
+            _check_tokenizer(processing_class, cache)
 
     def train(
         self,
@@ -458,6 +464,15 @@ def _check_objective(objective: Objective, cache: Any) -> None:
     objective = objective.of(cache)
     if objective.temperature != 1 and objective.tail != "renormalised":
         column_of(objective.temperature, cache.temperatures)
+
+
+def _check_tokenizer(processing_class: Any, cache: Any) -> None:
+    """Refuse a tokenizer, also that of a processor, which maps ids to other tokens than the teacher's, if known."""
+    has_ids = hasattr(processing_class, "get_vocab")
+    tokenizer: Any = processing_class if has_ids else getattr(processing_class, "tokenizer", None)
+    for source in getattr(cache, "sources", {"": cache}).values():
+        if hasattr(tokenizer, "get_vocab") and source.attributes.get("tokenizer_map_digest"):
+            check_tokenizer(source.attributes, None, tokenizer, str(source.paths[0]), "processing_class")
 
 
 def _evaluation_loss(metrics: Mapping[str, float]) -> float:

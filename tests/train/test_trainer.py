@@ -16,11 +16,18 @@ import numpy as np
 import pytest
 import torch
 import warm
-from builders import compact, drawn_records, records, tiny_model, write_cache
+from builders import compact, drawn_records, records, save_tokenizer, tiny_model, write_cache
 from dense_losses import default_dtype
 from test_ensemble import of_teacher
 from torch.utils.data import ConcatDataset, Subset
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    BarkProcessor,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
+)
 
 from dask_logits import (
     CachedLogitsDataset,
@@ -37,6 +44,7 @@ from dask_logits import (
     collate_flat,
     distillation_loss,
 )
+from dask_logits.vocabulary import map_digest
 
 # Twenty items of uneven length, and one without tokens that is left out.
 LENGTHS = [3, 9, 5, 0, 7, 2, 12, 4, 6, 8, 11, 3, 10, 5, 7, 2, 9, 4, 6, 8, 5]
@@ -528,6 +536,33 @@ def test_a_student_with_too_few_logits_is_refused(folder, dataset, tmp_path) -> 
     narrow = CachedLogitsDataset(folder / "train.h5", student_vocab_size=40, skip_unrepresentable=True)
     trainer = trained(tmp_path, narrow, model=small, max_steps=1, per_device_train_batch_size=1)
     assert steps(trainer)[0]["loss"] > 0
+
+
+def test_another_tokenizer_than_the_teachers_is_refused(dataset, tmp_path) -> None:
+    for name, size in (("same", 104), ("other", 90)):
+        save_tokenizer(tmp_path / name, size)
+    same, other = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("same", "other"))
+    known = {"tokenizer_map_digest": map_digest(same.get_vocab()), "tokenizer_ids": 104}
+    write_cache(tmp_path / "c.h5", records(LENGTHS, k=4, seed=1), **known)
+    named = CachedLogitsDataset(tmp_path / "c.h5")
+
+    def trainer(processing_class: Any, **datasets: Any) -> DistillationTrainer:
+        return DistillationTrainer(
+            model=student(), args=settings(tmp_path), processing_class=processing_class, **datasets
+        )
+
+    for refused in (other, BarkProcessor(other)):
+        for datasets in (
+            {"train_dataset": named},
+            {"train_dataset": dataset, "eval_dataset": Subset(named, range(4))},
+            {"train_dataset": MixedDataset({"a": named, "b": dataset})},
+        ):
+            with pytest.raises(CacheError, match=r"processing_class: expected the teacher's .* 104 .*, got one of 90"):
+                trainer(refused, **datasets)
+    # A cache of token ids names no tokenizer, and a feature extractor has none.
+    trainer(other, train_dataset=dataset)
+    for fitting in (same, BarkProcessor(same), Wav2Vec2FeatureExtractor()):
+        trainer(fitting, train_dataset=named)
 
 
 @pytest.mark.parametrize(
