@@ -25,6 +25,7 @@ from dask_logits.data.text_files import located_value, read_file
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
 from dask_logits.errors import DatasetError, first_line
 from dask_logits.files.atomic import aside
+from dask_logits.run.timings import plural
 
 _VERSION = 3
 _BATCH_ROWS = 1_000
@@ -115,7 +116,7 @@ def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[s
 
 
 def _no_rows(files: Sequence[str], bad: BadRow | None = None) -> DatasetError:
-    found = f"none in {len(files)} files such as {files[0]!r}" if bad is None else bad.reason
+    found = f"none in {plural(len(files), 'file')} such as {files[0]!r}" if bad is None else bad.reason
     return DatasetError(
         f"distillation.dataset.data_files: expected a dataset with at least one row, got {found}; check the files"
     )

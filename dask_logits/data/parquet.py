@@ -31,6 +31,7 @@ from dask_logits.errors import DatasetError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment, group_cuts
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class ParquetStream:
         first = next((self._footer(file) for file in files if self._count(file)), None)
         if first is None:
             raise DatasetError(
-                f"distillation.dataset.name: expected a Parquet file with rows, got none in {len(files)} files such as "
-                f"{files[0]!r}; restore the files"
+                f"distillation.dataset.name: expected a Parquet file with rows, got none in "
+                f"{plural(len(files), 'file')} such as {files[0]!r}; restore the files"
             )
         self.column = choose_column(first.columns, wanted)
 

@@ -21,7 +21,7 @@ from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, note_failure, read_failures
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Calibration, FailureEntry, Receipt
-from dask_logits.run.timings import add_seconds, shares
+from dask_logits.run.timings import add_seconds, plural, shares
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.teacher.meter import Cost
 from dask_logits.teacher.model import ScoringPath
@@ -168,13 +168,13 @@ class _Driver:
         statistics = receipt.statistics
         self._progress.partition(statistics)
         logger.info(
-            "partition %06d: %d documents, %d tokens, %.0f tokens/s, MFU %s%s",
+            "partition %06d: %s, %s, %.0f tokens/s, MFU %s%s",
             receipt.partition,
-            statistics.documents,
-            statistics.tokens,
+            plural(statistics.documents, "document"),
+            plural(statistics.tokens, "token"),
             statistics.tokens / max(receipt.seconds.get("score", 0.0), 1e-9),
             "unknown" if receipt.mfu is None else f"{receipt.mfu:.2f}",
-            f", {len(receipt.splits)} batches split for lack of memory" if receipt.splits else "",
+            f", batches split for lack of memory: {len(receipt.splits)}" if receipt.splits else "",
         )
         self._seconds = add_seconds(self._seconds, receipt.seconds)
         self._reporter.running.discard(receipt.partition)
@@ -188,15 +188,15 @@ class _Driver:
         self._n_unavailable = self._n_unavailable + 1 if failure.kind == "transient" else 0
         if not self._n_committed and self._n_failed >= self._job.config.job.max_failures:
             raise PartitionsFailedError(
-                f"the first {self._n_failed} partitions all failed, so the job was stopped; the first because: "
-                f"{next(iter(self.failed.values()))}",
+                f"{plural(self._n_failed, 'partition')} failed and none succeeded, so the job was stopped; the first "
+                f"because: {next(iter(self.failed.values()))}",
                 self.failed,
             )
         if self._n_unavailable >= self._most_unavailable:
             raise PartitionsFailedError(
-                f"the last {self._n_unavailable} partitions could not be read or written, so the job was stopped; the "
-                f"last because: {failure.reason}; see that the dataset and the run folder can be reached, then run the "
-                "same command again",
+                f"{plural(self._n_unavailable, 'partition')} in a row could not be read or written, so the job was "
+                f"stopped; the last because: {failure.reason}; see that the dataset and the run folder can be reached, "
+                "then run the same command again",
                 self.failed,
             )
 

@@ -39,6 +39,7 @@ from dask_logits.run.folder import RUN_NAMES, RunFolder, Share, check_previous, 
 from dask_logits.run.plan import Estimate, auto_partition_rows, estimate, fingerprint
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Manifest
+from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import TeacherFacts, inspect_teacher, resolve_dtype
 from dask_logits.teacher.topk import scratch_rows
 from dask_logits.worker.calibrate import auto_budgets
@@ -170,7 +171,7 @@ def prepare(
     elif spec.is_masked and not any(mask[1:].any() for one in documents for mask in one.masks or ()):
         raise DatasetError(
             f"distillation.dataset.{'mask_column' if source.column.mask else 'messages_column'}: expected tokens that "
-            f"a student learns, got none in {len(documents)} rows that were looked at; "
+            f"a student learns, got none in {plural(len(documents), 'row')} of a sample; "
             + ("check the mask" if source.column.mask else "give chats with turns of the role 'assistant'")
         )
     partition_rows = _partition_rows(config, source, tokens_per_row, manifest)
@@ -277,7 +278,9 @@ def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
     if n_files == len(source.files):
         return counted, ", by the footers"
     rows = counted * len(source.files) // n_files
-    return rows if limit is None else min(rows, limit), f", estimated from {n_files:,} of {len(source.files):,} files"
+    return rows if limit is None else min(
+        rows, limit
+    ), f", estimated from {n_files:,} of {plural(len(source.files), 'file')}"
 
 
 def _check_filled(source: Source) -> None:
@@ -288,8 +291,8 @@ def _check_filled(source: Source) -> None:
             return
         looked_at += 1
     raise DatasetError(
-        f"distillation.dataset.text_column: expected text or ids in {source.column.name!r}, got null or nothing in all "
-        f"{looked_at:,} rows that were looked at; name another column"
+        f"distillation.dataset.text_column: expected text or ids in {source.column.name!r}, got null or nothing in "
+        f"{plural(looked_at, 'row')} at the beginning; name another column"
     )
 
 

@@ -49,6 +49,7 @@ from dask_logits.run.folder import (
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.settings import check_named, settings_of
 from dask_logits.run.state import RunState, discard_stale, open_run_cache
+from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
 
@@ -352,8 +353,10 @@ def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
     reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in named)
     if len(failed) > len(named):
         reasons += f"\n  and {len(failed) - len(named):,} more, which `dask-logits status {job.run.path}` lists"
+    n_partitions = PlanLog(job.run).n_partitions
+    others = "; the others are committed" if len(failed) < n_partitions else ""
     return PartitionsFailedError(
-        f"{len(failed)} of {PlanLog(job.run).n_partitions} partitions failed; the others are committed:\n{reasons}\n"
+        f"{len(failed):,} of {plural(n_partitions, 'partition')} failed{others}:\n{reasons}\n"
         f"fix the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "
         "these (--bisect names the rows)",
         failed,

@@ -22,6 +22,7 @@ from dask_logits.job.scheduler import (
     run_on_scheduler,
     scheduler_lost,
 )
+from dask_logits.run.timings import plural
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _tried(client: Client, task: PartitionTask, first: int, n_rows: int, seconds
             # The death of a worker (KilledWorker) counts as "data".
             if classify(error) != "data":
                 raise not_of_rows(task, error) from error
-            logger.info("%d rows from %d on fail: %r", n_rows, task.partition.first_row + first, error)
+            logger.info("%s failed, from row %d on: %s", plural(n_rows, "row"), task.partition.first_row + first, error)
         return {"finished": True, "error": False}.get(str(future.status))
     finally:
         future.release()

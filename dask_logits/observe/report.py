@@ -32,7 +32,7 @@ from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
 from dask_logits.run.state import RunCache, open_run_cache, read_consistently
-from dask_logits.run.timings import duration
+from dask_logits.run.timings import duration, plural
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def _dataset_name(dataset: Mapping[str, Any]) -> str:
     files = dataset.get("data_files") or ()
     known = [str(dataset[key]) for key in ("name", "config_name") if dataset.get(key)]
     if files and known[:1] in (["json"], ["text"], ["csv"], ["parquet"], []):
-        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        more = f" and {plural(len(files) - 1, 'more file')}" if len(files) > 1 else ""
         return Path(str(files[0])).name + more
     return " ".join([Path(known[0]).name, *known[1:]]) if known else ""
 
@@ -259,7 +259,7 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
         figures.append(("bytes per token", f"{n_bytes / max(1, n_tokens):.0f}"))
     state = ""
     if status is not None:
-        of = f", {status.committed:,} of {status.partitions:,} partitions" if status.state != "complete" else ""
+        of = f", {status.committed:,} of {plural(status.partitions, 'partition')}" if status.state != "complete" else ""
         why = f"<p>{text(status.reason)}</p>" if status.reason else ""
         state = f"<p>{badge(status.state)}{of}</p>{why}"
         if status.state != "complete":

@@ -159,7 +159,7 @@ def timeline(
         " An orange cross is an attempt that failed before its partition was committed." if history.retried else ""
     )
     more = len(history.workers) - len(order)
-    hidden = f" {plural(more, 'worker')} with fewer tokens are not drawn." if more else ""
+    hidden = f" Not drawn: {plural(more, 'worker')} with fewer tokens." if more else ""
     below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x.ticks)
     return section(
         "timeline", "Timeline", f"One line per worker. {drawn}{crossed}{hidden}",
@@ -213,7 +213,7 @@ def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | Non
     if history.n_problems:
         listed = table(("partition", "receipt"), [(f"{i:06d}", why) for i, why in history.problems.items()],
                        label="Damaged receipts")  # fmt: skip
-        said = f"{plural(history.n_problems, 'receipt')} cannot be used and are not counted. The first:"
+        said = f"{plural(history.n_problems, 'receipt')} cannot be used or counted. The first:"
         parts += [said, listed]
     return section("failures", "Failures", *parts)
 

@@ -329,7 +329,9 @@ def status_of(
         logger.log(level, "left out: %s", error)
     if tally.lacking:
         logger.log(
-            level, "%d receipts are damaged or gone; their partitions are in the cache, not in sums", tally.lacking
+            level,
+            "sums leave out %s of the cache, because receipts are damaged or gone",
+            plural(tally.lacking, "partition"),
         )
     is_complete = not damaged and found.is_complete
     cache = found.cache if is_complete else None

@@ -11,7 +11,7 @@ from dask_logits.files.atomic import expanded
 from dask_logits.observe.live import LiveRun
 from dask_logits.observe.status import Status
 from dask_logits.run.folder import WORKING_STATES
-from dask_logits.run.timings import duration
+from dask_logits.run.timings import duration, plural
 
 # A reading may take at most this share of the time, however many receipts there are.
 _READING_SHARE = 0.2
@@ -49,7 +49,10 @@ def progress_line(status: Status) -> str:
     step = f": {status.step}" if status.step else ""
     parts = [f"{status.state}{step}"]
     if status.partitions:
-        parts += [f"{status.committed:,} of {status.partitions:,} partitions", f"{status.statistics.tokens:,} tokens"]
+        parts += [
+            f"{status.committed:,} of {plural(status.partitions, 'partition')}",
+            plural(status.statistics.tokens, "token"),
+        ]
     if status.running_tokens_per_second:
         parts.append(f"{status.running_tokens_per_second:,.0f} tokens/s")
     if status.seconds_left is not None:

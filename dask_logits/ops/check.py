@@ -24,6 +24,7 @@ from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 from dask_logits.run.records import Receipt
 from dask_logits.run.state import open_run_cache, read_consistently
+from dask_logits.run.timings import plural
 from dask_logits.worker.environment import Environment, describe, differences
 
 # Number of violations of one kind that are listed.
@@ -445,7 +446,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
     if part.state.log.end is None:
         return "the plan is still growing"
     if missing:
-        return f"{missing} of {part.state.log.n_partitions} partitions are not committed"
+        return f"{missing:,} of {plural(part.state.log.n_partitions, 'partition')} not committed"
     return None if whole is not None and whole.n_rows == part.n_rows else "the cache is not written"
 
 

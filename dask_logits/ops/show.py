@@ -17,6 +17,7 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import expanded
 from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
 from dask_logits.run.records import Calibration
+from dask_logits.run.timings import plural
 
 # Tokens used for the curve if the calibration recorded none.
 _SAMPLE_TOKENS = 100_000
@@ -156,7 +157,7 @@ def _dataset_text(settings: dict[str, Any]) -> str:
     """Name the dataset, and remove the naming settings from `settings`."""
     named = {name: settings.pop(name, None) for name in ("name", "config_name", "split", "revision", "data_files")}
     files = named.pop("data_files") or []
-    more = f", +{len(files) - _SHOWN_FILES} files" if len(files) > _SHOWN_FILES else ""
+    more = f", +{plural(len(files) - _SHOWN_FILES, 'file')}" if len(files) > _SHOWN_FILES else ""
     of_files = f"({', '.join(map(str, files[:_SHOWN_FILES]))}{more})" if files else ""
     texts = [str(named["name"] or ""), str(named["config_name"] or ""), of_files]
     split = f"split {named['split']}" if named["split"] and named["name"] else ""

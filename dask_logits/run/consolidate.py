@@ -29,6 +29,7 @@ from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
 from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
     if reasons:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
         raise PartitionsFailedError(
-            f"{run.path}: expected {len(reasons)} partitions as they were committed, got other files:\n{lines}\n"
+            f"{run.path}: expected {plural(len(reasons), 'partition')} as committed, got other files:\n{lines}\n"
             "they were taken back: run the job again, which computes them anew; and check the disk",
             reasons,
         ) from error
@@ -330,15 +331,15 @@ def _write(
     reader = CacheReader(target)
     if reader.n_empty:
         logger.warning(
-            "%d of %d documents have no token: their rows are null, empty or skipped",
+            "documents without a token: %d of %d; their rows are null, empty or skipped",
             reader.n_empty,
             reader.n_documents,
         )
     if statistics.skipped_rows:
-        logger.warning("%d rows could not be used and were skipped (on_bad_row=skip)", statistics.skipped_rows)
+        logger.warning("skipped %s that cannot be used (on_bad_row=skip)", plural(statistics.skipped_rows, "row"))
     if statistics.double_bos_rows:
         # A warning before the job says what to do. This is the count.
-        logger.info("%d texts have the token at their beginning twice", statistics.double_bos_rows)
+        logger.info("the token at the beginning is there twice in %s", plural(statistics.double_bos_rows, "text"))
 
 
 def _digest(pieces: Iterable[Piece]) -> str:

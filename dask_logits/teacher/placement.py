@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dask_logits.errors import CapacityError, TeacherError
+from dask_logits.run.timings import plural
 from dask_logits.teacher.transformers_internals import unsplittable
 
 # Default budgets on GPUs.
@@ -232,8 +233,8 @@ def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype)
         raise CapacityError(
             f"distillation.teacher.generation.gpus_per_worker: expected {need / 2**30:.2f} GiB for the weights "
             f"({values:,} values of {dtype.itemsize} bytes{quantized}) and room for a layer on each GPU, got "
-            f"{free / 2**30:.2f} GiB free on {len(free_bytes)} GPUs ({', '.join(left[:3])} left over); use more GPUs "
-            "for each worker, a smaller teacher, or distillation.teacher.dtype=bfloat16",
+            f"{free / 2**30:.2f} GiB free on {plural(len(free_bytes), 'GPU')} ({', '.join(left[:3])} left over); use "
+            "more GPUs for each worker, a smaller teacher, or distillation.teacher.dtype=bfloat16",
             need,
             free,
         )

@@ -27,6 +27,7 @@ from torch import Tensor
 from dask_logits.data.items import Item, Span
 from dask_logits.errors import CapacityError, TeacherError, first_line, is_poisoned
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
+from dask_logits.run.timings import plural
 from dask_logits.teacher.batching import plan_batches
 from dask_logits.teacher.draws import count_draws, draw_keys, uniforms
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
@@ -342,8 +343,8 @@ class _Run:
         if len(part) == 1:
             item = self.items[part[0]]
             raise CapacityError(
-                f"dataset row {item.spans[0].row}: expected {len(item.tokens):,} tokens to fit into the memory of "
-                f"the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
+                f"dataset row {item.spans[0].row}: expected {plural(len(item.tokens), 'token')} to fit into the memory "
+                f"of the {self.teacher.device.type} device, got out of memory; lower distillation.dataset.max_length "
                 "or distillation.teacher.generation.head_rows, or use a smaller teacher or dtype",
                 row=item.spans[0].row,
             )

@@ -32,6 +32,7 @@ from dask_logits.data.items import Item, plain_items
 from dask_logits.errors import CapacityError, TeacherError, first_line, is_poisoned
 from dask_logits.records import Array, Statistics, kept_mass_by_k
 from dask_logits.run.records import Calibration, Numerics, PathNumerics
+from dask_logits.run.timings import plural
 from dask_logits.teacher.checkpoint import TeacherSpec, load_teacher
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.memory import is_out_of_memory, must_fit
@@ -242,7 +243,7 @@ def _warmed(teacher: Teacher, settings: ScoringSettings, task: CalibrationTask) 
             if task.head_rows_fixed or settings.head_rows <= _FEWEST_HEAD_ROWS:
                 raise
             settings = dataclasses.replace(settings, head_rows=settings.head_rows // 2)
-            logger.warning("memory is short: the head takes %d rows at once", settings.head_rows)
+            logger.warning("memory is short: the head takes %s at once", plural(settings.head_rows, "row"))
         else:
             return settings
 

@@ -87,7 +87,7 @@ def test_skipped_rows_are_documents_without_tokens_and_counted(base, tmp_path: P
     made = card(cache)
     assert "skipped rows      1" in card_lines(made)
     assert (made["skipped_rows"], made["dataset"]["column"], made["dataset"]["on_bad_row"]) == (1, "text", "skip")
-    assert "1 rows could not be used and were skipped" in caplog.text
+    assert "skipped 1 row that cannot be used" in caplog.text
     assert "skipped dataset row 30: " in caplog.text
 
 

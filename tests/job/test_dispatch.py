@@ -78,7 +78,9 @@ def sabotaged(act: str) -> Iterator[str]:
 def test_what_kills_every_worker_stops_early(overrides) -> None:
     with sabotaged("die") as address:
         more = [f"distillation.cluster.scheduler={address}", "distillation.job.max_failures=2"]
-        with pytest.raises(PartitionsFailedError, match="the first 2 partitions all failed, so the job was stopped"):
+        with pytest.raises(
+            PartitionsFailedError, match="2 partitions failed and none succeeded, so the job was stopped"
+        ):
             generate(load_config([*overrides, *more]))
     assert read_status(cache_dir(overrides)).committed == 0
 

@@ -239,7 +239,7 @@ def test_partitions_that_changed_on_disk_are_taken_back_and_computed_again(joine
     attempt = json.loads((run / "receipts" / "000" / "000002.json").read_text())["attempt"]
     shard = next(path for path in (run / "partitions" / attempt / "topk_ids" / "c").rglob("*") if path.is_file())
     shard.write_bytes(shard.read_bytes()[:cut])
-    with pytest.raises(PartitionsFailedError, match="expected 1 partitions as they were committed") as caught:
+    with pytest.raises(PartitionsFailedError, match="expected 1 partition as committed") as caught:
         generate(keep)
     assert list(caught.value.reasons) == [2]
     assert not cache.exists()
@@ -270,7 +270,7 @@ def test_the_message_of_many_failures_counts_all_and_names_the_first_ones(tmp_pa
     error = home._failure(failed, SimpleNamespace(run=RunFolder(tmp_path)))
     assert error.reasons == failed
     lines = error.message.splitlines()
-    assert lines[0].startswith("50000 of ")
+    assert lines[0].startswith("50,000 of ")
     assert lines[20] == "  partition 000019: row 19"
     assert lines[21] == f"  and 49,980 more, which `dask-logits status {tmp_path}` lists"
     assert len(lines) == 23

@@ -61,13 +61,16 @@ def test_a_finished_job_tells_command_and_webhook_and_keeps_the_address_to_itsel
     assert len(webhook) == 1
 
 
-def test_a_failed_job_tells_why(here, tmp_path, webhook) -> None:
-    file = write_json_lines(tmp_path / "odd.jsonl", [*sentences(30), {"text": 3}])
+@pytest.mark.parametrize(
+    ("good", "reason"), [(30, r"1 of \d+ partitions failed; the others are committed"), (5, "1 of 1 partition failed")]
+)
+def test_a_failed_job_tells_why(good, reason, here, tmp_path, webhook) -> None:
+    file = write_json_lines(tmp_path / "odd.jsonl", [*sentences(good), {"text": 3}])
     with pytest.raises(PartitionsFailedError):
         run(here, f"distillation.dataset.data_files={file}")
     (sent,) = webhook
     assert sent["state"] == "failed"
-    assert re.fullmatch(r"1 of \d+ partitions failed; the others are committed", sent["reason"])
+    assert re.fullmatch(reason, sent["reason"])
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_rows_without_text_are_told_of(here, tmp_path, caplog) -> None:
     data = write_json_lines(tmp_path / "few.jsonl", ["a text", None, "", "another text"])
     few = f"distillation.dataset.data_files={data}"
     made = run(here, few)
-    assert "2 of 4 documents have no token: their rows are null, empty or skipped" in caplog.text
+    assert "documents without a token: 2 of 4; their rows are null, empty or skipped" in caplog.text
     assert CacheReader(made).n_empty == 2
 
 
@@ -142,7 +142,7 @@ def test_rows_without_text_are_told_of(here, tmp_path, caplog) -> None:
 def test_a_column_without_any_text_is_refused(streaming, here, tmp_path) -> None:
     data = write_json_lines(tmp_path / "none.jsonl", [None, "", None])
     wanted = [f"distillation.dataset.data_files={data}", "distillation.dataset.max_samples=all"]
-    with pytest.raises(dask_logits.DatasetError, match="expected text or ids in 'text', got null or nothing in all 3"):
+    with pytest.raises(dask_logits.DatasetError, match="expected text or ids in 'text', got null or nothing in 3 rows"):
         run(here, *wanted, f"distillation.dataset.streaming={streaming}")
     assert not cache_dir(here).exists()
 
@@ -266,7 +266,7 @@ def test_a_systematic_error_stops_the_job_at_once(here, tmp_path, monkeypatch) -
     data = write_json_lines(tmp_path / "d.jsonl", ["green"] + ["red w50"] * 39)
     bad = nan_teacher(tmp_path / "bad-teacher", "w50")
     mine = [*here, f"distillation.dataset.data_files={data}", f"distillation.teacher.model_path={bad}"]
-    with pytest.raises(dask_logits.PartitionsFailedError, match="the first 2 partitions all failed"):
+    with pytest.raises(dask_logits.PartitionsFailedError, match="2 partitions failed and none succeeded"):
         run(mine, "distillation.job.max_failures=2", "distillation.partition.rows=4")
 
 
@@ -284,7 +284,7 @@ def test_a_store_that_stops_answering_stops_the_job(here, monkeypatch) -> None:
         patched.setattr(task_module, "read_rows", read)
         with pytest.raises(
             dask_logits.PartitionsFailedError,
-            match=r"the last 3 partitions could not be read or written, so .* because: .*Connection timed out",
+            match=r"3 partitions in a row could not be read or written, so .* because: .*Connection timed out",
         ) as caught:
             run(mine, "distillation.job.max_failures=3")
     # Of 14. One of those before them may have been committed meanwhile.

@@ -267,7 +267,7 @@ def test_ten_thousand_partitions_are_drawn_within_two_seconds() -> None:
     assert time.process_time() - began < 2.0
     page = checked(html)
     assert "64 workers scored 10,000,000 tokens" in page.text
-    assert "24 workers with fewer tokens are not drawn" in page.text
+    assert "Not drawn: 24 workers with fewer tokens." in page.text
     assert html.count("<rect") < 100
 
 

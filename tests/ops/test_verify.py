@@ -197,7 +197,7 @@ def test_a_run_is_checked_with_its_receipts_and_partitions(kept, capsys) -> None
     receipt.unlink()
     report = verify(kept)
     assert report.ok
-    assert report.unfinished == "1 of 4 partitions are not committed"
+    assert report.unfinished == "1 of 4 partitions not committed"
 
 
 def test_a_run_whose_cache_is_written_meanwhile_is_good(kept, monkeypatch) -> None:

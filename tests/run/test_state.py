@@ -48,7 +48,7 @@ def test_a_damaged_receipt_beside_a_cache_takes_nothing_away(here, cache, caplog
         before = tree(folder / "partitions")
         status = read_status(folder)
         assert (status.state, status.committed, status.committed_rows) == ("complete", 4, 40)
-        assert "1 receipts are damaged or gone" in caplog.text
+        assert "sums leave out 1 partition of the cache, because receipts are damaged or gone" in caplog.text
         caplog.clear()
         assert digest(run(here, keep)) == whole
         assert tree(folder / "partitions") == before
@@ -123,7 +123,7 @@ def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(here, tmp_path, m
         with pytest.raises(ValueError, match="0 is not in list"):
             run(here)
     assert (read_status(folder).committed, read_status(folder).committed_rows) == (2, 24)
-    assert verify(folder).unfinished == "2 of 4 partitions are not committed"
+    assert verify(folder).unfinished == "2 of 4 partitions not committed"
     assert digest(run(here)) == whole
     assert sorted(path.name for path in (folder / "receipts" / "000").iterdir()) == [
         "000001.json", "000002.json", "000003.json",
@@ -139,7 +139,7 @@ def test_a_partition_with_a_damaged_receipt_is_computed_again(here, cache) -> No
     assert read_status(cache_dir(here)).committed == 3
     report = verify(cache_dir(here))
     assert not report.ok
-    assert report.unfinished == "1 of 4 partitions are not committed"
+    assert report.unfinished == "1 of 4 partitions not committed"
     assert digest(run(here)) == whole
     assert verify(cache_dir(here)).ok
 
