@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,8 +31,6 @@ from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment, group_cuts
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.timings import plural
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 256
 
@@ -159,8 +156,7 @@ class ParquetStream:
         for segment in log.segments():
             source = segment.source
             if "error" in source and self._footer(self.files[source["ordinal"]]):
-                logger.warning("%s can be read now: what follows it is planned anew", source["file"])
-                log.drop_from(segment)
+                log.drop_from(segment, source["file"])
                 break
             place, done = source["ordinal"], source["first"] + segment.n_rows
             if "error" in source:

@@ -186,8 +186,7 @@ class RowStream:
         row = 0
         for segment in log.segments():
             if not segment.n_rows and not isinstance(next(self._peeked(), None), _Broken):
-                logger.warning("partition %06d can be read now: what follows is planned anew", segment.first_partition)
-                log.drop_from(segment)
+                log.drop_from(segment, f"partition {segment.first_partition:06d}")
                 break
             chunk = self._chunk(row, segment.n_rows)
             if segment.n_rows and "error" in segment.source and "error" not in chunk.source:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from dask_logits.fields import MOST_COUNT
 from dask_logits.files.atomic import create_json, read_json, replace_json
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition, PlanEnd, Segment
+from dask_logits.run.timings import plural
+
+logger = logging.getLogger(__name__)
 
 End = Literal["exhausted", "max_samples"]
 # Entries are looked up by number, so a plan that claims more would never be read to its end.
@@ -76,11 +80,26 @@ class PlanLog:
         if self.end != end:
             self._create(PlanEnd(end=end, partitions=self.n_partitions, rows=self.n_rows))
 
-    def drop_from(self, segment: Segment) -> None:
-        """Drop a segment and all later ones with their receipts, because its unreadable source can now be read."""
+    def drop_from(self, segment: Segment, source: str) -> None:
+        """Drop a segment and all later ones with their receipts, because its unreadable source can now be read.
+
+        Parameters
+        ----------
+        segment
+            The first segment to drop.
+        source
+            Name of its source, for the log.
+        """
         self._check_alone(segment)
         ordinal = self._ordinal(segment)
-        for index in range(segment.first_partition, self.n_partitions):
+        dropped = range(segment.first_partition, self.n_partitions)
+        logger.warning(
+            "%s can be read now: its rows renumber those that follow, so the plan is replaced from there, and %s must "
+            "be scored again",
+            source,
+            plural(sum(self.run.receipt_path(index).exists() for index in dropped), "committed partition"),
+        )
+        for index in dropped:
             self.run.receipt_path(index).unlink(missing_ok=True)
             (self.run.spool_path / f"{index:06d}.arrow").unlink(missing_ok=True)
         for index in reversed(range(ordinal, self._entries)):

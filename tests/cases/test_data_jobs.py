@@ -161,7 +161,7 @@ def test_a_resumed_run_keeps_the_max_length_it_was_begun_with(base, tmp_path: Pa
     assert prepare(load_config(mine, dataset_given=True), TEXTS).items.max_length == 16
 
 
-def test_retry_completes_a_stream_whose_damaged_parquet_file_was_restored(base, tmp_path: Path) -> None:
+def test_retry_completes_a_stream_whose_damaged_parquet_file_was_restored(base, tmp_path: Path, caplog) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(4):
@@ -184,6 +184,9 @@ def test_retry_completes_a_stream_whose_damaged_parquet_file_was_restored(base, 
     assert pq.ParquetFile(file).metadata.num_rows == 10
     restored = digest(retry(cache_dir(base)))
     # What comes after the file has other row numbers now, and is scored anew.
+    (message,) = (text for text in caplog.messages if "can be read now" in text)
+    assert message.startswith(str(file))
+    assert message.endswith("and 2 committed partitions must be scored again")
     assert receipts(cache_dir(base))["000000.json"] == before["000000.json"]
     assert read_status(cache_dir(base)).state == "complete"
     assert restored == digest(run(mine, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))

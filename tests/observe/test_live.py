@@ -127,7 +127,7 @@ def test_a_plan_that_a_driver_replaces_is_read_anew(scored, planned) -> None:
     receipt = json.loads(scored.receipt_path(0).read_text())
     log = PlanLog(scored)
     (segment,) = log.segments()
-    log.drop_from(segment)
+    log.drop_from(segment, "a file")
     for cuts in planned:
         log.append(cuts, segment.source)
     log.close("exhausted")
