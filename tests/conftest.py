@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,20 @@ def new_interpreters(fork_server: None) -> Iterator[None]:
 
     with dask.config.set({warm.METHOD: "spawn"}):
         yield
+
+
+@pytest.fixture(params=["refuses", "never replies"])
+def unreachable_hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a hub that refuses connections, or accepts them and never replies. Requests are sent there."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if request.param == "refuses":
+            server.close()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        yield address
 
 
 @pytest.fixture(scope="session")
