@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ HOMES = {
 }
 
 
+# Modules that may use private names of other libraries, where there is no public way. They name the version.
+PRIVATE_HOMES = {
+    "data.transformers_internals",
+    "files.lock",
+    "teacher.torch_internals",
+    "teacher.transformers_internals",
+    "train.torch_internals",
+    "train.trainer",
+}
+# Documented in the standard library.
+_PUBLIC = {"os._exit", "sys._current_frames"}
+
+
 @functools.cache
 def modules() -> dict[str, ast.Module]:
     found = {}
@@ -123,6 +137,74 @@ def test_heavy_libraries_stay_at_home(library: str) -> None:
     strangers = {user for user in users if not any(f"{user}.".startswith(f"{home}.") for home in HOMES[library])}
     assert users - strangers
     assert strangers == set()
+
+
+def own_names(module: ast.Module) -> set[str]:
+    """Return the functions, classes, fields and attributes that a module defines."""
+    nodes = list(ast.walk(module))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    names |= {ast.unparse(node.target) for node in nodes if isinstance(node, ast.AnnAssign)}
+    names |= {target.id for node in nodes if isinstance(node, ast.Assign) for target in node.targets
+              if isinstance(target, ast.Name)}  # fmt: skip
+    return names | {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+
+
+def private_names(module: ast.Module, inherited: frozenset[str] = frozenset()) -> set[str]:
+    """Return the private names of other libraries that a module uses. Others of our modules define the inherited."""
+    used, own = set(), own_names(module)
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            base = ast.unparse(node.value)
+            ours = {"self": own | inherited, "super()": inherited}.get(base, own)
+            if node.attr not in ours:
+                used.add((ast.unparse(node), node.attr))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            if isinstance(node.args[1], ast.Constant):
+                used.add((ast.unparse(node), str(node.args[1].value)))
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            home = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = [f"{home}{alias.name}" for alias in node.names]
+            if not home.startswith(("dask_logits.", "__future__.")):
+                used |= {(name, part) for name in names for part in name.split(".")}
+    return {text for text, name in used if name.startswith("_") and not name.startswith("__")} - _PUBLIC
+
+
+def test_private_names_of_other_libraries_stay_at_home() -> None:
+    n_homes = Counter(name for module in modules().values() for name in own_names(module))
+    users = {}
+    for key, module in modules().items():
+        inherited = n_homes - Counter(own_names(module))
+        if names := private_names(module, frozenset(inherited)):
+            users[key] = names
+    assert {name: names for name, names in users.items() if name not in PRIVATE_HOMES} == {}
+    assert set(users) == PRIVATE_HOMES
+    for name in users:
+        text = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
+        assert re.search(r"(torch|transformers|filelock) \d+\.\d+", text), f"{name} names no version"
+
+
+def test_private_names_are_found() -> None:
+    text = """
+import torch._dynamo
+from filelock._identity import owner_is_stale
+class A(B):
+    _field: int = 0
+    def _hook(self):
+        self._own, self._field = 1, self._own
+        return super()._hook(), model._parameters, hasattr(model, "_hf_hook"), self._theirs, os._exit, self.__class__
+"""
+    assert private_names(ast.parse(text)) == {
+        "torch._dynamo",
+        "filelock._identity.owner_is_stale",
+        "super()._hook",
+        "model._parameters",
+        "hasattr(model, '_hf_hook')",
+        "self._theirs",
+    }
 
 
 def test_training_side_knows_no_job() -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock, LeaseCompromise, LeaseSettingsMismatch, OwnerRecord, SoftFileLease, Timeout
 
-# Private in filelock 4.3, which offers no other way to ask whether a holder has ended without taking its lease.
+# Private in filelock 4.3, which offers no other way to ask whether a holder has ended without taking its lease. They
+# came with tox-dev/filelock#639.
 from filelock._identity import host_name, owner_is_stale
 
 from dask_logits.errors import RunConflictError

@@ -8,6 +8,7 @@ worker. ``accelerate`` makes the map, and its hooks move the activations where t
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -178,10 +179,18 @@ def sized_as_stored(model: Any, stored_bytes: Mapping[str, int]) -> Any:
 
 def without_hooks(model: torch.nn.Module) -> None:
     """Remove accelerate's hooks, which move tensors between devices, from a model and its modules, if there are any."""
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if hooks_of(model):
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(model, recurse=True)
+
+
+def hooks_of(model: torch.nn.Module) -> list[Any]:
+    """Return accelerate's hooks on a model and its modules."""
+    # A process that has not imported their class has none, and may lack accelerate.
+    hooks = sys.modules.get("accelerate.hooks")
+    values = (value for module in model.modules() for value in vars(module).values())
+    return [] if hooks is None else [value for value in values if isinstance(value, hooks.ModelHook)]
 
 
 def spread_layers(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> DeviceMap:

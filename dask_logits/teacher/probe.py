@@ -59,10 +59,9 @@ def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
     tensors = {
         id(tensor): tensor
         for module in kept
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
-    packed = {p.dtype for module in kept for p in module._parameters.values() if p is not None} - set(_FLOATS)
+    packed = {p.dtype for module in kept for p in module.parameters(recurse=False)} - set(_FLOATS)
     if packed:
         raise ValueError(f"weights of {', '.join(sorted(map(str, packed)))} have no copy in float32")
     needed = sum(4 * tensor.numel() for tensor in tensors.values() if tensor.dtype != torch.float32)
@@ -124,7 +123,7 @@ def _kind(layer: nn.Module) -> tuple[object, ...]:
         (
             name,
             type(module),
-            tuple((key, None if p is None else tuple(p.shape)) for key, p in module._parameters.items()),
+            tuple((key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False, remove_duplicate=False)),
             tuple(
                 (key, value)
                 for key, value in vars(module).items()

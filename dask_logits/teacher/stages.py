@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dask_logits.errors import MISFITS, first_line
-from dask_logits.teacher.placement import without_hooks
+from dask_logits.teacher.placement import hooks_of, without_hooks
 from dask_logits.teacher.transformers_internals import one_sequence_per_row
 
 logger = logging.getLogger(__name__)
@@ -352,7 +352,7 @@ def _with_stubs(
     memo: dict[int, Any] = {id(parameter): parameter for parameter in trunk.parameters()}
     memo |= {id(module.config): module.config for module in trunk.modules() if hasattr(module, "config")}
     # The hooks of accelerate may hold weights, too.
-    memo |= {id(module._hf_hook): module._hf_hook for module in trunk.modules() if hasattr(module, "_hf_hook")}
+    memo |= {id(hook): hook for hook in hooks_of(trunk)}
     memo |= {id(layer): stub for layer, stub in zip(layers, stubs, strict=True)}
     copied = copy.deepcopy(trunk, memo)
     without_hooks(copied)

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# torch 2.13 documents this table as the way to register a type in default_collate, but exports it nowhere else.
-from torch.utils.data._utils.collate import default_collate_fn_map
-
 from dask_logits.errors import DatasetError
 from dask_logits.records import EVERY_TOKEN
 from dask_logits.train.targets import IGNORED_LABEL, CodedTargets, SparseTargets
+from dask_logits.train.torch_internals import register_collate
 
 _CODES = ("topk_ids_b", "topk_gaps_b", "top1_logprob")
 _ENTRIES = ("topk_ids", "topk_logprobs")
@@ -302,4 +300,4 @@ def _collate_default(items: Sequence[CachedItem], *, collate_fn_map: object = No
     return collate(items)
 
 
-default_collate_fn_map[CachedItem] = _collate_default
+register_collate(CachedItem, _collate_default)

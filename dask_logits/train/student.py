@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,7 +164,9 @@ def _described(model: Any) -> Head:
     weight, bias = module.weight, getattr(module, "bias", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:
         raise ValueError(f"expected a plain floating-point weight [V, D] in the head, got {type(weight).__name__}")
-    if hasattr(module, "_hf_hook"):
+    # A process that has not imported the class of accelerate's hooks has none, and may lack accelerate.
+    hooks = sys.modules.get("accelerate.hooks")
+    if hooks and any(isinstance(value, hooks.ModelHook) for value in vars(module).values()):
         raise ValueError("expected a head on the device of its inputs, got one that accelerate moves")
     return Head(weight=weight, bias=bias, adapters=adapters)
 

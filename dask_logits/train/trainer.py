@@ -261,6 +261,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Compute the loss of a batch without gradients. There are no logits to return."""
+        # The hook of transformers 5.23 that Trainer's own prediction_step calls. There is no public one.
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast():
             each = self._loss(model, inputs, per_token=True)
@@ -346,8 +347,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return distillation_loss(logits, targets, self._objective, input_ids=ids, **options)
 
-    # Private in transformers 5.23, which has no public place for a module around the model. model_wrapped is that
-    # module, and model stays the model that is saved.
+    # A private hook of transformers 5.23, which has no public place for a module around the model. model_wrapped is
+    # that module, and model stays the model that is saved.
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if training:
             # A trial of hyperparameter_search has changed the arguments.
@@ -364,7 +365,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._student.objective = self._objective
         return self.accelerator.prepare_model(self._student) if training else self._student
 
-    # Private, too. The public get_train_dataloader would need a copy of its body.
+    # A private hook of transformers 5.23, too. The public get_train_dataloader would need a copy of its body.
     def _get_train_sampler(self, train_dataset: Any = None) -> ResumableSampler:
         self._sampler = self._new_sampler()
         return self._sampler

@@ -126,6 +126,15 @@ def test_other_heads_take_full_logits_and_the_reason_is_logged(family, reason, c
     assert f"uses the loss of full logits: {reason}" in caplog.text
 
 
+def test_a_head_that_accelerate_moves_takes_full_logits(caplog) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = family_model("llama", tie_word_embeddings=False)
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
+    assert student_head(model) is None
+    assert "expected a head on the device of its inputs, got one that accelerate moves" in caplog.text
+
+
 def test_the_check_changes_neither_modes_nor_gradients(caplog) -> None:
     caplog.set_level(logging.INFO)
     model = family_model("llama", attention_dropout=0.5).requires_grad_(True).train()
