@@ -278,9 +278,8 @@ def _counted(source: ParquetStream, seconds: float) -> tuple[int, str]:
     if n_files == len(source.files):
         return counted, ", by the footers"
     rows = counted * len(source.files) // n_files
-    return rows if limit is None else min(
-        rows, limit
-    ), f", estimated from {n_files:,} of {plural(len(source.files), 'file')}"
+    rows = rows if limit is None else min(rows, limit)
+    return rows, f", estimated from {n_files:,} of {plural(len(source.files), 'file')}"
 
 
 def _check_filled(source: Source) -> None:
