@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -26,9 +27,21 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, unless only the tests that need one are run (``pytest -m gpu``). So results do not depend on them."""
-    if config.option.markexpr != "gpu":
+    """Hide GPUs, unless only tests that need one are run (``pytest -m gpu``). So results do not depend on them."""
+    if not selects_gpu_tests_only(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def selects_gpu_tests_only(expression: str) -> bool:
+    """Whether a marker expression selects tests with the marker ``gpu``, and no others.
+
+    >>> [selects_gpu_tests_only(each) for each in ("gpu", "gpu and not slow", "slow and gpu")]
+    [True, True, True]
+    >>> [selects_gpu_tests_only(each) for each in ("", "not gpu", "slow and not gpu", "gpu or slow")]
+    [False, False, False, False]
+    """
+    words = re.findall(r"\w+", expression)
+    return "gpu" in words and "or" not in words and "not gpu" not in " ".join(words)
 
 
 @pytest.fixture(scope="session", autouse=True)
