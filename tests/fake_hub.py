@@ -1,8 +1,8 @@
-"""A stand-in for the Hugging Face Hub: a real HTTP server on this machine that serves folders as dataset repositories.
+"""A stand-in for the Hugging Face Hub: a real HTTP server on this machine that serves folders as repositories.
 
-`root/ORG/NAME/…` is the dataset `ORG/NAME`. A process started with `HF_ENDPOINT` set to the server's endpoint loads,
-streams and opens these datasets with the real `datasets` and `huggingface_hub`. A repository's commit is a hash of the
-files it holds at the moment of the request; as on the Hub, a commit once reported stays readable after they change.
+`root/ORG/NAME/…` is the dataset or the model `ORG/NAME`. A process started with `HF_ENDPOINT` set to the server's
+endpoint loads, streams and opens them with the real `datasets` and `huggingface_hub`. A repository's commit is a hash
+of the files it holds at the moment of the request. As on the Hub, a reported commit stays readable when they change.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import yaml
 DATA_SUFFIXES = (".parquet", ".json.gz")
 DATE = "2024-01-01T00:00:00.000Z"
 ROW_GROUP_SIZES = (5, 2, 9, 1, 4)
-REPO = r"/datasets/(?P<repo>[^/]+/[^/]+)"
-RESOLVE = re.compile(REPO + r"/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
-API = re.compile("/api" + REPO + r"(?:/(?P<call>revision|tree|paths-info)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?")
+REPO = r"/(?P<repo>[^/]+/[^/]+)"
+RESOLVE = re.compile("(?:/datasets)?" + REPO + r"/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
+API = re.compile(
+    "/api/(?:datasets|models)" + REPO + r"(?:/(?P<call>revision|tree|paths-info)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?"
+)
 
 
 class HubError(Exception):

@@ -1,4 +1,4 @@
-"""Datasets by their hub names, through the real libraries, from a stand-in hub on this machine."""
+"""Datasets and teachers by their hub names, through the real libraries, from a stand-in hub on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import sentences
+from builders import save_tokenizer, sentences, tiny_model
 from fake_hub import FakeHub, fake_hub, make_hub_repos
 
 from dask_logits.cache.reader import CacheReader
@@ -31,6 +31,11 @@ if __name__ == "__main__":
 
 def run_jobs(hub: FakeHub, home: Path, jobs: list[list[str]]) -> list[str]:
     """Run jobs in a process that knows only the stand-in hub; return their errors."""
+    return [json.loads(line) for line in run_script(RUNNER, hub, home, json.dumps(jobs)).splitlines()]
+
+
+def run_script(text: str, hub: FakeHub, home: Path, argument: str) -> str:
+    """Run a script in a process that knows only the stand-in hub; return its output."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
         "HF_ENDPOINT": hub.endpoint,
@@ -41,12 +46,12 @@ def run_jobs(hub: FakeHub, home: Path, jobs: list[list[str]]) -> list[str]:
         "NO_PROXY": "127.0.0.1",
     }
     script = home.parent / "runner.py"
-    script.write_text(RUNNER)
+    script.write_text(text)
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(jobs)], capture_output=True, text=True, env=environment, timeout=240
+        [sys.executable, str(script), argument], capture_output=True, text=True, env=environment, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
 
 
 @pytest.fixture
@@ -131,3 +136,35 @@ def test_what_was_read_from_a_hub_is_used_when_the_hub_is_unavailable(base, tmp_
     (error,) = run_jobs(hub, tmp_path / "home", [again, other])
     assert "cannot be reached, and 'allenai/c4-new' was not downloaded before" in error
     assert lengths(tmp_path / "two") == lengths(tmp_path / "one") == [len(text.split()) for text in TEXTS]
+
+
+LOAD = """
+import json, sys
+from dask_logits.config.groups import TeacherConfig
+from dask_logits.teacher import checkpoint, loading
+
+loading._BEAT_SECONDS = 0.0
+for name in json.loads(sys.argv[1]):
+    facts = checkpoint.inspect_teacher(TeacherConfig(model_path=name))
+    spec = checkpoint.TeacherSpec(path=name, revision=facts.revision, identity=facts.identity, dtype="float32",
+                                  device="cpu", torch_threads=1, trust_remote_code=False)
+    signs = []
+    teacher = checkpoint.load_teacher(spec, 104, lambda: signs.append(1))
+    print(len(signs) - len(list(teacher.model.parameters())))
+    checkpoint._LOADED.clear()
+"""
+
+
+def test_a_download_of_a_teacher_gives_signs_of_life(llama, tmp_path) -> None:
+    """One for each piece that arrives, beside those of the parameters, and none once it is in the hub's cache."""
+    (tmp_path / "hub" / "org").mkdir(parents=True)
+    (tmp_path / "hub" / "org" / "whole").symlink_to(llama)
+    sharded = tmp_path / "hub" / "org" / "sharded"
+    tiny_model("llama").save_pretrained(sharded, max_shard_size="20KB")
+    save_tokenizer(sharded)
+    with fake_hub(tmp_path / "hub") as hub:
+        counts = run_script(LOAD, hub, tmp_path / "home", json.dumps(["org/whole", "org/sharded", "org/whole"]))
+    whole, in_parts, cached = map(int, counts.split())
+    assert whole >= 1
+    assert in_parts >= len(list(sharded.glob("*.safetensors"))) > 2
+    assert cached == 0

@@ -33,7 +33,7 @@ from dask_logits.teacher.architecture import (
     read_architecture,
 )
 from dask_logits.teacher.identity import Identity, identify, require_same
-from dask_logits.teacher.loading import loading
+from dask_logits.teacher.loading import download_bar, loading
 from dask_logits.teacher.locate import (
     Location,
     hub_commit,
@@ -280,7 +280,8 @@ def load_teacher(spec: TeacherSpec, vocab_size: int, on_life: Callable[[], None]
     vocab_size
         Valid vocabulary.
     on_life
-        Called at most twice a second while weights arrive, or while other processes of this host load theirs.
+        Called at most twice a second while weights arrive or are downloaded, or while other processes of this host
+        load theirs.
 
     Raises
     ------
@@ -294,8 +295,8 @@ def load_teacher(spec: TeacherSpec, vocab_size: int, on_life: Callable[[], None]
     key = (spec, vocab_size)
     if key not in _LOADED:
         _make_room(spec)
-        with loading(on_life):
-            _LOADED[key] = _load(spec, vocab_size)
+        with loading(on_life) as beat:
+            _LOADED[key] = _load(spec, vocab_size, beat)
     teacher = _LOADED[key] = _LOADED.pop(key)
     if teacher.device.type == "cuda":
         # Also a per-thread setting, for events and kernels. A head may be on another GPU than the first layer.
@@ -324,7 +325,7 @@ def _fits_beside(spec: TeacherSpec) -> bool:
     return needed_bytes <= psutil.virtual_memory().available / workers / 2
 
 
-def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
+def _load(spec: TeacherSpec, vocab_size: int, beat: Callable[[], None]) -> Teacher:
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
@@ -345,14 +346,14 @@ def _load(spec: TeacherSpec, vocab_size: int) -> Teacher:
     try:
         architecture = read_architecture(location.base, spec.revision, trust_remote_code=spec.trust_remote_code)
         with must_fit(*_TEACHER):
-            model, loading = _load_weights(spec, location, architecture)
+            model, loading = _load_weights(spec, location, architecture, beat)
         if location.folder is None:
             # The driver has inspected the headers of a folder. Those of a hub model are known once it is downloaded.
             location = dataclasses.replace(location, tensors=hub_tensors(location.base, spec.revision))
             if not is_quantized(architecture):
                 refuse_quantized(location.base, location.tensors)
             if prefix_renames(location.tensors):
-                model, loading = _load_weights(spec, location, architecture)
+                model, loading = _load_weights(spec, location, architecture, beat)
     except (TeacherError, CapacityError):
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -457,7 +458,9 @@ def _spread(model: Any, free_bytes: Mapping[int, int], dtype: torch.dtype) -> De
     return found
 
 
-def _load_weights(spec: TeacherSpec, location: Location, architecture: Architecture) -> tuple[Any, Mapping[str, Any]]:
+def _load_weights(
+    spec: TeacherSpec, location: Location, architecture: Architecture, beat: Callable[[], None]
+) -> tuple[Any, Mapping[str, Any]]:
     """Load the full model. Return it and the loading report of transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -468,6 +471,8 @@ def _load_weights(spec: TeacherSpec, location: Location, architecture: Architect
         "output_loading_info": True,
         "device_map": _device_map(spec, location, architecture),
     }
+    if location.folder is None:
+        options["tqdm_class"] = download_bar(beat)
     with contextlib.ExitStack() as stack:
         source = location.base
         if location.adapter is not None and location.folder == location.adapter.folder:

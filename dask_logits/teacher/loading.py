@@ -1,9 +1,9 @@
 """Load big weights without harm: few processes of a host at a time, with signs of life.
 
 Loading takes minutes from slow storage, while a worker scores no tokens. Each parameter that arrives is a sign of life,
-so that a slow load is not mistaken for a hang, and a hanging one still is. A process that waits for others reports life
-when weights arrive there. A shared disk serves a few readers faster than many, and the first one fills the page cache
-for the others.
+and so is each piece of a download. So a slow load is not mistaken for a hang, and a hanging one still is. A process
+that waits for others reports life when weights arrive there. A shared disk serves a few readers faster than many, and
+the first one fills the page cache for the others.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _BEAT_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def loading(on_life: Callable[[], None]) -> Iterator[None]:
+def loading(on_life: Callable[[], None]) -> Iterator[Callable[[], None]]:
     """Wait until this process may load, and report signs of life from then on.
+
+    Yields a function for other signs of life than parameters that arrive.
 
     Parameters
     ----------
@@ -40,8 +42,22 @@ def loading(on_life: Callable[[], None]) -> Iterator[None]:
             progress()
             on_life()
 
-        with _reported(_seldom(arrived)):
-            yield
+        beat = _seldom(arrived)
+        with _reported(beat):
+            yield beat
+
+
+def download_bar(beat: Callable[[], None]) -> type:
+    """Return a class of progress bars for downloads from the hub, which call a function whenever bytes arrive."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            beat()
+            shown: bool | None = super().update(n)
+            return shown
+
+    return Bar
 
 
 def _seldom(on_life: Callable[[], None]) -> Callable[[], None]:
