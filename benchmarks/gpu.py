@@ -3,13 +3,15 @@
 Teachers have the shapes of known models and random weights, and documents are random ids: speed depends on neither.
 The job comes first, because it says whether all of this works. Each part starts only if there is time left. What was
 left out or failed is listed, never guessed. The file has all figures so far, also if the process is killed.
+Two teachers get a whole job and vLLM: the first one, and the second one with an eighth of the tokens. With two GPUs or
+more, the first one is also scored by two workers, and by one worker over two GPUs.
 
     python benchmarks/gpu.py --out benchmarks/results/DATE-GPU.json
     python benchmarks/gpu.py --tiny    # does it run? the figures mean nothing, and the device is the CPU
 
 ``loop`` is what people write today: the model as it is loaded, a padded batch, ``.logits``, ``log_softmax`` in float32,
 ``torch.topk``. Its batch is the fastest of several. The two alternate, and medians count. MFU is of a matrix product
-measured here.
+measured here. The host share is the part of the scoring time in which no measured stage runs on the device.
 vLLM scores the same documents in a process of its own, if it is installed here or in the environment of ``--vllm``.
 
 Dimension letters: R positions, D hidden width, V vocabulary, K kept entries, B documents, T tokens.
@@ -21,6 +23,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +31,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,8 @@ K = 64
 LENGTHS = (512, 2048, 8192)
 VOCABULARIES = (49_152, 128_256, 151_936, 262_144)
 LOOP_BATCHES = (1, 4, 16)
+DEVICE_STAGES = ("trunk", "head", "tail", "refine", "transfer")
+GENERATION = "distillation.teacher.generation"
 PACKAGES = ("dask-logits", "torch", "triton", "transformers", "dask", "dask-cuda", "zarr", "h5py")
 
 
@@ -98,8 +103,7 @@ class Bench:
 
     def run(self, name: str, part: Callable[[], Any]) -> Any:
         """Measure a part, unless there is no time for it. Return None then, and if it fails."""
-        if time.monotonic() > self._deadline:
-            self.left_out.append(f"{name}: no time")
+        if not self.has_time(name):
             return None
         started = time.monotonic()
         try:
@@ -116,6 +120,13 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+    def has_time(self, name: str) -> bool:
+        """Whether a part may begin. If not, note that it is left out."""
+        if time.monotonic() > self._deadline:
+            self.left_out.append(f"{name}: no time")
+            return False
+        return True
 
     def keep(self) -> None:
         """Write the figures so far to the file."""
@@ -214,6 +225,11 @@ def digest(teacher: Teacher, texts: list[Array], settings: ScoringSettings) -> s
     return found.hexdigest()
 
 
+def host_share(stages: Mapping[str, float]) -> float:
+    """Return the share of the scoring time in which no stage runs on the device."""
+    return max(0.0, 1 - sum(stages.get(stage, 0.0) for stage in DEVICE_STAGES) / stages["score"])
+
+
 def score(bench: Bench, name: str, config: Any, facts: dict[str, Any]) -> None:
     """Measure one teacher at every length, and whether its bytes depend on the batch."""
     teacher, settings, more = build(bench, name, config)
@@ -285,6 +301,7 @@ def measure(bench: Bench, teacher: Teacher, settings: ScoringSettings, texts: li
         "tokens_per_second": tokens / seconds,
         "tail_microseconds_per_token": 1e6 * middle["tail"] / tokens,
         "stages": middle,
+        "host_share": host_share(middle),
         "peak_bytes": peak,
         "loop_batch": best,
         "loop_tokens_per_second": tokens / statistics.median(others),
@@ -332,15 +349,23 @@ def heads(bench: Bench) -> dict[str, Any]:
     }
 
 
-def job(bench: Bench, config: Any, cluster: str) -> dict[str, Any]:
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that CUDA shows to this process."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else list(map(str, range(count)))
+
+
+def job(bench: Bench, config: Any, cluster: str, tokens: int, gpus: tuple[str, ...] = (), *more: str) -> dict[str, Any]:
     """Run a whole job on a folder with the teacher, from token ids to HDF5, and read what it recorded of itself."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     from dask_logits import generate, load_config, verify
+    from dask_logits.job.prepare import prepare
 
     length = bench.arguments.lengths[0]
-    texts = documents(config.vocab_size, length, bench.arguments.job_tokens)
+    texts = documents(config.vocab_size, length, tokens)
     with tempfile.TemporaryDirectory() as folder:
         with bench.device:
             AutoModelForCausalLM.from_config(config, dtype=bench.dtype).save_pretrained(f"{folder}/teacher")
@@ -352,15 +377,22 @@ def job(bench: Bench, config: Any, cluster: str) -> dict[str, Any]:
             f"distillation.teacher.cache_dir={folder}/run",
             f"distillation.dataset.max_length={length}",
             f"cluster={cluster}",
+            *([f"{GENERATION}.devices=[{','.join(gpus)}]"] if gpus else []),
+            *more,
         ]
         data = Dataset.from_dict({"input_ids": [text.tolist() for text in texts]})
-        cache = generate(load_config(settings, dataset_given=True), data)
+        settled = load_config(settings, dataset_given=True)
+        cache = generate(settled, data)
+        # The run knows the digests of the weights by now.
+        planned_bytes = prepare(settled, data).estimate.worker_bytes
         entered = json.loads(Path(folder, "run", "status.json").read_text())["entered"]
         calibration = json.loads(Path(folder, "run", "calibration.json").read_text())
         receipts = [json.loads(path.read_text()) for path in Path(folder, "run", "receipts").rglob("*.json")]
         tokens, seconds = sum(map(len, texts)), entered["done"] - entered["running"]
         scoring = entered["consolidating"] - entered["running"]
         cost = Cost(**calibration["cost"])
+        flops = cost.flops(map(len, texts)) / max(1, len(gpus))
+        peak_bytes = calibration["peak_device_bytes"] or calibration["peak_rss_bytes"]
         stages: Counter[str] = Counter()
         for receipt in receipts:
             stages.update(receipt["seconds"])
@@ -369,21 +401,42 @@ def job(bench: Bench, config: Any, cluster: str) -> dict[str, Any]:
             "tokens": tokens,
             "partitions": len(receipts),
             "tokens_per_second": tokens / seconds,
-            "mfu": cost.mfu(cost.flops(map(len, texts)), seconds),
+            "mfu": cost.mfu(flops, seconds),
             "tokens_per_second_without_consolidation": tokens / scoring,
-            "mfu_without_consolidation": cost.mfu(cost.flops(map(len, texts)), scoring),
+            "mfu_without_consolidation": cost.mfu(flops, scoring),
             "stages": stages,
+            "host_share": host_share(stages),
             "calibrated_tokens_per_second": calibration["tokens_per_second"],
             "calibration_seconds": entered["running"] - entered["calibrating"],
             "numerics": calibration["numerics"],
             "bytes_per_token": cache.stat().st_size / tokens,
-            "peak_device_bytes": calibration["peak_device_bytes"],
+            "planned_bytes": planned_bytes,
+            "peak_bytes": peak_bytes,
+            "peak_share_of_plan": peak_bytes / planned_bytes,
             "gpus": sorted({gpu for receipt in receipts for gpu in receipt["gpus"]}),
             "verified": verify(cache).ok,
         }
 
 
-def vllm(bench: Bench, config: Any) -> list[dict[str, Any]] | None:
+def two_gpus(bench: Bench, config: Any) -> dict[str, Any] | None:
+    """Compare jobs on one GPU, on two with a worker each, and on two that share the layers of one worker's teacher."""
+    gpus = tuple(visible_gpus()[:2])
+    if len(gpus) < 2:
+        bench.left_out.append(f"two GPUs: {len(gpus)} visible")
+        return None
+    ways = {"one": (gpus[:1],), "two": (gpus,), "layers over two": (gpus, f"{GENERATION}.gpus_per_worker=2")}
+    jobs = {
+        name: bench.run(
+            f"two GPUs, {name}", lambda way=way: job(bench, config, "local_cuda", bench.arguments.job_tokens, *way)
+        )
+        for name, way in ways.items()
+    }
+    rates = {name: found["tokens_per_second_without_consolidation"] for name, found in jobs.items() if found}
+    each = {name: rate / (2 * rates["one"]) for name, rate in rates.items() if name != "one" and "one" in rates}
+    return {"jobs": jobs, "share_of_twice_one": each}
+
+
+def vllm(bench: Bench, name: str, config: Any) -> list[dict[str, Any]] | None:
     """Have vLLM score documents of each length, with a prompt log-prob for each entry that we keep."""
     from transformers import AutoModelForCausalLM
 
@@ -398,6 +451,8 @@ def vllm(bench: Bench, config: Any) -> list[dict[str, Any]] | None:
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         for length in bench.arguments.lengths:
+            if not bench.has_time(f"vLLM, {name}, {length}"):
+                continue
             texts = documents(config.vocab_size, length, bench.arguments.tokens)
             corpus = Path(folder, "corpus.jsonl")
             corpus.write_text("".join(json.dumps({"input_ids": text.tolist()}) + "\n" for text in texts))
@@ -410,7 +465,7 @@ def vllm(bench: Bench, config: Any) -> list[dict[str, Any]] | None:
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                bench.left_out.append(f"vLLM, {length}: it failed with: {reason}")
+                bench.left_out.append(f"vLLM, {name}, {length}: it failed with: {reason}")
                 continue
             found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             rate = statistics.median(one["tokens"] / one["seconds"] for one in found)
@@ -450,37 +505,46 @@ def versions() -> dict[str, str | None]:
 def report(bench: Bench) -> None:
     """Print one table per part."""
     found = bench.found
-    print("teacher      layers   length   tokens/s    MFU   tail µs   peak GiB    loop   ours / loop")
+    print("teacher      layers   length   tokens/s    MFU   tail µs   host share   peak GiB    loop   ours / loop")
     for name, teacher in found["scoring"].items():
         for row in teacher.get("rows", []):
             print(
                 f"{name:12s} {row['layers']:8s} {row['length']:6d} {row['tokens_per_second']:10.0f} "
                 f"{row['mfu'] or float('nan'):6.2f} {row['tail_microseconds_per_token']:9.2f} "
+                f"{row['host_share']:12.2f} "
                 f"{row['peak_bytes'] / 2**30:10.2f} {row['loop_tokens_per_second']:7.0f} {row['ratio']:8.2f}"
             )
         print(f"{'':12s} same bytes: {teacher.get('same_bytes')}, path {teacher.get('path')}")
-    ours = {
-        row["length"]: row["tokens_per_second"] for row in next(iter(found["scoring"].values()), {}).get("rows", [])
-    }
-    for row in found["vllm"] or []:
-        ratio = ours.get(row["length"], float("nan")) / row["tokens_per_second"]
-        print(f"vLLM         {row['length']:6d} {row['tokens_per_second']:10.0f}   ours / vLLM {ratio:.2f}")
+    for name, rows in found["vllm"].items():
+        scored = found["scoring"].get(name, {}).get("rows", [])
+        ours = {row["length"]: row["tokens_per_second"] for row in scored}
+        for row in rows or []:
+            ratio = ours.get(row["length"], float("nan")) / row["tokens_per_second"]
+            print(f"vLLM {name:7s} {row['length']:6d} {row['tokens_per_second']:10.0f}   ours / vLLM {ratio:.2f}")
+    for name, one in found["job"].items():
+        if one:
+            print(
+                f"job {name:8s} {one['tokens_per_second']:10.0f} tokens/s, MFU {one['mfu'] or float('nan'):.2f}, host "
+                f"share {one['host_share']:.2f}, peak {one['peak_bytes'] / 2**30:.2f} GiB, "
+                f"{one['peak_share_of_plan']:.2f} of the plan's"
+            )
     for row in found["tails"] or []:
         each = ", ".join(f"{name} {value:.2f}" for name, value in row.items() if isinstance(value, float))
         print(f"top-{K} of {row['vocabulary']:7d} {row['dtype']:9s} µs per position: {each}")
-    print(f"head: {found['heads']}\nattention, mixed lengths: {found['attentions']}\njob: {found['job']}")
+    print(f"head: {found['heads']}\nattention, mixed lengths: {found['attentions']}\njobs: {found['job']}")
+    print(f"two GPUs: {found['two GPUs']}")
     print("\n".join(f"left out: {line}" for line in bench.left_out))
 
 
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="after which no part begins")
+    parser.add_argument("--seconds", type=float, default=420, help="after which no part begins")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=65_536, help="of each case")
-    parser.add_argument("--job-tokens", type=int, default=3_000_000, help="of the whole job")
+    parser.add_argument("--job-tokens", type=int, default=3_000_000, help="of the first whole job")
     parser.add_argument("--shapes", nargs="+", default=["1B", "8B", "Qwen3 0.6B", "Gemma 2 2B"], help="which teachers")
-    parser.add_argument("--vllm", help="python of an environment with vLLM, for the first teacher")
+    parser.add_argument("--vllm", help="python of an environment with vLLM, for the first two")
     parser.add_argument("--tiny", action="store_true", help="a tiny teacher on the CPU, one round")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     arguments = parser.parse_args()
@@ -497,22 +561,33 @@ def main() -> None:
     command = vars(arguments) | {"out": None}
     found = bench.found = {"device": device, "versions": versions(), "command": command, "scoring": {}}
 
-    def part(name: str, measured: Callable[[], Any]) -> None:
-        found[name] = bench.run(name, measured)
+    found["job"], found["vllm"] = {}, {}
+
+    def part(figures: dict[str, Any], key: str, name: str, measured: Callable[[], Any]) -> None:
+        figures[key] = bench.run(name, measured)
         bench.keep()
 
-    first = known[arguments.shapes[0]]
-    part("job", lambda: job(bench, first, "serial" if arguments.tiny else "local_cuda"))
-    if found["job"] is None:
-        part("job", lambda: job(bench, first, "serial"))
-    part("tails", lambda: tails(bench))
-    part("heads", lambda: heads(bench))
-    part("attentions", lambda: attentions(bench, first))
+    def jobs(name: str, tokens: int) -> None:
+        part(found["job"], name, f"job, {name}", lambda: job(bench, known[name], cluster, tokens, one))
+        if found["job"][name] is None:
+            part(found["job"], name, f"job, {name}, serial", lambda: job(bench, known[name], "serial", tokens))
+
+    cluster = "serial" if arguments.tiny else "local_cuda"
+    one = () if arguments.tiny else tuple(visible_gpus()[:1])
+    first, second = known[arguments.shapes[0]], arguments.shapes[1:2]
+    jobs(arguments.shapes[0], arguments.job_tokens)
+    part(found, "tails", "tails", lambda: tails(bench))
+    part(found, "heads", "heads", lambda: heads(bench))
+    part(found, "attentions", "attentions", lambda: attentions(bench, first))
     for name in arguments.shapes:
+        if name in second:
+            jobs(name, arguments.job_tokens // 8)
         facts = found["scoring"][name] = {}
         bench.run(name, lambda name=name, facts=facts: score(bench, name, known[name], facts))
         bench.keep()
-    part("vllm", lambda: vllm(bench, first))
+    part(found, "two GPUs", "two GPUs", lambda: two_gpus(bench, first))
+    for name in (arguments.shapes[0], *second):
+        part(found["vllm"], name, f"vLLM, {name}", lambda name=name: vllm(bench, name, known[name]))
     report(bench)
 
 

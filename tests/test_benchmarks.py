@@ -122,8 +122,9 @@ def test_gpu_runs(tmp_path, capsys) -> None:
     (tmp_path / "python").chmod(0o700)
     run("gpu.py", "--tiny", "--vllm", tmp_path / "python", "--out", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["left_out"] == ["vLLM, 16: it failed with: no room"]
-    assert found["vllm"] == [{"length": 32, "tokens_per_second": 128.0}]
+    assert found["left_out"] == ["two GPUs: 0 visible", "vLLM, tiny, 16: it failed with: no room"]
+    assert found["vllm"] == {"tiny": [{"length": 32, "tokens_per_second": 128.0}]}
+    assert found["two GPUs"] is None
     assert found["scoring"]["tiny"]["same_bytes"] == {"twice": True, "half_batches": True}
     assert [(row["layers"], row["length"]) for row in found["scoring"]["tiny"]["rows"]] == [
         ("eager", 16),
@@ -131,8 +132,16 @@ def test_gpu_runs(tmp_path, capsys) -> None:
     ]
     assert found["heads"].keys() == {"bfloat16", "float32 out"}
     assert found["attentions"].keys() == {"flash", "cuDNN"}
-    assert (found["job"]["verified"], found["job"]["tokens"], found["job"]["cluster"]) == (True, 64, "serial")
+    one = found["job"]["tiny"]
+    assert (one["verified"], one["tokens"], one["cluster"]) == (True, 64, "serial")
+    assert one["peak_share_of_plan"] == one["peak_bytes"] / one["planned_bytes"] > 0
+    # On a CPU the stages fill nearly all of the time. In the small job, the first calls count.
+    assert 0 <= one["host_share"] < 1
+    for row in found["scoring"]["tiny"]["rows"]:
+        device = sum(seconds for stage, seconds in row["stages"].items() if stage != "score")
+        assert row["host_share"] == pytest.approx(max(0, 1 - device / row["stages"]["score"]))
     out = capsys.readouterr().out
+    assert "of the plan's" in out
     assert "ours / loop" in out
     assert "ours / vLLM" in out
 
@@ -162,10 +171,32 @@ def test_the_loop_of_the_gpu_benchmark_is_the_model_as_it_is_loaded() -> None:
     assert seen == [own, own]
 
 
+def test_gpu_compares_one_gpu_with_two_workers_and_with_one_worker_over_two(monkeypatch) -> None:
+    names = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    bench = names["Bench"](SimpleNamespace(tiny=True, seconds=60, job_tokens=64))
+    asked = []
+
+    # A job needs the GPUs. It stands in with figures only.
+    def job(bench, config, cluster, tokens, gpus, *more) -> dict[str, float]:
+        asked.append((cluster, tokens, gpus, *more))
+        return {"tokens_per_second_without_consolidation": 100.0 * len(gpus) - 20 * len(more)}
+
+    monkeypatch.setitem(names["two_gpus"].__globals__, "job", job)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,1")
+    found = names["two_gpus"](bench, None)
+    assert found["share_of_twice_one"] == {"two": 1.0, "layers over two": 0.9}
+    assert asked == [
+        ("local_cuda", 64, ("5",)),
+        ("local_cuda", 64, ("5", "3")),
+        ("local_cuda", 64, ("5", "3"), "distillation.teacher.generation.gpus_per_worker=2"),
+    ]
+
+
 def test_gpu_says_why_vllm_is_left_out() -> None:
     vllm = runpy.run_path(str(BENCHMARKS / "gpu.py"))["vllm"]
     bench = SimpleNamespace(arguments=SimpleNamespace(vllm="false"), left_out=[])
-    assert vllm(bench, None) is None
+    assert vllm(bench, "tiny", None) is None
     assert bench.left_out == ["vLLM: not installed for false; give the python of its environment with --vllm"]
 
 
