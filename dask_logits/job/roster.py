@@ -3,6 +3,7 @@
 A worker that fails rests for 2, 4, … 60 s while others work, so it draws few partitions however fast it fails. A worker
 that fails three times in a row, the last time after others completed two of its partitions, gets no more work. A worker
 with another environment than the run's gets none at all, and neither does one whose device fails three times in a row.
+A worker has one partition at a time until it completes its first, and after a failure of its device until the next.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ class Roster:
     def usable(self, present: Iterable[str]) -> set[str]:
         """Return the workers that may get work."""
         return set(present) - self.left_out.keys()
+
+    def most(self, worker: str, threads: int) -> int:
+        """Return how many partitions a worker with some threads may have at one time."""
+        nanny = self._nanny(worker)
+        return threads if nanny in self._proven and not self._sick.get(nanny) else 1
 
     def choose(self, present: Iterable[str], index: int | None, now: float) -> set[str]:
         """Return the workers that may get a partition now.

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 # A worker scores one partition, because there is one teacher, and reads or writes the others meanwhile.
 _MOST_PARTITIONS_EACH = 3
 _STREAM_POLL_SECONDS = 0.05
+# Time for which a partition waits that found no place on the workers where it has not failed.
+_PLACE_SECONDS = 0.5
 # Number of workers that left during one partition after which lifetimes are probably too short.
 _MANY_DEPARTURES = 3
 
@@ -110,19 +112,24 @@ class Window:
         """Submit tasks while there is capacity. Return whether anything is left to wait for."""
         now = time.monotonic()
         self._starved = False
-        before, self._present = self._present, present_workers(self.client)
-        self.roster.note_nannies(self._present)
+        before = self._present
+        self._look()
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
-        while len(self._running) < self._room(now):
+        room, places = self._room(now), self._places()
+        while len(self._running) < room:
             task = take_due(self._later, now) or self._draw()
-            if task is None:
+            if task is None or not self._submit(task, places):
                 break
-            self._submit(task)
         waits = self._suspects and self._exhausted and not self._running and not self._later
-        if waits and self._room(now):
+        if waits and room:
             self._submit(self._suspects.pop(0))
         return bool(self._running or self._later or self._suspects or not self._exhausted)
+
+    def _look(self) -> None:
+        """Look which workers are present."""
+        self._present = present_workers(self.client)
+        self.roster.note_nannies(self._present)
 
     def events(self) -> list[Event]:
         """Return what has happened since the last call."""
@@ -219,6 +226,13 @@ class Window:
             again = task.after("lost", "its worker died or its submission was cancelled")
             self._later.append((time.monotonic(), again))
             return
+        if (
+            decide("worker-death", self.job.retries, had_company=self._shared, was_alone=index in self._alone)
+            is not None
+        ):
+            self._alone.add(index)
+            self._suspects.append(task.after("lost", "its worker died, maybe with another partition on it"))
+            return
         self._lose(task, "worker-death", f"its worker died or its submission was cancelled {losses} times")
 
     def note_tokens(self, index: int, tokens: int) -> None:
@@ -314,17 +328,26 @@ class Window:
         self._starved = task is None
         return task
 
-    def _submit(self, task: PartitionTask) -> None:
+    def _submit(self, task: PartitionTask, places: dict[str, int] | None = None) -> bool:
+        """Submit a partition, and take its place. Return False if there is none for it, so that it waits."""
         index = task.partition.index
+        chosen = self.roster.choose(self._present, index, time.monotonic())
+        if places is not None and chosen:
+            worker = max(sorted(chosen), key=lambda each: places[each])
+            if places[worker] < 1:
+                self._later.append((time.monotonic() + _PLACE_SECONDS, task))
+                return False
+            places[worker] -= 1
+            chosen = {worker}
         self._attempts[index] = attempt = self._attempts.get(index, 0) + 1
         name = f"score-partition-{task.partition.name}-{attempt}-{self._token}"
         delayed = dask.delayed(run_on_worker, pure=False)(task, dask_key_name=name)
-        chosen = self.roster.choose(self._present, index, time.monotonic())
         # Restricted only if necessary, because the scheduler does not queue tasks restricted to workers.
         workers = None if chosen == self._present.keys() else frozenset(chosen)
         future = self.client.compute(delayed, optimize_graph=False, workers=workers and sorted(workers))
         self._running[future.key] = _Running(task, future, workers)
         future.add_done_callback(self._done.put)
+        return True
 
     def _failed(self, running: _Running, error: BaseException, future: Future) -> None:
         task, index = running.task, running.task.partition.index
@@ -337,6 +360,9 @@ class Window:
             # The scheduler has forgotten the worker.
             self._note_loss(task)
             return
+        if worker not in self._present:
+            # It has just come, and got a partition that waited for a worker.
+            self._look()
         if self._is_left_out(task, worker, error):
             return
         if kind == "device":
@@ -461,12 +487,30 @@ class Window:
         logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
         self._events.append(Failed(failure))
 
+    def _threads(self) -> dict[str, int]:
+        """Return how many partitions each worker can have at one time."""
+        return {address: min(_MOST_PARTITIONS_EACH, int(each["nthreads"])) for address, each in self._present.items()}
+
     def _room(self, now: float) -> int:
         """Return how many partitions may be in flight, counting the workers that may get one."""
-        most = _MOST_PARTITIONS_EACH
-        threads = {address: min(most, int(worker["nthreads"])) for address, worker in self._present.items()}
+        threads = self._threads()
         self._shared = self._shared or max(threads.values(), default=1) > 1
         if self._present and not self.roster.usable(self._present):
             return 0
+        chosen = self.roster.choose(self._present, None, now)
         # Without workers, one partition waits at the scheduler, where an adaptive cluster sees it.
-        return max(1, sum(threads[address] for address in self.roster.choose(self._present, None, now)))
+        return max(1, sum(self.roster.most(address, threads[address]) for address in chosen))
+
+    def _places(self) -> dict[str, int] | None:
+        """Return how many more partitions each worker may get. None: as many as it has threads, which Dask sees to."""
+        threads = self._threads()
+        most = {address: self.roster.most(address, threads[address]) for address in threads}
+        if all(most[address] == threads[address] for address in self.roster.usable(threads)):
+            return None
+        held = self._held() if self._running else {}
+        # A partition may be on its way to its only worker.
+        sole = {
+            key: min(each.workers) for key, each in self._running.items() if each.workers and len(each.workers) == 1
+        }
+        load = Counter((held | sole).values())
+        return {address: most[address] - load[address] for address in most}

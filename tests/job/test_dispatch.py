@@ -158,6 +158,7 @@ def test_a_partition_is_retried_once_when_the_scheduler_is_lost_during_a_restart
         return RuntimeError("CUDA error: unspecified launch failure")
 
     window = Window(SimpleNamespace(), iter(()), JobConfig())
+    window._present = {"one": {"nthreads": 2}}
     future = SimpleNamespace(key="fails", status="error", exception=fail, release=lambda: None)
     _in_flight(window, "fails", future)
     _in_flight(window, "other", index=6)

@@ -93,3 +93,17 @@ def test_a_restarted_worker_is_named_with_its_host_and_gpu() -> None:
     roster.note_nannies({"tcp://n:2": {"nanny": "tcp://n:9"}, "tcp://n:6": {"nanny": None}})
     assert roster.name("tcp://n:2") == "tcp://n:2 on node7 (NVIDIA H200 GPU-e0)"
     assert roster.name("tcp://n:6") == "tcp://n:6 on n"
+
+
+def test_a_worker_has_one_partition_until_it_has_completed_one_and_after_a_failure_of_its_device() -> None:
+    roster = Roster(nannies={"a1": "nanny", "a2": "nanny"})
+    assert roster.most("a1", 3) == 1
+    roster.note_success("a1", 0, 0.0)
+    assert (roster.most("a1", 3), roster.most("a2", 2), roster.most("b", 3)) == (3, 2, 1)
+    roster.note_device_failure("a1", 1)
+    assert roster.most("a2", 3) == 1
+    roster.note_success("a2", 2, 0.0)
+    assert roster.most("a2", 3) == 3
+    # A failure that is not the device's.
+    roster.note_failure("a2", 3, started=0.0, now=0.0)
+    assert roster.most("a2", 3) == 3

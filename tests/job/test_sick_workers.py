@@ -22,7 +22,7 @@ from dask_logits.run.folder import RunFolder
 
 SICK = 0
 # The other worker waits until the sick one is retired.
-HELD = ("sick", "none")
+HELD = ("sick", "none", "worn")
 PARTITIONS = "distillation.partition.rows=2"
 
 
@@ -33,6 +33,7 @@ class Sickness(WorkerPlugin):
         self.act, self.log = act, log
 
     def setup(self, worker) -> None:
+        import os
         import time
 
         import torch
@@ -43,6 +44,11 @@ class Sickness(WorkerPlugin):
         held = self.act in HELD and worker.name != SICK
         process, act, log, mine = remote.process_partition, self.act, self.log, worker.name
         n_done = 0
+
+        def rounds() -> int:
+            # A process whose device is poisoned is restarted, and all that is in flight on it counts once.
+            lines = log.read_text().splitlines()
+            return len(lines) if act == "none" else len({line.split()[2] for line in lines})
 
         def computed(task, on_tokens, stages):
             nonlocal n_done
@@ -56,10 +62,12 @@ class Sickness(WorkerPlugin):
                 error = TeacherError("device: expected a CUDA device in this worker, got none")
             elif act == "later" and mine == SICK and n_done >= 2:
                 error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+            elif act == "worn" and mine == SICK and (n_done >= 2 or log.read_text()):
+                error = RuntimeError("CUDA error: uncorrectable ECC error encountered")
             if held and n_done >= 2:
                 # Otherwise the other worker may complete all partitions before the sick one is retired.
                 deadline = time.monotonic() + 60
-                while len(log.read_text().splitlines()) < 3 and time.monotonic() < deadline:
+                while rounds() < 3 and time.monotonic() < deadline:
                     time.sleep(0.05)
             if act == "cuda" and mine == SICK and n_done == 1 and not log.read_text():
                 try:
@@ -70,7 +78,7 @@ class Sickness(WorkerPlugin):
                     error = real
             if error is not None:
                 with log.open("a") as file:
-                    file.write(f"{mine} {index}\n")
+                    file.write(f"{mine} {index} {os.getpid()}\n")
                 raise error
             n_done += 1
             return process(task, on_tokens, stages)
@@ -103,22 +111,30 @@ def sick_cluster(act: str, log: Path, workers: int = 2) -> Iterator[str]:
 
 
 def failures(log: Path) -> list[tuple[str, int]]:
-    return [(worker, int(index)) for worker, index in (line.split() for line in log.read_text().splitlines())]
+    return [(worker, int(index)) for worker, index, _ in (line.split() for line in log.read_text().splitlines())]
 
 
 def _with_a_gpu(dask_worker) -> WorkerFacts:
     return worker_facts()._replace(gpus_in_use=(f"NVIDIA H200 GPU-e{dask_worker.name}",))
 
 
-@pytest.mark.parametrize("act", ["sick", pytest.param("none", marks=pytest.mark.slow)])
-def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path, monkeypatch, act) -> None:
+@pytest.mark.parametrize(
+    ("act", "most"),
+    [
+        # One partition at a time, because it has completed none.
+        ("sick", 3),
+        pytest.param("none", 3, marks=pytest.mark.slow),
+        # Two are in flight at its first failure.
+        pytest.param("worn", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path, monkeypatch, act, most) -> None:
     monkeypatch.setattr("dask_logits.job.cluster.worker_facts", _with_a_gpu)
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster(act, tmp_path / "log") as scheduler:
         assert digest(run(overrides, PARTITIONS, scheduler)) == whole
     lost = failures(tmp_path / "log")
-    # Two partitions are on a worker at once and may both fail, but count as one failure of the device.
-    assert 1 <= len(lost) <= 12
+    assert 3 <= len(lost) <= most
     status = read_status(cache_dir(overrides))
     assert (status.state, status.failed) == ("complete", {})
     ((worker, reason),) = status.left_out.items()
@@ -133,8 +149,8 @@ def test_a_device_that_fails_after_some_partitions_is_restarted(overrides, here,
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster("later", tmp_path / "log", workers=1) as scheduler:
         assert digest(run(overrides, PARTITIONS, scheduler)) == whole
-    # Each process scores two or three partitions.
-    assert len(failures(tmp_path / "log")) >= 5
+    # Each process scores two or three of the 20 partitions, and ends with at most two on it.
+    assert 5 <= len(failures(tmp_path / "log")) <= 2 * 20 // 2
     assert read_status(cache_dir(overrides)).left_out == {}
 
 
@@ -160,8 +176,8 @@ def test_when_every_device_is_sick_the_job_ends_and_blames_no_partition(override
     ):
         run(overrides, PARTITIONS, scheduler, "distillation.job.stall_seconds=120")
     assert str(caught.value).count("its device failed 3 times in a row") == 2
-    # Three failures of a device count. What else is in flight on it fails with it.
-    assert max(Counter(worker for worker, _ in failures(tmp_path / "log")).values()) <= 12
+    # While no worker is present, a partition waits at the scheduler, which may give it to a worker beside another.
+    assert max(Counter(worker for worker, _ in failures(tmp_path / "log")).values()) <= 4
     assert read_failures(RunFolder(cache_dir(overrides))) == {}
 
 
