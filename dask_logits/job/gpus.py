@@ -124,9 +124,32 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
             f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
             f"{len(visible)} ({','.join(visible)}); lower it, or name more in distillation.teacher.generation.devices"
         )
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and (n_cut := _cut_gpus()):
+        logger.warning(
+            "%d GPUs are cut into slices (MIG), and a worker takes only the first slice of its GPU; name the slices in "
+            "CUDA_VISIBLE_DEVICES=MIG-…,MIG-…, as `nvidia-smi -L` lists them",
+            n_cut,
+        )
     if len(visible) % size:
         logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
     return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
+
+
+def _cut_gpus() -> int:
+    """Count the GPUs of this machine that are cut into slices."""
+    try:
+        import pynvml
+    except ImportError:
+        return 0
+    n_cut = 0
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        for index in range(int(pynvml.nvmlDeviceGetCount())):
+            # Older GPUs raise an error: they cannot be cut.
+            with contextlib.suppress(pynvml.NVMLError):
+                mode, _ = pynvml.nvmlDeviceGetMigMode(pynvml.nvmlDeviceGetHandleByIndex(index))
+                n_cut += int(mode == pynvml.NVML_DEVICE_MIG_ENABLE)
+    return n_cut
 
 
 @contextlib.contextmanager
@@ -177,16 +200,23 @@ def _are_first(names: list[str]) -> bool:
 
     used = [gpu.rpartition(" ")[2] for gpu in gpus_in_use(len(names))]
     try:
-        pynvml.nvmlInit()
-        given = [
-            str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(name)))) if name.isdigit() else name
-            for name in names
-        ]
+        given = _by_uuid(names)
     except pynvml.NVMLError:
         return False
     # torch names a slice of a GPU by the digits of its UUID, too. A name may be shortened.
     pairs = zip(used, given, strict=False)
     return len(used) == len(given) and all(_digits(gpu).startswith(_digits(name)) for gpu, name in pairs)
+
+
+def _by_uuid(names: list[str]) -> list[str]:
+    """Return the names of GPUs with each index replaced by the UUID of the GPU at this place on the bus."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return [
+        str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(name)))) if name.isdigit() else name
+        for name in names
+    ]
 
 
 def _digits(uuid: str) -> str:
@@ -205,7 +235,10 @@ def grouped_cluster(base: type) -> Any:
             spec: dict[Any, Any] = super().new_worker_spec()
             for name, worker in spec.items():
                 group = self._groups[self.cuda_visible_devices.index(name)]
-                worker["options"]["env"]["CUDA_VISIBLE_DEVICES"] = group
+                environment = worker["options"]["env"]
+                environment["CUDA_VISIBLE_DEVICES"] = group
+                # As in `own_gpus`. dask-cuda counts GPUs by their places on the bus, too.
+                environment.setdefault("CUDA_DEVICE_ORDER", os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"))
             return spec
 
     return GroupedCUDACluster
@@ -221,7 +254,8 @@ class WorkerFacts(NamedTuple):
     cores
         CPU cores available to it, possibly shared with other workers of the machine.
     gpus
-        Visible GPUs as they were given to it, starting with the one used first.
+        Visible GPUs as they were given to it, starting with the one used first. An index is replaced by the UUID where
+        ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` tells whose it is.
     gpus_in_use
         Model and UUID of the same GPUs, as torch reports them.
     environments
@@ -243,9 +277,24 @@ def worker_facts() -> WorkerFacts:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",")[:count] if named else [str(index) for index in range(count)]
+    gpus = _names(named)[:count] if named else [str(index) for index in range(count)]
+    # In CUDA's own order, an index names another GPU than it does to NVML.
+    if gpus and os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        gpus = _resolved(gpus)
     environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
     return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments, gpus_in_use(count))
+
+
+def _resolved(names: list[str]) -> list[str]:
+    """Return GPUs by UUID, or as they are if NVML does not answer."""
+    try:
+        import pynvml
+    except ImportError:
+        return names
+    try:
+        return _by_uuid(names)
+    except pynvml.NVMLError:
+        return names
 
 
 def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[str, str]:
@@ -262,14 +311,15 @@ def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[
     reasons: dict[str, str] = {}
     for address, worker in workers.items():
         for given, used in list(zip(worker.gpus, worker.gpus_in_use, strict=False))[:gpus_per_worker]:
-            owner = owners.setdefault((worker.host, used), address)
+            # Slices of one GPU may share its UUID.
+            device = given if given.startswith("MIG-") else used
+            owner = owners.setdefault((worker.host, device), address)
             if given.startswith("GPU-") and not used.rpartition(" ")[2].startswith(given):
                 reasons[address] = f"it was given {given}, and computes on {used}; it used CUDA before it was given one"
-            # Slices of one GPU may share its UUID.
-            elif owner != address and not given.startswith("MIG-"):
+            elif owner != address:
                 reasons[address] = (
-                    f"it computes on {used}, as {owner} does; start workers with `dask cuda worker`, which gives each "
-                    "its own GPU"
+                    f"it computes on {device}, as {owner} does; start workers with `dask cuda worker`, which gives "
+                    "each its own GPU"
                 )
     return reasons
 

@@ -48,6 +48,9 @@ def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
     )
     other = {"tcp://a:1": worker("GPU-e1", "e0")}
     assert "was given GPU-e1, and computes on NVIDIA H200 GPU-e0" in misplaced(other, 1)["tcp://a:1"]
+    # Slices may share the UUID of their GPU, so they are told apart by their names.
+    slices = {f"tcp://a:{port}": worker("MIG-1,MIG-2", "e0") for port in (1, 2)}
+    assert "it computes on MIG-1, as tcp://a:1 does" in misplaced(slices, 1)["tcp://a:2"]
     overlapping = {"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("1,2", "e1", "e2")}
     assert misplaced(overlapping, 1) == {}
     assert list(misplaced(overlapping, 2)) == ["tcp://a:2"]
@@ -110,6 +113,8 @@ def _gpus_e0_to_e3(monkeypatch) -> None:
         nvmlDeviceGetCount=lambda: 4,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetUUID=lambda handle: f"GPU-e{handle}",
+        nvmlDeviceGetMigMode=lambda handle: [0, 0],
+        NVML_DEVICE_MIG_ENABLE=1,
     )
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
@@ -166,3 +171,84 @@ def test_a_process_that_uses_cuda_keeps_its_gpus(sees, visible, devices, is_allo
     refused = pytest.raises(ClusterError, match="got one that uses CUDA already with others")
     with contextlib.nullcontext() if is_allowed else refused, own_gpus(GenerationConfig(devices=devices)):
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.fixture
+def _computes_on_e0(_gpus_e0_to_e3, monkeypatch) -> None:
+    """A process that used CUDA before it was given a GPU, so that it computes on the first one."""
+    both = {"cpu": {}, "cuda": {}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(home, "environment", both.get)
+    monkeypatch.setattr(home, "gpus_in_use", lambda count: ("NVIDIA H200 GPU-e0",))
+
+
+@pytest.mark.usefixtures("_computes_on_e0")
+@pytest.mark.parametrize(
+    ("given", "order", "gpus", "is_misplaced"),
+    [
+        ("3", "PCI_BUS_ID", "GPU-e3", True),
+        (" 0", "PCI_BUS_ID", "GPU-e0", False),
+        (None, "PCI_BUS_ID", "GPU-e0", False),
+        ("GPU-e3", None, "GPU-e3", True),
+        # CUDA counts from the fastest GPU, so nothing is known.
+        ("3", None, "3", False),
+        ("MIG-1", "PCI_BUS_ID", "MIG-1", False),
+    ],
+)
+def test_a_gpu_given_by_its_index_is_compared_by_its_uuid(monkeypatch, given, order, gpus, is_misplaced) -> None:
+    for name, value in (("CUDA_VISIBLE_DEVICES", given), ("CUDA_DEVICE_ORDER", order)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    facts = home.worker_facts()
+    assert facts.gpus == (gpus,)
+    assert bool(misplaced({"tcp://a:1": facts}, 1)) == is_misplaced
+
+
+@pytest.mark.usefixtures("_computes_on_e0")
+def test_an_index_is_kept_where_nvml_does_not_answer(monkeypatch) -> None:
+    def fail() -> None:
+        raise OSError("Driver/library version mismatch")
+
+    monkeypatch.setattr(sys.modules["pynvml"], "nvmlInit", fail)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert home.worker_facts().gpus == ("0",)
+
+
+def test_workers_of_a_local_cluster_count_gpus_as_nvidia_smi_does(monkeypatch) -> None:
+    class Base:
+        """What dask-cuda's cluster does with the arguments."""
+
+        def __init__(self, CUDA_VISIBLE_DEVICES: list[str]) -> None:
+            self.cuda_visible_devices = CUDA_VISIBLE_DEVICES
+
+        def new_worker_spec(self) -> dict:
+            return {name: {"options": {"env": {}}} for name in self.cuda_visible_devices}
+
+    def environments() -> list[dict[str, str]]:
+        cluster = home.grouped_cluster(Base)(groups=[["0", "1"], ["2", "3"]])
+        return [worker["options"]["env"] for worker in cluster.new_worker_spec().values()]
+
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert environments() == [
+        {"CUDA_VISIBLE_DEVICES": each, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} for each in ("0,1", "2,3")
+    ]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert {each["CUDA_DEVICE_ORDER"] for each in environments()} == {"FASTEST_FIRST"}
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
+def test_gpus_that_are_cut_into_slices_are_told_of(monkeypatch, caplog) -> None:
+    def mode(handle: int) -> list[int]:
+        if handle == 3:
+            raise OSError("Not Supported")
+        return [int(handle > 0), 0]
+
+    pynvml = sys.modules["pynvml"]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", mode)
+    home.gpu_groups(GenerationConfig())
+    assert "2 GPUs are cut into slices (MIG), and a worker takes only the first slice" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    assert home.gpu_groups(GenerationConfig()) == [["MIG-1"], ["MIG-2"]]
+    assert caplog.text == ""
