@@ -624,7 +624,10 @@ def test_a_measured_plan_shows_what_draws_take(job, tmp_path, profile) -> None:
     lines = measured_lines(planned, found)
     assert sum("← draws" in line for line in lines) == 1
     assert not any("← top_k" in line for line in lines)
-    assert measured_figures(planned, found)["by_draws"][0]["draws"] == 20
+    figures = measured_figures(planned, found)
+    assert figures["by_draws"][0]["draws"] == 20
+    assert {one["lost_nats"] for one in figures["by_draws"] + figures["by_share"]} == {0}
+    assert {one["kept_mass"] for one in figures["by_share"]} == {None}
 
 
 def test_other_draws_are_refused_in_the_same_folder(job) -> None:

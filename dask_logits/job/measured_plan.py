@@ -79,16 +79,25 @@ def measured_lines(job: Job, found: Measurement) -> list[str]:
         mark = "  ← top_k" if one.top_k == generation.top_k and not generation.n_draws else ""
         figures = f"{one.top_k:8}   {one.kept_mass:9.4f}   {one.lost_nats:11.4f}   {one.bytes_per_token:11.1f}"
         lines.append(f"{figures}   {size}{mark}")
-    lines += ["", "   draws   distinct ids   bytes/token   cache   (with targets=sample)"]
+    lines += [
+        "",
+        "   draws   distinct ids   lost (nats)   bytes/token   cache   (with targets=sample: an unbiased loss)",
+    ]
     for drawn in found.draw_choices:
         size = "" if tokens is None else gib(tokens * drawn.bytes_per_token)
         mark = "  ← draws" if drawn.draws == generation.n_draws else ""
-        lines.append(f"{drawn.draws:8}   {drawn.distinct:12.1f}   {drawn.bytes_per_token:11.1f}   {size}{mark}")
-    lines += ["", "   share   bytes/token   cache   (of positions with targets, by highest entropy)"]
-    planned = min(found.bytes_by_share, key=lambda share: abs(share - job.estimate.target_share))
-    for share, each in found.bytes_by_share.items():
-        size = "" if tokens is None else gib(tokens * each)
-        lines.append(f"{share:8g}   {each:11.1f}   {size}{'  ← planned' if share == planned else ''}")
+        figures = f"{drawn.draws:8}   {drawn.distinct:12.1f}   {drawn.lost_nats:11g}   {drawn.bytes_per_token:11.1f}"
+        lines.append(f"{figures}   {size}{mark}")
+    lines += [
+        "",
+        "   share   kept mass   lost (nats)   bytes/token   cache   (of positions with targets, by highest entropy)",
+    ]
+    planned = min(found.share_choices, key=lambda one: abs(one.share - job.estimate.target_share))
+    for some in found.share_choices:
+        size = "" if tokens is None else gib(tokens * some.bytes_per_token)
+        mass = f"{'':9}" if some.kept_mass is None else f"{some.kept_mass:9.4f}"
+        figures = f"{some.share:8g}   {mass}   {some.lost_nats:11.4f}   {some.bytes_per_token:11.1f}"
+        lines.append(f"{figures}   {size}{'  ← planned' if some is planned else ''}")
     return lines
 
 
@@ -101,5 +110,5 @@ def measured_figures(job: Job, found: Measurement) -> dict[str, Any]:
         "peak_bytes": found.peak_bytes,
         "by_k": [vars(one) for one in found.choices],
         "by_draws": [vars(one) for one in found.draw_choices],
-        "bytes_per_token_by_share": found.bytes_by_share,
+        "by_share": [vars(one) for one in found.share_choices],
     }

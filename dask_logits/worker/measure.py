@@ -68,10 +68,33 @@ class DrawChoice:
         Mean number of distinct ids of a position.
     bytes_per_token
         Size in the cache.
+    lost_nats
+        0, because the loss of draws is unbiased: nothing is truncated.
     """
 
     draws: int
     distinct: float
+    bytes_per_token: float
+    lost_nats: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareChoice:
+    """What targets at a share of the positions mean, those of the highest entropy.
+
+    Parameters
+    ----------
+    share
+        Share of the positions.
+    kept_mass, lost_nats
+        As for a :class:`Choice`, with the job's K, over these positions. Of draws: None and 0.
+    bytes_per_token
+        Size in the cache.
+    """
+
+    share: float
+    kept_mass: float | None
+    lost_nats: float
     bytes_per_token: float
 
 
@@ -87,8 +110,8 @@ class Measurement:
         Figures by K, with targets at all positions.
     draw_choices
         Figures by the number of draws, with targets at all positions.
-    bytes_by_share
-        Share of the positions that get targets, those of the highest entropy → bytes per token.
+    share_choices
+        Figures by the share of the positions that get targets.
     peak_bytes
         Peak memory of the process, or of its GPU.
     """
@@ -96,7 +119,7 @@ class Measurement:
     tokens_per_second: tuple[float, ...]
     choices: tuple[Choice, ...]
     draw_choices: tuple[DrawChoice, ...]
-    bytes_by_share: dict[float, float]
+    share_choices: tuple[ShareChoice, ...]
     peak_bytes: int
 
 
@@ -136,14 +159,15 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
     job = score_items(teacher, items, replace(settings, positions="entropy")) if task.scoring.draws else widest
     shares = sorted({*_SHARES, round(task.target_share, 2) or _SHARES[0]})
     few = plain_items([document[:_DENSE_DOCUMENT] for document in documents[: _DENSE_TOKENS // _DENSE_DOCUMENT]])
-    whole = score_items(teacher, few, replace(settings, top_k=task.scoring.vocab_size, temperatures=(), draws=0))
+    dense = replace(settings, top_k=task.scoring.vocab_size, temperatures=(), positions="entropy", draws=0)
+    whole = score_items(teacher, few, dense)
     return Measurement(
         tokens_per_second=tuple(rates),
         choices=tuple(
             Choice(
                 top_k=k,
-                kept_mass=float(np.exp(widest.records.logprobs[:, :k].astype(np.float32)).sum(1).mean()),
-                lost_nats=float(np.mean(truncation_nats(whole.records.logprobs, k))),
+                kept_mass=_kept_mass(widest.records, k),
+                lost_nats=_lost_nats(whole.records, k),
                 bytes_per_token=_size(widest.records, k, task),
             )
             for k in ks
@@ -152,7 +176,9 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
             _draw_choice(whole.records, draws, task)
             for draws in sorted({*_DRAWS, *([task.scoring.draws] if task.scoring.draws else [])})
         ),
-        bytes_by_share={share: _size(_chosen(items, job, share), task.scoring.top_k, task) for share in shares},
+        share_choices=tuple(
+            _share_choice(share, _chosen(items, job, share), _chosen(few, whole, share), task) for share in shares
+        ),
         peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
     )
 
@@ -161,6 +187,25 @@ def _chosen(items: Sequence[Item], scored: Scored, share: float) -> Records:
     """Return the targets at a share of the positions."""
     assert scored.entropy_M is not None
     return scored.records.at(highest_entropy(items, np.arange(len(scored.entropy_M)), scored.entropy_M, share))
+
+
+def _kept_mass(records: Records, k: int) -> float:
+    return float(np.exp(records.logprobs[:, :k].astype(np.float32)).sum(1).mean())
+
+
+def _lost_nats(whole: Records, k: int) -> float:
+    return float(np.mean(truncation_nats(whole.logprobs, k)))
+
+
+def _share_choice(share: float, records: Records, whole: Records, task: CalibrationTask) -> ShareChoice:
+    """Return the figures of the targets at a share of the positions, with the whole distributions at some of them."""
+    k, is_drawn = task.scoring.top_k, task.scoring.draws > 0
+    return ShareChoice(
+        share=share,
+        kept_mass=None if is_drawn else _kept_mass(records, k),
+        lost_nats=0.0 if is_drawn else _lost_nats(whole, k),
+        bytes_per_token=_size(records, k, task),
+    )
 
 
 def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoice:

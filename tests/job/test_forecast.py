@@ -8,7 +8,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import cache_dir, sentences, write_json_lines
+from builders import cache_dir, save_tokenizer, sentences, tiny_model, write_json_lines
 from fault_points import NUMERICS
 
 from dask_logits import ConfigError, generate, load_config, verify
@@ -107,21 +107,27 @@ def measured(overrides, tmp_path) -> list[str]:
             f"distillation.dataset.data_files={file}", "distillation.cache.profile=compact"]  # fmt: skip
 
 
-def test_a_plan_can_be_measured(measured, llama, tmp_path, capsys) -> None:
-    main(["plan", "--measure", "--json", *measured])
+def test_a_plan_can_be_measured(measured, tmp_path, capsys) -> None:
+    wide = tmp_path / "wide"
+    tiny_model("llama", vocab_size=304).save_pretrained(wide)
+    save_tokenizer(wide, 300)
+    main(["plan", "--measure", "--json", *measured, f"distillation.teacher.model_path={wide}"])
     found = json.loads(capsys.readouterr().out)
     assert not (tmp_path / "run").exists()
     assert found["rows"] == 4000
     least, most = found["seconds"]
     assert 0.5 * found["tokens"] / found["tokens_per_second"] < least < most
     ks = [one["top_k"] for one in found["by_k"]]
-    assert ks == [8, 16, 32, 64]
+    assert ks == [8, 16, 32, 64, 128, 256]
     for name, sign in (("kept_mass", 1), ("bytes_per_token", 1), ("lost_nats", -1)):
         values = [sign * one[name] for one in found["by_k"]]
         assert values == sorted(values), name
         assert len(set(values)) == len(values), name
     assert 0 < found["by_k"][-1]["kept_mass"] < 1
     assert found["peak_bytes"] > 0
+    of_k, of_all = found["by_k"][0], found["by_share"][-1]
+    assert of_all["share"] == 1
+    assert all(of_all[name] == of_k[name] for name in ("kept_mass", "lost_nats", "bytes_per_token"))
 
 
 def test_what_k_keeps_and_costs_is_what_a_run_has(measured) -> None:
