@@ -169,6 +169,14 @@ def test_a_worker_that_fails_costs_a_few_attempts_and_no_partition(overrides, jo
         (named,) = read_status(cache_dir(overrides)).left_out.items()
         assert named[0].endswith(" on node7")
         assert "cannot write to the run folder (Read-only file system)" in named[1]
+    else:
+        failed = [text for text in caplog.messages if " failed on tcp://" in text]
+        assert failed
+        assert all(" on node7: " in text for text in failed)
+        receipts = [json.loads(path.read_text()) for path in (cache_dir(overrides) / "receipts").rglob("0*.json")]
+        attempts = [each for receipt in receipts for each in receipt.get("failed_attempts", ())]
+        assert attempts
+        assert all(each["worker"].endswith(" on node7") for each in attempts)
 
 
 def test_the_job_stops_if_all_hosts_see_the_run_folder_read_only(overrides) -> None:
