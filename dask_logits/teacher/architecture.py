@@ -28,6 +28,8 @@ _TOWERS = re.compile(r"(^|\.)(\w*vision\w*|visual|\w*audio\w*|\w*speech\w*|\w*pr
 # Constants that early releases stored with the weights.
 _CONSTANTS = re.compile(r"(attn|attention)\.masked_bias$|rotary_emb\.inv_freq$")
 _NEXT_TOKENS = re.compile(r"(^|\.)mtp(\.|_)")
+# In the name of an adapter's weight, after the module that it changes.
+LORA = ".lora_"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -141,7 +143,9 @@ def surplus_weights(names: list[str], architecture: Architecture) -> list[str]:
             return False
         if _NEXT_TOKENS.search(name) or _CONSTANTS.search(name):
             return False
-        return not (is_text_part and _TOWERS.search(name))
+        # An adapter may have the name of a tower, and change the text part.
+        module = name.partition(LORA)[0]
+        return not (is_text_part and _TOWERS.search(f"{module}."))
 
     return sorted(filter(matters, names))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dask_logits.errors import TeacherError
-from dask_logits.teacher.architecture import Architecture, is_quantized, surplus_weights
+from dask_logits.teacher.architecture import LORA, Architecture, is_quantized, surplus_weights
 from dask_logits.teacher.locate import Location
 from dask_logits.teacher.weights import StoredTensor, prefix_renames, quantized_names
 
@@ -93,6 +93,12 @@ def require_complete(loading: Mapping[str, Any], base: str, architecture: Archit
     TeacherError
         With some of the names.
     """
+    surplus = surplus_weights([str(key) for key in loading["unexpected_keys"]], architecture)
+    if adapters := [name for name in surplus if LORA in name]:
+        raise TeacherError(
+            f"{_WHERE}: {base!r} holds adapters among its own weights, {_some(adapters)}, and nothing says which "
+            "of them to use; merge one into the weights and save the result, or give a checkpoint without them"
+        )
     absent = sorted(map(str, loading["missing_keys"]))
     if absent:
         raise TeacherError(
@@ -106,7 +112,7 @@ def require_complete(loading: Mapping[str, Any], base: str, architecture: Archit
             f"expected {tuple(expected)} for {name}, got {tuple(got)} ({len(mismatched)} in all); give the config.json "
             "that belongs to these weights"
         )
-    if surplus := surplus_weights([str(key) for key in loading["unexpected_keys"]], architecture):
+    if surplus:
         raise TeacherError(
             f"{_WHERE}: {base!r} holds weights that {type(architecture.model).__name__} with this config.json has no "
             f"place for: {_some(surplus)}; the model without them would be another one: give the config.json that "

@@ -6,7 +6,7 @@ A function takes an empty folder and returns the path to give as ``distillation.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,14 @@ def activated_adapter(folder: Path) -> Path:
 def left_over_weights(folder: Path) -> Path:
     """config.json names fewer layers than the checkpoint has."""
     return change_config(teacher(folder, num_hidden_layers=4), num_hidden_layers=2, layer_types=None)
+
+
+def adapters_inside(folder: Path, names: Sequence[str] = ("speech", "vision")) -> Path:
+    """LoRA adapters among the weights and named by config.json, as in Phi-4 multimodal."""
+    wide, module = torch.ones(32, 4), "model.layers.0.self_attn.q_proj"
+    lora = {f"{module}.lora_{part}.{name}.weight": wide * len(name) for name in names for part in "AB"}
+    change_weights(teacher(folder), lambda weights: {**weights, **lora})
+    return change_config(folder, speech_lora={"r": 4, "layer": "q_proj"}, vision_lora={"r": 4, "layer": "q_proj"})
 
 
 def missing_layer(folder: Path) -> Path:
@@ -330,6 +338,7 @@ REFUSED = {
     prompt_adapter: r"adapter of type 'PROMPT_TUNING', which cannot be merged exactly",
     activated_adapter: r"sets alora_invocation_tokens, with which an adapter cannot be merged exactly",
     left_over_weights: r"has no place for: model\.layers\.2\..* \(18 in all\); the model without them would be another",
+    adapters_inside: r"holds adapters among its own weights, .*q_proj\.lora_A\.speech\.weight, .* \(4 in all\), and no",
     missing_layer: r"expected all .* got none for model\.layers\.2\..* \(9 in all\); give a complete checkpoint",
     missing_head: r"got none for lm_head\.weight \(1 in all\)",
     other_shapes: r"expected \(32, 48\) for model\.layers\.0\.mlp\.down_proj\.weight, got \(32, 64\)",

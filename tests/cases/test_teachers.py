@@ -16,6 +16,7 @@ import teacher_inputs
 import torch
 from builders import VOCAB_SIZE, run, tiny_model, tree
 from plain_forward import K, plain_targets
+from popular import BY_TYPE, save_family
 from safetensors.torch import save_file
 
 from dask_logits.config.groups import TeacherConfig
@@ -277,8 +278,6 @@ def test_a_sharded_checkpoint_loads(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_the_dtype_of_a_wrapper_is_that_of_its_text_part(name: str, tmp_path) -> None:
-    from popular import BY_TYPE, save_family
-
     save_family(tmp_path, BY_TYPE["qwen3_vl"], "bfloat16")
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -403,6 +402,19 @@ def test_the_base_of_an_adapter_is_the_commit_that_is_named(tmp_path, in_the_hub
     teacher_inputs.change_adapter(path, revision=None)
     assert inspect(path).revision == "a" * 40
     assert inspect(path, revision="v1").revision == "b" * 40
+
+
+def test_adapters_that_are_only_named_in_config_json_change_nothing(tmp_path) -> None:
+    teacher = load(teacher_inputs.adapters_inside(tmp_path, names=()))
+    torch.testing.assert_close(logits(teacher.model), logits(tiny_model("llama")), rtol=0, atol=0)
+
+
+def test_an_adapter_with_the_name_of_a_tower_is_not_left_out_with_it(tmp_path) -> None:
+    save_family(tmp_path, BY_TYPE["llama4"])
+    lora = "language_model.model.layers.0.self_attn.q_proj.lora_A.speech.weight"
+    teacher_inputs.change_weights(tmp_path, lambda weights: {**weights, lora: torch.ones(4, 32)})
+    with pytest.raises(TeacherError, match=r"holds adapters among its own weights, \S*q_proj\.lora_A\.speech\.weight"):
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["./model", "~/no-such-model", "/no/model", "a/b/c", "tests/no-such-model"])
