@@ -178,7 +178,12 @@ def inspect_teacher(config: TeacherConfig, known: Mapping[str, Any] | None = Non
         architecture = read_architecture(
             location.base, commit or revision, trust_remote_code=config.trust_remote_code, local_files_only=only_cached
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except ImportError as error:
+        raise TeacherError(
+            f"distillation.teacher.model_path: {path!r} needs a package that is missing: {first_line(error)}; install "
+            "it"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise TeacherError(
             f"distillation.teacher.model_path: expected a causal language model, got {path!r}: "
             f"{'the model hub does not answer and its cache has no such model' if only_cached else first_line(error)}; "

@@ -31,6 +31,9 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "n
           "image_size": 28, "patch_size": 14}  # fmt: skip
 QWEN_VISION = {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
                "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
+PIXTRAL = {**VISION, "head_dim": 8, "model_type": "pixtral"}
+# Enough heads that no two positions have equal scores.
+INDEXED = {"index_topk": 16, "index_n_heads": 16, "index_head_dim": 16}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 
 
@@ -47,7 +50,7 @@ class Family:
     config
         Values of the configuration.
     wrapper
-        Whether the checkpoint is a multimodal wrapper around a text model.
+        Whether the class is one of AutoModelForImageTextToText: a multimodal wrapper around a text model, or Mistral 4.
     """
 
     model_type: str
@@ -66,12 +69,17 @@ FAMILIES = [
     Family(model_type="gemma3", known_as="Gemma 3 4B, 12B, 27B", wrapper=True,
            config=_wrapper({**GROUPED, **SLIDING}, mm_tokens_per_image=4, image_token_index=100,
                            boi_token_index=101, eoi_token_index=102)),
-    Family(model_type="gemma3n_text", known_as="Gemma 3n",
+    Family(model_type="gemma3n_text", known_as="Gemma 3n text",
            config={**GROUPED, "num_hidden_layers": 4, "sliding_window": 8, "laurel_rank": 4,
                    "hidden_size_per_layer_input": 4, "num_kv_shared_layers": 0,
                    "vocab_size_per_layer_input": HEAD_WIDTH,
                    "layer_types": ["sliding_attention", "full_attention"] * 2,
                    "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [64] * 4}),
+    Family(model_type="gemma4_unified", known_as="Gemma 4 12B", wrapper=True,
+           config=_wrapper({**GROUPED, **SLIDING},
+                           {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 32, "patch_size": 2,
+                            "pooling_kernel_size": 1}, audio_config=None, image_token_id=100, boi_token_id=101,
+                           eoi_token_id=102, audio_token_id=103, video_token_id=104)),
     Family(model_type="gemma4_text", known_as="Gemma 4 text",
            config={**GROUPED, "global_head_dim": 16, **SLIDING, "num_global_key_value_heads": 1,
                    "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": HEAD_WIDTH,
@@ -105,6 +113,9 @@ FAMILIES = [
     Family(model_type="qwen3_vl", known_as="Qwen 3 VL", wrapper=True,
            config=_wrapper({**GROUPED, **MROPE}, QWEN_VISION, image_token_id=100, video_token_id=101,
                            vision_start_token_id=102, vision_end_token_id=103)),
+    Family(model_type="qwen3_vl_moe", known_as="Qwen 3 VL MoE", wrapper=True,
+           config=_wrapper({**GROUPED, **MOE, **MROPE, "num_experts": 4}, QWEN_VISION, image_token_id=100,
+                           video_token_id=101, vision_start_token_id=102, vision_end_token_id=103)),
     Family(model_type="llama", known_as="Llama 2, 3, 3.1, 3.2, 3.3; SmolLM 2; Yi; TinyLlama; DeepSeek R1 distilled",
            config=BASE),
     Family(model_type="llama4_text", known_as="Llama 4 text",
@@ -119,9 +130,16 @@ FAMILIES = [
            config={**GROUPED, "sliding_window": 8}),
     Family(model_type="ministral", known_as="Ministral 8B", config={**GROUPED, **SLIDING}),
     Family(model_type="ministral3", known_as="Ministral 3 text", config=GROUPED),
-    Family(model_type="mistral3", known_as="Mistral Small 3.1, 3.2; Ministral 3", wrapper=True,
-           config=_wrapper({**GROUPED, "model_type": "mistral"},
-                           {**VISION, "head_dim": 8, "model_type": "pixtral"}, image_token_index=100)),
+    Family(model_type="mistral3", known_as="Mistral Small 3.1, 3.2", wrapper=True,
+           config=_wrapper({**GROUPED, "model_type": "mistral"}, PIXTRAL, image_token_index=100)),
+    Family(model_type="mistral3", known_as="Ministral 3", wrapper=True,
+           config=_wrapper({**GROUPED, "model_type": "ministral3"}, PIXTRAL, image_token_index=100)),
+    Family(model_type="mistral3", known_as="Mistral Small 4", wrapper=True,
+           config=_wrapper({**DEEPSEEK, "model_type": "mistral4"}, PIXTRAL, image_token_index=100)),
+    Family(model_type="mistral4", known_as="Mistral Small 4 text", wrapper=True, config=DEEPSEEK),
+    Family(model_type="mistral_large4", known_as="Mistral Large 4", wrapper=True,
+           config=_wrapper({**DEEPSEEK, **INDEXED, "model_type": "mistral_large4_text"}, PIXTRAL,
+                           image_token_index=100)),
     Family(model_type="mixtral", known_as="Mixtral 8x7B, 8x22B", config={**BASE, "num_local_experts": 4}),
     Family(model_type="gpt_oss", known_as="GPT-OSS 20B, 120B",
            config={**GROUPED, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -129,13 +147,39 @@ FAMILIES = [
     Family(model_type="glm4_moe", known_as="GLM-4.5, 4.6, 4.7",
            config={**GROUPED, **MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
                    "first_k_dense_replace": 1}),
-    Family(model_type="glm_moe_dsa", known_as="GLM-5",
-           config={**DEEPSEEK, "index_topk": 16, "index_n_heads": 16, "index_head_dim": 16}),
+    Family(model_type="glm4_moe_lite", known_as="GLM-4.7 Flash",
+           config={**BASE, **MOE, **MLA, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
+    Family(model_type="glm_moe_dsa", known_as="GLM-5", config={**DEEPSEEK, **INDEXED}),
     Family(model_type="deepseek_v3", known_as="DeepSeek V3, R1; Kimi K2; Moonlight", config=DEEPSEEK),
-    Family(model_type="deepseek_v32", known_as="DeepSeek V3.2",
-           config={**DEEPSEEK, "index_topk": 16, "index_n_heads": 16, "index_head_dim": 16}),
+    Family(model_type="deepseek_v32", known_as="DeepSeek V3.2", config={**DEEPSEEK, **INDEXED}),
+    Family(model_type="deepseek_v4", known_as="DeepSeek V4",
+           config={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
+                   "max_position_embeddings": 256, "vocab_size": HEAD_WIDTH, "bos_token_id": 0, "eos_token_id": 0,
+                   "pad_token_id": 0, **MOE, **INDEXED, "index_topk": 4, "n_routed_experts": 4, "n_shared_experts": 1,
+                   "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2, "partial_rotary_factor": 0.5, "hc_mult": 2,
+                   "sliding_window": 8, "mlp_layer_types": ["hash_moe", "moe", "moe"],
+                   "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention",
+                                   "sliding_attention"],
+                   "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}}),
+    Family(model_type="kimi_k25", known_as="Kimi K2.5, K2.6", wrapper=True,
+           config=_wrapper({**DEEPSEEK, "model_type": "deepseek_v3"},
+                           {"pos_emb_height": 4, "pos_emb_width": 4, "num_attention_heads": 2, "num_hidden_layers": 3,
+                            "hidden_size": 16, "intermediate_size": 32}, projection_hidden_size=16,
+                           image_token_id=100, video_token_id=101, vision_start_token_id=102,
+                           vision_end_token_id=103)),
+    Family(model_type="kimi_linear", known_as="Kimi Linear",
+           config={**BASE, **MLA, "q_lora_rank": None, "moe_intermediate_size": 32, "num_experts_per_token": 2,
+                   "num_experts": 4, "num_expert_group": 1, "topk_group": 1, "num_shared_experts": 1,
+                   "linear_head_dim": 8, "linear_num_heads": 4,
+                   "layer_types": ["linear_attention", "full_attention"]}),
     Family(model_type="phi", known_as="Phi-1.5, Phi-2", config={**BASE, "num_key_value_heads": 4}),
     Family(model_type="phi3", known_as="Phi-3, Phi-3.5, Phi-4", config=BASE),
+    Family(model_type="phi4_multimodal", known_as="Phi-4 multimodal",
+           config={**BASE, "vision_config": {**VISION, "crop_size": 28, "image_token_id": 100},
+                   "audio_config": {"hidden_size": 16, "intermediate_size": 32, "num_blocks": 2,
+                                    "num_attention_heads": 2, "ext_pw_out_channel": 16,
+                                    "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8, "input_size": 16,
+                                    "audio_token_id": 101}}),
     Family(model_type="olmo2", known_as="OLMo 2", config=BASE),
     Family(model_type="olmo3", known_as="OLMo 3", config={**BASE, **SLIDING}),
     Family(model_type="smollm3", known_as="SmolLM 3", config=BASE),

@@ -278,6 +278,14 @@ def bitsandbytes(folder: Path, bits: int) -> Path:
     return folder
 
 
+def tower_without_package(folder: Path) -> Path:
+    """Gemma 3n, whose vision tower is a model of timm."""
+    from transformers import Gemma3nConfig
+
+    Gemma3nConfig().save_pretrained(teacher(folder))
+    return folder
+
+
 def quantization_without_package(folder: Path) -> Path:
     settings = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 1}
     return change_config(teacher(folder), quantization_config=settings)

@@ -135,6 +135,12 @@ def test_a_quantized_teacher_from_generate_to_a_verified_cache(package: str, cas
         assert 1e-4 < np.abs(stored - unquantized).max() < 0.5
 
 
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_a_tower_without_its_package_names_it(tmp_path) -> None:
+    with pytest.raises(TeacherError, match=r"needs a package that is missing: .* the timm library.*; install it"):
+        inspect(teacher_inputs.tower_without_package(tmp_path))
+
+
 # --- adapters ---
 @pytest.mark.parametrize("case", [teacher_inputs.adapter_beside, teacher_inputs.adapter_only])
 def test_an_adapter_is_merged_and_logged(case, tmp_path, caplog) -> None:
