@@ -93,3 +93,13 @@ def test_the_wheel_scores_a_dataset_outside_the_checkout(cluster, wheel, llama, 
     status = [str(python), "-m", "dask_logits", "status", "run", "--json"]
     said = subprocess.run(status, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True).stdout
     assert json.loads(said)["state"] == "complete"
+
+
+def test_versions_that_do_not_resolve_are_named(tmp_path) -> None:
+    (tmp_path / "bad.txt").write_text("dask==1\ndask==2\n")
+    script = [sys.executable, str(ROOT / "scripts" / "check_versions.py"), "--constraints", str(tmp_path / "bad.txt")]
+    # Two versions of one package need no index.
+    done = subprocess.run(script, env={**os.environ, "UV_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "check_versions: this does not resolve: bad.txt: '.[adapters,dashboard,dev," in done.stdout
+    assert "dask-logits depends on dask==1 and dask==2" in done.stdout
