@@ -117,8 +117,8 @@ def retry(path: str | Path, dataset: Any = None, *, overrides: Sequence[str] = (
     log = PlanLog(run)
     check_named(run, dataset, "call dask_logits.retry with the run and that object")
     config = override(settings_of(run, log), overrides, dataset_given=dataset is not None)
-    only = frozenset(read_failures(run))
     state = RunState.find(run, log)
+    only = frozenset(read_failures(run, state.done_of) if state else ())
     if not only and not (state and state.is_complete):
         raise RunConflictError(
             f"{run.path}: expected partitions that failed, got none; to do the rest, give `generate` the settings of "

@@ -190,7 +190,7 @@ class LiveRun:
             return status_of(run, count, log=self._log, level=logging.DEBUG), others
 
         status, others = read_consistently(run, read)
-        failures = {} if status.state == "complete" else read_failures(run)
+        failures = read_failures(run, lambda indices: set(indices) - status.failed.keys())
         states_P = np.full(status.partitions, _WAITING, np.uint8)
         done = [*self._kept.settled.indices, *(each.partition.index for each in others if each.is_done)]
         states_P[done] = _COMMITTED

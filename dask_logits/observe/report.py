@@ -157,7 +157,7 @@ def _of_run(run: RunFolder) -> Facts:
         statistics=sums,
         status=status,
         history=history,
-        failures=read_failures(run),
+        failures=read_failures(run, lambda indices: set(indices) - status.failed.keys()),
         readers=cache.readers if cache else (),
         sample=sample,
         problem=problem,

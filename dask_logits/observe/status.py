@@ -338,7 +338,7 @@ def status_of(
     calibration = run.calibration()
     cost = (calibration.cost if calibration else None) or {}
     scoring, peak = tally.seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
-    failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run).items()}
+    failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run, found.done_of).items()}
     left_out = drivers.left_out
     state: State
     if is_complete and (not drivers.alive or drivers.state() == "consolidating"):

@@ -1,17 +1,17 @@
 """The failure ledger: a small file per quarantined partition, deleted when the partition is committed.
 
-The files inform the user and ``dask-logits retry``. Receipts alone determine which partitions remain.
+The files inform the user and ``dask-logits retry``. ``RunState`` alone determines which partitions remain.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from pydantic import Field
 
-from dask_logits.errors import CacheError
-from dask_logits.files.atomic import names_in, read_json, replace_json, unreadable
+from dask_logits.files.atomic import names_in, read_json, replace_json
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.records import FailureEntry
 
@@ -38,24 +38,21 @@ def note_failure(run: RunFolder, failure: Failure) -> None:
     replace_json(path, {**failure.model_dump(mode="json"), "at": time.time()}, durable=True)
 
 
-def _has_receipt(run: RunFolder, index: int) -> bool:
-    try:
-        return run.receipt(index) is not None
-    except CacheError as error:
-        if unreadable(error):
-            raise
-        # A damaged entry is ignored: the next start computes its partition.
-        return False
+def read_failures(run: RunFolder, done_of: Callable[[Collection[int]], Collection[int]]) -> dict[int, FailureEntry]:
+    """Return partition → entry for all partitions in the ledger that are not done.
 
-
-def read_failures(run: RunFolder) -> dict[int, FailureEntry]:
-    """Return partition → entry for all uncommitted partitions in the ledger."""
-    found = {}
+    Parameters
+    ----------
+    run
+        The run folder.
+    done_of
+        Returns those of some partitions that are done, such as ``RunState.done_of``.
+    """
+    paths = {}
     for name in names_in(run.failures_path):
         path = run.failures_path / name
-        if not (path.suffix == ".json" and path.stem.isascii() and path.stem.isdigit()):
-            continue
-        values = read_json(path)
-        if values is not None and not _has_receipt(run, int(path.stem)):
-            found[int(path.stem)] = FailureEntry.parse(path, values)
-    return found
+        if path.suffix == ".json" and path.stem.isascii() and path.stem.isdigit():
+            paths[int(path.stem)] = path
+    done = done_of(paths) if paths else ()
+    values = {index: read_json(path) for index, path in paths.items() if index not in done}
+    return {index: FailureEntry.parse(paths[index], each) for index, each in values.items() if each is not None}

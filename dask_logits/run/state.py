@@ -297,6 +297,23 @@ class RunState:
             else:
                 yield PartitionState(partition=partition, is_cached=is_cached)
 
+    def done_of(self, indices: Collection[int]) -> set[int]:
+        """Return those of some partitions that are done. Only their receipts are read.
+
+        Raises
+        ------
+        CacheError
+            If a receipt that decides it cannot be read now.
+        """
+        others = {partition.index for partition in self.log.partitions()}.difference(indices)
+        done = set()
+        for each in self.partitions(without=others):
+            if each.is_done:
+                done.add(each.partition.index)
+            elif each.error is not None and each.is_unreadable:
+                raise each.error
+        return done
+
     def _with_receipt(self, partition: Partition, is_cached: bool, listing: Listing) -> PartitionState:
         try:
             receipt = self.run.receipt(partition.index)

@@ -178,7 +178,7 @@ def test_when_every_device_is_sick_the_job_ends_and_blames_no_partition(override
     assert str(caught.value).count("its device failed 3 times in a row") == 2
     # While no worker is present, a partition waits at the scheduler, which may give it to a worker beside another.
     assert max(Counter(worker for worker, _ in failures(tmp_path / "log")).values()) <= 4
-    assert read_failures(RunFolder(cache_dir(overrides))) == {}
+    assert read_failures(RunFolder(cache_dir(overrides)), lambda indices: ()) == {}
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_a_partition_that_breaks_good_devices_is_quarantined_and_no_row_is_blame
         with pytest.raises(PartitionsFailedError, match="device-side assert") as caught:
             run(overrides, PARTITIONS, scheduler)
         assert list(caught.value.reasons) == [5]
-        entry = read_failures(RunFolder(cache_dir(overrides)))[5]
+        entry = read_failures(RunFolder(cache_dir(overrides)), lambda indices: ())[5]
         assert (entry.kind, entry.rows) == ("device", ())
         status = read_status(cache_dir(overrides))
         assert (status.committed, status.left_out) == (19, {})

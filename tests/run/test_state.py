@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from builders import cache_dir, digest, run, tree
 
@@ -9,7 +11,9 @@ import dask_logits
 from dask_logits import read_status, verify
 from dask_logits.cache.reader import CacheReader
 from dask_logits.job.serial_executor import SerialExecutor
+from dask_logits.observe.live import LiveRun
 from dask_logits.run.consolidate import consolidate_run
+from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.state import RunState, discard_stale
 
@@ -142,6 +146,19 @@ def test_a_partition_with_a_damaged_receipt_is_computed_again(here, cache) -> No
     assert report.unfinished == "1 of 4 partitions not committed"
     assert digest(run(here)) == whole
     assert verify(cache_dir(here)).ok
+
+
+def test_a_failure_is_shown_and_retried_until_its_receipt_is_valid(here, scored) -> None:
+    for index in (1, 2):
+        note_failure(scored, Failure(index=index, kind="damaged", reason="its arrays changed"))
+    assert read_status(scored.path).failed == {}
+    shutil.rmtree(scored.partitions_path / scored.receipt(2).attempt)
+    status = read_status(scored.path)
+    assert (status.failed, status.committed) == ({2: "damaged: its arrays changed"}, 3)
+    assert LiveRun(scored.path).read().failures.keys() == {2}
+    assert f"dask-logits retry {scored.path}" in status.next_command
+    dask_logits.retry(scored.path)
+    assert read_status(scored.path).state == "complete"
 
 
 def test_a_damaged_manifest_says_what_is_still_good(here, cache) -> None:
