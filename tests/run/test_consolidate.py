@@ -89,6 +89,57 @@ def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
         assert counts["receipts"] / 3 == many[act]["receipts"] / 12 <= 1, (act, few, many)
 
 
+OF_A_JOB = """
+import collections, json, shutil, sys
+from pathlib import Path
+from dask_logits import generate, load_config, retry
+from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.folder import RunFolder
+
+overrides = sys.argv[1:]
+config = load_config([*overrides, "distillation.job.keep_partitions=true"])
+folder = Path(config.teacher.cache_dir)
+run = RunFolder(folder)
+generate(config)
+n = len(run.receipt_indices())
+counts = collections.Counter()
+
+def count(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(str(folder)):
+        path = Path(arguments[0])
+        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
+
+sys.addaudithook(count)
+found = {}
+for act in ("resume", "retry"):
+    run.cache_path.unlink()
+    shutil.rmtree(run.partitions_path / run.receipt(1).attempt)
+    if act == "retry":
+        run.receipt_path(1).unlink()
+        note_failure(run, Failure(index=1, kind="damaged", reason="its arrays changed"))
+    counts.clear()
+    generate(config) if act == "resume" else retry(folder)
+    found[act] = {name: counts[name] for name in ("run.json", "calibration.json", "receipts")}
+print(json.dumps([n, found]))
+"""
+
+
+def test_a_resumed_and_a_retried_job_open_files_a_constant_number_of_times(here) -> None:
+    def opens(rows: int) -> tuple[int, dict[str, dict[str, int]]]:
+        folder = f"distillation.teacher.cache_dir={cache_dir(here)}-{rows}"
+        done = warm.run([sys.executable, "-c", OF_A_JOB, *here, folder, f"distillation.partition.rows={rows}"])
+        assert done.returncode == 0, done.stderr
+        n, found = json.loads(done.stdout.splitlines()[-1])
+        return n, found
+
+    (few, by_few), (many, by_many) = opens(14), opens(4)
+    assert (few, many) == (3, 10)
+    for act, counts in by_few.items():
+        for name in ("run.json", "calibration.json"):
+            assert counts[name] == by_many[act][name] <= 30, (act, name, by_few, by_many)
+        assert by_many[act]["receipts"] - counts["receipts"] <= 5 * (many - few), (act, by_few, by_many)
+
+
 def test_a_large_cache_becomes_numbered_files_with_the_same_content(here, capsys) -> None:
     folder = cache_dir(here)
     single = run(here, KEEP)
