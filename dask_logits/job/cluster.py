@@ -28,6 +28,7 @@ from dask_logits.errors import CacheError, ClusterError, first_line
 from dask_logits.files.atomic import read_json
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
+    NO_GPU,
     WorkerFacts,
     check_groups,
     gpu_groups,
@@ -36,6 +37,7 @@ from dask_logits.job.gpus import (
     restore_environment,
     worker_facts,
 )
+from dask_logits.job.newcomers import Newcomers
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, run_on_scheduler
@@ -46,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30
 _FILE_POLL_SECONDS = 0.2
+# Time for a worker with a GPU to arrive at a scheduler that has only others.
+_SETTLE_SECONDS = 5.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -207,6 +211,10 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         with _occupied(client, 3 * config.wait_seconds):
             _wait_for_worker(client, config.wait_seconds)
             facts, roster = _facts(client, config.wait_seconds)
+            if generation.device == "auto" and not any(fact.gpus for fact in facts.values()):
+                # A worker without a GPU may be the first to arrive.
+                time.sleep(min(_SETTLE_SECONDS, config.wait_seconds))
+                facts, roster = _facts(client, config.wait_seconds)
         name = "distributed.scheduler.worker-saturation"
         saturation = run_on_scheduler(client, lambda: dask.config.get(name))
         if float(saturation) > 1.0:
@@ -218,11 +226,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         device = generation.device
         if device == "auto":
             device = "cuda" if any(fact.gpus for fact in facts.values()) else "cpu"
-        reasons = {
-            address: "it sees no GPU; start it where one is visible, with a build of torch that has CUDA"
-            for address, fact in facts.items()
-            if device not in fact.environments
-        }
+        reasons = {address: NO_GPU for address, fact in facts.items() if device not in fact.environments}
         if device == "cuda":
             reasons |= misplaced(facts, generation.gpus_per_worker)
         if reasons:
@@ -247,6 +251,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
             dashboard=client.dashboard_link,
             environments=_environments(facts, device),
             roster=roster,
+            newcomers=Newcomers(client, roster, device, generation.gpus_per_worker, facts),
         )
 
 

@@ -15,6 +15,7 @@ from distributed import Client
 from dask_logits.config.groups import JobConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.executor import Event, Waiting
+from dask_logits.job.newcomers import Newcomers
 from dask_logits.job.remote import TOKENS_TOPIC, load_on_worker
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, wait_for_scheduler
@@ -41,6 +42,8 @@ class DaskExecutor:
         A connected client.
     job
         Retries and timeouts.
+    newcomers
+        Compares workers that join later. None: the workers are this machine's.
     """
 
     client: Client
@@ -50,6 +53,7 @@ class DaskExecutor:
     dashboard: str | None
     environments: Mapping[str, Environment]
     roster: Roster
+    newcomers: Newcomers | None = None
 
     @property
     def n_workers(self) -> int:
@@ -60,7 +64,7 @@ class DaskExecutor:
         self, tasks: Iterator[PartitionTask | None], run_id: str, is_reading: Callable[[], bool] = lambda: False
     ) -> Generator[Event, None, None]:
         """Run tasks until none is left. After a lost connection the scheduler is waited for."""
-        client, window = self.client, Window(self.client, tasks, self.job, self.roster)
+        client, window = self.client, Window(self.client, tasks, self.job, self.roster, self.newcomers)
         tokens: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         changes: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         topics = {TOKENS_TOPIC + run_id: tokens, _CLUSTER_TOPIC: changes}

@@ -78,6 +78,16 @@ class Roster:
         """Record the nannies of workers, as the scheduler describes them."""
         self.nannies |= {worker: facts["nanny"] for worker, facts in workers.items() if facts.get("nanny")}
 
+    def note_facts(self, worker: str, host: str, gpu: str | None) -> None:
+        """Record the machine of a worker, and its GPU if it has one."""
+        self.hosts[worker] = host
+        if gpu is not None:
+            self.gpus[worker] = gpu
+
+    def rest(self, worker: str, until: float) -> None:
+        """Give a worker no work before a time, while others remain."""
+        self._rests_until[worker] = until
+
     def usable(self, present: Iterable[str]) -> set[str]:
         """Return the workers that may get work."""
         return set(present) - self.left_out.keys()

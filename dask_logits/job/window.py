@@ -24,6 +24,7 @@ from dask_logits.config.groups import JobConfig
 from dask_logits.errors import CapacityError, ClusterError, is_poisoned
 from dask_logits.files.atomic import no_room, only_readable
 from dask_logits.job.executor import Committed, Event, Failed, Progress, failure_of, no_room_for, stalled, take_due
+from dask_logits.job.newcomers import Newcomers
 from dask_logits.job.remote import run_on_worker
 from dask_logits.job.retry_policy import classify, decide
 from dask_logits.job.roster import Roster
@@ -78,12 +79,15 @@ class Window:
         Retries and timeouts.
     roster
         Workers that get no work. Workers that fail partitions which others complete are added.
+    newcomers
+        Compares workers that join later. None: none are expected.
     """
 
     client: Client
     tasks: Iterator[PartitionTask | None]
     job: JobConfig
     roster: Roster = field(default_factory=Roster)
+    newcomers: Newcomers | None = None
     last_progress: float = field(default_factory=time.monotonic)
     _events: list[Event] = field(default_factory=list)
     _exhausted: bool = False
@@ -114,6 +118,8 @@ class Window:
         self._starved = False
         before = self._present
         self._look()
+        if self.newcomers is not None:
+            self.newcomers.look(self._present, now)
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
         room, places = self._room(now), self._places()
@@ -313,6 +319,8 @@ class Window:
 
     def release(self) -> None:
         """Release unfinished futures, so that the scheduler forgets them."""
+        if self.newcomers is not None:
+            self.newcomers.cancel()
         for running in self._running.values():
             running.future.release()
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
-from dask_logits.config.groups import ClusterConfig, GenerationConfig
+from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job.cluster import open_cluster
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import WorkerFacts
+from dask_logits.job.window import Window
 
 _PACKAGES = {"dask_logits": "1"}
 
@@ -43,7 +46,8 @@ def workers(n_workers: int) -> Iterator[LocalCluster]:
 
 @contextlib.contextmanager
 def joined(cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = "auto") -> Iterator[DaskExecutor]:
-    monkeypatch.setattr("dask_logits.job.cluster.worker_facts", facts_of(*gpus))
+    for module in ("cluster", "newcomers"):
+        monkeypatch.setattr(f"dask_logits.job.{module}.worker_facts", facts_of(*gpus))
     config = ClusterConfig(scheduler=cluster.scheduler_address, wait_seconds=30)
     with open_cluster(GenerationConfig(device=device), config) as executor:
         yield executor
@@ -98,3 +102,49 @@ def test_a_gpu_that_no_worker_has_is_refused_and_each_worker_is_named(monkeypatc
         with joined(cluster, monkeypatch, "0>GPU-e0", "1>GPU-e0", device="cpu") as executor:
             assert (executor.device, executor.roster.left_out) == ("cpu", {})
             assert len(executor.environments) == 2
+
+
+def test_workers_that_join_later_are_compared_and_named(monkeypatch, caplog, tmp_path) -> None:
+    gpus = ("GPU-e0>GPU-e0", "GPU-e1>GPU-e1", None, "1>GPU-e0", "GPU-e4>GPU-e3")
+    with workers(1) as cluster, joined(cluster, monkeypatch, *gpus) as executor:
+        facts, marker = facts_of(*gpus), tmp_path / "asked"
+
+        def late(dask_worker) -> WorkerFacts:
+            if dask_worker.name == 1 and not marker.exists():
+                marker.touch()
+                raise TimeoutError("busy")
+            return facts(dask_worker)
+
+        monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", late)
+        monkeypatch.setattr("dask_logits.job.newcomers._AGAIN_SECONDS", 0.0)
+        window = Window(executor.client, iter(()), JobConfig(), executor.roster, executor.newcomers)
+        cluster.scale(len(gpus))
+        deadline = time.monotonic() + 60
+        while len(executor.newcomers.facts) + len(executor.roster.left_out) < 7:
+            assert time.monotonic() < deadline, (executor.newcomers.facts, executor.roster.left_out)
+            window.fill()
+            time.sleep(0.05)
+        assert marker.exists()
+        address = {name: cluster.workers[name].address for name in range(len(gpus))}
+        assert executor.roster.usable(address.values()) == {address[0], address[1]}
+        for name, says in {
+            2: " on node2 joined and gets no work: it sees no GPU",
+            3: " on node (NVIDIA H200 GPU-e0) joined and gets no work: it computes on NVIDIA H200 GPU-e0, as tcp://",
+            4: " on node (NVIDIA H200 GPU-e3) joined and gets no work: it was given GPU-e4, and computes on NVIDIA",
+        }.items():
+            assert f"worker {address[name]}{says}" in caplog.text
+        window.release()
+
+
+def test_auto_waits_a_moment_for_a_worker_with_a_gpu(monkeypatch) -> None:
+    with workers(1) as cluster:
+        monkeypatch.setattr("dask_logits.job.cluster.time", SimpleNamespace(sleep=lambda seconds: _scaled(cluster, 2)))
+        with joined(cluster, monkeypatch, None, "GPU-e0>GPU-e0") as executor:
+            assert executor.device == "cuda"
+            assert len(executor.roster.left_out) == 1
+
+
+def _scaled(cluster: LocalCluster, n_workers: int) -> None:
+    cluster.scale(n_workers)
+    with Client(cluster) as client:
+        client.wait_for_workers(n_workers, timeout=30)
