@@ -194,7 +194,7 @@ def _read_spool(file: FileRows) -> list[Any]:
     if digest.hexdigest() != file.digest:
         raise DatasetError(
             f"{file.path}: expected rows with SHA-256 {str(file.digest)[:16]}…, got {digest.hexdigest()[:16]}…; run "
-            "the same command again: the stream is read anew"
+            "the same command again: the stream is read again"
         )
     return with_problems(table.column(0).to_pylist(), table[PROBLEM].to_pylist())
 

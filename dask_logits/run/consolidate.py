@@ -105,7 +105,7 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
         raise PartitionsFailedError(
             f"{run.path}: expected {plural(len(reasons), 'partition')} as committed, got other files:\n{lines}\n"
-            "they were taken back: run the job again, which computes them anew; and check the disk",
+            "their receipts were deleted: run the job again, which recomputes them, and check the disk",
             reasons,
         ) from error
 

@@ -223,7 +223,7 @@ class RunFolder:
                 raise
             raise CacheError(
                 f"{error.message} from a copy; a cache beside it is read without it, and another "
-                "distillation.teacher.cache_dir starts anew",
+                "distillation.teacher.cache_dir starts a new run",
                 str(self.manifest_path),
             ) from error
         if manifest is None:
@@ -256,7 +256,9 @@ class RunFolder:
         except CacheError as error:
             if unreadable(error):
                 raise
-            raise CacheError(f"{error.message}, or run the job again, which scores its rows anew", str(path)) from error
+            raise CacheError(
+                f"{error.message}, or run the job again, which scores its rows again", str(path)
+            ) from error
         if values is None:
             return None
         receipt = Receipt.parse(path, values)

@@ -40,7 +40,7 @@ def check_named(run: RunFolder, dataset: Any, cure: str) -> None:
     Parameters
     ----------
     run
-        The run.
+        The run folder.
     dataset
         The object, or None.
     cure

@@ -378,6 +378,6 @@ def discard_stale(state: RunState, share: Share) -> RunState:
     cached_rows = 0 if cache is None else cache.n_rows
     for each in stale:
         if each.partition.first_row + each.partition.n_rows > cached_rows:
-            logger.warning("partition %s is computed again: %s", each.partition.name, each.problem)
+            logger.warning("partition %s is recomputed: %s", each.partition.name, each.problem)
             state.run.receipt_path(each.partition.index).unlink(missing_ok=True)
     return replace(state, cache=cache)

@@ -394,9 +394,9 @@ def choose_kernels(dtype: str, capability: tuple[int, int]) -> None:
     Parameters
     ----------
     dtype
-        Of the teacher.
+        Dtype of the teacher's weights.
     capability
-        Of the GPU. Flash attention needs 8.0 and a half-precision dtype.
+        Compute capability of the GPU. Flash attention needs 8.0 and a half-precision dtype.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

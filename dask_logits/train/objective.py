@@ -190,8 +190,10 @@ def teacher_cells(
 
     Parameters
     ----------
-    targets, objective
-        Of the loss.
+    targets
+        Targets of the batch.
+    objective
+        Divergence, tail, temperature and mix.
     rows_N
         Scored positions of the flattened batch.
     width

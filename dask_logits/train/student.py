@@ -68,7 +68,7 @@ class StudentWithLoss(nn.Module):
         A causal language model. Its head is checked once, here. If the check fails, the loss takes full logits, and the
         reason is logged.
     objective
-        Of the loss.
+        Divergence, tail, temperature and mix. None: the defaults.
 
     Attributes
     ----------
