@@ -59,7 +59,7 @@ class RunPart:
 
     @property
     def run(self) -> RunFolder:
-        """The run."""
+        """The run folder."""
         return self.state.run
 
     @property
