@@ -2,8 +2,10 @@
 
     python scripts/distill.py distillation.teacher.cache_dir=output/quickstart student.steps=100
 
-``config/student/default.yaml`` lists the settings. ``student.output_dir`` receives the student and its tokenizer for
-``from_pretrained``, ``curve.json`` with the losses, and ``curve.html`` with their chart if Bokeh is installed.
+``config/student/default.yaml`` lists the settings. With ``student.compare_with_labels=true`` a student of the text
+alone, with the same weights and batches, is trained for comparison. ``student.output_dir`` receives the student and its
+tokenizer for ``from_pretrained``, ``curve.json`` with the losses, and ``curve.html`` with their chart if Bokeh is
+installed.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class StudentSettings(Group):
     beta: float
     temperature: float
     alpha: float
+    compare_with_labels: bool
     eval_steps: Count
     seed: int
     device: Literal["auto", "cpu", "cuda"]
@@ -186,7 +189,9 @@ def take_special_tokens(model: Any, tokenizer: Any) -> None:
 class Loop:
     """The student, its optimizer and its losses so far."""
 
-    def __init__(self, settings: StudentSettings, dataset: CachedLogitsDataset) -> None:
+    def __init__(self, settings: StudentSettings, dataset: CachedLogitsDataset, name: str = "training") -> None:
+        self.name = name
+        torch.manual_seed(settings.seed)
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("student.device: expected 'auto' or 'cpu', because no GPU is visible, got 'cuda'")
         is_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
@@ -245,14 +250,14 @@ class Loop:
         endless = batches(chain.from_iterable(repeat(loader)), settings.batch_tokens)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("training", total=settings.steps)
+            task = progress.add_task(self.name, total=settings.steps)
             for step in range(settings.steps + 1):
                 if step % settings.eval_steps == 0 or step == settings.steps:
                     self.curve["held_out"].append({"step": step, **self.evaluate(held_out)})
                 if step < settings.steps:
                     values = self.step(next(endless))
                     self.curve["train"].append({"step": step + 1, **values})
-                    text = f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
+                    text = f"{self.name}: loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tokens/s"
                     progress.update(task, advance=1, description=text)
 
 
@@ -299,7 +304,6 @@ def new_folder(path: str) -> Path:
 def main(overrides: Sequence[str]) -> None:
     """Train a student with these settings."""
     settings = read_settings(overrides)
-    torch.manual_seed(settings.seed)
     dataset = CachedLogitsDataset(settings.cache, max_tokens=settings.max_tokens)
     print(dataset)
     train, held_out = split(dataset, settings.held_out)
@@ -307,6 +311,10 @@ def main(overrides: Sequence[str]) -> None:
     loop = Loop(settings, dataset)
     folder = new_folder(settings.output_dir)
     loop.run(train, held_out)
+    alone = None
+    if settings.compare_with_labels:
+        alone = Loop(settings.model_copy(update={"alpha": 0.0}), dataset, "training on labels alone")
+        alone.run(train, held_out)
 
     if tokenizer is not None:
         if settings.model_path is None:
@@ -314,14 +322,25 @@ def main(overrides: Sequence[str]) -> None:
         tokenizer.save_pretrained(folder)
     loop.model.save_pretrained(folder)
     report = {"settings": settings.model_dump(), "content_digest": dataset.content_digest, **loop.curve}
+    if alone is not None:
+        report["labels_alone"] = alone.curve
     (folder / "curve.json").write_text(json.dumps(report, indent=1))
     if importlib.util.find_spec("bokeh"):
         draw(loop.curve, folder / "curve.html")
-    before, after = loop.curve["held_out"][0], loop.curve["held_out"][-1]
-    for name in ("divergence", "cross_entropy"):
-        print(f"{name.replace('_', '-')} on {len(held_out)} held-out items: {before[name]:.3f} before, "
-              f"{after[name]:.3f} after {settings.steps} steps, in nats per token")  # fmt: skip
+    compare(loop, alone, len(held_out))
     print(f"student and curve: {folder}")
+
+
+def compare(loop: Loop, alone: Loop | None, n_held_out: int) -> None:
+    """Print the losses on held-out items before and after the training."""
+    steps = f"after {loop.settings.steps} steps"
+    rows = {"before": loop.curve["held_out"][0], steps: loop.curve["held_out"][-1]}
+    if alone is not None:
+        rows[f"{steps} on labels alone"] = alone.curve["held_out"][-1]
+    print(f"on {n_held_out} held-out items, in nats per token:")
+    for name, each in rows.items():
+        figures = f"{each['divergence']:.3f} from the teacher, {each['cross_entropy']:.3f} from the text"
+        print(f"  {name + ':':{max(map(len, rows)) + 1}} {figures}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ done
   ${limit:+distillation.dataset.max_samples=$limit} \
   "$@"
 echo
-.venv/bin/python scripts/train_tiny_student.py "$run"
+.venv/bin/python scripts/distill.py student=tiny distillation.teacher.cache_dir="$run"
 echo
 echo "Done. $run/teacher_logits.h5 holds the targets of the teacher $teacher."
 if [ -n "$limit" ]; then
@@ -40,6 +40,6 @@ Next:
   source .venv/bin/activate
   dask-logits explore $run     # each document, coloured by the teacher's surprise
   dask-logits verify $run      # every checksum
-  python scripts/distill.py distillation.teacher.cache_dir=$run student.output_dir=output/student
+  python scripts/distill.py distillation.teacher.cache_dir=$run    # a larger student, for longer
 $run/report.html shows how the run went. README.md, "Training from it", shows the loop for your own student.
 TEXT

@@ -7,12 +7,14 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from builders import drawn_records, records, save_tokenizer, tiny_model, write_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dask_logits import CachedLogitsDataset, Objective, collate, distillation_loss
+from dask_logits.records import Records
 from dask_logits.vocabulary import map_digest
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +40,8 @@ def test_a_random_student_learns_what_is_held_out_from_it(cache, monkeypatch, ca
     more = ["student.steps=12", "student.eval_steps=5", "student.learning_rate=0.003", *SMALL]
     output = distill(cache, *more, monkeypatch=monkeypatch)
     out = capsys.readouterr().out
-    before, after = map(
-        float, re.findall(r"divergence on 4 held-out items: ([\d.]+) before, ([\d.]+) after 12", out)[0]
-    )
+    assert "on 4 held-out items, in nats per token:\n" in out
+    before, after = map(float, re.findall(r"^  (?:before|after 12 steps): +([\d.]+) from the teacher", out, re.M))
     curve = json.loads((output / "curve.json").read_text())
     assert [entry["step"] for entry in curve["held_out"]] == [0, 5, 10, 12]
     assert [entry["step"] for entry in curve["train"]] == list(range(1, 13))
@@ -184,9 +185,29 @@ def test_every_setting_is_described_and_has_a_default() -> None:
     assert list(yaml.safe_load(text)) == list(settings.model_fields)
 
 
-def test_the_short_script_refuses_a_wrong_path_with_a_message(tmp_path, monkeypatch, capsys) -> None:
-    script = str(ROOT / "scripts" / "train_tiny_student.py")
-    monkeypatch.setattr("sys.argv", [script, str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(script, run_name="__main__")
-    assert "nowhere" in capsys.readouterr().err
+def test_the_tiny_student_is_a_smaller_one() -> None:
+    read = runpy.run_path(SCRIPT)["read_settings"]
+    tiny, whole = read(["student=tiny", "student.seed=3"]), read(["student.seed=3"])
+    differing = {name for name, value in tiny.model_dump().items() if value != whole.model_dump()[name]}
+    assert differing == set(yaml.safe_load((ROOT / "config" / "student" / "tiny.yaml").read_text())) - {"defaults"}
+    assert tiny.model == whole.model | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def test_it_is_compared_with_a_student_of_the_text_alone(cache, monkeypatch, capsys) -> None:
+    # Six times the same document, so that held-out ones can be learned.
+    one = records((30,), k=8)
+    tokens = {name: np.concatenate([array] * 6) for name, array in one.tokens().items()}
+    places = {"document_row": np.arange(6, dtype=np.uint64), "document_offset": np.zeros(6, np.uint32)}
+    write_cache(cache / "teacher_logits.h5", Records(**tokens, **places, document_length=np.full(6, 30, np.uint32)))
+    more = ["student.compare_with_labels=true", "student.steps=12", "student.learning_rate=0.01", *SMALL]
+    output = distill(cache, *more, monkeypatch=monkeypatch)
+    found = dict(re.findall(r"^  (.*?): +([\d.]+) from the teacher", capsys.readouterr().out, re.M))
+    assert list(found) == ["before", "after 12 steps", "after 12 steps on labels alone"]
+    assert min(found, key=lambda name: float(found[name])) == "after 12 steps"
+    curve = json.loads((output / "curve.json").read_text())
+    alone = curve["labels_alone"]
+    # The same weights, then the same batches.
+    for name in ("divergence", "cross_entropy"):
+        assert alone["held_out"][0][name] == curve["held_out"][0][name]
+        assert alone["train"][0][name] == curve["train"][0][name]
+    assert alone["held_out"][-1]["loss"] == alone["held_out"][-1]["cross_entropy"]

@@ -28,7 +28,7 @@ from builders import (
 from dask_logits import cli
 from dask_logits.cache.profile import as_kept
 from dask_logits.config.compose import load_config
-from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS, Extras, Records
+from dask_logits.records import OPTIONAL_TOKEN_ARRAYS, TOKEN_ARRAYS, Extras
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -173,22 +173,3 @@ def test_the_format_document_names_every_array() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 250
-
-
-def test_the_quickstart_student_learns(tmp_path, monkeypatch, capsys) -> None:
-    import runpy
-
-    # Six times the same document, so that held-out ones can be learned.
-    one = records((30,), k=8)
-    tokens = {name: np.concatenate([array] * 6) for name, array in one.tokens().items()}
-    places = {"document_row": np.arange(6, dtype=np.uint64), "document_offset": np.zeros(6, np.uint32)}
-    write_cache(tmp_path / "teacher_logits.h5", Records(**tokens, **places, document_length=np.full(6, 30, np.uint32)))
-    script = str(ROOT / "scripts" / "train_tiny_student.py")
-    monkeypatch.setattr("sys.argv", [script, str(tmp_path), "--steps", "12", "--batch-size", "4"])
-    runpy.run_path(script, run_name="__main__")
-    out = capsys.readouterr().out
-    assert f"path: {tmp_path / 'teacher_logits.h5'}\n" in out
-    assert "step  12 of 12: " in out
-    found = dict(re.findall(r"learned from (.*?): +([\d.]+) from the teacher", out))
-    assert found.keys() == {"nothing yet", "the teacher", "labels alone"}
-    assert min(found, key=lambda name: float(found[name])) == "the teacher"
