@@ -373,13 +373,14 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
         )
     if broken:
         logger.error("these workers get no work:\n%s", roster.listed())
-    if silent:
-        logger.warning("no answer from %s; going on without", ", ".join(f"{at} ({e!r})" for at, e in silent.items()))
+    quiet = ", ".join(f"{address} ({first_line(error)})" for address, error in silent.items())
     if not facts:
         raise ClusterError(
-            f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got {silent or 'no worker'}; "
-            "look at the workers' logs"
+            f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got "
+            f"{f'none from {quiet}' if quiet else 'no worker'}; look at the workers' logs"
         )
+    if quiet:
+        logger.warning("no answer from %s; going on without", quiet)
     return facts, roster
 
 

@@ -41,6 +41,7 @@ from dask_logits.job.scheduler import (
 )
 from dask_logits.run.failures import Failure, Kind
 from dask_logits.run.records import Receipt
+from dask_logits.run.timings import plural
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
@@ -310,7 +311,7 @@ class Window:
     def _stalled(self, idle: float) -> ClusterError:
         flying = ", ".join(sorted(running.task.partition.name for running in self._running.values()))
         left_out = f"\nThese workers get no work:\n{self.roster.listed()}" if self.roster.left_out else ""
-        where = f"{len(present_workers(self.client))} workers and partitions {flying or 'none'} in flight"
+        where = f"{plural(len(present_workers(self.client)), 'worker')} and partitions {flying or 'none'} in flight"
         return stalled(self.job.stall_seconds, idle, where, left_out)
 
     def _held(self) -> dict[str, str]:
