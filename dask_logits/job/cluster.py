@@ -40,7 +40,7 @@ from dask_logits.job.gpus import (
 from dask_logits.job.newcomers import Newcomers
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, run_on_scheduler
+from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, present_workers, run_on_scheduler
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
 from dask_logits.worker.environment import Environment, environment
 
@@ -209,9 +209,9 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         ) from error
     with _closed_soon(client):
         with _occupied(client, 3 * config.wait_seconds):
-            _wait_for_worker(client, config.wait_seconds)
+            are_arriving = _wait_for_worker(client, config.wait_seconds)
             facts, roster = _facts(client, config.wait_seconds)
-            if generation.device == "auto" and not any(fact.gpus for fact in facts.values()):
+            if are_arriving and generation.device == "auto" and not any(fact.gpus for fact in facts.values()):
                 # A worker without a GPU may be the first to arrive.
                 time.sleep(min(_SETTLE_SECONDS, config.wait_seconds))
                 facts, roster = _facts(client, config.wait_seconds)
@@ -328,7 +328,9 @@ def _occupied(client: Client, seconds: float) -> Iterator[None]:
         task.release()
 
 
-def _wait_for_worker(client: Client, seconds: float) -> None:
+def _wait_for_worker(client: Client, seconds: float) -> bool:
+    """Wait for a worker. Return whether there was none before."""
+    had_none = not present_workers(client)
     try:
         client.wait_for_workers(1, timeout=seconds)
     except TimeoutError as error:
@@ -336,6 +338,7 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
             f"distillation.cluster: expected a worker within {seconds:g} s, got none; "
             "start `dask worker` (or `dask cuda worker`) with this scheduler's address"
         ) from error
+    return had_none
 
 
 def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:

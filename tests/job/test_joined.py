@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -136,12 +137,19 @@ def test_workers_that_join_later_are_compared_and_named(monkeypatch, caplog, tmp
         window.release()
 
 
-def test_auto_waits_a_moment_for_a_worker_with_a_gpu(monkeypatch) -> None:
-    with workers(1) as cluster:
+@pytest.mark.parametrize(("n_before", "device", "n_left_out"), [(0, "cuda", 1), (1, "cpu", 0)])
+def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(
+    monkeypatch, n_before, device, n_left_out
+) -> None:
+    with workers(n_before) as cluster:
         monkeypatch.setattr("dask_logits.job.cluster.time", SimpleNamespace(sleep=lambda seconds: _scaled(cluster, 2)))
+        # The one without a GPU comes first.
+        first = threading.Timer(0.5, cluster.scale, (1,))
+        first.start()
         with joined(cluster, monkeypatch, None, "GPU-e0>GPU-e0") as executor:
-            assert executor.device == "cuda"
-            assert len(executor.roster.left_out) == 1
+            assert executor.device == device
+            assert len(executor.roster.left_out) == n_left_out
+        first.join()
 
 
 def _scaled(cluster: LocalCluster, n_workers: int) -> None:
