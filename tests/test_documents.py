@@ -367,7 +367,13 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     ("visible", "on_node", "groups", "message"),
     [
         ("3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
-        ("", "4", ["0,1", "2,3"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
+        pytest.param(
+            "",
+            "4",
+            ["0,1", "2,3"],
+            "expected 2 GPUs for each worker and no other, got none for a worker on",
+            marks=pytest.mark.slow,
+        ),
         ("5", "1", [], "all workers have ended; see "),
     ],
 )
