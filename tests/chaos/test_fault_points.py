@@ -32,7 +32,7 @@ def _stubs_are_undone(monkeypatch) -> None:
 
 def killed(act: str, base: Path, stride: int) -> list[tuple[Path, str]]:
     """Kill the act at every n-th step and each of the last; return what is left, and where it was killed."""
-    done = warm.run([sys.executable, str(SCRIPT), act, str(base), str(stride)])
+    done = warm.run([sys.executable, str(SCRIPT), act, str(base), str(stride)], timeout=3600)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in done.stdout.splitlines()]
     return [(base.with_name(f"{base.name}.{step['step']}"), step["at"]) for step in steps]
