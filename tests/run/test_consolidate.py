@@ -46,8 +46,24 @@ def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "teacher_logits").iterdir())}
 
 
-OPENS = """
+# Code that counts the files of a folder by name, each time that one is opened.
+COUNTING = """
 import collections, json, sys
+from pathlib import Path
+
+counts = collections.Counter()
+
+def count(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(str(folder)):
+        path = Path(arguments[0])
+        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
+
+sys.addaudithook(count)
+"""
+
+OPENS = (
+    """
+import json, sys
 from pathlib import Path
 from fault_points import consolidate, make_run, publish
 from dask_logits import read_status
@@ -58,14 +74,9 @@ folder, n = Path(sys.argv[1]), int(sys.argv[2])
 make_run(folder, n)
 for index in range(n):
     publish(folder, index)
-counts = collections.Counter()
-
-def count(event, arguments):
-    if event == "open" and str(arguments[0]).startswith(str(folder)):
-        path = Path(arguments[0])
-        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
-
-sys.addaudithook(count)
+"""
+    + COUNTING
+    + """
 found = {}
 for act in (read_status, check_files, consolidate):
     counts.clear()
@@ -73,6 +84,7 @@ for act in (read_status, check_files, consolidate):
     found[act.__name__] = {name: counts[name] for name in ("run.json", "calibration.json", "receipts")}
 print(json.dumps(found))
 """
+)
 
 
 def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
@@ -89,8 +101,9 @@ def test_files_are_opened_a_constant_number_of_times(tmp_path) -> None:
         assert counts["receipts"] / 3 == many[act]["receipts"] / 12 <= 1, (act, few, many)
 
 
-OF_A_JOB = """
-import collections, json, shutil, sys
+OF_A_JOB = (
+    """
+import json, shutil, sys
 from pathlib import Path
 from dask_logits import generate, load_config, retry
 from dask_logits.run.failures import Failure, note_failure
@@ -102,14 +115,9 @@ folder = Path(config.teacher.cache_dir)
 run = RunFolder(folder)
 generate(config)
 n = len(run.receipt_indices())
-counts = collections.Counter()
-
-def count(event, arguments):
-    if event == "open" and str(arguments[0]).startswith(str(folder)):
-        path = Path(arguments[0])
-        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
-
-sys.addaudithook(count)
+"""
+    + COUNTING
+    + """
 found = {}
 for act in ("resume", "retry"):
     run.cache_path.unlink()
@@ -122,6 +130,7 @@ for act in ("resume", "retry"):
     found[act] = {name: counts[name] for name in ("run.json", "calibration.json", "receipts")}
 print(json.dumps([n, found]))
 """
+)
 
 
 def test_a_resumed_and_a_retried_job_open_files_a_constant_number_of_times(here) -> None:
