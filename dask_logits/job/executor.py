@@ -6,23 +6,19 @@ process (``serial_executor.py``) or in Dask workers (``dask_executor.py``).
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 from dask_logits.errors import CapacityError, ClusterError
+from dask_logits.job.attempts import said
 from dask_logits.job.roster import Roster
-from dask_logits.run.failures import Failure, Kind
+from dask_logits.run.failures import Failure
 from dask_logits.run.records import Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
 from dask_logits.worker.task import PartitionTask
-
-# Number of traceback frames kept as evidence.
-_FRAMES = 6
 
 
 @dataclass(frozen=True)
@@ -157,38 +153,6 @@ class Executor(Protocol):
         """Publish a message to monitors that are connected to the workers but do not see the run folder."""
 
 
-def take_due(later: list[tuple[float, PartitionTask]], now: float) -> PartitionTask | None:
-    """Take the first partition whose time has come out of those that are retried later."""
-    due = next((entry for entry in later if entry[0] <= now), None)
-    if due is None:
-        return None
-    later.remove(due)
-    return due[1]
-
-
-def failure_of(
-    task: PartitionTask,
-    error: BaseException,
-    trace: TracebackType | None,
-    *,
-    kind: Kind,
-    attempts: int,
-    workers: tuple[str, ...],
-) -> Failure:
-    """Return the record of a partition whose last attempt ended with an error."""
-    row = getattr(error, "row", None)
-    return Failure(
-        index=task.partition.index,
-        kind=kind,
-        reason=str(error) or repr(error),
-        attempts=attempts,
-        evidence="".join([*traceback.format_tb(trace)[-_FRAMES:], *traceback.format_exception_only(error)]),
-        workers=workers,
-        rows=() if row is None else (int(row),),
-        task=task,
-    )
-
-
 def no_room_for(task: PartitionTask, cause: str, where: str) -> CapacityError:
     """Return the error for a partition that could not be written, because no other one could be written either."""
     return CapacityError(
@@ -225,7 +189,7 @@ def unreadable_there(name: str, error: BaseException, where: str) -> ClusterErro
 def not_of_rows(task: PartitionTask, error: BaseException) -> ClusterError:
     """Return the error for a search for bad rows that cannot go on."""
     return has_run(
-        f"partition {task.partition.name}: expected some of its rows to pass or fail, got {str(error) or repr(error)}, "
+        f"partition {task.partition.name}: expected some of its rows to pass or fail, got {said(error)}, "
         "which no row can cause; fix the cause, then run the same command again"
     )
 

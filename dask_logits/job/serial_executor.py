@@ -8,7 +8,6 @@ import queue
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -19,23 +18,22 @@ from distributed.threadpoolexecutor import ThreadPoolExecutor
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError, DaskLogitsError
 from dask_logits.files.atomic import no_room
+from dask_logits.job.attempts import Attempts, said
 from dask_logits.job.executor import (
     Committed,
     Event,
     Failed,
     Progress,
     Waiting,
-    failure_of,
     no_room_for,
     not_of_rows,
     stalled,
-    take_due,
     too_slow,
     unreadable_there,
 )
 from dask_logits.job.gpus import own_gpus
 from dask_logits.job.remote import SCORER, STAGES
-from dask_logits.job.retry_policy import classify, decide
+from dask_logits.job.retry_policy import classify
 from dask_logits.job.roster import Roster
 from dask_logits.job.workers import local_device, partitions_each, threads_each
 from dask_logits.run.records import Receipt
@@ -88,14 +86,13 @@ class SerialExecutor:
         """Run tasks until none is left."""
         seconds = self._job.stall_seconds
         news: queue.SimpleQueue[Progress | Future[Receipt]] = queue.SimpleQueue()
-        later: list[tuple[float, PartitionTask]] = []
+        attempts = Attempts(self._job.retries)
         running: dict[Future[Receipt], PartitionTask] = {}
-        n_failures: Counter[int] = Counter()
         is_exhausted, alive = False, time.monotonic()
         while True:
             is_starved = False
             while len(running) < self._n_partitions:
-                task = take_due(later, time.monotonic())
+                task = attempts.take_due(time.monotonic())
                 if task is None and not is_exhausted:
                     try:
                         task = next(tasks)
@@ -104,30 +101,29 @@ class SerialExecutor:
                         is_exhausted = True
                 if task is None:
                     break
+                attempts.begin(task)
                 future = self._pool.submit(process_partition, task, self._reporter(task, news.put), STAGES)
                 running[future] = task
                 future.add_done_callback(news.put)
-            if is_exhausted and not running and not later:
+            if is_exhausted and not running and not attempts.are_left():
                 return
             try:
                 found = news.get(timeout=_STREAM_POLL_SECONDS if is_starved else _POLL_SECONDS)
             except queue.Empty:
                 found = None
             now = time.monotonic()
-            if found is not None or is_reading() or (later and not running):
+            if found is not None or is_reading() or (attempts.are_left() and not running):
                 alive = now
             if now - alive > seconds:
                 flying = ", ".join(sorted(task.partition.name for task in running.values())) or "none"
                 raise stalled(seconds, now - alive, f"partitions {flying} in this process")
             if isinstance(found, Future):
                 task = running.pop(found)
-                error = found.exception()
-                n_failures[task.partition.index] += error is not None
-                yield (
-                    Committed(found.result())
-                    if error is None
-                    else self._failed(task, error, n_failures[task.partition.index], later)
-                )
+                if (error := found.exception()) is None:
+                    attempts.note_success(task)
+                    yield Committed(found.result())
+                else:
+                    yield self._failed(task, error, attempts)
             else:
                 yield found or Waiting()
 
@@ -139,9 +135,7 @@ class SerialExecutor:
 
         return on_tokens
 
-    def _failed(
-        self, task: PartitionTask, error: BaseException, n_failures: int, later: list[tuple[float, PartitionTask]]
-    ) -> Event:
+    def _failed(self, task: PartitionTask, error: BaseException, attempts: Attempts) -> Event:
         """Retry a partition after an error, or declare it failed."""
         where = self.roster.name(_HERE)
         if (cause := no_room(error)) is not None:
@@ -151,16 +145,14 @@ class SerialExecutor:
         kind = classify(error)
         if kind == "device":
             raise ClusterError(
-                f"distillation.cluster: expected a device that can score, got {error or repr(error)} from {where}; see "
+                f"distillation.cluster: expected a device that can score, got {said(error)} from {where}; see "
                 "that it works, then run the same command again"
             ) from error
-        seconds = decide(kind, self._job.retries, tried=[_HERE] * n_failures, usable=[_HERE])
+        tried = [_HERE] * attempts.count(task)
+        seconds = attempts.retry_error(task, error, kind, where, tried=tried, usable=[_HERE])
         if seconds is None:
-            return Failed(
-                failure_of(task, error, error.__traceback__, kind=kind, attempts=n_failures, workers=(where,))
-            )
-        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, error, seconds)
-        later.append((time.monotonic() + seconds, task.after(kind, str(error) or repr(error), where)))
+            return Failed(attempts.failed(task, error, error.__traceback__, kind, [where]))
+        logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, said(error), seconds)
         return Waiting()
 
     def call(

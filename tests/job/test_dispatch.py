@@ -25,14 +25,15 @@ from test_cluster import COMMAND
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config.groups import JobConfig
-from dask_logits.job import trials
+from dask_logits.job import flight, trials
 from dask_logits.job import window as window_module
 from dask_logits.job.cluster import _facts
 from dask_logits.job.dask_executor import DaskExecutor
+from dask_logits.job.flight import Submitted
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, SchedulerLostError, scheduler_lost
 from dask_logits.job.trials import passes
-from dask_logits.job.window import Window, _Running
+from dask_logits.job.window import Window
 from dask_logits.run.plan import Partition
 from dask_logits.worker.task import PartitionTask
 
@@ -99,14 +100,16 @@ def test_what_hangs_everywhere_ends_in_a_diagnosis(overrides, joined) -> None:
 
 def test_waiting_for_the_next_try_is_no_stall(monkeypatch) -> None:
     held = SimpleNamespace(status="running")
-    window = Window(held, iter(()), JobConfig(stall_seconds=1), last_progress=-1e9)
-    monkeypatch.setattr("dask_logits.job.window.present_workers", lambda client: {})
-    window._later.append((math.inf, None))
-    window.check_stall()
-    for later in ([], [(0.0, None)], [(math.inf, None), (0.0, None)]):
-        window.last_progress = -1e9
-        window._later[:] = later
-        with pytest.raises(ClusterError, match="expected progress within 1 s"):
+    monkeypatch.setattr(window_module, "present_workers", lambda client: {})
+    for waits, is_stalled in [((math.inf,), False), ((), True), ((0.0,), True), ((math.inf, 0.0), True)]:
+        window = Window(held, iter(()), JobConfig(stall_seconds=1), last_progress=-1e9)
+        for seconds in waits:
+            window.attempts.again(None, seconds)
+        with (
+            pytest.raises(ClusterError, match="expected progress within 1 s")
+            if is_stalled
+            else contextlib.nullcontext()
+        ):
             window.check_stall()
 
 
@@ -114,11 +117,11 @@ def test_a_partition_that_waits_for_another_of_its_worker_is_not_hung(monkeypatc
     held = SimpleNamespace(status="running", scheduler=None)
     window = Window(held, iter(()), JobConfig(stall_seconds=1))
     given_up = []
-    monkeypatch.setattr(window, "_held", lambda: {"loads": "one", "waits": "one", "hangs": "two", "also": "two"})
-    monkeypatch.setattr(window, "_give_up", lambda keys, worker: given_up.append((keys, worker)))
-    for index, key in enumerate(window._held()):
-        task = SimpleNamespace(partition=Partition(index=index, first_row=index, n_rows=1))
-        window._running[key] = _Running(task, future=None, alive=-1e9)
+    workers = {"loads": "one", "waits": "one", "hangs": "two", "also": "two"}
+    monkeypatch.setattr(flight, "holders", lambda client: workers)
+    monkeypatch.setattr(window, "_take_from_hung", lambda keys, worker: given_up.append((keys, worker)))
+    for index, key in enumerate([*workers, "queued"]):
+        _in_flight(window, key, index=index)
     window.note_tokens(0, 0)
     window.check_hung()
     assert given_up == [(["hangs", "also"], "two")]
@@ -133,8 +136,9 @@ def _in_flight(window: Window, key: str, future: object = None, index: int = 5) 
     fields = dict.fromkeys(field.name for field in dataclasses.fields(PartitionTask))
     partition = Partition(index=index, first_row=index, n_rows=1)
     task = PartitionTask(**{**fields, "partition": partition, "failed_attempts": ()})
-    window._attempts[index] = 1
-    window._running[key] = _Running(task, future or SimpleNamespace(release=lambda: None), alive=-1e9)
+    window.attempts.begin(task)
+    future = future or SimpleNamespace(release=lambda: None)
+    window.flight._submitted[key] = Submitted(task, future, alive=-1e9)
     return task
 
 
@@ -142,13 +146,15 @@ def _in_flight(window: Window, key: str, future: object = None, index: int = 5) 
 def test_no_partition_of_a_hung_worker_is_dropped_when_the_scheduler_is_lost(monkeypatch, was_alone) -> None:
     window = Window(SimpleNamespace(), iter(()), JobConfig(stall_seconds=1))
     task = _in_flight(window, "hangs")
-    monkeypatch.setattr(window, "_held", lambda: {"hangs": "one"})
+    monkeypatch.setattr(flight, "holders", lambda client: {"hangs": "one"})
     monkeypatch.setattr(window_module, "restart_worker", _lost)
     if was_alone:
-        window._alone.add(5)
+        assert window.attempts.retry_hung(task, "one", 1)
+        window.attempts.take_suspect()
     with pytest.raises(SchedulerLostError):
         window.check_hung()
-    assert [each.partition for each in window._suspects] == [task.partition] * (not was_alone)
+    suspect = window.attempts.take_suspect()
+    assert (suspect is None) if was_alone else (suspect.partition == task.partition)
     assert [event.failure.index for event in window.events()] == [5] * was_alone
 
 
@@ -162,15 +168,16 @@ def test_a_partition_is_retried_once_when_the_scheduler_is_lost_during_a_restart
     future = SimpleNamespace(key="fails", status="error", exception=fail, release=lambda: None)
     _in_flight(window, "fails", future)
     _in_flight(window, "other", index=6)
-    window._done.put(future)
+    window.flight._ended.put(future)
     monkeypatch.setattr(window_module, "erred_on", lambda client, future: "one")
-    monkeypatch.setattr(window_module, "holders", lambda client: {"other": "one"})
-    monkeypatch.setattr(window_module, lost_in, _lost)
+    monkeypatch.setattr(flight, "holders", lambda client: {"other": "one"})
+    monkeypatch.setattr(flight if lost_in == "holders" else window_module, lost_in, _lost)
     with pytest.raises(SchedulerLostError):
         window.wait(1)
     # The worker that was not restarted is restarted after its next failure.
     assert window._restarted == set()
-    tasks = [task for _, task in window._later] + [running.task for running in window._running.values()]
+    retried = iter(lambda: window.attempts.take_due(math.inf), None)
+    tasks = [*retried, *window.flight.tasks()]
     assert sorted(task.partition.index for task in tasks) == [5, 6]
 
 

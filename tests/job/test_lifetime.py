@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import threading
 import time
@@ -18,8 +19,9 @@ from test_cluster import COMMAND
 from dask_logits import generate, load_config
 from dask_logits.config.groups import JobConfig
 from dask_logits.job import trials
+from dask_logits.job.flight import Submitted
 from dask_logits.job.roster import Roster
-from dask_logits.job.window import Window, _Running
+from dask_logits.job.window import Window
 from dask_logits.run.plan import Partition
 from dask_logits.worker.task import PartitionTask
 
@@ -113,19 +115,19 @@ def test_only_losses_that_are_not_departures_count(caplog, left: bool) -> None:
     window = Window(SimpleNamespace(), iter(()), JobConfig(retries=0))
     task = SimpleNamespace(partition=Partition(index=3, first_row=9, n_rows=3))
     task.after = lambda kind, reason: task
-    window._attempts[3] = 1
+    window.attempts.begin(task)
     for turn in range(5):
         worker, key = f"tcp://10.0.0.1:{turn}", f"key-{turn}"
         future = SimpleNamespace(release=lambda: None)
-        window._running[key] = _Running(task, future, workers=frozenset({worker}))
+        window.flight._submitted[key] = Submitted(task, future, workers=frozenset({worker}))
         window._take_back_orphans({worker})
-        assert key in window._running
+        assert window.flight.tasks([key]) == [task]
         if left:
             window.note_departure(worker, {key, "of another client"})
         window._take_back_orphans(set())
         if not left and turn == 1:
             break
-        assert window._later.pop()[1] is task
+        assert window.attempts.take_due(math.inf) is task
     assert len(window.events()) == (0 if left else 1)
     lines = [record.getMessage() for record in caplog.records if "left on purpose" in record.getMessage()]
     assert len(lines) == (5 if left else 0)

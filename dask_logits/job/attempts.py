@@ -1,0 +1,217 @@
+"""The attempts at partitions: which are made again, when, and which partitions are given up. No input or output.
+
+The rules are those of ``retry_policy.py``. This module remembers what they need to know.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from dask_logits.job.retry_policy import Event, decide
+from dask_logits.run.failures import Failure, Kind
+from dask_logits.worker.task import PartitionTask
+
+# Number of traceback frames kept as evidence.
+_FRAMES = 6
+
+
+@dataclass
+class _Past:
+    """What has happened to a partition that is not committed."""
+
+    attempts: int = 0
+    # Number of times its workers disappeared, or the scheduler forgot the client.
+    losses: int = 0
+    # Whether its last attempt is, or will be, alone on its worker.
+    is_alone: bool = False
+
+
+@dataclass
+class Attempts:
+    """Partitions that are tried again, and what is known of all that are not committed.
+
+    Parameters
+    ----------
+    retries
+        The setting ``distillation.job.retries``.
+    have_company
+        Whether a worker may have more than one partition.
+    """
+
+    retries: int
+    have_company: bool = False
+    _past: defaultdict[int, _Past] = field(default_factory=lambda: defaultdict(_Past))
+    _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
+    # Partitions whose workers died or hung while running another one. Each is retried once, last and alone.
+    _suspects: list[PartitionTask] = field(default_factory=list)
+
+    def begin(self, task: PartitionTask) -> int:
+        """Record an attempt. Return its number, from 1."""
+        past = self._past[task.partition.index]
+        past.attempts += 1
+        return past.attempts
+
+    def count(self, task: PartitionTask) -> int:
+        """Return the number of attempts at a partition."""
+        return self._past[task.partition.index].attempts
+
+    def note_success(self, task: PartitionTask) -> None:
+        """Record that a partition was completed."""
+        self._past.pop(task.partition.index, None)
+
+    def is_alone(self, task: PartitionTask) -> bool:
+        """Whether the last attempt at a partition is alone on its worker."""
+        return self._past[task.partition.index].is_alone
+
+    def are_left(self) -> bool:
+        """Whether any partition is to be tried again."""
+        return bool(self._later or self._suspects)
+
+    def soonest(self) -> float | None:
+        """Return the time of the next retry, suspects excluded. None: there is none."""
+        return min((due for due, _ in self._later), default=None)
+
+    def take_due(self, now: float) -> PartitionTask | None:
+        """Take the first partition whose time has come."""
+        due = next((entry for entry in self._later if entry[0] <= now), None)
+        if due is None:
+            return None
+        self._later.remove(due)
+        return due[1]
+
+    def take_suspect(self) -> PartitionTask | None:
+        """Take a partition that is tried alone, when no other one is left to retry."""
+        return self._suspects.pop(0) if self._suspects and not self._later else None
+
+    def again(self, task: PartitionTask, seconds: float = 0.0) -> None:
+        """Try a partition again after a number of seconds."""
+        self._later.append((time.monotonic() + seconds, task))
+
+    def retry_error(
+        self,
+        task: PartitionTask,
+        error: BaseException,
+        event: Event,
+        where: str,
+        *,
+        tried: Collection[str] = (),
+        usable: Collection[str] = (),
+        on_good_devices: int = 0,
+    ) -> float | None:
+        """Try a partition again after an error, unless it has failed permanently.
+
+        Parameters
+        ----------
+        task
+            The partition.
+        error, event, where
+            The error, its kind, and the name of the worker that raised it.
+        tried, usable, on_good_devices
+            As in :func:`~dask_logits.job.retry_policy.decide`.
+
+        Returns
+        -------
+        float or None
+            Seconds to wait before. None: it has failed permanently.
+        """
+        seconds = decide(event, self.retries, tried=tried, usable=usable, on_good_devices=on_good_devices)
+        if seconds is not None:
+            self.again(task.after(event, said(error), where), seconds)
+        return seconds
+
+    def retry_lost(self, task: PartitionTask) -> Failure | None:
+        """Try a partition again after its worker or its submission disappeared, a limited number of times.
+
+        Returns
+        -------
+        Failure or None
+            What is known, if it has failed permanently.
+        """
+        past = self._past[task.partition.index]
+        past.losses += 1
+        if decide("lost", self.retries, losses=past.losses) is not None:
+            self.again(task.after("lost", "its worker died or its submission was cancelled"))
+            return None
+        if self._retry_alone(
+            "worker-death", task, task.after("lost", "its worker died, maybe with another partition on it")
+        ):
+            return None
+        return self.lost(task, "worker-death", f"its worker died or its submission was cancelled {past.losses} times")
+
+    def retry_died(self, task: PartitionTask, worker: str) -> bool:
+        """Try a partition alone after its worker died, if another one may be the cause. Return whether."""
+        reason = "its worker died, with another partition on it"
+        return self._retry_alone("worker-death", task, task.after("worker-death", reason, worker))
+
+    def retry_hung(self, task: PartitionTask, worker: str, seconds: float) -> bool:
+        """Try a partition alone after its worker gave no sign of life, unless it was alone. Return whether."""
+        reason = f"no sign of life for {seconds:g} s, from it or another partition of its worker"
+        return self._retry_alone("hang", task, task.after("hang", reason, worker))
+
+    def _retry_alone(self, event: Event, task: PartitionTask, following: PartitionTask) -> bool:
+        past = self._past[task.partition.index]
+        if decide(event, self.retries, had_company=self.have_company, was_alone=past.is_alone) is None:
+            return False
+        past.is_alone = True
+        self._suspects.append(following)
+        return True
+
+    def forget_losses(self) -> None:
+        """Count no earlier loss, because the connection to the scheduler was the cause."""
+        for past in self._past.values():
+            past.losses = 0
+
+    def failed(
+        self,
+        task: PartitionTask,
+        error: BaseException,
+        trace: TracebackType | None,
+        kind: Kind,
+        workers: Collection[str],
+    ) -> Failure:
+        """Return the record of a partition whose last attempt ended with an error.
+
+        Parameters
+        ----------
+        task
+            The partition.
+        error, trace, kind
+            The error, its traceback and its kind.
+        workers
+            Names of the workers on which it failed, with repetitions.
+        """
+        row = getattr(error, "row", None)
+        return Failure(
+            index=task.partition.index,
+            kind=kind,
+            reason=said(error),
+            attempts=self._past[task.partition.index].attempts,
+            evidence="".join([*traceback.format_tb(trace)[-_FRAMES:], *traceback.format_exception_only(error)]),
+            workers=tuple(dict.fromkeys(workers)),
+            rows=() if row is None else (int(row),),
+            task=task,
+        )
+
+    def lost(
+        self, task: PartitionTask, kind: Kind, reason: str, workers: tuple[str, ...] = (), evidence: str = ""
+    ) -> Failure:
+        """Return the record of a partition whose last attempt ended without an error of its own."""
+        index = task.partition.index
+        attempts = self._past[index].attempts
+        return Failure(
+            index=index, kind=kind, reason=reason, attempts=attempts, evidence=evidence, workers=workers, task=task
+        )
+
+
+def said(error: BaseException) -> str:
+    """Return what an error says.
+
+    >>> said(ValueError("too long")), said(MemoryError())
+    ('too long', 'MemoryError()')
+    """
+    return str(error) or repr(error)
