@@ -17,10 +17,10 @@ from dask_logits.job.prepare import Job
 from dask_logits.job.progress import JobProgress
 from dask_logits.job.read_ahead import ReadAhead
 from dask_logits.job.reporter import Reporter
-from dask_logits.records import Statistics
 from dask_logits.run.failures import Failure, note_failure, read_failures
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import Calibration, FailureEntry, Receipt
+from dask_logits.run.state import Done
 from dask_logits.run.timings import add_seconds, plural, shares
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.teacher.meter import Cost
@@ -30,15 +30,6 @@ from dask_logits.worker.calibrate import auto_budgets
 from dask_logits.worker.task import PartitionTask
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Done:
-    """Committed partitions of this driver's share, with their rows and sums."""
-
-    indices: set[int] = dataclasses.field(default_factory=set)
-    rows: int = 0
-    statistics: Statistics = dataclasses.field(default_factory=Statistics)
 
 
 def score(

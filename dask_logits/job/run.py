@@ -26,7 +26,7 @@ from dask_logits.files.lock import lease
 from dask_logits.job.calibration import check_device, check_environment, record, run_calibration
 from dask_logits.job.capacity import check_capacity
 from dask_logits.job.cluster import open_cluster
-from dask_logits.job.driver import Done, score
+from dask_logits.job.driver import score
 from dask_logits.job.executor import Executor
 from dask_logits.job.launch import check_launcher
 from dask_logits.job.prepare import Job, check_folder, prepare
@@ -48,7 +48,7 @@ from dask_logits.run.folder import (
 )
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.settings import check_named, settings_of
-from dask_logits.run.state import RunState, discard_stale, open_run_cache
+from dask_logits.run.state import Done, RunState, discard_stale, open_run_cache
 from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
             logger.info("%s is complete: nothing to do", job.run.path)
             tidy(job.run, keep_partitions=config.job.keep_partitions)
             return _complete_path(job)
-        done = Done() if start == "replace" or state is None else _done(job, state)
+        done = Done() if start == "replace" or state is None else discard_stale(state, job.share)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
         with reported(job, is_lost) as reporter:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
@@ -285,18 +285,6 @@ def _alone(job: Job) -> Iterator[None]:
             if name != lock_name(job.share):
                 held.enter_context(lease(job.run.path / name))
         yield
-
-
-def _done(job: Job, state: RunState) -> Done:
-    done = Done()
-    for each in discard_stale(state, job.share).partitions():
-        if not each.is_done or not job.share.owns(each.partition.index):
-            continue
-        done.indices.add(each.partition.index)
-        done.rows += each.partition.n_rows
-        if each.receipt is not None:
-            done.statistics += each.receipt.statistics
-    return done
 
 
 def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:

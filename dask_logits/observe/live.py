@@ -221,7 +221,8 @@ class LiveRun:
         if not self._kept.settled.holds(listing, cache):
             self._kept = _Kept()
         self._kept.settled.cache = cache
-        for each in state.partitions(listing, without=self._kept.settled.indices):
+        settled = self._kept.settled.indices
+        for each in state.partitions(listing, wanted=lambda index: index not in settled):
             if each.receipt is not None and state.cache_error is None:
                 self._kept.add(each)
             else:

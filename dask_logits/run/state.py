@@ -16,7 +16,7 @@ from dask_logits.cache.find import find_caches
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import is_there, names_in, unreadable
-from dask_logits.records import total_digest
+from dask_logits.records import Statistics, total_digest
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
@@ -269,16 +269,16 @@ class RunState:
         return self.n_cached == self.log.n_rows and self.cache is not None
 
     def partitions(
-        self, listing: Listing | None = None, *, without: Collection[int] = frozenset()
+        self, listing: Listing | None = None, *, wanted: Callable[[int], bool] = lambda index: True
     ) -> Iterator[PartitionState]:
-        """Yield the state of every planned partition in order. Each receipt is read once.
+        """Yield the state of the planned partitions in order. Each receipt is read once.
 
         Parameters
         ----------
         listing
             Names in the folder. None: they are listed now.
-        without
-            Partitions that are left out.
+        wanted
+            Whether to look at the partition with this index.
 
         Raises
         ------
@@ -288,7 +288,7 @@ class RunState:
         listing = listing or Listing(self.run)
         cached_rows = 0 if self.cache is None else self.cache.n_rows
         for partition in self.log.partitions():
-            if partition.index in without:
+            if not wanted(partition.index):
                 continue
             # A partition without rows could not be read and is never in the cache.
             is_cached = 0 < partition.n_rows <= cached_rows - partition.first_row
@@ -305,9 +305,8 @@ class RunState:
         CacheError
             If a receipt that decides it cannot be read now.
         """
-        others = {partition.index for partition in self.log.partitions()}.difference(indices)
         done = set()
-        for each in self.partitions(without=others):
+        for each in self.partitions(wanted=lambda index: index in indices):
             if each.is_done:
                 done.add(each.partition.index)
             elif each.error is not None and each.is_unreadable:
@@ -350,15 +349,26 @@ class RunState:
                 yield each.receipt
 
 
-def discard_stale(state: RunState, share: Share) -> RunState:
-    """Delete the invalid receipts of a share, so that their partitions are recomputed.
+@dataclass(kw_only=True)
+class Done:
+    """Done partitions of one driver's share, with their rows and the sums in their receipts."""
 
-    Receipts of partitions that the cache contains are kept.
+    indices: set[int] = field(default_factory=set)
+    rows: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
 
-    Returns
-    -------
-    RunState
-        The state afterwards.
+    def add(self, each: PartitionState) -> None:
+        """Add a done partition."""
+        self.indices.add(each.partition.index)
+        self.rows += each.partition.n_rows
+        if each.receipt is not None:
+            self.statistics += each.receipt.statistics
+
+
+def discard_stale(state: RunState, share: Share) -> Done:
+    """Delete the invalid receipts of a share, so that their partitions are recomputed, and return what is done.
+
+    Each receipt is read once. Those of partitions that the cache contains are kept.
 
     Raises
     ------
@@ -367,17 +377,27 @@ def discard_stale(state: RunState, share: Share) -> RunState:
     """
     if state.cache_error is not None:
         raise state.cache_error
-    stale = []
+    done = Done()
+    stale: dict[int, PartitionState] = {}
     for each in state.partitions():
         if each.error is not None and each.is_unreadable:
             raise each.error
-        if each.problem is not None and not each.is_cached and share.owns(each.partition.index):
-            stale.append(each)
+        if not share.owns(each.partition.index):
+            continue
+        if each.is_done:
+            done.add(each)
+        elif each.problem is not None:
+            stale[each.partition.index] = each
+    if not stale:
+        return done
     # A cache written in the meantime may have replaced the partitions.
     cache = open_run_cache(state.run, state.manifest)
     cached_rows = 0 if cache is None else cache.n_rows
-    for each in stale:
+    for each in stale.values():
         if each.partition.first_row + each.partition.n_rows > cached_rows:
             logger.warning("partition %s is recomputed: %s", each.partition.name, each.problem)
             state.run.receipt_path(each.partition.index).unlink(missing_ok=True)
-    return replace(state, cache=cache)
+    for each in replace(state, cache=cache).partitions(wanted=stale.__contains__):
+        if each.is_done:
+            done.add(each)
+    return done

@@ -110,9 +110,21 @@ def test_a_cache_that_is_written_while_receipts_are_read_loses_none(here, monkey
     monkeypatch.setattr(RunFolder, "receipt", consolidated_first)
     state = RunState.find(folder)
     assert state is not None
-    state = discard_stale(state, Share())
-    assert [each.partition.index for each in state.partitions() if each.is_done] == [0, 1, 2, 3]
+    done = discard_stale(state, Share())
+    assert (done.indices, done.rows) == ({0, 1, 2, 3}, 40)
+    assert done.statistics == read_status(folder.path).statistics
     assert tree(folder.path / "receipts") == before
+
+
+def test_a_start_reads_each_receipt_once(scored, monkeypatch) -> None:
+    scored.receipt_path(1).write_text("{")
+    receipt, asked = RunFolder.receipt, []
+    monkeypatch.setattr(RunFolder, "receipt", lambda run, index: asked.append(index) or receipt(run, index))
+    state = RunState.find(scored)
+    assert state is not None
+    done = discard_stale(state, Share())
+    assert (done.indices, asked) == ({0, 2, 3}, [0, 1, 2, 3])
+    assert not scored.receipt_path(1).exists()
 
 
 def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(here, tmp_path, monkeypatch) -> None:
