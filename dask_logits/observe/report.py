@@ -117,6 +117,7 @@ def write_report(path: str | Path, output: str | Path | None = None) -> Path:
 
 def leave_report(run: RunFolder) -> None:
     """Write the report at the end of a run. A failure to do so is logged and does not fail the run."""
+    # All receipts are read again, because other static workers write some of them.
     try:
         write_report(run.path)
     except Exception as error:  # noqa: BLE001 - the targets are what counts

@@ -28,7 +28,6 @@ from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
 from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
-from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,7 @@ def consolidate_run(
         If other data is damaged.
     """
     with lease(run.path / CONSOLIDATION_LOCK):
+        # What was read before the lease may be out of date: another process may have written the cache.
         part = RunPart.open(run)
         check_cover(part, part.pieces())
         try:
@@ -113,17 +113,29 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
 def tidy(run: RunFolder, *, keep_partitions: bool) -> None:
     """Delete files superseded by a complete cache: partitions (unless kept), lost attempts, a replaced run."""
     if keep_partitions:
-        named = {receipt.partition: receipt.attempt for receipt in run.receipts(PlanLog(run).n_partitions)}
-        for attempt in run.partitions_path.glob("*.zarr"):
-            # Without a receipt the valid attempt is unknown, so all attempts are kept.
-            index = attempt.name.split(".")[0]
-            if index.isdecimal() and named.get(int(index), attempt.name) != attempt.name:
-                shutil.rmtree(attempt, ignore_errors=True)
+        _delete_lost_attempts(run)
     else:
         delete_partitions(run)
     for path in (run.dataset_path, run.spool_path):
         shutil.rmtree(path, ignore_errors=True)
     drop_previous(run)
+
+
+def _delete_lost_attempts(run: RunFolder) -> None:
+    """Delete the attempts beside those that receipts name.
+
+    Only receipts of partitions with several attempts are read. A single attempt is kept.
+    """
+    attempts: dict[int, list[str]] = {}
+    for path in run.partitions_path.glob("*.zarr"):
+        index = path.name.split(".")[0]
+        if index.isdecimal():
+            attempts.setdefault(int(index), []).append(path.name)
+    # Without a receipt the valid attempt is unknown, so all attempts are kept.
+    for receipt in run.receipts(index for index, names in attempts.items() if len(names) > 1):
+        for name in attempts[receipt.partition]:
+            if name != receipt.attempt:
+                shutil.rmtree(run.partitions_path / name, ignore_errors=True)
 
 
 def index_path(cache_path: Path) -> Path:

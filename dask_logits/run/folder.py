@@ -21,7 +21,7 @@ import contextlib
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -280,17 +280,15 @@ class RunFolder:
             if name.endswith(".json") and name.removesuffix(".json").isdecimal()
         }
 
-    def receipts(self, n_partitions: int) -> Iterator[Receipt]:
-        """Read the receipts of all committed partitions in order. The time depends on their number, not the plan's.
-
-        Damaged receipts are skipped.
+    def receipts(self, indices: Iterable[int]) -> Iterator[Receipt]:
+        """Read the receipts of those of some partitions that are committed. Damaged receipts are skipped.
 
         Raises
         ------
         CacheError
             If one cannot be read.
         """
-        for index in sorted(index for index in self.receipt_indices() if index < n_partitions):
+        for index in indices:
             try:
                 receipt = self.receipt(index)
             except CacheError as error:

@@ -46,7 +46,7 @@ def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "teacher_logits").iterdir())}
 
 
-# Code that counts the files of a folder by name, each time that one is opened.
+# Code that counts the files of a folder by name, each time that one is opened. Of receipts, readings are counted.
 COUNTING = """
 import collections, json, sys
 from pathlib import Path
@@ -56,7 +56,10 @@ counts = collections.Counter()
 def count(event, arguments):
     if event == "open" and str(arguments[0]).startswith(str(folder)):
         path = Path(arguments[0])
-        counts[path.parts[len(folder.parts)] if "receipts" in path.parts else path.name] += 1
+        if "receipts" not in path.parts:
+            counts[path.name] += 1
+        elif arguments[1] == "r":
+            counts["receipts"] += 1
 
 sys.addaudithook(count)
 """
@@ -106,6 +109,7 @@ OF_A_JOB = (
 import json, shutil, sys
 from pathlib import Path
 from dask_logits import generate, load_config, retry
+from dask_logits.run.consolidate import consolidate_run
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder
 
@@ -113,27 +117,46 @@ overrides = sys.argv[1:]
 config = load_config([*overrides, "distillation.job.keep_partitions=true"])
 folder = Path(config.teacher.cache_dir)
 run = RunFolder(folder)
-generate(config)
-n = len(run.receipt_indices())
+found = {}
 """
     + COUNTING
     + """
-found = {}
-for act in ("resume", "retry"):
-    run.cache_path.unlink()
-    shutil.rmtree(run.partitions_path / run.receipt(1).attempt)
-    if act == "retry":
-        run.receipt_path(1).unlink()
-        note_failure(run, Failure(index=1, kind="damaged", reason="its arrays changed"))
+
+def counted(name, act):
     counts.clear()
-    generate(config) if act == "resume" else retry(folder)
-    found[act] = {name: counts[name] for name in ("run.json", "calibration.json", "receipts")}
-print(json.dumps([n, found]))
+    act()
+    found[name] = {file: counts[file] for file in ("run.json", "calibration.json", "receipts")}
+
+counted("a new run", lambda: generate(config))
+counted("a complete run", lambda: generate(config))
+run.cache_path.unlink()
+counted("a run without its cache", lambda: generate(config))
+run.cache_path.unlink()
+shutil.rmtree(run.partitions_path / run.receipt(1).attempt)
+counted("a run without a partition", lambda: generate(config))
+run.cache_path.unlink()
+shutil.rmtree(run.partitions_path / run.receipt(1).attempt)
+run.receipt_path(1).unlink()
+note_failure(run, Failure(index=1, kind="damaged", reason="its arrays changed"))
+counted("retry", lambda: retry(folder))
+run.cache_path.unlink()
+counted("consolidate", lambda: consolidate_run(run, keep_partitions=True))
+print(json.dumps([len(run.receipt_indices()), found]))
 """
 )
 
+# How often each receipt is read: by the start, which asks what is done, by the consolidation and by the report.
+READINGS = {
+    "a new run": 2,
+    "a complete run": 0,
+    "a run without its cache": 3,
+    "a run without a partition": 3,
+    "retry": 3,
+    "consolidate": 1,
+}
 
-def test_a_resumed_and_a_retried_job_open_files_a_constant_number_of_times(here) -> None:
+
+def test_a_job_opens_files_a_constant_number_of_times(here) -> None:
     def opens(rows: int) -> tuple[int, dict[str, dict[str, int]]]:
         folder = f"distillation.teacher.cache_dir={cache_dir(here)}-{rows}"
         done = warm.run([sys.executable, "-c", OF_A_JOB, *here, folder, f"distillation.partition.rows={rows}"])
@@ -143,10 +166,28 @@ def test_a_resumed_and_a_retried_job_open_files_a_constant_number_of_times(here)
 
     (few, by_few), (many, by_many) = opens(14), opens(4)
     assert (few, many) == (3, 10)
+    assert by_few.keys() == by_many.keys() == READINGS.keys()
     for act, counts in by_few.items():
+        # A worker reads run.json before each commit.
+        commits = {"run.json": many - few} if act == "a new run" else {}
         for name in ("run.json", "calibration.json"):
-            assert counts[name] == by_many[act][name] <= 30, (act, name, by_few, by_many)
-        assert by_many[act]["receipts"] - counts["receipts"] <= 5 * (many - few), (act, by_few, by_many)
+            assert counts[name] == by_many[act][name] - commits.get(name, 0) <= 30, (act, name, by_few, by_many)
+        for n, found in ((few, counts), (many, by_many[act])):
+            assert found["receipts"] <= READINGS[act] * n, (act, by_few, by_many)
+
+
+def test_partitions_that_are_kept_lose_only_attempts_beside_that_of_their_receipt(here, monkeypatch) -> None:
+    run(here, KEEP)
+    folder, receipt = RunFolder(cache_dir(here)), RunFolder.receipt
+    before, asked = tree(folder.partitions_path), []
+    for name in ("000001.lost.zarr", "000009.lost.zarr"):
+        shutil.copytree(folder.partitions_path / receipt(folder, 1).attempt, folder.partitions_path / name)
+    monkeypatch.setattr(RunFolder, "receipt", lambda run, index: asked.append(index) or receipt(run, index))
+    run(here, KEEP)
+    after = tree(folder.partitions_path)
+    assert {path.partition("/")[0] for path in after.keys() - before.keys()} == {"000009.lost.zarr"}
+    assert after.items() >= before.items()
+    assert asked == [1]
 
 
 def test_a_large_cache_becomes_numbered_files_with_the_same_content(here, capsys) -> None:
