@@ -368,22 +368,20 @@ class Done:
 def discard_stale(state: RunState, share: Share) -> Done:
     """Delete the invalid receipts of a share, so that their partitions are recomputed, and return what is done.
 
-    Each receipt is read once. Those of partitions that the cache contains are kept.
+    Each receipt of the share is read once. Those of partitions that the cache contains are kept.
 
     Raises
     ------
     CacheError
-        If the cache or a receipt cannot be read.
+        If the cache or a receipt of the share cannot be read.
     """
     if state.cache_error is not None:
         raise state.cache_error
     done = Done()
     stale: dict[int, PartitionState] = {}
-    for each in state.partitions():
+    for each in state.partitions(wanted=share.owns):
         if each.error is not None and each.is_unreadable:
             raise each.error
-        if not share.owns(each.partition.index):
-            continue
         if each.is_done:
             done.add(each)
         elif each.problem is not None:

@@ -127,6 +127,18 @@ def test_a_start_reads_each_receipt_once(scored, monkeypatch) -> None:
     assert not scored.receipt_path(1).exists()
 
 
+def test_a_static_worker_reads_the_receipts_of_its_share_only(scored) -> None:
+    scored.receipt_path(1).unlink()
+    # It cannot be read now.
+    scored.receipt_path(1).symlink_to(scored.receipt_path(1))
+    state = RunState.find(scored)
+    assert state is not None
+    assert discard_stale(state, Share(worker=0, total=2)).indices == {0, 2}
+    with pytest.raises(dask_logits.CacheError, match=r"000001\.json: expected to read it, got .*; see that it can"):
+        discard_stale(state, Share(worker=1, total=2))
+    assert scored.receipt_path(1).is_symlink()
+
+
 def test_a_grown_run_needs_no_receipts_of_what_its_cache_holds(here, tmp_path, monkeypatch) -> None:
     whole = digest(run(here, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     run(here, "distillation.dataset.max_samples=24")
