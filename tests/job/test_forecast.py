@@ -116,7 +116,7 @@ def test_a_plan_can_be_measured(measured, tmp_path, capsys) -> None:
     assert not (tmp_path / "run").exists()
     assert found["rows"] == 4000
     least, most = found["seconds"]
-    assert 0.5 * found["tokens"] / found["tokens_per_second"] < least < most
+    assert least < found["tokens"] / found["tokens_per_second"] < most
     ks = [one["top_k"] for one in found["by_k"]]
     assert ks == [8, 16, 32, 64, 128, 256]
     for name, sign in (("kept_mass", 1), ("bytes_per_token", 1), ("lost_nats", -1)):
