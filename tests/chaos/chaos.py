@@ -54,7 +54,7 @@ def undisturbed(folder: Path, job: list[str]) -> str:
     """Return the content digest of the job, run in peace."""
     done = subprocess.run(
         [sys.executable, "-m", "dask_logits", "generate", *job, f"distillation.teacher.cache_dir={folder / 'calm'}",
-         "cluster=local_cpu", "distillation.teacher.generation.num_workers=1"],
+         "cluster=local_cpu", "distillation.teacher.generation.num_workers=1", "distillation.job.stall_seconds=600"],
         capture_output=True, text=True, env=_environment(folder, 0), timeout=MOST_SECONDS,
     )  # fmt: skip
     if done.returncode:

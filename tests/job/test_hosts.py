@@ -26,11 +26,14 @@ from test_cluster import COMMAND
 SCHEDULER, WORKERS, DRIVER = 0, (1, 2), 3
 _SLOW = """
 import time
+from pathlib import Path
 from dask_logits.worker import calibrate, task
 write = task.write_partition
 def dask_setup(worker):
     def slow(*given):
         time.sleep(SECONDS)
+        while Path("HOLD").exists():
+            time.sleep(0.1)
         return write(*given)
     task.write_partition = slow
 """
@@ -103,8 +106,11 @@ def hosts() -> Iterator[Hosts]:
 
 
 def disturbed(hosts: Hosts, overrides: list[str], folder: Path, seconds: float = 0.4) -> subprocess.Popen:
-    """Start a scheduler, two workers that take some seconds per partition, and a driver, each on a host of its own."""
-    (folder / "slow.py").write_text(_SLOW.replace("SECONDS", str(seconds)))
+    """Start a scheduler, two workers that take some seconds per partition, and a driver, each on a host of its own.
+
+    No partition ends while the folder has a file "hold".
+    """
+    (folder / "slow.py").write_text(_SLOW.replace("SECONDS", str(seconds)).replace("HOLD", str(folder / "hold")))
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     hosts.start(SCHEDULER, *dask, "scheduler", "--host", _address(SCHEDULER), "--port", "8786", "--no-dashboard",
@@ -178,11 +184,13 @@ def test_stopped_processes_change_nothing(hosts, overrides, many, whole, tmp_pat
 def test_a_second_driver_is_refused_and_takes_over_from_a_stopped_one(hosts, overrides, many, whole, tmp_path) -> None:
     first = disturbed(hosts, [*overrides, *many], tmp_path, seconds=2)
     after_some_partitions(overrides, first)
+    (tmp_path / "hold").touch()
     refused = start_driver(hosts, SCHEDULER, [*overrides, *many])
     _, log = refused.communicate(timeout=240)
     assert refused.returncode == 2, log
     assert f"host{DRIVER}" in log
     first.send_signal(signal.SIGSTOP)
+    (tmp_path / "hold").unlink()
     second = start_driver(hosts, SCHEDULER, [*overrides, *many])
     lines = iter(second.stderr.readline, "")
     assert any("took over" in line for line in lines)
