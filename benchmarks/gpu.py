@@ -194,15 +194,16 @@ def build(bench: Bench, name: str, config: Any) -> tuple[Teacher, ScoringSetting
 
 def compiled(teacher: Teacher, settings: ScoringSettings) -> tuple[ScoringSettings, dict[str, Any]]:
     """Compile the teacher's layers if that is possible, and return what it took."""
+    # The loop before it has left the model as it is loaded.
+    teacher.take(settings.path)
     started = time.perf_counter()
     try:
         error = try_compiled(teacher)
     except RuntimeError as refused:
         return settings, {"compiled": False, "compile_refused": str(refused)}
-    path = dataclasses.replace(teacher.path, kernels=settings.path.kernels)
     seconds = time.perf_counter() - started
     facts = {"compiled": True, "compile_error_nats": error, "compile_seconds": seconds}
-    return dataclasses.replace(settings, path=path), facts
+    return dataclasses.replace(settings, path=teacher.path), facts
 
 
 def loop(teacher: Teacher, texts: list[Array], batch: int, k: int) -> float:

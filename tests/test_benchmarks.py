@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import runpy
@@ -19,6 +20,8 @@ from builders import ROOT, VOCAB_SIZE, records, tiny_model, write_cache
 
 from dask_logits.teacher import scoring
 from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.teacher.scoring import ScoringSettings
+from dask_logits.teacher.selfcheck import check
 from dask_logits.teacher.transfer import OutputRing
 from dask_logits.teacher.transformers_internals import attention_of
 
@@ -169,6 +172,23 @@ def test_the_loop_of_the_gpu_benchmark_is_the_model_as_it_is_loaded() -> None:
     teacher.model.register_forward_pre_hook(lambda *_: seen.append(attention_of(teacher.model.config)))
     loop(teacher, [np.arange(4), np.arange(4)], 1, 2)
     assert seen == [own, own]
+
+
+def test_compiled_rows_of_the_gpu_benchmark_have_the_path_that_was_accepted(monkeypatch) -> None:
+    # Compiling takes real time; here it changes nothing.
+    monkeypatch.setattr(Teacher, "_compile", lambda self: None)
+    names = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    teacher = Teacher(tiny_model("llama"), VOCAB_SIZE)
+    accepted = check(teacher, exact=True).path
+    assert (accepted.attention, accepted.head) == ("blocks", "linear")
+    settings = ScoringSettings(
+        top_k=2, vocab_size=VOCAB_SIZE, batch_tokens=64, batch_size=None, head_rows=64, path=accepted
+    )  # fmt: skip
+    # The rows before it end with the loop.
+    names["loop"](teacher, [np.arange(4)], 1, 2)
+    settings, facts = names["compiled"](teacher, settings)
+    assert facts["compiled"]
+    assert settings.path == dataclasses.replace(accepted, compiled=True)
 
 
 def test_gpu_compares_one_gpu_with_two_workers_and_with_one_worker_over_two(monkeypatch) -> None:
