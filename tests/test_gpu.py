@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -36,17 +39,21 @@ def texts(lengths=(90, 40, 25, 7)) -> list[Array]:
     return [draw.integers(VOCAB_SIZE, size=n).astype(np.int32) for n in lengths]
 
 
-def teacher_on(device: str, family: str) -> Teacher:
-    return Teacher(tiny_model(family).to(device, torch.bfloat16), VOCAB_SIZE)
+def teacher_on(device: str, family: str, dtype: torch.dtype = torch.bfloat16) -> Teacher:
+    return Teacher(tiny_model(family).to(device, dtype), VOCAB_SIZE)
 
 
-def score(teacher: Teacher, documents: list[Array], *, use_kernels: bool = False) -> Scored:
-    """Score documents in one batch on the path that the self-check chooses."""
-    path = dataclasses.replace(check(teacher, exact=True).path, kernels=use_kernels)
-    settings = ScoringSettings(
+def settings_of(teacher: Teacher) -> ScoringSettings:
+    """Return settings for one batch on the path that the self-check chooses."""
+    path = check(teacher, exact=True).path
+    return ScoringSettings(
         top_k=K, vocab_size=VOCAB_SIZE, batch_tokens=1 << 20, batch_size=None, head_rows=HEAD_ROWS, path=path
     )  # fmt: skip
-    return score_items(teacher, plain_items(documents), settings)
+
+
+def score(teacher: Teacher, documents: list[Array]) -> Scored:
+    """Score documents in one batch on the path that the self-check chooses."""
+    return score_items(teacher, plain_items(documents), settings_of(teacher))
 
 
 @torch.inference_mode()
@@ -72,20 +79,41 @@ def test_a_rounded_teacher_with_grouped_heads_is_as_near_to_float32_as_its_own_f
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_every_chunk_of_the_head_goes_through_the_kernels(monkeypatch) -> None:
-    documents, called = texts(), []
-    for name in ("block_statistics", "largest"):
-        whole = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *given, name=name, whole=whole: called.append(name) or whole(*given))
-    teacher = teacher_on("cuda", "qwen3")
-    plain = score(teacher, documents).records
-    assert called == []
-    fast = score(teacher, documents, use_kernels=True).records
+def test_every_chunk_of_the_head_goes_through_the_kernels() -> None:
+    check_every_chunk_goes_through_the_kernels("cuda", torch.bfloat16)
+
+
+def test_every_chunk_of_the_head_goes_through_the_interpreted_kernels() -> None:
+    pytest.importorskip("triton")
+    # As on a GPU, float32 logits are not rounded first. Triton reads the variable when it is imported.
+    code = "import test_gpu, torch; test_gpu.check_every_chunk_goes_through_the_kernels('cpu', torch.float32)"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def check_every_chunk_goes_through_the_kernels(device: str, dtype: torch.dtype) -> None:
+    """Count the calls of the kernels for some documents, and compare the targets with those by torch."""
+    documents, called = texts((70, 20)), []
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("block_statistics", "largest"):
+            whole = getattr(kernels, name)
+            patched.setattr(kernels, name, lambda *given, name=name, whole=whole: called.append(name) or whole(*given))
+        teacher = teacher_on(device, "qwen3", dtype)
+        plain = settings_of(teacher)
+        fast = dataclasses.replace(plain, path=dataclasses.replace(plain.path, kernels=True))
+        by_torch = score_items(teacher, plain_items(documents), plain).records
+        assert called == []
+        # Switching to the kernels runs each of them once.
+        teacher.take(fast.path)
+        assert sorted(called) == ["block_statistics", "largest"]
+        called.clear()
+        by_kernels = score_items(teacher, plain_items(documents), fast).records
     chunks = -(-sum(map(len, documents)) // HEAD_ROWS)
     # The largest blocks of a chunk are chosen, then the largest of their logits.
     assert (called.count("block_statistics"), called.count("largest")) == (chunks, 2 * chunks)
-    np.testing.assert_array_equal(fast.topk_ids, plain.topk_ids)
-    np.testing.assert_allclose(fast.logsumexp, plain.logsumexp, atol=1e-4)
+    np.testing.assert_array_equal(by_kernels.topk_ids, by_torch.topk_ids)
+    np.testing.assert_allclose(by_kernels.logsumexp, by_torch.logsumexp, atol=1e-4)
 
 
 @pytest.mark.gpu

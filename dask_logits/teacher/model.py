@@ -135,7 +135,7 @@ class Teacher:
                 "teacher: expected a CPU with AVX512-BF16, as that of the worker where the run was calibrated, got one "
                 "without; use machines of one kind, or set distillation.scoring.compile=never"
             )
-        if path.kernels and not self.path.kernels and self.device.type == "cuda":
+        if path.kernels and not self.path.kernels:
             _run_kernels(self.device)
         try:
             if path.attention != self.path.attention:
