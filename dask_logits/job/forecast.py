@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from dask_logits.job.prepare import Job
-from dask_logits.job.workers import threads_each
+from dask_logits.job.workers import own_device, threads_each
 from dask_logits.run.timings import duration, each_of
 from dask_logits.teacher.checkpoint import resolve_dtype
 
@@ -40,14 +40,22 @@ class Forecast:
 
 
 def forecast(job: Job) -> Forecast | None:
-    """Return the expected speed, or None if the job joins workers that have not been measured."""
+    """Return the expected speed, or None if the job joins workers that have not been measured.
+
+    Raises
+    ------
+    ClusterError
+        If this process uses other GPUs than the job's.
+    """
     calibration = job.run.calibration()
     if calibration is not None and not job.config.teacher.generation.force_regenerate:
         return Forecast(tokens_per_second=calibration.tokens_per_second, is_measured=True)
     if not job.n_workers:
         return None
     dtype = resolve_dtype(job.config.teacher.dtype, job.teacher.checkpoint_dtype, job.device)
-    rate = matrix_flops(dtype, job.device, threads_each(job.config.teacher.generation, job.n_workers))
+    generation = job.config.teacher.generation
+    with own_device(generation, job.device):
+        rate = matrix_flops(dtype, job.device, threads_each(generation, job.n_workers))
     per_token = 2 * max(1, job.teacher.parameters)
     return Forecast(tokens_per_second=_TYPICAL_SHARE * rate / per_token, is_measured=False)
 

@@ -12,7 +12,7 @@ from dask_logits.job.calibration import calibration_task
 from dask_logits.job.capacity import gib
 from dask_logits.job.prepare import Job
 from dask_logits.job.serial_executor import SerialExecutor
-from dask_logits.job.workers import threads_each
+from dask_logits.job.workers import own_device, threads_each
 from dask_logits.run.timings import duration, each_of
 from dask_logits.worker.measure import Measurement, measure
 
@@ -35,6 +35,8 @@ def measure_plan(job: Job, on_step: Callable[[str], None] = lambda step: None) -
     ------
     ConfigError
         If the job runs on the workers of a scheduler, whose speed cannot be measured here.
+    ClusterError
+        If this process uses other GPUs than the job's.
     TeacherError, CapacityError
         If the teacher cannot be loaded or does not fit.
     """
@@ -44,10 +46,12 @@ def measure_plan(job: Job, on_step: Callable[[str], None] = lambda step: None) -
             "--measure, or run it on one of their machines without the scheduler"
         )
     on_step("reading the first documents")
-    threads = threads_each(job.config.teacher.generation, job.n_workers)
-    executor = SerialExecutor(device=job.device, torch_threads=threads, job=job.config.job)
-    with contextlib.closing(executor):
-        found: Measurement = executor.call(measure, calibration_task(job, executor), on_step=on_step)
+    generation = job.config.teacher.generation
+    threads = threads_each(generation, job.n_workers)
+    with own_device(generation, job.device):
+        executor = SerialExecutor(device=job.device, torch_threads=threads, job=job.config.job)
+        with contextlib.closing(executor):
+            found: Measurement = executor.call(measure, calibration_task(job, executor), on_step=on_step)
     return found
 
 

@@ -6,6 +6,7 @@ Dimension letters: M positions with targets, K kept entries, V vocabulary, T = V
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,17 +19,21 @@ from dask_logits.cache.find import find_caches
 from dask_logits.cache.profile import as_kept, load_profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config.compose import override
+from dask_logits.config.groups import GenerationConfig
 from dask_logits.data.items import make_items, plain_items
 from dask_logits.data.source import read_rows
 from dask_logits.data.tokens import read_documents
 from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded
 from dask_logits.job.driver import tasks
-from dask_logits.job.prepare import check_folder, prepare
+from dask_logits.job.gpus import visible_gpus
+from dask_logits.job.prepare import Job, check_folder, prepare
+from dask_logits.job.workers import own_device
 from dask_logits.ops.check import Check, Report, check_files
 from dask_logits.records import EVERY_TOKEN, Array, Records, digest_of
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan_log import PlanLog
+from dask_logits.run.records import Calibration
 from dask_logits.run.settings import check_named, settings_of
 from dask_logits.run.state import RunState
 from dask_logits.teacher.checkpoint import load_teacher
@@ -127,6 +132,8 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     ------
     RunConflictError
         If the run has no cache, was scored on another device, or no longer matches its settings.
+    ClusterError
+        If this process uses other GPUs than the run's.
     """
     log = PlanLog(dataclasses.replace(run, scratch=scratch))
     state, calibration = RunState.find(run, log), run.calibration()
@@ -135,6 +142,25 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     check_named(run, None, "verify it without --recompute")
     job = prepare(override(settings_of(run, log), []))
     check_folder(job, writes=False)
+    with own_device(_on_gpus_here(job.config.teacher.generation), calibration.numerics.device):
+        return _compare(run, log, job, calibration, n_rows, seed)
+
+
+def _on_gpus_here(generation: GenerationConfig) -> GenerationConfig:
+    """Return the settings without the GPUs of the run if this machine has others, because the run may be a copy."""
+    if generation.devices is None:
+        return generation
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = visible.replace(" ", "").split(",") if visible else list(map(str, range(visible_gpus())))
+    names = generation.devices.split(",")
+    is_here = all(name in known or not (visible or name.isdigit()) for name in names)
+    return generation if is_here else generation.model_copy(update={"devices": None})
+
+
+def _compare(
+    run: RunFolder, log: PlanLog, job: Job, calibration: Calibration, n_rows: int, seed: int
+) -> tuple[dict[str, Any], list[Check], list[str]]:
+    """Score random rows again and compare them with the cache, as :func:`_recompute` describes."""
     draw = np.random.default_rng(seed)
     chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
     rows_of = {

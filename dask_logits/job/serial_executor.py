@@ -31,11 +31,10 @@ from dask_logits.job.executor import (
     too_slow,
     unreadable_there,
 )
-from dask_logits.job.gpus import own_gpus
 from dask_logits.job.remote import SCORER, STAGES
 from dask_logits.job.retry_policy import classify
 from dask_logits.job.roster import Roster
-from dask_logits.job.workers import local_device, partitions_each, threads_each
+from dask_logits.job.workers import local_device, own_device, partitions_each, threads_each
 from dask_logits.run.records import Receipt
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import environment
@@ -224,7 +223,7 @@ def open_process(generation: GenerationConfig, config: ClusterConfig, job: JobCo
         If no GPU is visible but one is requested, or this process uses other GPUs already.
     """
     device = local_device(generation, config)
-    with own_gpus(generation) if device == "cuda" else contextlib.nullcontext():
+    with own_device(generation, device):
         executor = SerialExecutor(device=device, torch_threads=threads_each(generation, 1), job=job)
         with contextlib.closing(executor):
             yield executor

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+
 from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.gpus import cores, named_gpus, require_cuda_build, visible_gpus
+from dask_logits.job.gpus import cores, named_gpus, own_gpus, require_cuda_build, visible_gpus
 
 
 def joins_scheduler(cluster: ClusterConfig) -> bool:
@@ -73,3 +76,14 @@ def local_device(generation: GenerationConfig, cluster: ClusterConfig) -> str:
     if gpus:
         require_cuda_build(gpus)
     return "cuda" if gpus else "cpu"
+
+
+def own_device(generation: GenerationConfig, device: str) -> AbstractContextManager[None]:
+    """Show this process only its own GPUs if it computes on them, as a worker does.
+
+    Raises
+    ------
+    ClusterError
+        If it uses CUDA already, with other GPUs.
+    """
+    return own_gpus(generation) if device == "cuda" else contextlib.nullcontext()

@@ -9,12 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import cache_dir
 
+from dask_logits import generate, load_config, verify
 from dask_logits.config.groups import ClusterConfig, GenerationConfig
 from dask_logits.errors import ClusterError
 from dask_logits.job import gpus as home
+from dask_logits.job.forecast import forecast
 from dask_logits.job.gpus import WorkerFacts, misplaced, named_gpus, own_gpus, visible_gpus
+from dask_logits.job.measured_plan import measure_plan
+from dask_logits.job.prepare import prepare
 from dask_logits.job.workers import local_device
+from dask_logits.run.folder import RunFolder
+from dask_logits.worker.environment import environment
 
 
 def worker(given: str, *used: str, host: str = "a") -> WorkerFacts:
@@ -171,6 +178,75 @@ def test_a_process_that_uses_cuda_keeps_its_gpus(sees, visible, devices, is_allo
     refused = pytest.raises(ClusterError, match="got one that uses CUDA already with others")
     with contextlib.nullcontext() if is_allowed else refused, own_gpus(GenerationConfig(devices=devices)):
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.fixture
+def sees(_gpus_e0_to_e3, monkeypatch) -> list[str | None]:
+    """The GPUs that this process sees when it starts to compute. Nothing is computed, because they are pretended."""
+    found: list[str | None] = []
+
+    def look(*given):
+        found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return 1e12
+
+    def measure(task, on_step):
+        look()
+
+    def tasks(*given):
+        look()
+        return iter(())
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr("dask_logits.job.forecast.matrix_flops", look)
+    monkeypatch.setattr("dask_logits.job.measured_plan.measure", measure)
+    monkeypatch.setattr("dask_logits.job.recompute.tasks", tasks)
+    on_gpu = {"gpu": "NVIDIA H200, compute capability 9.0"}
+    for module in ("serial_executor", "recompute"):
+        monkeypatch.setattr(
+            f"dask_logits.job.{module}.environment", lambda device: on_gpu if device == "cuda" else environment(device)
+        )
+    return found
+
+
+@pytest.mark.parametrize("plan", [forecast, measure_plan])
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        (["devices=[2,3]"], "2"),
+        (["devices=[1,2,3]", "gpus_per_worker=2"], "1,2"),
+        (["worker_id=1", "total_workers=2"], "1"),
+        (["device=cpu"], None),
+    ],
+)
+def test_a_plan_is_measured_on_the_gpus_of_the_job(plan, way, wanted, overrides, sees) -> None:
+    job = prepare(load_config([*overrides, *(f"distillation.teacher.generation.{setting}" for setting in way)]))
+    plan(job)
+    assert sees == [wanted]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "wanted"),
+    [
+        ("2", None, "2"),
+        ("GPU-e3", None, "GPU-e3"),
+        # The run was copied to a machine with fewer GPUs, or a job gives this process others.
+        ("7", None, "0"),
+        ("2", "3", "3"),
+    ],
+)
+def test_rows_are_scored_again_on_the_gpus_of_the_run(devices, visible, wanted, overrides, sees, monkeypatch) -> None:
+    # The targets are those of a CPU.
+    way = [*overrides, "cluster=serial", "distillation.teacher.generation.device=cpu"]
+    generate(load_config([*way, f"distillation.teacher.generation.devices='{devices}'"]))
+    calibration = RunFolder(cache_dir(overrides)).calibration()
+    on_gpu = calibration.model_copy(update={"numerics": calibration.numerics.model_copy(update={"device": "cuda"})})
+    monkeypatch.setattr(RunFolder, "calibration", lambda self: on_gpu)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert verify(cache_dir(overrides), recompute=1).ok
+    assert sees == [wanted]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 @pytest.fixture
