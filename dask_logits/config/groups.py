@@ -116,7 +116,9 @@ class GenerationConfig(Group):
         "`positions=entropy`. null: 0.2.",
     )
     batch_size: PositiveInt | None = declare(
-        None, "numerics", "Maximum number of documents in a batch. null: only `batch_tokens` limits a batch."
+        None,
+        "numerics",
+        "Maximum number of documents in a batch. null: as many as `batch_tokens` allows, at most 65,535.",
     )
     batch_tokens: Auto | PositiveInt = declare(
         "auto", "numerics", "Maximum number of tokens in a forward pass, with padding. auto: the calibration decides."

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 _ENOUGH = 0.125
 # Share of padding at which it ends early.
 _PADDING = 0.05
+# Most blocks of a CUDA grid along y, where FlexAttention (torch 2.13) has the documents of a batch.
+_MOST_DOCUMENTS = 65_535
 
 
 def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int | None = None) -> list[tuple[int, ...]]:
@@ -25,7 +27,7 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int |
     batch_tokens
         Maximum tokens of one batch, padding included. A longer document forms its own batch.
     batch_size
-        Maximum documents of one batch. None: unlimited.
+        Maximum documents of one batch. None: as many as a GPU's attention can take.
 
     Returns
     -------
@@ -37,6 +39,7 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int |
     >>> plan_batches([4, 9, 0, 4], batch_tokens=10)
     [(1,), (0, 3)]
     """
+    most = _MOST_DOCUMENTS if batch_size is None else min(batch_size, _MOST_DOCUMENTS)
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: (-lengths[i], i))
     batches: list[tuple[int, ...]] = []
     batch: list[int] = []
@@ -45,7 +48,7 @@ def plan_batches(lengths: Sequence[int], *, batch_tokens: int, batch_size: int |
         if batch:
             width = lengths[batch[0]]
             padded = width * (len(batch) + 1)
-            full = padded > batch_tokens or (batch_size is not None and len(batch) >= batch_size)
+            full = padded > batch_tokens or len(batch) >= most
             wasteful = real >= _ENOUGH * batch_tokens and padded - real - lengths[i] > _PADDING * padded
             if full or wasteful:
                 batches.append(tuple(batch))

@@ -21,6 +21,14 @@ def test_batches_stay_in_their_bounds(lengths, batch_tokens, batch_size) -> None
         assert batch_size is None or len(batch) <= batch_size
 
 
+def test_a_gpu_can_launch_the_attention_of_the_largest_batch() -> None:
+    batches = plan_batches([2] * 65_536 + [1], batch_tokens=1 << 20)
+    assert list(map(len, batches)) == [65_535, 2]
+    assert list(map(len, plan_batches([1] * 70_000, batch_tokens=1 << 20, batch_size=70_000))) == [65_535, 4_465]
+    # A user's smaller limit holds.
+    assert set(map(len, plan_batches([1] * 70_000, batch_tokens=1 << 20, batch_size=7))) == {7}
+
+
 def test_padding_of_uneven_documents_is_small() -> None:
     lengths = [(i * 7919) % 500 + 1 for i in range(400)]
     batches = plan_batches(lengths, batch_tokens=4096)
