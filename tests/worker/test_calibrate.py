@@ -119,6 +119,38 @@ def test_compiled_layers_are_timed_on_work_for_the_device(device, plan_tokens, w
     assert raced == wanted
 
 
+@pytest.mark.parametrize("is_faster_with_more", [False, True])
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 9.0), ("cuda", 1.0)])
+def test_the_first_use_of_a_shape_on_a_gpu_is_not_counted(
+    device, seconds, is_faster_with_more, task, monkeypatch
+) -> None:
+    # The GPU is pretended, and what it does at its first batch of a shape takes eight seconds.
+    teacher = SimpleNamespace(device=torch.device(device), devices=[], dtype=torch.float32)
+    seen, steps = set(), []
+
+    def score(teacher, items, settings):
+        shape = (settings.batch_tokens, *(len(item.tokens) for item in items))
+        found = SimpleNamespace(seconds={"score": 1.0 if shape in seen else 9.0}, records=SimpleNamespace(n_tokens=1))
+        seen.add(shape)
+        return found
+
+    def larger_batches(self, settings):
+        return dataclasses.replace(settings, batch_tokens=256) if is_faster_with_more else settings
+
+    monkeypatch.setattr(calibration, "load_teacher", lambda *given, on_life: teacher)
+    monkeypatch.setattr(calibration, "measure_cost", lambda teacher: None)
+    monkeypatch.setattr(calibration, "check", lambda *given, **more: SimpleNamespace(errors={}))
+    monkeypatch.setattr(calibration, "_with_kernels", lambda *given: ScoringPath())
+    monkeypatch.setattr(calibration, "score_items", score)
+    monkeypatch.setattr(calibration._Trials, "larger_batches", larger_batches)
+    monkeypatch.setattr(calibration, "_report", lambda task, settings, scored, *others: scored)
+    scored, _ = calibrate(task(batch_tokens_fixed=False, compile="never"), steps.append)
+    assert scored.seconds["score"] == seconds
+    # There is a sign of life before each time that the sample is scored.
+    times = (2 if device == "cuda" else 1) * (2 if is_faster_with_more else 1)
+    assert sum(step.startswith("scoring") for step in steps) == times
+
+
 def test_a_package_that_is_not_installed_is_calibrated_too(task, monkeypatch) -> None:
     def version_of(name: str) -> str:
         assert name != "dask-logits"
