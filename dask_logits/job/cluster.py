@@ -101,6 +101,10 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
     if config.dashboard_address is not None:
         name = "distributed.scheduler.preload"
         settings[name] = [*dask.config.get(name), "dask_logits.job.dashboard"]
+    if not _uses_dask_cuda(config, device):
+        # distributed 2026.7.1 looks for GPUs in every process. Hidden ones, or a driver that waits for a restart of the
+        # machine, would end the cluster. dask-cuda needs what distributed finds.
+        settings["distributed.diagnostics.nvml"] = False
     kept = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     # Dask would set these to 1, and torch would score on one core. Existing environment variables take precedence.
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
@@ -149,6 +153,10 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
             restore_environment(kept)
 
 
+def _uses_dask_cuda(config: ClusterConfig, device: str) -> bool:
+    return config.kind == "local_cuda" or device != "cpu"
+
+
 def _start(generation: GenerationConfig, config: ClusterConfig, device: str, workers: int) -> Any:
     common: dict[str, Any] = {
         "n_workers": workers,
@@ -162,7 +170,7 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
     if config.dashboard_address is None:
         # distributed 2026.7.1 serves its health page on port 8787 even without a dashboard. Any free port will do.
         common["scheduler_kwargs"] = {"dashboard_address": "127.0.0.1:0"}
-    if config.kind != "local_cuda" and device == "cpu":
+    if not _uses_dask_cuda(config, device):
         return start_cluster(LocalCluster, common | {"processes": True})
     try:
         from dask_cuda import LocalCUDACluster

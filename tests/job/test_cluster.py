@@ -222,6 +222,31 @@ def test_hidden_gpus_are_not_counted(monkeypatch, hidden: str) -> None:
     assert visible_gpus() == 0
 
 
+@pytest.mark.parametrize(("visible", "device"), [("-1", "auto"), ("NoDevFiles", "auto"), (None, "cpu")])
+def test_a_job_on_cpus_starts_where_gpus_are_hidden_or_the_driver_is_broken(visible, device, monkeypatch) -> None:
+    import pynvml
+    from distributed.diagnostics import nvml
+
+    code = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH if visible is None else pynvml.NVML_ERROR_INVALID_ARGUMENT
+
+    def fail(*_) -> None:
+        raise pynvml.NVMLError(code)
+
+    # A machine with two GPUs, in a process that has not looked for them.
+    monkeypatch.setattr(nvml, "NVML_STATE", nvml.NVMLState.UNINITIALIZED)
+    monkeypatch.setattr(pynvml, "nvmlInit", fail if visible is None else lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", fail)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    generation = GenerationConfig(device=device, num_workers=1)
+    with open_cluster(generation, ClusterConfig(dashboard_address=None)) as cluster:
+        assert cluster.device == "cpu"
+        states = cluster.client.run(lambda: __import__("distributed").diagnostics.nvml.NVML_STATE.name)
+        assert list(states.values()) == ["DISABLED_CONFIG"]
+
+
 def test_a_cluster_leaves_the_environment_and_threads_as_they_were(overrides, new_interpreters) -> None:
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     config = load_config([*overrides, "cluster=local_cpu", "distillation.teacher.generation.torch_threads=auto"])
