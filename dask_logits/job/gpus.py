@@ -112,12 +112,12 @@ def _names(devices: str) -> list[str]:
 
 
 def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
-    """Return each worker's GPUs. A static worker uses one group.
+    """Return each worker's GPUs. A static worker uses as many groups as it has Dask workers, in turn.
 
     Raises
     ------
     ClusterError
-        If there are fewer than one worker needs.
+        If there are fewer GPUs than one worker needs, or fewer groups than workers.
     """
     visible, size = named_gpus(generation), generation.gpus_per_worker
     groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
@@ -125,6 +125,13 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
         raise ClusterError(
             f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
             f"{len(visible)} ({','.join(visible)}); lower it, or name more in distillation.teacher.generation.devices"
+        )
+    n_workers = generation.num_workers or 1
+    if n_workers > len(groups):
+        raise ClusterError(
+            f"distillation.teacher.generation.num_workers: expected at most {len(groups)} with the GPUs "
+            f"{','.join(visible)} and gpus_per_worker={size}, got {n_workers}; leave it out for one worker for each "
+            f"{size} GPUs"
         )
     if not os.environ.get("CUDA_VISIBLE_DEVICES") and (n_cut := _cut_gpus()):
         logger.warning(
@@ -134,7 +141,9 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
         )
     if len(visible) % size:
         logger.warning("%d of %d GPUs are not used: workers take %d each", len(visible) % size, len(visible), size)
-    return groups if generation.worker_id is None else [groups[generation.worker_id % len(groups)]]
+    if generation.worker_id is None:
+        return groups
+    return [groups[(generation.worker_id * n_workers + place) % len(groups)] for place in range(n_workers)]
 
 
 def _cut_gpus() -> int:

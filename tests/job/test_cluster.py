@@ -137,13 +137,29 @@ def test_each_worker_of_several_gpus_sees_its_own_and_no_others(overrides, monke
             run_one(cluster.client, _forbidden, None, JobConfig())
 
 
+def test_a_static_worker_of_several_dask_workers_starts_one_on_each_gpu_of_its_share(overrides, monkeypatch) -> None:
+    monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    cluster_config = load_config([*overrides, "cluster=local_cuda"]).cluster
+    generation = GenerationConfig(device="cpu", num_workers=2, worker_id=1, total_workers=2)
+    with open_cluster(generation, cluster_config) as cluster:
+        cluster.client.wait_for_workers(2)
+        seen = cluster.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["6", "7"]
+
+
 def test_gpus_are_grouped_and_static_workers_take_turns(monkeypatch, caplog) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
     assert gpu_groups(GenerationConfig(gpus_per_worker=2)) == [["0", "1"], ["2", "3"]]
     assert "1 of 5 GPUs are not used: workers take 2 each" in caplog.text
     assert local_workers(GenerationConfig(gpus_per_worker=2), ClusterConfig(), "cuda") == 2
     assert gpu_groups(GenerationConfig(gpus_per_worker=2, worker_id=3, total_workers=4)) == [["2", "3"]]
+    share = GenerationConfig(num_workers=2, worker_id=2, total_workers=4)
+    assert gpu_groups(share) == [["4"], ["0"]]
     assert gpu_groups(GenerationConfig(devices="3")) == [["3"]]
+    for more in (GenerationConfig(num_workers=6), GenerationConfig(num_workers=6, worker_id=1, total_workers=4)):
+        with pytest.raises(ClusterError, match=r"num_workers: expected at most 5 .* 0,1,2,3,4 and .*=1, got 6; leave"):
+            gpu_groups(more)
     with pytest.raises(ClusterError, match=r"gpus_per_worker: expected at least 2 GPUs for a worker, got 1 \(3\)"):
         gpu_groups(GenerationConfig(devices="3", gpus_per_worker=2))
 
