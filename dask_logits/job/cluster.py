@@ -113,8 +113,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
             made = _start(generation, config, device, workers)
         except ClusterError:
             raise
-        # A TypeError is dask-cuda's for a GPU that is named by its UUID and has no affinity to cores.
-        except (RuntimeError, ValueError, TypeError, OSError, ImportError) as error:
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise ClusterError(
                 f"distillation.cluster: expected a local cluster, got {error!r}; see the log of the workers above"
             ) from error
@@ -183,12 +182,37 @@ def _start(generation: GenerationConfig, config: ClusterConfig, device: str, wor
 
     try:
         settings = common | {"groups": gpu_groups(generation), "device_memory_limit": None}
-        return start_cluster(grouped_cluster(LocalCUDACluster), settings)
+        with _any_cores_without_affinity():
+            return start_cluster(grouped_cluster(LocalCUDACluster), settings)
     except pynvml.NVMLError as error:
         raise ClusterError(
             f"distillation.cluster.kind: expected an NVIDIA driver for local_cuda, got {error}; "
             "set cluster=local_cpu, or repair the driver"
         ) from error
+
+
+@contextlib.contextmanager
+def _any_cores_without_affinity() -> Iterator[None]:
+    """Give the workers of GPUs without near cores, such as those of a virtual machine, all cores of this process.
+
+    dask-cuda 26.10.0 cannot print its warning of that for a GPU that is named by its UUID, and fails with a TypeError.
+    """
+    from dask_cuda import worker_common
+
+    known = worker_common.get_cpu_affinity
+
+    def cores_of(gpu: int | str) -> list[int]:
+        try:
+            cores: list[int] = known(gpu)
+        except TypeError:
+            return sorted(os.sched_getaffinity(0))
+        return cores
+
+    worker_common.get_cpu_affinity = cores_of
+    try:
+        yield
+    finally:
+        worker_common.get_cpu_affinity = known
 
 
 @contextlib.contextmanager

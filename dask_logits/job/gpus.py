@@ -117,9 +117,16 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     Raises
     ------
     ClusterError
-        If there are fewer GPUs than one worker needs, or fewer groups than workers.
+        If there are fewer GPUs than one worker needs, or fewer groups than workers, or only some have a UUID as name.
     """
     visible, size = named_gpus(generation), generation.gpus_per_worker
+    # dask-cuda 26.10.0 sorts the names.
+    if len({name.isdigit() for name in visible}) > 1:
+        setting = "distillation.teacher.generation.devices" if generation.devices else "CUDA_VISIBLE_DEVICES"
+        raise ClusterError(
+            f"{setting}: expected GPUs that are all named by their index or all by their UUID, got "
+            f"{','.join(visible)!r}; `nvidia-smi -L` lists both"
+        )
     groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
     if not groups:
         raise ClusterError(

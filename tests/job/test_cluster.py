@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,33 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
     assert cuda == digest(generate(load_config([*joined, elsewhere])))
 
 
+def test_gpus_and_slices_named_by_uuid_start_where_they_are_near_no_cores(overrides, monkeypatch) -> None:
+    import pynvml
+    from dask_cuda import worker_common
+    from distributed.diagnostics import nvml
+
+    def unsupported(*_) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    # What the driver of a virtual machine answers.
+    monkeypatch.setattr(nvml, "NVML_STATE", nvml.NVMLState.DISABLED_LIBRARY_NOT_FOUND)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", bytes.decode)
+    monkeypatch.setattr(pynvml, "nvmlDeviceIsMigDeviceHandle", lambda handle: handle.startswith("MIG-"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", lambda handle: "GPU-e1")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=2**37))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", unsupported)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-e0,MIG-e2")
+    known = worker_common.get_cpu_affinity
+    cluster_config = load_config([*overrides, "cluster=local_cuda"]).cluster
+    with open_cluster(GenerationConfig(device="cpu", num_workers=2), cluster_config) as cluster:
+        assert worker_common.get_cpu_affinity is known
+        cluster.client.wait_for_workers(2)
+        seen = cluster.client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], os.sched_getaffinity(0)))
+        cores = os.sched_getaffinity(0)
+        assert sorted(seen.values()) == [("GPU-e0", cores), ("MIG-e2", cores)]
+
+
 def _forbidden(argument: None, on_step) -> dict:
     raise PermissionError(13, "weights")
 
@@ -162,6 +190,14 @@ def test_gpus_are_grouped_and_static_workers_take_turns(monkeypatch, caplog) -> 
             gpu_groups(more)
     with pytest.raises(ClusterError, match=r"gpus_per_worker: expected at least 2 GPUs for a worker, got 1 \(3\)"):
         gpu_groups(GenerationConfig(devices="3", gpus_per_worker=2))
+
+
+@pytest.mark.parametrize("setting", ["CUDA_VISIBLE_DEVICES", "distillation.teacher.generation.devices"])
+def test_gpus_named_by_index_and_uuid_at_once_are_refused(monkeypatch, setting: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-e1,2")
+    generation = GenerationConfig(devices="0,GPU-e1" if "devices" in setting else None)
+    with pytest.raises(ClusterError, match=rf"^{setting}: expected GPUs .* all by their UUID, got '0,GPU-e1"):
+        gpu_groups(generation)
 
 
 @pytest.mark.parametrize(
