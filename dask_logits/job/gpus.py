@@ -163,11 +163,18 @@ def _cut_gpus() -> int:
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         for index in range(int(pynvml.nvmlDeviceGetCount())):
-            # Older GPUs raise an error: they cannot be cut.
-            with contextlib.suppress(pynvml.NVMLError):
-                mode, _ = pynvml.nvmlDeviceGetMigMode(pynvml.nvmlDeviceGetHandleByIndex(index))
-                n_cut += int(mode == pynvml.NVML_DEVICE_MIG_ENABLE)
+            n_cut += _is_cut(pynvml.nvmlDeviceGetHandleByIndex(index))
     return n_cut
+
+
+def _is_cut(gpu: Any) -> bool:
+    """Whether a GPU, as NVML's object, is cut into slices."""
+    import pynvml
+
+    # Older GPUs raise an error: they cannot be cut.
+    with contextlib.suppress(pynvml.NVMLError):
+        return bool(pynvml.nvmlDeviceGetMigMode(gpu)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+    return False
 
 
 @contextlib.contextmanager
@@ -221,24 +228,26 @@ def _are_first(names: list[str]) -> bool:
         given = _by_uuid(names)
     except pynvml.NVMLError:
         return False
-    # torch names a slice of a GPU by the digits of its UUID, too. A name may be shortened.
+    # torch may give a slice its own UUID or that of its GPU, so slices are not compared. A name may be shortened.
     pairs = zip(used, given, strict=False)
-    return len(used) == len(given) and all(_digits(gpu).startswith(_digits(name)) for gpu, name in pairs)
+    return len(used) == len(given) and all(
+        name.startswith("MIG-") or name.isdigit() or gpu.startswith(name) for gpu, name in pairs
+    )
 
 
 def _by_uuid(names: list[str]) -> list[str]:
-    """Return the names of GPUs with each index replaced by the UUID of the GPU at this place on the bus."""
+    """Return the names of GPUs with each index replaced by the UUID of the GPU at this place on the bus.
+
+    The index of a GPU that is cut into slices stays, because CUDA takes it for a slice.
+    """
     import pynvml
 
     pynvml.nvmlInit()
+    gpus = {name: pynvml.nvmlDeviceGetHandleByIndex(int(name)) for name in names if name.isdigit()}
     return [
-        str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(name)))) if name.isdigit() else name
+        str(pynvml.nvmlDeviceGetUUID(gpus[name])) if name in gpus and not _is_cut(gpus[name]) else name
         for name in names
     ]
-
-
-def _digits(uuid: str) -> str:
-    return uuid.partition("-")[2]
 
 
 def grouped_cluster(base: type) -> Any:

@@ -180,6 +180,23 @@ def test_a_process_that_uses_cuda_keeps_its_gpus(sees, visible, devices, is_allo
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
+@pytest.mark.parametrize("sees", ["e0", "the-slice"])
+@pytest.mark.parametrize("visible", [None, "MIG-the-slice"])
+def test_a_slice_is_accepted_by_its_own_uuid_and_by_that_of_its_gpu(sees, visible, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["pynvml"], "nvmlDeviceGetMigMode", lambda handle: [1, 1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(home, "gpus_in_use", lambda count: (f"NVIDIA H200 MIG 1g.18gb GPU-{sees}",))
+    monkeypatch.setattr(home, "environment", {"cpu": {}, "cuda": {}}.get)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with own_gpus(GenerationConfig()):
+        facts = home.worker_facts()
+    assert facts.gpus == (visible or "0",)
+    assert misplaced({"tcp://a:1": facts}, 1) == {}
+
+
 @pytest.fixture
 def sees(_gpus_e0_to_e3, monkeypatch) -> list[str | None]:
     """The GPUs that this process sees when it starts to compute. Nothing is computed, because they are pretended."""
