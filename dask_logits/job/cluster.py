@@ -125,11 +125,15 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 _wait_for_worker(client, config.wait_seconds)
                 if device == "cuda":
                     facts, roster = _facts(client, config.wait_seconds)
-                    if reasons := misplaced(facts, generation.gpus_per_worker):
-                        roster.leave_out(reasons)
+                    blind = {address: NO_GPU for address, fact in facts.items() if device not in fact.environments}
+                    astray = misplaced(facts, generation.gpus_per_worker)
+                    roster.leave_out(blind | astray)
+                    if astray or len(blind) == len(facts):
                         raise ClusterError(
                             f"distillation.cluster: expected workers with a GPU each, got:\n{roster.listed()}"
                         )
+                    if blind:
+                        logger.error("these workers get no work:\n%s", roster.listed())
                     environments = _environments(facts, device)
                 else:
                     # All workers share this machine and installation, so there is nothing to ask.

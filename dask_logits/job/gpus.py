@@ -21,7 +21,10 @@ HIDDEN = ("", "-1", "NoDevFiles")
 # Files of a loaded NVIDIA driver, one per GPU.
 _DEVICE_FILES = "nvidia[0-9]*"
 # Why a worker gets no work in a job on GPUs.
-NO_GPU = "it sees no GPU; start it where one is visible, with a build of torch that has CUDA"
+NO_GPU = (
+    "it sees no GPU; start it where nvidia-smi shows one, with a driver that is new enough (580 or newer for CUDA 13) "
+    "and a build of torch that has CUDA"
+)
 
 
 def visible_gpus(devices: Path = Path("/dev")) -> int:

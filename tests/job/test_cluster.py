@@ -119,6 +119,35 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
     assert cuda == digest(generate(load_config([*joined, elsewhere])))
 
 
+@pytest.mark.parametrize("dead", [("1",), ("0", "1")])
+def test_a_local_worker_whose_gpu_torch_cannot_use_gets_no_work(dead, overrides, monkeypatch, caplog) -> None:
+    def facts() -> WorkerFacts:
+        """What a worker reports whose driver is too old, or whose GPU has failed, and one that works."""
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        if gpu in dead:
+            return WorkerFacts("a", 8, (), {"cpu": {}})
+        return WorkerFacts("a", 8, (gpu,), {"cpu": {}, "cuda": {}}, (f"NVIDIA H200 GPU-e{gpu}",))
+
+    monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr("dask_logits.job.workers.visible_gpus", lambda: 2)
+    monkeypatch.setattr("dask_logits.job.cluster.worker_facts", facts)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    cluster_config = load_config([*overrides, "cluster=local_cuda"]).cluster
+    if len(dead) == 2:
+        refused = pytest.raises(
+            ClusterError, match=r"(?s)workers with a GPU each, got:.*: it sees no GPU; .*580 or newer"
+        )
+        with refused, open_cluster(GenerationConfig(), cluster_config):
+            pass
+        return
+    with open_cluster(GenerationConfig(), cluster_config) as cluster:
+        (other,) = cluster.roster.left_out
+        assert set(cluster.client.ncores()) == {other, *cluster.environments}
+        assert other not in cluster.environments
+        assert f"these workers get no work:\n  {other} on a: it sees no GPU" in caplog.text
+
+
 def test_gpus_and_slices_named_by_uuid_start_where_they_are_near_no_cores(overrides, monkeypatch) -> None:
     import pynvml
     from dask_cuda import worker_common

@@ -58,7 +58,7 @@ def joined(cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = 
     ("gpus", "device", "says"),
     [
         (("GPU-e0>GPU-e0", "GPU-e1>GPU-e1"), "cuda", None),
-        (("GPU-e0>GPU-e0", None), "cuda", " on node1: it sees no GPU; start it where one is visible"),
+        (("GPU-e0>GPU-e0", None), "cuda", " on node1: it sees no GPU; start it where nvidia-smi shows one"),
         (
             ("GPU-e0>GPU-e0", "1>GPU-e0"),
             "cuda",
