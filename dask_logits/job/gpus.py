@@ -25,6 +25,12 @@ NO_GPU = (
     "it sees no GPU; start it where nvidia-smi shows one, with a driver that is new enough (580 or newer for CUDA 13) "
     "and a build of torch that has CUDA"
 )
+# How to start workers with GPUs of their own: several, or one.
+_START_GROUPS = (
+    "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
+    "--nthreads 3` (`dask cuda worker` starts one for each GPU)"
+)
+_START_SINGLES = "start workers with `dask cuda worker`, which gives each its own GPU"
 
 
 def visible_gpus(devices: Path = Path("/dev")) -> int:
@@ -347,27 +353,18 @@ def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[
             if given.startswith("GPU-") and not used.rpartition(" ")[2].startswith(given):
                 reasons[address] = f"it was given {given}, and computes on {used}; it used CUDA before it was given one"
             elif owner != address:
-                reasons[address] = (
-                    f"it computes on {device}, as {owner} does; start workers with `dask cuda worker`, which gives "
-                    "each its own GPU"
-                )
+                cure = _START_GROUPS if gpus_per_worker > 1 else _START_SINGLES
+                reasons[address] = f"it computes on {device}, as {owner} does; {cure}"
     return reasons
 
 
 def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
-    """Refuse workers with too few GPUs or overlapping groups."""
+    """Refuse workers with too few GPUs. Those with GPUs of others are `misplaced`."""
     if gpus_per_worker == 1:
         return
-    cure = (
-        "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
-        "--nthreads 3` (`dask cuda worker` starts one for each GPU)"
-    )
-    used: set[tuple[str, str]] = set()
     for worker in workers:
-        group = {(worker.host, gpu) for gpu in worker.gpus[:gpus_per_worker]}
-        if len(group) < gpus_per_worker or group & used:
+        if len(worker.gpus) < gpus_per_worker:
             raise ClusterError(
                 f"distillation.teacher.generation.gpus_per_worker: expected {gpus_per_worker} GPUs for each worker and "
-                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {cure}"
+                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {_START_GROUPS}"
             )
-        used |= group

@@ -42,6 +42,8 @@ def test_workers_on_gpus_of_their_own_are_left_alone() -> None:
     assert misplaced(workers, 1) == {}
     groups = {"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("2,3", "e2", "e3")}
     assert misplaced(groups, 2) == {}
+    # Each in a control group of its own, where the indices begin at 0.
+    assert misplaced({"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("0,1", "e2", "e3")}, 2) == {}
 
 
 def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
@@ -60,7 +62,9 @@ def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
     assert "it computes on MIG-1, as tcp://a:1 does" in misplaced(slices, 1)["tcp://a:2"]
     overlapping = {"tcp://a:1": worker("0,1", "e0", "e1"), "tcp://a:2": worker("1,2", "e1", "e2")}
     assert misplaced(overlapping, 1) == {}
-    assert list(misplaced(overlapping, 2)) == ["tcp://a:2"]
+    reasons = misplaced(overlapping, 2)
+    assert list(reasons) == ["tcp://a:2"]
+    assert "as tcp://a:1 does; start each group's worker by itself" in reasons["tcp://a:2"]
 
 
 def _no_driver() -> None:
