@@ -81,12 +81,9 @@ done
 groups=()
 worker=(worker --nworkers "${WORKERS_PER_NODE:-1}" --nthreads 2)
 if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
-  worker=(cuda worker --nthreads 3 --device-memory-limit 0)
-  if [ "$group" -gt 1 ]; then
-    # dask cuda worker starts a worker for each GPU.
-    groups=(bash -c "$(declare -f start_groups); start_groups \"\$@\"" start_groups "$group")
-    worker=(worker --nworkers 1 --nthreads 3)
-  fi
+  # Not dask cuda worker, which binds a worker to the cores of another GPU (dask-cuda 26.10.0).
+  groups=(bash -c "$(declare -f start_groups); start_groups \"\$@\"" start_groups "$group")
+  worker=(worker --nworkers 1 --nthreads 3)
 fi
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \

@@ -111,16 +111,12 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
         for words in all_commands(ADVANCED):
             if words[0] == "export":
                 environment |= dict([words[1].split("=", 1)])
-            elif words[0] == "dask":
+            elif "dask" in words[:2]:
                 started.append(start(words, folder, environment))
                 wait_for((folder / "scheduler.json").exists, started[0])
         # The last one shows how to add the page to its dashboard.
-        assert [words[1] for words in all_commands(ADVANCED) if words[0] == "dask"] == [
-            "scheduler",
-            "cuda",
-            "worker",
-            "scheduler",
-        ]
+        servers = [words[words.index("dask") + 1] for words in all_commands(ADVANCED) if "dask" in words[:2]]
+        assert servers == ["scheduler", "worker", "worker", "worker", "scheduler"]
         fill(folder)
         with inside(folder):
             main(["generate", *quickstart(), JOIN])
@@ -136,16 +132,15 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """Start a server of Dask on loopback."""
+    """Start a server of Dask on loopback, without the GPU that a command names."""
+    words = [word for word in words[words.index("dask") + 1 :] if word != "&"]
     more = {
         "scheduler": ["--port", "0", "--dashboard-address", "127.0.0.1:0"],
         "worker": ["--no-dashboard", "--local-directory", str(folder)],
-        "cuda": ["--dashboard-address", "127.0.0.1:0", "--local-directory", str(folder)],
-    }[words[1]]
-    environment = {**environment, **(PRETENDED if words[1] == "cuda" else {})}
-    with (folder / f"{words[1]}.log").open("a") as log:
+    }[words[0]]
+    with (folder / f"{words[0]}.log").open("a") as log:
         return subprocess.Popen(
-            [BIN / "dask", *words[1:], "--host", "127.0.0.1", *more],
+            [BIN / "dask", *words, "--host", "127.0.0.1", *more],
             cwd=folder,
             env=environment,
             stdout=log,
@@ -233,7 +228,7 @@ def gone(group: int) -> bool:
 def run_command(words: list[str], folder: Path) -> None:
     """Run a command of a document; one that no rule knows fails."""
     match words:
-        case ["export" | "dask", *_]:
+        case ["export" | "dask", *_] | [_, "dask", *_]:
             # The fixture has done it.
             assert words in all_commands(ADVANCED)
         case ["scripts/quickstart.sh"]:
@@ -364,21 +359,23 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("visible", "on_node", "groups", "message"),
+    ("size", "visible", "on_node", "groups", "message"),
     [
-        ("3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
+        (2, "3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
+        (1, "GPU-e3,GPU-e0", "2", ["GPU-e0", "GPU-e3"], "device: expected workers with a GPU, got none:"),
         pytest.param(
+            2,
             "",
             "4",
             ["0,1", "2,3"],
             "expected 2 GPUs for each worker and no other, got none for a worker on",
             marks=pytest.mark.slow,
         ),
-        ("5", "1", [], "all workers have ended; see "),
+        (2, "5", "1", [], "all workers have ended; see "),
     ],
 )
 def test_the_slurm_recipe_starts_a_worker_for_each_group_of_gpus(
-    visible, on_node, groups, message, overrides, tmp_path
+    size, visible, on_node, groups, message, overrides, tmp_path
 ) -> None:
     fakes = tmp_path / "fakes"
     fakes.mkdir()
@@ -388,7 +385,8 @@ def test_the_slurm_recipe_starts_a_worker_for_each_group_of_gpus(
     for name, script in (("srun", SRUN), ("python", f'#!/bin/sh\n{note}\nexec "{sys.executable}" "$@"\n')):
         (fakes / name).write_text(script)
         (fakes / name).chmod(0o755)
-    script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides, f"{GENERATION}.gpus_per_worker=2"]
+    script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
+    script += [f"{GENERATION}.gpus_per_worker=2"] if size == 2 else [f"{GENERATION}.device=cuda"]
     slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": on_node}
     # The workers see no GPUs, because there are none.
     status = 2 if groups else 1

@@ -372,7 +372,7 @@ def _wait_for_worker(client: Client, seconds: float) -> bool:
     except TimeoutError as error:
         raise ClusterError(
             f"distillation.cluster: expected a worker within {seconds:g} s, got none; "
-            "start `dask worker` (or `dask cuda worker`) with this scheduler's address"
+            "start `dask worker` with this scheduler's address"
         ) from error
     return had_none
 
