@@ -48,8 +48,10 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30
 _FILE_POLL_SECONDS = 0.2
-# Time for a worker with a GPU to arrive at a scheduler that has only others.
+# Workers that are started together have arrived if no other came for this time.
 _SETTLE_SECONDS = 5.0
+_LONGEST_SETTLE_SECONDS = 30.0
+_SETTLE_POLL_SECONDS = 0.5
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -245,12 +247,9 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         ) from error
     with _closed_soon(client):
         with _occupied(client, 3 * config.wait_seconds):
-            are_arriving = _wait_for_worker(client, config.wait_seconds)
+            if _wait_for_worker(client, config.wait_seconds):
+                _settle(client, min(_LONGEST_SETTLE_SECONDS, config.wait_seconds))
             facts, roster = _facts(client, config.wait_seconds)
-            if are_arriving and generation.device == "auto" and not any(fact.gpus for fact in facts.values()):
-                # A worker without a GPU may be the first to arrive.
-                time.sleep(min(_SETTLE_SECONDS, config.wait_seconds))
-                facts, roster = _facts(client, config.wait_seconds)
         name = "distributed.scheduler.worker-saturation"
         saturation = run_on_scheduler(client, lambda: dask.config.get(name))
         if float(saturation) > 1.0:
@@ -375,6 +374,16 @@ def _wait_for_worker(client: Client, seconds: float) -> bool:
             "start `dask worker` with this scheduler's address"
         ) from error
     return had_none
+
+
+def _settle(client: Client, seconds: float) -> None:
+    """Wait until no more workers arrive. They share the cores of a host, and the first may be the one without a GPU."""
+    workers = present_workers(client).keys()
+    began = changed = time.monotonic()
+    while time.monotonic() < min(changed + _SETTLE_SECONDS, began + seconds):
+        time.sleep(_SETTLE_POLL_SECONDS)
+        if (present := present_workers(client).keys()) != workers:
+            workers, changed = present, time.monotonic()
 
 
 def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 from distributed import Client, LocalCluster
@@ -137,12 +136,32 @@ def test_workers_that_join_later_are_compared_and_named(monkeypatch, caplog, tmp
         window.release()
 
 
+class Arrivals:
+    """A clock of the job. While it waits, workers arrive one after another, each after some seconds."""
+
+    def __init__(self, cluster: LocalCluster, n_workers: int, every_seconds: float) -> None:
+        self.seconds = 0.0
+        self._cluster, self._n_workers, self._every_seconds = cluster, n_workers, every_seconds
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+        n_workers = min(self._n_workers, 1 + int(self.seconds / self._every_seconds))
+        if n_workers > len(self._cluster.workers):
+            self._cluster.scale(n_workers)
+            with Client(self._cluster) as client:
+                client.wait_for_workers(n_workers, timeout=30)
+
+
 @pytest.mark.parametrize(("n_before", "device", "n_left_out"), [(0, "cuda", 1), (1, "cpu", 0)])
 def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(
     monkeypatch, n_before, device, n_left_out
 ) -> None:
     with workers(n_before) as cluster:
-        monkeypatch.setattr("dask_logits.job.cluster.time", SimpleNamespace(sleep=lambda seconds: _scaled(cluster, 2)))
+        clock = Arrivals(cluster, 2, every_seconds=3)
+        monkeypatch.setattr("dask_logits.job.cluster.time", clock)
         # The one without a GPU comes first.
         first = threading.Timer(0.5, cluster.scale, (1,))
         first.start()
@@ -150,9 +169,26 @@ def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(
             assert executor.device == device
             assert len(executor.roster.left_out) == n_left_out
         first.join()
+        assert clock.seconds == (0 if n_before else 3 + 5)
 
 
-def _scaled(cluster: LocalCluster, n_workers: int) -> None:
-    cluster.scale(n_workers)
-    with Client(cluster) as client:
-        client.wait_for_workers(n_workers, timeout=30)
+@pytest.mark.parametrize(
+    ("every_seconds", "threads", "seconds"),
+    [(4, 8 // 3, 2 * 4 + 5), (5.5, 8, 5), (1, 1, 30)],
+    ids=["three soon", "others too late", "more and more"],
+)
+def test_cores_are_shared_with_workers_that_arrive_soon_after_the_first(
+    monkeypatch, every_seconds, threads, seconds
+) -> None:
+    n_workers = 40 if every_seconds == 1 else 3
+    with workers(0) as cluster:
+        clock = Arrivals(cluster, n_workers, every_seconds)
+        monkeypatch.setattr("dask_logits.job.cluster.time", clock)
+        first = threading.Timer(0.5, cluster.scale, (1,))
+        first.start()
+        gpus = (f"GPU-e{name}>GPU-e{name}" for name in range(n_workers))
+        with joined(cluster, monkeypatch, *gpus) as executor:
+            # A host has 8 cores.
+            assert executor.torch_threads == threads
+        first.join()
+        assert clock.seconds == seconds
