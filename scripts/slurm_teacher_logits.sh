@@ -34,6 +34,9 @@ export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=2
 export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="30 minutes"
 # CUDA counts GPUs as Slurm and nvidia-smi do, and not from the fastest one.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID
+has_gpus=${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}
+# Without GPUs, Slurm may set CUDA_VISIBLE_DEVICES=NoDevFiles, which ends servers of distributed 2026.7.1 that ask NVML.
+[ -n "$has_gpus" ] || export DASK_DISTRIBUTED__DIAGNOSTICS__NVML=False
 
 say() { echo "slurm_teacher_logits: $*" >&2; }
 alive() { kill -0 "$1" 2>/dev/null; }
@@ -80,7 +83,7 @@ for override in "$@"; do
 done
 groups=()
 worker=(worker --nworkers "${WORKERS_PER_NODE:-1}" --nthreads 2)
-if [ -n "${SLURM_GPUS_ON_NODE:-}${SLURM_JOB_GPUS:-}" ]; then
+if [ -n "$has_gpus" ]; then
   # Not dask cuda worker, which binds a worker to the cores of another GPU (dask-cuda 26.10.0).
   groups=(bash -c "$(declare -f start_groups); start_groups \"\$@\"" start_groups "$group")
   worker=(worker --nworkers 1 --nthreads 3)

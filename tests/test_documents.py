@@ -27,7 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import HEAD_WIDTH, finish, save_tokenizer, sentences, tiny_model, wait_for, write_json_lines
+from builders import HEAD_WIDTH, cache_dir, finish, save_tokenizer, sentences, tiny_model, wait_for, write_json_lines
 
 import dask_logits
 from dask_logits import CachedLogitsDataset, load_config, read_status
@@ -73,6 +73,19 @@ case ${FAKE_WORKERS:-real} in
   idle) exec sleep 600 ;;
   lost) exit 1 ;;
 esac
+"""
+# A driver with one GPU.
+NVML = """
+class NVMLError(Exception): ...
+NVMLError_LibraryNotFound = NVMLError_DriverNotLoaded = type("NVMLError_DriverNotLoaded", (NVMLError,), {})
+NVMLError_Unknown = type("NVMLError_Unknown", (NVMLError,), {})
+NVMLError_NotSupported = type("NVMLError_NotSupported", (NVMLError,), {})
+def nvmlInit(): ...
+def nvmlDeviceGetCount(): return 1
+def nvmlDeviceGetHandleByIndex(index):
+    if index != 0:
+        raise NVMLError("Invalid Argument")
+    return index
 """
 
 
@@ -356,6 +369,20 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     assert " -m dask worker --nworkers 3 --nthreads 2 --scheduler-file " in (fakes / "srun-arguments").read_text()
     logs = tmp_path / "output" / "slurm-8"
     assert sorted(path.name for path in logs.iterdir()) == ["scheduler.log", "workers.log"]
+
+
+@pytest.mark.parametrize("hidden", ["NoDevFiles", pytest.param("-1", marks=pytest.mark.slow)])
+def test_the_slurm_recipe_scores_on_cpus_of_a_node_whose_gpus_are_hidden(hidden, overrides, tmp_path) -> None:
+    fakes, modules = tmp_path / "fakes", tmp_path / "modules"
+    for folder, name, text in ((fakes, "srun", SRUN), (modules, "pynvml.py", NVML)):
+        folder.mkdir()
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
+    slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": sys.executable}
+    path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    shell(script, tmp_path, CUDA_VISIBLE_DEVICES=hidden, PYTHONPATH=path, **slurm)
+    assert read_status(cache_dir(overrides)).state == "complete"
 
 
 @pytest.mark.parametrize(
