@@ -1,6 +1,6 @@
 """Run static workers in parallel on this machine and merge their results: the command ``dask-logits-parallel``.
 
-Each worker is a ``dask-logits generate`` process with its own GPUs, or its share of the cores. It writes to its own log
+Each worker is a ``dask-logits generate`` process with its own GPUs and its share of the cores. It writes to its own log
 file, so it does not depend on this process. New lines of all logs are printed here, prefixed with the worker's number.
 """
 
@@ -48,7 +48,7 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
     \b
       dask-logits-parallel 4 0,1,2,3 distillation.dataset.name=Salesforce/wikitext …
 
-    Workers take the GPUs DEVICES in turn, or all visible ones, each as many as gpus_per_worker says. Without any they
+    Workers take the GPUs DEVICES in turn, or all visible ones, each as many as gpus_per_worker says. They
     share the cores. After a failure, run the same command again: completed partitions are kept. The logs are in
     CACHE_DIR/logs/worker-I.log.
 
@@ -71,8 +71,10 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dask_logits"]
-    if not gpus and config.teacher.generation.torch_threads == "auto":
-        overrides = [f"distillation.teacher.generation.torch_threads={max(1, cores() // count)}", *overrides]
+    if config.teacher.generation.torch_threads == "auto":
+        # Dask workers of a static worker share its cores.
+        threads = max(1, cores() // (count * (config.teacher.generation.num_workers or 1)))
+        overrides = [f"distillation.teacher.generation.torch_threads={threads}", *overrides]
     if gpus and devices and config.teacher.generation.device == "auto":
         # A worker that does not see the GPU that was named is refused, instead of scoring on the CPU.
         overrides = ["distillation.teacher.generation.device=cuda", *overrides]

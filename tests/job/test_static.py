@@ -187,9 +187,10 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
         ("NoDevFiles", [], None),
         (None, [f"{GENERATION}.device=cpu"], None),
         (None, ["distillation.cluster.kind=local_cpu"], None),
+        ("", [f"{GENERATION}.num_workers=2"], None),
     ],
 )
-def test_the_launcher_gives_visible_gpus_or_a_share_of_the_cores(
+def test_the_launcher_gives_visible_gpus_and_a_share_of_the_cores(
     visible, arguments, expected, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr("dask_logits.job.gpus.visible_gpus", lambda: 2)
@@ -210,7 +211,8 @@ def test_the_launcher_gives_visible_gpus_or_a_share_of_the_cores(
     assert ended.value.code == 0
     assert [gpu for _, gpu in started] == (expected or [visible] * 3)
     for command, _ in started:
-        assert (f"{GENERATION}.torch_threads=4" in command) == (expected is None)
+        threads = 2 if f"{GENERATION}.num_workers=2" in arguments else 4
+        assert f"{GENERATION}.torch_threads={threads}" in command
         assert (f"{GENERATION}.device=cuda" in command) == (arguments[:1] in (["4,5"], ["4,5,6,7"]))
 
 
