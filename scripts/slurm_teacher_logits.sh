@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Score a dataset inside one Slurm allocation: a Dask scheduler and the job's driver on the first node, workers on all.
 #   sbatch [SBATCH OPTION…] scripts/slurm_teacher_logits.sh OVERRIDE…
-#   sbatch --nodes=2 --gpus-per-node=4 scripts/slurm_teacher_logits.sh distillation.dataset.name=Salesforce/wikitext …
+#   sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 scripts/slurm_teacher_logits.sh \
+#     distillation.dataset.name=Salesforce/wikitext …
 # Submit it from the checkout, on a file system that all nodes see. With GPUs there is a worker for each, or for each
 # group of a node's GPUs if distillation.teacher.generation.gpus_per_worker is among the overrides; without, so many on
 # each node as WORKERS_PER_NODE says (1). Submit it again after a failure or a time limit: only what is missing
@@ -88,8 +89,10 @@ if [ -n "$has_gpus" ]; then
   groups=(bash -c "$(declare -f start_groups); start_groups \"\$@\"" start_groups "$group")
   worker=(worker --nworkers 1 --nthreads 3)
 fi
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none \
-  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+# One task for each node, with the cores of all tasks that the allocation has there.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+  --kill-on-bad-exit=0 --cpu-bind=none \
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$((SLURM_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))"} \
   "${groups[@]}" "$python" -m dask "${worker[@]}" --scheduler-file "$DASK_LOGITS_SCHEDULER_FILE" --memory-limit 0 \
   --death-timeout 300 "${network[@]}" >"$logs/workers.log" 2>&1 &
 workers=$!

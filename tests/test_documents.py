@@ -57,7 +57,7 @@ BIN = Path(sys.executable).parent
 
 SBATCH = """#!/usr/bin/env bash
 # As Slurm does: a copy of the script is run, with its environment.
-export SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=$PWD SLURM_CPUS_PER_TASK=2
+export SLURM_JOB_ID=7 SLURM_JOB_NUM_NODES=1 SLURM_SUBMIT_DIR=$PWD SLURM_CPUS_PER_TASK=2
 while [[ $1 == --* ]]; do
   case $1 in --gpus-per-node=*) export SLURM_GPUS_ON_NODE=${1#*=} ;; esac
   shift
@@ -67,9 +67,14 @@ exec bash "$FAKES/slurm_script" "${@:2}"
 """
 SRUN = """#!/usr/bin/env bash
 echo "$@" >"$FAKES/srun-arguments"
-while [[ $1 == --* ]]; do shift; done
+# As Slurm does: the tasks of the allocation outrank --ntasks-per-node.
+tasks=${SLURM_NTASKS:-1}
+while [[ $1 == --* ]]; do
+  case $1 in --ntasks=*) tasks=${1#*=} ;; esac
+  shift
+done
 case ${FAKE_WORKERS:-real} in
-  real) exec "$@" ;;
+  real) for ((i = 1; i < tasks; i++)); do "$@" & done; exec "$@" ;;
   idle) exec sleep 600 ;;
   lost) exit 1 ;;
 esac
@@ -349,6 +354,11 @@ def test_a_command_that_no_rule_knows_fails() -> None:
         run_command(["rm", "-r", "output"], ROOT)
 
 
+def slurm_job(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a batch script."""
+    return {"SLURM_JOB_ID": "8", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(folder), **more}
+
+
 @pytest.mark.parametrize(
     ("workers", "more", "status", "message"),
     [
@@ -364,9 +374,14 @@ def test_the_slurm_recipe_says_how_it_ended_and_leaves_nothing(
     (fakes / "srun").write_text(SRUN)
     (fakes / "srun").chmod(0o755)
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides, *more]
-    slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "WORKERS_PER_NODE": "3", "FAKE_WORKERS": workers}
+    slurm = slurm_job(
+        tmp_path, SLURM_JOB_NUM_NODES="2", SLURM_CPUS_PER_TASK="3", WORKERS_PER_NODE="3", FAKE_WORKERS=workers
+    )
     assert message in shell(script, tmp_path, status, **slurm)
-    assert " -m dask worker --nworkers 3 --nthreads 2 --scheduler-file " in (fakes / "srun-arguments").read_text()
+    arguments = (fakes / "srun-arguments").read_text()
+    assert " -m dask worker --nworkers 3 --nthreads 2 --scheduler-file " in arguments
+    assert arguments.startswith("--nodes=2 --ntasks=2 --ntasks-per-node=1 ")
+    assert " --cpus-per-task=3 " in arguments
     logs = tmp_path / "output" / "slurm-8"
     assert sorted(path.name for path in logs.iterdir()) == ["scheduler.log", "workers.log"]
 
@@ -379,7 +394,7 @@ def test_the_slurm_recipe_scores_on_cpus_of_a_node_whose_gpus_are_hidden(hidden,
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
-    slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": sys.executable}
+    slurm = slurm_job(tmp_path, PYTHON=sys.executable)
     path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
     shell(script, tmp_path, CUDA_VISIBLE_DEVICES=hidden, PYTHONPATH=path, **slurm)
     assert read_status(cache_dir(overrides)).state == "complete"
@@ -414,11 +429,14 @@ def test_the_slurm_recipe_starts_a_worker_for_each_group_of_gpus(
         (fakes / name).chmod(0o755)
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
     script += [f"{GENERATION}.gpus_per_worker=2"] if size == 2 else [f"{GENERATION}.device=cuda"]
-    slurm = {"SLURM_JOB_ID": "8", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": on_node}
+    slurm = slurm_job(
+        tmp_path, SLURM_GPUS_ON_NODE=on_node, SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="3"
+    )
     # The workers see no GPUs, because there are none.
     status = 2 if groups else 1
     errors = shell(script, tmp_path, status, CUDA_VISIBLE_DEVICES=visible, PYTHON=str(fakes / "python"), **slurm)
     assert message in errors
+    assert " --cpus-per-task=6 " in (fakes / "srun-arguments").read_text()
     if not groups:
         log = (tmp_path / "output" / "slurm-8" / "workers.log").read_text()
         assert re.fullmatch(r"expected 2 GPUs or more on \S+, got 1\n", log)
@@ -437,7 +455,7 @@ def test_the_slurm_recipe_stops_in_order_when_slurm_warns(warning, overrides, tm
     (fakes / "srun").write_text(SRUN)
     (fakes / "srun").chmod(0o755)
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
-    slurm = {"SLURM_JOB_ID": "9", "SLURM_SUBMIT_DIR": str(tmp_path), "FAKE_WORKERS": "idle", "DASK_INTERFACE": "lo"}
+    slurm = slurm_job(tmp_path, FAKE_WORKERS="idle", DASK_INTERFACE="lo")
     # A command in PATH is taken as it is, and this one is no Python.
     assert "the scheduler ended early" in shell(script, tmp_path, 1, PYTHON="false", **slurm)
     path = f"{fakes}:{BIN}:{os.environ['PATH']}"
