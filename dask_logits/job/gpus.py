@@ -30,7 +30,9 @@ _START_GROUPS = (
     "start each group's worker by itself, e.g. `CUDA_VISIBLE_DEVICES=0,1 dask worker ADDRESS --nworkers 1 "
     "--nthreads 3` (`dask cuda worker` starts one for each GPU)"
 )
-_START_SINGLES = "start workers with `dask cuda worker`, which gives each its own GPU"
+_START_SINGLES = (
+    "start one worker for each GPU, e.g. `CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --nworkers 1 --nthreads 3`"
+)
 
 
 def visible_gpus(devices: Path = Path("/dev")) -> int:

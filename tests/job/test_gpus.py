@@ -52,7 +52,7 @@ def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
     reasons = misplaced(shared, 1)
     assert list(reasons) == ["tcp://a:2", "tcp://a:3"]
     assert (
-        "computes on NVIDIA H200 GPU-e0, as tcp://a:1 does; start workers with `dask cuda worker`"
+        "computes on NVIDIA H200 GPU-e0, as tcp://a:1 does; start one worker for each GPU"
         in reasons["tcp://a:3"]
     )
     other = {"tcp://a:1": worker("GPU-e1", "e0")}
