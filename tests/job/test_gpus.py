@@ -51,10 +51,7 @@ def test_workers_on_one_gpu_and_on_others_than_given_are_named() -> None:
     shared = {f"tcp://a:{port}": worker("0,1,2", "e0", "e1", "e2") for port in (1, 2, 3)}
     reasons = misplaced(shared, 1)
     assert list(reasons) == ["tcp://a:2", "tcp://a:3"]
-    assert (
-        "computes on NVIDIA H200 GPU-e0, as tcp://a:1 does; start one worker for each GPU"
-        in reasons["tcp://a:3"]
-    )
+    assert "computes on NVIDIA H200 GPU-e0, as tcp://a:1 does; start one worker for each GPU" in reasons["tcp://a:3"]
     other = {"tcp://a:1": worker("GPU-e1", "e0")}
     assert "was given GPU-e1, and computes on NVIDIA H200 GPU-e0" in misplaced(other, 1)["tcp://a:1"]
     # Slices may share the UUID of their GPU, so they are told apart by their names.
