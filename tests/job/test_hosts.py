@@ -99,7 +99,9 @@ def hosts() -> Iterator[Hosts]:
     finally:
         for process in made.processes:
             process.kill()
-            process.communicate()
+            # Its pipe is closed if a test has read it to the end.
+            with contextlib.suppress(ValueError):
+                process.communicate()
         for space in spaces:
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "delete", space)
@@ -205,10 +207,10 @@ def test_a_second_driver_is_refused_and_takes_over_from_a_stopped_one(hosts, ove
 
 @pytest.mark.slow
 def test_a_driver_that_stays_cut_off_ends_after_its_patience(hosts, overrides, tmp_path) -> None:
-    patience = "distillation.job.stall_seconds=30"
+    patience = "distillation.job.stall_seconds=90"
     driver = disturbed(hosts, [*overrides, "distillation.partition.rows=1", patience], tmp_path)
     wait_for(lambda: list((cache_dir(overrides) / "receipts").rglob("0*.json")), driver, 240)
     hosts.link(DRIVER, "down")
-    _, log = driver.communicate(timeout=240)
+    _, log = driver.communicate(timeout=300)
     assert driver.returncode == 1, log
-    assert "to answer within 30 s, got no answer; check the network" in log
+    assert "to answer within 90 s, got no answer; check the network" in log
