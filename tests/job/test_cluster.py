@@ -372,7 +372,7 @@ def test_a_rounded_teacher_with_grouped_heads_uses_the_kernels_and_gives_the_sam
 
 @pytest.mark.slow
 def test_workers_may_leave_and_join_in_the_middle(overrides, joined, tmp_path) -> None:
-    data = write_json_lines(tmp_path / "many.jsonl", sentences(120, seed=5))
+    data = write_json_lines(tmp_path / "many.jsonl", sentences(600, seed=5))
     many = [f"distillation.dataset.data_files={data}", "distillation.partition.rows=2"]
     whole = digest(generate(load_config([*joined, *many, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"])))
 
