@@ -72,12 +72,8 @@ class Oracle:
 
     def error(self, path: ScoringPath) -> float:
         """Return a path's RMS difference in log-probs (nats). The model's path is unchanged afterwards."""
-        before = self.teacher.path
-        try:
-            self.teacher.take(path)
+        with on_path(self.teacher, path):
             return rms(self.logprobs() - self.plain_RV)
-        finally:
-            self.teacher.take(before)
 
     def logprobs(self) -> Tensor:
         """Return the log-probs of the compared positions on the model's current path, [R, V]."""
@@ -104,6 +100,17 @@ class Oracle:
             total += float(difference_RV.double().square().sum())
             count += difference_RV.numel()
         return float((total / count) ** 0.5)
+
+
+@contextlib.contextmanager
+def on_path(teacher: Teacher, path: ScoringPath) -> Iterator[None]:
+    """Switch a teacher to a path, and back at the end."""
+    before = teacher.path
+    try:
+        teacher.take(path)
+        yield
+    finally:
+        teacher.take(before)
 
 
 @contextlib.contextmanager

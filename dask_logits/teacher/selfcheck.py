@@ -30,7 +30,7 @@ from dask_logits.errors import MISFITS, TeacherError, first_line
 from dask_logits.teacher.cpu import fused
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.model import HEADS, Attention, Head, ScoringPath, Teacher
-from dask_logits.teacher.oracle import Oracle, head_logits, random_tokens, rms
+from dask_logits.teacher.oracle import Oracle, head_logits, on_path, random_tokens, rms
 from dask_logits.teacher.probe import SHORT, make_probe, reaches, set_reach
 from dask_logits.teacher.transformers_internals import attention_of
 
@@ -69,7 +69,7 @@ class Choice:
 
 
 @torch.inference_mode()
-def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS, may_compile: bool = True) -> Choice:
+def check(teacher: Teacher, *, exact: bool, may_compile: bool = True) -> Choice:
     """Find the fastest path that reproduces the model's plain forward, and switch the teacher to it.
 
     Parameters
@@ -78,27 +78,25 @@ def check(teacher: Teacher, *, exact: bool, heads: tuple[Head, ...] = HEADS, may
         A loaded teacher.
     exact
         Whether float32 logits are required if the teacher's dtype is narrower.
-    heads
-        Head paths from hidden states to logits to try, in order.
     may_compile
         Whether attention that must be compiled may be used.
 
     Raises
     ------
     TeacherError
-        If right padding changes the teacher's output (it is not causal), its logits are not finite, or no path agrees.
+        If right padding changes the teacher's output (it is not causal), or its logits are not finite.
     """
     teacher.take(ScoringPath())
     own = Oracle(teacher, random_tokens(teacher, _OWN_WIDTH), _OWN_LENGTHS)
     choice = Choice(path=ScoringPath(), errors={"rounding": own.noise}, refusals={})
     probe, reach_untested = _probe_oracle(teacher, choice)
     _require_causal(probe, choice)
-    path = _choose_head(probe, heads, choice)
+    path = _choose_head(probe, choice)
     kind = fast_attention(teacher, may_compile=may_compile)
     if kind is not None:
         path = _choose_attention(probe, path, kind, reach_untested, choice)
     path = dataclasses.replace(path, exact=exact and path.head == "linear" and teacher.dtype != torch.float32)
-    path = _confirm(own, path, heads, choice)
+    path = _confirm(own, path, choice)
     teacher.take(path)
     logger.debug("path %s, RMS differences in nats from the plain forward: %s", path, choice.errors)
     for way, reason in choice.refusals.items():
@@ -209,15 +207,18 @@ def _require_causal(probe: Oracle, choice: Choice) -> None:
         )
 
 
-def _choose_head(probe: Oracle, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
-    for path in (path for head in heads for path in _ways(probe.teacher, head)):
-        error = _head_error(probe, path)
-        choice.errors[path.head] = min(choice.errors.get(path.head, float("inf")), error)
-        if error <= probe.limit:
-            choice.refusals.pop(path.head, None)
-            return path
-        choice.refusals[path.head] = f"off by {choice.errors[path.head]:.2g} nats, the limit is {probe.limit:.2g}"
-    raise TeacherError(_no_path(heads, choice))
+def _choose_head(probe: Oracle, choice: Choice) -> ScoringPath:
+    for head in HEADS[:-1]:
+        refused: list[tuple[float, str]] = []
+        for path in _ways(probe.teacher, head):
+            error, reason = _compare_head(probe, path)
+            if reason is None:
+                choice.errors[head] = error
+                return path
+            refused.append((error, reason))
+        choice.errors[head], choice.refusals[head] = min(refused)
+    choice.errors["forward"] = 0.0
+    return ScoringPath()
 
 
 def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
@@ -239,35 +240,37 @@ def _ways(teacher: Teacher, head: Head) -> Iterator[ScoringPath]:
             yield ScoringPath(head="linear", scale=scale, softcap=cap)
 
 
-def _head_error(probe: Oracle, path: ScoringPath) -> float:
-    """Return a head path's error, infinite if raw logits differ from those of the model's own code."""
-    if path.head == "forward":
-        return 0.0
+def _compare(oracle: Oracle, path: ScoringPath) -> tuple[float, str | None]:
+    """Return a path's error, infinite if it does not apply, and why it is refused, None if it agrees."""
     try:
-        error = probe.error(path)
+        error = oracle.error(path)
     except MISFITS as misfit:
-        logger.info("head path %s does not apply: %s", path.head, misfit)
-        return float("inf")
-    if path.head == "replay" or error > probe.limit:
-        return error
+        return float("inf"), first_line(misfit)
+    if error <= oracle.limit:
+        return error, None
+    return error, f"off by {error:.2g} nats, the limit is {oracle.limit:.2g}"
+
+
+def _compare_head(probe: Oracle, path: ScoringPath) -> tuple[float, str | None]:
+    """Compare a head path. Its raw logits must also be those of the model's own code, for large hidden states, too."""
+    error, reason = _compare(probe, path)
+    if path.head == "replay" or reason is not None:
+        return error, reason
     teacher, hidden_RD = probe.teacher, probe.hidden_states()
     epsilons = _RAW_EPSILONS if teacher.dtype == torch.float32 else _RAW_EPSILONS_HALF
     for loudness in _LOUDNESS:
         loud_RD = hidden_RD * loudness
-        teacher.take(ScoringPath(head="replay"))
         try:
-            wanted_RV = head_logits(teacher, loud_RD).float()
+            with on_path(teacher, ScoringPath(head="replay")):
+                wanted_RV = head_logits(teacher, loud_RD).float()
         except MISFITS:
             # The family's code after the trunk cannot run alone. The forward has already been compared.
-            return error
-        finally:
-            teacher.take(ScoringPath())
-        teacher.take(path)
-        found_RV = head_logits(teacher, loud_RD).float()
-        teacher.take(ScoringPath())
+            break
+        with on_path(teacher, path):
+            found_RV = head_logits(teacher, loud_RD).float()
         if not rms(found_RV - wanted_RV) <= epsilons * torch.finfo(teacher.dtype).eps * rms(wanted_RV):
-            return float("inf")
-    return error
+            return float("inf"), f"off for hidden states of {loudness:g} times their size"
+    return error, None
 
 
 def fast_attention(teacher: Teacher, *, may_compile: bool) -> Attention | None:
@@ -283,42 +286,23 @@ def _choose_attention(
     probe: Oracle, path: ScoringPath, kind: Attention, untested: str | None, choice: Choice
 ) -> ScoringPath:
     fast = dataclasses.replace(path, attention=kind)
-    choice.errors[kind] = float("inf")
-    try:
-        choice.errors[kind] = error = probe.error(fast)
-    except MISFITS as misfit:
-        choice.refusals[kind] = first_line(misfit)
-        return path
-    if untested:
-        choice.refusals[kind] = untested
-    elif not error <= probe.limit:
-        choice.refusals[kind] = f"off by {error:.2g} nats, the limit is {probe.limit:.2g}"
-    else:
+    choice.errors[kind], reason = _compare(probe, fast)
+    if reason is None and untested is None:
         return fast
+    choice.refusals[kind] = reason or str(untested)
     return path
 
 
-def _confirm(own: Oracle, path: ScoringPath, heads: tuple[Head, ...], choice: Choice) -> ScoringPath:
+def _confirm(own: Oracle, path: ScoringPath, choice: Choice) -> ScoringPath:
     """Compare the chosen path with the forward of the whole teacher in its own dtype. Drop disagreeing parts."""
-    ways = [path, dataclasses.replace(path, attention="model")]
-    ways += [ScoringPath(head=head) for head in HEADS[1:] if head in heads]
-    for way in ways:
-        given_up = way.head if way.attention == "model" else way.attention
-        try:
-            error = 0.0 if way == ScoringPath() else own.error(way)
-        except MISFITS as misfit:
-            choice.refusals[given_up] = first_line(misfit)
-            continue
-        if error <= own.limit:
+    for way in (path, dataclasses.replace(path, attention="model"), ScoringPath(head="replay")):
+        if way == ScoringPath():
+            break
+        error, reason = _compare(own, way)
+        if reason is None:
             choice.errors["path"] = error
             return way
-        choice.refusals[given_up] = f"off by {error:.2g} nats in {own.teacher.dtype}, the limit is {own.limit:.2g}"
-    raise TeacherError(_no_path(heads, choice))
-
-
-def _no_path(heads: tuple[Head, ...], choice: Choice) -> str:
-    reasons = ", ".join(f"{way} {reason}" for way, reason in choice.refusals.items())
-    return (
-        f"teacher: expected one of the head paths {', '.join(heads)} to reproduce the model's forward, got {reasons}; "
-        "run again with distillation.teacher.generation.force_regenerate=true"
-    )
+        given_up = way.head if way.attention == "model" else way.attention
+        choice.refusals[given_up] = f"{reason}, for the whole teacher in {own.teacher.dtype}"
+    choice.errors["path"] = 0.0
+    return ScoringPath()
