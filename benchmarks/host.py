@@ -106,7 +106,7 @@ def drawn(vocab_size: int, k: int, rows: int) -> dict[str, Tensor]:
 def stub(device: Device, pool: dict[str, Tensor], in_flight: int) -> Iterator[None]:
     """Put the device in the place of the real one in scoring, with some partitions at one time, as on a GPU."""
 
-    def states(run: Any, part: tuple[int, ...], tokens_BT: Array) -> Tensor:
+    def states(run: Any, tokens_BT: Array) -> Tensor:
         device.queue(TRUNK * tokens_BT.size)
         return torch.zeros(*tokens_BT.shape, 1)
 

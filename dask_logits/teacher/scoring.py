@@ -12,19 +12,18 @@ R positions of a chunk, C ids of a row, D hidden width, V vocabulary, K kept ent
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dask_logits.data.items import Item, Span
+from dask_logits.data.items import Item
 from dask_logits.errors import CapacityError, TeacherError, first_line, is_poisoned
 from dask_logits.records import EVERY_TOKEN, Array, Extras, Records, schema
 from dask_logits.run.timings import plural
@@ -195,16 +194,9 @@ def start_scoring(
     # Switching to compiled layers runs them a few times, which is no part of a partition's work.
     started = time.perf_counter()
     run = _Run(teacher, items, settings, on_tokens, encode)
-    with run.closed_on_error(), teacher.strict():
-        run.score_until_begun()
+    with teacher.strict():
+        run.score()
     return functools.partial(run.finish, packed=packed, started=started)
-
-
-def _row_of(items: Sequence[Item], starts: Array, place: int) -> int:
-    """Return the dataset row of a kept token."""
-    i = int(np.searchsorted(starts, place, side="right")) - 1
-    ends = starts[i] + np.cumsum([span.length for span in items[i].spans])
-    return items[i].spans[int(np.searchsorted(ends, place, side="right"))].row
 
 
 @dataclass
@@ -230,8 +222,9 @@ class _Run:
         batches = plan_batches(
             self.lengths.tolist(), batch_tokens=settings.batch_tokens, batch_size=settings.batch_size
         )
-        # Batches, or parts of them, that are still to be scored, each with the number of its batch.
-        self.waiting = deque(enumerate(batches))
+        # Batches, or parts of them, that are still to be scored.
+        self.waiting = deque(batches)
+        self._number_of = {item: number for number, batch in enumerate(batches) for item in batch}
         self.contexts = np.array([item.context for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths - self.contexts)])
         masks = [item.loss_mask for item in self.items if item.loss_mask is not None]
@@ -260,8 +253,10 @@ class _Run:
             self.out["target_pos"] = self.scored_M.astype(np.uint64)
         if settings.positions == "entropy":
             self.out[_ENTROPY] = np.empty(len(self.scored_M), np.float32)
-        spans = [span for item in self.items for span in item.spans]
-        self._keys_M = _draw_keys(settings.seed, spans)[self.scored_M] if settings.draws else None
+        spans = [(span.row, span.offset, span.length) for item in self.items for span in item.spans]
+        # Row, offset and length of each document, or part of one.
+        self.documents = np.array(spans, np.int64).reshape(-1, 3).T
+        self._keys_M = _draw_keys(settings.seed, *self.documents)[self.scored_M] if settings.draws else None
         self.watch = Stopwatch(device)
         self.ring = OutputRing(device)
         width = padded_width(settings.vocab_size)
@@ -274,43 +269,22 @@ class _Run:
             self.logits_RV = torch.full((settings.head_rows, width), -torch.inf, dtype=dtype, device=device)
         pipeline = None if settings.path.head == "forward" else self.teacher.pipeline
         if pipeline is not None:
-            self._ahead = Ahead(pipeline, self._parts_to_come(), self._tokens)
+            self._ahead = Ahead(pipeline, lambda part: to_device(self._padded(part)[0], pipeline.input_device))
 
-    @contextlib.contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Drop the batches in flight if the partition fails."""
+    def score(self, *, rest: bool = False) -> None:
+        """Score batches until the device has begun all of them, or the rest, whose results a pipeline still owes."""
         try:
-            yield
+            while self.waiting and (rest or self._ahead is None or self._ahead.n_begun < len(self.waiting)):
+                self.on_tokens(self.score_next())
         except BaseException:
             if self._ahead is not None:
-                self._ahead.close()
+                self._ahead.keep(())
             raise
 
-    def score_until_begun(self) -> None:
-        """Score batches until the device has begun all of them: with a pipeline, before the last ones have arrived."""
-        while self.waiting and not (self._ahead is not None and self._ahead.has_begun_all):
-            self.on_tokens(self.score_next())
-
-    @torch.inference_mode()
-    def _score_rest(self) -> None:
-        """Score the batches that a pipeline has begun."""
-        if self.teacher.device.type == "cuda":
-            # A per-thread setting.
-            torch.cuda.set_device(self.teacher.device)
-        while self.waiting:
-            self.on_tokens(self.score_next())
-
-    def _parts_to_come(self) -> list[tuple[int, ...]]:
-        return [part for _, part in self.waiting]
-
-    def _tokens(self, part: tuple[int, ...]) -> Tensor:
-        assert self.teacher.pipeline is not None
-        return to_device(_padded([self.items[i] for i in part])[0], self.teacher.pipeline.input_device)
-
-    def _states(self, part: tuple[int, ...], tokens_BT: Array) -> Tensor:
-        """Return the hidden states of a batch, or its logits if the model's own forward computes them."""
+    def _states(self, tokens_BT: Array) -> Tensor:
+        """Return the hidden states of the next batch, or its logits if the model's own forward computes them."""
         if self._ahead is not None:
-            return self._ahead.take(part)
+            return self._ahead.take(self.waiting)
         input_ids_BT = to_device(tokens_BT, self.teacher.device)
         is_whole = self.settings.path.head == "forward"
         return self.teacher.logits_forward(input_ids_BT) if is_whole else self.teacher.hidden_states(input_ids_BT)
@@ -325,7 +299,7 @@ class _Run:
         CapacityError
             If a single item does not fit into memory.
         """
-        number, part = self.waiting[0]
+        part = self.waiting[0]
         try:
             n_tokens = self._score(part)
         except (MemoryError, RuntimeError) as error:
@@ -335,7 +309,7 @@ class _Run:
                 raise
         else:
             self.waiting.popleft()
-            self._parts[number].append(len(part))
+            self._parts[self._number_of[part[0]]].append(len(part))
             if not self.waiting:
                 # The next partition takes the same memory. On CUDA it is used in the order of the stream.
                 del self.logits_RV
@@ -358,36 +332,39 @@ class _Run:
         """Halve all that is still to be scored until it has fewer padded tokens than what did not fit."""
         unseen, self.waiting = self.waiting, deque()
         while unseen:
-            number, part = unseen.popleft()
+            part = unseen.popleft()
             if len(part) == 1 or self._padded_size(part) < too_large:
-                self.waiting.append((number, part))
+                self.waiting.append(part)
             else:
                 half = -(-len(part) // 2)
-                unseen.extendleft([(number, part[half:]), (number, part[:half])])
+                unseen.extendleft([part[half:], part[:half]])
         if self._ahead is not None:
-            self._ahead.plan(self._parts_to_come())
+            self._ahead.keep(self.waiting)
 
     def finish(self, *, packed: bool, started: float) -> Scored:
         """Wait for the last results and return the targets, as :func:`start_scoring` describes."""
         if self.waiting:
-            with self.closed_on_error():
-                self._score_rest()
+            if self.teacher.device.type == "cuda":
+                # A per-thread setting.
+                torch.cuda.set_device(self.teacher.device)
+            with torch.inference_mode():
+                self.score(rest=True)
         self.ring.drain()
+        rows, offsets, lengths = self.documents
         bad = ~np.isfinite(self.out["logsumexp"])
         if bad.any():
-            row = _row_of(self.items, self.starts, int(self.scored_M[np.flatnonzero(bad)[0]]))
+            row = int(np.repeat(rows, lengths)[self.scored_M[bad][0]])
             raise TeacherError(
                 f"dataset row {row}: expected finite logits, got NaN or infinity from the teacher; "
                 "run it in float32 (distillation.teacher.dtype=float32) or remove the row",
                 row=row,
             )
         entropy_M = self.out.pop(_ENTROPY, None)
-        spans = [span for item in self.items for span in item.spans]
         records = Records(
             **self.out,
-            document_row=np.array([span.row for span in spans], np.uint64),
-            document_offset=np.array([span.offset for span in spans], np.uint32),
-            document_length=np.array([span.length for span in spans], np.uint32),
+            document_row=rows.astype(np.uint64),
+            document_offset=offsets.astype(np.uint32),
+            document_length=lengths.astype(np.uint32),
             block_length=self.lengths[self.lengths > 0].astype(np.uint32) if packed else None,
         )
         if entropy_M is not None:
@@ -407,7 +384,7 @@ class _Run:
 
     def _score(self, part: tuple[int, ...]) -> int:
         device = self.teacher.device
-        tokens_BT, labels_BT = _padded([self.items[i] for i in part])
+        tokens_BT, labels_BT = self._padded(part)
         chosen = list(part)
         place_T = np.arange(tokens_BT.shape[1])
         kept_BT = (place_T < self.lengths[chosen][:, None]) & (place_T >= self.contexts[chosen][:, None])
@@ -417,7 +394,7 @@ class _Run:
         valid_M = to_device(np.flatnonzero(kept_BT)[target_N >= 0], device)
         labels_M = to_device(labels_BT[kept_BT][target_N >= 0], device)
         with self.watch.span("trunk"):
-            rows_M = self._states(part, tokens_BT).flatten(0, 1)
+            rows_M = self._states(tokens_BT).flatten(0, 1)
         for first in range(0, len(where_M), self.settings.head_rows):
             chunk = slice(first, first + self.settings.head_rows)
             keys_R = None if self._keys_M is None else to_device(self._keys_M[where_M[chunk]], device)
@@ -484,16 +461,27 @@ class _Run:
                 self.encoded[name] = np.empty((len(self.scored_M), *values.shape[1:]), values.dtype)
             (self.out if name in self.out else self.encoded)[name][where_M] = values
 
+    def _padded(self, part: tuple[int, ...]) -> tuple[Array, Array]:
+        """Return the part's tokens, right-padded with id 0, and each position's next token (−1 if there is none)."""
+        width = max(_SHORTEST, int(self.lengths[part[0]]))
+        tokens_BT = np.zeros((len(part), width), np.int64)
+        labels_BT = np.full((len(part), width), -1, np.int64)
+        for b, item in enumerate(self.items[i] for i in part):
+            length = len(item.tokens)
+            tokens_BT[b, :length] = item.tokens
+            labels_BT[b, : length - 1] = item.tokens[1:]
+            labels_BT[b, length - 1] = item.next_token
+        return tokens_BT, labels_BT
+
     def _padded_size(self, part: tuple[int, ...]) -> int:
         return len(part) * int(self.lengths[part[0]])
 
 
-def _draw_keys(seed: int, spans: Sequence[Span]) -> Array:
+def _draw_keys(seed: int, rows: Array, offsets: Array, lengths: Array) -> Array:
     """Return the key of each kept token's draws: [N] int64."""
-    none = np.empty(0, np.int64)
-    rows = [none, *(np.full(span.length, span.row, np.int64) for span in spans)]
-    positions = [none, *(np.arange(span.offset, span.offset + span.length, dtype=np.int64) for span in spans)]
-    return draw_keys(seed, np.concatenate(rows), np.concatenate(positions))
+    before = np.cumsum(lengths) - lengths
+    positions_N = np.arange(lengths.sum()) + np.repeat(offsets - before, lengths)
+    return draw_keys(seed, np.repeat(rows, lengths), positions_N)
 
 
 def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tensor:
@@ -526,16 +514,3 @@ def refined_logits(teacher: Teacher, hidden_RD: Tensor, ids_RC: Tensor) -> Tenso
 
 def _products(hidden_RD: Tensor, weight_VD: Tensor, ids_RC: Tensor) -> Tensor:
     return (weight_VD[ids_RC].float() * hidden_RD[:, None].float()).sum(-1)
-
-
-def _padded(batch: Sequence[Item]) -> tuple[Array, Array]:
-    """Return the batch's tokens, right-padded with id 0, and each position's next token (−1 if there is none)."""
-    width = max(_SHORTEST, len(batch[0].tokens))
-    tokens_BT = np.zeros((len(batch), width), np.int64)
-    labels_BT = np.full((len(batch), width), -1, np.int64)
-    for b, item in enumerate(batch):
-        length = len(item.tokens)
-        tokens_BT[b, :length] = item.tokens
-        labels_BT[b, : length - 1] = item.tokens[1:]
-        labels_BT[b, length - 1] = item.next_token
-    return tokens_BT, labels_BT

@@ -21,7 +21,6 @@ import logging
 import queue
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -266,52 +265,39 @@ class Ahead(Generic[_Key]):
     ----------
     pipeline
         The pipeline.
-    keys
-        The batches, in the order in which they will be taken.
     tokens_of
-        Key → int64 tokens [B, T] on the pipeline's input device.
+        Batch → int64 tokens [B, T] on the pipeline's input device.
     """
 
-    def __init__(self, pipeline: Pipeline, keys: Iterable[_Key], tokens_of: Callable[[_Key], Tensor]) -> None:
+    def __init__(self, pipeline: Pipeline, tokens_of: Callable[[_Key], Tensor]) -> None:
         self._pipeline = pipeline
         self._tokens_of = tokens_of
         self._flying: dict[_Key, Future[Tensor]] = {}
-        self.plan(keys)
-
-    def plan(self, keys: Iterable[_Key]) -> None:
-        """Replace the batches that are still to be taken. Others in flight are dropped.
-
-        Parameters
-        ----------
-        keys
-            The batches, in order.
-        """
-        keys = list(keys)
-        for key in self._flying.keys() - set(keys):
-            self._flying.pop(key).cancel()
-        self._upcoming = deque(key for key in keys if key not in self._flying)
 
     @property
-    def has_begun_all(self) -> bool:
-        """Whether the pipeline has been given all batches."""
-        return not self._upcoming
+    def n_begun(self) -> int:
+        """Number of batches that the pipeline has been given and that were not taken."""
+        return len(self._flying)
 
-    def take(self, key: _Key) -> Tensor:
-        """Return the hidden states of the next batch.
+    def take(self, keys: Sequence[_Key]) -> Tensor:
+        """Return the hidden states of the first batch, and have the pipeline begin the next ones.
 
         Raises
         ------
         Exception
             The error of the stage that failed.
         """
-        while self._upcoming and len(self._flying) < self._pipeline.depth:
-            upcoming = self._upcoming.popleft()
-            self._flying[upcoming] = self._pipeline.submit(self._tokens_of(upcoming))
-        return self._flying.pop(key).result()
+        for key in keys:
+            if len(self._flying) >= self._pipeline.depth:
+                break
+            if key not in self._flying:
+                self._flying[key] = self._pipeline.submit(self._tokens_of(key))
+        return self._flying.pop(keys[0]).result()
 
-    def close(self) -> None:
-        """Drop what was not taken."""
-        self.plan([])
+    def keep(self, keys: Iterable[_Key]) -> None:
+        """Drop all batches in flight but these."""
+        for key in self._flying.keys() - set(keys):
+            self._flying.pop(key).cancel()
 
 
 class _AllCalledError(Exception):

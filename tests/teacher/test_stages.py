@@ -187,12 +187,11 @@ def test_all_stages_are_busy() -> None:
     made = pipelined(teacher, 4)
     busy = slowed(teacher, 0.1)
     n_batches = 60
-    ahead = Ahead(made, range(n_batches), lambda n: torch.full((1, 4), n))
+    ahead = Ahead(made, lambda n: torch.full((1, 4), n))
     begun = time.perf_counter()
     for n in range(n_batches):
-        ahead.take(n)
+        ahead.take(range(n, n_batches))
     seconds = time.perf_counter() - begun
-    ahead.close()
     made.close()
     shares = [sum(end - start for start, end in spans) / seconds for spans in busy]
     # The pipeline fills and drains: 60 of 63 steps, or 0.95. One stage after the other would be 0.25. Other work on the
@@ -262,14 +261,17 @@ def test_results_are_in_order_and_parts_of_a_batch_are_computed_by_themselves() 
     teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
     made = pipelined(teacher, 2)
     tokens = {key: torch.tensor([[key, key + 1]]) for key in range(20)}
-    ahead = Ahead(made, range(0, 20, 2), tokens.__getitem__)
+    ahead = Ahead(made, tokens.__getitem__)
+    keys = list(range(0, 20, 2))
     with torch.inference_mode():
         for key in (0, 2, 5, 7, 6, 8):
             if key == 5:
                 # Batch 4 is replaced by 5 and 7.
-                ahead.plan([5, 7, *range(6, 20, 2)])
-            assert torch.equal(ahead.take(key), teacher.trunk(tokens[key]).last_hidden_state)
-    ahead.close()
+                keys[:1] = [5, 7]
+                ahead.keep(keys)
+            assert torch.equal(ahead.take(keys), teacher.trunk(tokens[key]).last_hidden_state)
+            assert keys.pop(0) == key
+    ahead.keep(())
     made.close()
 
 
@@ -337,17 +339,17 @@ class _Submissions:
 
 def test_after_a_batch_that_does_not_fit_the_pipeline_is_full_again() -> None:
     noted = _Submissions()
-    ahead = Ahead(noted, "abcdefgh", lambda key: key)
-    assert ahead.take("a") == "a"
-    ahead.take("b")
+    ahead = Ahead(noted, lambda key: key)
+    assert ahead.take("abcdefgh") == "a"
+    ahead.take("bcdefgh")
     assert list(noted.futures) == ["a", "b", "c", "d"]
     # b does not fit, c is as large, and d is smaller.
     parts = ["b1", "b2", "c1", "c2", *"defgh"]
-    ahead.plan(parts)
+    ahead.keep(parts)
     assert noted.futures["c"].cancelled()
     for n, key in enumerate(parts):
-        assert ahead.take(key) == key
-        assert len(ahead._flying) == min(noted.depth - 1, len(parts) - n - 1), key
+        assert ahead.take(parts[n:]) == key
+        assert ahead.n_begun == min(noted.depth - 1, len(parts) - n - 1), key
     # Each part was computed once, d before the halves.
     assert list(noted.futures) == ["a", "b", "c", "d", "b1", "b2", "c1", "c2", "e", "f", "g", "h"]
 
@@ -406,18 +408,18 @@ def test_nothing_of_a_failed_batch_is_held() -> None:
 
     for layer in (teacher.layers()[2], teacher.layers()[0]):
         own, layer.forward = layer.forward, fail
-        ahead = Ahead(made, range(1, 9), lambda n: torch.full((2, 20), n))
+        ahead = Ahead(made, lambda n: torch.full((2, 20), n))
         gc.disable()
         try:
             with pytest.raises(torch.OutOfMemoryError):
-                ahead.take(1)
+                ahead.take(range(1, 9))
             wait(ahead._flying.values())
             # Those in flight have failed, too.
             assert len(held) == made.depth * 2
             assert [tensor() for tensor in held] == [None] * len(held)
         finally:
             gc.enable()
-        ahead.close()
+        ahead.keep(())
         layer.forward = own
         held.clear()
     made.close()
@@ -426,18 +428,17 @@ def test_nothing_of_a_failed_batch_is_held() -> None:
 def test_the_tensors_of_a_batch_that_is_dropped_are_freed() -> None:
     teacher = Teacher(tiny_model("llama", num_hidden_layers=4), VOCAB_SIZE)
     made = pipelined(teacher, 2)
-    ahead = Ahead(made, range(1, 9), lambda n: torch.full((2, 20), n))
-    ahead.take(1)
+    ahead = Ahead(made, lambda n: torch.full((2, 20), n))
+    ahead.take(range(1, 9))
     wait(ahead._flying.values())
     held = [weakref.ref(future.result()) for future in ahead._flying.values()]
     assert len(held) == 2
-    ahead.plan([4, 5])
+    ahead.keep([4, 5])
     # The thread of the last stage lets go of a batch after its result is there.
     patience = time.monotonic() + 60
     while any(tensor() is not None for tensor in held):
         assert time.monotonic() < patience
         time.sleep(0.01)
-    ahead.close()
     made.close()
 
 
