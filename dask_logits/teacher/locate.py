@@ -142,17 +142,9 @@ def refuse_hub_adapter(name: str, revision: str | None, *, local_files_only: boo
     TeacherError
         With instructions for using the adapter.
     """
-    from transformers.utils import cached_file
+    from transformers.utils import find_adapter_config_file
 
-    found = cached_file(
-        name,
-        CONFIG,
-        revision=revision,
-        local_files_only=local_files_only,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    found = find_adapter_config_file(name, revision=revision, local_files_only=local_files_only)
     if found is not None:
         raise TeacherError(
             f"{_WHERE}: {name!r} on the hub holds an adapter; download it (hf download {name} --local-dir adapter) and "

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from dask_logits.errors import TeacherError
+from dask_logits.errors import TeacherError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,42 +116,25 @@ def file_tensors(file: Path) -> dict[str, StoredTensor]:
     TeacherError
         If the file is incomplete or not in safetensors.
     """
-    size = file.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
     with file.open("rb") as stream:
-        start = stream.read(_LENGTH_BYTES)
-        if start and _LFS_POINTER.startswith(start):
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise TeacherError(
                 f"{_WHERE}: {file} is a Git LFS pointer, not the weights; run git lfs pull in the model's folder"
             )
-        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
-        if not 0 < length <= _LONGEST_HEADER:
-            raise TeacherError(
-                f"{_WHERE}: expected a safetensors file, got {size:,} bytes of something else in {file}; "
-                "download the file again"
-            )
-        header_bytes = stream.read(length)
-    if len(header_bytes) < length:
-        raise TeacherError(
-            f"{_WHERE}: {file} is incomplete: expected a header of {length:,} bytes, got {len(header_bytes):,}; "
-            "download the file again"
-        )
     try:
-        header: dict[str, Any] = json.loads(header_bytes)
-        header.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(dtype=entry["dtype"], shape=tuple(entry["shape"])) for name, entry in header.items()
-        }
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        with safe_open(file, framework="np") as stored:
+            parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+            return {
+                name: StoredTensor(dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+                for name, part in parts.items()
+            }
+    except SafetensorError as error:
         raise TeacherError(
-            f"{_WHERE}: the header of {file} cannot be read ({type(error).__name__}); download the file again"
+            f"{_WHERE}: expected a complete safetensors file in {file}, got {file.stat().st_size:,} bytes "
+            f"({first_line(error)}); download the file again"
         ) from error
-    expected = _LENGTH_BYTES + length + end
-    if size < expected:
-        raise TeacherError(
-            f"{_WHERE}: {file} is incomplete: expected {expected:,} bytes, got {size:,}; download the file again"
-        )
-    return tensors
 
 
 def header_bytes(file: Path) -> bytes:

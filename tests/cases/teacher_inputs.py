@@ -350,7 +350,7 @@ REFUSED = {
     missing_layer: r"expected all .* got none for model\.layers\.2\..* \(9 in all\); give a complete checkpoint",
     missing_head: r"got none for lm_head\.weight \(1 in all\)",
     other_shapes: r"expected \(32, 48\) for model\.layers\.0\.mlp\.down_proj\.weight, got \(32, 64\)",
-    truncated_weights: r"is incomplete: expected [\d,]+ bytes, got [\d,]+; download the file again",
+    truncated_weights: r"expected a complete safetensors file in .*, got [\d,]+ bytes \(.*\); download the file again",
     large_file_pointer: r"is a Git LFS pointer, not the weights; run git lfs pull",
     missing_shard: r"1 of the \d+ weight files .* are missing, e\.g\. model-00002-of-",
     missing_from_shard: r"1 tensors that .* names are in none of the weight files",
