@@ -70,7 +70,7 @@ def find_adapter(folder: Path) -> Adapter | None:
     Raises
     ------
     TeacherError
-        If the adapter cannot be merged exactly, is incomplete, or its base model is missing.
+        If the adapter cannot be merged exactly, is incomplete, or its base model or the package peft is missing.
     """
     config_path = folder / CONFIG
     if not config_path.is_file():
@@ -92,27 +92,17 @@ def find_adapter(folder: Path) -> Adapter | None:
             f"{_WHERE}: expected the weights of the adapter in {folder / WEIGHTS}, got no such file; {_CURE}"
         )
     file_tensors(folder / WEIGHTS)
+    if find_spec("peft") is None:
+        raise TeacherError(
+            f"{_WHERE}: {folder} holds an adapter ({kind}), which the package peft merges into the teacher, and peft "
+            f"is not installed; install it ({_INSTALL}), or {_CURE}"
+        )
     return Adapter(
         folder=folder,
         kind=kind,
         base=_base_of(folder, config.get("base_model_name_or_path")),
         revision=config.get("revision") or None,
     )
-
-
-def require_peft(adapter: Adapter) -> None:
-    """Refuse an adapter if peft is not installed.
-
-    Raises
-    ------
-    TeacherError
-        Naming the package to install.
-    """
-    if find_spec("peft") is None:
-        raise TeacherError(
-            f"{_WHERE}: {adapter.folder} holds an adapter ({adapter.kind}), which the package peft merges into the "
-            f"teacher, and peft is not installed; install it ({_INSTALL}), or {_CURE}"
-        )
 
 
 def merge_adapter(model: Any, adapter: Adapter) -> Any:
@@ -126,9 +116,8 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
     Raises
     ------
     TeacherError
-        If peft is missing, the adapter does not fit the model, or the merged model gives other logits.
+        If the adapter does not fit the model, or the merged model gives other logits.
     """
-    require_peft(adapter)
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = set(file_tensors(adapter.folder / WEIGHTS))

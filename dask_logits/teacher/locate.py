@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dask_logits.errors import TeacherError, first_line
-from dask_logits.teacher.adapters import CONFIG, Adapter, find_adapter, require_peft
+from dask_logits.teacher.adapters import CONFIG, Adapter, find_adapter
 from dask_logits.teacher.weights import StoredTensor, stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ def locate_teacher(path: str, *, allow_pickle: bool) -> Location:
         return Location(base=path, folder=None, adapter=None, tensors={})
     adapter = find_adapter(folder)
     if adapter is not None:
-        require_peft(adapter)
         folder = Path(adapter.base)
         if not folder.is_dir():
             return Location(base=adapter.base, folder=None, adapter=adapter, tensors={})
