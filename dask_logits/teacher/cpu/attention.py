@@ -91,8 +91,7 @@ def attention_layer(
         If the family passes an unsupported argument that may change the result.
     """
     refuse_unknown(module, settings, "block attention")
-    causal = settings.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal) or key.shape[2] != query_BHTD.shape[2]:
+    if not is_causal(module, settings, query_BHTD, key):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if softcap is not None or s_aux is not None:
@@ -103,6 +102,12 @@ def attention_layer(
         return out
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query_BHTD, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def is_causal(module: nn.Module, settings: Mapping[str, Any], query_BHTD: Tensor, key: Tensor) -> bool:
+    """Whether a layer attends from each position to those before it and to itself."""
+    asked = settings.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked) and key.shape[2] == query_BHTD.shape[2]
 
 
 def refuse_unknown(module: nn.Module, settings: Mapping[str, Any], name: str) -> None:

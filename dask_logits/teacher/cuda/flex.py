@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dask_logits.errors import first_line
-from dask_logits.teacher.cpu.attention import operator, refuse_unknown
+from dask_logits.teacher.cpu.attention import is_causal, operator, refuse_unknown
 from dask_logits.teacher.torch_internals import constant_floats
 
 NAME = "dask_logits_flex"
@@ -81,8 +81,7 @@ def flex_layer(
         If there is a mask, the layer is not causal, or the family passes an argument that may change the result.
     """
     refuse_unknown(module, settings, "FlexAttention")
-    causal = settings.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal) or key.shape[2] != query_BHTD.shape[2]:
+    if not is_causal(module, settings, query_BHTD, key):
         raise ValueError(f"{type(module).__name__}: FlexAttention is used for causal layers only")
     if attention_mask is not None:
         raise ValueError(f"{type(module).__name__}: FlexAttention is used without a mask only")
