@@ -522,7 +522,5 @@ def set_memory() -> None:
 
 
 def _cpu_has_bfloat16() -> bool:
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return "AVX512" in capabilities and ("avx512_bf16" in text or "amx_bf16" in text)
+    found = torch.cpu.get_capabilities()
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and any(map(found.get, ("avx512_bf16", "amx_bf16")))

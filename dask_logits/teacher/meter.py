@@ -140,7 +140,7 @@ def measure_cost(teacher: Teacher) -> Cost:
     try:
         linear = count_linear_flops(teacher)
         full, windowed, window = _attention_flops(teacher)
-        peak = sum(peak_flops(device, teacher.dtype) for device in teacher.devices)
+        peak = sum(peak_flops(device, teacher.dtype, torch.get_num_threads()) for device in teacher.devices)
     except Exception as error:  # noqa: BLE001 - configurations of any family and drivers of any device
         logger.info("MFU is unknown: the teacher's FLOPs could not be counted (%s)", first_line(error))
         return Cost()
@@ -213,16 +213,12 @@ def _mixed_width(layer: nn.Module) -> int:
     return 0
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """Measure the FLOPs per second of one large matrix product: the best of several rounds with random factors.
 
     This takes at most about a second, and a process measures it once for each number of threads.
     """
-    return _peak_flops(device, dtype, torch.get_num_threads())
-
-
-@functools.cache
-def _peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     # A few threads take long for a large product, and many threads are not all busy with a small one.
     largest = 8192 if device.type == "cuda" else 1024 if threads <= 2 else 2048
     deadline = time.perf_counter() + _GEMM_SECONDS

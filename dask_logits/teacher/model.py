@@ -38,7 +38,7 @@ Attention = Literal["fused", "blocks", "flex", "model"]
 Head = Literal["linear", "replay", "forward"]
 HEADS: tuple[Head, ...] = ("linear", "replay", "forward")
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Code is compiled for one and for several sequences. Every process starts from these shapes, so all run the same code.
 _WARM_SHAPES = ((2, 64), (1, 64))
 # Kinds of layers times the two shapes, plus a margin.
@@ -108,7 +108,7 @@ class Teacher:
         self.devices = sorted({torch.device(place) for place in placed}, key=str) or [self.device]
         stored: torch.dtype = self.head.weight.dtype
         # A quantized head computes in another dtype than it is stored in. No logits may be rounded to that.
-        self.dtype = stored if stored in _FLOATS else torch.float32
+        self.dtype = stored if stored in FLOATS else torch.float32
         self.path = ScoringPath()
         # Batches go through it one behind the other, if the layers are on several devices.
         self.pipeline: Pipeline | None = None

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dask_logits.errors import TeacherError
-from dask_logits.teacher.model import ScoringPath, Teacher
+from dask_logits.teacher.model import FLOATS, ScoringPath, Teacher
 
 # Tolerated error of a path, as a multiple of the model's own rounding.
 FACTOR = 4.0
 _ROWS = 64
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -91,15 +90,13 @@ class Oracle:
     def padding_error(self) -> float:
         """Return the effect of right padding on the plain forward: each document alone against the padded batch."""
         T = self.tokens_BT.shape[1]
-        total = count = 0.0
+        differences = []
         for b, length in enumerate(self.lengths):
             chosen_R = self.rows_R // T == b
             places_R = self.rows_R[chosen_R] % T
             alone_RV = self.teacher.logits_forward(self.tokens_BT[b : b + 1, :length])[0, places_R].float()
-            difference_RV = alone_RV.log_softmax(-1) - self.plain_RV[chosen_R]
-            total += float(difference_RV.double().square().sum())
-            count += difference_RV.numel()
-        return float((total / count) ** 0.5)
+            differences.append(alone_RV.log_softmax(-1) - self.plain_RV[chosen_R])
+        return rms(torch.cat(differences))
 
 
 @contextlib.contextmanager
@@ -158,7 +155,7 @@ def _finite_ids(teacher: Teacher) -> Tensor:
     """Return the ids with finite embeddings, [V]. NaN would reach every position of its document."""
     ids_V = torch.arange(teacher.vocab_size)
     weight_VD = getattr(teacher.model.get_input_embeddings(), "weight", None)
-    if not isinstance(weight_VD, Tensor) or weight_VD.dtype not in _FLOATS or len(weight_VD) < len(ids_V):
+    if not isinstance(weight_VD, Tensor) or weight_VD.dtype not in FLOATS or len(weight_VD) < len(ids_V):
         return ids_V
     usable_V = weight_VD[: len(ids_V)].isfinite().all(-1).cpu()
     return ids_V[usable_V] if usable_V.any() else ids_V

@@ -22,7 +22,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.model import FLOATS, Teacher
 
 SHORT = 16
 _FEWEST_LAYERS = 2
@@ -32,7 +32,6 @@ _REACH = re.compile(r"window|chunk|topk|top_k|local_attention|block_size")
 # Matches of _REACH that do not limit the visible positions.
 _OTHER = re.compile(r"expert|moe|group|router|layers|pattern|feed_forward|lm_head|loss|inference")
 _POSITION = re.compile(r"(^|_)(idx|id|index|number)$")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
@@ -61,7 +60,7 @@ def make_probe(teacher: Teacher, *, whole: bool = False) -> Teacher:
         for module in kept
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
-    packed = {p.dtype for module in kept for p in module.parameters(recurse=False)} - set(_FLOATS)
+    packed = {p.dtype for p in tensors.values() if isinstance(p, nn.Parameter)} - {*FLOATS, torch.float64}
     if packed:
         raise ValueError(f"weights of {', '.join(sorted(map(str, packed)))} have no copy in float32")
     needed = sum(4 * tensor.numel() for tensor in tensors.values() if tensor.dtype != torch.float32)

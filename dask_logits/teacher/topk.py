@@ -299,7 +299,9 @@ def _statistics(logits_RV: Tensor, path: ScoringPath, groups: int) -> tuple[Tens
     rows = len(logits_RV)
     values_RGNB = path.finish(logits_RV.float()).view(rows, groups, -1, BLOCK)
     maxima_RGN = values_RGNB.amax(-1)
-    bases_RG = _finite(maxima_RGN.amax(-1))
+    bases_RG = maxima_RGN.amax(-1)
+    # −inf cannot be subtracted.
+    bases_RG = bases_RG.masked_fill(bases_RG == -torch.inf, 0.0)
     sums_RGN = (values_RGNB - bases_RG[..., None, None]).exp().sum(-1)
     return maxima_RGN.view(rows, -1), sums_RGN.view(rows, -1), bases_RG
 
@@ -312,11 +314,6 @@ def _sum_exp(values: Tensor, highest_R1: Tensor, path: ScoringPath) -> Tensor:
 def compiled_if(wanted: bool, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function, compiled once for all shapes if that is wanted."""
     return torch.compile(function, dynamic=True) if wanted else function
-
-
-def _finite(maxima: Tensor) -> Tensor:
-    """Replace −inf, which cannot be subtracted."""
-    return maxima.masked_fill(maxima == -torch.inf, 0.0)
 
 
 def _largest_blocks(maxima_RN: Tensor, count: int, path: ScoringPath) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from builders import HEAD_WIDTH, VOCAB_SIZE, tiny_model
 from popular import BY_TYPE, Family, build_family
 
-from dask_logits.teacher.meter import Cost, Stopwatch, _peak_flops, measure_cost
+from dask_logits.teacher.meter import Cost, Stopwatch, measure_cost, peak_flops
 from dask_logits.teacher.model import Teacher
 
 CPU = torch.device("cpu")
@@ -101,11 +101,11 @@ def test_the_limit_is_measured_in_bounded_time(dtype: torch.dtype, monkeypatch) 
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("torch.mm", slow_product)
-    _peak_flops.cache_clear()
+    peak_flops.cache_clear()
     try:
-        assert _peak_flops(CPU, dtype, 64) == pytest.approx(2 / 1e-7)
+        assert peak_flops(CPU, dtype, 64) == pytest.approx(2 / 1e-7)
     finally:
-        _peak_flops.cache_clear()
+        peak_flops.cache_clear()
     assert clock[0] < 1.0
 
 
