@@ -12,7 +12,7 @@ The driver of a new run reads all bytes, because 140 GB take minutes. Later star
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +71,7 @@ def identify(location: Location, commit: str | None, known: Mapping[str, Any]) -
     stamp = _stamp(files, more)
     if stamp == known.get("stamp"):
         return Identity(content=str(known["identity"]), sample=str(known["sample"]), stamp=stamp)
-    return Identity(
-        content=_CONTENT + _digest(files, more, _of_content),
-        sample=_SAMPLE + _digest(files, more, _of_sample),
-        stamp=stamp,
-    )
+    return Identity(content=_digest(_CONTENT, files, more), sample=_digest(_SAMPLE, files, more), stamp=stamp)
 
 
 def require_same(location: Location, commit: str | None, seen: Identity) -> None:
@@ -96,10 +92,8 @@ def require_same(location: Location, commit: str | None, seen: Identity) -> None
     files, more = _defining(location, commit)
     if not files or _stamp(files, more) == seen.stamp:
         return
-    if seen.sample:
-        expected, got = seen.sample, _SAMPLE + _digest(files, more, _of_sample)
-    else:
-        expected, got = seen.content, _CONTENT + _digest(files, more, _of_content)
+    expected = seen.sample or seen.content
+    got = _digest(_SAMPLE if seen.sample else _CONTENT, files, more)
     if got != expected:
         raise TeacherError(
             f"distillation.teacher.model_path: expected the teacher {_short(expected)} that the driver saw, got "
@@ -137,13 +131,14 @@ def _stamp(files: Mapping[str, Path], more: str) -> str:
     return hashlib.sha256("".join([*lines, more]).encode()).hexdigest()
 
 
-def _digest(files: Mapping[str, Path], more: str, digest_of: Callable[[Path], str]) -> str:
+def _digest(kind: str, files: Mapping[str, Path], more: str) -> str:
+    digest_of = _of_sample if kind == _SAMPLE else _of_content
     # In the order recorded by runs of earlier releases.
     names = sorted(files, key=lambda name: files[name])
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = list(pool.map(digest_of, (files[name] for name in names)))
     lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)) + more
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return kind + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _of_content(path: Path) -> str:
