@@ -18,6 +18,7 @@ Dimension letters: B sequences, T tokens, R rows of hidden states, D hidden widt
 
 from __future__ import annotations
 
+import functools
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from dask_logits.teacher.cpu import attention, fused
 from dask_logits.teacher.cuda import flex, kernels
 from dask_logits.teacher.memory import is_out_of_memory
 from dask_logits.teacher.stages import Pipeline, split_layers, staged
-from dask_logits.teacher.torch_internals import remove_incomplete_code, strict_compiler, uncompile
+from dask_logits.teacher.torch_internals import strict_compiler, uncompile, with_complete_code
 from dask_logits.teacher.transformers_internals import attention_of, one_sequence_per_row
 
 Attention = Literal["fused", "blocks", "flex", "model"]
@@ -246,12 +247,11 @@ class Teacher:
         try:
             with self.strict(compiled=True), torch.inference_mode():
                 for shape in _WARM_SHAPES:
-                    self.hidden_states(torch.ones(shape, dtype=torch.int64, device=self.device))
-        except Exception as error:
+                    ids_BT = torch.ones(shape, dtype=torch.int64, device=self.device)
+                    with_complete_code(functools.partial(self.hidden_states, ids_BT))
+        except Exception:
             self._uncompile()
-            if not remove_incomplete_code(error):
-                raise
-            self._compile()
+            raise
 
     def strict(self, *, compiled: bool = False) -> AbstractContextManager[object]:
         """Make the compiler raise instead of falling back to uncompiled code, which would change the bits of a run."""

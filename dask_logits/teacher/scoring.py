@@ -35,7 +35,7 @@ from dask_logits.teacher.model import ScoringPath, Teacher
 from dask_logits.teacher.positions import Positions, highest_entropy, scored_positions
 from dask_logits.teacher.stages import Ahead
 from dask_logits.teacher.topk import TopK, compiled_if, padded_width, topk_with_tail
-from dask_logits.teacher.torch_internals import remove_incomplete_code
+from dask_logits.teacher.torch_internals import with_complete_code
 from dask_logits.teacher.transfer import OutputRing, to_device
 
 # Code is compiled for sequences of at least two tokens.
@@ -290,9 +290,7 @@ class _Run:
         return self.teacher.logits_forward(input_ids_BT) if is_whole else self.teacher.hidden_states(input_ids_BT)
 
     def score_next(self) -> int:
-        """Score the next batch or part. Return the tokens kept, or 0 if it must be tried again.
-
-        It was halved then, because memory was short, or incomplete code was removed from the compiler's cache.
+        """Score the next batch or part. Return the tokens kept, or 0 if it was halved because memory was short.
 
         Raises
         ------
@@ -301,10 +299,8 @@ class _Run:
         """
         part = self.waiting[0]
         try:
-            n_tokens = self._score(part)
+            n_tokens = with_complete_code(functools.partial(self._score, part))
         except (MemoryError, RuntimeError) as error:
-            if remove_incomplete_code(error):
-                return 0
             if not is_out_of_memory(error):
                 raise
         else:

@@ -7,13 +7,15 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+_T = TypeVar("_T")
 # The dynamic linker's message: file, reason.
 _UNLOADABLE = re.compile(r"(\S+\.so): ")
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -92,6 +94,16 @@ def remove_incomplete_code(error: BaseException) -> bool:
     return True
 
 
+def with_complete_code(function: Callable[[], _T]) -> _T:
+    """Call a function that may compile, again whenever incomplete code was removed from the compiler's cache."""
+    while True:
+        try:
+            return function()
+        except Exception as error:
+            if not remove_incomplete_code(error):
+                raise
+
+
 def load_cpp(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """Compile a C++ file with the compiler's own cache and load it.
 
@@ -102,11 +114,5 @@ def load_cpp(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    while True:
-        try:
-            library: ctypes.CDLL = CppCodeCache.load(source.read_text(), extra_flags=tuple(flags))
-        except OSError as error:
-            if not remove_incomplete_code(error):
-                raise
-        else:
-            return library
+    library: ctypes.CDLL = with_complete_code(lambda: CppCodeCache.load(source.read_text(), extra_flags=tuple(flags)))
+    return library
