@@ -19,9 +19,6 @@ from dask_logits.errors import TeacherError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# A safetensors file starts with the length of its header. The library refuses longer headers.
-_LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
@@ -135,13 +132,6 @@ def file_tensors(file: Path) -> dict[str, StoredTensor]:
             f"{_WHERE}: expected a complete safetensors file in {file}, got {file.stat().st_size:,} bytes "
             f"({first_line(error)}); download the file again"
         ) from error
-
-
-def header_bytes(file: Path) -> bytes:
-    """Return the header of a safetensors file, with its length in front."""
-    with file.open("rb") as stream:
-        start = stream.read(_LENGTH_BYTES)
-        return start + stream.read(min(int.from_bytes(start, "little"), _LONGEST_HEADER))
 
 
 def main_dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
