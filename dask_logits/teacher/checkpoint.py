@@ -44,7 +44,7 @@ from dask_logits.teacher.locate import (
 )
 from dask_logits.teacher.matching import refuse_quantized, require_complete, require_matching_tensors
 from dask_logits.teacher.memory import must_fit
-from dask_logits.teacher.model import Teacher
+from dask_logits.teacher.model import FLOATS, Teacher
 from dask_logits.teacher.placement import (
     DeviceMap,
     free_gpu_bytes,
@@ -67,7 +67,6 @@ _KEPT_SHAPES = 384
 # Maximum number of teachers held by one process.
 _MOST_TEACHERS = 4
 _SHAPE_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 logger = logging.getLogger(__name__)
@@ -258,11 +257,11 @@ def resolve_dtype(setting: str, checkpoint_dtype: str, device: str, *, has_bfloa
     """
     if setting != "auto":
         return setting
-    if checkpoint_dtype == "bfloat16" and device == "cuda" and not has_bfloat16:
+    if checkpoint_dtype not in ("bfloat16", "float16"):
         return "float32"
-    if checkpoint_dtype == "float32" or device == "cuda":
-        return checkpoint_dtype if checkpoint_dtype in DTYPES else "float32"
-    return "bfloat16" if _cpu_has_bfloat16() and checkpoint_dtype in ("bfloat16", "float16") else "float32"
+    if device == "cuda":
+        return checkpoint_dtype if has_bfloat16 or checkpoint_dtype == "float16" else "float32"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
 
 
 _TEACHER = (
@@ -410,9 +409,8 @@ def _settle_dtype(model: Any, dtype: torch.dtype) -> None:
 
     transformers 5.23 leaves dequantized FP8 weights in the dtype of their scales, and the others as they are stored.
     """
-    dense = {getattr(torch, name) for name in DTYPES}
     parameters = dict(model.named_parameters())
-    if any(parameter.dtype not in dense for parameter in parameters.values()):
+    if any(parameter.dtype not in FLOATS for parameter in parameters.values()):
         return
     excepted = kept_in_float32(model, is_half=dtype == torch.float16)
     for name, parameter in parameters.items():
