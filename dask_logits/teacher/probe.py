@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -145,11 +144,9 @@ def _in_float32(tensor: Tensor) -> Tensor:
     return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
 
 
-def _configs(model: Any) -> Iterator[Any]:
-    """Yield each configuration object of a model once."""
-    found = [module.config for module in model.modules() if hasattr(module, "config")]
-    found += [model.config.get_text_config()]
-    yield from {id(config): config for config in found}.values()
+def _configs(model: Any) -> list[Any]:
+    """Return the configurations of a model and its modules."""
+    return [*(module.config for module in model.modules() if hasattr(module, "config")), model.config.get_text_config()]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -61,11 +61,8 @@ class Stage:
 
 def split_layers(layers: Sequence[nn.Module]) -> list[Stage]:
     """Return the stages of layers that are already on their devices."""
-    placed = [(next(layer.parameters()).device, layer) for layer in layers]
-    return [
-        Stage(device=device, layers=tuple(layer for _, layer in group))
-        for device, group in groupby(placed, key=lambda pair: pair[0])
-    ]
+    groups = groupby(layers, key=lambda layer: next(layer.parameters()).device)
+    return [Stage(device=device, layers=tuple(group)) for device, group in groups]
 
 
 def staged(trunk: nn.Module, stages: Sequence[Stage], device: torch.device) -> Pipeline | None:
