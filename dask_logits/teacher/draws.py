@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from dask_logits.records import Array
+from dask_logits.teacher.cuda.kernels import BLOCK
 from dask_logits.teacher.model import ScoringPath
 
-_BLOCK = 64
 _STEP = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _WORD = 1 << 64
@@ -133,16 +133,16 @@ def draw_ids(
     # A scatter into half-precision values copies all of them on CPUs (torch 2.13).
     starts_R1 = torch.arange(len(logits_RV), device=logits_RV.device)[:, None] * logits_RV.shape[1]
     logits_RV.view(-1).index_fill_(0, (ids_RC + starts_R1).view(-1), -torch.inf)
-    logits_RNB = logits_RV.view(len(logits_RV), -1, _BLOCK)
+    logits_RNB = logits_RV.view(len(logits_RV), -1, BLOCK)
     column_RS = torch.empty_like(block_RS)
-    step = max(1, _GATHERED // (_BLOCK * block_RS.shape[1]))
+    step = max(1, _GATHERED // (BLOCK * block_RS.shape[1]))
     for first in range(0, len(logits_RV), step):
         rows = slice(first, min(first + step, len(logits_RV)))
         rows_R1 = torch.arange(rows.stop - first, device=logits_RV.device)[:, None]
         raw_RSB = logits_RNB[rows][rows_R1, block_RS[rows]]
         mass_RSB = (path.finish(raw_RSB.float()) - highest_R1[rows, :, None]).exp().double()
         column_RS[rows] = _chosen(mass_RSB, within_RS[rows, :, None])[0][..., 0]
-    return torch.where(chosen_RS < n_entries, entry_RS, block_RS * _BLOCK + column_RS)
+    return torch.where(chosen_RS < n_entries, entry_RS, block_RS * BLOCK + column_RS)
 
 
 def _chosen(mass_RA: Tensor, uniform_RS: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from dask_logits.teacher.cuda import kernels
+from dask_logits.teacher.cuda.kernels import BLOCK
 from dask_logits.teacher.draws import draw_ids
 from dask_logits.teacher.model import ScoringPath
 
-BLOCK = 64
 # Refined candidates beyond k. The k best by float32 logits were always within this margin by bfloat16 logits.
 SPARE = 32
 # Maximum neighbouring blocks with sums relative to one value.

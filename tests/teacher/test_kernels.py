@@ -28,7 +28,7 @@ statistics = {
     "softcap": "fp32", "EACH": "constexpr", "WIDTH": "constexpr",
 }
 largest = {"values": "*fp32", "places": "*i32", "width": "i32", "count": "i32", "LANES": "constexpr"}
-wide = {"EACH": kernels._BLOCKS_EACH, "WIDTH": kernels._BLOCK}
+wide = {"EACH": kernels._BLOCKS_EACH, "WIDTH": kernels.BLOCK}
 jobs = [(f"statistics {dtype}", kernels._statistics_kernel(), {**statistics, "logits": dtype}, wide, 4, 4)
         for dtype in ("*fp32", "*bf16", "*fp16")]
 jobs += [(f"largest {lanes}", kernels._largest_kernel(), largest, {"LANES": lanes}, 2, kernels.warps_for(lanes))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK = 64
+# Columns whose maximum and sum are computed together.
+BLOCK = 64
 # Blocks of one program: 4,096 logits, 8 or 16 KiB.
 _BLOCKS_EACH = 64
 # Maximum number of values in one program.
@@ -29,7 +30,7 @@ def available() -> bool:
 
 def run_once(device: torch.device) -> None:
     """Compile and run both kernels on next to nothing, so that a device or machine that cannot do that is known."""
-    block_statistics(torch.zeros(1, _BLOCK, device=device))
+    block_statistics(torch.zeros(1, BLOCK, device=device))
     largest(torch.zeros(1, 1, device=device), 1)
 
 
@@ -51,12 +52,12 @@ def block_statistics(
         float32. Each block has its own base.
     """
     rows, width = logits_RV.shape
-    blocks = width // _BLOCK
+    blocks = width // BLOCK
     maxima_RN = torch.empty(rows, blocks, dtype=torch.float32, device=logits_RV.device)
     sums_RN, bases_RN = torch.empty_like(maxima_RN), torch.empty_like(maxima_RN)
     grid = (rows, -(-blocks // _BLOCKS_EACH))
     arrays = (logits_RV, maxima_RN, sums_RN, bases_RN)
-    _statistics_kernel()[grid](*arrays, blocks, scale, softcap or 0.0, EACH=_BLOCKS_EACH, WIDTH=_BLOCK)
+    _statistics_kernel()[grid](*arrays, blocks, scale, softcap or 0.0, EACH=_BLOCKS_EACH, WIDTH=BLOCK)
     return maxima_RN, sums_RN, bases_RN
 
 
