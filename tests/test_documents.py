@@ -404,7 +404,14 @@ def test_the_slurm_recipe_scores_on_cpus_of_a_node_whose_gpus_are_hidden(hidden,
     ("size", "visible", "on_node", "groups", "message"),
     [
         (2, "3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
-        (1, "GPU-e3,GPU-e0", "2", ["GPU-e0", "GPU-e3"], "device: expected workers with a GPU, got none:"),
+        pytest.param(
+            1,
+            "GPU-e3,GPU-e0",
+            "2",
+            ["GPU-e0", "GPU-e3"],
+            "device: expected workers with a GPU, got none:",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             2,
             "",

@@ -24,7 +24,7 @@ def test_what_the_guided_fuzzer_kept_is_survived(look, made, fresh) -> None:
         assert look(folder) == "", data.hex()
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_damage_is_survived(look, made, fresh, examples) -> None:
     @settings(
         max_examples=examples,

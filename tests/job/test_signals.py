@@ -97,7 +97,7 @@ def test_a_signal_stops_the_job_soon_and_it_resumes(overrides, joined, tmp_path)
         ("the task runs", signal.SIGINT, 1),
         ("the task runs", signal.SIGINT, 2),
         ("the task runs", signal.SIGTERM, 1),
-        ("the task runs", signal.SIGHUP, 1),
+        pytest.param("the task runs", signal.SIGHUP, 1, marks=pytest.mark.slow),
         ("the task runs", signal.SIGUSR1, 1),
     ],
 )

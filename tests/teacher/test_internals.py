@@ -117,6 +117,7 @@ def test_a_file_of_c_is_compiled_and_loaded(tmp_path) -> None:
     assert load_cpp(source, ()).twice(21) == 42
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_code_that_a_killed_process_left_incomplete_is_compiled_again(tmp_path, monkeypatch) -> None:
     (tmp_path / "twice.cpp").write_text('extern "C" int twice(int x) { return 2 * x; }')
