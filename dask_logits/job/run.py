@@ -36,7 +36,7 @@ from dask_logits.job.serial_executor import open_process
 from dask_logits.job.watchdog import watched
 from dask_logits.job.workers import runs_here
 from dask_logits.run.consolidate import consolidate_run, tidy
-from dask_logits.run.failures import read_failures
+from dask_logits.run.failures import listed, read_failures
 from dask_logits.run.folder import (
     CONSOLIDATION_LOCK,
     RunFolder,
@@ -53,8 +53,6 @@ from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
 
-# Failed partitions in a message.
-_MOST_NAMED = 20
 _WORKER = "distillation.teacher.generation.worker_id"
 
 
@@ -337,14 +335,11 @@ def open_executor(
 
 
 def _failure(failed: dict[int, str], job: Job) -> PartitionsFailedError:
-    named = sorted(failed.items())[:_MOST_NAMED]
-    reasons = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in named)
-    if len(failed) > len(named):
-        reasons += f"\n  and {len(failed) - len(named):,} more, which `dask-logits status {job.run.path}` lists"
     n_partitions = PlanLog(job.run).n_partitions
     others = "; the others are committed" if len(failed) < n_partitions else ""
     return PartitionsFailedError(
-        f"{len(failed):,} of {plural(n_partitions, 'partition')} failed{others}:\n{reasons}\n"
+        f"{len(failed):,} of {plural(n_partitions, 'partition')} failed{others}:\n"
+        f"{listed(job.run, failed)}\n"
         f"fix the cause and run the same command again, or `dask-logits retry {job.run.path}`, which takes up just "
         "these (--bisect names the rows)",
         failed,

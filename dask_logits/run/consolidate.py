@@ -25,7 +25,7 @@ from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictErr
 from dask_logits.files.atomic import read_json, replace_json, unreadable
 from dask_logits.files.lock import lease
 from dask_logits.records import Statistics, total_digest
-from dask_logits.run.failures import Failure, note_failure
+from dask_logits.run.failures import Failure, listed, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
 from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
 from dask_logits.run.timings import plural
@@ -102,9 +102,9 @@ def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
         note_failure(run, Failure(index=index, kind="damaged", reason=reason))
         run.receipt_path(index).unlink()
     if reasons:
-        lines = "\n".join(f"  partition {index:06d}: {reason}" for index, reason in reasons.items())
         raise PartitionsFailedError(
-            f"{run.path}: expected {plural(len(reasons), 'partition')} as committed, got other files:\n{lines}\n"
+            f"{run.path}: expected {plural(len(reasons), 'partition')} as committed, got other files:\n"
+            f"{listed(run, reasons)}\n"
             "their receipts were deleted: run the job again, which recomputes them, and check the disk",
             reasons,
         ) from error

@@ -6,7 +6,7 @@ The files inform the user and ``dask-logits retry``. ``RunState`` alone determin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +15,8 @@ from dask_logits.files.atomic import names_in, read_json, replace_json
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.records import FailureEntry
 
+# Failures that a message names.
+_NAMED = 20
 # In order: a persistent I/O error, an unusable row or teacher, workers that died, a worker that stopped responding,
 # rows that could not be read when the plan was made, arrays that changed on disk after the commit, a device or
 # worker that cannot score.
@@ -36,6 +38,13 @@ def note_failure(run: RunFolder, failure: Failure) -> None:
     path = run.failure_path(failure.index)
     path.parent.mkdir(exist_ok=True)
     replace_json(path, {**failure.model_dump(mode="json"), "at": time.time()}, durable=True)
+
+
+def listed(run: RunFolder, reasons: Mapping[int, str]) -> str:
+    """Format the first few failures for an error message, one on a line, and count the others."""
+    lines = [f"  partition {index:06d}: {reason}" for index, reason in sorted(reasons.items())[:_NAMED]]
+    more = len(reasons) - len(lines)
+    return "\n".join([*lines, *([f"  and {more:,} more, which `dask-logits status {run.path}` lists"] if more else [])])
 
 
 def read_failures(run: RunFolder, done_of: Callable[[Collection[int]], Collection[int]]) -> dict[int, FailureEntry]:

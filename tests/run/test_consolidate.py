@@ -17,6 +17,7 @@ from dask_logits import (
     CachedLogitsDataset,
     CacheError,
     ConfigError,
+    PartitionsFailedError,
     RunConflictError,
     convert,
     generate,
@@ -31,6 +32,7 @@ from dask_logits.cli import main
 from dask_logits.ops.show import card
 from dask_logits.records import Statistics, total_digest
 from dask_logits.run import consolidate as run_consolidate
+from dask_logits.run.consolidate import consolidate_run
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 
@@ -232,6 +234,20 @@ def test_partitions_behind_a_link_are_deleted_and_the_link_stays(here, scored, t
     assert [path.name for path in disk.iterdir()] == ["notes.txt"]
     assert scored.partitions_path.is_symlink()
     assert read_status(scored.path).state == "complete"
+
+
+def test_the_message_of_many_damaged_partitions_counts_all_and_names_the_first_ones(here) -> None:
+    run(here, KEEP, "distillation.partition.rows=1").unlink()
+    folder = RunFolder(cache_dir(here))
+    for attempt in folder.partitions_path.iterdir():
+        (attempt / "zarr.json").write_text("{")
+    with pytest.raises(PartitionsFailedError, match="expected 40 partitions as committed, got other files") as caught:
+        consolidate_run(folder)
+    lines = caught.value.message.splitlines()
+    assert (len(lines), len(caught.value.reasons)) == (23, 40)
+    assert lines[20].startswith("  partition 000019: ")
+    assert lines[21] == f"  and 20 more, which `dask-logits status {folder.path}` lists"
+    assert len(read_status(folder.path).failed) == 40
 
 
 def test_files_are_as_large_as_allowed(here) -> None:
