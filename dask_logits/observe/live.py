@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from dask_logits.records import Array
 from dask_logits.run.drivers import Drivers
 from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import RunFolder
-from dask_logits.run.plan import Partition, PlanEnd, Segment
+from dask_logits.run.plan import PlanEnd, Segment
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry, Receipt
 from dask_logits.run.state import Listing, PartitionState, RunState, Settled, cache_state, read_consistently
@@ -89,33 +89,15 @@ class _Folder(RunFolder):
 
 
 class _Log(PlanLog):
-    """A plan whose entries are read once."""
+    """A plan that notices whether its end is still the one that was read. A driver drops entries from the end."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._partitions: list[Partition] = []
         # Identity of the file of the last entry.
         self._last: tuple[int, int] | None = None
         super().__init__(run)
 
-    def partitions(self) -> Iterator[Partition]:
-        return iter(self._partitions)
-
     def is_current(self) -> bool:
-        """Whether the last entry is still the one that was read. A driver drops entries from the end."""
-        return not self._entries or _identity(self.run.plan_path(self._entries - 1)) == self._last
-
-    def refresh(self) -> _Log:
-        """Read the entries that were added.
-
-        Raises
-        ------
-        CacheError
-            If they do not continue the entries that were read.
-        """
-        while (entry := self._entry(self._entries)) is not None:
-            self._check(self._entries, entry, self.n_partitions, self.n_rows)
-            self._count(entry)
-        return self
+        return not self._entries or _identity(self.run.plan_path(len(self._entries) - 1)) == self._last
 
     def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
         identity = _identity(self.run.plan_path(ordinal))
@@ -123,11 +105,6 @@ class _Log(PlanLog):
         if entry is not None:
             self._last = identity
         return entry
-
-    def _count(self, entry: Segment | PlanEnd) -> None:
-        super()._count(entry)
-        if isinstance(entry, Segment):
-            self._partitions += entry.partitions()
 
 
 @dataclass(kw_only=True)
@@ -211,7 +188,8 @@ class LiveRun:
         if self._log is not None:
             with contextlib.suppress(CacheError):
                 if self._log.is_current():
-                    return self._log.refresh()
+                    self._log.read_on()
+                    return self._log
             self._start_over()
         return _Log(self._folder)
 

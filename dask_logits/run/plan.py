@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,12 +82,13 @@ class Segment(Record, extra="forbid"):
         """Number of rows."""
         return sum(count * rows for count, rows in self.cuts)
 
-    def partitions(self) -> Iterator[Partition]:
-        """Yield its partitions in order."""
+    def partitions(self, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Partition]:
+        """Yield its partitions with these indices in order."""
         index, row = self.first_partition, self.first_row
         for count, rows in self.cuts:
             for _ in range(count):
-                yield Partition(index=index, first_row=row, n_rows=rows)
+                if wanted(index):
+                    yield Partition(index=index, first_row=row, n_rows=rows)
                 index, row = index + 1, row + rows
 
     def known_by(self) -> dict[str, Any]:

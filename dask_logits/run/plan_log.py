@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from dask_logits.errors import CacheError, RunConflictError
@@ -28,7 +28,7 @@ _MOST_PARTITIONS = 10_000_000
 
 
 class PlanLog:
-    """The plan of a run folder up to its current end.
+    """The plan of a run folder up to its current end. Each entry is read once, and takes about 1 kB of memory.
 
     Parameters
     ----------
@@ -39,29 +39,48 @@ class PlanLog:
     ----------
     n_partitions, n_rows : int
         Planned so far.
-    n_unread : int
-        Partitions without rows, because their part of a stream could not be read.
-    end : str or None
-        Why the plan ends: ``exhausted`` (no more rows) or ``max_samples`` (more may follow). None: the plan is open.
     replanned_from : int or None
         First partition dropped by :meth:`drop_from`.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+        self.n_partitions = 0
+        self.n_rows = 0
         self.replanned_from: int | None = None
-        self._recount()
+        self._entries: list[Segment | PlanEnd] = []
+        self.read_on()
 
-    def segments(self) -> Iterator[Segment]:
-        """Yield the segments in order, read from their files."""
-        for entry in self._read():
-            if isinstance(entry, Segment):
-                yield entry
+    def read_on(self) -> None:
+        """Read the entries that follow those that are known.
 
-    def partitions(self) -> Iterator[Partition]:
-        """Yield the planned partitions in order."""
+        Raises
+        ------
+        CacheError
+            If one does not continue the plan.
+        """
+        while (entry := self._entry(len(self._entries))) is not None:
+            self._add(entry)
+
+    @property
+    def end(self) -> End | None:
+        """Reason why the plan ends: ``exhausted`` or ``max_samples`` (more may follow). None: the plan is open."""
+        last = self._entries[-1] if self._entries else None
+        return last.end if isinstance(last, PlanEnd) else None
+
+    @property
+    def n_unread(self) -> int:
+        """Partitions without rows, because their part of a stream could not be read."""
+        return sum(count for segment in self.segments() for count, rows in segment.cuts if not rows)
+
+    def segments(self) -> list[Segment]:
+        """Return the segments in order."""
+        return [entry for entry in self._entries if isinstance(entry, Segment)]
+
+    def partitions(self, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Partition]:
+        """Yield the planned partitions with these indices in order."""
         for segment in self.segments():
-            yield from segment.partitions()
+            yield from segment.partitions(wanted)
 
     def append(self, cuts: tuple[tuple[int, int], ...], source: dict[str, Any]) -> Segment:
         """Append further partitions.
@@ -91,7 +110,7 @@ class PlanLog:
             Name of its source, for the log.
         """
         self._check_alone(segment)
-        ordinal = self._ordinal(segment)
+        ordinal = self._entries.index(segment)
         dropped = range(segment.first_partition, self.n_partitions)
         logger.warning(
             "%s can be read now: its rows renumber those that follow, so the plan is replaced from there, and %s must "
@@ -102,16 +121,18 @@ class PlanLog:
         for index in dropped:
             self.run.receipt_path(index).unlink(missing_ok=True)
             (self.run.spool_path / f"{index:06d}.arrow").unlink(missing_ok=True)
-        for index in reversed(range(ordinal, self._entries)):
+        for index in reversed(range(ordinal, len(self._entries))):
             self.run.plan_path(index).unlink()
+        del self._entries[ordinal:]
+        self.n_partitions, self.n_rows = segment.first_partition, segment.first_row
         self.replanned_from = segment.first_partition
-        self._recount()
 
     def update_source(self, segment: Segment, source: dict[str, Any]) -> Segment:
         """Replace the source of a segment, because one of its unusable rows has become usable."""
         self._check_alone(segment)
-        updated = segment.model_copy(update={"source": source})
-        replace_json(self.run.plan_path(self._ordinal(segment)), updated.to_json(), durable=True)
+        updated, ordinal = segment.model_copy(update={"source": source}), self._entries.index(segment)
+        replace_json(self.run.plan_path(ordinal), updated.to_json(), durable=True)
+        self._entries[ordinal] = updated
         return updated
 
     def digest(self, n_rows: int | None = None) -> str:
@@ -137,65 +158,37 @@ class PlanLog:
                 f"{segment.first_partition:06d} can be read now; start anew in another distillation.teacher.cache_dir"
             )
 
-    def _ordinal(self, segment: Segment) -> int:
-        return next(i for i, entry in enumerate(self._read()) if entry == segment)
-
-    def _recount(self) -> None:
-        self.n_partitions = 0
-        self.n_rows = 0
-        self.n_unread = 0
-        self.end: End | None = None
-        self._entries = 0
-        for entry in self._read():
-            self._count(entry)
-
-    def _read(self) -> Iterator[Segment | PlanEnd]:
-        ordinal = partitions = rows = 0
-        while (entry := self._entry(ordinal)) is not None:
-            partitions, rows = self._check(ordinal, entry, partitions, rows)
-            yield entry
-            ordinal += 1
-
     def _entry(self, ordinal: int) -> Segment | PlanEnd | None:
         path = self.run.plan_path(ordinal)
         values = read_json(path)
         return None if values is None else (PlanEnd if "end" in values else Segment).parse(path, values)
 
-    def _check(self, ordinal: int, entry: Segment | PlanEnd, partitions: int, rows: int) -> tuple[int, int]:
-        """Refuse an entry that does not continue the plan. Return the totals after it."""
+    def _create(self, entry: Segment | PlanEnd) -> None:
+        path = self.run.plan_path(len(self._entries))
+        created = create_json(path, entry.to_json())
+        found = entry if created else self._entry(len(self._entries))
+        if found is None or found.known_by() != entry.known_by():
+            theirs, ours = None if found is None else found.to_json(), entry.to_json()
+            raise RunConflictError(
+                f"{path}: expected the plan to go on with {ours}, got {theirs} from another process; give every "
+                "worker of a run the same dataset and dataset.max_samples",
+                {"plan": (theirs, ours)},
+            )
+        self._add(found)
+
+    def _add(self, entry: Segment | PlanEnd) -> None:
+        """Add an entry. Refuse one that does not continue the plan."""
+        planned = (self.n_partitions, self.n_rows)
         if isinstance(entry, PlanEnd):
-            begin, after = (entry.partitions, entry.rows), (partitions, rows)
+            begin, after = (entry.partitions, entry.rows), planned
         else:
             begin = (entry.first_partition, entry.first_row)
-            after = (partitions + entry.n_partitions, rows + entry.n_rows)
-        if begin != (partitions, rows) or after[0] > _MOST_PARTITIONS or after[1] >= MOST_COUNT:
-            path = self.run.plan_path(ordinal)
+            after = (self.n_partitions + entry.n_partitions, self.n_rows + entry.n_rows)
+        if begin != planned or after[0] > _MOST_PARTITIONS or after[1] >= MOST_COUNT:
             raise CacheError.at(
-                path,
-                f"expected the plan to go on at partition {partitions}, row {rows}, to at most "
+                self.run.plan_path(len(self._entries)),
+                f"expected the plan to go on at partition {planned[0]}, row {planned[1]}, to at most "
                 f"{_MOST_PARTITIONS:,} partitions, got {begin} to {after}; restore the file",
             )
-        return after
-
-    def _create(self, entry: Segment | PlanEnd) -> None:
-        path = self.run.plan_path(self._entries)
-        if not create_json(path, entry.to_json()):
-            found = self._entry(self._entries)
-            if found is None or found.known_by() != entry.known_by():
-                theirs, ours = None if found is None else found.to_json(), entry.to_json()
-                raise RunConflictError(
-                    f"{path}: expected the plan to go on with {ours}, got {theirs} from another process; give every "
-                    "worker of a run the same dataset and dataset.max_samples",
-                    {"plan": (theirs, ours)},
-                )
-        self._count(entry)
-
-    def _count(self, entry: Segment | PlanEnd) -> None:
-        self._entries += 1
-        if isinstance(entry, PlanEnd):
-            self.end = entry.end
-        else:
-            self.end = None
-            self.n_partitions += entry.n_partitions
-            self.n_rows += entry.n_rows
-            self.n_unread += sum(count for count, rows in entry.cuts if not rows)
+        self._entries.append(entry)
+        self.n_partitions, self.n_rows = after

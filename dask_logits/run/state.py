@@ -287,9 +287,7 @@ class RunState:
         """
         listing = listing or Listing(self.run)
         cached_rows = 0 if self.cache is None else self.cache.n_rows
-        for partition in self.log.partitions():
-            if not wanted(partition.index):
-                continue
+        for partition in self.log.partitions(wanted):
             # A partition without rows could not be read and is never in the cache.
             is_cached = 0 < partition.n_rows <= cached_rows - partition.first_row
             if partition.index in listing.receipts:

@@ -77,7 +77,7 @@ def test_rows_that_are_as_planned_are_hashed_once(tmp_path, monkeypatch) -> None
     opened = open_corpus(DatasetConfig(name="json", data_files=(str(tmp_path / "d.jsonl"),)))
     log = PlanLog(RunFolder(tmp_path / "run"))
     list(opened.plan(log, 1, lambda index: False))
-    assert next(log.segments()).source["bad_rows"] == [1]
+    assert log.segments()[0].source["bad_rows"] == [1]
     monkeypatch.setattr(opened, "_hashed", None)
     opened.check(log)
     list(opened.plan(log, 1, lambda index: False))
