@@ -9,19 +9,23 @@ Dimension letters: P partitions, W workers, E edges of time bins.
 
 from __future__ import annotations
 
-import copy
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dask_logits.records import Array
+from dask_logits.errors import CacheError
+from dask_logits.records import Array, Statistics
 from dask_logits.run.records import FailedAttempt, Receipt
-from dask_logits.run.state import PartitionState
+from dask_logits.run.state import PartitionState, RunState
+from dask_logits.run.timings import add_seconds
 
 # Stages between the wait for the teacher and the receipt.
 _BUSY_STAGES = ("load", "score", "write")
+# What is kept of each partition with a time.
+_COLUMNS = ("index", "worker", "begin", "scored", "end", "tokens")
 # A pause is longer than this, and than this share of the time in which a worker was busy.
 _PAUSE_SECONDS = 60.0
 _PAUSE_SHARE = 0.05
@@ -50,49 +54,85 @@ class Worker:
 
 @dataclass(kw_only=True)
 class History:
-    """What the receipts of a run say, collected one at a time, some 40 bytes each.
+    """Sums over the partitions of a run, and what its receipts say, collected one at a time, some 50 bytes each.
 
     Attributes
     ----------
-    workers
-        The workers, in order of their first partition that was added.
+    committed, rows
+        Partitions that are done, and their dataset rows.
+    lacking
+        Partitions in the cache without a valid receipt. They are not in the sums over receipts.
+    statistics, seconds, flops, splits, n_retried, failed_attempts
+        Sums over valid receipts.
+    damaged
+        Errors of receipts that were skipped.
     problems
         Partition → why its receipt is invalid, for the first 20.
     n_problems
         Number of invalid receipts.
+    workers
+        The workers, in order of their first partition that was added.
     retried
         Committed partitions and their failed attempts, for the first 400 attempts.
     """
 
-    workers: list[Worker] = field(default_factory=list)
+    committed: int = 0
+    rows: int = 0
+    lacking: int = 0
+    statistics: Statistics = field(default_factory=Statistics)
+    seconds: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    splits: int = 0
+    n_retried: int = 0
+    failed_attempts: Counter[str] = field(default_factory=Counter)
+    damaged: list[CacheError] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
     n_problems: int = 0
+    workers: list[Worker] = field(default_factory=list)
     retried: list[tuple[int, FailedAttempt]] = field(default_factory=list)
     _numbers: dict[tuple[str, int], int] = field(default_factory=dict)
-    _columns: dict[str, array[float]] = field(
-        default_factory=lambda: {name: array("d") for name in ("index", "worker", "begin", "scored", "end", "tokens")}
-    )
+    # The columns of each partition, one partition after the other.
+    _values: array[float] = field(default_factory=lambda: array("d"))
 
-    def noted(self, states: Iterable[PartitionState]) -> Iterator[PartitionState]:
-        """Yield partitions after adding each."""
-        for state in states:
-            self.add(state)
-            yield state
+    @classmethod
+    def of(cls, state: RunState) -> History:
+        """Add up all partitions of a run."""
+        history = cls()
+        for each in state.partitions():
+            history.add(each)
+        return history
 
-    def copy(self) -> History:
-        """Return a copy, to which partitions can be added without changing this history."""
-        return copy.deepcopy(self)
+    def add(self, each: PartitionState) -> None:
+        """Add a partition.
 
-    def add(self, state: PartitionState) -> None:
-        """Add a partition."""
-        if state.problem is not None:
+        Raises
+        ------
+        CacheError
+            If its receipt cannot be read.
+        """
+        if each.error is not None:
+            if each.is_unreadable:
+                raise each.error
+            self.damaged.append(each.error)
+        if each.problem is not None:
             self.n_problems += 1
             if len(self.problems) < _SHOWN_PROBLEMS:
-                self.problems[state.partition.index] = state.problem
-        if state.receipt is not None:
-            self._add(state.receipt)
+                self.problems[each.partition.index] = each.problem
+        if each.is_done:
+            self.committed += 1
+            self.rows += each.partition.n_rows
+        if each.receipt is None:
+            self.lacking += each.is_cached
+        else:
+            self._add(each.receipt)
 
     def _add(self, receipt: Receipt) -> None:
+        self.statistics += receipt.statistics
+        self.seconds = add_seconds(self.seconds, receipt.seconds)
+        self.flops += receipt.flops
+        self.splits += len(receipt.splits)
+        self.n_retried += bool(receipt.failed_attempts)
+        self.failed_attempts.update(attempt.kind for attempt in receipt.failed_attempts)
         place = (receipt.host or "unknown host", receipt.process or 0)
         number = self._numbers.setdefault(place, len(self.workers))
         if number == len(self.workers):
@@ -105,21 +145,18 @@ class History:
         worker.peak_rss_bytes = max(worker.peak_rss_bytes, receipt.peak_rss_bytes or 0)
         room = _SHOWN_ATTEMPTS - len(self.retried)
         self.retried += [(receipt.partition, attempt) for attempt in receipt.failed_attempts[:room]]
-        if receipt.finished is None:
-            return
-        end = receipt.finished
-        begin = end - sum(receipt.seconds.get(stage, 0.0) for stage in _BUSY_STAGES)
-        scored = end - receipt.seconds.get("write", 0.0)
-        values = (receipt.partition, number, begin, scored, end, receipt.statistics.tokens)
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
+        if receipt.finished is not None:
+            end = receipt.finished
+            begin = end - sum(receipt.seconds.get(stage, 0.0) for stage in _BUSY_STAGES)
+            scored = end - receipt.seconds.get("write", 0.0)
+            self._values.extend((receipt.partition, number, begin, scored, end, receipt.statistics.tokens))
 
     def column(self, name: str) -> Array:
         """Return ``index``, ``worker``, ``tokens``, or ``begin``, ``scored``, ``end`` in Unix time: [P] float64."""
-        return np.frombuffer(self._columns[name], np.float64)
+        return np.frombuffer(self._values, np.float64).reshape(-1, len(_COLUMNS))[:, _COLUMNS.index(name)]
 
     def __len__(self) -> int:
-        return len(self._columns["index"])
+        return len(self._values) // len(_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)

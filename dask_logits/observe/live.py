@@ -9,11 +9,11 @@ when a driver starts, or when the run or the end of its plan is replaced.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,14 @@ import numpy as np
 
 from dask_logits.errors import CacheError
 from dask_logits.observe.history import History
-from dask_logits.observe.status import Status, Tally, status_of
+from dask_logits.observe.status import Reading, reading_of
 from dask_logits.records import Array
 from dask_logits.run.drivers import Drivers
-from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import PlanEnd, Segment
 from dask_logits.run.plan_log import PlanLog
-from dask_logits.run.records import FailureEntry, Receipt
-from dask_logits.run.state import Listing, PartitionState, RunState, Settled, cache_state, read_consistently
+from dask_logits.run.records import Receipt
+from dask_logits.run.state import Listing, PartitionState, RunState, cache_state, read_consistently
 
 # States of a partition. Where one square of a map stands for several partitions, the last of their states is drawn.
 STATES = ("committed", "waiting", "running", "failed")
@@ -38,26 +37,17 @@ _COMMITTED, _WAITING, _RUNNING, _FAILED = range(len(STATES))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class Snapshot(Reading):
     """A run at one moment.
 
     Parameters
     ----------
-    status
-        Its status.
-    history
-        Its receipts.
-    failures
-        Partition → its failure.
     at
         Time of the reading, Unix time in seconds.
     states_P
         [P] uint8 index into ``STATES`` of each planned partition.
     """
 
-    status: Status
-    history: History
-    failures: Mapping[int, FailureEntry]
     at: float
     states_P: Array
 
@@ -109,16 +99,37 @@ class _Log(PlanLog):
 
 @dataclass(kw_only=True)
 class _Kept:
-    """What is kept of a run between two readings."""
+    """Done partitions of an earlier reading, so that the next one looks at the others only.
 
-    settled: Settled = field(default_factory=Settled)
-    tally: Tally = field(default_factory=Tally)
+    They remain done as long as their receipts and targets exist and the cache is the same.
+
+    Attributes
+    ----------
+    cache
+        State of the cache (:func:`~dask_logits.run.state.cache_state`).
+    indices
+        The partitions.
+    attempts
+        Folders of the targets that are not in the cache.
+    history
+        Their sums.
+    """
+
+    cache: list[int] | None = None
+    indices: set[int] = field(default_factory=set)
+    attempts: set[str] = field(default_factory=set)
     history: History = field(default_factory=History)
 
-    def add(self, each: PartitionState) -> None:
-        self.settled.add(each)
-        self.tally.add(each)
+    def add(self, each: PartitionState, receipt: Receipt) -> None:
         self.history.add(each)
+        self.indices.add(each.partition.index)
+        if not each.is_cached:
+            self.attempts.add(receipt.attempt)
+
+    def holds(self, listing: Listing, cache: list[int]) -> bool:
+        """Whether all of them are still done."""
+        is_same = self.cache == cache and self.indices <= listing.receipts
+        return is_same and (not self.attempts or self.attempts <= listing.attempts)
 
 
 class LiveRun:
@@ -161,24 +172,22 @@ class LiveRun:
         self._log = self._plan()
         run = self._folder
 
-        def read() -> tuple[Status, list[PartitionState]]:
+        def read() -> tuple[Reading, list[PartitionState]]:
             others: list[PartitionState] = []
             count = partial(self._count, cache_state(run), others)
-            return status_of(run, count, log=self._log, level=logging.DEBUG), others
+            return reading_of(run, count, log=self._log, level=logging.DEBUG), others
 
-        status, others = read_consistently(run, read)
-        failures = read_failures(run, lambda indices: set(indices) - status.failed.keys())
-        states_P = np.full(status.partitions, _WAITING, np.uint8)
-        done = [*self._kept.settled.indices, *(each.partition.index for each in others if each.is_done)]
+        found, others = read_consistently(run, read)
+        states_P = np.full(found.status.partitions, _WAITING, np.uint8)
+        done = [*self._kept.indices, *(each.partition.index for each in others if each.is_done)]
         states_P[done] = _COMMITTED
-        history = self._kept.history.copy()
-        for each in others:
-            history.add(each)
-        for indices, state in ((drivers.running, _RUNNING), (failures, _FAILED)):
+        for indices, state in ((drivers.running, _RUNNING), (found.failures, _FAILED)):
             for index in indices:
                 if index < len(states_P) and states_P[index] != _COMMITTED:
                     states_P[index] = state
-        return Snapshot(status=status, history=history, failures=failures, at=time.time(), states_P=states_P)
+        return Snapshot(
+            status=found.status, history=found.history, failures=found.failures, at=time.time(), states_P=states_P
+        )
 
     def _start_over(self) -> None:
         self._folder, self._log, self._kept = _Folder(self._path), None, _Kept()
@@ -193,19 +202,21 @@ class LiveRun:
             self._start_over()
         return _Log(self._folder)
 
-    def _count(self, cache: list[int], others: list[PartitionState], state: RunState) -> Tally:
+    def _count(self, cache: list[int], others: list[PartitionState], state: RunState) -> History:
         """Add up a run. Partitions without a valid receipt are put into `others`, to be looked at again."""
         listing = Listing(state.run)
-        if not self._kept.settled.holds(listing, cache):
-            self._kept = _Kept()
-        self._kept.settled.cache = cache
-        settled = self._kept.settled.indices
-        for each in state.partitions(listing, wanted=lambda index: index not in settled):
+        if not self._kept.holds(listing, cache):
+            self._kept = _Kept(cache=cache)
+        kept = self._kept
+        for each in state.partitions(listing, wanted=lambda index: index not in kept.indices):
             if each.receipt is not None and state.cache_error is None:
-                self._kept.add(each)
+                kept.add(each, each.receipt)
             else:
                 others.append(each)
-        return self._kept.tally.copy().including(others)
+        history = copy.deepcopy(kept.history)
+        for each in others:
+            history.add(each)
+        return history
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

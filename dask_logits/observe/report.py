@@ -26,9 +26,8 @@ from dask_logits.observe.charts import Charts, number
 from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, badge, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
-from dask_logits.observe.status import Status, Tally, status_of
+from dask_logits.observe.status import Status, reading_of
 from dask_logits.records import Statistics, total_digest
-from dask_logits.run.failures import read_failures
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
 from dask_logits.run.state import RunCache, open_run_cache, read_consistently
@@ -132,20 +131,16 @@ def report_html(path: Path) -> str:
 
 
 def _of_run(run: RunFolder) -> Facts:
-    def read() -> tuple[Status, History]:
-        history = History()
-        return status_of(run, lambda state: Tally().including(history.noted(state.partitions()))), history
-
-    status, history = read_consistently(run, read)
+    reading = read_consistently(run, lambda: reading_of(run))
     manifest, calibration = run.manifest(), run.calibration()
     cache, sample, problem = None, None, None
     try:
         cache = open_run_cache(run, manifest)
-        sample = _sample(run, cache, manifest, history)
+        sample = _sample(run, cache, manifest, reading.history)
     except CacheError as error:
         problem = error.message
     how = manifest.how if manifest else {}
-    sums = status.statistics
+    sums = reading.status.statistics
     if cache is not None and not sums.tokens:
         sums = _sums(cache.readers)
     return Facts(
@@ -156,9 +151,9 @@ def _of_run(run: RunFolder) -> Facts:
         identity=manifest.teacher if manifest else {},
         calibration=calibration,
         statistics=sums,
-        status=status,
-        history=history,
-        failures=read_failures(run, lambda indices: set(indices) - status.failed.keys()),
+        status=reading.status,
+        history=reading.history,
+        failures=reading.failures,
         readers=cache.readers if cache else (),
         sample=sample,
         problem=problem,

@@ -7,16 +7,16 @@ import logging
 import math
 import shlex
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dask_logits.config.compose import generate_command
-from dask_logits.errors import CacheError, RunConflictError
+from dask_logits.errors import RunConflictError
 from dask_logits.files.atomic import expanded
+from dask_logits.observe.history import History
 from dask_logits.records import Statistics
 from dask_logits.run.drivers import Drivers, State
 from dask_logits.run.failures import read_failures
@@ -24,8 +24,8 @@ from dask_logits.run.folder import WORKING_STATES, RunFolder
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.records import FailureEntry
 from dask_logits.run.settings import settings_of
-from dask_logits.run.state import PartitionState, RunState, read_consistently
-from dask_logits.run.timings import add_seconds, duration, plural, shares
+from dask_logits.run.state import RunState, read_consistently
+from dask_logits.run.timings import duration, plural, shares
 
 logger = logging.getLogger(__name__)
 
@@ -212,72 +212,23 @@ class Status:
         return f"{self.state} since {started:{form}} ({duration(max(0.0, time.time() - self.since))}){step}"
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """Sums over partitions, added one at a time.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A status, and what it was computed from.
 
-    Attributes
+    Parameters
     ----------
-    committed, rows
-        Partitions that are done, and their dataset rows.
-    lacking
-        Partitions in the cache without a valid receipt. They are not in the following sums.
-    statistics, seconds, flops, splits, retried, failed_attempts
-        Sums over valid receipts.
-    damaged
-        Errors of receipts that were skipped.
+    status
+        The status.
+    history
+        The partitions and their receipts.
+    failures
+        Partition → its failure, unless it was committed since then.
     """
 
-    committed: int = 0
-    rows: int = 0
-    lacking: int = 0
-    statistics: Statistics = field(default_factory=Statistics)
-    seconds: dict[str, float] = field(default_factory=dict)
-    flops: float = 0.0
-    splits: int = 0
-    retried: int = 0
-    failed_attempts: Counter[str] = field(default_factory=Counter)
-    damaged: list[CacheError] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, state: RunState) -> Tally:
-        """Add up all partitions of a run."""
-        return cls().including(state.partitions())
-
-    def copy(self) -> Tally:
-        """Return a copy, to which partitions can be added without changing this tally."""
-        return replace(self, failed_attempts=self.failed_attempts.copy(), damaged=list(self.damaged))
-
-    def including(self, states: Iterable[PartitionState]) -> Tally:
-        """Add partitions, and return this tally."""
-        for each in states:
-            self.add(each)
-        return self
-
-    def add(self, each: PartitionState) -> None:
-        """Add a partition.
-
-        Raises
-        ------
-        CacheError
-            If its receipt cannot be read.
-        """
-        if each.error is not None:
-            if each.is_unreadable:
-                raise each.error
-            self.damaged.append(each.error)
-        if each.is_done:
-            self.committed += 1
-            self.rows += each.partition.n_rows
-        if each.receipt is None:
-            self.lacking += each.is_cached
-            return
-        self.statistics += each.receipt.statistics
-        self.seconds = add_seconds(self.seconds, each.receipt.seconds)
-        self.flops += each.receipt.flops
-        self.splits += len(each.receipt.splits)
-        self.retried += bool(each.receipt.failed_attempts)
-        self.failed_attempts.update(attempt.kind for attempt in each.receipt.failed_attempts)
+    status: Status
+    history: History = field(default_factory=History)
+    failures: Mapping[int, FailureEntry] = field(default_factory=dict)
 
 
 def read_status(path: Path | str) -> Status:
@@ -296,16 +247,16 @@ def read_status(path: Path | str) -> Status:
         If its files cannot be read.
     """
     run = RunFolder(expanded(path))
-    return read_consistently(run, lambda: status_of(run))
+    return read_consistently(run, lambda: reading_of(run)).status
 
 
-def status_of(
+def reading_of(
     run: RunFolder,
-    count: Callable[[RunState], Tally] = Tally.of,
+    count: Callable[[RunState], History] = History.of,
     *,
     log: PlanLog | None = None,
     level: int = logging.WARNING,
-) -> Status:
+) -> Reading:
     """Read the state of a run once. Otherwise as `read_status`.
 
     Parameters
@@ -322,23 +273,23 @@ def status_of(
     drivers = Drivers.of(run, level)
     found = RunState.find(run, log)
     if found is None:
-        return _before_manifest(run, drivers)
+        return Reading(status=_before_manifest(run, drivers))
     manifest, log, damaged = found.manifest, found.log, found.cache_error is not None
-    tally = count(found)
-    for error in tally.damaged:
+    history = count(found)
+    for error in history.damaged:
         logger.log(level, "left out: %s", error)
-    if tally.lacking:
+    if history.lacking:
         logger.log(
             level,
             "sums leave out %s of the cache, because receipts are damaged or gone",
-            plural(tally.lacking, "partition"),
+            plural(history.lacking, "partition"),
         )
     is_complete = not damaged and found.is_complete
     cache = found.cache if is_complete else None
     calibration = run.calibration()
     cost = (calibration.cost if calibration else None) or {}
-    scoring, peak = tally.seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
-    failed = {} if is_complete else {i: _reason(entry) for i, entry in read_failures(run, found.done_of).items()}
+    scoring, peak = history.seconds.get("score", 0.0), cost.get("peak_flops", 0.0)
+    failures = {} if is_complete else read_failures(run, found.done_of)
     left_out = drivers.left_out
     state: State
     if is_complete and (not drivers.alive or drivers.state() == "consolidating"):
@@ -347,36 +298,38 @@ def status_of(
         state = drivers.state()
     elif damaged:
         state = "damaged"
-    elif log.end is not None and tally.committed == log.n_partitions:
+    elif log.end is not None and history.committed == log.n_partitions:
         state = "scored"
     else:
-        state = "failed" if failed or drivers.reason else "stopped"
-    n_open = log.n_partitions - tally.committed - len(failed)
-    return Status(
+        state = "failed" if failures or drivers.reason else "stopped"
+    n_open = log.n_partitions - history.committed - len(failures)
+    status = Status(
         run=str(run.path),
         state=state,
         since=drivers.since,
         step=drivers.step,
         reason=str(found.cache_error) if damaged else None if state in ("complete", "scored") else drivers.reason,
-        next_command=_next_command(run, state, found, only_failed=bool(failed) and not n_open and log.end is not None),
+        next_command=_next_command(
+            run, state, found, only_failed=bool(failures) and not n_open and log.end is not None
+        ),
         items_noun=_items_noun(manifest.what),
         partitions=log.n_partitions,
-        committed=tally.committed,
+        committed=history.committed,
         planned_all=log.end is not None,
         rows=log.n_rows,
-        committed_rows=tally.rows,
-        statistics=tally.statistics,
-        tokens_per_second=tally.statistics.tokens / scoring if scoring else float("nan"),
-        seconds=tally.seconds,
-        mfu=tally.flops / scoring / peak if scoring and peak else float("nan"),
-        splits=tally.splits,
-        retried=tally.retried,
-        failed_attempts=dict(tally.failed_attempts),
+        committed_rows=history.rows,
+        statistics=history.statistics,
+        tokens_per_second=history.statistics.tokens / scoring if scoring else float("nan"),
+        seconds=history.seconds,
+        mfu=history.flops / scoring / peak if scoring and peak else float("nan"),
+        splits=history.splits,
+        retried=history.n_retried,
+        failed_attempts=dict(history.failed_attempts),
         left_out=left_out,
         running=len(drivers.alive),
         running_tokens_per_second=drivers.tokens_per_second,
         seconds_left=drivers.seconds_left,
-        failed=failed,
+        failed={index: _reason(entry) for index, entry in failures.items()},
         dashboard=drivers.dashboard,
         cache=str(cache.path) if cache else None,
         bytes_per_token=cache.n_bytes / max(1, cache.n_tokens) if cache else None,
@@ -384,6 +337,7 @@ def status_of(
         report=str(run.report_path) if run.report_path.exists() else None,
         kept_mass_by_k=(calibration.kept_mass_by_k if calibration else None) or {},
     )
+    return Reading(status=status, history=history, failures=failures)
 
 
 def _before_manifest(run: RunFolder, drivers: Drivers) -> Status:

@@ -168,41 +168,6 @@ class Listing:
         return set(names_in(self.run.partitions_path))
 
 
-@dataclass
-class Settled:
-    """Done partitions of an earlier reading, so that the next one looks at the others only.
-
-    They remain done as long as their receipts and targets exist and the cache is the same.
-
-    Attributes
-    ----------
-    indices
-        The partitions.
-    attempts
-        Folders of the targets that are not in the cache.
-    cache
-        State of the cache (:func:`cache_state`).
-    """
-
-    indices: set[int] = field(default_factory=set)
-    attempts: set[str] = field(default_factory=set)
-    cache: list[int] | None = None
-
-    def add(self, each: PartitionState) -> None:
-        """Add a partition with a valid receipt."""
-        assert each.receipt is not None
-        self.indices.add(each.partition.index)
-        if not each.is_cached:
-            self.attempts.add(each.receipt.attempt)
-
-    def holds(self, listing: Listing, cache: list[int]) -> bool:
-        """Whether all of them are still done."""
-        if not self.indices:
-            return True
-        is_same = self.cache == cache and self.indices <= listing.receipts
-        return is_same and (not self.attempts or self.attempts <= listing.attempts)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunState:
     """One reading of a run folder. Everything that asks whether a partition is done asks this.
