@@ -439,7 +439,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         checker.environment(receipt)
         path = run.partitions_path / receipt.attempt
         if partition.n_rows and (not each.is_cached or (keeps and path.exists())):
-            _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile()), checker)
+            _check_partition(PartitionPiece(path=path, receipt=receipt, profile=part.profile), checker)
     whole = open_run_cache(run)
     if whole is not None and whole.n_rows == part.n_rows and len(digests) == part.state.log.n_partitions:
         _compare_digest(checker, "receipts", whole.content_digest, total_digest(digests))

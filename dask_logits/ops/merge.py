@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dask_logits.cache.find import CACHE_NAME, INDEX_NAME, find_caches
 from dask_logits.cache.pieces import Piece
-from dask_logits.cache.reader import CacheReader
 from dask_logits.config.checks import parse_bytes
-from dask_logits.errors import CacheError, ConfigError, RunConflictError
+from dask_logits.errors import ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
 from dask_logits.run.consolidate import check_replaceable, consolidate_run, tidy, write_cache, write_index
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder
-from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover, some
+from dask_logits.run.parts import CachePart, Part, RunPart, check_cover, some
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def merge(
         else:
             _check_one_job(whole, opened)
             pieces = _ordered(opened, once=index)
-            check_cover(whole, pieces())
+            check_cover(whole, pieces)
         target.parent.mkdir(parents=True, exist_ok=True)
         with lease(target.parent / CONSOLIDATION_LOCK):
             if index:
@@ -129,27 +128,14 @@ def _open_parts(paths: Sequence[Path], target: Path) -> list[Part]:
             parts += [RunPart.open(RunFolder(child)) for child in inside]
         else:
             found = sorted(file for file in path.glob("*.h5") if file != target) if path.is_dir() else []
-            parts += [CachePart(cache=_merged(file)) for file in found or find_caches(path)]
+            parts += [CachePart.open(file) for file in found or find_caches(path)]
     return parts
-
-
-def _merged(path: Path) -> CacheReader:
-    """Open a cache with the attributes of a part of a job."""
-    cache = CacheReader(path)
-    missing = [name for name in (*JOB_ATTRIBUTES, "n_rows") if name not in cache.attributes]
-    if missing:
-        raise CacheError.at(
-            path,
-            f"expected a cache that says of which job it is a part, got none of {missing} in format version "
-            f"{cache.attributes['format_version']}; merge its run folder, or make it again",
-        )
-    return cache
 
 
 def _check_one_job(whole: Part, parts: Sequence[Part]) -> None:
     for part in parts:
         differences = {
-            name: (value, part.job().get(name)) for name, value in whole.job().items() if value != part.job().get(name)
+            name: (value, part.job.get(name)) for name, value in whole.job.items() if value != part.job.get(name)
         }
         if not differences and whole.plan_digest(part.n_rows) != part.plan_digest(part.n_rows):
             differences = {"plan": (whole.plan_digest(part.n_rows), part.plan_digest(part.n_rows))}
@@ -171,11 +157,9 @@ def _check_workers(parts: Sequence[Part], num_workers: int) -> None:
         )
 
 
-def _ordered(parts: Sequence[Part], *, once: bool) -> Callable[[], Iterable[Piece]]:
-    """Return a function that yields all pieces in dataset order, each row once. `once`: refuse duplicates."""
-    if len(parts) == 1:
-        return parts[0].pieces
-    pieces = sorted((piece for part in parts for piece in part.pieces()), key=lambda piece: piece.first_row)
+def _ordered(parts: Sequence[Part], *, once: bool) -> list[Piece]:
+    """Return all pieces in dataset order, each row once. `once`: refuse duplicates."""
+    pieces = sorted((piece for part in parts for piece in part.pieces), key=lambda piece: piece.first_row)
     chosen: list[Piece] = []
     overlaps = []
     for piece in pieces:
@@ -196,7 +180,7 @@ def _ordered(parts: Sequence[Part], *, once: bool) -> Callable[[], Iterable[Piec
         )
     if overlaps:
         logger.warning("taken once, being there more than once with equal targets: %s", some(overlaps))
-    return lambda: chosen
+    return chosen
 
 
 def _equal(one: Piece, other: Piece) -> bool:

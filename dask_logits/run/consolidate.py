@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dask_logits.files.lock import lease
 from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import Failure, listed, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
-from dask_logits.run.parts import JOB_ATTRIBUTES, CachePart, Part, RunPart, check_cover
+from dask_logits.run.parts import CachePart, Part, RunPart, check_cover
 from dask_logits.run.timings import plural
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 # Bytes of a file beside its pieces and tables: HDF5's own structures and the attributes.
 _FILE_BYTES = 1 << 17
 _NUMBERED = "[0-9][0-9][0-9][0-9][0-9]-*.h5"
-
-Pieces = Callable[[], Iterable[Piece]]
 
 
 def consolidate_run(
@@ -77,20 +75,21 @@ def consolidate_run(
     with lease(run.path / CONSOLIDATION_LOCK):
         # What was read before the lease may be out of date: another process may have written the cache.
         part = RunPart.open(run)
-        check_cover(part, part.pieces())
+        check_cover(part, part.pieces)
         try:
             written = write_cache(run.cache_path, part, part.pieces, max_file_bytes=max_file_bytes, on_piece=on_piece)
         except CacheError as error:
-            _refuse_damaged(run, part, error)
+            _refuse_damaged(part, error)
             raise
         tidy(run, keep_partitions=keep_partitions)
     return written
 
 
-def _refuse_damaged(run: RunFolder, part: RunPart, error: CacheError) -> None:
+def _refuse_damaged(part: RunPart, error: CacheError) -> None:
     """Remove the receipts of partitions whose files do not match them."""
+    run = part.run
     reasons: dict[int, str] = {}
-    for piece in part.pieces():
+    for piece in part.pieces:
         if isinstance(piece, PartitionPiece):
             try:
                 piece.check()
@@ -150,7 +149,7 @@ def index_path(cache_path: Path) -> Path:
 def write_cache(
     target: Path,
     part: Part,
-    pieces: Pieces,
+    pieces: Sequence[Piece],
     *,
     partial: bool = False,
     max_file_bytes: int | None = None,
@@ -165,7 +164,7 @@ def write_cache(
     part
         The job and its storage profile.
     pieces
-        Returns the pieces in dataset order. It is called more than once.
+        The pieces in dataset order.
     partial
         Whether the cache holds only a part of the job.
     max_file_bytes
@@ -183,11 +182,12 @@ def write_cache(
     RunConflictError
         If a cache of another job occupies the path of this one, its index or its numbered files.
     """
-    profile, attributes = part.profile(), {**part.attributes(), **({"partial": True} if partial else {})}
+    profile, attributes = part.profile, {**part.attributes(), **({"partial": True} if partial else {})}
     index, folder = index_path(target), target.with_suffix("")
     check_replaceable(target, part)
     stale = _numbered(target)
-    if max_file_bytes is None or next(_groups(pieces(), profile, max_file_bytes))[1]:
+    groups = [pieces] if max_file_bytes is None else _groups(pieces, profile, max_file_bytes)
+    if len(groups) == 1:
         _write(target, pieces, profile, attributes, on_piece)
         if stale:
             # An earlier start had another limit, and readers prefer the single file.
@@ -196,11 +196,11 @@ def write_cache(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, (group, _) in enumerate(_groups(pieces(), profile, max_file_bytes)):
+    for number, group in enumerate(groups):
         said = {**attributes, "partial": True, "shard": number}
         name = hashlib.sha256(json.dumps([_digest(group), said["plan_digest"], number]).encode()).hexdigest()[:8]
         files.append(folder / f"{number:05d}-{name}.h5")
-        _write(files[-1], group.__iter__, profile, said, on_piece)
+        _write(files[-1], group, profile, said, on_piece)
     write_index(index, files, n_rows=attributes["n_rows"])
     target.unlink(missing_ok=True)
     _remove(folder, stale - set(files))
@@ -229,14 +229,13 @@ def check_replaceable(target: Path, part: Part) -> None:
 
 
 def _is_earlier(path: Path, part: Part) -> bool:
-    job = part.job()
     try:
-        earlier = CachePart(cache=CacheReader(path))
-        is_same = all(name in earlier.cache.attributes for name in JOB_ATTRIBUTES) and earlier.job() == job
+        earlier = CachePart.open(path)
     except CacheError:
         return False
     n_rows = earlier.n_rows
-    return is_same and n_rows <= part.n_rows and earlier.plan_digest(n_rows) == part.plan_digest(n_rows)
+    is_same = earlier.job == part.job and n_rows <= part.n_rows
+    return is_same and earlier.plan_digest(n_rows) == part.plan_digest(n_rows)
 
 
 def _listed(index: Path) -> list[Path]:
@@ -291,18 +290,18 @@ def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
         replace_json(index, value, durable=True)
 
 
-def _groups(pieces: Iterable[Piece], profile: Profile, max_file_bytes: int) -> Iterator[tuple[list[Piece], bool]]:
-    """Yield the pieces of each file in turn, and whether one file holds all of them."""
+def _groups(pieces: Sequence[Piece], profile: Profile, max_file_bytes: int) -> list[list[Piece]]:
+    """Return the pieces of each file."""
     overhead = _FILE_BYTES + sum(table.nbytes for table in profile.tables.values())
-    group: list[Piece] = []
-    n_bytes, first = overhead, True
+    groups: list[list[Piece]] = [[]]
+    n_bytes = overhead
     for piece in pieces:
-        if group and n_bytes + piece.n_bytes > max_file_bytes:
-            yield group, False
-            group, n_bytes, first = [], overhead, False
-        group.append(piece)
+        if groups[-1] and n_bytes + piece.n_bytes > max_file_bytes:
+            groups.append([])
+            n_bytes = overhead
+        groups[-1].append(piece)
         n_bytes += piece.n_bytes
-    yield group, first
+    return groups
 
 
 def _remove(folder: Path, numbered: Iterable[Path]) -> None:
@@ -314,13 +313,13 @@ def _remove(folder: Path, numbered: Iterable[Path]) -> None:
 
 def _write(
     target: Path,
-    pieces: Pieces,
+    pieces: Sequence[Piece],
     profile: Profile,
     attributes: dict[str, Any],
     on_piece: Callable[[], None],
 ) -> None:
     """Write one file, unless it exists and was made of exactly the same pieces."""
-    made_of = _digest(pieces())
+    made_of = _digest(pieces)
     if target.exists():
         old = CacheReader(target)
         same = bool(old.attributes.get("partial")) == bool(attributes.get("partial"))
@@ -328,11 +327,11 @@ def _write(
             logger.info("%s is made of the same parts: nothing to do", target)
             return
     started = time.perf_counter()
-    statistics = _statistics(pieces())
+    statistics = _statistics(pieces)
     what = attributes["what"]
     digest = consolidate(
         target,
-        pieces,
+        lambda: pieces,
         profile=profile,
         packed=what["dataset.packing"] == "concat",
         attributes={**attributes, "made_of": made_of, "statistics": statistics.model_dump()},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,36 @@ JOB_ATTRIBUTES = (
 
 
 @dataclass(kw_only=True)
-class RunPart:
+class _Part:
+    """A part of a job.
+
+    Parameters
+    ----------
+    path
+        The run folder or cache file.
+    n_rows
+        Number of rows of the whole job.
+    end
+        Reason why its plan ends. None: the plan is open.
+    total_workers
+        Number of static workers that share the job.
+    job
+        The values that must be equal in all parts of a job.
+    """
+
+    path: Path
+    n_rows: int
+    end: str | None
+    total_workers: int
+    job: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class RunPart(_Part):
     """A run folder as a part of a job."""
 
     state: RunState
     calibration: Calibration
-    _profile: Profile | None = None
-    _pieces: list[Piece] | None = None
 
     @classmethod
     def open(cls, run: RunFolder) -> RunPart:
@@ -55,58 +79,40 @@ class RunPart:
             raise run.not_begun()
         if state.cache_error is not None:
             raise state.cache_error
-        return cls(state=state, calibration=calibration)
+        return cls(
+            path=run.path,
+            n_rows=state.log.n_rows,
+            end=state.log.end,
+            total_workers=state.manifest.total_workers,
+            job=_job(state.manifest.what, calibration),
+            state=state,
+            calibration=calibration,
+        )
 
     @property
     def run(self) -> RunFolder:
         """The run folder."""
         return self.state.run
 
-    @property
-    def path(self) -> Path:
-        """The run folder."""
-        return self.run.path
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows of the whole job."""
-        return self.state.log.n_rows
-
-    @property
-    def end(self) -> str | None:
-        """Reason why its plan ends. None: the plan is open."""
-        return self.state.log.end
-
-    @property
-    def total_workers(self) -> int:
-        """Number of static workers that share the job."""
-        return self.state.manifest.total_workers
-
-    def job(self) -> dict[str, Any]:
-        """Return the values that must be equal in all parts of a job."""
-        return _job(self.state.manifest.what, self.calibration)
-
+    @cached_property
     def profile(self) -> Profile:
-        """Return its storage profile."""
-        if self._profile is None:
-            self._profile = load_profile(self.run.profile_of(self.state.manifest, self.calibration))
-        return self._profile
+        """Its storage profile."""
+        return load_profile(self.run.profile_of(self.state.manifest, self.calibration))
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its plan up to a row."""
         return self.state.log.digest(n_rows)
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield its pieces in dataset order. The first call reads the receipts; later calls reuse them."""
-        if self._pieces is None:
-            readers = () if self.state.cache is None else self.state.cache.readers
-            cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
-            self._pieces = cached + [
-                PartitionPiece(path=self.run.partitions_path / receipt.attempt, receipt=receipt, profile=self.profile())
-                for receipt in self.state.committed()
-                if receipt.first_row >= self.state.n_cached and receipt.n_rows
-            ]
-        yield from self._pieces
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Its pieces in dataset order."""
+        readers = () if self.state.cache is None else self.state.cache.readers
+        cached: list[Piece] = [piece for reader in readers for piece in cache_pieces(reader)]
+        return cached + [
+            PartitionPiece(path=self.run.partitions_path / receipt.attempt, receipt=receipt, profile=self.profile)
+            for receipt in self.state.committed()
+            if receipt.first_row >= self.state.n_cached and receipt.n_rows
+        ]
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a cache of this job."""
@@ -147,47 +153,51 @@ class RunPart:
 
 
 @dataclass(kw_only=True)
-class CachePart:
+class CachePart(_Part):
     """A separate cache file as a part of a job."""
 
     cache: CacheReader
 
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.cache.path
+    @classmethod
+    def open(cls, path: Path) -> CachePart:
+        """Open a cache.
+
+        Raises
+        ------
+        CacheError
+            If it cannot be read, or does not say of which job it is a part.
+        """
+        cache = CacheReader(path)
+        missing = [name for name in JOB_ATTRIBUTES if name not in cache.attributes]
+        if missing:
+            raise CacheError.at(
+                path,
+                f"expected a cache that says of which job it is a part, got none of {missing} in format version "
+                f"{cache.attributes['format_version']}; merge its run folder, or make it again",
+            )
+        header = cache.header
+        return cls(
+            path=path,
+            n_rows=header.n_rows or 0,
+            end=header.plan_end or None,
+            total_workers=header.total_workers or 1,
+            job=_job(header.what or {}, Calibration.parse(path, header.calibration or {})),
+            cache=cache,
+        )
 
     @property
-    def n_rows(self) -> int:
-        """Number of rows of the whole job."""
-        return self.cache.header.n_rows or 0
-
-    @property
-    def end(self) -> str | None:
-        """Reason why its plan ends. None: the plan is open."""
-        return self.cache.header.plan_end or None
-
-    @property
-    def total_workers(self) -> int:
-        """Number of static workers that share the job."""
-        return self.cache.header.total_workers or 1
-
-    def job(self) -> dict[str, Any]:
-        """Return the values that must be equal in all parts of a job."""
-        header = self.cache.header
-        return _job(header.what or {}, Calibration.parse(self.path, header.calibration or {}))
-
     def profile(self) -> Profile:
-        """Return its storage profile."""
+        """Its storage profile."""
         return self.cache.profile
 
     def plan_digest(self, n_rows: int) -> str:
         """Return the digest of its original plan."""
         return self.cache.header.plan_digest or ""
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield its pieces in dataset order."""
-        yield from cache_pieces(self.cache)
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Its pieces in dataset order."""
+        return list(cache_pieces(self.cache))
 
     def attributes(self) -> dict[str, Any]:
         """Return its attributes that describe the job."""

@@ -257,7 +257,7 @@ def test_files_are_as_large_as_allowed(here) -> None:
     assert run(here, KEEP, "distillation.cache.max_file_size=1GB") == single
     single.unlink()
     limit = (
-        run_consolidate._FILE_BYTES + sum(piece.n_bytes for piece in RunPart.open(RunFolder(folder)).pieces()) * 3 // 4
+        run_consolidate._FILE_BYTES + sum(piece.n_bytes for piece in RunPart.open(RunFolder(folder)).pieces) * 3 // 4
     )
     run(here, KEEP, f"distillation.cache.max_file_size={limit}")
     assert len(files(folder)) == 2
