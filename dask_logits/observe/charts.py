@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from itertools import count, pairwise
+from itertools import pairwise
 
 import numpy as np
 
 from dask_logits.records import Array
 
+# Labels along a side: (share of its length, text).
+Ticks = Sequence[tuple[float, str]]
 # Width and height of the drawing, in units that the page stretches.
 WIDTH, HEIGHT = 1000, 200
 _LEVELS = 5
@@ -26,135 +27,119 @@ _LEAST_COLUMNS = 40
 _ASPECT = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """Labels along a side: (share of its length, text)."""
+def svg(title: str, description: str, shapes: str, *, width: int = WIDTH, height: int = HEIGHT, css: str = "") -> str:
+    """Return a drawing with its title and description."""
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" class="{css}" '
+        f'aria-label="{escape(title)}: {escape(description)}"><title>{escape(title)}</title>{shapes}</svg>'
+    )
 
-    ticks: tuple[tuple[float, str], ...]
+
+def figure(title: str, description: str, shapes: str, x: Ticks, y: Ticks, *, unit: str, y_unit: str) -> str:
+    """Return a drawing with labels on both axes, and their units."""
+    lines = "".join(
+        f'<line x1="0" x2="{WIDTH}" y1="{_n(HEIGHT * (1 - at))}" y2="{_n(HEIGHT * (1 - at))}" class="grid"/>'
+        for at, _ in y
+    )
+    below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x)
+    beside = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y)
+    return (
+        f'<div class="chart"><div class="top">{escape(y_unit)}</div>'
+        f'<div class="y" aria-hidden="true">{beside}</div>'
+        f'<div class="plot">{svg(title, description, lines + shapes)}</div>'
+        f'<div class="x" aria-hidden="true">{below}</div><div class="unit">{escape(unit)}</div></div>'
+    )
 
 
-class Charts:
-    """Draws the charts of one page, whose ids are unique."""
+def histogram(title: str, counts: Array, low: float, high: float, *, unit: str, y_unit: str, description: str) -> str:
+    """Return the columns of a histogram whose bins are equally wide, from `low` to `high`."""
+    top = nice_top(float(counts.max(initial=0)))
+    width = WIDTH / max(1, len(counts))
+    bars = "".join(
+        f"M{_n(i * width + 0.75)} {HEIGHT}v-{_n(HEIGHT * value / top)}h{_n(width - 1.5)}V{HEIGHT}z"
+        for i, value in enumerate(counts.tolist())
+        if value
+    )
+    shapes = f'<path d="{bars}" class="fill"/>'
+    return figure(title, description, shapes, axis(low, high), axis(0, top, 4), unit=unit, y_unit=y_unit)
 
-    def __init__(self) -> None:
-        self._ids = count(1)
 
-    def svg(
-        self, title: str, description: str, shapes: str, *, width: int = WIDTH, height: int = HEIGHT, css: str = ""
-    ) -> str:
-        """Return a drawing with its title and description."""
-        name = f"chart{next(self._ids)}"
-        return (
-            f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" class="{css}" '
-            f'aria-labelledby="{name}t {name}d"><title id="{name}t">{escape(title)}</title>'
-            f'<desc id="{name}d">{escape(description)}</desc>{shapes}</svg>'
+def area(title: str, values: Array, x: Ticks, *, unit: str, y_unit: str, description: str, marks: str = "") -> str:
+    """Return a stepped area of values in equal bins."""
+    top = nice_top(float(values.max(initial=0)))
+    shapes = f'<path d="{_steps(values, top, HEIGHT)}" class="area"/>{marks}'
+    return figure(title, description, shapes, x, axis(0, top, 4), unit=unit, y_unit=y_unit)
+
+
+def sparkline(title: str, values: Array, top: float, *, description: str) -> str:
+    """Return a small stepped area, with the same scale for several of them."""
+    return svg(title, description, f'<path d="{_steps(values, top, 40)}" class="area"/>', height=40, css="spark")
+
+
+def line(title: str, points: Mapping[str, float], *, unit: str, y_unit: str, description: str) -> str:
+    """Return a line through values from 0 to 1, equally far apart, each with its label."""
+    step = WIDTH / max(1, len(points))
+    places = [(step * (i + 0.5), HEIGHT * (1 - value)) for i, value in enumerate(points.values())]
+    way = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
+    dots = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in places)
+    shapes = f'<path d="{way}" class="line"/><path d="{dots}" class="dot"/>'
+    x = [(x / WIDTH, label) for (x, _), label in zip(places, points, strict=True)]
+    return figure(title, description, shapes, x, axis(0, 1, 4), unit=unit, y_unit=y_unit)
+
+
+def shares(title: str, parts: Sequence[tuple[str, float]], *, description: str) -> str:
+    """Return one bar cut into parts, in the colours of a legend: ``part0``, ``part1`` and so on."""
+    total, at, shapes = sum(value for _, value in parts) or 1.0, 0.0, ""
+    for i, (name, value) in enumerate(parts):
+        width = WIDTH * value / total
+        shapes += (
+            f'<rect x="{_n(at)}" y="0" width="{_n(max(0.0, width - 1))}" height="40" class="part{i}">'
+            f"<title>{escape(name)}: {100 * value / total:.1f} %</title></rect>"
         )
+        at += width
+    return svg(title, description, shapes, height=40, css="bar")
 
-    def figure(self, title: str, description: str, shapes: str, x: Axis, y: Axis, *, unit: str, y_unit: str) -> str:
-        """Return a drawing with labels on both axes, and their units."""
-        lines = "".join(
-            f'<line x1="0" x2="{WIDTH}" y1="{_n(HEIGHT * (1 - at))}" y2="{_n(HEIGHT * (1 - at))}" class="grid"/>'
-            for at, _ in y.ticks
-        )
-        below = "".join(f'<span style="left:{100 * at:.2f}%">{escape(text)}</span>' for at, text in x.ticks)
-        beside = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(text)}</span>' for at, text in y.ticks)
-        return (
-            f'<div class="chart"><div class="top">{escape(y_unit)}</div>'
-            f'<div class="y" aria-hidden="true">{beside}</div>'
-            f'<div class="plot">{self.svg(title, description, lines + shapes)}</div>'
-            f'<div class="x" aria-hidden="true">{below}</div><div class="unit">{escape(unit)}</div></div>'
-        )
 
-    def histogram(
-        self, title: str, counts: Array, low: float, high: float, *, unit: str, y_unit: str, description: str
-    ) -> str:
-        """Return the columns of a histogram whose bins are equally wide, from `low` to `high`."""
-        top = nice_top(float(counts.max(initial=0)))
-        width = WIDTH / max(1, len(counts))
-        bars = "".join(
-            f"M{_n(i * width + 0.75)} {HEIGHT}v-{_n(HEIGHT * value / top)}h{_n(width - 1.5)}V{HEIGHT}z"
-            for i, value in enumerate(counts.tolist())
-            if value
-        )
-        shapes = f'<path d="{bars}" class="fill"/>'
-        return self.figure(title, description, shapes, axis(low, high), axis(0, top, 4), unit=unit, y_unit=y_unit)
+def spans(title: str, spans: Sequence[tuple[float, float, str]], *, description: str, marks: str = "") -> str:
+    """Return boxes (begin, end as shares of the width, text on hover) in one lane."""
+    boxes = "".join(
+        f'<rect x="{_n(WIDTH * begin)}" y="0" width="{_n(max(1.0, WIDTH * (end - begin)))}" height="20" '
+        f'class="box"><title>{escape(text)}</title></rect>'
+        for begin, end, text in spans
+    )
+    return svg(title, description, boxes + marks, height=20, css="lane")
 
-    def area(
-        self, title: str, values: Array, x: Axis, *, unit: str, y_unit: str, description: str, marks: str = ""
-    ) -> str:
-        """Return a stepped area of values in equal bins."""
-        top = nice_top(float(values.max(initial=0)))
-        shapes = f'<path d="{_steps(values, top, HEIGHT)}" class="area"/>{marks}'
-        return self.figure(title, description, shapes, x, axis(0, top, 4), unit=unit, y_unit=y_unit)
 
-    def sparkline(self, title: str, values: Array, top: float, *, description: str) -> str:
-        """Return a small stepped area, with the same scale for several of them."""
-        return self.svg(
-            title, description, f'<path d="{_steps(values, top, 40)}" class="area"/>', height=40, css="spark"
-        )
+def shades(title: str, shares_B: Array, *, description: str, marks: str = "") -> str:
+    """Return one lane of bins, the darker the larger their shares from 0 to 1."""
+    levels = np.ceil(np.clip(shares_B, 0, 1) * _LEVELS).astype(int)
+    edges = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
+    unit, paths = WIDTH / max(1, len(levels)), [""] * (_LEVELS + 1)
+    for first, last in pairwise(edges):
+        paths[levels[first]] += f"M{_n(first * unit)} 0h{_n((last - first) * unit)}v20h-{_n((last - first) * unit)}z"
+    shapes = "".join(
+        f'<path d="{path}" class="fill" opacity="{level / _LEVELS:.1f}"/>'
+        for level, path in enumerate(paths)
+        if level and path
+    )
+    return svg(title, description, shapes + marks, height=20, css="lane")
 
-    def line(self, title: str, points: Mapping[str, float], *, unit: str, y_unit: str, description: str) -> str:
-        """Return a line through values from 0 to 1, equally far apart, each with its label."""
-        step = WIDTH / max(1, len(points))
-        places = [(step * (i + 0.5), HEIGHT * (1 - value)) for i, value in enumerate(points.values())]
-        way = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in places)
-        dots = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in places)
-        shapes = f'<path d="{way}" class="line"/><path d="{dots}" class="dot"/>'
-        x = Axis(ticks=tuple((x / WIDTH, label) for (x, _), label in zip(places, points, strict=True)))
-        return self.figure(title, description, shapes, x, axis(0, 1, 4), unit=unit, y_unit=y_unit)
 
-    def shares(self, title: str, parts: Sequence[tuple[str, float]], *, description: str) -> str:
-        """Return one bar cut into parts, in the colours of a legend: ``part0``, ``part1`` and so on."""
-        total, at, shapes = sum(value for _, value in parts) or 1.0, 0.0, ""
-        for i, (name, value) in enumerate(parts):
-            width = WIDTH * value / total
-            shapes += (
-                f'<rect x="{_n(at)}" y="0" width="{_n(max(0.0, width - 1))}" height="40" class="part{i}">'
-                f"<title>{escape(name)}: {100 * value / total:.1f} %</title></rect>"
-            )
-            at += width
-        return self.svg(title, description, shapes, height=40, css="bar")
+def cells(title: str, kinds_C: Array, n_kinds: int, *, description: str) -> str:
+    """Return a map of small squares, row by row, in the colours of a legend: ``kind0``, ``kind1`` and so on.
 
-    def spans(self, title: str, spans: Sequence[tuple[float, float, str]], *, description: str, marks: str = "") -> str:
-        """Return boxes (begin, end as shares of the width, text on hover) in one lane."""
-        boxes = "".join(
-            f'<rect x="{_n(WIDTH * begin)}" y="0" width="{_n(max(1.0, WIDTH * (end - begin)))}" height="20" '
-            f'class="box"><title>{escape(text)}</title></rect>'
-            for begin, end, text in spans
-        )
-        return self.svg(title, description, boxes + marks, height=20, css="lane")
-
-    def shades(self, title: str, shares_B: Array, *, description: str, marks: str = "") -> str:
-        """Return one lane of bins, the darker the larger their shares from 0 to 1."""
-        levels = np.ceil(np.clip(shares_B, 0, 1) * _LEVELS).astype(int)
-        edges = [0, *(np.flatnonzero(np.diff(levels)) + 1).tolist(), len(levels)]
-        unit, paths = WIDTH / max(1, len(levels)), [""] * (_LEVELS + 1)
-        for first, last in pairwise(edges):
-            paths[levels[first]] += (
-                f"M{_n(first * unit)} 0h{_n((last - first) * unit)}v20h-{_n((last - first) * unit)}z"
-            )
-        shapes = "".join(
-            f'<path d="{path}" class="fill" opacity="{level / _LEVELS:.1f}"/>'
-            for level, path in enumerate(paths)
-            if level and path
-        )
-        return self.svg(title, description, shapes + marks, height=20, css="lane")
-
-    def cells(self, title: str, kinds_C: Array, n_kinds: int, *, description: str) -> str:
-        """Return a map of small squares, row by row, in the colours of a legend: ``kind0``, ``kind1`` and so on.
-
-        Neighbours of one kind are one dashed line, so that thousands of squares take a few kilobytes.
-        """
-        columns = max(_LEAST_COLUMNS, math.ceil(math.sqrt(_ASPECT * len(kinds_C))))
-        paths = [""] * n_kinds
-        for y, first in enumerate(range(0, len(kinds_C), columns)):
-            row = kinds_C[first : first + columns]
-            edges = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
-            for begin, end in pairwise(edges):
-                paths[row[begin]] += f"M{10 * begin + 1} {10 * y + 5}h{10 * (end - begin) - 2}"
-        shapes = "".join(f'<path d="{path}" class="kind{i}"/>' for i, path in enumerate(paths) if path)
-        height = 10 * math.ceil(len(kinds_C) / columns)
-        return self.svg(title, description, shapes, width=10 * columns, height=height, css="cells")
+    Neighbours of one kind are one dashed line, so that thousands of squares take a few kilobytes.
+    """
+    columns = max(_LEAST_COLUMNS, math.ceil(math.sqrt(_ASPECT * len(kinds_C))))
+    paths = [""] * n_kinds
+    for y, first in enumerate(range(0, len(kinds_C), columns)):
+        row = kinds_C[first : first + columns]
+        edges = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+        for begin, end in pairwise(edges):
+            paths[row[begin]] += f"M{10 * begin + 1} {10 * y + 5}h{10 * (end - begin) - 2}"
+    shapes = "".join(f'<path d="{path}" class="kind{i}"/>' for i, path in enumerate(paths) if path)
+    height = 10 * math.ceil(len(kinds_C) / columns)
+    return svg(title, description, shapes, width=10 * columns, height=height, css="cells")
 
 
 def crosses(places: Sequence[tuple[float, str]], css: str = "cross") -> str:
@@ -174,16 +159,16 @@ def pauses(places: Sequence[tuple[float, str]], height: int = HEIGHT) -> str:
     )
 
 
-def axis(low: float, high: float, most: int = 5) -> Axis:
-    """Return an axis with at most `most` round steps.
+def axis(low: float, high: float, most: int = 5) -> Ticks:
+    """Return the labels of an axis with at most `most` round steps.
 
-    >>> axis(0, 1000, 4).ticks
-    ((0.0, '0'), (0.5, '500'), (1.0, '1,000'))
+    >>> axis(0, 1000, 4)
+    [(0.0, '0'), (0.5, '500'), (1.0, '1,000')]
     """
     span = high - low
     if not span > 0:
-        return Axis(ticks=((0.0, number(low)),))
-    return Axis(ticks=tuple(((at - low) / span, number(at)) for at in _round_steps(low, high, most)))
+        return [(0.0, number(low))]
+    return [((at - low) / span, number(at)) for at in _round_steps(low, high, most)]
 
 
 def _round_steps(low: float, high: float, most: int) -> Iterator[float]:

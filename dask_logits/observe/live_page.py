@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.observe import sections
-from dask_logits.observe.charts import Charts, number
+from dask_logits.observe import charts, sections
+from dask_logits.observe.charts import number
 from dask_logits.observe.history import Clock, rates
 from dask_logits.observe.live import STATES, Snapshot
 from dask_logits.observe.page import STYLE, Html, asset, badge, section, table, text, tiles
@@ -107,22 +107,21 @@ def page(body: str) -> str:
 
 def body(snapshot: Snapshot) -> str:
     """Return the sections of a page."""
-    charts, status, history = Charts(), snapshot.status, snapshot.history
-    parts: list[Html | None] = [_header(snapshot), _figures(snapshot), _partitions(charts, snapshot)]
-    parts += sections.work(charts, history, Clock.of(history), status.seconds, snapshot.failures)
+    status, history = snapshot.status, snapshot.history
+    parts: list[Html | None] = [_header(snapshot), _figures(snapshot), _partitions(snapshot)]
+    parts += sections.work(history, Clock.of(history), status.seconds, snapshot.failures)
     return "".join(part for part in parts if part is not None)
 
 
 def cell(snapshot: Snapshot) -> str:
     """Return the figures and charts for an output cell of a notebook. Its style leaves the notebook alone."""
-    charts, history = Charts(), snapshot.history
-    parts = [_figures(snapshot), _partitions(charts, snapshot)]
-    clock = Clock.of(history)
+    history, clock = snapshot.history, Clock.of(snapshot.history)
+    parts = [_figures(snapshot), _partitions(snapshot)]
     if clock is not None:
-        parts += [sections.speed(charts, history, clock, rates(history, clock), workers=False),
-                  sections.time_shares(charts, snapshot.status.seconds)]  # fmt: skip
+        parts += [sections.speed(history, clock, rates(history, clock), workers=False),
+                  sections.time_shares(snapshot.status.seconds)]  # fmt: skip
     # Several cells may show a run, and an id has to be unique in their page.
-    inner = re.sub(r' id="(?!chart)[a-z]+"', "", "".join(part for part in parts if part is not None))
+    inner = re.sub(r' id="[a-z]+"', "", "".join(part for part in parts if part is not None))
     return f'<style>{_CELL_STYLE}</style><div class="dask-logits">{inner}</div>'
 
 
@@ -243,7 +242,7 @@ def _figures(snapshot: Snapshot) -> Html:
     return tiles(rows)
 
 
-def _partitions(charts: Charts, snapshot: Snapshot) -> Html | None:
+def _partitions(snapshot: Snapshot) -> Html | None:
     states_P, counts = snapshot.states_P, snapshot.counts()
     if not len(states_P):
         return None

@@ -22,7 +22,7 @@ from dask_logits.data.tokens import local_tokenizer
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import expanded, replace_text, room
 from dask_logits.observe import sections
-from dask_logits.observe.charts import Charts, number
+from dask_logits.observe.charts import number
 from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, badge, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
@@ -201,19 +201,19 @@ def _sums(readers: Sequence[CacheReader]) -> Statistics:
 
 def render(facts: Facts) -> str:
     """Return the page of these facts."""
-    charts, clock, sample = Charts(), Clock.of(facts.history), facts.sample
+    clock, sample = Clock.of(facts.history), facts.sample
     noun = facts.status.items_noun if facts.status else "documents"
     if facts.readers and facts.readers[0].is_packed:
         noun = "blocks"
     seconds = facts.status.seconds if facts.status else {}
-    parts = sections.work(charts, facts.history, clock, seconds, facts.failures)
+    parts = sections.work(facts.history, clock, seconds, facts.failures)
     parts.append(sections.left_out(facts.status.left_out if facts.status else {}))
     if facts.problem is not None:
         parts.append(section("targets", "Targets", f"The targets cannot be read: {facts.problem}"))
     elif sample is None or not sample.documents:
         parts.append(section("targets", "Targets", "There are no targets yet."))
     else:
-        parts += [sections.targets(charts, sample, noun), sections.extremes(sample, noun)]
+        parts += [sections.targets(sample, noun), sections.extremes(sample, noun)]
     parts.append(_computed(facts))
     if facts.readers:
         parts.append(sections.loading(str(facts.path), facts.readers[0].top_k, facts.readers[0].profile.extras.draws))

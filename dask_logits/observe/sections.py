@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dask_logits.config.setting import flat
-from dask_logits.observe.charts import Axis, Charts, axis, crosses, nice_top, number, pauses
+from dask_logits.observe import charts
+from dask_logits.observe.charts import Ticks, axis, crosses, nice_top, number, pauses
 from dask_logits.observe.history import Clock, History, Rates, rates
 from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text
 from dask_logits.observe.sample import Document, Sample
@@ -32,14 +33,13 @@ _CUT_SHARE = 0.005
 _UNITS = ((2 * 86_400, 86_400, "days"), (2 * 3_600, 3_600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
 
 
-def time_axis(clock: Clock) -> tuple[Axis, str]:
+def time_axis(clock: Clock) -> tuple[Ticks, str]:
     """Return the labels of the time at work, and their unit."""
     _, size, unit = next(each for each in _UNITS if clock.seconds >= each[0])
     return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
 
 
 def work(
-    charts: Charts,
     history: History,
     clock: Clock | None,
     seconds: Mapping[str, float],
@@ -50,14 +50,14 @@ def work(
     if clock is not None:
         found = rates(history, clock)
         parts = [
-            speed(charts, history, clock, found),
-            time_shares(charts, seconds),
-            timeline(charts, history, clock, found, failures),
+            speed(history, clock, found),
+            time_shares(seconds),
+            timeline(history, clock, found, failures),
         ]
     return [*parts, failed(failures, history)]
 
 
-def speed(charts: Charts, history: History, clock: Clock, found: Rates, *, workers: bool = True) -> Html:
+def speed(history: History, clock: Clock, found: Rates, *, workers: bool = True) -> Html:
     """Tokens per second over time, in total and, if asked for, of each worker."""
     total = found.tokens_per_second.sum(1)
     tokens = int(history.column("tokens").sum())
@@ -71,10 +71,10 @@ def speed(charts: Charts, history: History, clock: Clock, found: Rates, *, worke
     )
     chart = charts.area("Tokens per second over time", total, x, unit=unit, y_unit="tokens/s",
                         description=sentence, marks=pauses(_pause_places(clock)))  # fmt: skip
-    return section("speed", "Speed", sentence, Html(chart), _workers(charts, history, found) if workers else None)
+    return section("speed", "Speed", sentence, Html(chart), _workers(history, found) if workers else None)
 
 
-def _workers(charts: Charts, history: History, found: Rates) -> Html:
+def _workers(history: History, found: Rates) -> Html:
     order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)
     top = nice_top(float(found.tokens_per_second.max(initial=0)))
     rows: list[list[object]] = []
@@ -94,7 +94,7 @@ def _workers(charts: Charts, history: History, found: Rates) -> Html:
     return Html(f"<h3>Workers</h3><p>{said}</p>{table(head, rows, numbers=(1, 2, 3, 4, 5), label='Workers')}{rest}")
 
 
-def time_shares(charts: Charts, seconds: Mapping[str, float]) -> Html:
+def time_shares(seconds: Mapping[str, float]) -> Html:
     """Where the time of the workers went."""
     inner, outer = inside_and_outside(seconds)
     known = {**outer, **inner, "rest": max(0.0, seconds.get("score", 0.0) - sum(inner.values()))}
@@ -128,15 +128,13 @@ _MEANING = {
 }
 
 
-def timeline(
-    charts: Charts, history: History, clock: Clock, found: Rates, failures: Mapping[int, FailureEntry]
-) -> Html:
+def timeline(history: History, clock: Clock, found: Rates, failures: Mapping[int, FailureEntry]) -> Html:
     """Show the partitions of each worker, those that failed, and failed attempts at others."""
     x, unit = time_axis(clock)
     order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
     few = len(history) <= _MOST_BOXES
     marks = pauses(_pause_places(clock), 20)
-    lanes = _lanes(charts, history, clock, found, order, marks, boxes=few)
+    lanes = _lanes(history, clock, found, order, marks, boxes=few)
     drawn = "A box is a partition, from its loading to its receipt." if few else (
         "The darker, the larger the share of the time in which the worker was busy."
     )  # fmt: skip
@@ -160,7 +158,7 @@ def timeline(
     )
     more = len(history.workers) - len(order)
     hidden = f" Not drawn: {plural(more, 'worker')} with fewer tokens." if more else ""
-    below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x.ticks)
+    below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x)
     return section(
         "timeline", "Timeline", f"One line per worker. {drawn}{crossed}{hidden}",
         Html(f'<div class="lanes">{lanes}<div class="x" aria-hidden="true">{below}</div></div>'
@@ -168,9 +166,7 @@ def timeline(
     )  # fmt: skip
 
 
-def _lanes(
-    charts: Charts, history: History, clock: Clock, found: Rates, order: Sequence[int], marks: str, *, boxes: bool
-) -> str:
+def _lanes(history: History, clock: Clock, found: Rates, order: Sequence[int], marks: str, *, boxes: bool) -> str:
     """Return a line for each worker: boxes of its partitions, or shades of its busy share."""
     begin, end = (clock.shown(history.column(name)) / clock.seconds for name in ("begin", "end"))
     owner, index, tokens = (history.column(name) for name in ("worker", "index", "tokens"))
@@ -232,7 +228,7 @@ def left_out(workers: Mapping[str, str]) -> Html | None:
     )
 
 
-def targets(charts: Charts, sample: Sample, noun: str) -> Html:
+def targets(sample: Sample, noun: str) -> Html:
     """Show the histograms of the targets, and the kept mass by k unless they are draws."""
     n_tokens = sum(len(each.entropies) for each in sample.documents)
     whole = n_tokens >= sample.lengths.sum()
@@ -245,19 +241,19 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
     long = sample.lengths
     mass = sample.mass_by_k
     kept = (
-        _histogram(charts, "Kept mass", sample.joined("kept"), "probability", "tokens",
+        _histogram("Kept mass", sample.joined("kept"), "probability", "tokens",
                    "How much of the teacher's probability the kept tokens hold.", span=(0.0, 1.0))
         if mass
-        else _histogram(charts, "Distinct ids", sample.joined("kept"), "ids of a position", "tokens",
+        else _histogram("Distinct ids", sample.joined("kept"), "ids of a position", "tokens",
                         "How many different tokens the draws of a position gave: few if the teacher is certain.")
     )  # fmt: skip
     charted = [
-        _histogram(charts, f"Length of {noun}", long, "tokens", noun, f"The longest has {long.max():,} tokens."),
-        _histogram(charts, f"Entropy of the {'kept distribution' if mass else 'draws'}", sample.joined("entropies"),
+        _histogram(f"Length of {noun}", long, "tokens", noun, f"The longest has {long.max():,} tokens."),
+        _histogram(f"Entropy of the {'kept distribution' if mass else 'draws'}", sample.joined("entropies"),
                    "nats", "tokens",
                    "How undecided the teacher is between the tokens that are kept: 0 if it is certain."),
         kept,
-        _histogram(charts, "Surprise", sample.joined("surprises"), "nats", "tokens",
+        _histogram("Surprise", sample.joined("surprises"), "nats", "tokens",
                    "How little the teacher expected the token that really comes next: −log of its probability."),
     ]  # fmt: skip
     if not mass:
@@ -276,7 +272,6 @@ def targets(charts: Charts, sample: Sample, noun: str) -> Html:
 
 
 def _histogram(
-    charts: Charts,
     title: str,
     values: Array,
     unit: str,

@@ -16,7 +16,7 @@ from test_report import HOSTILE, Page, checked, history, read_status_of_nothing
 from dask_logits import CacheError, RunConflictError, generate, load_config, read_status
 from dask_logits.files.atomic import replace_json
 from dask_logits.observe import live_page
-from dask_logits.observe.charts import Charts
+from dask_logits.observe.charts import cells
 from dask_logits.observe.live import STATES, LiveRun, Snapshot
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import RunFolder
@@ -263,7 +263,7 @@ def test_ten_thousand_partitions_make_a_small_map() -> None:
 
 
 def test_squares_of_one_state_are_one_line() -> None:
-    svg = Charts().cells("Map", np.array([0] * 30 + [2] * 20, np.uint8), 4, description="50 squares")
+    svg = cells("Map", np.array([0] * 30 + [2] * 20, np.uint8), 4, description="50 squares")
     assert 'viewBox="0 0 400 20"' in svg
     assert '<path d="M1 5h298" class="kind0"/><path d="M301 5h98M1 15h98" class="kind2"/>' in svg
 

@@ -78,7 +78,9 @@ def checked(html: str) -> Page:
     assert len(ids) == len(set(ids))
     for svg in page.all("svg"):
         assert svg["role"] == "img"
-        assert set(str(svg["aria-labelledby"]).split()) <= set(ids)
+        title, _, description = str(svg["aria-label"]).partition(": ")
+        assert title
+        assert description
     assert all(str(link["href"]).removeprefix("#") in ids for link in page.all("a"))
     assert len(html) < 2 << 20
     return page
