@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,7 +14,7 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
 from dask_logits.fields import Count, Digest, Record, shown
 from dask_logits.files.atomic import read_json
-from dask_logits.records import total_digest
+from dask_logits.records import Statistics, total_digest
 
 CACHE_NAME = "teacher_logits.h5"
 INDEX_NAME = "teacher_logits.index.json"
@@ -57,6 +58,59 @@ def find_caches(path: Path) -> list[Path]:
 def is_index(path: Path) -> bool:
     """Whether a path refers to the caches listed in an index."""
     return path.suffix == ".json" or (not (path / CACHE_NAME).exists() and (path / INDEX_NAME).exists())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFiles:
+    """A cache as a whole: one file, or several with an index.
+
+    Parameters
+    ----------
+    path
+        The file, index or folder that a user names.
+    readers
+        Readers of the files.
+    """
+
+    path: Path
+    readers: tuple[CacheReader, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> CacheFiles:
+        """Open all files that a path refers to. Raise as :func:`find_caches`."""
+        return cls(path=path, readers=tuple(CacheReader(file) for file in find_caches(path)))
+
+    @property
+    def n_rows(self) -> int:
+        """Number of dataset rows of the job, from 0."""
+        return self.readers[0].header.n_rows or 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all files."""
+        return sum(reader.n_tokens for reader in self.readers)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of all files."""
+        return sum(reader.n_documents for reader in self.readers)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(reader.path.stat().st_size for reader in self.readers)
+
+    @property
+    def content_digest(self) -> str:
+        """Content digest of all files."""
+        return total_digest(reader.header.content_digest for reader in self.readers)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Sums over all files. None if one of them has none."""
+        found = [reader.header.statistics for reader in self.readers]
+        known = [statistics for statistics in found if statistics is not None]
+        return sum(known, Statistics()) if len(known) == len(found) else None
 
 
 class IndexEntry(Record):

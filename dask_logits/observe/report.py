@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dask_logits.cache.find import find_caches
-from dask_logits.cache.reader import CacheReader
+from dask_logits.cache.find import CacheFiles
 from dask_logits.data.tokens import local_tokenizer
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import expanded, replace_text, room
@@ -27,10 +26,10 @@ from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, badge, document, folded, pairs, section, text, tiles
 from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
 from dask_logits.observe.status import Status, reading_of
-from dask_logits.records import Statistics, total_digest
+from dask_logits.records import Statistics
 from dask_logits.run.folder import REPORT_NAME, RunFolder
 from dask_logits.run.records import Calibration, FailureEntry, Manifest
-from dask_logits.run.state import RunCache, open_run_cache, read_consistently
+from dask_logits.run.state import open_run_cache, read_consistently
 from dask_logits.run.timings import duration, plural
 
 logger = logging.getLogger(__name__)
@@ -59,8 +58,8 @@ class Facts:
         Its receipts.
     failures
         Partition → its failure.
-    readers
-        Files of the cache, empty if there is none.
+    cache
+        The cache. None if there is none.
     sample
         Some of its documents. None if there are none yet, or if they cannot be read.
     problem
@@ -77,7 +76,7 @@ class Facts:
     status: Status | None = None
     history: History = field(default_factory=History)
     failures: Mapping[int, FailureEntry] = field(default_factory=dict)
-    readers: Sequence[CacheReader] = ()
+    cache: CacheFiles | None = None
     sample: Sample | None = None
     problem: str | None = None
 
@@ -142,7 +141,7 @@ def _of_run(run: RunFolder) -> Facts:
     how = manifest.how if manifest else {}
     sums = reading.status.statistics
     if cache is not None and not sums.tokens:
-        sums = _sums(cache.readers)
+        sums = cache.statistics or sums
     return Facts(
         path=run.path,
         teacher=str(manifest.setting("teacher.model_path")) if manifest else "",
@@ -154,13 +153,13 @@ def _of_run(run: RunFolder) -> Facts:
         status=reading.status,
         history=reading.history,
         failures=reading.failures,
-        readers=cache.readers if cache else (),
+        cache=cache,
         sample=sample,
         problem=problem,
     )
 
 
-def _sample(run: RunFolder, cache: RunCache | None, manifest: Manifest | None, history: History) -> Sample | None:
+def _sample(run: RunFolder, cache: CacheFiles | None, manifest: Manifest | None, history: History) -> Sample | None:
     if manifest is None:
         return None
     path = manifest.setting("teacher.tokenizer_path") or manifest.setting("teacher.model_path")
@@ -172,12 +171,12 @@ def _sample(run: RunFolder, cache: RunCache | None, manifest: Manifest | None, h
 
 
 def _of_cache(path: Path) -> Facts:
-    readers = [CacheReader(file) for file in find_caches(path)]
-    header, said = readers[0].header, readers[0].attributes
+    cache = CacheFiles.open(path)
+    header, said = cache.readers[0].header, cache.readers[0].attributes
     copied = header.calibration
     sample, problem = None, None
     try:
-        sample = sample_caches(readers, tokenizer_of(readers))
+        sample = sample_caches(cache.readers, tokenizer_of(cache.readers))
     except CacheError as error:
         problem = error.message
     named, teacher = said.get("dataset"), said.get("teacher")
@@ -187,23 +186,19 @@ def _of_cache(path: Path) -> Facts:
         dataset=named if isinstance(named, dict) else {},
         settings=header.what or {},
         identity=teacher if isinstance(teacher, dict) else {},
-        calibration=None if copied is None else Calibration.parse(readers[0].path, copied),
-        statistics=_sums(readers),
-        readers=readers,
+        calibration=None if copied is None else Calibration.parse(cache.readers[0].path, copied),
+        statistics=cache.statistics or Statistics(),
+        cache=cache,
         sample=sample,
         problem=problem,
     )
-
-
-def _sums(readers: Sequence[CacheReader]) -> Statistics:
-    return sum((reader.header.statistics or Statistics() for reader in readers), Statistics())
 
 
 def render(facts: Facts) -> str:
     """Return the page of these facts."""
     clock, sample = Clock.of(facts.history), facts.sample
     noun = facts.status.items_noun if facts.status else "documents"
-    if facts.readers and facts.readers[0].is_packed:
+    if facts.cache is not None and facts.cache.readers[0].is_packed:
         noun = "blocks"
     seconds = facts.status.seconds if facts.status else {}
     parts = sections.work(facts.history, clock, seconds, facts.failures)
@@ -215,8 +210,9 @@ def render(facts: Facts) -> str:
     else:
         parts += [sections.targets(sample, noun), sections.extremes(sample, noun)]
     parts.append(_computed(facts))
-    if facts.readers:
-        parts.append(sections.loading(str(facts.path), facts.readers[0].top_k, facts.readers[0].profile.extras.draws))
+    if facts.cache is not None:
+        reader = facts.cache.readers[0]
+        parts.append(sections.loading(str(facts.path), reader.top_k, reader.profile.extras.draws))
     shown = [part for part in parts if part is not None]
     name = _dataset_name(facts.dataset)
     title = f"{Path(facts.teacher).name or 'A teacher'}{f' on {name}' if name else ''}"
@@ -235,9 +231,9 @@ def _dataset_name(dataset: Mapping[str, Any]) -> str:
 def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]) -> str:
     status, sums = facts.status, facts.statistics
     figures: list[tuple[str, object]] = []
-    n_tokens = sum(reader.n_tokens for reader in facts.readers) or sums.tokens
+    counts = (facts.cache.n_tokens, facts.cache.n_documents) if facts.cache else (sums.tokens, sums.documents)
+    n_tokens, n_documents = counts
     if n_tokens:
-        n_documents = sum(reader.n_documents for reader in facts.readers) or sums.documents
         figures += [("tokens", number(n_tokens)), (status.items_noun if status else "documents", number(n_documents))]
     if clock is not None:
         tokens = float(facts.history.column("tokens").sum())
@@ -250,9 +246,8 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
         figures.append(sums.entries)
     if sums.labels:
         figures.append(("perplexity", f"{sums.perplexity:.2f}"))
-    if facts.readers:
-        n_bytes = sum(reader.path.stat().st_size for reader in facts.readers)
-        figures.append(("bytes per token", f"{n_bytes / max(1, n_tokens):.0f}"))
+    if facts.cache is not None:
+        figures.append(("bytes per token", f"{facts.cache.n_bytes / max(1, n_tokens):.0f}"))
     state = ""
     if status is not None:
         of = f", {status.committed:,} of {plural(status.partitions, 'partition')}" if status.state != "complete" else ""
@@ -284,8 +279,8 @@ def _computed(facts: Facts) -> Html:
         known += sections.leaves({"numerics": calibration.numerics.to_json()})
         known += list(calibration.versions.items())
         known += [(f"worker {name}", value) for name, value in (calibration.environment or {}).items()]
-        if facts.readers:
-            known.append(("content digest", total_digest(reader.header.content_digest for reader in facts.readers)))
+        if facts.cache is not None:
+            known.append(("content digest", facts.cache.content_digest))
         parts.append(folded("Environment and numerics", pairs((a, b) for a, b in known if b is not None)))
     if facts.settings:
         parts.append(folded("All settings", sections.settings(facts.settings)))

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dask_logits.cache.find import check_one_job, check_whole, find_caches
+from dask_logits.cache.find import CacheFiles, check_one_job, check_whole
 from dask_logits.cache.pieces import cache_pieces, consolidate
 from dask_logits.cache.profile import PRECISIONS, Compact, Plain, Precision, Profile, id_table
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, ConfigError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
-from dask_logits.records import Statistics
 from dask_logits.run.folder import CONSOLIDATION_LOCK
 
 # Tokens whose kept ids determine the table. More tokens save less than a byte per token.
@@ -76,7 +75,8 @@ def convert(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     source, target = (expanded(path) for path in (source, target))
-    readers = [CacheReader(file) for file in find_caches(source)]
+    cache = CacheFiles.open(source)
+    readers = cache.readers
     if target.exists() and any(target.samefile(reader.path) for reader in readers):
         raise CacheError.at(target, "expected another file than the source, got the same; name a new one")
     reader = readers[0]
@@ -86,9 +86,8 @@ def convert(
         check_one_job(readers)
         check_whole(readers)
         attributes = {name: value for name, value in attributes.items() if name not in _OF_A_PART}
-        sums = [one.header.statistics for one in readers if one.header.statistics is not None]
-        if len(sums) == len(readers):
-            attributes["statistics"] = sum(sums, Statistics()).model_dump()
+        if cache.statistics is not None:
+            attributes["statistics"] = cache.statistics.model_dump()
     made: Profile = Plain(top_k=reader.top_k, vocab_size=reader.vocab_size, extras=reader.profile.extras)
     if profile == "compact":
         made = _compact(reader, precision)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.cache.find import find_caches
+from dask_logits.cache.find import CacheFiles
 from dask_logits.cache.profile import Compact
 from dask_logits.cache.reader import CacheReader
 from dask_logits.files.atomic import expanded
-from dask_logits.records import Array, Statistics, kept_mass_by_k, total_digest
+from dask_logits.records import Array, kept_mass_by_k
 from dask_logits.run.records import Calibration
 from dask_logits.run.timings import plural
 
@@ -81,28 +81,25 @@ def card(path: str | Path) -> dict[str, Any]:
     CacheError
         If it is not a complete cache.
     """
-    path = expanded(path)
-    readers = [CacheReader(file) for file in find_caches(path)]
+    cache = CacheFiles.open(expanded(path))
+    readers, n_bytes, n_tokens, statistics = cache.readers, cache.n_bytes, cache.n_tokens, cache.statistics
     reader = readers[0]
     said = reader.attributes
-    n_bytes, n_tokens = sum(one.path.stat().st_size for one in readers), sum(one.n_tokens for one in readers)
     what, copied = reader.header.what or {}, reader.header.calibration
     calibration = None if copied is None else Calibration.parse(reader.path, copied)
-    sums = [one.header.statistics for one in readers if one.header.statistics is not None]
-    statistics = sum(sums, Statistics()) if sums else None
     draws = reader.profile.extras.draws
     teacher = said.get("teacher") or {}
     named: Any = said.get("dataset")
     known = {name.removeprefix("dataset."): value for name, value in what.items() if name.startswith("dataset.")}
     data = [*(named if isinstance(named, dict) else {}).items(), *known.items()]
     return {
-        "file": str(reader.path if len(readers) == 1 else path),
+        "file": str(reader.path if len(readers) == 1 else cache.path),
         "files": len(readers),
         "bytes": n_bytes,
         "format_version": str(said["format_version"]),
         "profile": said["profile"],
         "precision": reader.profile.precision if isinstance(reader.profile, Compact) and not draws else None,
-        "documents": sum(one.n_documents for one in readers),
+        "documents": cache.n_documents,
         "empty_documents": sum(one.n_empty for one in readers),
         "skipped_rows": statistics.skipped_rows or None if statistics else None,
         "double_bos_rows": statistics.double_bos_rows or None if statistics else None,
@@ -126,7 +123,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
         "dataset": {name: value for name, value in data if value is not None},
         "plan_digest": said.get("plan_digest"),
-        "content_digest": total_digest(one.header.content_digest for one in readers),
+        "content_digest": cache.content_digest,
         "kept_mass": _number(statistics.mean_kept_mass) if statistics and not draws else None,
         "perplexity": _number(statistics.perplexity) if statistics else None,
         "kept_mass_by_k": (

@@ -9,14 +9,12 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TypeVar
 
-from dask_logits.cache.find import find_caches
-from dask_logits.cache.reader import CacheReader
+from dask_logits.cache.find import CacheFiles
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import is_there, names_in, unreadable
-from dask_logits.records import Statistics, total_digest
+from dask_logits.records import Statistics
 from dask_logits.run.folder import RunFolder, Share
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
@@ -27,43 +25,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunCache:
-    """A run's cache: one file, or numbered ones with an index.
-
-    Parameters
-    ----------
-    path
-        The file or index that a user opens.
-    readers
-        Readers of the files.
-    """
-
-    path: Path
-    readers: tuple[CacheReader, ...]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of dataset rows, from 0."""
-        return self.readers[0].header.n_rows or 0
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all files."""
-        return sum(reader.n_tokens for reader in self.readers)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(reader.path.stat().st_size for reader in self.readers)
-
-    @property
-    def content_digest(self) -> str:
-        """Content digest of all files."""
-        return total_digest(reader.header.content_digest for reader in self.readers)
-
-
-def open_run_cache(run: RunFolder, manifest: Manifest | None = None) -> RunCache | None:
+def open_run_cache(run: RunFolder, manifest: Manifest | None = None) -> CacheFiles | None:
     """Open a run's cache. None if it is missing, belongs to another run, or holds one static worker's share only.
 
     Parameters
@@ -82,13 +44,14 @@ def open_run_cache(run: RunFolder, manifest: Manifest | None = None) -> RunCache
     path = next((path for path in (run.cache_path, run.index_path) if is_there(path)), None)
     if manifest is None or path is None:
         return None
-    readers = tuple(CacheReader(file) for file in find_caches(path))
+    cache = CacheFiles.open(path)
+    readers = cache.readers
     if any(reader.header.run_id != manifest.run_id for reader in readers):
         return None
     # A numbered file is partial, too, but the index names all of them.
     numbered = [reader.header.shard for reader in readers] == list(range(len(readers))) and path == run.index_path
     partial = any(reader.attributes.get("partial") for reader in readers)
-    return None if partial and not numbered else RunCache(path=path, readers=readers)
+    return None if partial and not numbered else cache
 
 
 def cache_state(run: RunFolder) -> list[int]:
@@ -185,7 +148,7 @@ class RunState:
     run: RunFolder
     manifest: Manifest
     log: PlanLog
-    cache: RunCache | None
+    cache: CacheFiles | None
     cache_error: CacheError | None
 
     @classmethod
