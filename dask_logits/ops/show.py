@@ -22,41 +22,22 @@ from dask_logits.run.timings import plural
 # Tokens used for the curve if the calibration recorded none.
 _SAMPLE_TOKENS = 100_000
 _SHOWN_FILES = 3
-# Figure → its label for display, in this order. Rows are those of the dataset, documents the result of tokenization.
-# For windows and packed blocks see `card_lines`.
+# Figure → its label for display, unless it is the name. Rows are those of the dataset, documents the result of
+# tokenization. For windows and packed blocks see `card_lines`.
 _LABELS = {
-    "file": "file",
-    "teacher": "teacher",
-    "teacher_revision": "teacher revision",
     "dtype": "teacher dtype",
     "device": "scored on",
-    "dataset": "dataset",
     "dataset_settings": "read with",
     "rows": "dataset rows",
-    "documents": "documents",
-    "empty_documents": "empty documents",
-    "skipped_rows": "skipped rows",
     "double_bos_rows": "rows with 2 BOS",
     "items": "blocks",
-    "tokens": "tokens",
     "learned": "tokens learned",
-    "targets": "targets",
-    "top_k": "top k",
-    "draws": "draws",
     "distinct": "distinct draws",
-    "temperatures": "temperatures",
     "vocab_size": "vocabulary",
-    "kept_mass": "kept mass",
-    "kept_mass_by_k": "kept mass by k",
     "perplexity": "teacher perplexity",
-    "profile": "profile",
     "precision": "bits of a log-prob",
-    "format_version": "format version",
-    "files": "files",
-    "bytes": "bytes",
     "bytes_per_token": "bytes/token",
     "partial": "part of a job",
-    "teacher_identity": "teacher identity",
     "tokenizer_map_digest": "tokenizer",
     "plan_digest": "plan",
     "content_digest": "content",
@@ -94,11 +75,12 @@ def card(path: str | Path) -> dict[str, Any]:
     data = [*(named if isinstance(named, dict) else {}).items(), *known.items()]
     return {
         "file": str(reader.path if len(readers) == 1 else cache.path),
-        "files": len(readers),
-        "bytes": n_bytes,
-        "format_version": str(said["format_version"]),
-        "profile": said["profile"],
-        "precision": reader.profile.precision if isinstance(reader.profile, Compact) and not draws else None,
+        "teacher": said.get("teacher_path"),
+        "teacher_revision": teacher.get("revision"),
+        "dtype": calibration.numerics.dtype if calibration else None,
+        "device": calibration.numerics.device if calibration else None,
+        "dataset": {name: value for name, value in data if value is not None},
+        "rows": said.get("n_rows"),
         "documents": cache.n_documents,
         "empty_documents": sum(one.n_empty for one in readers),
         "skipped_rows": statistics.skipped_rows or None if statistics else None,
@@ -112,30 +94,29 @@ def card(path: str | Path) -> dict[str, Any]:
         "distinct": round(statistics.mean_distinct, 2) if draws and statistics else None,
         "temperatures": [1.0, *reader.profile.extras.temperatures] if reader.profile.extras.temperatures else None,
         "vocab_size": reader.vocab_size,
-        "bytes_per_token": round(n_bytes / max(1, n_tokens), 1),
-        "rows": said.get("n_rows"),
-        "partial": bool(said.get("partial")) and len(readers) == 1,
-        "teacher": said.get("teacher_path"),
-        "teacher_identity": teacher.get("identity"),
-        "teacher_revision": teacher.get("revision"),
-        "dtype": calibration.numerics.dtype if calibration else None,
-        "device": calibration.numerics.device if calibration else None,
-        "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
-        "dataset": {name: value for name, value in data if value is not None},
-        "plan_digest": said.get("plan_digest"),
-        "content_digest": cache.content_digest,
         "kept_mass": _number(statistics.mean_kept_mass) if statistics and not draws else None,
-        "perplexity": _number(statistics.perplexity) if statistics else None,
         "kept_mass_by_k": (
             {} if draws else (calibration and calibration.kept_mass_by_k) or kept_mass_by_k(_sample(reader))
         ),
+        "perplexity": _number(statistics.perplexity) if statistics else None,
+        "profile": said["profile"],
+        "precision": reader.profile.precision if isinstance(reader.profile, Compact) and not draws else None,
+        "format_version": str(said["format_version"]),
+        "files": len(readers),
+        "bytes": n_bytes,
+        "bytes_per_token": round(n_bytes / max(1, n_tokens), 1),
+        "partial": bool(said.get("partial")) and len(readers) == 1,
+        "teacher_identity": teacher.get("identity"),
+        "tokenizer_map_digest": said.get("tokenizer_map_digest") or None,
+        "plan_digest": said.get("plan_digest"),
+        "content_digest": cache.content_digest,
     }
 
 
 def card_lines(found: dict[str, Any]) -> list[str]:
     """Format a card for display: origin, size and storage of a cache.
 
-    >>> card_lines({"tokens": 1200, "rows": 3, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
+    >>> card_lines({"rows": 3, "tokens": 1200, "teacher": None, "kept_mass_by_k": {"1": 0.5, "2": 0.75}})
     ['dataset rows      3', 'tokens            1,200', 'kept mass by k    1: 0.500  2: 0.750']
     """
     settings = dict(found.get("dataset") or {})
@@ -143,11 +124,13 @@ def card_lines(found: dict[str, Any]) -> list[str]:
     is_cut = settings.get("long_documents") == "window"
     noun = "segments" if is_packed else "windows" if is_cut else "documents"
     labels = {**_LABELS, "documents": noun, "empty_documents": f"empty {noun}"}
-    if not is_packed:
-        del labels["items"]
-    shown = {**found, "dataset": _dataset_text(settings), "dataset_settings": settings}
-    known = {name: value for name, value in shown.items() if value not in (None, {}, "")}
-    return [f"{label:17} {_text(name, known[name])}" for name, label in labels.items() if name in known]
+    named = {"dataset": _dataset_text(settings), "dataset_settings": settings}
+    rows = [row for item in found.items() for row in (named.items() if item[0] == "dataset" else [item])]
+    return [
+        f"{labels.get(name, name.replace('_', ' ')):17} {_text(name, value)}"
+        for name, value in rows
+        if value not in (None, {}, "") and (is_packed or name != "items")
+    ]
 
 
 def _dataset_text(settings: dict[str, Any]) -> str:
