@@ -29,6 +29,9 @@ def wheel(tmp_path_factory) -> Path:
     return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
+_ASSETS = ("page.css", "cell.css", "live.js", "explore.css", "explore.html", "explore.js")
+
+
 def contents(wheel: Path) -> dict[str, int]:
     """Return name → CRC-32 of the files of a wheel; RECORD follows from the others."""
     with zipfile.ZipFile(wheel) as file:
@@ -42,7 +45,7 @@ def test_the_wheel_holds_types_configuration_and_launchers(wheel) -> None:
         "dask_logits/py.typed",
         "dask_logits/conf/config.yaml",
         "dask_logits/teacher/cpu/fused.cpp",
-        *(f"dask_logits/observe/{name}" for name in ("page.css", "explore.css", "explore.js", "live.js")),
+        *(f"dask_logits/observe/{name}" for name in _ASSETS),
         f"{data}/slurm_teacher_logits.sh",
         f"{data}/monitor.ipynb",
     } <= names.keys()

@@ -5,14 +5,13 @@ The charts are those of the report. A page replaces only the sections that chang
 
 from __future__ import annotations
 
-import base64
 import datetime
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from dask_logits.observe import charts, sections
 from dask_logits.observe.charts import number
 from dask_logits.observe.history import Clock, rates
 from dask_logits.observe.live import STATES, Snapshot
-from dask_logits.observe.page import STYLE, Html, asset, badge, section, table, text, tiles
+from dask_logits.observe.page import STYLE, Html, asset, badge, policy, section, table, text, tiles
 from dask_logits.observe.page import document as whole_page
 from dask_logits.records import Array
 from dask_logits.run.timings import duration, plural
@@ -32,21 +31,9 @@ _MOST_CELLS = 2_000
 _MOST_WORKERS = 100
 
 _SCRIPT = asset("live.js")
-_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-POLICY = (
-    f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; connect-src 'self'; img-src data:"
-)
+POLICY = f"{policy(_SCRIPT)}; img-src data:"
 # Colours of whatever surrounds an output cell: JupyterLab, Colab and VS Code choose light or dark themselves.
-_CELL_STYLE = (
-    ".dask-logits{--paper:transparent;--ink:currentColor;--soft:color-mix(in srgb,currentColor 65%,transparent);"
-    "--line:color-mix(in srgb,currentColor 22%,transparent);--wash:color-mix(in srgb,currentColor 6%,transparent);"
-    "--accent:#2f7fc4;--bad:#d55e00;--c0:#0072b2;--c1:#e69f00;--c2:#009e73;--c3:#56b4e9;--c4:#d55e00;--c5:#cc79a7;"
-    "--c6:#b8a800;--c7:#7d8794;max-width:60rem;font:14px/1.5 system-ui,sans-serif}"
-    # Twice, to prevail over the style that JupyterLab has for outputs.
-    f".dask-logits.dask-logits{{{STYLE}section{{margin-top:1.25rem}}h2{{font-size:1rem;margin:0 0 .25rem}}"
-    ".tiles{margin-top:.5rem}.tiles :is(dt,dd){float:none;width:auto;margin:0;padding:0}.tiles dt{font-weight:400}"
-    "tbody tr:nth-child(n){background:none}th,td{white-space:normal;max-width:none}}"
-)
+_CELL_STYLE = Template(asset("cell.css").rstrip()).substitute(page=STYLE)
 
 
 @dataclass(frozen=True, kw_only=True)
