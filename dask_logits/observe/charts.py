@@ -142,12 +142,13 @@ def cells(title: str, kinds_C: Array, n_kinds: int, *, description: str) -> str:
     return svg(title, description, shapes, width=10 * columns, height=height, css="cells")
 
 
-def crosses(places: Sequence[tuple[float, str]], css: str = "cross") -> str:
-    """Return crosses at shares of the width, with their text on hover."""
-    return "".join(
+def crosses(title: str, places: Sequence[tuple[float, str]], *, description: str, css: str = "cross") -> str:
+    """Return crosses at shares of the width of one lane, with their text on hover."""
+    shapes = "".join(
         f'<g class="{css}"><title>{escape(text)}</title><path d="M{_n(WIDTH * at - 5)} 3l10 14m-10 0l10 -14"/></g>'
         for at, text in places
     )
+    return svg(title, description, shapes, height=20, css="lane")
 
 
 def pauses(places: Sequence[tuple[float, str]], height: int = HEIGHT) -> str:

@@ -208,6 +208,10 @@ class Clock:
         spans[1::2] = 0.0
         return np.asarray(np.interp(np.asarray(times, np.float64), real, np.concatenate([[0.0], np.cumsum(spans)])))
 
+    def share(self, time: float) -> float:
+        """Return the share of the time at work that lies before a time."""
+        return float(self.shown(time)) / self.seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:

@@ -12,13 +12,13 @@ import numpy as np
 
 from dask_logits.config.setting import flat
 from dask_logits.observe import charts
-from dask_logits.observe.charts import Ticks, axis, crosses, nice_top, number, pauses
+from dask_logits.observe.charts import Ticks, axis, nice_top, number
 from dask_logits.observe.history import Clock, History, Rates, rates
 from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text
 from dask_logits.observe.sample import Document, Sample
 from dask_logits.records import Array
 from dask_logits.run.records import FailureEntry
-from dask_logits.run.timings import duration, inside_and_outside, plural
+from dask_logits.run.timings import breakdown, duration, plural
 
 # More partitions than this are drawn as shades.
 _MOST_BOXES = 400
@@ -70,15 +70,15 @@ def speed(history: History, clock: Clock, found: Rates, *, workers: bool = True)
         f"partition began on {began:%Y-%m-%d at %H:%M:%S}.{left_out}"
     )
     chart = charts.area("Tokens per second over time", total, x, unit=unit, y_unit="tokens/s",
-                        description=sentence, marks=pauses(_pause_places(clock)))  # fmt: skip
+                        description=sentence, marks=_pauses(clock))  # fmt: skip
     return section("speed", "Speed", sentence, Html(chart), _workers(history, found) if workers else None)
 
 
 def _workers(history: History, found: Rates) -> Html:
-    order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)
+    order = _busiest(history)
     top = nice_top(float(found.tokens_per_second.max(initial=0)))
     rows: list[list[object]] = []
-    for i in order[:_MOST_WORKERS]:
+    for i in order:
         worker = history.workers[i]
         rate = worker.tokens / worker.score_seconds if worker.score_seconds else 0.0
         spark = charts.sparkline(f"Speed of {worker.name}", found.tokens_per_second[:, i], top,
@@ -88,7 +88,7 @@ def _workers(history: History, found: Rates) -> Html:
         rows.append([name, f"{worker.partitions:,}", f"{worker.tokens:,}", number(rate), f"{worker.splits:,}", memory,
                      Html(spark)])  # fmt: skip
     head = ("worker", "partitions", "tokens", "tokens/s", "batches split", "peak memory", "tokens/s over time")
-    more = len(order) - _MOST_WORKERS
+    more = len(history.workers) - len(order)
     rest = Html(f"<p class=soft>{plural(more, 'more worker')} with fewer tokens.</p>") if more > 0 else Html("")
     said = "Each worker while it scores. The small charts share one scale, and a batch is split if it lacks memory."
     return Html(f"<h3>Workers</h3><p>{said}</p>{table(head, rows, numbers=(1, 2, 3, 4, 5), label='Workers')}{rest}")
@@ -96,10 +96,9 @@ def _workers(history: History, found: Rates) -> Html:
 
 def time_shares(seconds: Mapping[str, float]) -> Html:
     """Where the time of the workers went."""
-    inner, outer = inside_and_outside(seconds)
-    known = {**outer, **inner, "rest": max(0.0, seconds.get("score", 0.0) - sum(inner.values()))}
-    small = sum(known.pop(stage) for stage in list(known) if stage not in _MEANING)
-    known["rest"] += small
+    found = breakdown(seconds)
+    small = sum(value for stage, value in found.items() if stage not in _MEANING)
+    known = {**found, "rest": max(0.0, found["rest"]) + small}
     parts = [(stage, known.get(stage, 0.0)) for stage in _MEANING]
     total = sum(value for _, value in parts) or 1.0
     name, most = max(parts, key=lambda part: part[1])
@@ -131,61 +130,62 @@ _MEANING = {
 def timeline(history: History, clock: Clock, found: Rates, failures: Mapping[int, FailureEntry]) -> Html:
     """Show the partitions of each worker, those that failed, and failed attempts at others."""
     x, unit = time_axis(clock)
-    order = sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
-    few = len(history) <= _MOST_BOXES
-    marks = pauses(_pause_places(clock), 20)
-    lanes = _lanes(history, clock, found, order, marks, boxes=few)
-    drawn = "A box is a partition, from its loading to its receipt." if few else (
-        "The darker, the larger the share of the time in which the worker was busy."
-    )  # fmt: skip
+    order = _busiest(history)
+    lanes = [(history.workers[i].name, _lane(history, clock, found, i)) for i in order]
+    sentences = [
+        "One line per worker.",
+        "A box is a partition, from its loading to its receipt."
+        if len(history) <= _MOST_BOXES
+        else "The darker, the larger the share of the time in which the worker was busy.",
+    ]
     if failures:
-        at = [
-            (float(clock.shown(entry.at or clock.end)) / clock.seconds, f"partition {index}: {entry.reason}")
-            for index, entry in list(sorted(failures.items()))[:_MOST_BOXES]
+        places = [
+            (clock.share(entry.at or clock.end), f"partition {index}: {entry.reason}")
+            for index, entry in sorted(failures.items())[:_MOST_BOXES]
         ]
-        lanes += f"<div>failed</div>{charts.spans('Failed partitions', (), description='Failures', marks=crosses(at))}"
+        lanes.append(("failed", charts.crosses("Failed partitions", places, description="Failures")))
+        sentences.append("A cross is a partition that failed for good, at the time of its last attempt.")
     if history.retried:
-        at = [
-            (float(clock.shown(attempt.at or clock.begin)) / clock.seconds,
-             f"partition {index}: {attempt.kind}: {attempt.reason}")
+        places = [
+            (clock.share(attempt.at or clock.begin), f"partition {index}: {attempt.kind}: {attempt.reason}")
             for index, attempt in history.retried
-        ]  # fmt: skip
-        marked = charts.spans("Failed attempts", (), description="Attempts", marks=crosses(at, "cross mild"))
-        lanes += f"<div>retried</div>{marked}"
-    crossed = " A cross is a partition that failed for good, at the time of its last attempt." if failures else ""
-    crossed += (
-        " An orange cross is an attempt that failed before its partition was committed." if history.retried else ""
-    )
-    more = len(history.workers) - len(order)
-    hidden = f" Not drawn: {plural(more, 'worker')} with fewer tokens." if more else ""
+        ]
+        crosses = charts.crosses("Failed attempts", places, description="Attempts", css="cross mild")
+        lanes.append(("retried", crosses))
+        sentences.append("An orange cross is an attempt that failed before its partition was committed.")
+    if (more := len(history.workers) - len(order)) > 0:
+        sentences.append(f"Not drawn: {plural(more, 'worker')} with fewer tokens.")
+    drawn = "".join(f"<div>{text(name)}</div>{lane}" for name, lane in lanes)
     below = "".join(f'<span style="left:{100 * at:.2f}%">{text(label)}</span>' for at, label in x)
     return section(
-        "timeline", "Timeline", f"One line per worker. {drawn}{crossed}{hidden}",
-        Html(f'<div class="lanes">{lanes}<div class="x" aria-hidden="true">{below}</div></div>'
+        "timeline", "Timeline", " ".join(sentences),
+        Html(f'<div class="lanes">{drawn}<div class="x" aria-hidden="true">{below}</div></div>'
              f'<p class="soft" style="text-align:right;max-width:none;font-size:.75rem">{unit}</p>'),
     )  # fmt: skip
 
 
-def _lanes(history: History, clock: Clock, found: Rates, order: Sequence[int], marks: str, *, boxes: bool) -> str:
-    """Return a line for each worker: boxes of its partitions, or shades of its busy share."""
-    begin, end = (clock.shown(history.column(name)) / clock.seconds for name in ("begin", "end"))
-    owner, index, tokens = (history.column(name) for name in ("worker", "index", "tokens"))
-    seconds = history.column("end") - history.column("begin")
-    lanes = ""
-    for i in order:
-        worker = history.workers[i]
-        title, description = f"Timeline of {worker.name}", plural(worker.partitions, "partition")
-        if boxes:
-            spans = [
-                (float(begin[j]), float(end[j]),
-                 f"partition {index[j]:.0f}: {tokens[j]:,.0f} tokens in {duration(seconds[j])}")
-                for j in np.flatnonzero(owner == i)
-            ]  # fmt: skip
-            drawn = charts.spans(title, spans, description=description, marks=marks)
-        else:
-            drawn = charts.shades(title, found.busy[:, i], description=description, marks=marks)
-        lanes += f"<div>{text(worker.name)}</div>{drawn}"
-    return lanes
+def _busiest(history: History) -> list[int]:
+    """Return the workers that are shown, by their tokens."""
+    return sorted(range(len(history.workers)), key=lambda i: -history.workers[i].tokens)[:_MOST_WORKERS]
+
+
+def _lane(history: History, clock: Clock, found: Rates, i: int) -> str:
+    """Draw the time of a worker: boxes of its partitions, or shades of its busy share."""
+    worker, marks = history.workers[i], _pauses(clock, 20)
+    title, description = f"Timeline of {worker.name}", plural(worker.partitions, "partition")
+    if len(history) > _MOST_BOXES:
+        return charts.shades(title, found.busy[:, i], description=description, marks=marks)
+    is_its = history.column("worker") == i
+    columns = (history.column(name)[is_its] for name in ("index", "tokens", "begin", "end"))
+    spans = [
+        (
+            clock.share(begin),
+            clock.share(end),
+            f"partition {index:.0f}: {tokens:,.0f} tokens in {duration(end - begin)}",
+        )
+        for index, tokens, begin, end in zip(*columns, strict=True)
+    ]
+    return charts.spans(title, spans, description=description, marks=marks)
 
 
 def failed(failures: Mapping[int, FailureEntry], history: History) -> Html | None:
@@ -364,11 +364,9 @@ def leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(path.removeprefix("."), shown(value)) for path, value in flat(tree, "").items()]
 
 
-def _pause_places(clock: Clock) -> list[tuple[float, str]]:
-    return [
-        (float(clock.shown(begin)) / clock.seconds, f"paused for {duration(end - begin)}")
-        for begin, end in clock.pauses
-    ]
+def _pauses(clock: Clock, height: int = charts.HEIGHT) -> str:
+    places = [(clock.share(begin), f"paused for {duration(end - begin)}") for begin, end in clock.pauses]
+    return charts.pauses(places, height)
 
 
 def _pause_text(clock: Clock) -> str:

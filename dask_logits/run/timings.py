@@ -44,11 +44,11 @@ def add_seconds(so_far: Mapping[str, float], more: Mapping[str, float]) -> dict[
     return {stage: so_far.get(stage, 0.0) + more.get(stage, 0.0) for stage in {**so_far, **more}}
 
 
-def inside_and_outside(seconds: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the stages inside `score`, in order, and those before and after it, without waiting for the teacher."""
+def breakdown(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return stage → seconds of a worker's time, without waiting for the teacher. The ``rest`` is that of `score`."""
     inner = {stage: seconds.get(stage, 0.0) for stage in _SCORING}
     outer = {stage: value for stage, value in seconds.items() if stage not in (*_SCORING, "score", "wait")}
-    return inner, outer
+    return {**outer, **inner, "rest": seconds.get("score", 0.0) - sum(inner.values())}
 
 
 def shares(seconds: Mapping[str, float]) -> str:
@@ -57,10 +57,9 @@ def shares(seconds: Mapping[str, float]) -> str:
     >>> shares({"score": 9.0, "trunk": 7.0, "head": 1.5, "tail": 0.4, "write": 1.0, "wait": 3.0})
     'trunk 70 %, head 15 %, write 10 %, tail 4 %, rest 1 %'
     """
-    inner, outer = inside_and_outside(seconds)
-    parts = {**inner, **outer}
-    rest = seconds.get("score", 0.0) - sum(inner.values())
-    total = sum(outer.values()) + seconds.get("score", 0.0)
+    parts = breakdown(seconds)
+    total = sum(parts.values())
+    rest = parts.pop("rest")
     ranked = sorted(parts.items(), key=lambda part: -part[1])
     shown = [(stage, value) for stage, value in ranked if value >= 0.005 * total] + [("rest", rest)]
     return ", ".join(f"{stage} {100 * value / max(total, 1e-9):.0f} %" for stage, value in shown)
