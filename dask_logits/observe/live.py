@@ -1,9 +1,9 @@
 """A run that is read again and again: each receipt and each entry of the plan is read once.
 
 ``read_status`` reads every receipt on every call. A page that refreshes keeps the sums over committed partitions, and
-adds those that are new. Receipts and targets are listed at every reading. If one of them is gone, the sums are computed
-again from the receipts, which stay in memory without their lists of files: about 2 kB each. What it keeps is dropped
-when a driver starts, or when the run or the end of its plan is replaced.
+adds those that are new. Receipts and targets are listed at every reading. If one of them is gone, or if the cache is
+another one, all receipts are read again. What it keeps is also dropped when a driver starts, or when the run or the end
+of its plan is replaced.
 """
 
 from __future__ import annotations
@@ -55,27 +55,6 @@ class Snapshot(Reading):
         """Return state → number of partitions."""
         found = Counter(self.states_P.tolist())
         return {name: found[i] for i, name in enumerate(STATES)}
-
-
-@dataclass(frozen=True)
-class _Folder(RunFolder):
-    """A run folder whose valid receipts are read once."""
-
-    known: dict[int, Receipt] = field(default_factory=dict)
-
-    def receipt(self, index: int) -> Receipt | None:
-        found = self.known.get(index)
-        if found is None:
-            found = super().receipt(index)
-            if found is not None:
-                found = self.known[index] = found.model_copy(update={"files": {}})
-        return found
-
-    def receipt_indices(self) -> set[int]:
-        present = super().receipt_indices()
-        for deleted in self.known.keys() - present:
-            del self.known[deleted]
-        return present
 
 
 class _Log(PlanLog):
@@ -142,9 +121,8 @@ class LiveRun:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._run = RunFolder(path)
         self._stamp: object = None
-        self._folder = _Folder(path)
         self._log: _Log | None = None
         self._kept = _Kept()
         self._lock = threading.Lock()
@@ -164,20 +142,19 @@ class LiveRun:
 
     def _read(self) -> Snapshot:
         # A damaged record is reported once.
-        drivers = Drivers.of(self._folder, logging.WARNING if self._stamp is None else logging.DEBUG)
-        stamp = (_identity(self._folder.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
+        drivers = Drivers.of(self._run, logging.WARNING if self._stamp is None else logging.DEBUG)
+        stamp = (_identity(self._run.manifest_path), sorted(record.since or 0.0 for record in drivers.records))
         if self._stamp != stamp:
             self._stamp = stamp
             self._start_over()
         self._log = self._plan()
-        run = self._folder
 
         def read() -> tuple[Reading, list[PartitionState]]:
             others: list[PartitionState] = []
-            count = partial(self._count, cache_state(run), others)
-            return reading_of(run, count, log=self._log, level=logging.DEBUG), others
+            count = partial(self._count, cache_state(self._run), others)
+            return reading_of(self._run, count, log=self._log, level=logging.DEBUG), others
 
-        found, others = read_consistently(run, read)
+        found, others = read_consistently(self._run, read)
         states_P = np.full(found.status.partitions, _WAITING, np.uint8)
         done = [*self._kept.indices, *(each.partition.index for each in others if each.is_done)]
         states_P[done] = _COMMITTED
@@ -190,7 +167,7 @@ class LiveRun:
         )
 
     def _start_over(self) -> None:
-        self._folder, self._log, self._kept = _Folder(self._path), None, _Kept()
+        self._log, self._kept = None, _Kept()
 
     def _plan(self) -> _Log:
         """Read the plan on. If its end was replaced, which a driver does some time after its start, start over."""
@@ -200,11 +177,11 @@ class LiveRun:
                     self._log.read_on()
                     return self._log
             self._start_over()
-        return _Log(self._folder)
+        return _Log(self._run)
 
     def _count(self, cache: list[int], others: list[PartitionState], state: RunState) -> History:
         """Add up a run. Partitions without a valid receipt are put into `others`, to be looked at again."""
-        listing = Listing(state.run)
+        listing = Listing(self._run)
         if not self._kept.holds(listing, cache):
             self._kept = _Kept(cache=cache)
         kept = self._kept
