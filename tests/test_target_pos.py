@@ -469,7 +469,7 @@ def test_all_pages_show_them(job, positions) -> None:
         expected = [at > 0 and at - 1 in item["target_pos"] for at in range(len(item["input_ids"]))]
         assert [best is not None for best in shown["best"]] == expected
         assert len(shown["surprise"]) == len(shown["tail"]) == len(item["input_ids"])
-    assert explorer.surprising()["sampled"] == sum(len(item["target_pos"]) > 0 for item in items_of(path))
+    assert explorer.surprising["sampled"] == sum(len(item["target_pos"]) > 0 for item in items_of(path))
 
 
 @pytest.mark.parametrize("positions", [LABELS, ENTROPY], ids=["labels", "entropy"])

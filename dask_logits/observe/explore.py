@@ -11,6 +11,7 @@ Dimension letters: N tokens, M positions with targets, K kept entries.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import threading
@@ -66,9 +67,7 @@ class Explorer:
         self.tokenizer: Any | None = tokenizer_of(self.readers)
         # A tokenizer serves one thread at a time.
         self._lock = threading.Lock()
-        self._sampling = threading.Lock()
-        self._texts: dict[int, str] = {}
-        self._ranked: Json | None = None
+        self._text = functools.cache(self._decoded)
 
     def about(self) -> Json:
         """Return sizes and names."""
@@ -167,15 +166,13 @@ class Explorer:
             known = dict(zip(places, values, strict=True))
             yield [known.get(position) for position in range(n_positions)]
 
-    def _text(self, token: int) -> str:
+    def _decoded(self, token: int) -> str:
         """Return the text of a token by itself."""
-        if token not in self._texts:
-            with self._lock:
-                text = decoded(self.tokenizer, [token])
-                if self.tokenizer is not None and _UNDECODABLE in text:
-                    text = str(self.tokenizer.convert_ids_to_tokens(token))
-            self._texts[token] = text
-        return self._texts[token]
+        with self._lock:
+            text = decoded(self.tokenizer, [token])
+            if self.tokenizer is not None and _UNDECODABLE in text:
+                text = str(self.tokenizer.convert_ids_to_tokens(token))
+        return text
 
     def _pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the part of the text that each token adds, empty where a character needs further tokens."""
@@ -193,14 +190,9 @@ class Explorer:
                 begin, read = read, i + 1
         return pieces
 
+    @functools.cached_property
     def surprising(self) -> Json:
-        """Return the documents of a bounded sample whose tokens surprise the teacher most."""
-        with self._sampling:
-            if self._ranked is None:
-                self._ranked = self._rank()
-            return self._ranked
-
-    def _rank(self) -> Json:
+        """The documents of a bounded sample whose tokens surprise the teacher most."""
         sample = sample_caches(self.readers, self.tokenizer)
         known = (each for each in sample.documents if not math.isnan(each.surprise))
         ranked = sorted(known, key=lambda each: -each.surprise)
@@ -349,7 +341,7 @@ class ExploreServer(ThreadingHTTPServer):
         if path == "/document":
             return self.explorer.document(int(query["number"]), int(query.get("first", "0")))
         if path == "/surprising":
-            return self.explorer.surprising()
+            return self.explorer.surprising
         if path == "/search":
             return self.explorer.search(
                 query.get("query", ""), int(query.get("file", "0")), int(query.get("entry", "0"))

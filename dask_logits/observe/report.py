@@ -271,7 +271,7 @@ def _computed(facts: Facts) -> Html:
     rows: list[tuple[str, object]] = [("teacher", facts.teacher)]
     rows += [(name.replace("_", " "), number(value) if isinstance(value, int) else value)
              for name, value in facts.identity.items() if value is not None]  # fmt: skip
-    rows += [(f"dataset {name}", value) for name, value in sections.leaves(named) if value is not None]
+    rows += [(f"dataset {name}", value) for name, value in sections.leaves(named)]
     parts: list[object] = ["The teacher, the data, and the settings that fix every number in the cache.", pairs(rows)]
     calibration = facts.calibration
     if calibration is not None:
@@ -281,7 +281,7 @@ def _computed(facts: Facts) -> Html:
         known += [(f"worker {name}", value) for name, value in (calibration.environment or {}).items()]
         if facts.cache is not None:
             known.append(("content digest", facts.cache.content_digest))
-        parts.append(folded("Environment and numerics", pairs((a, b) for a, b in known if b is not None)))
+        parts.append(folded("Environment and numerics", pairs(known)))
     if facts.settings:
-        parts.append(folded("All settings", sections.settings(facts.settings)))
+        parts.append(folded("All settings", pairs(sections.leaves(facts.settings))))
     return section("computed", "What was computed", *parts)

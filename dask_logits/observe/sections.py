@@ -14,7 +14,7 @@ from dask_logits.config.setting import flat
 from dask_logits.observe import charts
 from dask_logits.observe.charts import Ticks, axis, nice_top, number
 from dask_logits.observe.history import Clock, History, Rates, rates
-from dask_logits.observe.page import Html, folded, pairs, section, shortened, table, text
+from dask_logits.observe.page import Html, folded, section, shortened, table, text
 from dask_logits.observe.sample import Document, Sample
 from dask_logits.records import Array
 from dask_logits.run.records import FailureEntry
@@ -348,20 +348,15 @@ def loading(path: str, top_k: int, draws: int) -> Html:
                    "Its checksums are checked with", Html(f"<pre>{text(commands)}</pre>"))  # fmt: skip
 
 
-def settings(values: Mapping[str, Any]) -> Html:
-    """Return a table of settings that are set."""
-    return pairs((name, value) for name, value in leaves(values) if value is not None)
-
-
 def leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the dotted names and values of nested objects, lists as text."""
+    """Return the dotted names and values of nested objects, except for null ones, and lists as text."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return ", ".join([*map(str, value[:10]), *([f"{len(value) - 10} more"] if len(value) > 10 else [])])
         return str(value).lower() if isinstance(value, bool) else value
 
-    return [(path.removeprefix("."), shown(value)) for path, value in flat(tree, "").items()]
+    return [(path.removeprefix("."), shown(value)) for path, value in flat(tree, "").items() if value is not None]
 
 
 def _pauses(clock: Clock, height: int = charts.HEIGHT) -> str:

@@ -170,7 +170,7 @@ def test_matches_that_reach_into_the_next_of_many_short_documents_are_dropped_at
 
 def test_the_most_surprising_documents_are_those_of_a_bounded_sample(cache, monkeypatch) -> None:
     monkeypatch.setattr(sample, "_MOST_DOCUMENTS", 3)
-    answer = Explorer(cache).surprising()
+    answer = Explorer(cache).surprising
     assert (answer["sampled"], answer["items"]) == (3, 8)
     surprises = [each["surprise"] for each in answer["found"]]
     assert surprises == sorted(surprises, reverse=True)
