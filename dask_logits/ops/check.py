@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,7 @@ def check_files(path: Path) -> Report:
         checker, report.unfinished = read_consistently(run, read)
         report.notes += checker.notes()
     else:
-        readers = list(_opened(find_caches(path), checker))
-        _check_caches(readers, checker)
-        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(path))
+        _check_caches(find_caches(path), checker, is_list=is_index(path))
     checks = [check for check in vars(checker).values() if isinstance(check, Check)]
     report.checks = [check for check in checks if check.looked_at or check.n_problems]
     return report
@@ -337,7 +335,12 @@ def _rounding(logprobs_NK: Array, profile: Profile, source_precision: Precision 
     return error_NK
 
 
-def _opened(files: Sequence[Path], checker: _Checker) -> Iterator[CacheReader]:
+def _check_caches(files: Sequence[Path], checker: _Checker, *, is_list: bool) -> None:
+    """Check caches: their checksums, every position of those with valid ones, and that all rows are there.
+
+    A file marked as a part may omit rows when it is checked alone, but not as an entry of an index.
+    """
+    readers = []
     for file in files:
         checker.checksums.looked_at += 1
         try:
@@ -345,19 +348,21 @@ def _opened(files: Sequence[Path], checker: _Checker) -> Iterator[CacheReader]:
             reader.verify_checksums()
         except CacheError as error:
             checker.checksums.found([error.message])
-        else:
-            yield reader
-
-
-def _check_caches(readers: Sequence[CacheReader], checker: _Checker) -> None:
-    """Check every position of caches with valid checksums."""
-    for reader in readers:
+            continue
+        readers.append(reader)
         digest = ContentDigest()
         for piece in cache_pieces(reader):
             for records in piece.runs():
                 checker.records(records, reader.profile, reader.header.source_precision)
                 digest.update(records)
         _compare_digest(checker, str(reader.path), reader.header.content_digest, digest.hexdigest())
+    if readers:
+        columns = {
+            name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
+            for name in DOCUMENT_ARRAYS
+        }
+        is_part = len(readers) == 1 and not is_list and bool(readers[0].attributes.get("partial"))
+        _check_rows(checker.documents, columns, None if is_part else readers[0].header.n_rows)
 
 
 def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> None:
@@ -366,23 +371,8 @@ def _compare_digest(checker: _Checker, where: str, said: str, found: str) -> Non
         checker.digests.found([f"{where}: expected {said}, got {found}"])
 
 
-def _check_cover(readers: Sequence[CacheReader], checker: _Checker, *, lone: bool) -> None:
-    """Check that documents cover the dataset's rows, each once, and windows without gaps.
-
-    A file marked as a part may omit rows when it is checked alone, but not as an entry of an index.
-    """
-    if not readers:
-        return
-    n_rows = readers[0].header.n_rows
-    lone = lone and bool(readers[0].attributes.get("partial"))
-    columns = {
-        name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
-        for name in DOCUMENT_ARRAYS
-    }
-    _check_rows(checker.documents, columns, None if lone else n_rows)
-
-
 def _check_rows(check: Check, columns: dict[str, Array], n_rows: int | None) -> None:
+    """Check that documents cover the dataset's rows, each once, and windows without gaps."""
     rows_D, offsets_D, lengths_D = (columns[name] for name in DOCUMENT_ARRAYS)
     order = np.lexsort((offsets_D, rows_D))
     rows_D, offsets_D, lengths_D = rows_D[order], offsets_D[order], lengths_D[order]
@@ -417,9 +407,7 @@ def _check_run(run: RunFolder, checker: _Checker) -> str | None:
         checker.checksums.found([error.message])
         return None
     if part.state.cache is not None:
-        readers = list(_opened([reader.path for reader in part.state.cache.readers], checker))
-        _check_caches(readers, checker)
-        _check_cover(readers, checker, lone=len(readers) == 1 and not is_index(run.path))
+        _check_caches([reader.path for reader in part.state.cache.readers], checker, is_list=is_index(run.path))
     keeps = bool(part.state.manifest.setting("job.keep_partitions"))
     missing = 0
     digests: list[str] = []
