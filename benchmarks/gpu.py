@@ -42,7 +42,7 @@ from torch import Tensor
 
 from dask_logits.data.items import plain_items
 from dask_logits.errors import first_line
-from dask_logits.records import Array, ContentDigest
+from dask_logits.records import Array, digest_of
 from dask_logits.teacher.checkpoint import choose_kernels
 from dask_logits.teacher.cuda import kernels
 from dask_logits.teacher.memory import is_out_of_memory
@@ -221,9 +221,7 @@ def loop(teacher: Teacher, texts: list[Array], batch: int, k: int) -> float:
 
 def digest(teacher: Teacher, texts: list[Array], settings: ScoringSettings) -> str:
     """Return the content digest of the targets."""
-    found = ContentDigest()
-    found.update(score_items(teacher, plain_items(texts), settings).records)
-    return found.hexdigest()
+    return digest_of([score_items(teacher, plain_items(texts), settings).records])
 
 
 def host_share(stages: Mapping[str, float]) -> float:

@@ -365,74 +365,53 @@ def is_rising(target_pos: Array, n_tokens: int) -> bool:
     return not len(target_pos) or bool((target_pos[1:] > target_pos[:-1]).all() and target_pos[-1] < n_tokens)
 
 
-class ContentDigest:
-    """Sum of the SHA-256 of all documents. Equal sums mean the same targets for the same tokens.
-
-    A document's hash covers its row, offset and length and the bytes of all its token arrays. Its target positions
-    count from its first token. A packed block's hash covers its length and the place of its first token. The sum
-    therefore does not depend on partition boundaries, host, time or order, and the sum of a whole is the sum of its
-    parts. It detects damage and mistakes, but does not protect against someone who can choose the targets, because sums
-    of hashes can be steered.
-
-    >>> digest = ContentDigest()
-    >>> digest.add(f"{1:064x}"); digest.add(f"{2:064x}"); int(digest.hexdigest(), 16)
-    3
-    """
-
-    def __init__(self) -> None:
-        self._sum = 0
-
-    def add(self, hexdigest: str) -> None:
-        """Add the sum of another digest."""
-        self._sum = (self._sum + int(hexdigest, 16)) % (1 << 256)
-
-    def update(self, records: Records) -> None:
-        """Add the documents and blocks of these records."""
-        tokens = [
-            (name, np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
-            for name, array in records.tokens().items()
-        ]
-        head = ";".join(f"{name} {array.dtype.str} {list(array.shape[1:])}" for name, array in tokens).encode()
-        ends = np.cumsum(records.document_length, dtype=np.int64)
-        starts = ends - records.document_length
-        places = list(zip(records.document_row.tolist(), records.document_offset.tolist(), strict=True))
-        bounds = zip(*(at.tolist() for at in (starts, ends, *map(records.targets_of, (starts, ends)))), strict=True)
-        for place, (start, stop, first, last) in zip(places, bounds, strict=True):
-            found = hashlib.sha256(head)
-            found.update(f"document {place} {stop - start}".encode())
-            for name, array in tokens:
-                part = array[start:stop] if name in EVERY_TOKEN else array[first:last]
-                if name == "target_pos":
-                    part = part - part.dtype.type(start)
-                found.update(part.reshape(-1).view(np.uint8).data)
-            self.add(found.hexdigest())
-        if records.block_length is not None:
-            block_starts = np.cumsum(records.block_length, dtype=np.int64) - records.block_length
-            firsts = np.searchsorted(starts, block_starts, side="right") - 1
-            for first, start, length in zip(firsts, block_starts, records.block_length, strict=True):
-                row, offset = places[first]
-                place = (row, offset + int(start - starts[first]))
-                self.add(hashlib.sha256(f"block {place} {length}".encode()).hexdigest())
-
-    def hexdigest(self) -> str:
-        """Return the sum as 64 hexadecimal digits."""
-        return f"{self._sum:064x}"
-
-
 def digest_of(runs: Iterable[Records]) -> str:
-    """Return the content digest of targets."""
-    digest = ContentDigest()
-    for records in runs:
-        digest.update(records)
-    return digest.hexdigest()
+    """Return the content digest of targets: the sum of the SHA-256 of all documents, as 64 hexadecimal digits.
+
+    Equal sums mean the same targets for the same tokens. A document's hash covers its row, offset and length and the
+    bytes of all its token arrays. Its target positions count from its first token. A packed block's hash covers its
+    length and the place of its first token. The sum therefore does not depend on partition boundaries, host, time or
+    order, and the sum of a whole is the sum of its parts (:func:`total_digest`). It detects damage and mistakes, but
+    does not protect against someone who can choose the targets, because sums of hashes can be steered.
+    """
+    return total_digest(found for records in runs for found in _hashes(records))
 
 
 def total_digest(digests: Iterable[str]) -> str:
-    """Return the content digest of a whole from those of its parts."""
-    total = ContentDigest()
-    for digest in digests:
-        total.add(digest)
-    return total.hexdigest()
+    """Return the content digest of a whole from those of its parts.
+
+    >>> int(total_digest([f"{1:064x}", f"{2:064x}"]), 16)
+    3
+    """
+    return f"{sum(int(digest, 16) for digest in digests) % (1 << 256):064x}"
+
+
+def _hashes(records: Records) -> Iterator[str]:
+    """Yield the SHA-256 of each document and block."""
+    tokens = [
+        (name, np.ascontiguousarray(array, array.dtype.newbyteorder("<"))) for name, array in records.tokens().items()
+    ]
+    head = ";".join(f"{name} {array.dtype.str} {list(array.shape[1:])}" for name, array in tokens).encode()
+    ends = np.cumsum(records.document_length, dtype=np.int64)
+    starts = ends - records.document_length
+    places = list(zip(records.document_row.tolist(), records.document_offset.tolist(), strict=True))
+    bounds = zip(*(at.tolist() for at in (starts, ends, *map(records.targets_of, (starts, ends)))), strict=True)
+    for place, (start, stop, first, last) in zip(places, bounds, strict=True):
+        found = hashlib.sha256(head)
+        found.update(f"document {place} {stop - start}".encode())
+        for name, array in tokens:
+            part = array[start:stop] if name in EVERY_TOKEN else array[first:last]
+            if name == "target_pos":
+                part = part - part.dtype.type(start)
+            found.update(part.reshape(-1).view(np.uint8).data)
+        yield found.hexdigest()
+    if records.block_length is not None:
+        block_starts = np.cumsum(records.block_length, dtype=np.int64) - records.block_length
+        firsts = np.searchsorted(starts, block_starts, side="right") - 1
+        for first, start, length in zip(firsts, block_starts, records.block_length, strict=True):
+            row, offset = places[first]
+            place = (row, offset + int(start - starts[first]))
+            yield hashlib.sha256(f"block {place} {length}".encode()).hexdigest()
 
 
 class Statistics(Record, extra="forbid"):

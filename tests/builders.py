@@ -19,7 +19,7 @@ import warm
 from dask_logits.cache.profile import Compact, Plain, Profile, as_kept
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
-from dask_logits.records import NO_EXTRAS, Array, ContentDigest, Extras, Records, schema
+from dask_logits.records import NO_EXTRAS, Array, Extras, Records, digest_of, schema
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2 = ROOT / "output" / "models" / "SmolLM2-135M-Instruct"
@@ -249,10 +249,7 @@ def compact(
 
 
 def content(*made: Records) -> str:
-    digest = ContentDigest()
-    for records in made:
-        digest.update(records)
-    return digest.hexdigest()
+    return digest_of(made)
 
 
 def write_cache(path, made: Records, vocab_size: int = 50, profile: Profile | None = None, **attributes) -> str:

@@ -3,11 +3,11 @@ import itertools
 
 import numpy as np
 import pytest
-from builders import packed_records, records
+from builders import content, packed_records, records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_logits.records import TOKEN_ARRAYS, ContentDigest, Records, Statistics
+from dask_logits.records import TOKEN_ARRAYS, Records, Statistics
 
 
 def test_shapes_that_disagree_are_refused() -> None:
@@ -18,13 +18,6 @@ def test_shapes_that_disagree_are_refused() -> None:
         Records(**{**good, "document_length": np.array([3, 1, 2], np.uint32)})
     with pytest.raises(ValueError, match="topk_logprobs: expected"):
         Records(**{**good, "topk_logprobs": good["topk_logprobs"][:, :1]})
-
-
-def content(*parts: Records) -> str:
-    digest = ContentDigest()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def documents(made: Records, first: int, stop: int) -> Records:

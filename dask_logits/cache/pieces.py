@@ -30,10 +30,10 @@ from dask_logits.records import (
     DOCUMENT_ARRAYS,
     EVERY_TOKEN,
     Array,
-    ContentDigest,
     Records,
     Statistics,
     digest_of,
+    total_digest,
 )
 
 # Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
@@ -293,7 +293,7 @@ def consolidate(
     for stale in cache_path.parent.glob(f".{cache_path.name}.*.tmp"):
         stale.unlink()
     aside = cache_path.with_name(f".{cache_path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    digest = ContentDigest()
+    digests = []
     with CacheWriter(
         aside,
         profile=profile,
@@ -306,14 +306,15 @@ def consolidate(
         start = 0
         for piece in pieces():
             piece.check()
-            digest.add(_copy(writer, piece, start, packed=packed))
+            digests.append(_copy(writer, piece, start, packed=packed))
             start += entries_of(profile, *piece.counts()[:2])[0]
             on_piece()
-        writer.finish({**attributes, "content_digest": digest.hexdigest()})
+        digest = total_digest(digests)
+        writer.finish({**attributes, "content_digest": digest})
         CacheReader(aside).verify_checksums(trailers=False)
     aside.replace(cache_path)
     sync(cache_path.parent)
-    return digest.hexdigest()
+    return digest
 
 
 def _copy(writer: CacheWriter, piece: Piece, start: int, *, packed: bool) -> str:

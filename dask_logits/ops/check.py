@@ -19,7 +19,7 @@ from dask_logits.cache.pieces import PartitionPiece, cache_pieces
 from dask_logits.cache.profile import Compact, Precision, Profile, gaps_of
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError
-from dask_logits.records import DOCUMENT_ARRAYS, Array, ContentDigest, Records, digest_of, label_doubts, total_digest
+from dask_logits.records import DOCUMENT_ARRAYS, Array, Records, digest_of, label_doubts, total_digest
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.parts import RunPart
 from dask_logits.run.records import Receipt
@@ -350,12 +350,12 @@ def _check_caches(files: Sequence[Path], checker: _Checker, *, is_list: bool) ->
             checker.checksums.found([error.message])
             continue
         readers.append(reader)
-        digest = ContentDigest()
+        digests = []
         for piece in cache_pieces(reader):
             for records in piece.runs():
                 checker.records(records, reader.profile, reader.header.source_precision)
-                digest.update(records)
-        _compare_digest(checker, str(reader.path), reader.header.content_digest, digest.hexdigest())
+                digests.append(digest_of([records]))
+        _compare_digest(checker, str(reader.path), reader.header.content_digest, total_digest(digests))
     if readers:
         columns = {
             name: np.concatenate([np.asarray(reader.arrays[name]).astype(np.int64) for reader in readers])
