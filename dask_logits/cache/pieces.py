@@ -221,15 +221,22 @@ class CachePiece:
 Piece = PartitionPiece | CachePiece
 
 
-def cache_pieces(reader: CacheReader) -> Iterator[CachePiece]:
+def cache_pieces(reader: CacheReader, *, trailers: bool = False) -> Iterator[CachePiece]:
     """Verify a cache and cut it into ranges of consecutive rows without gaps between their tokens.
+
+    Parameters
+    ----------
+    reader
+        The cache.
+    trailers
+        Also check the Fletcher-32 behind each chunk.
 
     Raises
     ------
     CacheError
         If the cache is damaged.
     """
-    reader.verify_checksums(trailers=False)
+    reader.verify_checksums(trailers=trailers)
     rows = np.asarray(reader.arrays["document_row"]).astype(np.int64)
     if not len(rows):
         return

@@ -345,13 +345,13 @@ def _check_caches(files: Sequence[Path], checker: _Checker, *, is_list: bool) ->
         checker.checksums.looked_at += 1
         try:
             reader = CacheReader(file)
-            reader.verify_checksums()
+            pieces = list(cache_pieces(reader, trailers=True))
         except CacheError as error:
             checker.checksums.found([error.message])
             continue
         readers.append(reader)
         digests = []
-        for piece in cache_pieces(reader):
+        for piece in pieces:
             for records in piece.runs():
                 checker.records(records, reader.profile, reader.header.source_precision)
                 digests.append(digest_of([records]))
