@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -94,6 +97,16 @@ class CacheFiles:
     def n_documents(self) -> int:
         """Documents of all files."""
         return sum(reader.n_documents for reader in self.readers)
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """Number of the first item of each file, and the number of all items."""
+        return tuple(itertools.accumulate((reader.n_items for reader in self.readers), initial=0))
+
+    def find(self, number: int) -> tuple[CacheReader, int]:
+        """Return the file of an item, counted over all files from 0, and the item's number in it."""
+        file = bisect.bisect_right(self.firsts, number) - 1
+        return self.readers[file], number - self.firsts[file]
 
     @property
     def n_bytes(self) -> int:

@@ -9,7 +9,7 @@ Dimension letters: B bins, P points.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
@@ -169,15 +169,9 @@ def axis(low: float, high: float, most: int = 5) -> Ticks:
     span = high - low
     if not span > 0:
         return [(0.0, number(low))]
-    return [((at - low) / span, number(at)) for at in _round_steps(low, high, most)]
-
-
-def _round_steps(low: float, high: float, most: int) -> Iterator[float]:
-    step = _nice((high - low) / most)
-    at = math.ceil(low / step - 1e-9)
-    while at * step <= high + 1e-9 * step:
-        yield at * step
-        at += 1
+    step = _nice(span / most)
+    steps = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [((i * step - low) / span, number(i * step)) for i in steps]
 
 
 def _nice(value: float) -> float:

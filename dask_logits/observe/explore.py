@@ -23,12 +23,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from dask_logits.cache.find import find_caches
+from dask_logits.cache.find import CacheFiles
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, ClusterError, ConfigError
 from dask_logits.files.atomic import Json, expanded, replace_text, room
 from dask_logits.observe.explore_page import POLICY, explore_page
-from dask_logits.observe.sample import decoded, sample_caches, tokenizer_of
+from dask_logits.observe.sample import decoded, sample_cache, tokenizer_of
 from dask_logits.records import Array, as_distribution
 
 _HOST = "127.0.0.1"
@@ -59,25 +59,22 @@ class Explorer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = expanded(path)
-        self.readers = [CacheReader(file) for file in find_caches(self.path)]
-        # Numbers of items begin here in each file.
-        self._firsts = np.cumsum([0, *(reader.n_items for reader in self.readers)]).tolist()
+        self.cache = CacheFiles.open(expanded(path))
         # None if it is not on this machine.
-        self.tokenizer: Any | None = tokenizer_of(self.readers)
+        self.tokenizer: Any | None = tokenizer_of(self.cache)
         # A tokenizer serves one thread at a time.
         self._lock = threading.Lock()
         self._text = functools.cache(self._decoded)
 
     def about(self) -> Json:
         """Return sizes and names."""
-        first = self.readers[0]
+        first = self.cache.readers[0]
         return {
-            "path": str(self.path),
+            "path": str(self.cache.path),
             "teacher": str(first.attributes.get("teacher_path") or "unknown teacher"),
-            "items": self._firsts[-1],
+            "items": self.cache.firsts[-1],
             "noun": "block" if first.is_packed else "document",
-            "tokens": sum(reader.n_tokens for reader in self.readers),
+            "tokens": self.cache.n_tokens,
             "top_k": first.top_k,
             "draws": first.profile.extras.draws,
             "decoded": self.tokenizer is not None,
@@ -110,8 +107,10 @@ class Explorer:
         CacheError
             If it is damaged.
         """
-        file, index = self._find(number)
-        reader = self.readers[file]
+        n_items = self.cache.firsts[-1]
+        if not 0 <= number < n_items:
+            raise ConfigError(f"document: expected a number from 0 to {n_items - 1}, got {number}")
+        reader, index = self.cache.find(number)
         start, stop, segments = reader.place(index)
         first = max(0, min(first, stop - start - 1))
         # The targets of a token are those of the position before it.
@@ -136,12 +135,6 @@ class Explorer:
             "others": [*missing, *others],
             "tail": [*missing, *tail],
         }
-
-    def _find(self, number: int) -> tuple[int, int]:
-        if not 0 <= number < self._firsts[-1]:
-            raise ConfigError(f"document: expected a number from 0 to {self._firsts[-1] - 1}, got {number}")
-        file = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        return file, number - self._firsts[file]
 
     def _expected(self, arrays: dict[str, Array]) -> Iterator[list[Any]]:
         """Yield surprise, best entries, mass of the others and of the tail for all positions but the last."""
@@ -193,7 +186,7 @@ class Explorer:
     @functools.cached_property
     def surprising(self) -> Json:
         """The documents of a bounded sample whose tokens surprise the teacher most."""
-        sample = sample_caches(self.readers, self.tokenizer)
+        sample = sample_cache(self.cache, self.tokenizer)
         known = (each for each in sample.documents if not math.isnan(each.surprise))
         ranked = sorted(known, key=lambda each: -each.surprise)
         with self._lock:
@@ -233,8 +226,8 @@ class Explorer:
         patterns = self._patterns(query)
         found: list[Json] = []
         left = _SEARCH_TOKENS
-        while file < len(self.readers):
-            reader = self.readers[file]
+        while file < len(self.cache.readers):
+            reader = self.cache.readers[file]
             ids_N = reader.arrays["input_ids"]
             while entry < len(ids_N) and left > 0:
                 stop = min(len(ids_N), entry + _SEARCH_BLOCK)
@@ -261,13 +254,13 @@ class Explorer:
 
     def _match(self, file: int, at: int, length: int) -> Json:
         """Return the item of an entry."""
-        reader = self.readers[file]
+        reader = self.cache.readers[file]
         index = int(_items_at(reader, np.array([at]))[0])
         start, stop, _ = reader.place(index)
         near = reader.arrays["input_ids"][max(start, at - 6) : min(stop, at + length + 6)].tolist()
         with self._lock:
             text = decoded(self.tokenizer, near)
-        return {"number": self._firsts[file] + index, "position": at - start, "text": text}
+        return {"number": self.cache.firsts[file] + index, "position": at - start, "text": text}
 
 
 def _items_at(reader: CacheReader, entries_M: Array) -> Array:

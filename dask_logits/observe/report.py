@@ -24,7 +24,7 @@ from dask_logits.observe import sections
 from dask_logits.observe.charts import number
 from dask_logits.observe.history import Clock, History
 from dask_logits.observe.page import Html, badge, document, folded, pairs, section, text, tiles
-from dask_logits.observe.sample import Sample, sample_caches, sample_partitions, tokenizer_of
+from dask_logits.observe.sample import Sample, sample_cache, sample_partitions, tokenizer_of
 from dask_logits.observe.status import Status, reading_of
 from dask_logits.records import Statistics
 from dask_logits.run.folder import REPORT_NAME, RunFolder
@@ -166,7 +166,7 @@ def _sample(run: RunFolder, cache: CacheFiles | None, manifest: Manifest | None,
     digest = manifest.tokenizer_map_digest
     tokenizer = local_tokenizer(str(path), digest) if path and digest else None
     if cache is not None:
-        return sample_caches(cache.readers, tokenizer)
+        return sample_cache(cache, tokenizer)
     return sample_partitions(run, history.column("index").astype(int).tolist(), tokenizer)
 
 
@@ -176,7 +176,7 @@ def _of_cache(path: Path) -> Facts:
     copied = header.calibration
     sample, problem = None, None
     try:
-        sample = sample_caches(cache.readers, tokenizer_of(cache.readers))
+        sample = sample_cache(cache, tokenizer_of(cache))
     except CacheError as error:
         problem = error.message
     named, teacher = said.get("dataset"), said.get("teacher")

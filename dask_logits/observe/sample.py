@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from dask_logits.cache.find import CacheFiles
 from dask_logits.cache.partition import PartitionReader
 from dask_logits.cache.profile import load_profile
-from dask_logits.cache.reader import CacheReader
 from dask_logits.data.tokens import local_tokenizer
 from dask_logits.records import EVERY_TOKEN, Array, as_distribution, kept_mass_by_k
 from dask_logits.run.folder import RunFolder
@@ -180,16 +180,17 @@ def spread(n_items: int, count: int) -> list[int]:
     return np.linspace(0, n_items - 1, min(n_items, count)).astype(np.int64).tolist() if n_items else []
 
 
-def sample_caches(readers: Sequence[CacheReader], tokenizer: Any | None) -> Sample:
-    """Sample the items of a cache's files: documents, text windows, or packed blocks."""
-    counts = np.array([reader.n_items for reader in readers])
-    n_items, n_tokens = int(counts.sum()), sum(reader.n_tokens for reader in readers)
-    count = min(_MOST_DOCUMENTS, max(1, _MOST_TOKENS * n_items // max(1, n_tokens)))
+def sample_cache(cache: CacheFiles, tokenizer: Any | None) -> Sample:
+    """Sample the items of a cache: documents, text windows, or packed blocks."""
+    n_items = cache.firsts[-1]
+    count = min(_MOST_DOCUMENTS, max(1, _MOST_TOKENS * n_items // max(1, cache.n_tokens)))
     documents, left = [], _MOST_TOKENS
-    firsts = np.concatenate([[0], np.cumsum(counts)])
     for number in spread(n_items, count):
-        file = int(np.searchsorted(firsts, number, side="right")) - 1
-        document = read_document(readers[file], number - int(firsts[file]), number, most_tokens=_MOST_TOKENS_EACH)
+        reader, index = cache.find(number)
+        start, stop, segments = reader.place(index)
+        arrays = reader.tokens(start, min(stop, start + _MOST_TOKENS_EACH))
+        row, offset, _ = reader.segments(segments)["segments"][0].tolist()
+        document = measured(arrays, row=row, offset=offset, n_tokens=stop - start, number=number)
         left -= len(document.entropies)
         if len(document.entropies):
             documents.append(document)
@@ -197,22 +198,14 @@ def sample_caches(readers: Sequence[CacheReader], tokenizer: Any | None) -> Samp
             break
     step = max(1, -(-n_items // _MOST_LENGTHS))
     # Of the memory map, because a copy of all would take memory in proportion to the cache.
-    stored = (reader.arrays["block_length" if reader.is_packed else "document_length"] for reader in readers)
+    stored = (reader.arrays["block_length" if reader.is_packed else "document_length"] for reader in cache.readers)
     lengths = np.concatenate([np.empty(0, np.int64), *(each[::step].astype(np.int64) for each in stored)])
     return Sample(documents=tuple(documents), lengths=lengths, n_documents=n_items, tokenizer=tokenizer)
 
 
-def read_document(reader: CacheReader, index: int, number: int, *, most_tokens: int) -> Document:
-    """Read the first tokens of a file's item, which has another number in the whole cache."""
-    start, stop, segments = reader.place(index)
-    arrays = reader.tokens(start, min(stop, start + most_tokens))
-    row, offset, _ = reader.segments(segments)["segments"][0].tolist()
-    return measured(arrays, row=row, offset=offset, n_tokens=stop - start, number=number)
-
-
-def tokenizer_of(readers: Sequence[CacheReader]) -> Any | None:
+def tokenizer_of(cache: CacheFiles) -> Any | None:
     """Return the tokenizer of a cache's teacher if it is on this machine, else None."""
-    said = readers[0].attributes
+    said = cache.readers[0].attributes
     path, digest = said.get("tokenizer_path") or said.get("teacher_path"), said.get("tokenizer_map_digest")
     return local_tokenizer(str(path), str(digest)) if path and digest else None
 

@@ -85,7 +85,7 @@ def card(path: str | Path) -> dict[str, Any]:
         "empty_documents": sum(one.n_empty for one in readers),
         "skipped_rows": statistics.skipped_rows or None if statistics else None,
         "double_bos_rows": statistics.double_bos_rows or None if statistics else None,
-        "items": sum(one.n_items for one in readers),
+        "items": cache.firsts[-1],
         "tokens": n_tokens,
         "learned": statistics.learned if statistics and reader.profile.extras.is_masked else None,
         "targets": sum(one.n_targets for one in readers) if reader.profile.extras.has_target_pos else None,

@@ -52,7 +52,7 @@ def cache(tmp_path: Path) -> Path:
 def test_a_token_stands_beside_what_the_teacher_expected_in_its_place(cache) -> None:
     explorer = Explorer(cache)
     assert explorer.about()["items"] == 8
-    whole = explorer.readers[1].item(2)
+    whole = explorer.cache.readers[1].item(2)
     for first in (0, 512, 699, 5000):
         found = explorer.document(6, first)
         begin = min(first, 699)
@@ -115,10 +115,10 @@ def test_a_tokenizer_beside_the_teacher_is_known_from_the_cache(tmp_path) -> Non
 
 def test_a_search_finds_every_match_however_often_it_stops(cache, monkeypatch) -> None:
     explorer = Explorer(cache)
-    token = int(explorer.readers[0].item(2)["input_ids"][650])
+    token = int(explorer.cache.readers[0].item(2)["input_ids"][650])
     expected = [
         (file * 4 + item, position)
-        for file, reader in enumerate(explorer.readers)
+        for file, reader in enumerate(explorer.cache.readers)
         for item in range(4)
         for position in np.flatnonzero(reader.item(item)["input_ids"] == token).tolist()
     ]
@@ -132,7 +132,7 @@ def test_a_search_finds_every_match_however_often_it_stops(cache, monkeypatch) -
         found += [(each["number"], each["position"]) for each in answer["found"]]
         place, read = answer["next"], read + answer["read"]
     assert found == expected
-    assert read == sum(reader.n_entries for reader in explorer.readers)
+    assert read == sum(reader.n_entries for reader in explorer.cache.readers)
 
 
 def test_a_text_is_found_within_one_document_only(tmp_path) -> None:
