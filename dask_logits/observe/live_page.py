@@ -220,13 +220,7 @@ def _figures(snapshot: Snapshot) -> Html:
     rows.append(("partitions", f"{number(status.committed)} of {number(status.partitions)}{is_growing}"))
     if sums.tokens:
         rows += [("tokens", number(sums.tokens)), (status.items_noun, number(sums.documents))]
-    if status.mfu == status.mfu:
-        rows.append(("MFU", f"{status.mfu:.2f}"))
-    if sums.tokens:
-        rows.append(sums.entries)
-    if sums.labels:
-        rows.append(("perplexity", f"{sums.perplexity:.2f}"))
-    return tiles(rows)
+    return tiles(rows + sections.figures(sums, status.mfu))
 
 
 def _partitions(snapshot: Snapshot) -> Html | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,14 +239,7 @@ def _header(facts: Facts, clock: Clock | None, title: str, parts: Sequence[Html]
     if clock is not None:
         tokens = float(facts.history.column("tokens").sum())
         figures += [("tokens/s in total", number(tokens / clock.seconds)), ("time at work", duration(clock.seconds))]
-    if status is not None and status.mfu == status.mfu:
-        figures.append(("MFU", f"{status.mfu:.2f}"))
-    if sums.targets not in (0, sums.tokens):
-        figures.append(("targets", number(sums.targets)))
-    if sums.targets:
-        figures.append(sums.entries)
-    if sums.labels:
-        figures.append(("perplexity", f"{sums.perplexity:.2f}"))
+    figures += sections.figures(sums, status.mfu if status else math.nan)
     if facts.cache is not None:
         figures.append(("bytes per token", f"{facts.cache.n_bytes / max(1, n_tokens):.0f}"))
     state = ""

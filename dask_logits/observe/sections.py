@@ -16,7 +16,7 @@ from dask_logits.observe.charts import Ticks, axis, nice_top, number
 from dask_logits.observe.history import Clock, History, Rates, rates
 from dask_logits.observe.page import Html, folded, section, shortened, table, text
 from dask_logits.observe.sample import Document, Sample
-from dask_logits.records import Array
+from dask_logits.records import Array, Statistics
 from dask_logits.run.records import FailureEntry
 from dask_logits.run.timings import breakdown, duration, plural
 
@@ -37,6 +37,17 @@ def time_axis(clock: Clock) -> tuple[Ticks, str]:
     """Return the labels of the time at work, and their unit."""
     _, size, unit = next(each for each in _UNITS if clock.seconds >= each[0])
     return axis(0.0, clock.seconds / size, 6), f"{unit} at work"
+
+
+def figures(sums: Statistics, mfu: float) -> list[tuple[str, object]]:
+    """Return the figures of targets that are known."""
+    known: list[tuple[bool, tuple[str, object]]] = [
+        (not math.isnan(mfu), ("MFU", f"{mfu:.2f}")),
+        (sums.targets not in (0, sums.tokens), ("targets", number(sums.targets))),
+        (sums.targets > 0, sums.entries),
+        (sums.labels > 0, ("perplexity", f"{sums.perplexity:.2f}")),
+    ]
+    return [figure for is_known, figure in known if is_known]
 
 
 def work(
