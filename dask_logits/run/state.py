@@ -303,25 +303,21 @@ def discard_stale(state: RunState, share: Share) -> Done:
     """
     if state.cache_error is not None:
         raise state.cache_error
-    done = Done()
-    stale: dict[int, PartitionState] = {}
-    for each in state.partitions(wanted=share.owns):
-        if each.error is not None and each.is_unreadable:
-            raise each.error
-        if each.is_done:
-            done.add(each)
-        elif each.problem is not None:
-            stale[each.partition.index] = each
-    if not stale:
-        return done
-    # A cache written in the meantime may have replaced the partitions.
-    cache = open_run_cache(state.run, state.manifest)
-    cached_rows = 0 if cache is None else cache.n_rows
-    for each in stale.values():
-        if each.partition.first_row + each.partition.n_rows > cached_rows:
-            logger.warning("partition %s is recomputed: %s", each.partition.name, each.problem)
-            state.run.receipt_path(each.partition.index).unlink(missing_ok=True)
-    for each in replace(state, cache=cache).partitions(wanted=stale.__contains__):
-        if each.is_done:
-            done.add(each)
+
+    def read() -> tuple[Done, list[PartitionState]]:
+        done, stale = Done(), []
+        now = replace(state, cache=open_run_cache(state.run, state.manifest))
+        for each in now.partitions(wanted=share.owns):
+            if each.error is not None and each.is_unreadable:
+                raise each.error
+            if each.is_done:
+                done.add(each)
+            elif each.problem is not None:
+                stale.append(each)
+        return done, stale
+
+    done, stale = read_consistently(state.run, read)
+    for each in stale:
+        logger.warning("partition %s is recomputed: %s", each.partition.name, each.problem)
+        state.run.receipt_path(each.partition.index).unlink(missing_ok=True)
     return done
