@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dask_logits.files.atomic import names_in, read_json, replace_json
+from dask_logits.files.atomic import read_json, replace_json
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.records import FailureEntry
 
@@ -57,11 +57,7 @@ def read_failures(run: RunFolder, done_of: Callable[[Collection[int]], Collectio
     done_of
         Returns those of some partitions that are done, such as ``RunState.done_of``.
     """
-    paths = {}
-    for name in names_in(run.failures_path):
-        path = run.failures_path / name
-        if path.suffix == ".json" and path.stem.isascii() and path.stem.isdigit():
-            paths[int(path.stem)] = path
-    done = done_of(paths) if paths else ()
-    values = {index: read_json(path) for index, path in paths.items() if index not in done}
-    return {index: FailureEntry.parse(paths[index], each) for index, each in values.items() if each is not None}
+    indices = run.failure_indices()
+    done = done_of(indices) if indices else ()
+    values = {index: read_json(run.failure_path(index)) for index in sorted(indices) if index not in done}
+    return {i: FailureEntry.parse(run.failure_path(i), each) for i, each in values.items() if each is not None}

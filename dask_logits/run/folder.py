@@ -272,13 +272,12 @@ class RunFolder:
     def receipt_indices(self) -> set[int]:
         """List the partitions that have a receipt, without reading any."""
         folder = self.path / "receipts"
-        return {
-            int(name.removesuffix(".json"))
-            for thousand in names_in(folder)
-            if thousand.isdecimal()
-            for name in names_in(folder / thousand)
-            if name.endswith(".json") and name.removesuffix(".json").isdecimal()
-        }
+        thousands = (folder / name for name in names_in(folder) if name.isdecimal())
+        return {index for thousand in thousands for index in _indices(thousand)}
+
+    def failure_indices(self) -> set[int]:
+        """List the partitions in the failure ledger, without reading any entry."""
+        return _indices(self.failures_path)
 
     def receipts(self, indices: Iterable[int]) -> Iterator[Receipt]:
         """Read the receipts of those of some partitions that are committed. Damaged receipts are skipped.
@@ -298,6 +297,12 @@ class RunFolder:
                 continue
             if receipt is not None:
                 yield receipt
+
+
+def _indices(folder: Path) -> set[int]:
+    """Return the numbers by which the JSON files of a folder are named."""
+    stems = (name.removesuffix(".json") for name in names_in(folder) if name.endswith(".json"))
+    return {int(stem) for stem in stems if stem.isdecimal()}
 
 
 _KIND = "teacher.generation.targets"
