@@ -1,4 +1,4 @@
-"""Resolve a user's path (a file, run folder, index or folder of caches) to cache files."""
+"""Resolve a user's path (a file, run folder, index or folder of caches) to cache files, and open them as one cache."""
 
 from __future__ import annotations
 
