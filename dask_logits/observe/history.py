@@ -1,4 +1,4 @@
-"""Who scored what and when, from the receipts of a run: speed over time, per worker.
+"""Who scored what and when, from the receipts of a run: sums over them, and speed over time, per worker.
 
 A partition is taken to occupy its worker from the end of its wait for the teacher until its receipt: loading, scoring
 and writing. Its tokens are spread evenly over loading and scoring, because the next partition is scored while this one
