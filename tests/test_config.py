@@ -50,6 +50,7 @@ def problems_of(*overrides: str) -> tuple[str, ...]:
 
 def test_the_list_of_settings_is_pinned() -> None:
     assert [setting.path for setting in settings()] == [f"distillation.{path}" for path in PATHS]
+    assert all(setting.doc for setting in settings())
 
 
 def test_each_setting_of_the_kind_how_is_free_but_the_number_of_static_workers() -> None:

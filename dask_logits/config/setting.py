@@ -22,15 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field
 Kind = Literal["what", "numerics", "how"]
 
 
-def declare(default: Any, kind: Kind, doc: str) -> Any:
-    """Declare a setting with its default, kind and description."""
-    return Field(default, description=doc, json_schema_extra={"kind": kind})
+def declare(default: Any, kind: Kind) -> Any:
+    """Declare a setting with its default and kind. Its description is the docstring below it."""
+    return Field(default, json_schema_extra={"kind": kind})
 
 
 class Group(BaseModel):
     """A group of settings. Values are never converted: ``"64"`` is no number and ``1`` is no truth value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ def settings_of(group: type[Group], prefix: str = "distillation") -> Iterator[Se
         else:
             extra: Any = field.json_schema_extra
             purpose = (group.__doc__ or "").partition(": ")[2].rstrip(".")
-            yield Setting(path, _describe(hints[name]), field.default, extra["kind"], field.description or "", purpose)
+            doc = " ".join((field.description or "").split())
+            yield Setting(path, _describe(hints[name]), field.default, extra["kind"], doc, purpose)
 
 
 def _describe(hint: Any) -> str:
