@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dask_logits.data.columns import ColumnSettings
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.stream import RowStream
 from dask_logits.data.tokens import encode
 from dask_logits.run.folder import RunFolder
@@ -30,7 +30,7 @@ CORPUS = "output/corpus/python-reference.jsonl"
 def spool(rows: list[dict[str, str]]) -> float:
     """Plan and spool all rows; return the seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        stream = RowStream([rows], ColumnSettings(text="text"), None, {})
+        stream = RowStream([rows], DatasetConfig(text_column="text"), {})
         started = time.perf_counter()
         for _ in stream.plan(PlanLog(RunFolder(Path(folder))), 1000, lambda index: True):
             pass

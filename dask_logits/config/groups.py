@@ -151,6 +151,16 @@ class TeacherConfig(Group):
 class DatasetConfig(Group):
     """``distillation.dataset``: the documents."""
 
+    @property
+    def row_limit(self) -> int | None:
+        """Number of rows to use, from the first. None: all."""
+        return self.max_samples if isinstance(self.max_samples, int) else None
+
+    @property
+    def is_column_chosen(self) -> bool:
+        """Whether a column of documents is requested."""
+        return self.text_column is not None or self.messages_column is not None
+
     name: str | None = declare(None, "what")
     """Hub name, `save_to_disk` folder, folder of files, or a reader for `data_files` (`json`, `csv`, `tsv`, `text`,
     `parquet`, …). It is required, so null is refused unless a dataset object is passed."""

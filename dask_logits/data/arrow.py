@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dask_logits.config.groups import DatasetConfig
-from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
+from dask_logits.data.columns import TEXT, Column, choose_column
 from dask_logits.data.load import load_rows
 from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values
 from dask_logits.data.splits import refuse_splits
@@ -252,19 +252,10 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
     """
     from datasets import Dataset as RegularDataset
 
-    wanted = ColumnSettings.of(config)
     if dataset is None:
-        opened = load_rows(
-            str(config.name),
-            config_name=config.config_name,
-            split=config.split,
-            data_files=config.data_files,
-            revision=config.revision,
-            wanted=wanted,
-            num_proc=config.num_proc,
-        )
+        opened = load_rows(config)
     else:
-        opened = _from_rows(dataset, wanted) if isinstance(dataset, list | tuple) else dataset
+        opened = _from_rows(dataset, config) if isinstance(dataset, list | tuple) else dataset
     refuse_splits(opened)
     if not isinstance(opened, RegularDataset):
         raise DatasetError(
@@ -273,13 +264,13 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
         )
     if opened.format["type"] == "custom":
         raise DatasetError("dataset: expected plain rows, got a dataset with a transform; apply it with .map() first")
-    n_rows = len(opened) if config.max_samples in (None, "all") else min(len(opened), int(config.max_samples))
+    n_rows = len(opened) if config.row_limit is None else min(len(opened), config.row_limit)
     if n_rows == 0:
         raise DatasetError(
             "distillation.dataset.name: expected at least one row, got an empty dataset; check the split"
         )
     names = opened.column_names
-    column = choose_column([name for name in names if name != PROBLEM], wanted, is_converted=PROBLEM in names)
+    column = choose_column([name for name in names if name != PROBLEM], config, is_converted=PROBLEM in names)
     where = f"distillation.dataset.{'messages' if column.kind == 'chat' else 'text'}_column"
     if column.name not in names:
         opened = opened.flatten()
@@ -297,7 +288,7 @@ def open_corpus(config: DatasetConfig, dataset: Dataset | None = None) -> Corpus
     return Corpus(opened, n_rows, column, repairs=config.on_bad_row == "fail")
 
 
-def _from_rows(rows: Sequence[Any], wanted: ColumnSettings) -> Dataset:
+def _from_rows(rows: Sequence[Any], config: DatasetConfig) -> Dataset:
     """Build a dataset from a list of texts or mappings, with only the used column of mappings."""
     from datasets import Dataset as RegularDataset
 
@@ -308,7 +299,7 @@ def _from_rows(rows: Sequence[Any], wanted: ColumnSettings) -> Dataset:
             "row a text, or a dict with a text or input_ids column"
         )
     names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
-    column = choose_column(list(names) or [wanted.text or TEXT], wanted)
+    column = choose_column(list(names) or [config.text_column or TEXT], config)
     return RegularDataset(value_table([row_value(row, column) for row in rows], column))
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dask_logits.data.columns import Column, ColumnSettings, choose_column
+from dask_logits.config.groups import DatasetConfig
+from dask_logits.data.columns import Column, choose_column
+from dask_logits.data.find import FoundFiles
 from dask_logits.data.parquet_files import file_state, parquet_batches, read_footer
 from dask_logits.data.text_files import located_value, read_file
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
@@ -33,30 +35,28 @@ _BATCH_ROWS = 1_000
 _LOOKED_AT_ROWS = 100
 
 
-def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str | None, wanted: ColumnSettings) -> Path:
+def arrow_file(folder: Path, found: FoundFiles, files: Sequence[str], config: DatasetConfig) -> Path:
     """Return the Arrow file for a list of files, writing it if it does not exist.
 
     Parameters
     ----------
     folder
         Folder of the Arrow files.
-    reader
-        ``json``, ``csv``, ``text`` or ``parquet``.
+    found
+        Their reader and its separator.
     files
         Local paths or URLs, in order.
-    separator
-        Separator of CSV fields. None: detected from the header.
-    wanted
-        The requested columns.
+    config
+        Settings with the requested columns.
 
     Raises
     ------
     DatasetError
         If a file cannot be read to its end, or the column is missing.
     """
-    column = choose_column(_columns(reader, files, separator), wanted)
+    column, is_chosen = choose_column(_columns(found, files), config), config.is_column_chosen
     states = [[file, *vars(file_state(file)).values()] for file in files]
-    key = json.dumps([_VERSION, reader, separator, [*vars(column).values()], wanted.is_chosen, states])
+    key = json.dumps([_VERSION, found.reader, found.separator, [*vars(column).values()], is_chosen, states])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if path.exists():
         return path
@@ -65,7 +65,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
     with aside(path) as temporary:
         with temporary.open("wb") as sink:
             with pa.ipc.new_stream(sink, value_table([], column).schema) as writer:
-                for table in _tables(reader, files, separator, column, chosen=wanted.is_chosen):
+                for table in _tables(found, files, column, is_chosen=is_chosen):
                     writer.write_table(table)
                     n_rows += len(table)
             os.fsync(sink.fileno())
@@ -75,7 +75,7 @@ def arrow_file(folder: Path, reader: str, files: Sequence[str], separator: str |
     return path
 
 
-def file_rows(path: str, reader: str, separator: str | None) -> Iterator[Mapping[str, Any] | BadRow]:
+def file_rows(found: FoundFiles, path: str) -> Iterator[Mapping[str, Any] | BadRow]:
     """Yield the rows of a text file, and translate the libraries' errors for damaged data.
 
     Raises
@@ -84,7 +84,7 @@ def file_rows(path: str, reader: str, separator: str | None) -> Iterator[Mapping
         If the file cannot be read to its end.
     """
     try:
-        yield from read_file(path, reader, separator)
+        yield from read_file(path, found.reader, found.separator)
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         # Arrow (for Zstandard) and gzip raise an OSError for damaged data, without a system error number.
         if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
@@ -95,45 +95,36 @@ def file_rows(path: str, reader: str, separator: str | None) -> Iterator[Mapping
         ) from error
 
 
-def _columns(reader: str, files: Sequence[str], separator: str | None) -> list[str]:
-    if reader == "parquet":
+def _all_rows(found: FoundFiles, files: Sequence[str]) -> Iterator[Mapping[str, Any] | BadRow]:
+    return itertools.chain.from_iterable(file_rows(found, file) for file in files)
+
+
+def _columns(found: FoundFiles, files: Sequence[str]) -> list[str]:
+    if found.reader == "parquet":
         return list(dict.fromkeys(name for file in files for name in read_footer(file).columns))
-    rows = (row for file in files for row in file_rows(file, reader, separator))
-    bad: BadRow | None = None
-    names: dict[str, None] = {}
-    n_rows = 0
-    for row in rows:
-        if isinstance(row, BadRow):
-            bad = bad or row
-            continue
-        names |= dict.fromkeys(row)
-        n_rows += 1
-        if n_rows == _LOOKED_AT_ROWS:
-            break
-    if not n_rows:
-        raise _no_rows(files, bad)
-    return list(names)
+    rows = (row for row in _all_rows(found, files) if not isinstance(row, BadRow))
+    first_rows = list(itertools.islice(rows, _LOOKED_AT_ROWS))
+    if not first_rows:
+        raise _no_rows(files, next(_all_rows(found, files), None))
+    return list(dict.fromkeys(name for row in first_rows for name in row))
 
 
-def _no_rows(files: Sequence[str], bad: BadRow | None = None) -> DatasetError:
-    found = f"none in {plural(len(files), 'file')} such as {files[0]!r}" if bad is None else bad.reason
+def _no_rows(files: Sequence[str], bad: object = None) -> DatasetError:
+    found = bad.reason if isinstance(bad, BadRow) else f"none in {plural(len(files), 'file')} such as {files[0]!r}"
     return DatasetError(
         f"distillation.dataset.data_files: expected a dataset with at least one row, got {found}; check the files"
     )
 
 
-def _tables(
-    reader: str, files: Sequence[str], separator: str | None, column: Column, *, chosen: bool
-) -> Iterator[pa.Table]:
-    if reader == "parquet":
+def _tables(found: FoundFiles, files: Sequence[str], column: Column, *, is_chosen: bool) -> Iterator[pa.Table]:
+    if found.reader == "parquet":
         for file in files:
             for batch in parquet_batches(file, column):
                 yield _narrow(batch, column)
         return
     values = (
-        row if isinstance(row, BadRow) else located_value(row, column, is_chosen=chosen)
-        for file in files
-        for row in file_rows(file, reader, separator)
+        row if isinstance(row, BadRow) else located_value(row, column, is_chosen=is_chosen)
+        for row in _all_rows(found, files)
     )
     while batch := list(itertools.islice(values, _BATCH_ROWS)):
         yield value_table(batch, column)

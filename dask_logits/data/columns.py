@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from dask_logits.config.groups import DatasetConfig
@@ -17,35 +17,6 @@ MASK = "attention_mask"
 TOOLS = "tools"
 _CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
 _WHERE = "distillation.dataset"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnSettings:
-    """The requested columns.
-
-    Parameters
-    ----------
-    text
-        Column of texts or of token ids, or the path of a field inside a struct such as ``doc.text``.
-    messages
-        Column of chats.
-    mask
-        Column that says which token ids a student learns.
-    """
-
-    text: str | None = None
-    messages: str | None = None
-    mask: str | None = None
-
-    @classmethod
-    def of(cls, config: DatasetConfig) -> Self:
-        """Return the columns that settings request."""
-        return cls(text=config.text_column, messages=config.messages_column, mask=config.mask_column)
-
-    @property
-    def is_chosen(self) -> bool:
-        """Whether a column of documents is requested."""
-        return self.text is not None or self.messages is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +58,7 @@ class Column:
         return tuple(name for name in others if name is not None)
 
 
-def choose_column(columns: Sequence[str], wanted: ColumnSettings, *, is_converted: bool = False) -> Column:
+def choose_column(columns: Sequence[str], wanted: DatasetConfig, *, is_converted: bool = False) -> Column:
     """Return the column that contains the documents.
 
     Parameters
@@ -95,7 +66,7 @@ def choose_column(columns: Sequence[str], wanted: ColumnSettings, *, is_converte
     columns
         Columns of the dataset.
     wanted
-        The requested columns. If none is: ``text``, or ``input_ids`` if there is no ``text``.
+        Settings with the requested columns. If none is: ``text``, or ``input_ids`` if there is no ``text``.
     is_converted
         Whether the columns are those of this package's Arrow files, in which token ids contain their mask.
 
@@ -106,24 +77,26 @@ def choose_column(columns: Sequence[str], wanted: ColumnSettings, *, is_converte
 
     Examples
     --------
-    >>> choose_column(["id", "text"], ColumnSettings()).name
+    >>> choose_column(["id", "text"], DatasetConfig()).name
     'text'
-    >>> choose_column(["text", "input_ids"], ColumnSettings(text="input_ids")).kind
+    >>> choose_column(["text", "input_ids"], DatasetConfig(text_column="input_ids")).kind
     'ids'
     """
-    if wanted.messages is not None:
-        return Column(name=_existing(columns, "messages_column", wanted.messages), kind="chat")
-    column = Column.named(_document_column(columns, wanted.text))
-    if wanted.mask is None:
+    if wanted.messages_column is not None:
+        return Column(name=_existing(columns, "messages_column", wanted.messages_column), kind="chat")
+    column = Column.named(_document_column(columns, wanted.text_column))
+    mask = wanted.mask_column
+    if mask is None:
         return column
     if column.kind != "ids":
         raise DatasetError(
             f"{_WHERE}.mask_column: expected null for the column {column.name!r}, which holds text, got "
-            f"{wanted.mask!r}; a mask belongs to token ids: set {_WHERE}.text_column={IDS}"
+            f"{mask!r}; a mask belongs to token ids: set {_WHERE}.text_column={IDS}"
         )
     # A mask is read beside the ids, so it cannot be a field of another column.
-    mask = wanted.mask if is_converted else _existing(columns, "mask_column", wanted.mask, fields=False)
-    return Column(name=column.name, kind="ids", mask=mask)
+    if not is_converted:
+        _existing(columns, "mask_column", mask, fields=False)
+    return replace(column, mask=mask)
 
 
 def _existing(columns: Sequence[str], setting: str, name: str, *, fields: bool = True) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.hub import given_up_soon
 from dask_logits.data.parquet_files import needed_for
 from dask_logits.errors import CapacityError, DatasetError, first_line
@@ -64,10 +65,8 @@ def is_hub(name: str) -> bool:
     return name not in READERS and not Path(name).expanduser().exists()
 
 
-def find_files(
-    name: str, config_name: str | None, data_files: Sequence[str] | None, revision: str | None
-) -> FoundFiles:
-    """Find the files of a dataset without reading them.
+def find_files(config: DatasetConfig) -> FoundFiles:
+    """Find the files of a dataset by its name, without reading them.
 
     Raises
     ------
@@ -76,27 +75,89 @@ def find_files(
     """
     from datasets import load_dataset_builder
 
-    reader = "csv" if name == "tsv" else name
-    with given_up_soon(name, is_hub(name)):
-        builder = translated(
-            name,
-            lambda: load_dataset_builder(
-                expanded(reader), config_name, data_files=listed(data_files), revision=revision
-            ),
-            data_files,
-        )
+    builder = call_datasets(config, load_dataset_builder)
     files = {str(key): [str(file) for file in value] for key, value in (builder.config.data_files or {}).items()}
     separator = getattr(builder.config, "sep", None)
     return FoundFiles(
         reader=builder.name,
         files=files,
         # A comma may be the default of ``datasets``. Only a different separator comes from the dataset.
-        separator="\t" if name == "tsv" else None if separator == "," else separator,
+        separator="\t" if config.name == "tsv" else None if separator == "," else separator,
         is_configured=_has_options(builder.config),
     )
 
 
-def check_exists(name: str, data_files: Sequence[str] | None) -> None:
+def call_datasets(config: DatasetConfig, load: Callable[..., Any], **options: Any) -> Any:
+    """Have ``datasets`` find or load a dataset by its name.
+
+    Raises
+    ------
+    DatasetError
+        If it does not exist.
+    """
+    _check_exists(config)
+    name, files = str(config.name), config.data_files
+    with given_up_soon(name, is_hub(name)):
+        return translated(
+            config,
+            lambda: load(
+                "csv" if name == "tsv" else expanded(name),
+                config.config_name,
+                data_files=[expanded(file) for file in files] if files else None,
+                revision=config.revision,
+                **options,
+            ),
+        )
+
+
+def translated(config: DatasetConfig, call: Callable[[], Any]) -> Any:
+    """Call ``datasets`` and translate its errors into terms of the settings."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    where = f"distillation.dataset.name: expected a dataset, got {str(config.name)!r}"
+    try:
+        return call()
+    except DatasetError:
+        raise
+    except StopIteration as error:
+        # datasets 5.2 raises this for JSON files without rows.
+        raise DatasetError(f"{where} without a single row; check data_files") from error
+    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if (full := full_cache(cause)) is not None:
+            raise full from error
+        remote = next((file for file in config.data_files or () if "://" in file), None)
+        if remote is not None and isinstance(cause, ImportError):
+            raise DatasetError(f"{where}, which cannot read {remote!r}: {needed_for(remote, cause)}") from error
+        private = ", or log in with hf auth login (or set HF_TOKEN) if it is private or gated"
+        login = private if isinstance(error, DatasetNotFoundError) else ""
+        raise DatasetError(
+            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files{login}"
+        ) from error
+
+
+def full_cache(error: BaseException) -> CapacityError | None:
+    """Return the error for a cache of ``datasets`` that cannot be written, if that is the cause."""
+    from datasets import config
+
+    reason = no_room(error)
+    if reason is None and isinstance(error, PermissionError) and error.filename is not None:
+        is_inside = Path(os.fsdecode(error.filename)).is_relative_to(config.HF_DATASETS_CACHE)
+        reason = error.strerror if is_inside else None
+    if reason is None:
+        return None
+    return CapacityError(
+        f"{config.HF_DATASETS_CACHE}: expected to write the cache of datasets, got {reason!r}; make room, or export "
+        "HF_DATASETS_CACHE, a folder that this machine can write and all workers can read"
+    )
+
+
+def expanded(path: str) -> str:
+    """Return a path with ``~`` resolved. Other texts, such as URLs, are unchanged."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _check_exists(config: DatasetConfig) -> None:
     """Refuse a name that must be a path but does not exist, before asking a hub, and files of a reader likewise.
 
     Raises
@@ -104,10 +165,10 @@ def check_exists(name: str, data_files: Sequence[str] | None) -> None:
     DatasetError
         If a local file is named instead of a reader, or a path or pattern matches no file.
     """
-    where = "distillation.dataset.name"
+    where, name = "distillation.dataset.name", str(config.name)
     if name in READERS:
         # ``datasets`` leaves a pattern without files out in silence if another one has some.
-        for pattern in data_files or ():
+        for pattern in config.data_files or ():
             if not _matches(pattern):
                 raise DatasetError(
                     "distillation.dataset.data_files: expected paths or patterns of existing files, got "
@@ -135,58 +196,6 @@ def check_exists(name: str, data_files: Sequence[str] | None) -> None:
         raise DatasetError(
             f"{where}: expected a dataset, got {name!r}, which looks like a path and does not exist; check it"
         )
-
-
-def translated(name: str, call: Callable[[], Any], data_files: Sequence[str] | None = None) -> Any:
-    """Call ``datasets`` and translate its errors into terms of the settings."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
-    where = f"distillation.dataset.name: expected a dataset, got {name!r}"
-    try:
-        return call()
-    except DatasetError:
-        raise
-    except StopIteration as error:
-        # datasets 5.2 raises this for JSON files without rows.
-        raise DatasetError(f"{where} without a single row; check data_files") from error
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError, RuntimeError, ImportError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        if (full := full_cache(cause)) is not None:
-            raise full from error
-        remote = next((file for file in data_files or () if "://" in file), None)
-        if remote is not None and isinstance(cause, ImportError):
-            raise DatasetError(f"{where}, which cannot read {remote!r}: {needed_for(remote, cause)}") from error
-        private = ", or log in with hf auth login (or set HF_TOKEN) if it is private or gated"
-        login = private if isinstance(error, DatasetNotFoundError) else ""
-        raise DatasetError(
-            f"{where}: {first_line(cause)}; correct the name, config_name, split or data_files{login}"
-        ) from error
-
-
-def full_cache(error: BaseException) -> CapacityError | None:
-    """Return the error for a cache of ``datasets`` that cannot be written, if that is the cause."""
-    from datasets import config
-
-    reason = no_room(error)
-    if reason is None and isinstance(error, PermissionError) and error.filename is not None:
-        is_inside = Path(os.fsdecode(error.filename)).is_relative_to(config.HF_DATASETS_CACHE)
-        reason = error.strerror if is_inside else None
-    if reason is None:
-        return None
-    return CapacityError(
-        f"{config.HF_DATASETS_CACHE}: expected to write the cache of datasets, got {reason!r}; make room, or export "
-        "HF_DATASETS_CACHE, a folder that this machine can write and all workers can read"
-    )
-
-
-def listed(data_files: Sequence[str] | None) -> list[str] | None:
-    """Return paths with ``~`` resolved, None if there are none."""
-    return [expanded(file) for file in data_files] if data_files else None
-
-
-def expanded(path: str) -> str:
-    """Return a path with ``~`` resolved. Other texts, such as URLs, are unchanged."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _has_options(config: Any) -> bool:

@@ -6,7 +6,6 @@ All other formats are loaded by ``datasets``.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow_cache import arrow_file
-from dask_logits.data.columns import IDS, ColumnSettings, choose_column
-from dask_logits.data.find import check_exists, expanded, find_files, full_cache, is_hub, is_saved, listed, translated
-from dask_logits.data.hub import downloaded, given_up_soon
+from dask_logits.data.columns import IDS, choose_column
+from dask_logits.data.find import call_datasets, expanded, find_files, full_cache, is_hub, is_saved, translated
+from dask_logits.data.hub import downloaded
+from dask_logits.data.source import table_values
 from dask_logits.data.splits import names_in, picked
 from dask_logits.data.tokens import encode
-from dask_logits.data.values import PROBLEM, BadRow, arrow_values, with_problems
+from dask_logits.data.values import PROBLEM, BadRow
 from dask_logits.errors import DatasetError
 
 
@@ -79,31 +80,26 @@ def prepare_dataset(
             f"data_files: expected a path or a list of paths, got a dict with {list(data_files)}; give the paths of "
             "one split"
         )
-    if isinstance(data_files, str):
-        data_files = [data_files]
-    wanted = ColumnSettings(text=text_column)
-    if tokenizer is None or streaming:
-        loaded = _load(name, config_name, split, data_files, revision, streaming, num_proc)
-    else:
-        loaded = load_rows(
-            name,
-            config_name=config_name,
-            split=split,
-            data_files=data_files,
-            revision=revision,
-            wanted=wanted,
-            num_proc=num_proc,
-        )
+    files = (data_files,) if isinstance(data_files, str) else data_files
+    # Not validated: these are arguments of a function, with types of its own.
+    config = DatasetConfig.model_construct(
+        name=name,
+        config_name=config_name,
+        split=split,
+        data_files=files,
+        revision=revision,
+        text_column=text_column,
+        num_proc=num_proc,
+    )
+    loaded = load_by_library(config, streaming=streaming) if tokenizer is None or streaming else load_rows(config)
     loaded = _first(loaded, max_samples, streaming)
     if tokenizer is None:
         return loaded
     columns = loaded.column_names or list(next(iter(loaded), {}))
-    column = choose_column([name for name in columns if name != PROBLEM], wanted)
+    column = choose_column([name for name in columns if name != PROBLEM], config)
 
     def tokens(rows: Any) -> pa.Table:
-        values = arrow_values(rows, column)
-        if PROBLEM in rows.column_names:
-            values = with_problems(values, rows[PROBLEM].to_pylist())
+        values = table_values(rows, column)
         bad = next((value for value in values if isinstance(value, BadRow)), None)
         if bad is not None:
             raise DatasetError(f"{bad.reason}; fix the row")
@@ -119,16 +115,7 @@ def prepare_dataset(
     )
 
 
-def load_rows(
-    name: str,
-    *,
-    config_name: str | None,
-    split: str,
-    data_files: Sequence[str] | None,
-    revision: str | None,
-    wanted: ColumnSettings,
-    num_proc: int | None,
-) -> Any:
+def load_rows(config: DatasetConfig) -> Any:
     """Load a regular dataset. Only the used column of text and Parquet files is loaded.
 
     Returns
@@ -143,31 +130,30 @@ def load_rows(
     from datasets import Dataset
     from datasets import config as datasets_config
 
-    by_library = functools.partial(_load, name, config_name, split, data_files, revision, False, num_proc)
-    if is_saved(name):
-        return by_library()
-    check_exists(name, data_files)
+    if is_saved(str(config.name)):
+        return load_by_library(config)
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "dask_logits"
-    on_hub = is_hub(name)
-    asked = json.dumps([name, config_name, revision, data_files, *vars(wanted).values()])
+    on_hub = is_hub(str(config.name))
+    columns = [config.text_column, config.messages_column, config.mask_column]
+    asked = json.dumps([config.name, config.config_name, config.revision, config.data_files, *columns])
     memory = folder / "hub" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
     try:
-        found = find_files(name, config_name, data_files, revision)
+        found = find_files(config)
     except DatasetError:
         if not on_hub:
             raise
         known = _remembered(memory)
-        if not set(names_in(split)) <= known.keys():
+        if not set(names_in(config.split)) <= known.keys():
             # The library may have prepared it earlier.
-            return by_library()
-        return picked(split, list(known), lambda key: Dataset.from_file(known[key]))
+            return load_by_library(config)
+        return picked(config.split, list(known), lambda key: Dataset.from_file(known[key]))
     if not found.is_ours or (on_hub and found.reader == "parquet"):
-        return by_library()
+        return load_by_library(config)
 
     def part(key: str) -> Any:
-        files = translated(name, lambda: downloaded(found.files[key], num_proc))
+        files = translated(config, lambda: downloaded(found.files[key], config.num_proc))
         try:
-            path = str(arrow_file(folder, found.reader, files, found.separator, wanted))
+            path = str(arrow_file(folder, found, files, config))
             if on_hub:
                 memory.parent.mkdir(parents=True, exist_ok=True)
                 memory.write_text(json.dumps({**_remembered(memory), key: path}))
@@ -177,41 +163,22 @@ def load_rows(
             raise
         return Dataset.from_file(path)
 
-    return picked(split, list(found.files), part)
+    return picked(config.split, list(found.files), part)
 
 
-def _load(
-    name: str,
-    config_name: str | None,
-    split: str,
-    data_files: Sequence[str] | None,
-    revision: str | None,
-    streaming: bool,
-    num_proc: int | None,
-) -> Any:
+def load_by_library(config: DatasetConfig, *, streaming: bool = False) -> Any:
+    """Load a dataset with ``datasets``, as a regular one or as a stream."""
     from datasets import Dataset, load_dataset, load_from_disk
 
+    name, split = str(config.name), config.split
     if not is_saved(name):
-        check_exists(name, data_files)
-        local = data_files is not None or Path(name).expanduser().is_dir()
-        separator: dict[str, Any] = {"sep": "\t"} if name == "tsv" else {}
+        is_local = config.data_files is not None or Path(name).expanduser().is_dir()
+        options: dict[str, Any] = {"sep": "\t"} if name == "tsv" else {}
         # Texts such as "NA" and "null" are not missing values.
-        separator |= {"keep_default_na": False} if name in ("csv", "tsv") else {}
-        with given_up_soon(name, is_hub(name)):
-            return translated(
-                name,
-                lambda: load_dataset(
-                    "csv" if name == "tsv" else expanded(name),
-                    config_name,
-                    split=split,
-                    data_files=listed(data_files),
-                    revision=revision,
-                    streaming=streaming,
-                    num_proc=None if local or streaming else num_proc,
-                    **separator,
-                ),
-            )
-    saved = translated(name, lambda: load_from_disk(str(Path(name).expanduser())))
+        options |= {"keep_default_na": False} if name in ("csv", "tsv") else {}
+        num_proc = None if is_local or streaming else config.num_proc
+        return call_datasets(config, load_dataset, split=split, streaming=streaming, num_proc=num_proc, **options)
+    saved = translated(config, lambda: load_from_disk(expanded(name)))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
     if isinstance(saved, Dataset) and split.split("[")[0] != "train":
         raise DatasetError(

@@ -10,10 +10,9 @@ from typing import Any
 from dask_logits.config.checks import UNBOUNDED_STREAM
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow_cache import file_rows
-from dask_logits.data.columns import ColumnSettings
-from dask_logits.data.find import FoundFiles, check_exists, find_files, is_saved
+from dask_logits.data.find import FoundFiles, find_files, is_saved
 from dask_logits.data.hub import pinned_commit
-from dask_logits.data.load import prepare_dataset
+from dask_logits.data.load import load_by_library
 from dask_logits.data.parquet import ParquetStream
 from dask_logits.data.parquet_files import all_batches, file_state
 from dask_logits.data.splits import refuse_splits, stream_parts
@@ -50,11 +49,9 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
     """
     if config.max_samples is None:
         raise ConfigError.from_problems(UNBOUNDED_STREAM)
-    limit = None if config.max_samples == "all" else int(config.max_samples)
-    wanted, skips = ColumnSettings.of(config), config.on_bad_row == "skip"
     if dataset is not None:
         refuse_splits(dataset)
-        return RowStream([dataset], wanted, limit, {"dataset.stream": "object"}, skips=skips)
+        return RowStream([dataset], config, {"dataset.stream": "object"})
     name = str(config.name)
     identity: dict[str, Any] = {
         "dataset.name": name,
@@ -63,59 +60,38 @@ def open_stream(config: DatasetConfig, dataset: Any = None, commit: str | None =
         "dataset.revision": config.revision,
         "dataset.data_files": list(config.data_files) if config.data_files else None,
     }
+    if commit is not None:
+        config = config.model_copy(update={"revision": commit})
     if is_saved(name):
-        saved = prepare_dataset(name, split=config.split, streaming=True)
         arrow = sorted(str(path) for path in Path(name).expanduser().rglob("*.arrow"))
-        return RowStream([saved], wanted, limit, identity, file_states=_states(arrow), skips=skips)
-    check_exists(name, config.data_files)
-    found = find_files(name, config.config_name, config.data_files, commit or config.revision)
+        return RowStream([load_by_library(config, streaming=True)], config, identity, file_states=_states(arrow))
+    found = find_files(config)
     parts = stream_parts(config.split, list(found.files))
     files = [file for split, _, _ in parts for file in found.files[split]]
     if not files:
         raise DatasetError(f"distillation.dataset.name: expected files of {name!r}, got none; check data_files")
     whole = all(first == 0 and last is None for _, first, last in parts)
     if found.reader == "parquet" and found.is_ours and whole:
-        return ParquetStream(files, wanted, limit, identity)
-    rows: Iterable[Any]
+        return ParquetStream(files, config, identity)
+    rows = itertools.chain.from_iterable(
+        _sliced(_readable(found, split, config), first, last) for split, first, last in parts
+    )
+    return RowStream(rows, config, identity, commit=pinned_commit(files), file_states=_states(files))
+
+
+def _readable(found: FoundFiles, split: str, config: DatasetConfig) -> list[Iterable[Any]]:
+    """Return the parts of a split that are read independently, in order. For most readers these are its files."""
     if found.is_ours:
-        rows = _file_parts(found, parts)
-    else:
-        rows = itertools.chain.from_iterable(
-            _sliced(list(_shards(_opened(config, split, commit))), first, last) for split, first, last in parts
-        )
-    return RowStream(
-        rows,
-        wanted,
-        limit,
-        identity,
-        commit=pinned_commit(files),
-        file_states=_states(files),
-        skips=skips,
-    )
-
-
-def _opened(config: DatasetConfig, split: str, commit: str | None) -> Any:
-    return prepare_dataset(
-        str(config.name),
-        config_name=config.config_name,
-        split=split,
-        data_files=config.data_files,
-        revision=commit or config.revision,
-        streaming=True,
-    )
-
-
-def _file_parts(found: FoundFiles, parts: Sequence[tuple[str, int, int | None]]) -> Iterator[Iterable[Any]]:
-    """Yield the rows of each file, or of each slice of a split."""
-    for split, first, last in parts:
-        files = [_rows(found, file) for file in found.files[split]]
-        yield from _sliced(files, first, last)
+        return [_rows(found, file) for file in found.files[split]]
+    stream = load_by_library(config.model_copy(update={"split": split}), streaming=True)
+    count = stream.num_shards
+    return [stream.shard(count, index) for index in range(count)] if count > 1 else [stream]
 
 
 def _rows(found: FoundFiles, file: str) -> Iterable[Any]:
     if found.reader == "parquet":
         return (row for batch in all_batches(file) for row in python_rows(batch))
-    return file_rows(file, found.reader, found.separator)
+    return file_rows(found, file)
 
 
 def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Sequence[Iterable[Any]]:
@@ -126,10 +102,3 @@ def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Seq
 def _states(files: Sequence[str]) -> tuple[str, ...]:
     states = ((Path(file).name, file_state(file)) for file in files)
     return tuple(f"{name}: {state.size} bytes, etag {state.etag}" for name, state in states)
-
-
-def _shards(stream: Any) -> Iterator[Any]:
-    """Yield the independently readable parts of a stream, in order. For most readers these are its files."""
-    count = stream.num_shards
-    for index in range(count):
-        yield stream.shard(count, index) if count > 1 else stream

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dask_logits.data.columns import ColumnSettings, choose_column
+from dask_logits.config.groups import DatasetConfig
+from dask_logits.data.columns import choose_column
 from dask_logits.data.hub import pinned_commit
 from dask_logits.data.parquet_files import (
     FileState,
@@ -42,10 +43,8 @@ class ParquetStream:
     ----------
     files
         Paths or URLs, in order.
-    wanted
-        The requested columns.
-    limit
-        Rows used, from the first. None: all.
+    config
+        Settings: the requested columns, and the number of rows to use.
     identity
         Identity of the dataset.
     """
@@ -53,10 +52,10 @@ class ParquetStream:
     streams = True
     file_states: tuple[str, ...] = ()
 
-    def __init__(self, files: list[str], wanted: ColumnSettings, limit: int | None, identity: dict[str, Any]) -> None:
+    def __init__(self, files: list[str], config: DatasetConfig, identity: dict[str, Any]) -> None:
         self.files = files
         # Upper bound on the number of rows, or None: files are not counted in advance.
-        self.n_rows = limit
+        self.n_rows = config.row_limit
         self.commit = pinned_commit(files)
         # Partitions passed so far, wanted or not.
         self.passed = 0
@@ -69,7 +68,7 @@ class ParquetStream:
                 f"distillation.dataset.name: expected a Parquet file with rows, got none in "
                 f"{plural(len(files), 'file')} such as {files[0]!r}; restore the files"
             )
-        self.column = choose_column(first.columns, wanted)
+        self.column = choose_column(first.columns, config)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""

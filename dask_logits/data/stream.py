@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dask_logits.data.columns import TEXT, Column, ColumnSettings, choose_column
+from dask_logits.config.groups import DatasetConfig
+from dask_logits.data.columns import TEXT, Column, choose_column
 from dask_logits.data.source import FileRows, Planned, RowsDigest, write_spool
 from dask_logits.data.text_files import located_value
 from dask_logits.data.values import BadRow, Value, value_table
@@ -64,18 +65,15 @@ class RowStream:
     parts
         Iterables over rows, read in order: the files of a reader, or one object. If a part breaks off, reading
         continues with the next one.
-    wanted
-        The requested columns.
-    limit
-        Rows used, from the first. None: all.
+    config
+        Settings: the requested columns, the number of rows to use, and whether an unusable row is kept as one without
+        tokens. Otherwise its partition fails.
     identity
         Identity of the dataset.
     commit
         Hub commit to which it is pinned.
     file_states
         State of each part's file from a listing, in order. Empty: unknown.
-    skips
-        Whether an unusable row is kept as one without tokens. Otherwise its partition fails.
     """
 
     streams = True
@@ -83,23 +81,20 @@ class RowStream:
     def __init__(
         self,
         parts: Iterable[Any],
-        wanted: ColumnSettings,
-        limit: int | None,
+        config: DatasetConfig,
         identity: dict[str, Any],
+        *,
         commit: str | None = None,
         file_states: tuple[str, ...] = (),
-        *,
-        skips: bool = False,
     ) -> None:
         # Upper bound on the number of rows, or None.
-        self.n_rows = limit
+        self.n_rows = config.row_limit
         self.commit = commit
         self.file_states = file_states
         # Rows passed so far, wanted or not.
         self.passed = 0
         self._identity = identity
-        self._skips = skips
-        self._is_chosen = wanted.is_chosen
+        self._config = config
         self._events = _events(parts)
         self._buffer: deque[Any] = deque()
         rows = (event for event in self._peeked() if isinstance(event, _Row))
@@ -115,8 +110,8 @@ class RowStream:
                 f"dataset: expected a stream of mappings or texts, got {type(first).__name__} {first!r:.80}; make each "
                 "row a dict with a text or input_ids column"
             )
-        names = [wanted.text or TEXT] if isinstance(first, str) else list(first)
-        self.column: Column = choose_column(names, wanted)
+        names = [config.text_column or TEXT] if isinstance(first, str) else list(first)
+        self.column: Column = choose_column(names, config)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
@@ -256,7 +251,7 @@ class RowStream:
                 return _Chunk((), {"kind": "stream", "error": reason, "part": event.part})
             self.passed += 1
             value = self._value(event.row)
-            if isinstance(value, BadRow) and not self._skips:
+            if isinstance(value, BadRow) and self._config.on_bad_row == "fail":
                 row = first_row + len(values)
                 failure = failure or {"error": f"dataset row {row}: {value.reason}; fix the row", "part": event.part}
             size += self._size(value)
@@ -280,7 +275,7 @@ class RowStream:
             return row
         if isinstance(row, str) and not self._plain_text:
             return BadRow(reason=f"expected a column {self.column.name!r}, got str")
-        return located_value(row, self.column, is_chosen=self._is_chosen)
+        return located_value(row, self.column, is_chosen=self._config.is_column_chosen)
 
     def _peeked(self) -> Iterator[Any]:
         """Yield the next events without consuming them."""

@@ -18,7 +18,8 @@ from dask_logits.config.groups import DatasetConfig, TeacherConfig
 from dask_logits.data import arrow as home
 from dask_logits.data import arrow_cache
 from dask_logits.data.arrow import hash_rows, open_corpus, slice_files
-from dask_logits.data.columns import Column, ColumnSettings
+from dask_logits.data.columns import Column
+from dask_logits.data.find import find_files
 from dask_logits.data.source import FileRows, read_rows, write_spool
 from dask_logits.data.tokens import TokenizerSpec, inspect_tokenizer, read_documents
 from dask_logits.errors import DatasetError, TeacherError
@@ -383,10 +384,11 @@ def test_rows_written_as_json_with_null_text(tmp_path) -> None:
 
 def test_processes_of_one_number_on_two_machines_convert_the_same_files_at_once(tmp_path, monkeypatch) -> None:
     corpus = write_json_lines(tmp_path / "corpus.jsonl", ["red"] * 3_000)
-    tables, others = arrow_cache._tables, []
+    config = DatasetConfig(name="json", data_files=(str(corpus),))
+    found, tables, others = find_files(config), arrow_cache._tables, []
 
     def convert() -> Path:
-        return arrow_cache.arrow_file(tmp_path / "cache", "json", [str(corpus)], None, ColumnSettings())
+        return arrow_cache.arrow_file(tmp_path / "cache", found, found.files["train"], config)
 
     def interrupted(*given, **settings):
         is_first = not others

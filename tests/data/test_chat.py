@@ -22,7 +22,7 @@ from dask_logits.config.groups import DatasetConfig
 from dask_logits.config.root import Config
 from dask_logits.data.arrow import open_corpus, slice_files
 from dask_logits.data.chat import encode_chat, has_date, template_digest
-from dask_logits.data.columns import Column, ColumnSettings, choose_column
+from dask_logits.data.columns import Column, choose_column
 from dask_logits.data.items import ItemSettings, make_items
 from dask_logits.data.open import open_stream
 from dask_logits.data.source import read_rows
@@ -582,15 +582,15 @@ def test_texts_among_values_of_other_types_are_read_and_the_others_are_bad_rows(
 
 def test_columns_that_are_missing_or_do_not_fit_are_named() -> None:
     with pytest.raises(DatasetError, match=r"dataset\.messages_column: expected one of .*did you mean 'messages'"):
-        choose_column(["id", "messages"], ColumnSettings(messages="mesages"))
+        choose_column(["id", "messages"], DatasetConfig(messages_column="mesages"))
     with pytest.raises(DatasetError, match=r"set distillation\.dataset\.messages_column=messages"):
-        choose_column(["id", "messages"], ColumnSettings())
+        choose_column(["id", "messages"], DatasetConfig())
     with pytest.raises(DatasetError, match=r"mask_column: expected null for the column 'text', which holds text"):
-        choose_column(["text", "mask"], ColumnSettings(mask="mask"))
+        choose_column(["text", "mask"], DatasetConfig(mask_column="mask"))
     with pytest.raises(DatasetError, match=r"dataset\.mask_column: expected one of"):
-        choose_column(["input_ids"], ColumnSettings(mask="mask"))
+        choose_column(["input_ids"], DatasetConfig(mask_column="mask"))
     with pytest.raises(DatasetError, match=r"dataset\.mask_column: expected one of .*, got 'meta\.mask'"):
-        choose_column(["input_ids", "meta"], ColumnSettings(mask="meta.mask"))
+        choose_column(["input_ids", "meta"], DatasetConfig(mask_column="meta.mask"))
     with pytest.raises(DatasetError, match=r"messages_column: expected lists of messages, .*got list<item: int64>"):
         open_corpus(DatasetConfig(messages_column="messages"), datasets.Dataset.from_dict({"messages": [[1]]}))
     tree = {"teacher": {"model_path": "x"}, "dataset": {"name": "y", "messages_column": "a", "text_column": "b"}}

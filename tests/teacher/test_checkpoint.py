@@ -6,6 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from dask_logits import DatasetError, prepare_dataset
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.find import find_files
 from dask_logits.data.tokens import TokenizerSpec, read_documents
 
@@ -100,4 +101,4 @@ def test_paths_may_begin_with_the_home_folder(streaming, tmp_path, monkeypatch) 
     one = prepare_dataset("json", data_files=["~/folder/d.jsonl"], **limit)
     other = prepare_dataset("~/folder", **limit)
     assert [row["text"] for row in one] == [row["text"] for row in other] == TEXTS
-    assert find_files("~/folder", None, None, None).files["train"] == [str(tmp_path / "folder" / "d.jsonl")]
+    assert find_files(DatasetConfig(name="~/folder")).files["train"] == [str(tmp_path / "folder" / "d.jsonl")]
