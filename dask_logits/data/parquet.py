@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import choose_column
@@ -33,7 +34,8 @@ from dask_logits.run.plan import Segment, group_cuts
 from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.timings import plural
 
-SAMPLE_ROWS = 256
+_T = TypeVar("_T")
+_SAMPLE_ROWS = 256
 
 
 class ParquetStream:
@@ -56,11 +58,12 @@ class ParquetStream:
         self.files = files
         # Upper bound on the number of rows, or None: files are not counted in advance.
         self.n_rows = config.row_limit
+        self._limit = math.inf if self.n_rows is None else self.n_rows
         self.commit = pinned_commit(files)
         # Partitions passed so far, wanted or not.
         self.passed = 0
         self._identity = identity
-        self._footers: dict[str, Footer] = {}
+        self._footers: dict[str, Footer | None] = {}
         self._broken: dict[str, str] = {}
         first = next((self._footer(file) for file in files if self._count(file)), None)
         if first is None:
@@ -76,25 +79,21 @@ class ParquetStream:
 
     def sample(self) -> list[tuple[int, Any]]:
         """Return (row number, row) of the first rows, for estimates."""
-        return list(enumerate(itertools.islice(self.head(), SAMPLE_ROWS)))
+        return list(enumerate(itertools.islice(self.head(), _SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first. Damaged files are left for the workers to report."""
-        left = self.n_rows
+        return itertools.islice(self._readable_rows(), self.n_rows)
+
+    def _readable_rows(self) -> Iterator[Any]:
         for file in self.files:
             n_rows = self._count(file)
-            for first in range(0, n_rows, SAMPLE_ROWS):
-                count = min(SAMPLE_ROWS, n_rows - first, left or SAMPLE_ROWS)
-                try:
-                    rows = patiently(file, functools.partial(read_parquet, file, self.column, first, count))
-                except DatasetError:
+            for first in range(0, n_rows, _SAMPLE_ROWS):
+                count = min(_SAMPLE_ROWS, n_rows - first)
+                rows = self._usable(file, functools.partial(read_parquet, file, self.column, first, count))
+                if rows is None:
                     break
-                except OSError as error:
-                    raise unreachable(file, error) from error
                 yield from rows
-                left = None if left is None else left - count
-                if left == 0:
-                    return
 
     def count_rows(self, seconds: float) -> tuple[int, int]:
         """Count rows from the footers, in file order, until the row limit or the time limit is reached.
@@ -106,7 +105,7 @@ class ParquetStream:
         """
         rows, deadline = 0, time.monotonic() + seconds
         for n_files, file in enumerate(self.files):
-            if (self.n_rows is not None and rows >= self.n_rows) or (n_files and time.monotonic() > deadline):
+            if rows >= self._limit or (n_files and time.monotonic() > deadline):
                 return rows, n_files
             rows += self._count(file)
         return rows, len(self.files)
@@ -119,7 +118,7 @@ class ParquetStream:
         RunConflictError
             Naming the first file whose size, etag or footer differs.
         """
-        if self.n_rows is not None and self.n_rows < log.n_rows:
+        if self._limit < log.n_rows:
             raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         planned: set[int] = set()
         for segment in log.segments():
@@ -163,16 +162,15 @@ class ParquetStream:
             yield from self._planned(segment, wanted)
         if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while place < len(self.files) and (self.n_rows is None or log.n_rows < self.n_rows):
-            left = None if self.n_rows is None else self.n_rows - log.n_rows
-            entry = self._next(place, done, partition_rows, left)
+        while place < len(self.files) and log.n_rows < self._limit:
+            entry = self._next(place, done, partition_rows, self._limit - log.n_rows)
             place, done = place + 1, 0
             if entry is not None:
                 yield from self._planned(log.append(*entry), wanted)
-        log.close("max_samples" if self.n_rows is not None and log.n_rows >= self.n_rows else "exhausted")
+        log.close("max_samples" if log.n_rows >= self._limit else "exhausted")
 
     def _next(
-        self, ordinal: int, first: int, partition_rows: int, left: int | None
+        self, ordinal: int, first: int, partition_rows: int, most: float
     ) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]] | None:
         """Return the cuts of the rest of a file and its source, or None at its end."""
         file = self.files[ordinal]
@@ -180,8 +178,7 @@ class ParquetStream:
         footer = self._footer(file)
         if footer is None:
             return ((1, 0),), {**source, "error": self._broken[file]}
-        count = sum(footer.row_groups) - first
-        count = count if left is None else min(count, left)
+        count = int(min(sum(footer.row_groups) - first, most))
         if count == 0:
             return None
         state = file_state(file)
@@ -211,14 +208,18 @@ class ParquetStream:
     def _footer(self, file: str) -> Footer | None:
         """Read a footer, cached while needed. None if it is damaged."""
         if file not in self._footers:
-            try:
-                self._footers[file] = patiently(file, functools.partial(read_footer, file))
-            except DatasetError as error:
-                self._broken[file] = str(error)
-                return None
-            except OSError as error:
-                raise unreachable(file, error) from error
+            self._footers[file] = self._usable(file, functools.partial(read_footer, file))
         return self._footers[file]
+
+    def _usable(self, file: str, read: Callable[[], _T]) -> _T | None:
+        """Read a file when its store answers. Return None if it is damaged."""
+        try:
+            return patiently(file, read)
+        except DatasetError as error:
+            self._broken[file] = str(error)
+            return None
+        except OSError as error:
+            raise unreachable(file, error) from error
 
 
 def _check_state(log: PlanLog, file: str, source: Mapping[str, Any]) -> None:

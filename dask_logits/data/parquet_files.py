@@ -124,18 +124,13 @@ def read_footer(path: str) -> Footer:
     DatasetError
         If it is not a complete Parquet file.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _readable(path), open_bytes(path) as file:
-        size = file.seek(0, 2)
-        if size < 12:
-            raise pa.ArrowInvalid(f"{size} bytes are too few")
-        file.seek(size - 8)
-        length = int.from_bytes(file.read(8)[:4], "little")
-        file.seek(max(0, size - 8 - length))
-        digest = hashlib.sha256(file.read(length + 8)).hexdigest()
         metadata = pq.read_metadata(file)
+        # Its length and the magic bytes come after it.
+        file.seek(-metadata.serialized_size - 8, 2)
+        digest = hashlib.sha256(file.read()).hexdigest()
     return Footer(
         digest=digest,
         row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
@@ -166,7 +161,7 @@ def read_parquet(path: str, column: Column, first: int, n_rows: int, *, footer: 
     """
     global _OPEN
     cursor, _OPEN = _OPEN, None
-    if cursor is None or cursor.key != (path, column, footer) or cursor.position > first:
+    if cursor is None or cursor.key != (path, column, footer):
         if cursor is not None:
             cursor.close()
         cursor = _Cursor(path, column, footer)
@@ -225,39 +220,32 @@ class _Cursor:
         with _readable(path):
             self._file = open_bytes(path)
             self._reader = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=_READ_BYTES)
-        self._batches: Iterator[Any] = iter(())
-        self._rest: list[Value] = []
-        self._group_end = 0
-        self.position = 0
+        self._values: Iterator[Value] = iter(())
+        self._position = self._group_end = 0
 
     def read(self, first: int, n_rows: int) -> list[Value]:
-        path, column, _ = self.key
         rows: list[Value] = []
-        with _readable(f"{path}, rows {first} to {first + n_rows - 1}"):
+        with _readable(f"{self.key[0]}, rows {first} to {first + n_rows - 1}"):
             while len(rows) < n_rows:
-                self._seek(first + len(rows), column)
-                taken = self._rest[: n_rows - len(rows)]
-                rows += taken
-                self._rest = self._rest[len(taken) :]
-                self.position += len(taken)
+                rows += self._read_group(first + len(rows), n_rows - len(rows))
         return rows
 
-    def _seek(self, row: int, column: Column) -> None:
-        """Move to a row: forward within the current row group, else to the start of its own row group."""
-        if row >= self._group_end:
-            if row >= self._starts[-1]:
-                raise DatasetError(f"{self.key[0]}: expected row {row}, got {self._starts[-1]} rows; restore the file")
-            group = bisect.bisect_right(self._starts, row) - 1
-            self._batches = self._reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
-            self._rest, self.position, self._group_end = [], self._starts[group], self._starts[group + 1]
-        while self.position + len(self._rest) <= row:
-            self.position += len(self._rest)
-            batch = next(self._batches, None)
-            if batch is None:
-                raise DatasetError(f"{self.key[0]}: expected row {row}, got the end of its row group; restore the file")
-            self._rest = arrow_values(batch, column)
-        self._rest = self._rest[row - self.position :]
-        self.position = row
+    def _read_group(self, first: int, n_rows: int) -> list[Value]:
+        """Read rows up to the end of their row group. Rows before them are skipped, from its start or the position."""
+        path, column, _ = self.key
+        if not self._position <= first < self._group_end:
+            if first >= self._starts[-1]:
+                raise DatasetError(f"{path}: expected row {first}, got {self._starts[-1]} rows; restore the file")
+            group = bisect.bisect_right(self._starts, first) - 1
+            batches = self._reader.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns)
+            self._values = (value for batch in batches for value in arrow_values(batch, column))
+            self._position, self._group_end = self._starts[group], self._starts[group + 1]
+        last = min(first + n_rows, self._group_end)
+        rows = list(itertools.islice(self._values, first - self._position, last - self._position))
+        if not rows:
+            raise DatasetError(f"{path}: expected row {first}, got the end of its row group; restore the file")
+        self._position = first + len(rows)
+        return rows
 
     def close(self) -> None:
         self._file.close()

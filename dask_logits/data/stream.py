@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ class RowStream:
     ) -> None:
         # Upper bound on the number of rows, or None.
         self.n_rows = config.row_limit
+        self._limit = math.inf if self.n_rows is None else self.n_rows
         self.commit = commit
         self.file_states = file_states
         # Rows passed so far, wanted or not.
@@ -124,9 +126,8 @@ class RowStream:
     def head(self) -> Iterator[Any]:
         """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
         rows = (event.row for event in self._peeked() if isinstance(event, _Row))
-        bound = _HEAD_ROWS if self.n_rows is None else min(self.n_rows, _HEAD_ROWS)
         size = 0
-        for row in itertools.islice(rows, bound):
+        for row in itertools.islice(rows, int(min(self._limit, _HEAD_ROWS))):
             value = self._value(row)
             yield value
             size += self._size(value)
@@ -141,7 +142,7 @@ class RowStream:
         RunConflictError
             With the difference.
         """
-        if self.n_rows is not None and self.n_rows < log.n_rows:
+        if self._limit < log.n_rows:
             raise conflict(log.run.path, {"dataset.max_samples": (log.n_rows, self.n_rows)})
         failed: set[int] = set()
         first: Segment | None = None
@@ -193,15 +194,14 @@ class RowStream:
             yield from self._planned(log, segment, chunk, wanted)
         if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
-        while self.n_rows is None or row < self.n_rows:
-            left = partition_rows if self.n_rows is None else min(partition_rows, self.n_rows - row)
-            chunk = self._chunk(row, left, bounded=True)
+        while row < self._limit:
+            chunk = self._chunk(row, int(min(partition_rows, self._limit - row)), bounded=True)
             if not len(chunk.rows) and "error" not in chunk.source:
                 break
             segment = log.append(((1, len(chunk.rows)),), chunk.source)
             row += segment.n_rows
             yield from self._planned(log, segment, chunk, wanted)
-        log.close("max_samples" if self.n_rows is not None and row >= self.n_rows else "exhausted")
+        log.close("max_samples" if row >= self._limit else "exhausted")
 
     def _other_rows(self, log: PlanLog, segment: Segment) -> RunConflictError:
         last = segment.first_row + segment.n_rows - 1
