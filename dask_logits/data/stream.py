@@ -12,7 +12,6 @@ import gzip
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,18 +36,15 @@ _NETWORK = ("aiohttp", "httpcore", "httpx", "requests", "urllib3")
 _CHUNK_BYTES = 64 << 20
 
 
-class _Row(NamedTuple):
-    """An unprocessed row, and the index of its part of the stream."""
+class _Event(NamedTuple):
+    """An unprocessed row, or the reason why the rest of its part of the stream cannot be read."""
 
-    row: Any
     part: int
+    row: Any = None
+    broken: str | None = None
 
 
-class _Broken(NamedTuple):
-    """Placeholder for a row: the rest of this part of the stream cannot be read."""
-
-    reason: str
-    part: int
+_END = _Event(-1)
 
 
 class _Chunk(NamedTuple):
@@ -98,14 +94,11 @@ class RowStream:
         self._identity = identity
         self._config = config
         self._events = _events(parts)
-        self._buffer: deque[Any] = deque()
-        rows = (event for event in self._peeked() if isinstance(event, _Row))
-        found = next((event for event in rows if not isinstance(event.row, BadRow)), None)
-        if found is None:
-            reasons = (event.row.reason if isinstance(event, _Row) else event.reason for event in self._buffer)
-            reason = next(reasons, "no row")
+        usable = next((event for event in self._rows_ahead() if not isinstance(event.row, BadRow)), None)
+        if usable is None:
+            reason = next((event.broken or event.row.reason for event in self._ahead()), "no row")
             raise DatasetError(f"distillation.dataset.name: expected a stream of rows, got {reason}; check the dataset")
-        first = found.row
+        first = usable.row
         self._plain_text = isinstance(first, str)
         if not isinstance(first, str | Mapping):
             raise DatasetError(
@@ -125,10 +118,9 @@ class RowStream:
 
     def head(self) -> Iterator[Any]:
         """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
-        rows = (event.row for event in self._peeked() if isinstance(event, _Row))
         size = 0
-        for row in itertools.islice(rows, int(min(self._limit, _HEAD_ROWS))):
-            value = self._value(row)
+        for event in itertools.islice(self._rows_ahead(), int(min(self._limit, _HEAD_ROWS))):
+            value = self._value(event.row)
             yield value
             size += self._size(value)
             if size >= _CHUNK_BYTES:
@@ -157,7 +149,7 @@ class RowStream:
             if old != new and (part not in failed or old is None or new is None):
                 raise conflict(log.run.path, {f"dataset file {part}": (old, new)})
         if first is not None and "content" in first.source and "error" not in first.source:
-            ahead = itertools.islice((event for event in self._peeked() if isinstance(event, _Row)), first.n_rows)
+            ahead = itertools.islice(self._rows_ahead(), first.n_rows)
             found = self._known_by([self._value(event.row) for event in ahead])[1]
             if found != first.source["content"]:
                 raise self._other_rows(log, first)
@@ -181,7 +173,7 @@ class RowStream:
         """
         row = 0
         for segment in log.segments():
-            if not segment.n_rows and not isinstance(next(self._peeked(), None), _Broken):
+            if not segment.n_rows and next(self._ahead(), _END).broken is None:
                 log.drop_from(segment, f"partition {segment.first_partition:06d}")
                 break
             chunk = self._chunk(row, segment.n_rows)
@@ -242,12 +234,12 @@ class RowStream:
         size = 0
         failure: dict[str, Any] = {}
         while len(values) < max(1, n_rows) and not (bounded and size >= _CHUNK_BYTES):
-            event = next(self._peeked(), None)
-            if event is None or (isinstance(event, _Broken) and values):
+            event = next(self._ahead(), _END)
+            if event is _END or (event.broken is not None and values):
                 break
-            self._buffer.popleft()
-            if isinstance(event, _Broken):
-                reason = f"dataset row {first_row}: {event.reason}"
+            next(self._events)
+            if event.broken is not None:
+                reason = f"dataset row {first_row}: {event.broken}"
                 return _Chunk((), {"kind": "stream", "error": reason, "part": event.part})
             self.passed += 1
             value = self._value(event.row)
@@ -277,18 +269,17 @@ class RowStream:
             return BadRow(reason=f"expected a column {self.column.name!r}, got str")
         return located_value(row, self.column, is_chosen=self._config.is_column_chosen)
 
-    def _peeked(self) -> Iterator[Any]:
+    def _ahead(self) -> Iterator[_Event]:
         """Yield the next events without consuming them."""
-        for ahead in itertools.count():
-            if ahead == len(self._buffer):
-                event = next(self._events, None)
-                if event is None:
-                    return
-                self._buffer.append(event)
-            yield self._buffer[ahead]
+        self._events, ahead = itertools.tee(self._events)
+        return ahead
+
+    def _rows_ahead(self) -> Iterator[_Event]:
+        """Yield the next rows without consuming them."""
+        return (event for event in self._ahead() if event.broken is None)
 
 
-def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:
+def _events(parts: Iterable[Any]) -> Iterator[_Event]:
     """Yield the rows of all parts, and an event where one breaks off.
 
     Raises
@@ -311,9 +302,9 @@ def _events(parts: Iterable[Any]) -> Iterator[_Row | _Broken]:
                         f"dataset: expected to read on, got {reason}; see that the source can be reached, then run the "
                         "same command again"
                     ) from error
-                yield _Broken(f"the stream broke off here with {reason}", number)
+                yield _Event(number, broken=f"the stream broke off here with {reason}")
                 break
-            yield _Row(row, number)
+            yield _Event(number, row)
 
 
 def _is_passing(error: Exception) -> bool:
