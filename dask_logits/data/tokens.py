@@ -20,7 +20,7 @@ import numpy as np
 from dask_logits.config.groups import DatasetConfig, TeacherConfig
 from dask_logits.data.chat import encode_chat, has_date, template_digest
 from dask_logits.data.columns import Column
-from dask_logits.data.values import BadRow, check_ids, check_text
+from dask_logits.data.values import BadRow, check_ids, check_text, with_mask
 from dask_logits.errors import DatasetError, TeacherError, first_line
 from dask_logits.records import Array
 from dask_logits.vocabulary import map_digest, token_crcs
@@ -237,61 +237,49 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     TeacherError
         If this process loads another tokenizer than the driver.
     """
+    check = check_ids if spec.path is None else check_text
+    values: list[Any] = [row if isinstance(row, BadRow) else check(row) for row in rows]
+    n_double_bos = 0 if spec.path is None else _tokenize(values, spec)
+    tokens, masks = [], []
     skipped: dict[int, str] = {}
-
-    def bad(i: int, reason: str) -> None:
-        if spec.on_bad_row == "fail":
-            raise DatasetError(
-                f"dataset row {first_row + i}: {reason}; fix the row, or set distillation.dataset.on_bad_row=skip in a "
-                "new run",
-                row=first_row + i,
+    for row, value in enumerate(values, first_row):
+        reason = value.reason if isinstance(value, BadRow) else None
+        ids_T = np.array([] if reason is not None else (value or [])[: spec.max_length], np.int64)
+        mask_T = ids_T >= 0 if spec.is_masked else np.ones(len(ids_T), bool)
+        ids_T = np.where(mask_T, ids_T, ~ids_T)
+        wrong = ids_T[(ids_T < 0) | (ids_T >= spec.vocab_size)]
+        if len(wrong):
+            reason = (
+                f"expected token ids in [0, {spec.vocab_size}), got {wrong[0]}; tokenize with the teacher's tokenizer, "
+                "or set distillation.dataset.vocab_size"
             )
-        skipped[first_row + i] = reason
+        if reason is not None:
+            if spec.on_bad_row == "fail":
+                cure = "fix the row, or set distillation.dataset.on_bad_row=skip in a new run"
+                raise DatasetError(f"dataset row {row}: {reason}; {cure}", row=row)
+            skipped[row] = reason
+            ids_T, mask_T = ids_T[:0], mask_T[:0]
+        tokens.append(ids_T.astype(np.int32))
+        masks.append(mask_T)
+    return Documents(tokens=tokens, skipped=skipped, n_double_bos=n_double_bos, masks=masks if spec.is_masked else None)
 
-    values: list[Any] = []
-    for i, row in enumerate(rows):
-        value = row if isinstance(row, BadRow) else check_ids(row) if spec.path is None else check_text(row)
-        if isinstance(value, BadRow):
-            bad(i, value.reason)
-        values.append(None if isinstance(value, BadRow) else value)
-    n_double_bos = 0
-    masks: list[Array] = []
-    marks = [np.zeros(0, bool) for _ in values]
-    ids: list[list[int]] = [[] for _ in values] if spec.path else [value or [] for value in values]
-    filled = [i for i, value in enumerate(values) if value]
-    if spec.path is not None and spec.chat_template is not None:
-        tokenizer = _loaded(spec) if filled else None
+
+def _tokenize(values: list[Any], spec: TokenizerSpec) -> int:
+    """Replace texts and chats by their ids. Return the number of texts that begin with the BOS token twice."""
+    filled = [i for i, value in enumerate(values) if isinstance(value, str) and value]
+    if not filled:
+        return 0
+    tokenizer = _loaded(spec)
+    if spec.chat_template is not None:
         for i in filled:
             found = encode_chat(tokenizer, values[i], marks=spec.is_masked, date=spec.template_date)
-            if isinstance(found, BadRow):
-                bad(i, found.reason)
-            else:
-                ids[i], marks[i] = found
-    elif spec.path is not None and filled:
-        tokenizer = _loaded(spec)
-        encoded = encode(tokenizer, [values[i] for i in filled], spec.add_special_tokens, spec.max_length)
-        bos = tokenizer.bos_token_id
-        for i, row_ids in zip(filled, encoded, strict=True):
-            ids[i] = row_ids
-            n_double_bos += spec.add_special_tokens and bos is not None and row_ids[:2] == [bos, bos]
-    tokens = []
-    for i, row_ids in enumerate(ids):
-        array = np.asarray(row_ids[: spec.max_length], dtype=np.int64)
-        if spec.is_masked:
-            marks_T = array >= 0 if spec.path is None else marks[i][: spec.max_length]
-            array = np.where(array < 0, ~array, array)
-        if array.size and (array.min() < 0 or array.max() >= spec.vocab_size):
-            wrong = int(array[(array < 0) | (array >= spec.vocab_size)][0])
-            bad(
-                i,
-                f"expected token ids in [0, {spec.vocab_size}), got {wrong}; tokenize with the teacher's tokenizer, or "
-                "set distillation.dataset.vocab_size",
-            )
-            array = array[:0]
-        tokens.append(array.astype(np.int32))
-        if spec.is_masked:
-            masks.append(marks_T[: len(array)])
-    return Documents(tokens=tokens, skipped=skipped, n_double_bos=n_double_bos, masks=masks if spec.is_masked else None)
+            values[i] = found if isinstance(found, BadRow) else with_mask(*found)
+        return 0
+    encoded = encode(tokenizer, [values[i] for i in filled], spec.add_special_tokens, spec.max_length)
+    for i, ids in zip(filled, encoded, strict=True):
+        values[i] = ids
+    bos = tokenizer.bos_token_id if spec.add_special_tokens else None
+    return 0 if bos is None else sum(ids[:2] == [bos, bos] for ids in encoded)
 
 
 def sample_documents(rows: Iterable[tuple[int, Any]], spec: TokenizerSpec) -> Iterator[Documents]:
@@ -324,19 +312,12 @@ def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_l
 
     Only a prefix of a text much longer than `max_length` tokens is tokenized.
     """
-
+    ids_of = functools.partial(_encode, tokenizer, add_special_tokens=add_special_tokens, max_length=max_length)
     if max_length is None:
-        return _encode(tokenizer, texts, add_special_tokens, None)
+        return ids_of(texts)
     start = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
-    short = iter(_encode(tokenizer, [t for t in texts if len(t) <= 4 * start], add_special_tokens, max_length))
-    return [
-        next(short)
-        if len(text) <= 4 * start
-        else _encode_long(
-            lambda prefix: _encode(tokenizer, [prefix], add_special_tokens, max_length)[0], text, start, max_length
-        )
-        for text in texts
-    ]
+    short = iter(ids_of([text for text in texts if len(text) <= 4 * start]))
+    return [next(short) if len(text) <= 4 * start else _encode_long(ids_of, text, start, max_length) for text in texts]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
@@ -357,7 +338,9 @@ def _encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, max_
     return [document[:max_length] for document in ids]
 
 
-def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, max_length: int) -> list[int]:
+def _encode_long(
+    ids_of: Callable[[Sequence[str]], list[list[int]]], text: str, start: int, max_length: int
+) -> list[int]:
     """Tokenize growing prefixes of a text until the kept tokens no longer depend on the cut.
 
     A cut affects only nearby tokens: tokenizers split at white space first, and a merge or a best segmentation of
@@ -367,11 +350,11 @@ def _encode_long(encode_one: Callable[[str], list[int]], text: str, start: int, 
     before: list[int] | None = None
     length = start
     while length < len(text):
-        ids = encode_one(text[: _cut(text, length)])
+        (ids,) = ids_of([text[: _cut(text, length)]])
         if len(ids) == max_length and ids == before:
             return ids
         before, length = ids, 2 * length
-    return encode_one(text)
+    return ids_of([text])[0]
 
 
 def _cut(text: str, length: int) -> int:

@@ -7,7 +7,7 @@ unusable row becomes a :class:`BadRow`, which is handled according to ``distilla
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
@@ -158,7 +158,7 @@ def _without_none(value: Any, *, nested: bool = True) -> Any:
 
 
 def _with_learned(ids: Any, learned: Any, name: str) -> Any:
-    """Store the ids that a student does not learn as their complement, as a mask or a column of labels says."""
+    """Store the ids that a student does not learn as a mask or a column of labels says."""
     if isinstance(ids, BadRow):
         return ids
     marks = _plain_list(learned)
@@ -175,6 +175,11 @@ def _with_learned(ids: Any, learned: Any, name: str) -> Any:
                 f"{marks[odd]!r} at position {odd}, where the token id is {ids[odd]}"
             )
         marks = [mark != -100 for mark in marks]
+    return with_mask(ids, marks)
+
+
+def with_mask(ids: Iterable[int], marks: Iterable[Any]) -> list[int]:
+    """Store the ids that a student does not learn as their complement."""
     return [one if mark else ~one for one, mark in zip(ids, marks, strict=True)]
 
 
