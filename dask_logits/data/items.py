@@ -9,6 +9,7 @@ Dimension letters: C context tokens, L kept tokens.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -107,7 +108,10 @@ def plain_items(documents: Sequence[Array], first_row: int = 0) -> list[Item]:
     first_row
         Dataset row of the first document.
     """
-    return [_whole(document, first_row + i) for i, document in enumerate(documents)]
+    return [
+        _cut(document, 0, len(document), [Span(row=row, offset=0, length=len(document))])
+        for row, document in enumerate(documents, first_row)
+    ]
 
 
 def make_items(
@@ -141,7 +145,9 @@ def make_items(
     elif settings.long_documents == "truncate":
         items = plain_items([document[: settings.max_length] for document in documents], first_row)
     else:
-        items = [item for i, document in enumerate(documents) for item in _windows(document, settings, first_row + i)]
+        items = [
+            item for row, document in enumerate(documents, first_row) for item in _windows(document, settings, row)
+        ]
     if masks is None:
         return items
     next_masks = [_next_mask(document, mask) for document, mask in zip(documents, masks, strict=True)]
@@ -164,30 +170,20 @@ def _mask_of(item: Item, next_masks: Sequence[Array], first_row: int) -> Array:
     return mask_L
 
 
-def _whole(document: Array, row: int) -> Item:
-    span = Span(row=row, offset=0, length=len(document))
-    return Item(tokens=document, context=0, next_token=-1, spans=(span,))
+def _cut(tokens: Array, first: int, last: int, spans: Sequence[Span], context: int = 0) -> Item:
+    """Return the item that keeps the tokens [first, last)."""
+    next_token = int(tokens[last]) if last < len(tokens) else -1
+    return Item(tokens=tokens[first - context : last], context=context, next_token=next_token, spans=tuple(spans))
 
 
 def _windows(document: Array, settings: ItemSettings, row: int) -> list[Item]:
     width, stride = settings.max_length, settings.window_stride or settings.max_length
-    if len(document) <= width:
-        return [_whole(document, row)]
-    items = []
-    kept = 0
-    while kept < len(document):
-        stop = min(len(document), kept + (stride if kept else width))
-        context = width - stride if kept else 0
-        items.append(
-            Item(
-                tokens=document[kept - context : stop],
-                context=context,
-                next_token=int(document[stop]) if stop < len(document) else -1,
-                spans=(Span(row=row, offset=kept, length=stop - kept),),
-            )
-        )
-        kept = stop
-    return items
+    bounds = itertools.pairwise([0, *range(width, len(document), stride), len(document)])
+    spans = [Span(row=row, offset=first, length=last - first) for first, last in bounds]
+    return [
+        _cut(document, span.offset, span.offset + span.length, [span], width - stride if span.offset else 0)
+        for span in spans
+    ]
 
 
 def _blocks(documents: Sequence[Array], settings: ItemSettings, first_row: int) -> list[Item]:
@@ -198,22 +194,11 @@ def _blocks(documents: Sequence[Array], settings: ItemSettings, first_row: int) 
         pieces.append(document if ended else np.append(document, np.int32(separator or 0)))
     joined = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
     spans: list[list[Span]] = [[] for _ in range(max(1, -(-len(joined) // width)))]
-    place = 0
-    for i, piece in enumerate(pieces):
-        offset = 0
-        while True:
-            block = min(place // width, len(spans) - 1)
-            length = min(len(piece) - offset, (block + 1) * width - place)
-            spans[block].append(Span(row=first_row + i, offset=offset, length=length))
-            offset, place = offset + length, place + length
-            if offset == len(piece):
-                break
-    return [
-        Item(
-            tokens=joined[b * width : (b + 1) * width],
-            context=0,
-            next_token=int(joined[(b + 1) * width]) if (b + 1) * width < len(joined) else -1,
-            spans=tuple(found),
-        )
-        for b, found in enumerate(spans)
-    ]
+    first = 0
+    for row, piece in enumerate(pieces, first_row):
+        last = first + len(piece)
+        # An empty document has one span, too.
+        for start, stop in itertools.pairwise([first, *range((first // width + 1) * width, last, width), last]):
+            spans[min(start // width, len(spans) - 1)].append(Span(row=row, offset=start - first, length=stop - start))
+        first = last
+    return [_cut(joined, b * width, min((b + 1) * width, len(joined)), found) for b, found in enumerate(spans)]
