@@ -7,17 +7,19 @@ written once into the run folder.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import hashlib
-import itertools
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, choose_column
@@ -310,15 +312,12 @@ def slice_files(files: Sequence[FileRows], first: int, n_rows: int) -> tuple[Fil
     >>> [(part.path, part.first, part.n_rows) for part in slice_files(parts, 2, 3)]
     [('a', 2, 1), ('b', 0, 2)]
     """
-    starts = [0, *itertools.accumulate(file.n_rows for file in files)]
-    pieces = []
-    i = bisect.bisect_right(starts, first) - 1
-    while n_rows > 0 and i < len(files):
-        skip = first - starts[i]
-        taken = min(n_rows, files[i].n_rows - skip)
-        if taken > 0:
-            pieces.append(FileRows(path=files[i].path, first=files[i].first + skip, n_rows=taken))
-        first, n_rows, i = first + taken, n_rows - taken, i + 1
+    pieces, start = [], 0
+    for file in files:
+        low, high = max(0, first - start), min(file.n_rows, first + n_rows - start)
+        if low < high:
+            pieces.append(FileRows(path=file.path, first=file.first + low, n_rows=high - low))
+        start += file.n_rows
     return tuple(pieces)
 
 
@@ -342,25 +341,17 @@ def hash_rows(
     made
         Column whose values are made of the columns. None: the columns themselves are compared.
     """
-    digests = [RowsDigest() for _ in (columns if made is None else [made])]
+    digests = {name: RowsDigest() for name in (columns if made is None else [made.name])}
     narrow = dataset.select_columns(list(columns)).with_format("arrow")
-    unused = sorted(without)
+    unused = np.array(sorted(without), np.int64)
     for start in range(first, first + n_rows, _HASH_ROWS):
         table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
-        inside = slice(bisect.bisect_left(unused, start), bisect.bisect_left(unused, start + len(table)))
-        places = {row - start for row in unused[inside]}
         if made is not None:
-            table = value_table(table_values(table, made), made).drop_columns([PROBLEM])
-        for name, digest in zip(columns if made is None else [made.name], digests, strict=True):
-            digest.update(_without(table[name], places) if places else table[name])
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256("".join(digest.hexdigest() for digest in digests).encode()).hexdigest()
-
-
-def _without(column: Any, places: Set[int]) -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kept = pa.array([i not in places for i in range(len(column))])
-    return pc.if_else(kept, column, pa.scalar(None, column.type))
+            table = value_table(table_values(table, made), made)
+        kept = np.ones(len(table), bool)
+        kept[unused[slice(*np.searchsorted(unused, (start, start + len(table))))] - start] = False
+        for name, digest in digests.items():
+            column = table[name]
+            digest.update(column if kept.all() else pc.if_else(kept, column, pa.scalar(None, column.type)))
+    found = [digest.hexdigest() for digest in digests.values()]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
