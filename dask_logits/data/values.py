@@ -161,10 +161,9 @@ def _with_learned(ids: Any, learned: Any, name: str) -> Any:
     """Store the ids that a student does not learn as a mask or a column of labels says."""
     if isinstance(ids, BadRow):
         return ids
-    marks = _plain_list(learned)
-    if marks is None or len(marks) != len(ids):
-        found = f"{len(marks)}" if marks is not None else f"{type(learned).__name__}"
-        return BadRow(reason=f"expected {len(ids)} entries in {name!r}, one for each of the token ids, got {found}")
+    marks = _marks(learned, len(ids), name)
+    if isinstance(marks, BadRow):
+        return marks
     if any(one < 0 for one in ids):
         return BadRow(reason=f"expected token ids of at least 0, got {min(ids)}")
     if set(marks) - {0, 1}:
@@ -232,10 +231,9 @@ def check_ids(value: Any, mask: Any = None) -> list[int] | BadRow | None:
 
 
 def _masked(ids: list[int], mask: Any) -> list[int] | BadRow:
-    marks = _plain_list(mask)
-    if marks is None or len(marks) != len(ids):
-        found = f"{len(marks)}" if marks is not None else f"{type(mask).__name__}"
-        return BadRow(reason=f"expected an {MASK} of {len(ids)} entries, one for each of the input_ids, got {found}")
+    marks = _marks(mask, len(ids), MASK)
+    if isinstance(marks, BadRow):
+        return marks
     if set(marks) - {0, 1}:
         wrong = next(mark for mark in marks if mark not in (0, 1))
         return BadRow(reason=f"expected an {MASK} of 0 and 1, got {wrong!r}")
@@ -251,15 +249,17 @@ def _masked(ids: list[int], mask: Any) -> list[int] | BadRow:
     return ids[first : first + count]
 
 
+def _marks(value: Any, count: int, name: str) -> list[Any] | BadRow:
+    """Return the entries of a column beside token ids."""
+    marks = _plain_list(value)
+    if marks is not None and len(marks) == count:
+        return marks
+    found = type(value).__name__ if marks is None else len(marks)
+    return BadRow(reason=f"expected {count} entries in {name!r}, one for each of the token ids, got {found}")
+
+
 def _plain_list(value: Any) -> list[Any] | None:
-    if isinstance(value, list):
-        items = value
-    elif isinstance(value, tuple | range):
-        items = list(value)
-    elif hasattr(value, "tolist"):
-        items = value.tolist()
-    else:
-        return None
+    items = list(value) if isinstance(value, tuple | range) else value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list):
         return None
     has_numpy = bool(items) and isinstance(items[0], np.generic)

@@ -90,7 +90,7 @@ def test_padding_changes_the_identity_of_a_dataset() -> None:
     ("mask", "message"),
     [
         ([1, 0, 1], "dataset row 1: expected an attention_mask that leaves out padding at the beginning and the end"),
-        ([1, 1], "dataset row 1: expected an attention_mask of 3 entries"),
+        ([1, 1], "dataset row 1: expected 3 entries in 'attention_mask'"),
         ([1, 2, 1], "dataset row 1: expected an attention_mask of 0 and 1, got 2"),
     ],
 )
