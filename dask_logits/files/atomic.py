@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from dask_logits.errors import CacheError, CapacityError, ConfigError, DaskLogitsError
 
 Json = dict[str, Any]
 
 # Far larger than any JSON file written here.
 _MOST_JSON_BYTES = 256 << 20
-_DEEPEST = 64
 # These errors affect every other file of the folder, too.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
@@ -36,13 +37,14 @@ def read_json(path: Path) -> Json | None:
     Raises
     ------
     CacheError
-        If it cannot be read (see :func:`unreadable`) or parsed, exceeds 256 MiB or has more than 64 levels.
+        If it cannot be read (see :func:`unreadable`) or parsed, exceeds 256 MiB or has more than 200 levels.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_JSON_BYTES:
             raise ValueError(f"{status.st_size} bytes of no plain file, or too many")
-        value = parse_json(path.read_text())
+        # It refuses more than 200 levels.
+        value = from_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -110,33 +112,6 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"{path}: expected a path, got one whose home folder is not known; write it out") from error
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON with at most 64 levels.
-
-    Raises
-    ------
-    ValueError
-        If it has more levels or is not JSON.
-    """
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("too many levels") from error
-    if text.count("[") + text.count("{") < _DEEPEST:
-        return value
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-        if not level:
-            return value
-    raise ValueError("too many levels")
 
 
 def create_json(path: Path, value: Mapping[str, Any]) -> bool:

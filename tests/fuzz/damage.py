@@ -22,7 +22,7 @@ from dask_logits.cache.layout import BlockCrc
 Pick = Callable[[int], int]
 
 NESTED: Any = 1
-for _ in range(100):
+for _ in range(250):
     NESTED = [NESTED]
 HOSTILE: list[Any] = [
     0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**32, 2**48 - 1, 2**48, 2**62, 2**63, 2**64 - 1, 2**64, 10**400, -(2**63), 0.5,
