@@ -456,9 +456,24 @@ def _log_to_stderr(level: str) -> None:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Turn the signals that stop a job into KeyboardInterrupt. Ignored signals stay ignored, as with ``nohup``."""
+    """Turn the first signal that stops a job into KeyboardInterrupt, and end the process at the next one.
+
+    Ignored signals stay ignored, as with ``nohup``.
+    """
+    since: float | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        now = time.monotonic()
+        if since is None:
+            since = now
+            raise KeyboardInterrupt
+        if now - since > _SAME_SECONDS:
+            os.write(2, b"dask-logits: ended at once; run the same command again to go on\n")
+            time.sleep(_LAST_WORDS_SECONDS)
+            os._exit(130)
+
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    stop = _Stop()
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
@@ -467,20 +482,3 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Stop:
-    """Interrupts the job at the first signal and ends the process at the next one."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-            raise KeyboardInterrupt
-        if now - self._since > _SAME_SECONDS:
-            os.write(2, b"dask-logits: ended at once; run the same command again to go on\n")
-            time.sleep(_LAST_WORDS_SECONDS)
-            os._exit(130)
