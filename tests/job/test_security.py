@@ -107,7 +107,7 @@ def test_a_cluster_that_is_made_speaks_tls(overrides, certificates, monkeypatch)
 
 def test_a_part_of_a_certificate_is_refused(overrides, certificates) -> None:
     ca, cert, _ = secured(certificates)
-    with pytest.raises(ConfigError, match=r"cluster\.security\.key: expected a file, got None. Set all three"):
+    with pytest.raises(ConfigError, match=r"cluster\.security\.key: expected a file, got null. Set all three"):
         load_config([*overrides, ca, cert])
     with pytest.raises(ConfigError, match=r"cluster\.security\.key: expected a file, got '/none'"):
         load_config([*overrides, ca, cert, "distillation.cluster.security.key=/none"])
