@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, choose_column
 from dask_logits.data.load import load_rows
-from dask_logits.data.source import FileRows, Planned, RowsDigest, open_arrow, table_values
+from dask_logits.data.source import SAMPLE_ROWS, FileRows, Planned, RowsDigest, Source, open_arrow, table_values
 from dask_logits.data.splits import refuse_splits
 from dask_logits.data.values import PROBLEM, row_value, type_problem, value_table
 from dask_logits.errors import DatasetError
@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HASH_ROWS = 10_000
-_SAMPLE_ROWS = 256
 _DATASET_LOCK = ".materialise.lock"
 
 
-class Corpus:
+class Corpus(Source):
     """An opened dataset: its used rows, and their location for workers.
 
     Parameters
@@ -59,8 +58,7 @@ class Corpus:
     """
 
     streams = False
-    commit: str | None = None
-    file_states: tuple[str, ...] = ()
+    n_rows: int
 
     def __init__(self, dataset: Dataset, n_rows: int, column: Column, *, repairs: bool = False) -> None:
         self.dataset = dataset
@@ -71,8 +69,6 @@ class Corpus:
         # Columns that identify rows by content. A reader's notes on bad rows are kept separately.
         self._content = [column.name, *(name for name in column.beside if name in names)]
         self._used = [*self._content, *(name for name in (PROBLEM,) if name in names)]
-        # Partitions passed so far, wanted or not.
-        self.passed = 0
         self._digests: dict[tuple[int, int], str] = {}
 
     @property
@@ -108,10 +104,6 @@ class Corpus:
         if self._hashed(whole, 0, self.n_rows) != self.content_digest:
             return None
         return [FileRows(path=path, first=0, n_rows=len(part)) for path, part in zip(paths, mapped, strict=True)]
-
-    def identity(self) -> dict[str, Any]:
-        """Return the identity of this dataset, except for its rows, which the plan identifies by content."""
-        return {}
 
     def check(self, log: PlanLog) -> None:
         """Refuse rows that differ from the planned rows of a run.
@@ -185,14 +177,14 @@ class Corpus:
 
     def sample(self) -> list[tuple[int, Any]]:
         """Return a fixed, evenly spread sample of (row number, row), for estimates."""
-        count = min(self.n_rows, _SAMPLE_ROWS)
+        count = min(self.n_rows, SAMPLE_ROWS)
         rows = [i * self.n_rows // count for i in range(count)]
         return list(zip(rows, self._values(rows), strict=True))
 
     def head(self) -> Iterator[Any]:
         """Yield the used rows from the first, for the calibration."""
-        for first in range(0, self.n_rows, _SAMPLE_ROWS):
-            yield from self._values(range(first, min(first + _SAMPLE_ROWS, self.n_rows)))
+        for first in range(0, self.n_rows, SAMPLE_ROWS):
+            yield from self._values(range(first, min(first + SAMPLE_ROWS, self.n_rows)))
 
     def _values(self, rows: Sequence[int]) -> list[Any]:
         """Return texts, token ids or bad rows."""

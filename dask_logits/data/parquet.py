@@ -27,7 +27,7 @@ from dask_logits.data.parquet_files import (
     read_parquet,
     unreachable,
 )
-from dask_logits.data.source import FileRows, Planned
+from dask_logits.data.source import SAMPLE_ROWS, FileRows, Planned, Source
 from dask_logits.errors import DatasetError
 from dask_logits.run.folder import conflict
 from dask_logits.run.plan import Segment, group_cuts
@@ -35,10 +35,9 @@ from dask_logits.run.plan_log import PlanLog
 from dask_logits.run.timings import plural
 
 _T = TypeVar("_T")
-_SAMPLE_ROWS = 256
 
 
-class ParquetStream:
+class ParquetStream(Source):
     """Parquet files, local or remote, read in place.
 
     Parameters
@@ -51,17 +50,12 @@ class ParquetStream:
         Identity of the dataset.
     """
 
-    streams = True
-    file_states: tuple[str, ...] = ()
-
     def __init__(self, files: list[str], config: DatasetConfig, identity: dict[str, Any]) -> None:
         self.files = files
         # Upper bound on the number of rows, or None: files are not counted in advance.
         self.n_rows = config.row_limit
         self._limit = math.inf if self.n_rows is None else self.n_rows
         self.commit = pinned_commit(files)
-        # Partitions passed so far, wanted or not.
-        self.passed = 0
         self._identity = identity
         self._footers: dict[str, Footer | None] = {}
         self._broken: dict[str, str] = {}
@@ -77,10 +71,6 @@ class ParquetStream:
         """Return the identity of this dataset."""
         return {**self._identity, "dataset.stream": "parquet", "dataset.n_files": len(self.files)}
 
-    def sample(self) -> list[tuple[int, Any]]:
-        """Return (row number, row) of the first rows, for estimates."""
-        return list(enumerate(itertools.islice(self.head(), _SAMPLE_ROWS)))
-
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first. Damaged files are left for the workers to report."""
         return itertools.islice(self._readable_rows(), self.n_rows)
@@ -88,8 +78,8 @@ class ParquetStream:
     def _readable_rows(self) -> Iterator[Any]:
         for file in self.files:
             n_rows = self._count(file)
-            for first in range(0, n_rows, _SAMPLE_ROWS):
-                count = min(_SAMPLE_ROWS, n_rows - first)
+            for first in range(0, n_rows, SAMPLE_ROWS):
+                count = min(SAMPLE_ROWS, n_rows - first)
                 rows = self._usable(file, functools.partial(read_parquet, file, self.column, first, count))
                 if rows is None:
                     break

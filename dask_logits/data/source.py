@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from dask_logits.errors import DatasetError
 from dask_logits.records import Array
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
+
+SAMPLE_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +73,29 @@ class Planned:
 
 
 class Source(Protocol):
-    """Interface of a dataset for the job."""
+    """Interface of a dataset for the job, and what most datasets have in common."""
 
     column: Column
-    streams: bool
+    # Number of used rows, an upper bound for a stream, or None if there is none.
+    n_rows: int | None
+    streams: bool = True
     # Hub commit to which it is pinned.
-    commit: str | None
+    commit: str | None = None
     # State of its files from a listing, where the plan does not record each file.
-    file_states: tuple[str, ...]
+    file_states: tuple[str, ...] = ()
     # Grows during reading, whether or not a partition is due.
-    passed: int
-
-    @property
-    def n_rows(self) -> int | None:
-        """Number of used rows, an upper bound for a stream, or None if there is none."""
+    passed: int = 0
 
     def identity(self) -> dict[str, Any]:
-        """Return its identity, except for the content of its rows."""
+        """Return its identity, except for the content of its rows, which the plan holds."""
+        return {}
 
     def check(self, log: PlanLog) -> None:
         """Refuse a source that differs from the planned one of a run."""
 
     def sample(self) -> list[tuple[int, Any]]:
-        """Return a sample of (row number, row), for estimates."""
+        """Return a sample of (row number, row), for estimates: the first ones."""
+        return list(enumerate(itertools.islice(self.head(), SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
         """Yield the rows from the first, for the calibration."""

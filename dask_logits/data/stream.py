@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, choose_column
-from dask_logits.data.source import FileRows, Planned, RowsDigest, write_spool
+from dask_logits.data.source import FileRows, Planned, RowsDigest, Source, write_spool
 from dask_logits.data.text_files import located_value
 from dask_logits.data.values import BadRow, Value, value_table
 from dask_logits.errors import DatasetError, RunConflictError
@@ -27,7 +27,6 @@ from dask_logits.run.plan_log import PlanLog
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_ROWS = 256
 # Maximum rows buffered for an estimate or the calibration.
 _HEAD_ROWS = 10_000
 # Libraries whose errors mean that a source did not answer.
@@ -54,7 +53,7 @@ class _Chunk(NamedTuple):
     source: dict[str, Any]
 
 
-class RowStream:
+class RowStream(Source):
     """A stream of rows with one reader.
 
     Parameters
@@ -73,8 +72,6 @@ class RowStream:
         State of each part's file from a listing, in order. Empty: unknown.
     """
 
-    streams = True
-
     def __init__(
         self,
         parts: Iterable[Any],
@@ -89,8 +86,6 @@ class RowStream:
         self._limit = math.inf if self.n_rows is None else self.n_rows
         self.commit = commit
         self.file_states = file_states
-        # Rows passed so far, wanted or not.
-        self.passed = 0
         self._identity = identity
         self._config = config
         self._events = _events(parts)
@@ -111,10 +106,6 @@ class RowStream:
     def identity(self) -> dict[str, Any]:
         """Return the identity of this dataset."""
         return {"dataset.stream": "rows", **self._identity}
-
-    def sample(self) -> list[tuple[int, Any]]:
-        """Return (row number, row) of the first rows, for estimates."""
-        return list(enumerate(itertools.islice(self.head(), _SAMPLE_ROWS)))
 
     def head(self) -> Iterator[Any]:
         """Yield the first values, up to a limit. They are buffered, because a stream may not be readable twice."""
