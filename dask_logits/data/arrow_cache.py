@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from dask_logits.data.find import FoundFiles
 from dask_logits.data.parquet_files import file_state, parquet_batches, read_footer
 from dask_logits.data.text_files import located_value, read_file
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values, value_table
-from dask_logits.errors import DatasetError, first_line
+from dask_logits.errors import DatasetError
 from dask_logits.files.atomic import aside
 from dask_logits.run.timings import plural
 
@@ -75,28 +73,8 @@ def arrow_file(folder: Path, found: FoundFiles, files: Sequence[str], config: Da
     return path
 
 
-def file_rows(found: FoundFiles, path: str) -> Iterator[Mapping[str, Any] | BadRow]:
-    """Yield the rows of a text file, and translate the libraries' errors for damaged data.
-
-    Raises
-    ------
-    DatasetError
-        If the file cannot be read to its end.
-    """
-    try:
-        yield from read_file(path, found.reader, found.separator)
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        # Arrow (for Zstandard) and gzip raise an OSError for damaged data, without a system error number.
-        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
-            raise
-        raise DatasetError(
-            f"{path}: expected to read the file to its end, got {type(error).__name__}: {first_line(error)}; restore "
-            "the file"
-        ) from error
-
-
 def _all_rows(found: FoundFiles, files: Sequence[str]) -> Iterator[Mapping[str, Any] | BadRow]:
-    return itertools.chain.from_iterable(file_rows(found, file) for file in files)
+    return itertools.chain.from_iterable(read_file(found, file) for file in files)
 
 
 def _columns(found: FoundFiles, files: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from dask_logits.config.checks import UNBOUNDED_STREAM
 from dask_logits.config.groups import DatasetConfig
-from dask_logits.data.arrow_cache import file_rows
 from dask_logits.data.find import FoundFiles, find_files, is_saved
 from dask_logits.data.hub import pinned_commit
 from dask_logits.data.load import load_by_library
@@ -17,6 +16,7 @@ from dask_logits.data.parquet import ParquetStream
 from dask_logits.data.parquet_files import all_batches, file_state
 from dask_logits.data.splits import refuse_splits, stream_parts
 from dask_logits.data.stream import RowStream
+from dask_logits.data.text_files import read_file
 from dask_logits.data.values import python_rows
 from dask_logits.errors import ConfigError, DatasetError
 
@@ -91,7 +91,7 @@ def _readable(found: FoundFiles, split: str, config: DatasetConfig) -> list[Iter
 def _rows(found: FoundFiles, file: str) -> Iterable[Any]:
     if found.reader == "parquet":
         return (row for batch in all_batches(file) for row in python_rows(batch))
-    return file_rows(found, file)
+    return read_file(found, file)
 
 
 def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Sequence[Iterable[Any]]:

@@ -8,21 +8,24 @@ file remain texts.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import pyarrow as pa
 
 from dask_logits.data.columns import IDS, TEXT, Column, both_columns
+from dask_logits.data.find import FoundFiles
 from dask_logits.data.parquet_files import open_bytes
 from dask_logits.data.values import BadRow, Value, row_value
-from dask_logits.errors import DatasetError
+from dask_logits.errors import DatasetError, first_line
 
 _READ_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -30,35 +33,49 @@ _BOM = b"\xef\xbb\xbf"
 _SKIPPABLE = tuple(bytes([0x50 + kind]) for kind in range(16))
 
 
-def read_file(path: str, kind: str, separator: str | None = None) -> Iterator[Mapping[str, Any] | BadRow]:
+def read_file(found: FoundFiles, path: str) -> Iterator[Mapping[str, Any] | BadRow]:
     """Yield the rows of a file in order.
 
     Parameters
     ----------
+    found
+        Its reader: ``json`` (lines, or one array of objects), ``csv`` (with a header line), or ``text`` (one row per
+        line). The separator of CSV fields is a tab if none is known and the header has one and no comma, else a comma.
     path
         Path or URL. gzip, bzip2, xz and Zstandard are recognized by their first bytes.
-    kind
-        ``json`` (lines, or one array of objects), ``csv`` (with a header line), or ``text`` (one row per line).
-    separator
-        Separator of CSV fields. None: a tab if the header has one and no comma, else a comma.
 
     Raises
     ------
     DatasetError
-        If the file as a whole is not of this kind.
-    OSError, EOFError
-        If it cannot be read to its end.
+        If the file as a whole is not of this kind, or damaged.
+    OSError
+        If it cannot be read now.
     """
-    with open_bytes(path) as raw, _decompressed(raw) as stream:
-        match kind:
+    with _readable(path), open_bytes(path) as raw, _decompressed(raw) as stream:
+        match found.reader:
             case "json":
                 yield from _json_rows(path, stream)
             case "csv":
-                yield from _csv_rows(path, stream, separator)
+                yield from _csv_rows(path, stream, found.separator)
             case _:
                 for number, line in _numbered(stream):
                     text = _text(path, number, line.removesuffix(b"\n").removesuffix(b"\r"))
                     yield text if isinstance(text, BadRow) else {TEXT: text}
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Translate the libraries' errors for damaged data of a file."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+        # Arrow (for Zstandard) and gzip raise an OSError for damaged data, without a system error number.
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
+            raise
+        raise DatasetError(
+            f"{path}: expected to read the file to its end, got {type(error).__name__}: {first_line(error)}; restore "
+            "the file"
+        ) from error
 
 
 def _decompressed(raw: Any) -> Any:
