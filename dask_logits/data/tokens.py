@@ -237,14 +237,24 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
     TeacherError
         If this process loads another tokenizer than the driver.
     """
+    skipped: dict[int, str] = {}
+
+    def usable(row: int, value: Any) -> Any:
+        """Return a value, or None for an unusable one that is skipped."""
+        if not isinstance(value, BadRow):
+            return value
+        if spec.on_bad_row == "fail":
+            cure = "fix the row, or set distillation.dataset.on_bad_row=skip in a new run"
+            raise DatasetError(f"dataset row {row}: {value.reason}; {cure}", row=row)
+        skipped[row] = value.reason
+        return None
+
     check = check_ids if spec.path is None else check_text
-    values: list[Any] = [row if isinstance(row, BadRow) else check(row) for row in rows]
+    values = [usable(i, row if isinstance(row, BadRow) else check(row)) for i, row in enumerate(rows, first_row)]
     n_double_bos = 0 if spec.path is None else _tokenize(values, spec)
     tokens, masks = [], []
-    skipped: dict[int, str] = {}
     for row, value in enumerate(values, first_row):
-        reason = value.reason if isinstance(value, BadRow) else None
-        ids_T = np.array([] if reason is not None else (value or [])[: spec.max_length], np.int64)
+        ids_T = np.array((usable(row, value) or [])[: spec.max_length], np.int64)
         mask_T = ids_T >= 0 if spec.is_masked else np.ones(len(ids_T), bool)
         ids_T = np.where(mask_T, ids_T, ~ids_T)
         wrong = ids_T[(ids_T < 0) | (ids_T >= spec.vocab_size)]
@@ -253,11 +263,7 @@ def read_documents(rows: Sequence[Any], spec: TokenizerSpec, *, first_row: int =
                 f"expected token ids in [0, {spec.vocab_size}), got {wrong[0]}; tokenize with the teacher's tokenizer, "
                 "or set distillation.dataset.vocab_size"
             )
-        if reason is not None:
-            if spec.on_bad_row == "fail":
-                cure = "fix the row, or set distillation.dataset.on_bad_row=skip in a new run"
-                raise DatasetError(f"dataset row {row}: {reason}; {cure}", row=row)
-            skipped[row] = reason
+            usable(row, BadRow(reason=reason))
             ids_T, mask_T = ids_T[:0], mask_T[:0]
         tokens.append(ids_T.astype(np.int32))
         masks.append(mask_T)
