@@ -104,7 +104,7 @@ def test_a_mask_with_holes_or_of_another_length_is_refused_naming_the_row(mask, 
     ):
         with pytest.raises(DatasetError, match=message):
             read_documents(found, ids_spec())
-    with pytest.raises(DatasetError, match=r"dataset row 1: .*d\.jsonl, line 2: expected an attention_mask"):
+    with pytest.raises(DatasetError, match=r"dataset row 1: .*d\.jsonl, line 2: expected .*attention_mask"):
         read_documents(worker_rows(corpus("json", path), tmp_path), ids_spec())
 
 
