@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import TEXT, Column, choose_column
 from dask_logits.data.load import load_rows
-from dask_logits.data.source import SAMPLE_ROWS, FileRows, Planned, RowsDigest, Source, open_arrow, table_values
+from dask_logits.data.source import SAMPLE_ROWS, FileRows, Planned, RowsDigest, Source, open_arrow
 from dask_logits.data.splits import refuse_splits
-from dask_logits.data.values import PROBLEM, row_value, type_problem, value_table
+from dask_logits.data.values import PROBLEM, arrow_values, row_value, type_problem, value_table
 from dask_logits.errors import DatasetError
 from dask_logits.files.lock import lease
 from dask_logits.run.folder import RunFolder, conflict
@@ -188,7 +188,7 @@ class Corpus(Source):
 
     def _values(self, rows: Sequence[int]) -> list[Any]:
         """Return texts, token ids or bad rows."""
-        return table_values(self._plain().with_format("arrow")[rows], self.column)
+        return arrow_values(self._plain().with_format("arrow")[rows], self.column)
 
     def _plain(self) -> Dataset:
         """The used columns, without the dataset's format."""
@@ -339,7 +339,7 @@ def hash_rows(
     for start in range(first, first + n_rows, _HASH_ROWS):
         table = narrow[start : min(start + _HASH_ROWS, first + n_rows)]
         if made is not None:
-            table = value_table(table_values(table, made), made)
+            table = value_table(arrow_values(table, made), made)
         kept = np.ones(len(table), bool)
         kept[unused[slice(*np.searchsorted(unused, (start, start + len(table))))] - start] = False
         for name, digest in digests.items():

@@ -52,9 +52,10 @@ def arrow_file(folder: Path, found: FoundFiles, files: Sequence[str], config: Da
     DatasetError
         If a file cannot be read to its end, or the column is missing.
     """
-    column, is_chosen = choose_column(_columns(found, files), config), config.is_column_chosen
+    column = choose_column(_columns(found, files), config)
     states = [[file, *vars(file_state(file)).values()] for file in files]
-    key = json.dumps([_VERSION, found.reader, found.separator, [*vars(column).values()], is_chosen, states])
+    settings = [found.reader, found.separator, [*vars(column).values()], config.is_column_chosen]
+    key = json.dumps([_VERSION, *settings, states])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if path.exists():
         return path
@@ -63,7 +64,7 @@ def arrow_file(folder: Path, found: FoundFiles, files: Sequence[str], config: Da
     with aside(path) as temporary:
         with temporary.open("wb") as sink:
             with pa.ipc.new_stream(sink, value_table([], column).schema) as writer:
-                for table in _tables(found, files, column, is_chosen=is_chosen):
+                for table in _tables(found, files, column, config):
                     writer.write_table(table)
                     n_rows += len(table)
             os.fsync(sink.fileno())
@@ -94,16 +95,13 @@ def _no_rows(files: Sequence[str], bad: object = None) -> DatasetError:
     )
 
 
-def _tables(found: FoundFiles, files: Sequence[str], column: Column, *, is_chosen: bool) -> Iterator[pa.Table]:
+def _tables(found: FoundFiles, files: Sequence[str], column: Column, config: DatasetConfig) -> Iterator[pa.Table]:
     if found.reader == "parquet":
         for file in files:
             for batch in parquet_batches(file, column):
                 yield _narrow(batch, column)
         return
-    values = (
-        row if isinstance(row, BadRow) else located_value(row, column, is_chosen=is_chosen)
-        for row in _all_rows(found, files)
-    )
+    values = (row if isinstance(row, BadRow) else located_value(row, column, config) for row in _all_rows(found, files))
     while batch := list(itertools.islice(values, _BATCH_ROWS)):
         yield value_table(batch, column)
 

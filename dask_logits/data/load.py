@@ -19,10 +19,9 @@ from dask_logits.data.arrow_cache import arrow_file
 from dask_logits.data.columns import IDS, choose_column
 from dask_logits.data.find import call_datasets, expanded, find_files, full_cache, is_hub, is_saved, translated
 from dask_logits.data.hub import downloaded
-from dask_logits.data.source import table_values
 from dask_logits.data.splits import names_in, picked
 from dask_logits.data.tokens import encode
-from dask_logits.data.values import PROBLEM, BadRow
+from dask_logits.data.values import PROBLEM, BadRow, arrow_values
 from dask_logits.errors import DatasetError
 
 
@@ -99,7 +98,7 @@ def prepare_dataset(
     column = choose_column([name for name in columns if name != PROBLEM], config)
 
     def tokens(rows: Any) -> pa.Table:
-        values = table_values(rows, column)
+        values = arrow_values(rows, column)
         bad = next((value for value in values if isinstance(value, BadRow)), None)
         if bad is not None:
             raise DatasetError(f"{bad.reason}; fix the row")

@@ -100,5 +100,4 @@ def _sliced(files: Sequence[Iterable[Any]], first: int, last: int | None) -> Seq
 
 
 def _states(files: Sequence[str]) -> tuple[str, ...]:
-    states = ((Path(file).name, file_state(file)) for file in files)
-    return tuple(f"{name}: {state.size} bytes, etag {state.etag}" for name, state in states)
+    return tuple(f"{Path(file).name}: {file_state(file)}" for file in files)

@@ -153,28 +153,26 @@ class ParquetStream(Source):
         if log.end == "exhausted" or (log.end and log.n_rows == self.n_rows):
             return
         while place < len(self.files) and log.n_rows < self._limit:
-            entry = self._next(place, done, partition_rows, self._limit - log.n_rows)
+            added = self._append(log, place, done, partition_rows)
             place, done = place + 1, 0
-            if entry is not None:
-                yield from self._planned(log.append(*entry), wanted)
+            if added is not None:
+                yield from self._planned(added, wanted)
         log.close("max_samples" if log.n_rows >= self._limit else "exhausted")
 
-    def _next(
-        self, ordinal: int, first: int, partition_rows: int, most: float
-    ) -> tuple[tuple[tuple[int, int], ...], dict[str, Any]] | None:
-        """Return the cuts of the rest of a file and its source, or None at its end."""
+    def _append(self, log: PlanLog, ordinal: int, first: int, partition_rows: int) -> Segment | None:
+        """Plan the rest of a file. Return None if it has no more rows."""
         file = self.files[ordinal]
         source: dict[str, Any] = {"kind": "parquet", "ordinal": ordinal, "file": file, "first": first}
         footer = self._footer(file)
         if footer is None:
-            return ((1, 0),), {**source, "error": self._broken[file]}
-        count = int(min(sum(footer.row_groups) - first, most))
+            return log.append(((1, 0),), {**source, "error": self._broken[file]})
+        count = int(min(sum(footer.row_groups) - first, self._limit - log.n_rows))
         if count == 0:
             return None
         state = file_state(file)
         source |= {"size": state.size, "etag": state.etag, "modified": state.modified, "footer": footer.digest}
         self._footers.pop(file, None)
-        return group_cuts(footer.row_groups, first, count, partition_rows), source
+        return log.append(group_cuts(footer.row_groups, first, count, partition_rows), source)
 
     def _planned(self, segment: Segment, wanted: Callable[[int], bool]) -> Iterator[Planned]:
         source = segment.source
@@ -220,7 +218,4 @@ def _check_state(log: PlanLog, file: str, source: Mapping[str, Any]) -> None:
     if same and state.modified != old.modified:
         same = read_footer(file).digest == source["footer"]
     if not same:
-        raise conflict(
-            log.run.path,
-            {f"dataset file {file}": (f"{old.size} bytes, etag {old.etag}", f"{state.size} bytes, etag {state.etag}")},
-        )
+        raise conflict(log.run.path, {f"dataset file {file}": (str(old), str(state))})

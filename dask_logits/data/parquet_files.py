@@ -51,6 +51,9 @@ class FileState:
     etag: str | None
     modified: float | None
 
+    def __str__(self) -> str:
+        return f"{self.size} bytes, etag {self.etag}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Footer:

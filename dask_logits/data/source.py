@@ -147,18 +147,12 @@ def read_rows(files: Sequence[FileRows], column: Column) -> list[Any]:
         match file.kind:
             case "arrow":
                 table = open_arrow(file.path).with_format("arrow")[file.first : file.first + file.n_rows]
-                rows += table_values(table, column)
+                rows += arrow_values(table, column)
             case "spool":
                 rows += _read_spool(file)
             case "parquet":
                 rows += read_parquet(file.path, column, file.first, file.n_rows, footer=file.digest)
     return rows
-
-
-def table_values(table: Any, column: Column) -> list[Any]:
-    """Return the values of Arrow rows, with bad rows where a reader marked them."""
-    values = arrow_values(table, column)
-    return with_problems(values, table[PROBLEM].to_pylist()) if PROBLEM in table.column_names else values
 
 
 def open_arrow(path: str) -> Any:

@@ -258,7 +258,7 @@ class RowStream(Source):
             return row
         if isinstance(row, str) and not self._plain_text:
             return BadRow(reason=f"expected a column {self.column.name!r}, got str")
-        return located_value(row, self.column, is_chosen=self._config.is_column_chosen)
+        return located_value(row, self.column, self._config)
 
     def _ahead(self) -> Iterator[_Event]:
         """Yield the next events without consuming them."""

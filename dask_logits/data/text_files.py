@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.columns import IDS, TEXT, Column, both_columns
 from dask_logits.data.find import FoundFiles
 from dask_logits.data.parquet_files import open_bytes
@@ -162,7 +163,7 @@ class _Located(dict[str, Any]):
         self.where = f"{path}, line {number}"
 
 
-def located_value(row: Any, column: Column, *, is_chosen: bool) -> Value:
+def located_value(row: Any, column: Column, config: DatasetConfig) -> Value:
     """Return the value of a row. The reason of a bad one names file and line, if the row has them.
 
     Raises
@@ -171,7 +172,7 @@ def located_value(row: Any, column: Column, *, is_chosen: bool) -> Value:
         If the row has both a text and token ids, and no column was chosen. The first rows may have had only one.
     """
     other = {TEXT: IDS, IDS: TEXT}.get(column.name)
-    if not is_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
+    if not config.is_column_chosen and isinstance(row, Mapping) and other is not None and row.get(other) is not None:
         raise both_columns()
     value = row_value(row, column)
     if isinstance(value, BadRow) and isinstance(row, _Located):

@@ -284,19 +284,20 @@ def type_problem(kind: pa.DataType, column: Column) -> str | None:
 
 
 def arrow_values(batch: pa.RecordBatch | pa.Table, column: Column) -> list[Value]:
-    """Return the values of a column of Arrow rows. A text with invalid UTF-8 is a bad row."""
+    """Return the values of a column of Arrow rows. Texts with invalid UTF-8, and rows that a reader marked, are bad."""
     names = batch.column_names
     head = column.name if column.name in names else column.head
-    values = _python_values(batch.column(head))
-    if head == column.name and column.kind == "text":
-        return [value if isinstance(value, BadRow) else check_text(value) for value in values]
     if column.mask not in names:
         # This package's own Arrow files hold ids with their mask.
         column = replace(column, mask=None)
-    beside = [name for name in column.beside if name in names]
-    others = [_python_values(batch.column(name)) for name in beside]
-    rows = ({head: value, **dict(zip(beside, more, strict=True))} for value, *more in zip(values, *others, strict=True))
-    return [row_value(row, column) for row in rows]
+    used = [head, *(name for name in column.beside if name in names)]
+    columns = [_python_values(batch.column(name)) for name in used]
+    values: list[Value]
+    if head == column.name and column.kind == "text":
+        values = [value if isinstance(value, BadRow) else check_text(value) for value in columns[0]]
+    else:
+        values = [row_value(dict(zip(used, row, strict=True)), column) for row in zip(*columns, strict=True)]
+    return with_problems(values, batch.column(PROBLEM).to_pylist()) if PROBLEM in names else values
 
 
 def python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
