@@ -184,10 +184,10 @@ def quoted(overrides: Sequence[str]) -> list[str]:
         kind = types.get(key.lstrip("+"), "")
         if equals and value not in ("", "null") and "${" not in value and not key.endswith(".devices"):
             if kind in ("str", "str or null"):
-                override = f"{key}={_quote(value)}"
+                override = f"{key}={_quoted(value)}"
             elif kind == "list of str or null":
                 items = _items(value[1:-1] if value.startswith("[") and value.endswith("]") else value)
-                override = f"{key}=[{','.join(map(_quote, items))}]"
+                override = f"{key}=[{','.join(map(_quoted, items))}]"
         made.append(override)
     return made
 
@@ -197,10 +197,15 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in re.findall(r"""(?:"[^"]*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|[^,])+""", text)]
 
 
-def _quote(value: str) -> str:
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return value
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
+def _quoted(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value if is_quoted else _in_quotes(value, "'")
+
+
+def _in_quotes(text: str, quote: str) -> str:
+    """Put a text in quotes. In Hydra's grammar, a backslash counts only before a quote."""
+    escaped = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", re.sub(r"(\\+)$", r"\1\1", text))
+    return f"{quote}{escaped}{quote}"
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -273,8 +278,7 @@ def _written(value: Any) -> str:
     is_plain = re.fullmatch(r"[\w./:@+-]*[A-Za-z/][\w./:@+-]*", value, re.A)
     if is_plain and value.lower() not in ("null", "true", "false", "nan", "inf", "yes", "no", "on", "off"):
         return value
-    text = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    return _in_quotes(value, '"')
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str], *, dataset_given: bool = False) -> Config:

@@ -174,6 +174,7 @@ def test_settings_with_special_characters_survive_the_command() -> None:
         'distillation.dataset.data_files=["a=b.jsonl","true"]',
         'distillation.teacher.generation.devices="0,1"',
         'distillation.dataset.split="train[:10%]"',
+        'distillation.teacher.cache_dir="runs of \\\\ and \\" \\\\\\\\"',
     ]
     config = load_config(overrides)
     command = generate_command(config.model_dump())
