@@ -268,19 +268,17 @@ def _plain_list(value: Any) -> list[Any] | None:
 
 def type_problem(kind: pa.DataType, column: Column) -> str | None:
     """Return the reason why a column of an Arrow type cannot hold documents, or None if it can."""
-    if pa.types.is_null(kind):
-        return None
     is_list = any(is_list(kind) for is_list in LISTS)
-    if column.kind == "ids":
-        if is_list:
-            inner = kind.value_type
-            return None if pa.types.is_integer(inner) or pa.types.is_null(inner) else f"lists of {inner}"
-        return str(kind)
-    message = kind.value_type if is_list else kind
-    if column.kind == "chat" and (pa.types.is_struct(message) or isinstance(message, pa.JsonType)):
-        return None
+    item = kind.value_type if is_list else kind
     is_text = isinstance(kind, pa.JsonType) or any(is_string(kind) for is_string in _STRINGS)
-    return None if is_text else str(kind)
+    fits = {
+        "text": is_text,
+        "chat": is_text or pa.types.is_struct(item) or isinstance(item, pa.JsonType),
+        "ids": is_list and (pa.types.is_integer(item) or pa.types.is_null(item)),
+    }
+    if pa.types.is_null(kind) or fits[column.kind]:
+        return None
+    return f"lists of {item}" if is_list and column.kind == "ids" else str(kind)
 
 
 def arrow_values(batch: pa.RecordBatch | pa.Table, column: Column) -> list[Value]:
