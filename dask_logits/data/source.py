@@ -117,12 +117,10 @@ class RowsDigest:
                 rows = chunk.cast(pa.large_list(pa.int64()))
                 self._lengths.update(_lengths(rows).tobytes())
                 self._values.update(rows.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            elif pa.types.is_null(chunk.type):
-                self._lengths.update(_lengths(chunk.cast(pa.large_binary())).tobytes())
             else:
-                binary = pa.types.is_binary(chunk.type)
-                rows = chunk.cast(pa.large_binary()) if binary else chunk.cast(pa.large_string())
-                self._lengths.update(_lengths(rows.cast(pa.large_binary())).tobytes())
+                texts = chunk if pa.types.is_binary(chunk.type) else chunk.cast(pa.large_string())
+                rows = texts.cast(pa.large_binary())
+                self._lengths.update(_lengths(rows).tobytes())
                 for value in rows:
                     if value.is_valid:
                         self._values.update(value.as_buffer())
