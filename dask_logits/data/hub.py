@@ -27,10 +27,7 @@ def given_up_soon(name: str, is_asked: bool) -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    if not is_asked or constants.is_offline_mode():
-        yield
-        return
-    reason = _unreachable(constants.ENDPOINT)
+    reason = _unreachable(constants.ENDPOINT) if is_asked and not constants.is_offline_mode() else None
     if reason is None:
         yield
         return
