@@ -23,6 +23,7 @@ from dask_logits.data.splits import names_in, picked
 from dask_logits.data.tokens import encode
 from dask_logits.data.values import PROBLEM, BadRow, arrow_values
 from dask_logits.errors import DatasetError
+from dask_logits.files.atomic import replace_json
 
 
 def prepare_dataset(
@@ -155,7 +156,7 @@ def load_rows(config: DatasetConfig) -> Any:
             path = str(arrow_file(folder, found, files, config))
             if on_hub:
                 memory.parent.mkdir(parents=True, exist_ok=True)
-                memory.write_text(json.dumps({**_remembered(memory), key: path}))
+                replace_json(memory, {**_remembered(memory), key: path})
         except OSError as error:
             if (full := full_cache(error)) is not None:
                 raise full from error

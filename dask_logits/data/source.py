@@ -19,6 +19,7 @@ from dask_logits.data.columns import Column
 from dask_logits.data.parquet_files import read_parquet
 from dask_logits.data.values import LISTS, PROBLEM, arrow_values, with_problems
 from dask_logits.errors import DatasetError
+from dask_logits.files.atomic import aside
 from dask_logits.records import Array
 from dask_logits.run.plan import Partition
 from dask_logits.run.plan_log import PlanLog
@@ -170,15 +171,10 @@ def _map_arrow(path: str, inode: int, changed: int) -> Any:
 def write_spool(path: Path, rows: Any) -> None:
     """Write a table of a stream's values atomically to the spool for workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+    with aside(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
             writer.write_table(rows)
-    except BaseException:
-        # It may have filled the disk.
-        aside.unlink(missing_ok=True)
-        raise
-    aside.replace(path)
+        temporary.replace(path)
 
 
 def _read_spool(file: FileRows) -> list[Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -406,8 +407,9 @@ def test_processes_of_one_number_on_two_machines_convert_the_same_files_at_once(
     assert list(converted.parent.iterdir()) == [converted]
 
 
-def test_a_spool_file_for_which_there_is_no_room_leaves_nothing(tmp_path) -> None:
-    (tmp_path / ".0.arrow").symlink_to("/dev/full")
+def test_a_spool_file_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (tmp_path / ".0.arrow.00000000").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         write_spool(tmp_path / "0.arrow", pa.table({"text": ["red" * 10_000]}))
     assert list(tmp_path.iterdir()) == []
