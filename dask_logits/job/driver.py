@@ -32,16 +32,7 @@ from dask_logits.worker.task import PartitionTask
 logger = logging.getLogger(__name__)
 
 
-def score(
-    job: Job,
-    executor: Executor,
-    calibration: Calibration,
-    done: Done,
-    reporter: Reporter,
-    *,
-    only: frozenset[int] | None = None,
-    bisects: bool = False,
-) -> dict[int, str]:
+def score(job: Job, executor: Executor, calibration: Calibration, done: Done, reporter: Reporter) -> dict[int, str]:
     """Score the missing partitions of this driver's share.
 
     Parameters
@@ -52,10 +43,6 @@ def score(
         Committed partitions.
     reporter
         Writes the driver's status record.
-    only
-        Partitions to compute. None: all missing ones.
-    bisects
-        Search for the rows that make a partition fail.
 
     Returns
     -------
@@ -71,7 +58,7 @@ def score(
         As raised by the executor.
     """
     with _progress(job, done) as progress:
-        driver = _Driver(job, done, progress, reporter, only, bisects, executor.n_workers)
+        driver = _Driver(job, done, progress, reporter, executor.n_workers)
         due = driver.noted(tasks(job, calibration, driver.planned(), driver.on_unreadable))
         try:
             with contextlib.closing(executor.run(due, run_id(job), driver.has_read)) as events:
@@ -106,20 +93,9 @@ def _progress(job: Job, done: Done) -> JobProgress:
 class _Driver:
     """State while partitions run: the growing plan, the read-ahead of a stream, failures, figures."""
 
-    def __init__(
-        self,
-        job: Job,
-        done: Done,
-        progress: JobProgress,
-        reporter: Reporter,
-        only: frozenset[int] | None,
-        bisects: bool,
-        n_workers: int,
-    ) -> None:
+    def __init__(self, job: Job, done: Done, progress: JobProgress, reporter: Reporter, n_workers: int) -> None:
         self.failed = reporter.failed
         self.suspects: list[Failure] = []
-        self._only = only
-        self._bisects = bisects
         self._job = job
         self._done = done
         self._progress = progress
@@ -198,7 +174,7 @@ class _Driver:
         note_failure(self._job.run, failure)
         # An error of a device, or of a file or network, says nothing about rows.
         is_of_rows = failure.task is not None and not failure.rows and failure.kind not in ("device", "transient")
-        if self._bisects and is_of_rows:
+        if self._job.bisects and is_of_rows:
             self.suspects.append(failure)
         else:
             self._settle(failure.index)
@@ -226,7 +202,7 @@ class _Driver:
     def _is_wanted(self, index: int) -> bool:
         anew = self._log.replanned_from is not None and index >= self._log.replanned_from
         # A replanned partition was not in the failure ledger under its new index.
-        chosen = self._only is None or index in self._only or anew
+        chosen = self._job.only is None or index in self._job.only or anew
         return chosen and self._job.share.owns(index) and (anew or index not in self._done.indices)
 
     def _settle(self, index: int) -> None:

@@ -71,6 +71,10 @@ class Job:
         Settings that determine the result, and requested numerics. Both are recorded and compared on resume.
     device, n_workers
         Expected values for a local cluster. n_workers is 0 if a scheduler is joined.
+    only
+        Partitions to compute. None: all missing ones.
+    bisects
+        Search for the rows that make a partition fail.
     """
 
     config: Config
@@ -89,6 +93,8 @@ class Job:
     numerics: dict[str, Any]
     device: str
     n_workers: int
+    only: frozenset[int] | None = None
+    bisects: bool = False
 
     @property
     def fingerprint(self) -> str:

@@ -144,13 +144,13 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
     with room(run.path, begun=run.manifest_path.exists):
         # Not watched, because this thread waits for other threads that write downloads.
         with Steps("preparing", is_live=False) as steps:
-            job = prepare(config, dataset, on_step=steps.show)
+            job = dataclasses.replace(prepare(config, dataset, on_step=steps.show), only=only, bisects=bisects)
         check_folder(job)
         with watched(config.job.stall_seconds):
-            return _do(job, only, bisects)
+            return _do(job)
 
 
-def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
+def _do(job: Job) -> Path:
     config = job.config
     with _held(job) as is_lost:
         # Repeated, because no other process can change the folder from here on.
@@ -167,7 +167,7 @@ def _do(job: Job, only: frozenset[int] | None, bisects: bool) -> Path:
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
         with reported(job, is_lost) as reporter:
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
-                failed = _run_tasks(job, start, done, reporter, only, bisects)
+                failed = _run_tasks(job, start, done, reporter)
                 if failed:
                     raise _failure(failed, job)
             return _finish(job, reporter)
@@ -290,9 +290,7 @@ def _is_scored(job: Job, log: PlanLog, done: Done) -> bool:
     return log.end is not None and not _grows(job, log) and len(done.indices) == job.share.count(log.n_partitions)
 
 
-def _run_tasks(
-    job: Job, start: Start, done: Done, reporter: Reporter, only: frozenset[int] | None, bisects: bool
-) -> dict[int, str]:
+def _run_tasks(job: Job, start: Start, done: Done, reporter: Reporter) -> dict[int, str]:
     """Calibrate if necessary, and score the missing partitions. Return the failures."""
     config = job.config
     calibration = job.run.calibration() if start == "resume" else None
@@ -313,7 +311,7 @@ def _run_tasks(
             # Another static worker's, if it was first.
             check_device(job, calibration, executor)
             check_environment(job, calibration, executor)
-            return score(_dated(job), executor, calibration, done, reporter, only=only, bisects=bisects)
+            return score(_dated(job), executor, calibration, done, reporter)
 
 
 def _dated(job: Job) -> Job:
