@@ -54,6 +54,7 @@ class Attempts:
         """Record an attempt. Return its number, from 1."""
         past = self._past[task.partition.index]
         past.attempts += 1
+        past.is_alone |= task.trial is not None
         return past.attempts
 
     def count(self, task: PartitionTask) -> int:

@@ -18,9 +18,8 @@ from dask_logits.job.executor import Event, Waiting
 from dask_logits.job.newcomers import Newcomers
 from dask_logits.job.remote import TOKENS_TOPIC, load_on_worker
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, wait_for_scheduler
+from dask_logits.job.scheduler import SchedulerLostError, call_scheduler, scheduler_lost, wait_for_scheduler
 from dask_logits.job.single import run_one
-from dask_logits.job.trials import passes
 from dask_logits.job.window import Window
 from dask_logits.teacher.checkpoint import TeacherSpec
 from dask_logits.worker.environment import Environment
@@ -70,6 +69,8 @@ class DaskExecutor:
         topics = {TOKENS_TOPIC + run_id: tokens, _CLUSTER_TOPIC: changes}
 
         def subscribe() -> None:
+            if client.status == "closed":
+                raise scheduler_lost()
             for topic, messages in topics.items():
                 client.subscribe_topic(topic, lambda event, messages=messages: messages.put(event[1]))
 
@@ -131,10 +132,6 @@ class DaskExecutor:
             # An error is raised again by the first partition.
             for future in futures:
                 future.release()
-
-    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
-        """Score some rows of a partition without storing the results. Return whether they pass."""
-        return passes(self.client, task, first, n_rows, self.job.stall_seconds, self.roster)
 
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Log an event at the scheduler. A lost scheduler is noticed elsewhere."""

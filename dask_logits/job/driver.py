@@ -72,7 +72,7 @@ def score(job: Job, executor: Executor, calibration: Calibration, done: Done, re
                             progress.tokens(tokens)
                     reporter.tick()
             for failure in driver.suspects:
-                driver.on_rows(bisect(failure, executor.passes))
+                driver.on_rows(bisect(failure, executor))
         finally:
             driver.close()
     return driver.failed
@@ -169,6 +169,7 @@ class _Driver:
 
     def on_unreadable(self, failure: Failure) -> None:
         """Record a partition that failed permanently, or whose rows could not be read."""
+        logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
         self.failed[failure.index] = failure.reason
         self._reporter.running.discard(failure.index)
         note_failure(self._job.run, failure)
@@ -241,7 +242,6 @@ def tasks(
         if due is None:
             yield None
         elif due.error is not None:
-            logger.error("partition %s cannot be read: %s", due.partition.name, due.error)
             on_failure(Failure(index=due.partition.index, kind="unreadable", reason=due.error))
         else:
             task = PartitionTask(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dask_logits.errors import CapacityError, ClusterError
-from dask_logits.job.attempts import said
 from dask_logits.job.roster import Roster
 from dask_logits.run.failures import Failure
 from dask_logits.run.records import Receipt
@@ -86,7 +85,8 @@ class Executor(Protocol):
         Parameters
         ----------
         tasks
-            Partitions to compute, drawn only when there is capacity. None means that no partition is ready yet.
+            Partitions to compute, drawn only when there is capacity. None means that no partition is ready yet. A trial
+            of some rows gives an event only if it fails.
         run_id
             Id of the run.
         is_reading
@@ -133,22 +133,6 @@ class Executor(Protocol):
     def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
         """Have the workers load a teacher during the block, where that does not disturb other work on their machine."""
 
-    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
-        """Score some rows of a partition without storing the results. Return whether they pass.
-
-        Parameters
-        ----------
-        task
-            The partition.
-        first, n_rows
-            The rows, counted from the partition's first. No rows: the files are read and the teacher is loaded.
-
-        Raises
-        ------
-        ClusterError
-            If the workers are lost, or scoring ends with an error that no row can cause.
-        """
-
     def announce(self, topic: str, message: dict[str, Any]) -> None:
         """Publish a message to monitors that are connected to the workers but do not see the run folder."""
 
@@ -183,14 +167,6 @@ def unreadable_there(name: str, error: BaseException, where: str) -> ClusterErro
     return has_run(
         f"distillation.cluster: expected a result of the {name} task, got {error} from its worker ({where}); see that "
         "workers can read teacher and data, then run the same command again"
-    )
-
-
-def not_of_rows(task: PartitionTask, error: BaseException) -> ClusterError:
-    """Return the error for a search for bad rows that cannot go on."""
-    return has_run(
-        f"partition {task.partition.name}: expected some of its rows to pass or fail, got {said(error)}, "
-        "which no row can cause; fix the cause, then run the same command again"
     )
 
 

@@ -20,19 +20,18 @@ SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
 STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
 
 
-def run_on_worker(task: PartitionTask) -> tuple[Receipt, str]:
-    """Run a partition inside a Dask worker. Return its receipt and the worker."""
+def run_on_worker(task: PartitionTask) -> tuple[Receipt | None, str]:
+    """Run a partition inside a Dask worker. Return its receipt (None: it is a trial) and the worker."""
     worker = get_worker()
     topic, index = TOKENS_TOPIC + task.run_id, task.partition.index
-    receipt = process_partition(
-        task, lambda tokens: worker.log_event(topic, {"tokens": tokens, "partition": index}), STAGES
-    )
-    return receipt, worker.address
 
+    def on_tokens(tokens: int) -> None:
+        worker.log_event(topic, {"tokens": tokens, "partition": index})
 
-def try_on_worker(task: PartitionTask, first: int, n_rows: int) -> None:
-    """Score some rows of a partition inside a Dask worker, and discard the results."""
-    try_rows(task, first, n_rows, STAGES)
+    if task.trial is not None:
+        try_rows(task, on_tokens, STAGES)
+        return None, worker.address
+    return process_partition(task, on_tokens, STAGES), worker.address
 
 
 def load_on_worker(teacher: TeacherSpec, vocab_size: int) -> None:

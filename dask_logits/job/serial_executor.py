@@ -26,7 +26,6 @@ from dask_logits.job.executor import (
     Progress,
     Waiting,
     no_room_for,
-    not_of_rows,
     stalled,
     too_slow,
     unreadable_there,
@@ -84,9 +83,9 @@ class SerialExecutor:
     ) -> Generator[Event, None, None]:
         """Run tasks until none is left."""
         seconds = self._job.stall_seconds
-        news: queue.SimpleQueue[Progress | Future[Receipt]] = queue.SimpleQueue()
+        news: queue.SimpleQueue[Progress | Future[Receipt | None]] = queue.SimpleQueue()
         attempts = Attempts(self._job.retries)
-        running: dict[Future[Receipt], PartitionTask] = {}
+        running: dict[Future[Receipt | None], PartitionTask] = {}
         is_exhausted, alive = False, time.monotonic()
         while True:
             is_starved = False
@@ -101,7 +100,8 @@ class SerialExecutor:
                 if task is None:
                     break
                 attempts.begin(task)
-                future = self._pool.submit(process_partition, task, self._reporter(task, news.put), STAGES)
+                work = process_partition if task.trial is None else try_rows
+                future = self._pool.submit(work, task, self._reporter(task, news.put), STAGES)
                 running[future] = task
                 future.add_done_callback(news.put)
             if is_exhausted and not running and not attempts.are_left():
@@ -120,7 +120,8 @@ class SerialExecutor:
                 task = running.pop(found)
                 if (error := found.exception()) is None:
                     attempts.note_success(task)
-                    yield Committed(found.result())
+                    receipt = found.result()
+                    yield Waiting() if receipt is None else Committed(receipt)
                 else:
                     yield self._failed(task, error, attempts)
             else:
@@ -192,17 +193,6 @@ class SerialExecutor:
     def preload(self, teacher: TeacherSpec, vocab_size: int) -> AbstractContextManager[object]:
         """Do nothing: there is no other worker."""
         return contextlib.nullcontext()
-
-    def passes(self, task: PartitionTask, first: int, n_rows: int) -> bool:
-        """Score some rows of a partition without storing the results. Return whether they pass."""
-        future = self._pool.submit(try_rows, task, first, n_rows, STAGES)
-        try:
-            error = future.exception(self._job.stall_seconds)
-        except TimeoutError:
-            raise too_slow("try_rows", self._job.stall_seconds) from None
-        if error is not None and classify(error) != "data":
-            raise not_of_rows(task, error) from error
-        return error is None
 
     def close(self) -> None:
         """Stop at the next batch, and wait a moment for it."""

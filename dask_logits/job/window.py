@@ -274,14 +274,15 @@ class Window:
             else:
                 self._give_up(self.attempts.retry_lost(orphan.task))
 
-    def _finished(self, task: PartitionTask, outcome: tuple[Receipt, str]) -> None:
+    def _finished(self, task: PartitionTask, outcome: tuple[Receipt | None, str]) -> None:
         index = task.partition.index
         self._hung_in_a_row = 0
         self._departures.pop(index, None)
         self.attempts.note_success(task)
         receipt, worker = outcome
         self.roster.note_success(worker, index, time.monotonic())
-        self._events.append(Committed(receipt))
+        if receipt is not None:
+            self._events.append(Committed(receipt))
 
     def _failed(self, ended: Submitted, error: BaseException) -> None:
         """Decide what follows an error: for the partition, and for the worker that raised it."""
@@ -405,7 +406,6 @@ class Window:
     def _give_up(self, failure: Failure | None) -> None:
         """Give up a partition, if it has failed permanently."""
         if failure is not None:
-            logger.error("partition %06d failed (%s): %s", failure.index, failure.kind, failure.reason)
             self._events.append(Failed(failure))
 
     def _stalled(self, idle: float) -> ClusterError:

@@ -116,6 +116,9 @@ class PartitionTask:
         Also score in another environment, and record it in the receipt.
     failed_attempts
         Attempts that failed before, for the receipt.
+    trial
+        The first row, counted from the partition's first, and the number of rows that are scored without storing the
+        results. No rows: the files are read and the teacher is loaded. None: the partition is scored and committed.
     """
 
     run: str
@@ -132,6 +135,7 @@ class PartitionTask:
     environment: Environment | None = None
     allow_mixed: bool = False
     failed_attempts: tuple[FailedAttempt, ...] = ()
+    trial: tuple[int, int] | None = None
 
     def after(self, kind: str, reason: str, worker: str | None = None, at: float | None = None) -> PartitionTask:
         """Return the task of the next attempt, after one that failed at a time (None: now)."""
@@ -287,23 +291,23 @@ def process_partition(
     return winner
 
 
-def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALONE) -> None:
-    """Read, tokenize and score some rows of a partition, and discard the results.
+def try_rows(task: PartitionTask, on_tokens: Callable[[int], None], stages: Stages) -> None:
+    """Read, tokenize and score the rows of a trial, and discard the results.
 
     Parameters
     ----------
     task
-        The partition.
-    first, n_rows
-        The rows, counted from the partition's first. No rows: the files are read and the teacher is loaded.
-    stages
-        Locks shared with other threads of this process.
+        The partition, with a trial.
+    on_tokens, stages
+        As for :func:`process_partition`.
 
     Raises
     ------
     DatasetError, TeacherError
         As by :func:`process_partition` for these rows.
     """
+    assert task.trial is not None
+    first, n_rows = task.trial
     first_row = task.partition.first_row + first
     with stages.text:
         rows = read_rows(task.files, task.column)[first : first + n_rows]
@@ -311,9 +315,9 @@ def try_rows(task: PartitionTask, first: int, n_rows: int, stages: Stages = ALON
         items = make_items(documents.tokens, task.items, first_row=first_row, masks=documents.masks) if rows else []
 
     def score() -> None:
-        teacher = load_teacher(task.teacher, task.scoring.vocab_size)
+        teacher = load_teacher(task.teacher, task.scoring.vocab_size, on_life=lambda: on_tokens(0))
         if items:
-            score_items(teacher, items, task.scoring, packed=task.items.packing == "concat")
+            score_items(teacher, items, task.scoring, packed=task.items.packing == "concat", on_tokens=on_tokens)
 
     with stages.teacher:
         stages.run(score)

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +24,16 @@ from test_cluster import COMMAND
 from dask_logits import ClusterError, PartitionsFailedError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config.groups import JobConfig
-from dask_logits.job import flight, trials
+from dask_logits.job import flight, remote, retry_policy
 from dask_logits.job import window as window_module
+from dask_logits.job.bisect import bisect
 from dask_logits.job.cluster import _facts
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.flight import Submitted
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, SchedulerLostError, scheduler_lost
-from dask_logits.job.trials import passes
 from dask_logits.job.window import Window
+from dask_logits.run.failures import Failure
 from dask_logits.run.plan import Partition
 from dask_logits.worker.task import PartitionTask
 
@@ -181,62 +181,78 @@ def test_a_partition_is_retried_once_when_the_scheduler_is_lost_during_a_restart
     assert sorted(task.partition.index for task in tasks) == [5, 6]
 
 
+def _bisected(client: Client, folder: Path = Path(), **settings: object) -> Failure:
+    """Search for the bad rows of a partition of four rows, from row 0 on, on the workers of a client."""
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(PartitionTask))
+    partition = Partition(index=0, first_row=0, n_rows=4)
+    task = PartitionTask(**{**fields, "run": str(folder), "run_id": "r", "partition": partition, "failed_attempts": ()})
+    executor = DaskExecutor(
+        client=client,
+        job=JobConfig(**settings),
+        device="cpu",
+        torch_threads=1,
+        dashboard=None,
+        environments={},
+        roster=Roster(),
+    )
+    return bisect(Failure(index=0, kind="data", reason="odd text", task=task), executor)
+
+
 def test_bisecting_without_a_scheduler_ends_in_one_message() -> None:
-    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
     with LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         client = Client(cluster)
         client.close()
         with pytest.raises(ClusterError, match="expected a running scheduler, got none"):
-            passes(client, task, 0, 4, 1.0, Roster())
+            _bisected(client)
 
 
-def _refused(task, first: int, n_rows: int) -> None:
-    raise ConnectionResetError("peer") if first == 0 else ValueError("odd text")
+def _odd(task: PartitionTask, on_tokens, stages) -> None:
+    first, n_rows = task.trial
+    if first <= 2 < first + n_rows:
+        raise ValueError("odd text")
+
+
+def _refused(task: PartitionTask, on_tokens, stages) -> None:
+    raise ConnectionResetError("peer")
 
 
 def test_bisecting_ends_with_an_error_that_no_row_can_cause(monkeypatch) -> None:
-    monkeypatch.setattr(trials, "try_on_worker", _refused)
-    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
-        assert not passes(client, task, 2, 2, 60.0, Roster())
+        monkeypatch.setattr(remote, "try_rows", _odd)
+        assert _bisected(client).rows == (2,)
+        monkeypatch.setattr(remote, "try_rows", _refused)
         with pytest.raises(ClusterError, match="rows to pass or fail, got peer, which no row can cause") as caught:
-            passes(client, task, 0, 2, 60.0, Roster())
+            _bisected(client)
         assert caught.value.ran
 
 
-def _deadly(task, first: int, n_rows: int) -> None:
-    (Path(task.run) / str(os.getpid())).touch()
-    os._exit(1)
+class Deadly(WorkerPlugin):
+    """Makes the third of four rows end every worker, restarted ones too, and notes the process."""
+
+    def setup(self, worker) -> None:
+        def die(task, on_tokens, stages):
+            first, n_rows = task.trial
+            if first <= 2 < first + n_rows:
+                (Path(task.run) / str(os.getpid())).touch()
+                os._exit(1)
+
+        remote.try_rows = die
 
 
-def test_rows_that_kill_workers_fail_and_other_jobs_keep_their_limit(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(trials, "try_on_worker", _deadly)
-    task = SimpleNamespace(run=str(tmp_path), partition=Partition(index=0, first_row=0, n_rows=4))
+def test_rows_that_kill_workers_are_found(tmp_path) -> None:
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 9}),
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
         Client(cluster) as client,
     ):
-        executor = DaskExecutor(
-            client=client,
-            job=JobConfig(stall_seconds=300),
-            device="cpu",
-            torch_threads=1,
-            dashboard=None,
-            environments={},
-            roster=Roster(),
-        )
-        limits = []
-        watcher = threading.Timer(1, lambda: limits.append(cluster.scheduler.allowed_failures))
-        watcher.start()
-        assert not executor.passes(task, 0, 4)
-        watcher.join()
-    assert limits == [9]
-    # The scheduler is looked at several times a second, and gives the rows to the next worker meanwhile.
-    assert 2 <= len(list(tmp_path.iterdir())) < 10
+        client.register_plugin(Deadly())
+        assert _bisected(client, tmp_path).rows == (2,)
+    # All rows, the second half and the third row, which are not tried again alone: there is nothing else to blame.
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def _of_another_environment() -> None:

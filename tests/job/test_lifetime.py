@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import warm
 from builders import cache_dir, dask_processes, digest, finish, start_worker, wait_for
-from distributed import Client, LocalCluster
+from distributed import Client
 from test_cluster import COMMAND
 
 from dask_logits import generate, load_config
 from dask_logits.config.groups import JobConfig
-from dask_logits.job import trials
 from dask_logits.job.flight import Submitted
-from dask_logits.job.roster import Roster
 from dask_logits.job.window import Window
 from dask_logits.run.plan import Partition
-from dask_logits.worker.task import PartitionTask
 
 SLOW = """
 import time
@@ -113,7 +108,7 @@ def test_lifetimes_of_a_few_partitions_give_the_same_cache(overrides, joined, tm
 def test_only_losses_that_are_not_departures_count(caplog, left: bool) -> None:
     caplog.set_level("INFO")
     window = Window(SimpleNamespace(), iter(()), JobConfig(retries=0))
-    task = SimpleNamespace(partition=Partition(index=3, first_row=9, n_rows=3))
+    task = SimpleNamespace(partition=Partition(index=3, first_row=9, n_rows=3), trial=None)
     task.after = lambda kind, reason: task
     window.attempts.begin(task)
     for turn in range(5):
@@ -134,22 +129,3 @@ def test_only_losses_that_are_not_departures_count(caplog, left: bool) -> None:
     if left:
         assert lines[1].endswith("left on purpose; another one scores partition 000003")
         assert "as 2 others did during partition 000003; start workers with a longer --lifetime" in lines[2]
-
-
-def _sleeps(task: PartitionTask, first: int, n_rows: int) -> None:
-    time.sleep(2)
-
-
-def test_time_without_a_worker_is_not_the_fault_of_rows(monkeypatch) -> None:
-    monkeypatch.setattr(trials, "try_on_worker", _sleeps)
-    task = SimpleNamespace(partition=Partition(index=0, first_row=0, n_rows=4))
-    with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
-        late = threading.Timer(2, cluster.scale, [1])
-        late.start()
-        try:
-            assert trials.passes(client, task, 0, 4, 3.0, Roster())
-        finally:
-            late.join()

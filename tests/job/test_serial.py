@@ -26,9 +26,10 @@ from dask_logits import CapacityError, ClusterError, DatasetError, PartitionsFai
 from dask_logits.config.groups import JobConfig
 from dask_logits.files.atomic import create_json
 from dask_logits.job import retry_policy, serial_executor
+from dask_logits.job.bisect import bisect
 from dask_logits.job.executor import Committed, Failed, Progress, Waiting
 from dask_logits.job.serial_executor import SerialExecutor
-from dask_logits.run.failures import read_failures
+from dask_logits.run.failures import Failure, read_failures
 from dask_logits.run.folder import RunFolder
 from dask_logits.run.plan import Partition
 from dask_logits.run.records import Receipt
@@ -312,9 +313,9 @@ def test_a_search_for_bad_rows_reads_and_tokenizes_in_one_thread_at_a_time(monke
 
     monkeypatch.setattr(task_module, "read_rows", lambda files, column: held.append(text.locked()) or [])
     monkeypatch.setattr(task_module, "read_documents", read)
-    monkeypatch.setattr(task_module, "load_teacher", lambda *given: None)
-    spec = dataclasses.replace(task(0), scoring=SimpleNamespace(vocab_size=1))
-    task_module.try_rows(spec, 0, 0, Stages(text=text, teacher=contextlib.nullcontext()))
+    monkeypatch.setattr(task_module, "load_teacher", lambda *given, on_life: None)
+    spec = dataclasses.replace(task(0), scoring=SimpleNamespace(vocab_size=1), trial=(0, 0))
+    task_module.try_rows(spec, print, Stages(text=text, teacher=contextlib.nullcontext()))
     assert held == [True, True]
     assert not text.locked()
 
@@ -347,17 +348,20 @@ def test_no_row_is_blamed_for_a_file_that_cannot_be_read(here, monkeypatch, erro
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionResetError("peer"), RuntimeError("CUDA error: unspecified launch failure")]
+    ("error", "message"),
+    [
+        (ConnectionResetError("peer"), "some of its rows to pass or fail, got peer, which no row can cause"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "expected a device that can score, got CUDA error"),
+    ],
 )
-def test_a_search_for_bad_rows_ends_with_an_error_that_no_row_can_cause(executor, monkeypatch, error) -> None:
+def test_a_search_for_bad_rows_ends_with_an_error_that_no_row_can_cause(executor, monkeypatch, error, message) -> None:
     def fail(*given):
         raise error
 
+    monkeypatch.setattr(retry_policy, "_FIRST_REST_SECONDS", 0.01)
     monkeypatch.setattr(serial_executor, "try_rows", fail)
-    message = f"partition 000003: expected some of its rows to pass or fail, got {error}, which no row can cause"
-    with pytest.raises(ClusterError, match=message) as caught:
-        executor.passes(task(3), 0, 1)
-    assert caught.value.ran
+    with pytest.raises(ClusterError, match=message):
+        bisect(Failure(index=3, kind="data", reason="odd text", task=task(3)), executor)
 
 
 def test_ctrl_c_ends_the_job_soon_and_the_next_start_goes_on(here, tmp_path) -> None:
