@@ -93,25 +93,25 @@ class Attempts:
         """Try a partition again after a number of seconds."""
         self._later.append((time.monotonic() + seconds, task))
 
-    def retry_error(
+    def retry(
         self,
         task: PartitionTask,
-        error: BaseException,
         event: Event,
-        where: str,
+        reason: str,
+        worker: str | None = None,
         *,
         tried: Collection[str] = (),
         usable: Collection[str] = (),
         on_good_devices: int = 0,
     ) -> float | None:
-        """Try a partition again after an error, unless it has failed permanently.
+        """Try a partition again after an attempt that did not end well, unless it has failed permanently.
 
         Parameters
         ----------
         task
             The partition.
-        error, event, where
-            The error, its kind, and the name of the worker that raised it.
+        event, reason, worker
+            What happened, in words, and the name of the worker.
         tried, usable, on_good_devices
             As in :func:`~dask_logits.job.retry_policy.decide`.
 
@@ -120,47 +120,31 @@ class Attempts:
         float or None
             Seconds to wait before. None: it has failed permanently.
         """
-        seconds = decide(event, self.retries, tried=tried, usable=usable, on_good_devices=on_good_devices)
-        if seconds is not None:
-            self.again(task.after(event, said(error), where), seconds)
-        return seconds
-
-    def retry_lost(self, task: PartitionTask) -> Failure | None:
-        """Try a partition again after its worker or its submission disappeared, a limited number of times.
-
-        Returns
-        -------
-        Failure or None
-            What is known, if it has failed permanently.
-        """
         past = self._past[task.partition.index]
-        past.losses += 1
-        if decide("lost", self.retries, losses=past.losses) is not None:
-            self.again(task.after("lost", "its worker died or its submission was cancelled"))
+        past.losses += event == "lost"
+        retry = decide(
+            event,
+            self.retries,
+            tried=tried,
+            usable=usable,
+            losses=past.losses,
+            had_company=self.have_company,
+            was_alone=past.is_alone,
+            on_good_devices=on_good_devices,
+        )
+        if retry is None:
             return None
-        if self._retry_alone(
-            "worker-death", task, task.after("lost", "its worker died, maybe with another partition on it")
-        ):
-            return None
-        return self.lost(task, "worker-death", f"its worker died or its submission was cancelled {past.losses} times")
+        following = task.after(event, reason, worker)
+        if retry.is_alone:
+            past.is_alone = True
+            self._suspects.append(following)
+        else:
+            self.again(following, retry.seconds)
+        return retry.seconds
 
-    def retry_died(self, task: PartitionTask, worker: str) -> bool:
-        """Try a partition alone after its worker died, if another one may be the cause. Return whether."""
-        reason = "its worker died, with another partition on it"
-        return self._retry_alone("worker-death", task, task.after("worker-death", reason, worker))
-
-    def retry_hung(self, task: PartitionTask, worker: str, seconds: float) -> bool:
-        """Try a partition alone after its worker gave no sign of life, unless it was alone. Return whether."""
-        reason = f"no sign of life for {seconds:g} s, from it or another partition of its worker"
-        return self._retry_alone("hang", task, task.after("hang", reason, worker))
-
-    def _retry_alone(self, event: Event, task: PartitionTask, following: PartitionTask) -> bool:
-        past = self._past[task.partition.index]
-        if decide(event, self.retries, had_company=self.have_company, was_alone=past.is_alone) is None:
-            return False
-        past.is_alone = True
-        self._suspects.append(following)
-        return True
+    def losses(self, task: PartitionTask) -> int:
+        """Return how many times a partition was lost."""
+        return self._past[task.partition.index].losses
 
     def forget_losses(self) -> None:
         """Count no earlier loss, because the connection to the scheduler was the cause."""
@@ -175,37 +159,34 @@ class Attempts:
         kind: Kind,
         workers: Collection[str],
     ) -> Failure:
-        """Return the record of a partition whose last attempt ended with an error.
+        """Return the record of a partition whose last attempt ended with an error, as :meth:`ended` does."""
+        row = getattr(error, "row", None)
+        evidence = "".join([*traceback.format_tb(trace)[-_FRAMES:], *traceback.format_exception_only(error)])
+        failure = self.ended(task, kind, said(error), workers, evidence)
+        return failure if row is None else failure.model_copy(update={"rows": (int(row),)})
+
+    def ended(
+        self, task: PartitionTask, kind: Kind, reason: str, workers: Collection[str] = (), evidence: str = ""
+    ) -> Failure:
+        """Return the record of a partition that has failed permanently.
 
         Parameters
         ----------
         task
             The partition.
-        error, trace, kind
-            The error, its traceback and its kind.
+        kind, reason, evidence
+            How its last attempt ended.
         workers
             Names of the workers on which it failed, with repetitions.
         """
-        row = getattr(error, "row", None)
         return Failure(
             index=task.partition.index,
             kind=kind,
-            reason=said(error),
-            attempts=self._past[task.partition.index].attempts,
-            evidence="".join([*traceback.format_tb(trace)[-_FRAMES:], *traceback.format_exception_only(error)]),
+            reason=reason,
+            attempts=self.count(task),
+            evidence=evidence,
             workers=tuple(dict.fromkeys(workers)),
-            rows=() if row is None else (int(row),),
             task=task,
-        )
-
-    def lost(
-        self, task: PartitionTask, kind: Kind, reason: str, workers: tuple[str, ...] = (), evidence: str = ""
-    ) -> Failure:
-        """Return the record of a partition whose last attempt ended without an error of its own."""
-        index = task.partition.index
-        attempts = self._past[index].attempts
-        return Failure(
-            index=index, kind=kind, reason=reason, attempts=attempts, evidence=evidence, workers=workers, task=task
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dask_logits.errors import (
     CacheError,
@@ -36,6 +36,13 @@ _COMPILERS = {"triton", "torch._inductor", "torch._dynamo", "subprocess"}
 # An I/O error, an unusable row, a device or worker that cannot score, a worker that died several times during the
 # partition, a worker or submission that disappeared, no sign of life.
 Event = Literal["transient", "data", "device", "worker-death", "lost", "hang"]
+
+
+class Retry(NamedTuple):
+    """Another attempt, after some seconds. Alone on its worker: when no other partition is left to retry."""
+
+    seconds: float = 0.0
+    is_alone: bool = False
 
 
 def classify(error: BaseException) -> Literal["transient", "data", "device"]:
@@ -80,7 +87,7 @@ def decide(
     had_company: bool = False,
     was_alone: bool = False,
     on_good_devices: int = 0,
-) -> float | None:
+) -> Retry | None:
     """Decide whether and when a partition is retried.
 
     Parameters
@@ -104,27 +111,27 @@ def decide(
 
     Returns
     -------
-    float or None
-        Seconds to wait before. None: it has failed permanently.
+    Retry or None
+        None: it has failed permanently.
 
     Examples
     --------
     >>> decide("data", 2, tried="a", usable="ab"), decide("data", 2, tried="ab", usable="abc")
-    (0.0, None)
+    (Retry(seconds=0.0, is_alone=False), None)
     """
-    if event == "lost":
-        return 0.0 if losses <= retries + 1 else None
+    if event == "lost" and losses <= retries + 1:
+        return Retry()
+    if event in ("lost", "worker-death"):
+        return Retry(is_alone=True) if had_company and not was_alone else None
     if event == "hang":
-        return None if was_alone else 0.0
-    if event == "worker-death":
-        return 0.0 if had_company and not was_alone else None
+        return None if was_alone else Retry(is_alone=True)
     if event == "device":
-        return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else 0.0
+        return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else Retry()
     n_failures, n_workers = len(tried), len(set(tried))
     has_others = bool(set(usable) - set(tried))
     enough = 2 if has_others else 1
     if n_failures > retries + _MOST_MORE:
         return None
     if event == "transient":
-        return None if n_failures > retries and n_workers >= enough else rest_seconds(n_failures)
-    return None if n_workers >= enough else 0.0
+        return None if n_failures > retries and n_workers >= enough else Retry(rest_seconds(n_failures))
+    return None if n_workers >= enough else Retry()

@@ -149,7 +149,7 @@ class SerialExecutor:
                 "that it works, then run the same command again"
             ) from error
         tried = [_HERE] * attempts.count(task)
-        seconds = attempts.retry_error(task, error, kind, where, tried=tried, usable=[_HERE])
+        seconds = attempts.retry(task, kind, said(error), where, tried=tried, usable=[_HERE])
         if seconds is None:
             return Failed(attempts.failed(task, error, error.__traceback__, kind, [where]))
         logger.warning("partition %s failed: %s; again in %.0f s", task.partition.name, said(error), seconds)

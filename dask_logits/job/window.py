@@ -130,7 +130,7 @@ class Window:
                 # Its worker died before it reported the result. If it committed, the next attempt finds the receipt.
                 self.attempts.again(task.after("lost", "its worker died"))
             elif future.status == "cancelled":
-                self._give_up(self.attempts.retry_lost(task))
+                self._lost(task)
             elif future.status == "finished":
                 self._finished(task, result_of(self.client, future, self.job.stall_seconds))
             else:
@@ -272,7 +272,7 @@ class Window:
             if orphan.workers is not None and orphan.workers <= self._departed:
                 self.attempts.again(orphan.task)
             else:
-                self._give_up(self.attempts.retry_lost(orphan.task))
+                self._lost(orphan.task)
 
     def _finished(self, task: PartitionTask, outcome: tuple[Receipt | None, str]) -> None:
         index = task.partition.index
@@ -294,7 +294,7 @@ class Window:
         worker = erred_on(self.client, ended.future)
         if worker is None:
             # The scheduler has forgotten the worker.
-            self._give_up(self.attempts.retry_lost(task))
+            self._lost(task)
             return
         if worker not in self._present:
             # It has just come, and got a partition that waited for a worker.
@@ -309,7 +309,7 @@ class Window:
         if retired is not None and worker not in before:
             logger.error("worker %s gets no more work: %s; see its log", name, retired)
         tried, usable = self.roster.tried(index), self.roster.usable(self._present)
-        seconds = self.attempts.retry_error(task, error, kind, name, tried=tried, usable=usable)
+        seconds = self.attempts.retry(task, kind, said(error), name, tried=tried, usable=usable)
         if seconds is None:
             self._give_up_on_error(ended, error, kind)
             return
@@ -327,7 +327,7 @@ class Window:
         if retired is None and is_poisoned(error):
             # First, because `wait` takes the partition back if the scheduler is lost.
             self._restart(worker)
-        if self.attempts.retry_error(task, error, "device", name, on_good_devices=on_good_devices) is not None:
+        if self.attempts.retry(task, "device", said(error), name, on_good_devices=on_good_devices) is not None:
             logger.warning("partition %s: the device of %s failed: %s; again", task.partition.name, name, said(error))
         else:
             self._give_up_on_error(ended, error, "device")
@@ -380,33 +380,38 @@ class Window:
         tasks = self.flight.take_back(keys)
         logger.warning("no sign of life from %s for %.0f s; restarting %s", names(tasks), seconds, worker)
         for task in tasks:
-            if not self.attempts.retry_hung(task, name, seconds):
-                reason = f"no sign of life for {seconds:g} s (distillation.job.stall_seconds), on its own, too"
-                self._give_up(self.attempts.lost(task, "hang", reason, (name,), f"worker {worker}"))
+            reason = f"no sign of life for {seconds:g} s"
+            together = f"{reason}, from it or another partition of its worker"
+            if self.attempts.retry(task, "hang", together, name) is None:
+                alone = f"{reason} (distillation.job.stall_seconds), on its own, too"
+                self._give_up(self.attempts.ended(task, "hang", alone, [name], f"worker {worker}"))
         # Last, because it may find the scheduler lost.
         restart_worker(self.client, worker)
 
+    def _lost(self, task: PartitionTask) -> None:
+        """Try a partition again after its worker or its submission disappeared, a limited number of times."""
+        reason = "its worker died or its submission was cancelled"
+        if self.attempts.retry(task, "lost", reason) is None:
+            self._give_up(self.attempts.ended(task, "worker-death", f"{reason} {self.attempts.losses(task)} times"))
+
     def _died(self, task: PartitionTask, error: KilledWorker) -> None:
         name = self.roster.name(error.last_worker.address)
-        if self.attempts.retry_died(task, name):
-            logger.warning(
-                "partition %s: its worker died, with another partition on it; again on its own", task.partition.name
-            )
+        reason = "its worker died, with another partition on it"
+        if self.attempts.retry(task, "worker-death", reason, name) is not None:
+            logger.warning("partition %s: %s; again on its own", task.partition.name, reason)
             return
         reason = f"its worker died {error.allowed_failures + 1} times"
         evidence = f"last worker {error.last_worker.address}; its log, or the kernel's, says what ended it"
-        self._give_up(self.attempts.lost(task, "worker-death", reason, (name,), evidence))
+        self._give_up(self.attempts.ended(task, "worker-death", reason, [name], evidence))
 
     def _give_up_on_error(self, ended: Submitted, error: BaseException, kind: Kind) -> None:
         index = ended.task.partition.index
-        tried = tuple(map(self.roster.name, self.roster.tried(index)))
+        tried = list(map(self.roster.name, self.roster.tried(index)))
         self.roster.note_bad(index)
         self._give_up(self.attempts.failed(ended.task, error, ended.future.traceback(CALL_SECONDS), kind, tried))
 
-    def _give_up(self, failure: Failure | None) -> None:
-        """Give up a partition, if it has failed permanently."""
-        if failure is not None:
-            self._events.append(Failed(failure))
+    def _give_up(self, failure: Failure) -> None:
+        self._events.append(Failed(failure))
 
     def _stalled(self, idle: float) -> ClusterError:
         left_out = f"\nThese workers get no work:\n{self.roster.listed()}" if self.roster.left_out else ""

@@ -35,15 +35,14 @@ def test_partitions_are_retried_when_their_time_has_come_in_the_order_of_their_f
 def test_an_error_is_retried_after_a_while_and_then_recorded_with_its_rows_and_workers() -> None:
     attempts, first = Attempts(retries=1), task()
     attempts.begin(first)
-    error = OSError("disk gone")
-    assert attempts.retry_error(first, error, "transient", "a", tried="a", usable="a") == 2.0
+    assert attempts.retry(first, "transient", "disk gone", "a", tried="a", usable="a") == 2.0
     assert attempts.take_due(0.0) is None
     again = attempts.take_due(math.inf)
     assert [(each.kind, each.reason, each.worker) for each in again.failed_attempts] == [
         ("transient", "disk gone", "a")
     ]
     assert attempts.begin(again) == attempts.count(again) == 2
-    assert attempts.retry_error(again, error, "transient", "a", tried="aa", usable="a") is None
+    assert attempts.retry(again, "transient", "disk gone", "a", tried="aa", usable="a") is None
     assert not attempts.are_left()
     try:
         raise DatasetError("dataset: expected a text, got 3", row=9)
@@ -61,52 +60,57 @@ def test_a_partition_is_lost_a_limited_number_of_times_and_then_tried_alone_if_i
     attempts = Attempts(retries=1, have_company=have_company)
     for _ in range(2):
         attempts.begin(task())
-        assert attempts.retry_lost(task()) is None
+        assert attempts.retry(task(), "lost", "gone") == 0.0
         assert attempts.take_due(math.inf).failed_attempts[-1].kind == "lost"
     if have_company:
-        assert attempts.retry_lost(task()) is None
+        assert attempts.retry(task(), "lost", "gone") == 0.0
         assert attempts.take_due(math.inf) is None
         assert attempts.is_alone(attempts.take_suspect())
-    failure = attempts.retry_lost(task())
-    assert (failure.kind, failure.attempts) == ("worker-death", 2)
-    assert failure.reason.endswith(f"cancelled {4 if have_company else 3} times")
+    assert attempts.retry(task(), "lost", "gone") is None
+    assert attempts.losses(task()) == (4 if have_company else 3)
     assert not attempts.are_left()
 
 
 def test_losses_of_a_connection_do_not_count() -> None:
     attempts = Attempts(retries=0)
     for _ in range(3):
-        assert attempts.retry_lost(task()) is None
+        assert attempts.retry(task(), "lost", "gone") is not None
         attempts.forget_losses()
-    assert attempts.retry_lost(task()) is None
-    assert attempts.retry_lost(task()) is not None
+    assert attempts.retry(task(), "lost", "gone") is not None
+    assert attempts.retry(task(), "lost", "gone") is None
 
 
 def test_the_companions_of_a_dead_or_hung_worker_are_tried_once_alone_after_all_others() -> None:
     attempts = Attempts(retries=2, have_company=True)
-    assert attempts.retry_died(task(1), "a")
-    assert attempts.retry_hung(task(2), "a", 5.0)
+    assert attempts.retry(task(1), "worker-death", "died", "a") is not None
+    assert attempts.retry(task(2), "hang", "silent", "a") is not None
     attempts.again(task(3))
     assert attempts.take_suspect() is None
     assert attempts.take_due(math.inf).partition.index == 3
     assert [attempts.take_suspect().failed_attempts[0].kind for _ in range(2)] == ["worker-death", "hang"]
-    assert not attempts.retry_died(task(1), "a")
-    assert not attempts.retry_hung(task(2), "a", 5.0)
+    assert attempts.retry(task(1), "worker-death", "died", "a") is None
+    assert attempts.retry(task(2), "hang", "silent", "a") is None
     assert not attempts.are_left()
 
 
 def test_a_dead_worker_without_another_partition_blames_its_own() -> None:
     attempts = Attempts(retries=2)
     attempts.begin(task())
-    assert not attempts.retry_died(task(), "a")
-    failure = attempts.lost(task(), "worker-death", "its worker died 3 times", ("a",), "its log")
+    assert attempts.retry(task(), "worker-death", "died", "a") is None
+    failure = attempts.ended(task(), "worker-death", "its worker died 3 times", ("a",), "its log")
     assert (failure.attempts, failure.reason, failure.evidence) == (1, "its worker died 3 times", "its log")
+
+
+def test_a_trial_is_alone_from_the_start() -> None:
+    attempts, trial = Attempts(retries=2, have_company=True), dataclasses.replace(task(), trial=(0, 2))
+    attempts.begin(trial)
+    assert attempts.retry(trial, "hang", "silent", "a") is None
 
 
 def test_what_is_known_of_a_partition_is_forgotten_when_it_is_completed() -> None:
     attempts = Attempts(retries=2, have_company=True)
     attempts.begin(task())
-    attempts.retry_hung(task(), "a", 5.0)
+    attempts.retry(task(), "hang", "silent", "a")
     attempts.note_success(task())
     assert attempts.begin(task()) == 1
     assert not attempts.is_alone(task())

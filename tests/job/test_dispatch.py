@@ -149,7 +149,7 @@ def test_no_partition_of_a_hung_worker_is_dropped_when_the_scheduler_is_lost(mon
     monkeypatch.setattr(flight, "holders", lambda client: {"hangs": "one"})
     monkeypatch.setattr(window_module, "restart_worker", _lost)
     if was_alone:
-        assert window.attempts.retry_hung(task, "one", 1)
+        assert window.attempts.retry(task, "hang", "no sign of life", "one") is not None
         window.attempts.take_suspect()
     with pytest.raises(SchedulerLostError):
         window.check_hung()

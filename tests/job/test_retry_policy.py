@@ -10,7 +10,7 @@ import torch._dynamo.exc
 import triton.runtime.errors
 
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError, is_poisoned
-from dask_logits.job.retry_policy import classify, decide
+from dask_logits.job.retry_policy import Retry, classify, decide
 
 
 @pytest.mark.parametrize(
@@ -31,24 +31,27 @@ from dask_logits.job.retry_policy import classify, decide
     ],
 )
 def test_an_error_is_retried_until_it_is_the_partitions_own(event, tried, usable, expected) -> None:
-    assert decide(event, 2, tried=tried, usable=usable) == expected
+    retry = decide(event, 2, tried=tried, usable=usable)
+    assert (retry and retry.seconds) == expected
 
 
 @pytest.mark.parametrize(
     ("event", "facts", "expected"),
     [
-        ("lost", {"losses": 1}, 0.0),
-        ("lost", {"losses": 3}, 0.0),
+        ("lost", {"losses": 1}, Retry()),
+        ("lost", {"losses": 3}, Retry()),
         ("lost", {"losses": 4}, None),
         # A companion may have ended the worker.
-        ("worker-death", {"had_company": True}, 0.0),
+        ("lost", {"losses": 4, "had_company": True}, Retry(is_alone=True)),
+        ("lost", {"losses": 5, "had_company": True, "was_alone": True}, None),
+        ("worker-death", {"had_company": True}, Retry(is_alone=True)),
         ("worker-death", {"had_company": True, "was_alone": True}, None),
         ("worker-death", {"had_company": False}, None),
         # A device's error is the partition's fault only if good devices fail it repeatedly.
-        ("device", {"tried": "abcdef"}, 0.0),
-        ("device", {"on_good_devices": 1}, 0.0),
+        ("device", {"tried": "abcdef"}, Retry()),
+        ("device", {"on_good_devices": 1}, Retry()),
         ("device", {"on_good_devices": 2}, None),
-        ("hang", {}, 0.0),
+        ("hang", {}, Retry(is_alone=True)),
         ("hang", {"was_alone": True}, None),
     ],
 )
