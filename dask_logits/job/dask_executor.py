@@ -116,7 +116,7 @@ class DaskExecutor:
         on_turn: Callable[[], None] = lambda: None,
     ) -> Any:
         """Run one function on one worker, and on another if the first is lost."""
-        return run_one(self.client, function, argument, self.job, roster=self.roster, on_step=on_step, on_turn=on_turn)
+        return run_one(self.client, function, argument, self.job, self.roster, on_step=on_step, on_turn=on_turn)
 
     @contextlib.contextmanager
     def preload(self, teacher: TeacherSpec, vocab_size: int) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Run one task on one worker, and on another if the first is lost, stops responding or fails.
 
-A worker without a heartbeat for 30 s is not waited for: the task also starts on another worker, and the first result
-counts. The number of attempts is limited by ``distillation.job.retries``.
+A worker without a heartbeat for 30 s is not waited for: the task starts again on another worker. The number of attempts
+is limited by ``distillation.job.retries``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import logging
 import queue
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask
 from distributed import Client, Future, KilledWorker
@@ -50,8 +50,8 @@ def run_one(
     function: Callable[[Any, Callable[[str], None]], Any],
     argument: Any,
     job: JobConfig,
+    roster: Roster,
     *,
-    roster: Roster | None = None,
     on_step: Callable[[str], None] = lambda step: None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> Any:
@@ -68,7 +68,7 @@ def run_one(
     job
         Settings. ``retries`` and ``stall_seconds`` are used.
     roster
-        Workers that get no work. None: all get work.
+        Workers that get no work.
     on_step
         Called in this thread with each step.
     on_turn
@@ -81,55 +81,41 @@ def run_one(
     DaskLogitsError
         The function's error, if it failed on each worker that was tried.
     """
-    task = _Task(client, function, argument, job, Roster() if roster is None else roster)
-    task.subscribe()
+    call = _Call(client, function, argument, job, roster)
 
     def turn() -> None:
-        while not task.steps.empty():
-            task.alive = time.monotonic()
-            on_step(task.steps.get())
+        while not call.steps.empty():
+            call.alive = time.monotonic()
+            on_step(call.steps.get())
         on_turn()
 
     try:
-        return task.run(turn)
+        return call.run(turn)
     except SchedulerLostError as error:
         error.ran = True
         raise
     finally:
-        for attempt in task.attempts:
-            attempt.future.release()
+        call.drop()
         if client.status == "running":
-            client.unsubscribe_topic(task.topic)
-
-
-class _View(NamedTuple):
-    """The scheduler's view: seconds since each worker's last heartbeat, and key → worker with the task."""
-
-    silent: Mapping[str, float]
-    holders: Mapping[str, str]
+            client.unsubscribe_topic(call.topic)
 
 
 @dataclass
-class _Attempt:
-    future: Future
-    workers: frozenset[str] | None
-    holder: str | None = None
-    since: float = field(default_factory=time.monotonic)
-    replaced: bool = False
-
-
-@dataclass
-class _Task:
+class _Call:
     client: Client
     function: Callable[[Any, Callable[[str], None]], Any]
     argument: Any
     job: JobConfig
     roster: Roster
     topic: str = field(default_factory=lambda: _STEPS_TOPIC + uuid.uuid4().hex[:8])
-    attempts: list[_Attempt] = field(default_factory=list)
     steps: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     # Time of the start, then of the last step.
     alive: float = field(default_factory=time.monotonic)
+    # The current attempt, the workers that may have it (None: all), the one that has it, and since when.
+    _future: Future | None = None
+    _workers: Collection[str] | None = None
+    _holder: str | None = None
+    _since: float = 0.0
     # Workers that do not get the task again.
     _tried: set[str] = field(default_factory=set)
     # Workers that ended during the task, with the time in seconds.
@@ -139,23 +125,22 @@ class _Task:
     def name(self) -> str:
         return self.function.__name__
 
-    def subscribe(self) -> None:
-        """Receive the steps of all attempts."""
-        self.client.subscribe_topic(self.topic, lambda event: self.steps.put(event[1]))
-
     def run(self, on_turn: Callable[[], None]) -> Any:
         """Run the task to its end."""
         looked = 0.0
         while True:
             on_turn()
             try:
-                if not self.attempts:
-                    self._submit(self._look())
-                if (result := self._collect()) is not None:
-                    return result
-                if time.monotonic() - looked > _LOOK_SECONDS:
+                future = self._future or self._submit()
+                if future.status == "finished":
+                    return result_of(self.client, future, self.job.stall_seconds)
+                if future.status in ("cancelled", "lost"):
+                    self.drop()
+                elif future.status == "error":
+                    self._retry(exception_of(future), erred_on(self.client, future))
+                elif time.monotonic() - looked > _LOOK_SECONDS:
                     looked = time.monotonic()
-                    self._watch(self._look())
+                    self._watch(future)
             except SchedulerLostError:
                 for _ in wait_for_scheduler(self.client, self.job.stall_seconds):
                     on_turn()
@@ -163,62 +148,52 @@ class _Task:
                 raise too_slow(self.name, self.job.stall_seconds)
             time.sleep(_POLL_SECONDS)
 
-    def _look(self) -> _View:
-        def look(keys: list[str], dask_scheduler: Any) -> tuple[dict[str, float], dict[str, str]]:
+    def drop(self) -> None:
+        """Give up the current attempt, so that the next begins."""
+        if self._future is not None:
+            self._future.release()
+        self._future = self._workers = self._holder = None
+
+    def _look(self, key: str | None = None) -> tuple[Mapping[str, float], str | None]:
+        """Return the seconds since each worker's last heartbeat, and the worker with a task."""
+
+        def look(key: str | None, dask_scheduler: Any) -> tuple[dict[str, float], str | None]:
             from time import time
 
-            states = {key: dask_scheduler.tasks.get(key) for key in keys}
-            return (
-                {address: time() - worker.last_seen for address, worker in dask_scheduler.workers.items()},
-                {key: state.processing_on.address for key, state in states.items() if state and state.processing_on},
-            )
+            state = dask_scheduler.tasks.get(key)
+            silent = {address: time() - worker.last_seen for address, worker in dask_scheduler.workers.items()}
+            return silent, state.processing_on.address if state and state.processing_on else None
 
-        keys = [attempt.future.key for attempt in self.attempts]
-        return _View(*run_on_scheduler(self.client, look, keys))
+        found: tuple[dict[str, float], str | None] = run_on_scheduler(self.client, look, key)
+        return found
 
-    def _others(self, view: _View) -> set[str]:
+    def _others(self, silent: Mapping[str, float]) -> set[str]:
         """Return healthy workers on which it was not tried."""
-        present = {worker for worker, seconds in view.silent.items() if seconds < _SILENT_SECONDS}
+        present = {worker for worker, seconds in silent.items() if seconds < _SILENT_SECONDS}
         return self.roster.usable(present) - self._tried
 
-    def _submit(self, view: _View) -> None:
+    def _submit(self) -> Future:
         """Submit it to an untried worker, or to any worker if there are no restrictions."""
-        # A scheduler that was restarted knows no subscription. Attempts are then cancelled, and submitted again here.
-        self.subscribe()
-        chosen = self._others(view)
-        workers = None if chosen == view.silent.keys() or not chosen else frozenset(chosen)
+        silent, _ = self._look()
+        # A scheduler that was restarted knows no subscription. The attempt is then cancelled, and submitted again here.
+        self.client.subscribe_topic(self.topic, lambda event: self.steps.put(event[1]))
+        chosen = self._others(silent)
+        self._workers = None if chosen == silent.keys() or not chosen else sorted(chosen)
         key = f"{self.name}-{uuid.uuid4().hex[:8]}"
         delayed = dask.delayed(call_on_worker, pure=False)(self.function, self.argument, self.topic, dask_key_name=key)
-        future = self.client.compute(delayed, workers=workers and sorted(workers))
-        self.attempts.append(_Attempt(future, workers))
-
-    def _collect(self) -> Any:
-        """Return a result if there is one. Restart a failed attempt elsewhere."""
-        for attempt in list(self.attempts):
-            status = attempt.future.status
-            if status == "finished":
-                return result_of(self.client, attempt.future, self.job.stall_seconds)
-            if status in ("cancelled", "lost"):
-                self._end(attempt)
-            elif status == "error":
-                error = exception_of(attempt.future)
-                worker = erred_on(self.client, attempt.future)
-                self.attempts.remove(attempt)
-                self._retry(error, worker)
-        return None
+        self._future = self.client.compute(delayed, workers=self._workers)
+        return self._future
 
     def _retry(self, error: BaseException, worker: str | None) -> None:
-        """Restart it on another worker if the error may be specific to this worker, else raise the error."""
+        """Start it again on another worker if the error may be specific to this worker, else raise the error."""
         if worker is not None:
             self._tried.add(worker)
         own = classify(error) == "device" or isinstance(error, _OWN)
-        view = self._look()
-        if own and self._others(view) and len(self._tried) <= self.job.retries:
-            where = "a worker" if worker is None else f"worker {self.roster.name(worker)}"
-            logger.warning("the %s task failed on %s: %s; again on another worker", self.name, where, error)
-            self._submit(view)
-        elif not self.attempts:
+        if not own or len(self._tried) > self.job.retries or not self._others(self._look()[0]):
             raise self._final(error) from error
+        where = "a worker" if worker is None else f"worker {self.roster.name(worker)}"
+        logger.warning("the %s task failed on %s: %s; again on another worker", self.name, where, error)
+        self.drop()
 
     def _final(self, error: BaseException) -> BaseException:
         if isinstance(error, KilledWorker):
@@ -231,39 +206,30 @@ class _Task:
             return unreadable_there(self.name, error, ", ".join(map(self.roster.name, sorted(self._tried))))
         return error
 
-    def _watch(self, view: _View) -> None:
-        """Detect workers that ended or stopped responding."""
-        for attempt in list(self.attempts):
-            holder = view.holders.get(attempt.future.key)
-            if attempt.holder is not None and attempt.holder not in view.silent:
-                self._note_end(attempt)
-            if holder is not None and holder != attempt.holder:
-                attempt.holder, attempt.since = holder, time.monotonic()
-            if attempt.workers is not None and not attempt.workers & view.silent.keys():
-                # The scheduler would keep it waiting for lost workers.
-                self._end(attempt)
-                continue
-            silent = view.silent.get(attempt.holder or "", 0.0)
-            if silent > _SILENT_SECONDS and attempt.holder is not None and not attempt.replaced:
-                self._tried.add(attempt.holder)
-                if self._others(view):
-                    attempt.replaced = True
-                    logger.warning(
-                        "worker %s has not been heard of for %.0f s; the %s task starts on another one, too",
-                        self.roster.name(attempt.holder),
-                        silent,
-                        self.name,
-                    )
-                    self._submit(view)
+    def _watch(self, future: Future) -> None:
+        """Detect a worker that ended or stopped responding."""
+        silent, holder = self._look(future.key)
+        if self._holder is not None and self._holder not in silent:
+            self._note_end(self._holder)
+        if holder is not None and holder != self._holder:
+            self._holder, self._since = holder, time.monotonic()
+        if self._workers is not None and silent.keys().isdisjoint(self._workers):
+            # The scheduler would keep it waiting for lost workers.
+            self.drop()
+        elif self._holder is not None and silent.get(self._holder, 0.0) > _SILENT_SECONDS:
+            self._tried.add(self._holder)
+            if self._others(silent):
+                logger.warning(
+                    "worker %s has not been heard of for %.0f s; the %s task starts again on another one",
+                    self.roster.name(self._holder),
+                    silent[self._holder],
+                    self.name,
+                )
+                self.drop()
 
-    def _end(self, attempt: _Attempt) -> None:
-        self.attempts.remove(attempt)
-        attempt.future.release()
-
-    def _note_end(self, attempt: _Attempt) -> None:
-        assert attempt.holder is not None
-        self._ended.append((attempt.holder, time.monotonic() - attempt.since))
-        attempt.holder = None
+    def _note_end(self, worker: str) -> None:
+        self._ended.append((worker, time.monotonic() - self._since))
+        self._holder = None
         if len(self._ended) < _TWICE:
             return
         ended = ", ".join(f"{self.roster.name(worker)} after {seconds:.0f} s" for worker, seconds in self._ended)

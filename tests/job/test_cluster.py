@@ -26,6 +26,7 @@ from dask_logits.cache.reader import CacheReader
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.job.cluster import open_cluster
 from dask_logits.job.gpus import WorkerFacts, check_groups, gpu_groups, visible_gpus
+from dask_logits.job.roster import Roster
 from dask_logits.job.single import run_one
 from dask_logits.job.workers import local_workers
 
@@ -191,7 +192,7 @@ def test_each_worker_of_several_gpus_sees_its_own_and_no_others(overrides, monke
         # A cluster that lost its workers must not fail what waits, partition by partition.
         assert cluster.client.cluster.scheduler.no_workers_timeout is None
         with pytest.raises(ClusterError, match=r"the _forbidden task, got \[Errno 13\] weights from its"):
-            run_one(cluster.client, _forbidden, None, JobConfig())
+            run_one(cluster.client, _forbidden, None, JobConfig(), Roster())
 
 
 def test_a_static_worker_of_several_dask_workers_starts_one_on_each_gpu_of_its_share(overrides, monkeypatch) -> None:

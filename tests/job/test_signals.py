@@ -32,6 +32,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
 import sys
 from dask_logits.cli import run
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.job.roster import Roster
 from dask_logits.job.single import run_one
 from dask_logits.job.cluster import open_cluster
 
@@ -46,7 +47,7 @@ def job():
     print("the cluster starts", flush=True)
     cluster = ClusterConfig(kind="local_cpu", dashboard_address=None)
     with open_cluster(GenerationConfig(device="cpu", num_workers=1), cluster) as opened:
-        run_one(opened.client, task, 600, JobConfig())
+        run_one(opened.client, task, 600, JobConfig(), Roster())
 
 run(job)
 """

@@ -99,7 +99,7 @@ def _deadly(folder: Path, on_step) -> dict:
 
 
 def test_what_one_worker_cannot_read_is_done_by_another(client, tmp_path, caplog) -> None:
-    pid = run_one(client, _unreadable_at_first, tmp_path, JobConfig())["pid"]
+    pid = run_one(client, _unreadable_at_first, tmp_path, JobConfig(), Roster())["pid"]
     callers = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
     assert len(callers) == 2
     assert pid in callers
@@ -108,12 +108,12 @@ def test_what_one_worker_cannot_read_is_done_by_another(client, tmp_path, caplog
         path.unlink()
     only = sorted(client.scheduler_info(n_workers=-1)["workers"])[0]
     with pytest.raises(ClusterError, match=r"got \[Errno 2\] no such file") as caught:
-        run_one(client, _unreadable_at_first, tmp_path, JobConfig(), roster=Roster(left_out={only: "other release"}))
+        run_one(client, _unreadable_at_first, tmp_path, JobConfig(), Roster(left_out={only: "other release"}))
     assert caught.value.ran
 
 
 def test_what_one_workers_gpu_cannot_do_is_done_by_another(client, tmp_path, caplog) -> None:
-    pid = run_one(client, _sick_at_first, tmp_path, JobConfig())["pid"]
+    pid = run_one(client, _sick_at_first, tmp_path, JobConfig(), Roster())["pid"]
     callers = [int(path.name.partition("-")[2]) for path in sorted(tmp_path.iterdir())]
     assert callers[1:] == [pid] != callers[:1]
     assert "uncorrectable ECC error encountered; again on another worker" in caplog.text
@@ -121,7 +121,7 @@ def test_what_one_workers_gpu_cannot_do_is_done_by_another(client, tmp_path, cap
 
 def test_what_no_gpu_can_do_is_raised(client, tmp_path) -> None:
     with pytest.raises(RuntimeError, match="an illegal memory access"):
-        run_one(client, _sick, tmp_path, JobConfig())
+        run_one(client, _sick, tmp_path, JobConfig(), Roster())
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -143,17 +143,17 @@ def test_steps_arrive_after_the_scheduler_was_restarted(client, monkeypatch) -> 
             client.run_on_scheduler(forget, topics[0], client.id)
 
     monkeypatch.setattr(client, "subscribe_topic", subscribed)
-    assert run_one(client, _loads_slowly, 8.0, JobConfig(stall_seconds=6), on_step=on_step) == "loaded"
+    assert run_one(client, _loads_slowly, 8.0, JobConfig(stall_seconds=6), Roster(), on_step=on_step) == "loaded"
     # Each attempt takes 16.
     assert len(steps) > 10
 
 
 def test_a_step_that_is_repeated_is_a_sign_of_life(client) -> None:
     steps = []
-    assert run_one(client, _loads_slowly, 6.0, JobConfig(stall_seconds=3), on_step=steps.append) == "loaded"
+    assert run_one(client, _loads_slowly, 6.0, JobConfig(stall_seconds=3), Roster(), on_step=steps.append) == "loaded"
     assert len(steps) > 6
     with pytest.raises(ClusterError, match="to end or take a step within 2 s"):
-        run_one(client, _hangs, 8.0, JobConfig(stall_seconds=2))
+        run_one(client, _hangs, 8.0, JobConfig(stall_seconds=2), Roster())
 
 
 def test_a_worker_that_falls_silent_is_not_waited_for(client, tmp_path, monkeypatch) -> None:
@@ -169,7 +169,7 @@ def test_a_worker_that_falls_silent_is_not_waited_for(client, tmp_path, monkeypa
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        assert run_one(client, _silent_at_first, tmp_path, JobConfig())["pid"] not in stopped
+        assert run_one(client, _silent_at_first, tmp_path, JobConfig(), Roster())["pid"] not in stopped
     finally:
         thread.join()
         # Its nanny starts another.
@@ -180,5 +180,5 @@ def test_workers_that_end_during_it_again_and_again_end_it(client, tmp_path) -> 
     with pytest.raises(
         ClusterError, match=r"got 2 that ended during it: tcp://.* after .* s\. .*longer --lifetime"
     ) as e:
-        run_one(client, _deadly, tmp_path, JobConfig(retries=1))
+        run_one(client, _deadly, tmp_path, JobConfig(retries=1), Roster())
     assert e.value.ran
