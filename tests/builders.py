@@ -397,8 +397,7 @@ def run(overrides: list[str], *more: str, dataset=None) -> Path:
 
 def share_a_gpu(monkeypatch) -> None:
     """Let the workers of a scheduler compute on one GPU. Otherwise all but one of them get no work."""
-    for module in ("cluster", "newcomers"):
-        monkeypatch.setattr(f"dask_logits.job.{module}.misplaced", lambda workers, gpus_per_worker: {})
+    monkeypatch.setattr("dask_logits.job.gpus.misplaced", lambda workers, gpus_per_worker: {})
 
 
 def items(reader: CacheReader) -> Iterator[dict[str, Array]]:

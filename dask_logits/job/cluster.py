@@ -30,14 +30,12 @@ from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
     NO_GPU,
     WorkerFacts,
-    check_groups,
     gpu_groups,
     grouped_cluster,
-    misplaced,
     restore_environment,
-    worker_facts,
+    unfit,
 )
-from dask_logits.job.newcomers import Newcomers
+from dask_logits.job.newcomers import Newcomers, ask, broken
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, present_workers, run_on_scheduler
@@ -127,16 +125,11 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 _wait_for_worker(client, config.wait_seconds)
                 if device == "cuda":
                     facts, roster = _facts(client, config.wait_seconds)
-                    blind = {address: NO_GPU for address, fact in facts.items() if device not in fact.environments}
-                    astray = misplaced(facts, generation.gpus_per_worker)
-                    roster.leave_out(blind | astray)
-                    if astray or len(blind) == len(facts):
+                    environments = _environments(_fit(facts, roster, device, generation), device)
+                    if set(roster.left_out.values()) - {NO_GPU}:
                         raise ClusterError(
                             f"distillation.cluster: expected workers with a GPU each, got:\n{roster.listed()}"
                         )
-                    if blind:
-                        logger.error("these workers get no work:\n%s", roster.listed())
-                    environments = _environments(facts, device)
                 else:
                     # All workers share this machine and installation, so there is nothing to ask.
                     environments, roster = dict.fromkeys(client.ncores(), environment(device)), Roster()
@@ -261,20 +254,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         device = generation.device
         if device == "auto":
             device = "cuda" if any(fact.gpus for fact in facts.values()) else "cpu"
-        reasons = {address: NO_GPU for address, fact in facts.items() if device not in fact.environments}
-        if device == "cuda":
-            reasons |= misplaced(facts, generation.gpus_per_worker)
-        if reasons:
-            roster.leave_out(reasons)
-            facts = {address: fact for address, fact in facts.items() if address not in reasons}
-            logger.error("these workers get no work:\n%s", roster.listed())
-        if not facts:
-            raise ClusterError(
-                "distillation.teacher.generation.device: expected workers with a GPU, got none:\n"
-                f"{roster.listed()}\nset distillation.teacher.generation.device=cpu, or start workers where GPUs are "
-                "visible"
-            )
-        check_groups(list(facts.values()), generation.gpus_per_worker)
+        facts = _fit(facts, roster, device, generation)
         hosts = Counter(fact.host for fact in facts.values())
         cores_each = min(fact.cores // hosts[fact.host] for fact in facts.values())
         threads = max(1, cores_each) if generation.torch_threads == "auto" else int(generation.torch_threads)
@@ -394,34 +374,28 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     ClusterError
         If no worker answers, or none can report, because all have another environment.
     """
-    scheduler = client.scheduler
 
-    async def ask() -> tuple[dict[str, Any], dict[str, Any]]:
-        workers = (await scheduler.identity(n_workers=-1))["workers"]
-        calls = (
-            asyncio.wait_for(client.run(worker_facts, workers=[address], asynchronous=True), seconds)
-            for address in workers
-        )
-        return workers, dict(zip(workers, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+    async def ask_all() -> tuple[dict[str, Any], list[Any]]:
+        workers = (await client.scheduler.identity(n_workers=-1))["workers"]
+        calls = (ask(client, address, seconds) for address in workers)
+        return workers, await asyncio.gather(*calls, return_exceptions=True)
 
-    workers, answers = call_scheduler(client, ask, seconds + CALL_SECONDS)
-    facts = {address: answer[address] for address, answer in answers.items() if isinstance(answer, dict)}
-    silent = {address: answer for address, answer in answers.items() if isinstance(answer, OSError)}
-    broken = {address: answer for address, answer in answers.items() if not isinstance(answer, dict | OSError)}
-    roster = Roster(
-        hosts={address: fact.host for address, fact in facts.items()},
-        gpus={address: fact.gpus_in_use[0] for address, fact in facts.items() if fact.gpus_in_use},
-    )
+    workers, answers = call_scheduler(client, ask_all, seconds + CALL_SECONDS)
+    facts, silent, roster = {}, [], Roster()
     roster.note_nannies(workers)
-    reason = "it cannot tell its environment ({!r}); install the same packages there"
-    roster.leave_out({address: reason.format(error) for address, error in broken.items()})
-    if broken and not facts:
+    for address, answer in zip(workers, answers, strict=True):
+        if isinstance(answer, WorkerFacts):
+            facts[address] = answer
+            roster.note_facts(address, answer.host, next(iter(answer.gpus_in_use), None))
+        elif isinstance(answer, OSError):
+            silent.append(f"{address} ({first_line(answer)})")
+        else:
+            roster.leave_out({address: broken(answer)})
+    if roster.left_out and not facts:
         raise ClusterError(
             f"distillation.cluster: expected workers with this environment, got none:\n{roster.listed()}"
         )
-    if broken:
-        logger.error("these workers get no work:\n%s", roster.listed())
-    quiet = ", ".join(f"{address} ({first_line(error)})" for address, error in silent.items())
+    quiet = ", ".join(silent)
     if not facts:
         raise ClusterError(
             f"distillation.cluster: expected an answer of a worker within {seconds:g} s, got "
@@ -432,6 +406,28 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     return facts, roster
 
 
+def _fit(
+    facts: Mapping[str, WorkerFacts], roster: Roster, device: str, generation: GenerationConfig
+) -> dict[str, WorkerFacts]:
+    """Leave out workers that cannot score. Return the facts of the others.
+
+    Raises
+    ------
+    ClusterError
+        If there are no others.
+    """
+    roster.leave_out(unfit(facts, device, generation.gpus_per_worker))
+    fit = {address: facts[address] for address in sorted(roster.usable(facts))}
+    if not fit:
+        raise ClusterError(
+            "distillation.teacher.generation.device: expected workers with a GPU, got none:\n"
+            f"{roster.listed()}\nset distillation.teacher.generation.device=cpu, or start workers where GPUs are "
+            "visible"
+        )
+    if roster.left_out:
+        logger.error("these workers get no work:\n%s", roster.listed())
+    return fit
+
+
 def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
-    """Return the environments of the workers with the device. Other workers refuse to load the teacher."""
-    return {address: fact.environments[device] for address, fact in facts.items() if device in fact.environments}
+    return {address: fact.environments[device] for address, fact in facts.items()}

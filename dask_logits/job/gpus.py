@@ -360,13 +360,23 @@ def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[
     return reasons
 
 
-def check_groups(workers: list[WorkerFacts], gpus_per_worker: int) -> None:
-    """Refuse workers with too few GPUs. Those with GPUs of others are `misplaced`."""
-    if gpus_per_worker == 1:
-        return
-    for worker in workers:
-        if len(worker.gpus) < gpus_per_worker:
-            raise ClusterError(
-                f"distillation.teacher.generation.gpus_per_worker: expected {gpus_per_worker} GPUs for each worker and "
-                f"no other, got {','.join(worker.gpus) or 'none'} for a worker on {worker.host}; {_START_GROUPS}"
-            )
+def unfit(workers: Mapping[str, WorkerFacts], device: str, gpus_per_worker: int) -> dict[str, str]:
+    """Return the workers that cannot score: worker → reason.
+
+    Parameters
+    ----------
+    workers
+        Address → facts.
+    device, gpus_per_worker
+        The device of the job, and how many GPUs a worker uses.
+    """
+    if device != "cuda":
+        return {}
+    few = {
+        address: f"it has {len(worker.gpus)} of the {gpus_per_worker} GPUs that a worker takes "
+        f"(distillation.teacher.generation.gpus_per_worker); {_START_GROUPS}"
+        for address, worker in workers.items()
+        if len(worker.gpus) < gpus_per_worker
+    }
+    blind = {address: NO_GPU for address, worker in workers.items() if device not in worker.environments}
+    return few | blind | misplaced(workers, gpus_per_worker)

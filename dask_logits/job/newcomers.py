@@ -14,7 +14,7 @@ from typing import Any
 
 from distributed import Client
 
-from dask_logits.job.gpus import NO_GPU, WorkerFacts, misplaced, worker_facts
+from dask_logits.job.gpus import WorkerFacts, unfit, worker_facts
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS
 
@@ -22,6 +22,17 @@ logger = logging.getLogger(__name__)
 
 # Time until a worker that did not answer is asked again.
 _AGAIN_SECONDS = 60.0
+
+
+async def ask(client: Client, address: str, seconds: float) -> Any:
+    """Return the facts of a worker, or the error that it answers. None or an ``OSError`` says nothing of the worker."""
+    call = client.run(worker_facts, workers=[address], asynchronous=True, on_error="return")
+    return (await asyncio.wait_for(call, seconds)).get(address)
+
+
+def broken(answer: object) -> str:
+    """Return why a worker gets no work that answered with another thing than its facts."""
+    return f"it cannot tell its environment ({answer!r}); install the same packages there"
 
 
 @dataclass
@@ -45,7 +56,7 @@ class Newcomers:
     device: str
     gpus_per_worker: int
     facts: dict[str, WorkerFacts]
-    _asked: dict[str, Future[dict[str, Any]]] = field(default_factory=dict)
+    _asked: dict[str, Future[Any]] = field(default_factory=dict)
     _silent_until: dict[str, float] = field(default_factory=dict)
 
     def look(self, present: Collection[str], now: float) -> None:
@@ -55,7 +66,9 @@ class Newcomers:
                 del known[gone]
         for address in sorted(set(present) - self.facts.keys() - self._asked.keys() - self.roster.left_out.keys()):
             if self._silent_until.get(address, 0.0) <= now:
-                self._asked[address] = asyncio.run_coroutine_threadsafe(self._ask(address), self._loop)
+                self._asked[address] = asyncio.run_coroutine_threadsafe(
+                    ask(self.client, address, CALL_SECONDS), self.client.loop.asyncio_loop
+                )
                 if self.device == "cuda":
                     self.roster.rest(address, now + CALL_SECONDS)
         for address, future in list(self._asked.items()):
@@ -70,19 +83,9 @@ class Newcomers:
             future.cancel()
         self._asked.clear()
 
-    @property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        loop: asyncio.AbstractEventLoop = self.client.loop.asyncio_loop
-        return loop
-
-    async def _ask(self, address: str) -> dict[str, Any]:
-        call = self.client.run(worker_facts, workers=[address], asynchronous=True, on_error="return")
-        found: dict[str, Any] = await asyncio.wait_for(call, CALL_SECONDS)
-        return found
-
-    def _judge(self, address: str, future: Future[dict[str, Any]], now: float) -> None:
+    def _judge(self, address: str, future: Future[Any], now: float) -> None:
         # An exception of the call itself says nothing of the worker.
-        answer = None if future.cancelled() or future.exception() else future.result().get(address)
+        answer = None if future.cancelled() or future.exception() else future.result()
         if answer is None or isinstance(answer, OSError):
             self._silent_until[address] = now + _AGAIN_SECONDS
             return
@@ -95,10 +98,8 @@ class Newcomers:
     def _reason(self, address: str, answer: Any) -> str | None:
         """Return why a worker gets no work. None: it can score."""
         if not isinstance(answer, WorkerFacts):
-            return f"it cannot tell its environment ({answer!r}); install the same packages there"
+            return broken(answer)
         self.roster.note_facts(address, answer.host, next(iter(answer.gpus_in_use), None))
-        if self.device not in answer.environments:
-            return NO_GPU
         nanny = self.roster.nannies.get(address)
         others = {
             other: facts
@@ -106,7 +107,7 @@ class Newcomers:
             # Not its own process from before a restart.
             if other not in self.roster.left_out and (nanny is None or self.roster.nannies.get(other) != nanny)
         }
-        self.facts[address] = answer
-        if self.device != "cuda":
-            return None
-        return misplaced({**others, address: answer}, self.gpus_per_worker).get(address)
+        reason = unfit({**others, address: answer}, self.device, self.gpus_per_worker).get(address)
+        if reason is None:
+            self.facts[address] = answer
+        return reason

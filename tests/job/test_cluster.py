@@ -25,7 +25,7 @@ from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.job.cluster import open_cluster
-from dask_logits.job.gpus import WorkerFacts, check_groups, gpu_groups, visible_gpus
+from dask_logits.job.gpus import WorkerFacts, gpu_groups, unfit, visible_gpus
 from dask_logits.job.roster import Roster
 from dask_logits.job.single import run_one
 from dask_logits.job.workers import local_workers
@@ -132,12 +132,12 @@ def test_a_local_worker_whose_gpu_torch_cannot_use_gets_no_work(dead, overrides,
     monkeypatch.setenv("DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("dask_logits.job.workers.visible_gpus", lambda: 2)
-    monkeypatch.setattr("dask_logits.job.cluster.worker_facts", facts)
+    monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", facts)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     cluster_config = load_config([*overrides, "cluster=local_cuda"]).cluster
     if len(dead) == 2:
         refused = pytest.raises(
-            ClusterError, match=r"(?s)workers with a GPU each, got:.*: it sees no GPU; .*580 or newer"
+            ClusterError, match=r"(?s)expected workers with a GPU, got none:.*: it sees no GPU; .*580 or newer"
         )
         with refused, open_cluster(GenerationConfig(), cluster_config):
             pass
@@ -230,19 +230,17 @@ def test_gpus_named_by_index_and_uuid_at_once_are_refused(monkeypatch, setting: 
         gpu_groups(generation)
 
 
-@pytest.mark.parametrize(
-    ("workers", "got"),
-    [
-        ([WorkerFacts("a", 8, ("0",))], "got 0 for a worker on a"),
-        ([WorkerFacts("b", 8, ())], "got none for a worker on b"),
-    ],
-)
-def test_joined_workers_that_lack_gpus_are_refused(workers, got: str) -> None:
-    check_groups(workers, 1)
-    with pytest.raises(ClusterError, match=rf"expected 2 GPUs for each worker .*{got}; start each group's worker"):
-        check_groups(workers, 2)
+def test_joined_workers_that_lack_gpus_get_no_work() -> None:
+    facts = {"cpu": {}, "cuda": {}}
+    workers = {"tcp://a:1": WorkerFacts("a", 8, ("0",), facts), "tcp://b:1": WorkerFacts("b", 8, (), {"cpu": {}})}
+    assert list(unfit(workers, "cuda", 1)) == ["tcp://b:1"]
+    assert unfit(workers, "cpu", 2) == {}
+    reasons = unfit(workers, "cuda", 2)
+    assert reasons["tcp://a:1"].startswith("it has 1 of the 2 GPUs that a worker takes (distillation.")
+    assert "start each group's worker by itself" in reasons["tcp://a:1"]
+    assert reasons["tcp://b:1"].startswith("it sees no GPU")
     # Each Slurm task counts the GPUs of its control group from 0.
-    check_groups([WorkerFacts("a", 8, ("0", "1")), WorkerFacts("a", 8, ("0", "1"))], 2)
+    assert unfit({f"tcp://a:{port}": WorkerFacts("a", 8, ("0", "1"), facts) for port in (1, 2)}, "cuda", 2) == {}
 
 
 def test_more_gpus_for_a_worker_than_there_are_names_the_cure(overrides) -> None:

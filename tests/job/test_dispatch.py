@@ -273,7 +273,7 @@ def test_a_worker_that_does_not_answer_is_gone_on_without(caplog, monkeypatch) -
             os.kill(stopped, signal.SIGCONT)
         assert "no answer from tcp://" in caplog.text
         assert len(_facts(client, 30)[0]) == 2
-        monkeypatch.setattr("dask_logits.job.cluster.worker_facts", _of_another_environment)
+        monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", _of_another_environment)
         with pytest.raises(
             ClusterError, match=r"(?s)expected workers with this environment, got none:.*No module named 'gone'"
         ):

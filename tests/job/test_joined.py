@@ -46,8 +46,7 @@ def workers(n_workers: int) -> Iterator[LocalCluster]:
 
 @contextlib.contextmanager
 def joined(cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = "auto") -> Iterator[DaskExecutor]:
-    for module in ("cluster", "newcomers"):
-        monkeypatch.setattr(f"dask_logits.job.{module}.worker_facts", facts_of(*gpus))
+    monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", facts_of(*gpus))
     config = ClusterConfig(scheduler=cluster.scheduler_address, wait_seconds=30)
     with open_cluster(GenerationConfig(device=device), config) as executor:
         yield executor
@@ -120,7 +119,7 @@ def test_workers_that_join_later_are_compared_and_named(monkeypatch, caplog, tmp
         window = Window(executor.client, iter(()), JobConfig(), executor.roster, executor.newcomers)
         cluster.scale(len(gpus))
         deadline = time.monotonic() + 60
-        while len(executor.newcomers.facts) + len(executor.roster.left_out) < 7:
+        while len(executor.newcomers.facts) + len(executor.roster.left_out) < len(gpus):
             assert time.monotonic() < deadline, (executor.newcomers.facts, executor.roster.left_out)
             window.fill()
             time.sleep(0.05)

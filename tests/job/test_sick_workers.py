@@ -129,7 +129,7 @@ def _with_a_gpu(dask_worker) -> WorkerFacts:
     ],
 )
 def test_a_sick_worker_costs_few_attempts_and_is_named(overrides, here, tmp_path, monkeypatch, act, most) -> None:
-    monkeypatch.setattr("dask_logits.job.cluster.worker_facts", _with_a_gpu)
+    monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", _with_a_gpu)
     whole = digest(run(here, PARTITIONS, f"distillation.teacher.cache_dir={tmp_path / 'whole'}"))
     with sick_cluster(act, tmp_path / "log") as scheduler:
         assert digest(run(overrides, PARTITIONS, scheduler)) == whole
