@@ -240,8 +240,8 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
         ) from error
     with _closed_soon(client):
         with _occupied(client, 3 * config.wait_seconds):
-            if _wait_for_worker(client, config.wait_seconds):
-                _settle(client, min(_LONGEST_SETTLE_SECONDS, config.wait_seconds))
+            _wait_for_worker(client, config.wait_seconds)
+            _settle(client, min(_LONGEST_SETTLE_SECONDS, config.wait_seconds))
             facts, roster = _facts(client, config.wait_seconds)
         name = "distributed.scheduler.worker-saturation"
         saturation = run_on_scheduler(client, lambda: dask.config.get(name))
@@ -343,9 +343,7 @@ def _occupied(client: Client, seconds: float) -> Iterator[None]:
         task.release()
 
 
-def _wait_for_worker(client: Client, seconds: float) -> bool:
-    """Wait for a worker. Return whether there was none before."""
-    had_none = not present_workers(client)
+def _wait_for_worker(client: Client, seconds: float) -> None:
     try:
         client.wait_for_workers(1, timeout=seconds)
     except TimeoutError as error:
@@ -353,17 +351,32 @@ def _wait_for_worker(client: Client, seconds: float) -> bool:
             f"distillation.cluster: expected a worker within {seconds:g} s, got none; "
             "start `dask worker` with this scheduler's address"
         ) from error
-    return had_none
 
 
 def _settle(client: Client, seconds: float) -> None:
     """Wait until no more workers arrive. They share the cores of a host, and the first may be the one without a GPU."""
     workers = present_workers(client).keys()
-    began = changed = time.monotonic()
+    began = time.monotonic()
+    changed = began - _seconds_since_arrival(client)
     while time.monotonic() < min(changed + _SETTLE_SECONDS, began + seconds):
         time.sleep(_SETTLE_POLL_SECONDS)
         if (present := present_workers(client).keys()) != workers:
             workers, changed = present, time.monotonic()
+
+
+def _seconds_since_arrival(client: Client) -> float:
+    """Return the time since the last worker came, by the scheduler's clock."""
+
+    # Defined inside, so that it is pickled by value: the scheduler may not have this package. (distributed 2026.7.1)
+    def since(dask_scheduler: Any) -> float:
+        from time import time
+
+        events = dask_scheduler.get_events("all")
+        arrivals = [at for at, event in events if isinstance(event, dict) and event.get("action") == "add-worker"]
+        return time() - max(arrivals, default=0.0)
+
+    seconds: float = run_on_scheduler(client, since)
+    return seconds
 
 
 def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Roster]:

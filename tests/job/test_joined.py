@@ -12,7 +12,7 @@ from distributed import Client, LocalCluster
 
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError
-from dask_logits.job.cluster import open_cluster
+from dask_logits.job.cluster import _seconds_since_arrival, open_cluster
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import WorkerFacts
 from dask_logits.job.window import Window
@@ -154,21 +154,32 @@ class Arrivals:
                 client.wait_for_workers(n_workers, timeout=30)
 
 
-@pytest.mark.parametrize(("n_before", "device", "n_left_out"), [(0, "cuda", 1), (1, "cpu", 0)])
-def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(
-    monkeypatch, n_before, device, n_left_out
-) -> None:
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(monkeypatch, n_before) -> None:
     with workers(n_before) as cluster:
         clock = Arrivals(cluster, 2, every_seconds=3)
         monkeypatch.setattr("dask_logits.job.cluster.time", clock)
+        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", lambda client: 0.0)
         # The one without a GPU comes first.
         first = threading.Timer(0.5, cluster.scale, (1,))
         first.start()
         with joined(cluster, monkeypatch, None, "GPU-e0>GPU-e0") as executor:
-            assert executor.device == device
-            assert len(executor.roster.left_out) == n_left_out
+            assert executor.device == "cuda"
+            assert len(executor.roster.left_out) == 1
         first.join()
-        assert clock.seconds == (0 if n_before else 3 + 5)
+        assert clock.seconds == 3 + 5
+
+
+def test_workers_that_came_long_ago_are_not_waited_for(monkeypatch) -> None:
+    with workers(1) as cluster, Client(cluster) as client:
+        assert 0 <= _seconds_since_arrival(client) < 60
+        time.sleep(0.5)
+        clock = Arrivals(cluster, 2, every_seconds=3)
+        monkeypatch.setattr("dask_logits.job.cluster.time", clock)
+        monkeypatch.setattr("dask_logits.job.cluster._SETTLE_SECONDS", 0.2)
+        with joined(cluster, monkeypatch, None, "GPU-e0>GPU-e0") as executor:
+            assert executor.device == "cpu"
+        assert clock.seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,7 @@ def test_cores_are_shared_with_workers_that_arrive_soon_after_the_first(
     with workers(0) as cluster:
         clock = Arrivals(cluster, n_workers, every_seconds)
         monkeypatch.setattr("dask_logits.job.cluster.time", clock)
+        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", lambda client: 0.0)
         first = threading.Timer(0.5, cluster.scale, (1,))
         first.start()
         gpus = (f"GPU-e{name}>GPU-e{name}" for name in range(n_workers))
