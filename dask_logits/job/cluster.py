@@ -24,8 +24,7 @@ import dask
 from distributed import Client, LocalCluster, Security, rpc
 
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
-from dask_logits.errors import CacheError, ClusterError, first_line
-from dask_logits.files.atomic import read_json
+from dask_logits.errors import ClusterError, first_line
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
     NO_GPU,
@@ -38,14 +37,13 @@ from dask_logits.job.gpus import (
 from dask_logits.job.newcomers import Newcomers, ask, broken
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS, call_scheduler, present_workers, run_on_scheduler
+from dask_logits.job.scheduler import CALL_SECONDS, address_in, call_scheduler, present_workers, run_on_scheduler
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
 from dask_logits.worker.environment import Environment, environment
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30
-_FILE_POLL_SECONDS = 0.2
 # Workers that are started together have arrived if no other came for this time.
 _SETTLE_SECONDS = 5.0
 _LONGEST_SETTLE_SECONDS = 30.0
@@ -216,7 +214,10 @@ def _any_cores_without_affinity() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) -> Iterator[DaskExecutor]:
-    address = _address(config)
+    address = str(config.scheduler)
+    if config.scheduler_file is not None:
+        file = Path(config.scheduler_file).expanduser()
+        address = address_in(file, config.wait_seconds, "distillation.cluster.scheduler_file")
     logger.info("joining %s, for which distillation.cluster.wait_seconds=%g s are waited", address, config.wait_seconds)
     try:
         # distributed 2026.7.1 would wait forever for a peer that accepts the connection but never answers.
@@ -278,32 +279,6 @@ def _closed_soon(client: Client) -> Iterator[None]:
     finally:
         with contextlib.suppress(TimeoutError):
             client.close(timeout=_CLOSE_SECONDS)
-
-
-def _address(config: ClusterConfig) -> str:
-    """Return the scheduler's address, waiting for its file if necessary."""
-    if config.scheduler_file is None:
-        return str(config.scheduler)
-    file = Path(config.scheduler_file).expanduser()
-    deadline = time.monotonic() + config.wait_seconds
-    if not file.exists():
-        logger.info("waiting for %s, at most distillation.cluster.wait_seconds=%g s", file, config.wait_seconds)
-    while True:
-        got = "none"
-        # The scheduler first opens its file and then writes it.
-        try:
-            address = (read_json(file) or {}).get("address")
-        except CacheError as error:
-            address, got = None, error.message
-        if isinstance(address, str):
-            return address
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"distillation.cluster.scheduler_file: expected a scheduler's address in {str(file)!r} within "
-                f"{config.wait_seconds:g} s, got {got}; start `dask scheduler --scheduler-file` with it, on a file "
-                "system that all machines see"
-            )
-        time.sleep(_FILE_POLL_SECONDS)
 
 
 def security(config: ClusterConfig) -> Security | None:

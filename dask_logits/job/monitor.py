@@ -24,8 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dask_logits.errors import CacheError, ClusterError, ConfigError, DaskLogitsError, RunConflictError
-from dask_logits.files.atomic import expanded, read_json
+from dask_logits.errors import ClusterError, ConfigError, DaskLogitsError, RunConflictError
+from dask_logits.files.atomic import expanded
 from dask_logits.observe.live import LiveRun
 from dask_logits.observe.live_page import cell
 from dask_logits.observe.status import Status, read_status
@@ -37,7 +37,6 @@ from dask_logits.run.records import DriverStatus
 _SILENT_SECONDS = 120.0
 # Time for cluster start or consolidation of a small cache, during which no driver reports scoring.
 _GRACE_SECONDS = 30.0
-_FILE_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,10 @@ class Monitor:
             self._live = LiveRun(Path(self.run))
             self.status()
             return
-        address = scheduler or _address(Path(str(scheduler_file)), wait_seconds)
+        # Only here, because importing distributed takes half a second.
+        from dask_logits.job.scheduler import address_in
+
+        address = scheduler or address_in(Path(str(scheduler_file)), wait_seconds, "Monitor")
         self.run = _choose(_announced(address, wait_seconds), address)
         self._live = LiveRun(Path(self.run))
         folder = RunFolder(Path(self.run))
@@ -207,22 +209,6 @@ class Monitor:
         if event is None:
             raise ClusterError(f"{self._scheduler}: expected news of {self.run}, got none: the scheduler was replaced")
         return _Look(lines=_lines(event), is_at_work=_at_work(event))
-
-
-def _address(file: Path, wait_seconds: float) -> str:
-    # Client(scheduler_file=…) of distributed 2026.7.1 waits forever for a missing file.
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        # A scheduler first opens its file and then writes it.
-        with contextlib.suppress(CacheError):
-            address = (read_json(file) or {}).get("address")
-            if isinstance(address, str):
-                return address
-        if time.monotonic() > deadline or not file.exists():
-            raise ClusterError(
-                f"{file}: expected the file of a running scheduler, got none; start `dask scheduler` with it"
-            )
-        time.sleep(_FILE_POLL_SECONDS)
 
 
 def _announced(address: str, wait_seconds: float) -> dict[str, DriverStatus]:

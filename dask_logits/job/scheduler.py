@@ -13,24 +13,66 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.comm import get_address_host_port
 
-from dask_logits.errors import ClusterError
+from dask_logits.errors import CacheError, ClusterError
+from dask_logits.files.atomic import read_json
 
 logger = logging.getLogger(__name__)
 
 CALL_SECONDS = 20
 _RESTART_SECONDS = 60
 _POLL_SECONDS = 0.5
+_FILE_POLL_SECONDS = 0.2
 _PROBE_SECONDS = 5.0
 
 
 class SchedulerLostError(ClusterError):
     """The client is currently not connected to its scheduler."""
+
+
+def address_in(file: Path, seconds: float, where: str) -> str:
+    """Return the address in the file of a scheduler, waiting for it if necessary.
+
+    ``Client(scheduler_file=…)`` of distributed 2026.7.1 waits forever for a missing file.
+
+    Parameters
+    ----------
+    file
+        The file.
+    seconds
+        Maximum waiting time.
+    where
+        What named the file, for the message.
+
+    Raises
+    ------
+    ClusterError
+        If there is no address in time.
+    """
+    deadline = time.monotonic() + seconds
+    if not file.exists():
+        logger.info("waiting for %s, at most %g s", file, seconds)
+    while True:
+        got = "none"
+        # The scheduler first opens its file and then writes it.
+        try:
+            address = (read_json(file) or {}).get("address")
+        except CacheError as error:
+            address, got = None, error.message
+        if isinstance(address, str):
+            return address
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{where}: expected a scheduler's address in {str(file)!r} within {seconds:g} s, got {got}; start "
+                "`dask scheduler --scheduler-file` with it, on a file system that all machines see"
+            )
+        time.sleep(_FILE_POLL_SECONDS)
 
 
 def call_scheduler(client: Client, function: Callable[[], Awaitable[Any]], seconds: float = CALL_SECONDS) -> Any:
