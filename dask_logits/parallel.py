@@ -19,6 +19,7 @@ import click
 from dask_logits.cli import Command, settings_argument
 
 _POLL_SECONDS = 0.2
+_GENERATION = "distillation.teacher.generation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +62,33 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
 
 def _launch(count: int, devices: str | None, overrides: list[str], *, merge: bool) -> int:
     from dask_logits.config.compose import load_config
-    from dask_logits.job.gpus import cores
+    from dask_logits.job.gpus import cores, gpu_groups
+    from dask_logits.job.workers import local_device
 
+    if devices:
+        overrides = [f"{_GENERATION}.devices='{devices}'", *overrides]
     config = load_config(overrides)
-    is_cpu = config.teacher.generation.device == "cpu" or config.cluster.kind == "local_cpu"
-    gpus = [] if is_cpu else [gpu for gpu in (devices or _gpus()).split(",") if gpu]
-    groups = _groups(gpus, config.teacher.generation.gpus_per_worker)
+    generation = config.teacher.generation
+    is_on_gpus = local_device(generation, config.cluster) == "cuda"
+    groups = [",".join(group) for group in gpu_groups(generation)] if is_on_gpus else []
     folder = Path(config.teacher.cache_dir).expanduser()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dask_logits"]
-    if config.teacher.generation.torch_threads == "auto":
+    if generation.torch_threads == "auto":
         # Dask workers of a static worker share its cores.
-        threads = max(1, cores() // (count * (config.teacher.generation.num_workers or 1)))
-        overrides = [f"distillation.teacher.generation.torch_threads={threads}", *overrides]
-    if gpus and devices and config.teacher.generation.device == "auto":
-        # A worker that does not see the GPU that was named is refused, instead of scoring on the CPU.
-        overrides = ["distillation.teacher.generation.device=cuda", *overrides]
+        threads = max(1, cores() // (count * (generation.num_workers or 1)))
+        overrides = [f"{_GENERATION}.torch_threads={threads}", *overrides]
     workers: list[_Worker] = []
     try:
         for number in range(count):
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]} if groups else {})
             log = logs / f"worker-{number}.log"
             share = [
-                f"distillation.teacher.generation.worker_id={number}",
-                f"distillation.teacher.generation.total_workers={count}",
+                f"{_GENERATION}.worker_id={number}",
+                f"{_GENERATION}.total_workers={count}",
+                # A worker sees no other GPUs.
+                f"{_GENERATION}.devices=null",
                 "distillation.cluster.dashboard_address=null",
             ]
             with log.open("wb") as file:
@@ -129,31 +132,6 @@ def _wait(workers: list[_Worker]) -> bool:
                 _say(f"worker {worker.number}: " + ("done" if status == 0 else f"failed with exit status {status}"))
         time.sleep(_POLL_SECONDS if waiting else 0)
     return failed
-
-
-def _groups(gpus: list[str], size: int) -> list[str]:
-    """Return the GPUs of each worker, separated by commas. GPUs that do not complete a group are not used."""
-    from dask_logits.errors import ClusterError
-
-    groups = [",".join(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]
-    if size > 1 and not groups:
-        raise ClusterError(
-            f"distillation.teacher.generation.gpus_per_worker: expected at least {size} GPUs for a worker, got "
-            f"{len(gpus)} ({','.join(gpus) or 'none visible'}); lower it, or name more GPUs"
-        )
-    if groups and len(gpus) % size:
-        _say(f"{len(gpus) % size} of {len(gpus)} GPUs are not used: workers take {size} each")
-    return groups
-
-
-def _gpus() -> str:
-    """Return the visible GPUs of this machine, separated by commas."""
-    from dask_logits.job.gpus import HIDDEN, visible_gpus
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return "" if visible.strip() in HIDDEN else visible
-    return ",".join(map(str, range(visible_gpus())))
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import warm
 from builders import SuiteWorker, cache_dir, digest, run, tree
 from datasets import Dataset
@@ -30,6 +30,7 @@ from dask_logits.cli import main
 from dask_logits.config.groups import DatasetConfig
 from dask_logits.data.arrow import open_corpus
 from dask_logits.files.lock import lease
+from dask_logits.job.gpus import HIDDEN
 from dask_logits.observe.report import report_html
 from dask_logits.run.failures import Failure, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder
@@ -179,6 +180,7 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
         (None, [], ["0", "1", "0"]),
         ("1", [], ["1", "1", "1"]),
         (None, ["4,5"], ["4", "5", "4"]),
+        (None, [f"{GENERATION}.devices=[4,5]"], ["4", "5", "4"]),
         (None, [f"{GENERATION}.gpus_per_worker=2"], ["0,1", "0,1", "0,1"]),
         ("3,1,0,2,5", [f"{GENERATION}.gpus_per_worker=2"], ["3,1", "0,2", "3,1"]),
         (None, ["4,5,6,7", f"{GENERATION}.gpus_per_worker=2"], ["4,5", "6,7", "4,5"]),
@@ -191,12 +193,15 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
     ],
 )
 def test_the_launcher_gives_visible_gpus_and_a_share_of_the_cores(
-    visible, arguments, expected, tmp_path, monkeypatch
+    visible, arguments, expected, tmp_path, monkeypatch, capfd
 ) -> None:
-    monkeypatch.setattr("dask_logits.job.gpus.visible_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for module in ("gpus", "workers"):
+        n_gpus = 2 if visible is None else 0 if visible in HIDDEN else len(visible.split(","))
+        monkeypatch.setattr(f"dask_logits.job.{module}.visible_gpus", lambda n_gpus=n_gpus: n_gpus)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr("dask_logits.job.gpus.cores", lambda: 12)
     started: list[tuple[list[str], str | None]] = []
 
@@ -210,38 +215,24 @@ def test_the_launcher_gives_visible_gpus_and_a_share_of_the_cores(
         parallel.main(["--no-merge", "3", *arguments, *job, f"distillation.teacher.cache_dir={tmp_path / 'run'}"])
     assert ended.value.code == 0
     assert [gpu for _, gpu in started] == (expected or [visible] * 3)
+    where = f" on GPU {expected[0]}" if expected else ""
+    assert f"worker 0: process 1{where}, log " in capfd.readouterr().err
     for command, _ in started:
         threads = 2 if f"{GENERATION}.num_workers=2" in arguments else 4
         assert f"{GENERATION}.torch_threads={threads}" in command
-        assert (f"{GENERATION}.device=cuda" in command) == (arguments[:1] in (["4,5"], ["4,5,6,7"]))
 
 
 @pytest.mark.parametrize(
-    ("devices", "problem"),
-    [(["4,5"], r"got 2 \(4,5\); lower it, or name more"), ([], r"got 0 \(none visible\); lower it")],
+    ("arguments", "problem"),
+    [
+        (["--", f"{GENERATION}.gpus_per_worker=3"], "gpus_per_worker: expected 3 visible GPUs, got 0; lower it"),
+        (["0,1", "--"], "devices: expected visible GPUs for '0,1', got none"),
+    ],
 )
-def test_the_launcher_refuses_groups_larger_than_its_gpus(
-    devices, problem, small, launched, capfd, monkeypatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launched("2", *devices, "--", *small, f"{GENERATION}.gpus_per_worker=3") == 2
-    message = f"{GENERATION}.gpus_per_worker: expected at least 3 GPUs for a worker, "
-    assert re.search(re.escape(message) + problem, capfd.readouterr().err)
+def test_the_launcher_refuses_gpus_that_are_not_there(arguments, problem, small, launched, capfd) -> None:
+    assert launched("2", *arguments, *small) == 2
+    assert f"{GENERATION}.{problem}" in capfd.readouterr().err
     assert not cache_dir(small).exists()
-
-
-def test_the_launcher_says_which_gpus_complete_no_group(small, launched, capfd) -> None:
-    # No worker sees such GPUs here.
-    assert launched("1", "4,5,6", "--", *small, f"{GENERATION}.gpus_per_worker=2") == 1
-    errors = capfd.readouterr().err
-    assert "1 of 3 GPUs are not used: workers take 2 each" in errors
-    assert re.search(r"worker 0: process \d+ on GPU 4,5, log ", errors)
-
-
-def test_the_launcher_refuses_named_gpus_that_are_not_there(small, launched, capfd) -> None:
-    assert launched("1", "0,1", "--", *small) == 1
-    assert "expected a visible GPU for 'cuda', got none" in capfd.readouterr().err
-    assert not (cache_dir(small) / "run.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["0"], ["two"], ["2", "--merge"]])
