@@ -64,6 +64,7 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     from dask_logits.config.compose import load_config
     from dask_logits.job.gpus import cores, gpu_groups
     from dask_logits.job.workers import local_device
+    from dask_logits.run.folder import RunFolder
 
     if devices:
         overrides = [f"{_GENERATION}.devices='{devices}'", *overrides]
@@ -76,8 +77,11 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dask_logits"]
     if generation.torch_threads == "auto":
-        # Dask workers of a static worker share its cores.
-        threads = max(1, cores() // (count * (generation.num_workers or 1)))
+        # Dask workers of a static worker share its cores. A run keeps its threads on a machine with other cores.
+        threads: object = max(1, cores() // (count * (generation.num_workers or 1)))
+        manifest = None if generation.force_regenerate else RunFolder(folder).manifest()
+        if manifest is not None:
+            threads = manifest.numerics.get("teacher.generation.torch_threads", threads)
         overrides = [f"{_GENERATION}.torch_threads={threads}", *overrides]
     workers: list[_Worker] = []
     try:

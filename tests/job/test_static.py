@@ -147,6 +147,15 @@ def test_the_launcher_runs_workers_side_by_side_and_merges(small, whole, launche
     assert tree(folder / "receipts") == before
 
 
+def test_the_launcher_resumes_with_the_threads_of_the_run_on_another_machine(
+    small, whole, launched, monkeypatch
+) -> None:
+    run(small, *share(0, 2))
+    monkeypatch.setattr("dask_logits.job.gpus.cores", lambda: 64)
+    assert launched("2", "--", *(setting for setting in small if "torch_threads" not in setting)) == 0
+    assert digest(cache_dir(small) / "teacher_logits.h5") == whole
+
+
 def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_again(
     small, whole, launched, capfd
 ) -> None:
