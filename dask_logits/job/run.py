@@ -33,7 +33,7 @@ from dask_logits.job.prepare import Job, check_folder, prepare
 from dask_logits.job.progress import Steps
 from dask_logits.job.reporter import Reporter, reported
 from dask_logits.job.serial_executor import open_process
-from dask_logits.job.watchdog import watched
+from dask_logits.job.watchdog import Watch, watched
 from dask_logits.job.workers import runs_here
 from dask_logits.run.consolidate import consolidate_run, tidy
 from dask_logits.run.failures import listed, read_failures
@@ -146,11 +146,11 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
         with Steps("preparing", is_live=False) as steps:
             job = dataclasses.replace(prepare(config, dataset, on_step=steps.show), only=only, bisects=bisects)
         check_folder(job)
-        with watched(config.job.stall_seconds):
-            return _do(job)
+        with watched(config.job.stall_seconds) as watch:
+            return _do(job, watch)
 
 
-def _do(job: Job) -> Path:
+def _do(job: Job, watch: Watch) -> Path:
     config = job.config
     with _held(job) as is_lost:
         # Repeated, because no other process can change the folder from here on.
@@ -165,7 +165,7 @@ def _do(job: Job) -> Path:
             return _complete_path(job)
         done = Done() if start == "replace" or state is None else discard_stale(state, job.share)
         check_capacity(job, done.rows / max(1, job.source.n_rows or 0))
-        with reported(job, is_lost) as reporter:
+        with reported(job, is_lost) as reporter, watch.explained():
             if not (start == "resume" and job.run.calibration() and _is_scored(job, log, done)):
                 failed = _run_tasks(job, start, done, reporter)
                 if failed:

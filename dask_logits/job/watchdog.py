@@ -30,8 +30,8 @@ _LAST_WORDS_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def watched(stall_seconds: float) -> Iterator[None]:
-    """Interrupt this thread when it hangs.
+def watched(stall_seconds: float) -> Iterator[Watch]:
+    """Interrupt this thread when it hangs. Yields what explains the interruption.
 
     If the kernel prevents the interruption of a main thread, the process exits with status 1. A hang of another thread
     is only logged.
@@ -46,21 +46,18 @@ def watched(stall_seconds: float) -> Iterator[None]:
     ClusterError
         With the place where it hung.
     """
-    watch = _Watch(max(stall_seconds, LEAST_SECONDS))
+    watch = Watch(max(stall_seconds, LEAST_SECONDS))
     thread = threading.Thread(target=watch.run, daemon=True, name="dask_logits-watch")
     thread.start()
     try:
-        yield
-    except KeyboardInterrupt:
-        if watch.diagnosis is None:
-            raise
-        raise has_run(watch.diagnosis) from None
+        with watch.explained():
+            yield watch
     finally:
         watch.stopped.set()
         thread.join()
 
 
-class _Watch:
+class Watch:
     """Monitors the processor time of the thread that created it."""
 
     def __init__(self, seconds: float) -> None:
@@ -68,6 +65,16 @@ class _Watch:
         self.stopped = threading.Event()
         self._seconds = seconds
         self._thread = threading.current_thread()
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise the diagnosis instead of the interruption, so that it is not taken for Ctrl-C."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.diagnosis is None:
+                raise
+            raise has_run(self.diagnosis) from None
 
     def run(self) -> None:
         """Monitor until stopped."""

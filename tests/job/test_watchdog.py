@@ -10,10 +10,12 @@ import threading
 import time
 
 import pytest
+from builders import cache_dir
 
 from dask_logits import ClusterError, generate, load_config
 from dask_logits.job import reporter, watchdog
 from dask_logits.job import run as run_module
+from dask_logits.run.folder import RunFolder
 
 # Opening a pipe that nobody writes to waits as a file system does that is gone.
 HANG = """
@@ -55,6 +57,10 @@ def test_a_job_whose_file_system_does_not_answer_ends_with_a_diagnosis(joined, p
         with pytest.raises(ClusterError, match=where) as hung:
             generate(load_config([*mine, "distillation.job.stall_seconds=3"]))
     assert hung.value.ran
+    # Not as though somebody had pressed Ctrl-C.
+    (status,) = RunFolder(cache_dir(joined)).driver_statuses().values()
+    assert status.state == "failed"
+    assert "hangs in" in status.reason
     assert generate(config).read_bytes() == before
 
 
