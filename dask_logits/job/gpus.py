@@ -151,7 +151,7 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
             f"{','.join(visible)} and gpus_per_worker={size}, got {n_workers}; leave it out for one worker for each "
             f"{size} GPUs"
         )
-    if not os.environ.get("CUDA_VISIBLE_DEVICES") and (n_cut := _cut_gpus()):
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and (n_cut := sum(gpu.is_cut for gpu in _gpus())):
         logger.warning(
             "%d GPUs are cut into slices (MIG), and a worker takes only the first slice of its GPU; name the slices in "
             "CUDA_VISIBLE_DEVICES=MIG-…,MIG-…, as `nvidia-smi -L` lists them",
@@ -164,28 +164,34 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     return [groups[(generation.worker_id * n_workers + place) % len(groups)] for place in range(n_workers)]
 
 
-def _cut_gpus() -> int:
-    """Count the GPUs of this machine that are cut into slices."""
+class _Gpu(NamedTuple):
+    """UUID of a GPU (empty: unknown), and whether it is cut into slices."""
+
+    uuid: str
+    is_cut: bool
+
+
+def _gpus() -> list[_Gpu]:
+    """Return the GPUs of this machine by their places on the bus. None where NVML does not answer."""
     try:
         import pynvml
     except ImportError:
-        return 0
-    n_cut = 0
-    with contextlib.suppress(pynvml.NVMLError):
+        return []
+    try:
         pynvml.nvmlInit()
-        for index in range(int(pynvml.nvmlDeviceGetCount())):
-            n_cut += _is_cut(pynvml.nvmlDeviceGetHandleByIndex(index))
-    return n_cut
-
-
-def _is_cut(gpu: Any) -> bool:
-    """Whether a GPU, as NVML's object, is cut into slices."""
-    import pynvml
-
-    # Older GPUs raise an error: they cannot be cut.
-    with contextlib.suppress(pynvml.NVMLError):
-        return bool(pynvml.nvmlDeviceGetMigMode(gpu)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
-    return False
+        count = int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return []
+    found = []
+    for index in range(count):
+        uuid, is_cut = "", False
+        # Nothing is known of a GPU that has failed. Older GPUs raise an error here: they cannot be cut.
+        with contextlib.suppress(pynvml.NVMLError):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = str(pynvml.nvmlDeviceGetUUID(gpu))
+            is_cut = bool(pynvml.nvmlDeviceGetMigMode(gpu)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+        found.append(_Gpu(uuid, is_cut))
+    return found
 
 
 @contextlib.contextmanager
@@ -232,33 +238,21 @@ def restore_environment(values: Mapping[str, str | None]) -> None:
 
 def _are_first(names: list[str]) -> bool:
     """Whether these GPUs, by index or UUID, are the first ones that torch sees in this process."""
-    import pynvml
-
-    used = [gpu.rpartition(" ")[2] for gpu in gpus_in_use(len(names))]
-    try:
-        given = _by_uuid(names)
-    except pynvml.NVMLError:
+    used, gpus = [gpu.rpartition(" ")[2] for gpu in gpus_in_use(len(names))], _gpus()
+    if len(used) != len(names) or any(name.isdigit() and int(name) >= len(gpus) for name in names):
         return False
     # torch may give a slice its own UUID or that of its GPU, so slices are not compared. A name may be shortened.
-    pairs = zip(used, given, strict=False)
-    return len(used) == len(given) and all(
-        name.startswith("MIG-") or name.isdigit() or gpu.startswith(name) for gpu, name in pairs
-    )
+    pairs = zip(used, _by_uuid(names, gpus), strict=True)
+    return all(name.startswith("MIG-") or name.isdigit() or gpu.startswith(name) for gpu, name in pairs)
 
 
-def _by_uuid(names: list[str]) -> list[str]:
+def _by_uuid(names: list[str], gpus: list[_Gpu]) -> list[str]:
     """Return the names of GPUs with each index replaced by the UUID of the GPU at this place on the bus.
 
     The index of a GPU that is cut into slices stays, because CUDA takes it for a slice.
     """
-    import pynvml
-
-    pynvml.nvmlInit()
-    gpus = {name: pynvml.nvmlDeviceGetHandleByIndex(int(name)) for name in names if name.isdigit()}
-    return [
-        str(pynvml.nvmlDeviceGetUUID(gpus[name])) if name in gpus and not _is_cut(gpus[name]) else name
-        for name in names
-    ]
+    whole = {str(index): gpu.uuid for index, gpu in enumerate(gpus) if gpu.uuid and not gpu.is_cut}
+    return [whole.get(name, name) for name in names]
 
 
 def grouped_cluster(base: type) -> Any:
@@ -318,21 +312,9 @@ def worker_facts() -> WorkerFacts:
     gpus = _names(named)[:count] if named else [str(index) for index in range(count)]
     # In CUDA's own order, an index names another GPU than it does to NVML.
     if gpus and os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
-        gpus = _resolved(gpus)
+        gpus = _by_uuid(gpus, _gpus())
     environments = {device: environment(device) for device in ("cpu", "cuda")[: 2 if count else 1]}
     return WorkerFacts(socket.gethostname(), cores(), tuple(gpus), environments, gpus_in_use(count))
-
-
-def _resolved(names: list[str]) -> list[str]:
-    """Return GPUs by UUID, or as they are if NVML does not answer."""
-    try:
-        import pynvml
-    except ImportError:
-        return names
-    try:
-        return _by_uuid(names)
-    except pynvml.NVMLError:
-        return names
 
 
 def misplaced(workers: Mapping[str, WorkerFacts], gpus_per_worker: int) -> dict[str, str]:
