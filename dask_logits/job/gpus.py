@@ -128,16 +128,18 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     Raises
     ------
     ClusterError
-        If there are fewer GPUs than one worker needs, or fewer groups than workers, or only some have a UUID as name.
+        If there are fewer GPUs than one worker needs, or fewer groups than workers, or only some have a UUID as name,
+        or a UUID is not that of one GPU.
     """
     visible, size = named_gpus(generation), generation.gpus_per_worker
+    setting = "distillation.teacher.generation.devices" if generation.devices else "CUDA_VISIBLE_DEVICES"
     # dask-cuda 26.10.0 sorts the names.
     if len({name.isdigit() for name in visible}) > 1:
-        setting = "distillation.teacher.generation.devices" if generation.devices else "CUDA_VISIBLE_DEVICES"
         raise ClusterError(
             f"{setting}: expected GPUs that are all named by their index or all by their UUID, got "
             f"{','.join(visible)!r}; `nvidia-smi -L` lists both"
         )
+    visible = _unshortened(visible, setting)
     groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
     if not groups:
         raise ClusterError(
@@ -162,6 +164,21 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     if generation.worker_id is None:
         return groups
     return [groups[(generation.worker_id * n_workers + place) % len(groups)] for place in range(n_workers)]
+
+
+def _unshortened(names: list[str], setting: str) -> list[str]:
+    """Return the names of GPUs with each UUID in full. CUDA allows shortened ones, dask-cuda 26.10.0 does not."""
+    gpus = _gpus() if any(name.startswith("GPU-") for name in names) else []
+    full = []
+    for name in names:
+        uuids = [gpu.uuid for gpu in gpus if gpu.uuid.startswith(name)] if name.startswith("GPU-") and gpus else [name]
+        if len(uuids) != 1:
+            raise ClusterError(
+                f"{setting}: expected the UUID of a GPU of this machine, or a beginning that only one has, got "
+                f"{name!r}, with which {len(uuids)} begin; `nvidia-smi -L` lists them"
+            )
+        full += uuids
+    return full
 
 
 class _Gpu(NamedTuple):

@@ -332,6 +332,18 @@ def test_workers_of_a_local_cluster_count_gpus_as_nvidia_smi_does(monkeypatch) -
 
 
 @pytest.mark.usefixtures("_gpus_e0_to_e3")
+def test_a_shortened_uuid_is_completed_or_refused(monkeypatch) -> None:
+    pynvml = sys.modules["pynvml"]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{'abcc'[handle]}{handle}-0000")
+    assert home.gpu_groups(GenerationConfig(devices="GPU-b,GPU-c3")) == [["GPU-b1-0000"], ["GPU-c3-0000"]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a0-0000,GPU-c")
+    with pytest.raises(ClusterError, match=r"CUDA_VISIBLE_DEVICES: expected .* got 'GPU-c', with which 2 begin"):
+        home.gpu_groups(GenerationConfig())
+    with pytest.raises(ClusterError, match=r"got 'GPU-d', with which 0 begin; `nvidia-smi -L` lists them"):
+        home._unshortened(["GPU-d"], "distillation.teacher.generation.devices")
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
 def test_gpus_that_are_cut_into_slices_are_told_of(monkeypatch, caplog) -> None:
     def mode(handle: int) -> list[int]:
         if handle == 3:
