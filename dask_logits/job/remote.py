@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ from dask_logits.worker.task import PartitionTask, Stages, process_partition, tr
 TOKENS_TOPIC = "dask_logits.tokens."
 # The computing thread of a process. Dask's own executor is used, because its threads do not block process exit.
 SCORER = ThreadPoolExecutor(1, thread_name_prefix="dask_logits-scorer")
-# Locks shared by the threads of a process.
-STAGES = Stages(text=threading.Lock(), teacher=threading.Lock(), scorer=SCORER)
+# Shared by the threads of a process.
+STAGES = Stages(scorer=SCORER)
 
 
 def run_on_worker(task: PartitionTask) -> tuple[Receipt | None, str]:

@@ -6,16 +6,15 @@ attempts, even concurrent ones, leaves exactly one committed result.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,24 +46,9 @@ _MOST_ATTEMPTS = 8
 _MOST_LETTERS = 200
 
 
-class ScoringClock:
-    """Seconds of scoring of each partition. A device may begin one before the last results of the one before arrive."""
-
-    def __init__(self) -> None:
-        self._ended = 0.0
-
-    def seconds(self, begun: float, ended: float) -> float:
-        """Return the seconds of a partition that has just ended, without those that count for the one before.
-
-        Both times are those of ``time.perf_counter``.
-        """
-        before, self._ended = self._ended, ended
-        return ended - min(max(begun, before), ended)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Stages:
-    """Locks of a worker's threads, so that one partition is read or written while another is scored.
+    """What the threads of a worker share, so that one partition is read or written while another is scored.
 
     Parameters
     ----------
@@ -75,21 +59,27 @@ class Stages:
     scorer
         Single thread for scoring. Each thread has its own OpenMP team, and two teams slow each other down. None: the
         calling thread.
-    scored
-        Seconds of scoring, so that none count twice.
     """
 
-    text: AbstractContextManager[object]
-    teacher: AbstractContextManager[object]
+    text: threading.Lock = field(default_factory=threading.Lock)
+    teacher: threading.Lock = field(default_factory=threading.Lock)
     scorer: Executor | None = None
-    scored: ScoringClock = field(default_factory=ScoringClock)
+    _ended: float = 0.0
 
     def run(self, function: Callable[[], _T]) -> _T:
         """Call a function in the scorer's thread."""
         return function() if self.scorer is None else self.scorer.submit(function).result()
 
+    def scoring_seconds(self, begun: float, ended: float) -> float:
+        """Return the seconds of scoring of a partition that has just ended, in times of ``time.perf_counter``.
 
-ALONE = Stages(text=contextlib.nullcontext(), teacher=contextlib.nullcontext())
+        A device may begin it before the last results of the one before arrive. These seconds do not count twice.
+        """
+        before, self._ended = self._ended, ended
+        return ended - min(max(begun, before), ended)
+
+
+ALONE = Stages()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +215,7 @@ def process_partition(
     begun = clock
     scored = finish()
     lap("score")
-    seconds["score"] = round(stages.scored.seconds(begun, clock), 4)
+    seconds["score"] = round(stages.scoring_seconds(begun, clock), 4)
     stored, kept = encode_records(scored.records, profile, scored.encoded)
     statistics, content_digest = _said_of(kept)
     del kept

@@ -315,7 +315,7 @@ def test_a_search_for_bad_rows_reads_and_tokenizes_in_one_thread_at_a_time(monke
     monkeypatch.setattr(task_module, "read_documents", read)
     monkeypatch.setattr(task_module, "load_teacher", lambda *given, on_life: None)
     spec = dataclasses.replace(task(0), scoring=SimpleNamespace(vocab_size=1), trial=(0, 0))
-    task_module.try_rows(spec, print, Stages(text=text, teacher=contextlib.nullcontext()))
+    task_module.try_rows(spec, print, Stages(text=text))
     assert held == [True, True]
     assert not text.locked()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dask_logits.worker.task import ScoringClock
+from dask_logits.worker.task import Stages
 
 
 @pytest.mark.parametrize(
@@ -17,5 +17,5 @@ from dask_logits.worker.task import ScoringClock
     ],
 )
 def test_seconds_of_scoring_count_once(spans: list[tuple[float, float]], expected: list[float]) -> None:
-    clock = ScoringClock()
-    assert [clock.seconds(begun, ended) for begun, ended in spans] == expected
+    stages = Stages()
+    assert [stages.scoring_seconds(begun, ended) for begun, ended in spans] == expected
