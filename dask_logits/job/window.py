@@ -103,7 +103,7 @@ class Window:
             self.newcomers.look(self._present, now)
         # A worker that left may be missing shortly before its departure is reported.
         self._take_back_orphans(before.keys() | self._present.keys())
-        room, places = self._room(now), self._places()
+        room, places = self._capacity(now)
         while len(self.flight) < room:
             task = self.attempts.take_due(now) or self._draw()
             if task is None or not self._submit(task, places):
@@ -216,28 +216,24 @@ class Window:
         self._present = present_workers(self.client)
         self.roster.note_nannies(self._present)
 
-    def _threads(self) -> dict[str, int]:
-        """Return how many partitions each worker can have at one time."""
-        return {address: min(_MOST_PARTITIONS_EACH, int(each["nthreads"])) for address, each in self._present.items()}
+    def _capacity(self, now: float) -> tuple[int, dict[str, int] | None]:
+        """Return how many partitions may be in flight, and how many more each worker may get.
 
-    def _room(self, now: float) -> int:
-        """Return how many partitions may be in flight, counting the workers that may get one."""
-        threads = self._threads()
-        self.attempts.have_company = self.attempts.have_company or max(threads.values(), default=1) > 1
-        if self._present and not self.roster.usable(self._present):
-            return 0
-        chosen = self.roster.choose(self._present, None, now)
+        None: as many as it has threads, which Dask sees to.
+        """
+        threads = {
+            address: min(_MOST_PARTITIONS_EACH, int(each["nthreads"])) for address, each in self._present.items()
+        }
+        self.attempts.have_company |= max(threads.values(), default=1) > 1
+        most = {address: self.roster.most(address, count) for address, count in threads.items()}
+        usable = self.roster.usable(threads)
+        chosen = self.roster.choose(threads, None, now)
         # Without workers, one partition waits at the scheduler, where an adaptive cluster sees it.
-        return max(1, sum(self.roster.most(address, threads[address]) for address in chosen))
-
-    def _places(self) -> dict[str, int] | None:
-        """Return how many more partitions each worker may get. None: as many as it has threads, which Dask sees to."""
-        threads = self._threads()
-        most = {address: self.roster.most(address, threads[address]) for address in threads}
-        if all(most[address] == threads[address] for address in self.roster.usable(threads)):
-            return None
+        room = 0 if threads and not usable else max(1, sum(most[address] for address in chosen))
+        if all(most[address] == threads[address] for address in usable):
+            return room, None
         load = self.flight.load()
-        return {address: most[address] - load[address] for address in most}
+        return room, {address: most[address] - load[address] for address in most}
 
     def _draw(self) -> PartitionTask | None:
         """Return the next partition, or None if there is none or the stream has not reached it."""
