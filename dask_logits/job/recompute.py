@@ -192,7 +192,7 @@ def _compare(
             differing = describe(differences(made_in, here))
             off = _Differences()
             for row in rows_of[task.partition.index]:
-                off.add(_targets(_cached_document(readers, row)), _targets(_document(kept, row)))
+                off.add(_cached_document(readers, row), _document(kept, row))
             if differing and off.is_near(near_nats):
                 near[differing] += 1
             else:
@@ -202,11 +202,11 @@ def _compare(
                 )
         for row in rows_of[task.partition.index]:
             now, stored = _document(live, row), _cached_document(readers, row)
-            cached.add(_targets(stored), _targets(now))
+            cached.add(stored, now)
             if scored.entropy_M is not None:
                 _check_ranks(ranks, scored, row, stored.positions, near_nats)
             if task.items.packing == "none":
-                noise.add(_targets(alone[row]), _targets(now))
+                noise.add(alone[row], now)
             if not task.scoring.draws:
                 truncation += truncation_nats(dense[row].logprobs, task.scoring.top_k)
                 continue
@@ -234,10 +234,6 @@ def _compare(
     return figures, [one for one in checks if one is check or one.looked_at], notes
 
 
-# Positions in the row [M], ids and log-probs [M, K].
-Targets = tuple[Array, Array, Array]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Document:
     """Positions in the row [M] and the logical arrays of the targets of a row's documents."""
@@ -245,14 +241,13 @@ class _Document:
     positions: Array
     arrays: dict[str, Array]
 
-
-def _targets(document: _Document) -> Targets:
-    """Return the entries to compare, of draws the next tokens, whose ids need no comparison."""
-    arrays = document.arrays
-    if "topk_counts" in arrays:
-        label_M1 = arrays["label_logprob"][:, None]
-        return document.positions, np.zeros(label_M1.shape, np.int64), label_M1
-    return document.positions, arrays["topk_ids"], arrays["topk_logprobs"]
+    @property
+    def entries(self) -> tuple[Array, Array]:
+        """Ids and log-probs [M, K] to compare, of draws those of the next tokens, whose ids need no comparison."""
+        if "topk_counts" in self.arrays:
+            label_M1 = self.arrays["label_logprob"][:, None]
+            return np.zeros(label_M1.shape, np.int64), label_M1
+        return self.arrays["topk_ids"], self.arrays["topk_logprobs"]
 
 
 class _Moved:
@@ -323,20 +318,22 @@ class _Differences:
         self.positions = self.same_top1 = self.n_pairs = self.n_unmatched = 0
         self.most = self.squares = 0.0
 
-    def add(self, one: Targets, other: Targets) -> None:
+    def add(self, one: _Document, other: _Document) -> None:
         """Compare targets with those of the same positions among others."""
-        _, here, there = np.intersect1d(one[0], other[0], assume_unique=True, return_indices=True)
-        self.n_unmatched += len(one[0]) - len(here)
-        pairs = zip(*(array[here] for array in one[1:]), *(array[there] for array in other[1:]), strict=True)
-        for ids_K, logprobs_K, others_K, other_logprobs_K in pairs:
-            _, at, other_at = np.intersect1d(ids_K, others_K, assume_unique=True, return_indices=True)
-            off = np.abs(logprobs_K[at].astype(np.float64) - other_logprobs_K[other_at].astype(np.float64))
-            off = off[np.isfinite(off)]
-            self.positions += 1
-            self.same_top1 += int(ids_K[0] == others_K[0])
-            self.n_pairs += len(off)
-            self.most = max(self.most, float(off.max(initial=0.0)))
-            self.squares += float((off**2).sum())
+        common, here, there = np.intersect1d(one.positions, other.positions, assume_unique=True, return_indices=True)
+        self.n_unmatched += len(one.positions) - len(common)
+        ids_MK, logprobs_MK = (array[here] for array in one.entries)
+        others_MK, other_logprobs_MK = (array[there] for array in other.entries)
+        # An entry of a position as one number, so that all positions are compared at once.
+        keys_MK, other_keys_MK = (common[:, None].astype(np.int64) << 32 | ids for ids in (ids_MK, others_MK))
+        _, at, other_at = np.intersect1d(keys_MK, other_keys_MK, assume_unique=True, return_indices=True)
+        off = np.abs(logprobs_MK.ravel()[at].astype(np.float64) - other_logprobs_MK.ravel()[other_at])
+        off = off[np.isfinite(off)]
+        self.positions += len(common)
+        self.same_top1 += int(np.count_nonzero(ids_MK[:, 0] == others_MK[:, 0]))
+        self.n_pairs += len(off)
+        self.most = max(self.most, float(off.max(initial=0.0)))
+        self.squares += float((off**2).sum())
 
     def is_near(self, nats: float) -> bool:
         """Whether all positions are compared, and the root mean square difference is at most `nats`."""

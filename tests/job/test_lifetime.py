@@ -109,7 +109,7 @@ def test_only_losses_that_are_not_departures_count(caplog, left: bool) -> None:
     caplog.set_level("INFO")
     window = Window(SimpleNamespace(), iter(()), JobConfig(retries=0))
     task = SimpleNamespace(partition=Partition(index=3, first_row=9, n_rows=3), trial=None)
-    task.after = lambda kind, reason: task
+    task.after = lambda *given: task
     window.attempts.begin(task)
     for turn in range(5):
         worker, key = f"tcp://10.0.0.1:{turn}", f"key-{turn}"
