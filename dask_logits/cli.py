@@ -187,13 +187,13 @@ def generate(overrides: tuple[str, ...], **hydra: str | bool | None) -> None:
     from dask_logits.config.root import Config
 
     def one(config: Config) -> None:
-        from dask_logits.job.progress import Steps
+        from dask_logits.job.progress import step_lines
 
         _log_to_stderr(config.job.log_level)
-        with Steps("preparing", is_live=False) as steps:
-            steps.show("loading libraries")
-            from dask_logits.job.run import generate
-            from dask_logits.observe.status import read_status
+        step_lines("preparing")("loading libraries")
+        from dask_logits.job.run import generate
+        from dask_logits.observe.status import read_status
+
         generate(config)
         _say("\n".join(read_status(config.teacher.cache_dir).lines()))
 
@@ -218,27 +218,27 @@ def plan(overrides: tuple[str, ...], measure: bool, as_json: bool) -> None:
     import json
 
     from dask_logits.config.compose import load_config
-    from dask_logits.job.progress import Steps
+    from dask_logits.job.progress import step_lines
 
     config = load_config(overrides)
     _log_to_stderr(config.job.log_level)
-    with Steps("planning", is_live=False) as steps:
-        steps.show("loading libraries")
-        from dask_logits.job.capacity import plan_figures, plan_lines
-        from dask_logits.job.forecast import forecast, forecast_lines
-        from dask_logits.job.measured_plan import measure_plan, measured_figures, measured_lines
-        from dask_logits.job.prepare import check_folder, prepare
+    show = step_lines("planning")
+    show("loading libraries")
+    from dask_logits.job.capacity import plan_figures, plan_lines
+    from dask_logits.job.forecast import forecast, forecast_lines
+    from dask_logits.job.measured_plan import measure_plan, measured_figures, measured_lines
+    from dask_logits.job.prepare import check_folder, prepare
 
-        job = prepare(config, on_step=steps.show, count_seconds=_COUNT_SECONDS)
-        check_folder(job)
-        if measure:
-            found = measure_plan(job, on_step=steps.show)
-            lines, figures = measured_lines(job, found), measured_figures(job, found)
-        else:
-            steps.show("estimating the speed")
-            expected = forecast(job)
-            lines = forecast_lines(job, expected)
-            figures = {"tokens_per_second": expected and expected.tokens_per_second}
+    job = prepare(config, on_step=show, count_seconds=_COUNT_SECONDS)
+    check_folder(job)
+    if measure:
+        found = measure_plan(job, on_step=show)
+        lines, figures = measured_lines(job, found), measured_figures(job, found)
+    else:
+        show("estimating the speed")
+        expected = forecast(job)
+        lines = forecast_lines(job, expected)
+        figures = {"tokens_per_second": expected and expected.tokens_per_second}
     _say(json.dumps({**plan_figures(job), **figures}) if as_json else "\n".join([*plan_lines(job), *lines]))
 
 

@@ -16,7 +16,7 @@ from dask_logits.files.atomic import create_json
 from dask_logits.job.driver import scoring_settings, teacher_spec
 from dask_logits.job.executor import Executor
 from dask_logits.job.prepare import Job, check_folder
-from dask_logits.job.progress import Steps
+from dask_logits.job.progress import live_steps
 from dask_logits.job.reporter import Reporter
 from dask_logits.job.roster import leave_out_misfits
 from dask_logits.records import Array
@@ -41,7 +41,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
         "calibrating on %s; a long plan also tries larger batches and compiled layers",
         plural(len(task.documents), "sequence"),
     )
-    with Steps("calibrating") as steps, contextlib.ExitStack() as meanwhile:
+    with live_steps("calibrating") as show, contextlib.ExitStack() as meanwhile:
         shown: str | None = None
 
         def on_step(step: str) -> None:
@@ -51,7 +51,7 @@ def run_calibration(job: Job, executor: Executor, reporter: Reporter) -> tuple[C
                 meanwhile.enter_context(executor.preload(task.teacher, task.scoring.vocab_size))
             if step != shown:
                 shown = step
-                steps.show(step)
+                show(step)
                 reporter.report("calibrating", step=step)
 
         found: tuple[Calibration, Array | None] = executor.call(calibrate, task, on_step=on_step, on_turn=reporter.tick)

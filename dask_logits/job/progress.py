@@ -5,10 +5,10 @@ The log and the progress display share one console. With two, every log line wou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -28,48 +28,35 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-class Steps:
-    """Shows the steps of a long operation: a live line on a terminal, else one line per step.
+def step_lines(title: str, console: Console | None = None) -> Callable[[str], None]:
+    """Return a function that shows each step of a long operation as a line.
 
     Parameters
     ----------
     title
         Name of the operation.
-    is_live
-        Whether a terminal shows a live line. False if other libraries write to the terminal in the meantime.
     console
         Output console. None: stderr.
     """
+    console = console or stderr_console()
+    return lambda step: console.print(f"{title}: {step}", highlight=False, markup=False, soft_wrap=True)
 
-    def __init__(self, title: str, *, is_live: bool = True, console: Console | None = None) -> None:
-        self._title = title
-        self._is_live = is_live
-        self._console = console or stderr_console()
-        self._live: Progress | None = None
-        self._task: Any = None
 
-    def __enter__(self) -> Steps:
-        if self._is_live and self._console.is_terminal:
-            text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-            time_column = TimeElapsedColumn(Column(no_wrap=True, min_width=7))
-            self._live = Progress(SpinnerColumn(), time_column, text, console=self._console, transient=True)
-            self._task = self._live.add_task(self._title, total=None)
-            self._live.start()
-        return self
+@contextlib.contextmanager
+def live_steps(title: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
+    """Show the steps of a long operation in a live line on a terminal, else as :func:`step_lines`.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, step: str) -> None:
-        """Show the step that begins."""
-        line = f"{self._title}: {step}"
-        if self._live is not None:
-            self._live.update(self._task, description=line)
-        else:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    No other library writes to the terminal in the meantime.
+    """
+    console = console or stderr_console()
+    if not console.is_terminal:
+        yield step_lines(title, console)
+        return
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    time_column = TimeElapsedColumn(Column(no_wrap=True, min_width=7))
+    with Progress(SpinnerColumn(), time_column, text, console=console, transient=True) as live:
+        task = live.add_task(title, total=None)
+        yield lambda step: live.update(task, description=f"{title}: {step}")
 
 
 class _TwoLines(Progress):
@@ -132,9 +119,7 @@ class JobProgress:
         self._show()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
 

@@ -30,7 +30,7 @@ from dask_logits.job.driver import score
 from dask_logits.job.executor import Executor
 from dask_logits.job.launch import check_launcher
 from dask_logits.job.prepare import Job, check_folder, prepare
-from dask_logits.job.progress import Steps
+from dask_logits.job.progress import step_lines
 from dask_logits.job.reporter import Reporter, reported
 from dask_logits.job.serial_executor import open_process
 from dask_logits.job.watchdog import Watch, watched
@@ -143,8 +143,8 @@ def _generate(config: Config, dataset: Any, *, only: frozenset[int] | None = Non
     run = RunFolder(Path(config.teacher.cache_dir).expanduser().absolute())
     with room(run.path, begun=run.manifest_path.exists):
         # Not watched, because this thread waits for other threads that write downloads.
-        with Steps("preparing", is_live=False) as steps:
-            job = dataclasses.replace(prepare(config, dataset, on_step=steps.show), only=only, bisects=bisects)
+        job = prepare(config, dataset, on_step=step_lines("preparing"))
+        job = dataclasses.replace(job, only=only, bisects=bisects)
         check_folder(job)
         with watched(config.job.stall_seconds) as watch:
             return _do(job, watch)

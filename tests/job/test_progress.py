@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dask_logits.job.progress import JobProgress, Steps, stderr_console
+from dask_logits.job.progress import JobProgress, live_steps, stderr_console
 from dask_logits.records import Statistics
 
 
@@ -68,7 +68,7 @@ def test_the_log_shares_the_console_so_that_no_copy_of_the_bar_stays() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_steps_are_shown_when_they_begin(terminal) -> None:
     out = io.StringIO()
-    with Steps("calibrating", console=Console(file=out, force_terminal=terminal, width=80)) as steps:
-        steps.show("loading the teacher")
+    with live_steps("calibrating", Console(file=out, force_terminal=terminal, width=80)) as show:
+        show("loading the teacher")
     assert "calibrating: loading the teacher" in out.getvalue()
     assert ("\x1b" in out.getvalue()) == terminal
