@@ -22,20 +22,22 @@ _POLL_SECONDS = 0.2
 _GENERATION = "distillation.teacher.generation"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Worker:
     number: int
     process: subprocess.Popen[bytes]
     log: Path
+    # How much of the log was printed.
+    shown: int = 0
 
-    def show(self, position: int) -> int:
-        """Print the complete lines of the log from a position on. Return the position after them."""
+    def show(self) -> None:
+        """Print the complete lines of the log that were not printed yet."""
         with self.log.open("rb") as file:
-            file.seek(position)
+            file.seek(self.shown)
             lines = file.read().rpartition(b"\n")[0]
         for line in lines.decode(errors="replace").splitlines():
             _say(f"[worker {self.number}] {line}")
-        return position + len(lines) + bool(lines)
+        self.shown += len(lines) + bool(lines)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -121,13 +123,12 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
 
 def _wait(workers: list[_Worker]) -> bool:
     """Show the logs until all workers have ended. Return whether one failed."""
-    positions = dict.fromkeys(range(len(workers)), 0)
     failed = False
     waiting = list(workers)
     while waiting:
         for worker in list(waiting):
             status = worker.process.poll()
-            positions[worker.number] = worker.show(positions[worker.number])
+            worker.show()
             if status is not None:
                 waiting.remove(worker)
                 # As shells report it: 128 plus the signal.
