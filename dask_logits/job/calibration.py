@@ -63,7 +63,8 @@ def calibration_task(job: Job, executor: Executor) -> CalibrationTask:
     generation = job.config.teacher.generation
     documents: list[Array] = []
     tokens = 0
-    plan_tokens = _tokens_each(job, executor)
+    # Of one worker.
+    plan_tokens = job.estimate.tokens and job.estimate.tokens // (job.share.total * executor.n_workers)
     for one in sample_documents(enumerate(job.source.head()), job.tokenizer_spec):
         documents += one.tokens
         tokens += sum(map(len, one.tokens))
@@ -126,13 +127,6 @@ def _dtype(job: Job, executor: Executor) -> str:
             "faster and takes half the memory, if its values stay in range"
         )
     return dtype
-
-
-def _tokens_each(job: Job, executor: Executor) -> int | None:
-    """Return the tokens that one worker will score, or None if unknown."""
-    if job.estimate.tokens is None:
-        return None
-    return job.estimate.tokens // (job.share.total * executor.n_workers)
 
 
 def check_device(job: Job, calibration: Calibration, executor: Executor) -> None:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from dask_logits.job.processes import check_can_start_processes, close_cluster, 
 from dask_logits.job.roster import Roster
 from dask_logits.job.scheduler import CALL_SECONDS, address_in, call_scheduler, present_workers, run_on_scheduler
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
-from dask_logits.worker.environment import Environment, environment
+from dask_logits.worker.environment import environment
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,11 @@ _SETTLE_POLL_SECONDS = 0.5
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-@contextlib.contextmanager
 def open_cluster(
     generation: GenerationConfig,
     config: ClusterConfig,
     job: JobConfig = JobConfig(),  # noqa: B008
-) -> Iterator[DaskExecutor]:
+) -> AbstractContextManager[DaskExecutor]:
     """Start or join a cluster. A local cluster is closed at the end.
 
     Parameters
@@ -72,8 +72,7 @@ def open_cluster(
     ClusterError
         If it cannot be started or reached, or no worker arrives.
     """
-    with (_joined if joins_scheduler(config) else _local)(generation, config, job) as executor:
-        yield executor
+    return (_joined if joins_scheduler(config) else _local)(generation, config, job)
 
 
 @contextlib.contextmanager
@@ -123,7 +122,8 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                 _wait_for_worker(client, config.wait_seconds)
                 if device == "cuda":
                     facts, roster = _facts(client, config.wait_seconds)
-                    environments = _environments(_fit(facts, roster, device, generation), device)
+                    fit = _fit(facts, roster, device, generation)
+                    environments = {address: fact.environments[device] for address, fact in fit.items()}
                     if set(roster.left_out.values()) - {NO_GPU}:
                         raise ClusterError(
                             f"distillation.cluster: expected workers with a GPU each, got:\n{roster.listed()}"
@@ -265,7 +265,7 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
             device=device,
             torch_threads=threads,
             dashboard=client.dashboard_link,
-            environments=_environments(facts, device),
+            environments={address: fact.environments[device] for address, fact in facts.items()},
             roster=roster,
             newcomers=Newcomers(client, roster, device, generation.gpus_per_worker, facts),
         )
@@ -415,7 +415,3 @@ def _fit(
     if roster.left_out:
         logger.error("these workers get no work:\n%s", roster.listed())
     return fit
-
-
-def _environments(facts: Mapping[str, WorkerFacts], device: str) -> dict[str, Environment]:
-    return {address: fact.environments[device] for address, fact in facts.items()}

@@ -230,9 +230,7 @@ def leave_out_misfits(roster: Roster, workers: Mapping[str, Environment], expect
     reference = expected or choose_environment(workers, own)
     reasons = {}
     for address, each in workers.items():
-        differing = differences(reference or {"dask_logits": own["dask_logits"]}, each)
-        if reference is None:
-            differing = {name: pair for name, pair in differing.items() if name == "dask_logits"}
+        differing = differences(reference or {**each, "dask_logits": own["dask_logits"]}, each)
         if differing:
             reasons[address] = f"{describe(differing)}; {fix_for(differing)}"
     roster.leave_out(reasons)
