@@ -614,13 +614,13 @@ def test_caches_of_draws_mix_and_make_no_ensemble(job, tmp_path) -> None:
 def test_a_measured_plan_shows_what_draws_take(job, tmp_path, profile) -> None:
     planned = prepare(load_config([*job.base(tmp_path / "run"), profile]))
     found = measure_plan(planned)
-    assert [one.draws for one in found.draw_choices] == [20, 25, 50, 100]
-    for name in ("distinct", "bytes_per_token"):
-        values = [getattr(one, name) for one in found.draw_choices]
+    assert [one.size for one in found.by_draws] == [20, 25, 50, 100]
+    for name in ("kept", "bytes_per_token"):
+        values = [getattr(one, name) for one in found.by_draws]
         assert values == sorted(values)
     distinct = [np.count_nonzero(row) for item in items_of(job(PLAIN)) for row in item["topk_counts"]]
     # Other draws of the same distributions, a few of which have other contexts.
-    assert found.draw_choices[0].distinct == pytest.approx(np.mean(distinct), abs=0.7)
+    assert found.by_draws[0].kept == pytest.approx(np.mean(distinct), abs=0.7)
     lines = measured_lines(planned, found)
     assert sum("← draws" in line for line in lines) == 1
     assert not any("← top_k" in line for line in lines)

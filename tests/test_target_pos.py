@@ -486,17 +486,17 @@ def test_the_estimate_counts_targets(job, tmp_path, positions) -> None:
 def test_a_measured_plan_shows_sizes_by_share(job, tmp_path, profile) -> None:
     planned = prepare(load_config([*job.base(tmp_path / "run"), f"distillation.cache.profile={profile}", *ENTROPY]))
     found = measure_plan(planned)
-    by_share = {one.share: one for one in found.share_choices}
+    by_share = {one.size: one for one in found.by_share}
     assert {0.1, 0.2, 0.5, 1.0} <= by_share.keys()
-    sizes = [one.bytes_per_token for one in found.share_choices]
+    sizes = [one.bytes_per_token for one in found.by_share]
     assert sizes == sorted(sizes)
-    chosen = next(one for one in found.choices if one.top_k == 8)
-    for name in ("kept_mass", "lost_nats", "bytes_per_token"):
+    chosen = next(one for one in found.by_k if one.size == 8)
+    for name in ("kept", "lost_nats", "bytes_per_token"):
         assert getattr(by_share[1.0], name) == getattr(chosen, name), name
     # Where the teacher is unsure, k entries keep less.
-    assert by_share[0.1].kept_mass < by_share[0.5].kept_mass < by_share[1.0].kept_mass
+    assert by_share[0.1].kept < by_share[0.5].kept < by_share[1.0].kept
     # A flat tail costs little, so what is lost may fall or rise.
-    assert len({one.lost_nats for one in found.share_choices if one.lost_nats > 0}) == len(by_share)
+    assert len({one.lost_nats for one in found.by_share if one.lost_nats > 0}) == len(by_share)
     lines = measured_lines(planned, found)
     assert any(line.startswith("   share   kept mass   lost (nats)   bytes/token   cache   (of pos") for line in lines)
     assert sum("← planned" in line for line in lines) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dask_logits.errors import ConfigError
@@ -14,7 +14,7 @@ from dask_logits.job.prepare import Job
 from dask_logits.job.serial_executor import SerialExecutor
 from dask_logits.job.workers import own_device, threads_each
 from dask_logits.run.timings import duration, each_of
-from dask_logits.worker.measure import Measurement, measure
+from dask_logits.worker.measure import Choice, Measurement, measure
 
 # Share by which a run differs from its sample beside the spread of the sample's rounds: other documents, other workers
 # on the same memory, starting and ending.
@@ -76,33 +76,33 @@ def measured_lines(job: Job, found: Measurement) -> list[str]:
     if spread is not None:
         least, most = map(duration, spread)
         lines.append(f"time          {least} to {most}, without starting and calibrating")
-    lines += ["", "       k   kept mass   lost (nats)   bytes/token   cache"]
-    tokens = job.estimate.tokens
-    for one in found.choices:
-        size = "" if tokens is None else gib(tokens * one.bytes_per_token)
-        mark = "  ← top_k" if one.top_k == generation.top_k and not generation.n_draws else ""
-        figures = f"{one.top_k:8}   {one.kept_mass:9.4f}   {one.lost_nats:11.4f}   {one.bytes_per_token:11.1f}"
-        lines.append(f"{figures}   {size}{mark}")
+    planned = min(found.by_share, key=lambda one: abs(one.size - job.estimate.target_share))
+    draws = generation.n_draws
+    top_k = [] if draws else [one for one in found.by_k if one.size == generation.top_k]
     lines += [
         "",
-        "   draws   distinct ids   lost (nats)   bytes/token   cache   (with targets=sample: an unbiased loss)",
+        "       k   kept mass   lost (nats)   bytes/token   cache",
+        *_rows(job, found.by_k, ".4f", "top_k", top_k),
     ]
-    for drawn in found.draw_choices:
-        size = "" if tokens is None else gib(tokens * drawn.bytes_per_token)
-        mark = "  ← draws" if drawn.draws == generation.n_draws else ""
-        figures = f"{drawn.draws:8}   {drawn.distinct:12.1f}   {drawn.lost_nats:11g}   {drawn.bytes_per_token:11.1f}"
-        lines.append(f"{figures}   {size}{mark}")
     lines += [
+        "",
+        "   draws    distinct   lost (nats)   bytes/token   cache   (with targets=sample: an unbiased loss)",
+        *_rows(job, found.by_draws, ".1f", "draws", [one for one in found.by_draws if one.size == draws]),
         "",
         "   share   kept mass   lost (nats)   bytes/token   cache   (of positions with targets, by highest entropy)",
+        *_rows(job, found.by_share, ".4f", "planned", [planned]),
     ]
-    planned = min(found.share_choices, key=lambda one: abs(one.share - job.estimate.target_share))
-    for some in found.share_choices:
-        size = "" if tokens is None else gib(tokens * some.bytes_per_token)
-        mass = f"{'':9}" if some.kept_mass is None else f"{some.kept_mass:9.4f}"
-        figures = f"{some.share:8g}   {mass}   {some.lost_nats:11.4f}   {some.bytes_per_token:11.1f}"
-        lines.append(f"{figures}   {size}{'  ← planned' if some is planned else ''}")
     return lines
+
+
+def _rows(job: Job, choices: Sequence[Choice], layout: str, mark: str, marked: Sequence[Choice]) -> Iterator[str]:
+    """Yield the rows of a table, some of them with a mark."""
+    tokens = job.estimate.tokens
+    for one in choices:
+        kept = "" if one.kept is None else format(one.kept, layout)
+        size = "" if tokens is None else gib(tokens * one.bytes_per_token)
+        figures = f"{one.size:8g}   {kept:>9}   {one.lost_nats:11.4f}   {one.bytes_per_token:11.1f}   {size}"
+        yield f"{figures}  ← {mark}" if one in marked else figures
 
 
 def measured_figures(job: Job, found: Measurement) -> dict[str, Any]:
@@ -112,7 +112,11 @@ def measured_figures(job: Job, found: Measurement) -> dict[str, Any]:
         "tokens_per_second": statistics.median(found.tokens_per_second),
         "seconds": None if spread is None else list(spread),
         "peak_bytes": found.peak_bytes,
-        "by_k": [vars(one) for one in found.choices],
-        "by_draws": [vars(one) for one in found.draw_choices],
-        "by_share": [vars(one) for one in found.share_choices],
+        "by_k": [_values(one, "top_k", "kept_mass") for one in found.by_k],
+        "by_draws": [_values(one, "draws", "distinct") for one in found.by_draws],
+        "by_share": [_values(one, "share", "kept_mass") for one in found.by_share],
     }
+
+
+def _values(one: Choice, size: str, kept: str) -> dict[str, float | None]:
+    return {size: one.size, kept: one.kept, "lost_nats": one.lost_nats, "bytes_per_token": one.bytes_per_token}

@@ -36,64 +36,24 @@ _DENSE_TOKENS, _DENSE_DOCUMENT = 512, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a number of kept entries means for the targets.
+    """What one way to choose the targets means for them.
 
     Parameters
     ----------
-    top_k
-        K.
-    kept_mass
-        Mean probability of the kept entries.
+    size
+        The number of kept entries, of draws, or the share of the positions that get targets.
+    kept
+        Mean probability of the kept entries, or mean number of distinct ids among the draws of a position. None: draws
+        at a share of the positions.
     lost_nats
-        Mean KL divergence in nats of the teacher from itself with its tail spread evenly.
+        Mean KL divergence in nats of the teacher from itself with its tail spread evenly. 0 for draws, because their
+        loss is unbiased: nothing is truncated.
     bytes_per_token
         Size in the cache.
     """
 
-    top_k: int
-    kept_mass: float
-    lost_nats: float
-    bytes_per_token: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawChoice:
-    """What a number of draws means for the targets.
-
-    Parameters
-    ----------
-    draws
-        Their number.
-    distinct
-        Mean number of distinct ids of a position.
-    bytes_per_token
-        Size in the cache.
-    lost_nats
-        0, because the loss of draws is unbiased: nothing is truncated.
-    """
-
-    draws: int
-    distinct: float
-    bytes_per_token: float
-    lost_nats: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShareChoice:
-    """What targets at a share of the positions mean, those of the highest entropy.
-
-    Parameters
-    ----------
-    share
-        Share of the positions.
-    kept_mass, lost_nats
-        As for a :class:`Choice`, with the job's K, over these positions. Of draws: None and 0.
-    bytes_per_token
-        Size in the cache.
-    """
-
-    share: float
-    kept_mass: float | None
+    size: float
+    kept: float | None
     lost_nats: float
     bytes_per_token: float
 
@@ -106,20 +66,18 @@ class Measurement:
     ----------
     tokens_per_second
         Speeds of one worker in some rounds.
-    choices
-        Figures by K, with targets at all positions.
-    draw_choices
-        Figures by the number of draws, with targets at all positions.
-    share_choices
-        Figures by the share of the positions that get targets.
+    by_k, by_draws
+        Figures by K and by the number of draws, with targets at all positions.
+    by_share
+        Figures by the share of the positions that get targets, those of the highest entropy, with the job's K.
     peak_bytes
         Peak memory of the process, or of its GPU.
     """
 
     tokens_per_second: tuple[float, ...]
-    choices: tuple[Choice, ...]
-    draw_choices: tuple[DrawChoice, ...]
-    share_choices: tuple[ShareChoice, ...]
+    by_k: tuple[Choice, ...]
+    by_draws: tuple[Choice, ...]
+    by_share: tuple[Choice, ...]
     peak_bytes: int
 
 
@@ -163,21 +121,14 @@ def measure(task: CalibrationTask, on_step: Callable[[str], None] = lambda step:
     whole = score_items(teacher, few, dense)
     return Measurement(
         tokens_per_second=tuple(rates),
-        choices=tuple(
-            Choice(
-                top_k=k,
-                kept_mass=_kept_mass(widest.records, k),
-                lost_nats=_lost_nats(whole.records, k),
-                bytes_per_token=_size(widest.records, k, task),
-            )
-            for k in ks
-        ),
-        draw_choices=tuple(
+        by_k=tuple(_choice(k, widest.records, whole.records, k, task) for k in ks),
+        by_draws=tuple(
             _draw_choice(whole.records, draws, task)
             for draws in sorted({*_DRAWS, *([task.scoring.draws] if task.scoring.draws else [])})
         ),
-        share_choices=tuple(
-            _share_choice(share, _chosen(items, job, share), _chosen(few, whole, share), task) for share in shares
+        by_share=tuple(
+            _choice(share, _chosen(items, job, share), _chosen(few, whole, share), task.scoring.top_k, task)
+            for share in shares
         ),
         peak_bytes=calibration.peak_device_bytes or calibration.peak_rss_bytes or 0,
     )
@@ -189,26 +140,18 @@ def _chosen(items: Sequence[Item], scored: Scored, share: float) -> Records:
     return scored.records.at(highest_entropy(items, np.arange(len(scored.entropy_M)), scored.entropy_M, share))
 
 
-def _kept_mass(records: Records, k: int) -> float:
-    return float(np.exp(records.logprobs[:, :k].astype(np.float32)).sum(1).mean())
-
-
-def _lost_nats(whole: Records, k: int) -> float:
-    return float(np.mean(truncation_nats(whole.logprobs, k)))
-
-
-def _share_choice(share: float, records: Records, whole: Records, task: CalibrationTask) -> ShareChoice:
-    """Return the figures of the targets at a share of the positions, with the whole distributions at some of them."""
-    k, is_drawn = task.scoring.top_k, task.scoring.draws > 0
-    return ShareChoice(
-        share=share,
-        kept_mass=None if is_drawn else _kept_mass(records, k),
-        lost_nats=0.0 if is_drawn else _lost_nats(whole, k),
+def _choice(size: float, records: Records, whole: Records, k: int, task: CalibrationTask) -> Choice:
+    """Return the figures of targets that keep k entries, with the whole distributions at some of their positions."""
+    is_drawn = records.topk_counts is not None
+    return Choice(
+        size=size,
+        kept=None if is_drawn else float(np.exp(records.logprobs[:, :k].astype(np.float32)).sum(1).mean()),
+        lost_nats=0.0 if is_drawn else float(np.mean(truncation_nats(whole.logprobs, k))),
         bytes_per_token=_size(records, k, task),
     )
 
 
-def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoice:
+def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> Choice:
     """Draw from the whole distributions of a sample."""
     width = min(draws, task.scoring.vocab_size)
     random = np.random.default_rng(0)
@@ -223,9 +166,10 @@ def _draw_choice(whole: Records, draws: int, task: CalibrationTask) -> DrawChoic
         counts_NK[row, : len(drawn_K)] = counts_V[drawn_K]
         ids_NK[row, : len(drawn_K)] = ids_V[drawn_K]
     drawn = replace(whole, topk_ids=ids_NK, topk_counts=counts_NK, topk_logprobs=None, tail_logmass=None)
-    return DrawChoice(
-        draws=draws,
-        distinct=float(np.count_nonzero(counts_NK, axis=1).mean()),
+    return Choice(
+        size=draws,
+        kept=float(np.count_nonzero(counts_NK, axis=1).mean()),
+        lost_nats=0.0,
         bytes_per_token=_size(drawn, width, replace(task, scoring=replace(task.scoring, draws=draws, temperatures=()))),
     )
 

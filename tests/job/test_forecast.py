@@ -135,11 +135,11 @@ def test_what_k_keeps_and_costs_is_what_a_run_has(measured) -> None:
         [*measured, "distillation.teacher.generation.top_k=16", "distillation.dataset.max_samples=400"]
     )
     found = measure_plan(prepare(config))
-    (of_k,) = [one for one in found.choices if one.top_k == 16]
+    (of_k,) = [one for one in found.by_k if one.size == 16]
     cache = generate(config)
     card = show(cache)
     # The sample is the first documents, and the file has an id table and documents beside the tokens.
-    assert of_k.kept_mass == pytest.approx(card["kept_mass"], abs=0.02)
+    assert of_k.kept == pytest.approx(card["kept_mass"], abs=0.02)
     assert of_k.lost_nats == pytest.approx(
         verify(cache.parent, recompute=20).recomputed["nats_lost_by_keeping_k"], rel=0.3
     )
