@@ -374,7 +374,7 @@ def _facts(client: Client, seconds: float) -> tuple[dict[str, WorkerFacts], Rost
     for address, answer in zip(workers, answers, strict=True):
         if isinstance(answer, WorkerFacts):
             facts[address] = answer
-            roster.note_facts(address, answer.host, next(iter(answer.gpus_in_use), None))
+            roster.note_facts(address, answer)
         elif isinstance(answer, OSError):
             silent.append(f"{address} ({first_line(answer)})")
         else:

@@ -59,7 +59,7 @@ def score(job: Job, executor: Executor, calibration: Calibration, done: Done, re
     """
     with _progress(job, done) as progress:
         driver = _Driver(job, done, progress, reporter, executor.n_workers)
-        due = driver.noted(tasks(job, calibration, driver.planned(), driver.on_unreadable))
+        due = tasks(job, calibration, driver.planned(), driver.on_unreadable)
         try:
             with contextlib.closing(executor.run(due, run_id(job), driver.has_read)) as events:
                 for event in events:
@@ -115,18 +115,14 @@ class _Driver:
         """Yield the partitions that are due, or None while a stream has not reached the next one."""
         job = self._job
         due = job.source.plan(self._log, job.partition_rows, self._is_wanted)
-        if not job.source.streams:
-            return due
-        spooled = max(0, job.config.dataset.streaming_buffer_size - job.partition_rows)
-        self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
-        return iter(self._ahead)
-
-    def noted(self, due: Iterator[PartitionTask | None]) -> Iterator[PartitionTask | None]:
-        """Yield tasks, and note that the executor has them."""
-        for task in due:
-            if task is not None:
-                self._reporter.running.add(task.partition.index)
-            yield task
+        if job.source.streams:
+            spooled = max(0, job.config.dataset.streaming_buffer_size - job.partition_rows)
+            self._ahead = ReadAhead(due, None if job.what["dataset.stream"] == "parquet" else spooled)
+        for planned in self._ahead or due:
+            if planned is not None:
+                # The executor draws it when it has room.
+                self._reporter.running.add(planned.partition.index)
+            yield planned
 
     def on_receipt(self, receipt: Receipt) -> None:
         """Record a committed partition."""

@@ -99,7 +99,7 @@ class Newcomers:
         """Return why a worker gets no work. None: it can score."""
         if not isinstance(answer, WorkerFacts):
             return broken(answer)
-        self.roster.note_facts(address, answer.host, next(iter(answer.gpus_in_use), None))
+        self.roster.note_facts(address, answer)
         nanny = self.roster.nannies.get(address)
         others = {
             other: facts

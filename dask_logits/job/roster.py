@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dask_logits.job.gpus import WorkerFacts
 from dask_logits.job.retry_policy import rest_seconds
 from dask_logits.worker.environment import Environment, describe, differences, environment, fix_for
 
@@ -78,11 +79,11 @@ class Roster:
         """Record the nannies of workers, as the scheduler describes them."""
         self.nannies |= {worker: facts["nanny"] for worker, facts in workers.items() if facts.get("nanny")}
 
-    def note_facts(self, worker: str, host: str, gpu: str | None) -> None:
+    def note_facts(self, worker: str, facts: WorkerFacts) -> None:
         """Record the machine of a worker, and its GPU if it has one."""
-        self.hosts[worker] = host
-        if gpu is not None:
-            self.gpus[worker] = gpu
+        self.hosts[worker] = facts.host
+        if facts.gpus_in_use:
+            self.gpus[worker] = facts.gpus_in_use[0]
 
     def rest(self, worker: str, until: float) -> None:
         """Give a worker no work before a time, while others remain."""
