@@ -38,7 +38,7 @@ from dask_logits.job.gpus import (
 from dask_logits.job.newcomers import Newcomers, ask, broken
 from dask_logits.job.processes import check_can_start_processes, close_cluster, start_cluster, without_main_module
 from dask_logits.job.roster import Roster
-from dask_logits.job.scheduler import CALL_SECONDS, address_in, call_scheduler, present_workers, run_on_scheduler
+from dask_logits.job.scheduler import CALL_SECONDS, address_in, call_scheduler, run_on_scheduler
 from dask_logits.job.workers import joins_scheduler, local_device, local_workers, partitions_each, threads_each
 from dask_logits.worker.environment import environment
 
@@ -330,13 +330,9 @@ def _wait_for_worker(client: Client, seconds: float) -> None:
 
 def _settle(client: Client, seconds: float) -> None:
     """Wait until no more workers arrive. They share the cores of a host, and the first may be the one without a GPU."""
-    workers = present_workers(client).keys()
-    began = time.monotonic()
-    changed = began - _seconds_since_arrival(client)
-    while time.monotonic() < min(changed + _SETTLE_SECONDS, began + seconds):
+    deadline = time.monotonic() + seconds
+    while _seconds_since_arrival(client) < _SETTLE_SECONDS and time.monotonic() < deadline:
         time.sleep(_SETTLE_POLL_SECONDS)
-        if (present := present_workers(client).keys()) != workers:
-            workers, changed = present, time.monotonic()
 
 
 def _seconds_since_arrival(client: Client) -> float:

@@ -139,8 +139,11 @@ class Arrivals:
     """A clock of the job. While it waits, workers arrive one after another, each after some seconds."""
 
     def __init__(self, cluster: LocalCluster, n_workers: int, every_seconds: float) -> None:
-        self.seconds = 0.0
+        self.seconds = self.arrived = 0.0
         self._cluster, self._n_workers, self._every_seconds = cluster, n_workers, every_seconds
+
+    def since_arrival(self, client: Client) -> float:
+        return self.seconds - self.arrived
 
     def monotonic(self) -> float:
         return self.seconds
@@ -150,6 +153,7 @@ class Arrivals:
         n_workers = min(self._n_workers, 1 + int(self.seconds / self._every_seconds))
         if n_workers > len(self._cluster.workers):
             self._cluster.scale(n_workers)
+            self.arrived = self.seconds
             with Client(self._cluster) as client:
                 client.wait_for_workers(n_workers, timeout=30)
 
@@ -159,7 +163,7 @@ def test_auto_waits_a_moment_for_a_gpu_where_workers_are_just_arriving(monkeypat
     with workers(n_before) as cluster:
         clock = Arrivals(cluster, 2, every_seconds=3)
         monkeypatch.setattr("dask_logits.job.cluster.time", clock)
-        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", lambda client: 0.0)
+        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", clock.since_arrival)
         # The one without a GPU comes first.
         first = threading.Timer(0.5, cluster.scale, (1,))
         first.start()
@@ -194,7 +198,7 @@ def test_cores_are_shared_with_workers_that_arrive_soon_after_the_first(
     with workers(0) as cluster:
         clock = Arrivals(cluster, n_workers, every_seconds)
         monkeypatch.setattr("dask_logits.job.cluster.time", clock)
-        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", lambda client: 0.0)
+        monkeypatch.setattr("dask_logits.job.cluster._seconds_since_arrival", clock.since_arrival)
         first = threading.Timer(0.5, cluster.scale, (1,))
         first.start()
         gpus = (f"GPU-e{name}>GPU-e{name}" for name in range(n_workers))
