@@ -11,7 +11,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -84,14 +83,16 @@ def verify(path: str | Path, *, recompute: int = 0, seed: int = 0) -> Report:
     report = check_files(path)
     if recompute and report.ok:
         with tempfile.TemporaryDirectory(prefix="dask-logits-") as scratch:
-            report.recomputed, checks, notes = _recompute(RunFolder(path), recompute, seed, Path(scratch))
-        report.checks += checks
-        report.notes += notes
+            _recompute(report, RunFolder(path), recompute, seed, Path(scratch))
     return report
 
 
-def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[dict[str, Any], list[Check], list[str]]:
-    """Re-score random rows with the run's teacher and frozen numerics.
+def _recompute(report: Report, run: RunFolder, n_rows: int, seed: int, scratch: Path) -> None:
+    """Re-score random rows with the run's teacher and frozen numerics, and add what comes out to a report.
+
+    It checks whether the cache equals the recomputed targets exactly, or approximately for partitions scored in another
+    environment than this process's, and whether its positions are those of the highest entropy. Partitions that are
+    equal only approximately are noted, with the differences between the environments.
 
     The rows' whole partitions are scored in their original batches. "Live" is the result before storage. It is compared
     with the cache, and with the same rows scored one by one, which gives the noise floor: the same text in another
@@ -104,6 +105,8 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
 
     Parameters
     ----------
+    report
+        The report.
     run
         A complete run whose dataset and teacher can be read here.
     n_rows
@@ -117,16 +120,6 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     are compared, and the share of the draws that are other tokens now is reported, because a last bit of the logits
     moves some draws to neighbouring ids. Whether the stored ones are draws from the teacher's distribution is checked
     at the first positions of each row.
-
-    Returns
-    -------
-    dict
-        Figures.
-    list
-        Checks: whether the cache equals the recomputed targets exactly, or approximately for partitions scored in
-        another environment than this process's, and whether its positions are those of the highest entropy.
-    list
-        Partitions that are equal only approximately, with the differences between the environments.
 
     Raises
     ------
@@ -143,7 +136,7 @@ def _recompute(run: RunFolder, n_rows: int, seed: int, scratch: Path) -> tuple[d
     job = prepare(override(settings_of(run, log), []))
     check_folder(job, writes=False)
     with own_device(_on_gpus_here(job.config.teacher.generation), calibration.numerics.device):
-        return _compare(run, log, job, calibration, n_rows, seed)
+        _compare(report, log, job, calibration, n_rows, seed)
 
 
 def _on_gpus_here(generation: GenerationConfig) -> GenerationConfig:
@@ -157,9 +150,7 @@ def _on_gpus_here(generation: GenerationConfig) -> GenerationConfig:
     return generation if is_here else generation.model_copy(update={"devices": None})
 
 
-def _compare(
-    run: RunFolder, log: PlanLog, job: Job, calibration: Calibration, n_rows: int, seed: int
-) -> tuple[dict[str, Any], list[Check], list[str]]:
+def _compare(report: Report, log: PlanLog, job: Job, calibration: Calibration, n_rows: int, seed: int) -> None:
     """Score random rows again and compare them with the cache, as :func:`_recompute` describes."""
     draw = np.random.default_rng(seed)
     chosen = sorted(draw.choice(log.n_rows, min(n_rows, log.n_rows), replace=False).tolist())
@@ -168,7 +159,7 @@ def _compare(
         for partition in log.partitions()
     }
     planned = job.source.plan(log, job.partition_rows, lambda index: bool(rows_of.get(index)))
-    readers = [CacheReader(file) for file in find_caches(run.path)]
+    readers = [CacheReader(file) for file in find_caches(job.run.path)]
     check, ranks = (
         Check("partitions that come out the same now"),
         Check("positions of the highest entropy have targets"),
@@ -186,7 +177,7 @@ def _compare(
         digest = digest_of([kept if chosen_M is None else kept.at(chosen_M)])
         near_nats = _NEAR_NATS.get(calibration.numerics.dtype, 0.01)
         check.looked_at += 1
-        receipt = run.receipt(task.partition.index)
+        receipt = job.run.receipt(task.partition.index)
         if receipt is None or digest != receipt.content_digest:
             made_in = (receipt.environment if receipt else None) or calibration.environment or here
             differing = describe(differences(made_in, here))
@@ -225,13 +216,13 @@ def _compare(
         figures["draws_moved"] = moved.share
     else:
         figures["nats_lost_by_keeping_k"] = float(np.mean(truncation)) if truncation else 0.0
-    notes = [
+    report.recomputed = figures
+    report.notes += [
         f"{count} of {check.looked_at} partitions come out within the rounding of another environment, not bit for bit "
         f"({differing}); for an exact comparison run verify where they were scored"
         for differing, count in near.items()
     ]
-    checks = [check, ranks, *([fit.check()] if fit.positions else [])]
-    return figures, [one for one in checks if one is check or one.looked_at], notes
+    report.checks += [check, *(one for one in (ranks, fit.check()) if one.looked_at)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
