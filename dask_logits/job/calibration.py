@@ -129,33 +129,23 @@ def _dtype(job: Job, executor: Executor) -> str:
     return dtype
 
 
-def check_device(job: Job, calibration: Calibration, executor: Executor) -> None:
-    """Refuse another device than the calibration's.
+def check_environment(job: Job, calibration: Calibration | None, executor: Executor) -> None:
+    """Exclude workers with another environment than the run's, and refuse if none remains, or on another device.
 
     Raises
     ------
     RunConflictError
-        If it differs.
+        If the workers have another device than the calibration's, or all have another environment.
+    ClusterError
+        If no worker has this release of the package.
     """
-    frozen = calibration.numerics.device
+    frozen = calibration.numerics.device if calibration else executor.device
     if frozen != executor.device:
         raise RunConflictError(
             f"{job.run.path}: this run was calibrated on {frozen!r}, the workers now are {executor.device!r}, and the "
             "bits would differ; resume it there, or choose another distillation.teacher.cache_dir",
             {"device": (frozen, executor.device)},
         )
-
-
-def check_environment(job: Job, calibration: Calibration | None, executor: Executor) -> None:
-    """Exclude workers with another environment than the run's, and refuse if none remains.
-
-    Raises
-    ------
-    RunConflictError
-        If all workers have another environment than the calibration's.
-    ClusterError
-        If no worker has this release of the package.
-    """
     if job.config.cluster.allow_mixed_workers or not executor.environments:
         return
     expected = calibration.environment if calibration else None

@@ -23,7 +23,7 @@ from dask_logits.config.root import Config
 from dask_logits.errors import CacheError, ConfigError, DaskLogitsError, PartitionsFailedError, RunConflictError
 from dask_logits.files.atomic import expanded, room
 from dask_logits.files.lock import lease
-from dask_logits.job.calibration import check_device, check_environment, record, run_calibration
+from dask_logits.job.calibration import check_environment, record, run_calibration
 from dask_logits.job.capacity import check_capacity
 from dask_logits.job.cluster import open_cluster
 from dask_logits.job.driver import score
@@ -302,14 +302,12 @@ def _run_tasks(job: Job, start: Start, done: Done, reporter: Reporter) -> dict[i
         table = None
         if calibration is None:
             calibration, table = run_calibration(job, executor, reporter)
-        check_device(job, calibration, executor)
         if start == "replace":
             with _alone(job):
                 set_aside(job.run)
         with _ran():
             calibration = record(job, calibration, table)
             # Another static worker's, if it was first.
-            check_device(job, calibration, executor)
             check_environment(job, calibration, executor)
             return score(_dated(job), executor, calibration, done, reporter)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -19,6 +20,8 @@ from distributed import Client, LocalCluster, WorkerPlugin
 
 import dask_logits
 from dask_logits import CapacityError, ClusterError, RunConflictError, generate, load_config, read_status, verify
+from dask_logits.job.calibration import check_environment
+from dask_logits.run.folder import RunFolder
 
 MANY = "distillation.partition.rows=2"
 PACKAGE = Path(dask_logits.__file__).parent
@@ -111,6 +114,16 @@ def test_a_run_of_another_environment_is_refused_or_recorded_and_known_to_verify
     report = verify(folder)
     assert report.ok
     assert "1 of 4 partitions were scored in another environment" in report.notes[0]
+
+
+def test_a_run_is_not_taken_up_on_another_device(here) -> None:
+    run(here)
+    folder = RunFolder(cache_dir(here))
+    executor = SimpleNamespace(device="cuda", environments={"tcp://a:1": {"dask_logits": "1", "gpu": "NVIDIA H200"}})
+    with pytest.raises(
+        RunConflictError, match="was calibrated on 'cpu', the workers now are 'cuda', and the bits would"
+    ):
+        check_environment(SimpleNamespace(run=folder), folder.calibration(), executor)
 
 
 def test_verify_names_the_environment_where_targets_come_out_otherwise(joined) -> None:
