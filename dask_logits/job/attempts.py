@@ -12,23 +12,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from dask_logits.job.retry_policy import Event, decide
+from dask_logits.job.retry_policy import Event, Past, decide
 from dask_logits.run.failures import Failure, Kind
 from dask_logits.worker.task import PartitionTask
 
 # Number of traceback frames kept as evidence.
 _FRAMES = 6
-
-
-@dataclass
-class _Past:
-    """What has happened to a partition that is not committed."""
-
-    attempts: int = 0
-    # Number of times its workers disappeared, or the scheduler forgot the client.
-    losses: int = 0
-    # Whether its last attempt is, or will be, alone on its worker.
-    is_alone: bool = False
 
 
 @dataclass
@@ -45,29 +34,25 @@ class Attempts:
 
     retries: int
     have_company: bool = False
-    _past: defaultdict[int, _Past] = field(default_factory=lambda: defaultdict(_Past))
+    _past: defaultdict[int, Past] = field(default_factory=lambda: defaultdict(Past))
     _later: list[tuple[float, PartitionTask]] = field(default_factory=list)
     # Partitions whose workers died or hung while running another one. Each is retried once, last and alone.
     _suspects: list[PartitionTask] = field(default_factory=list)
 
+    def past(self, task: PartitionTask) -> Past:
+        """Return what has happened to a partition."""
+        return self._past[task.partition.index]
+
     def begin(self, task: PartitionTask) -> int:
         """Record an attempt. Return its number, from 1."""
-        past = self._past[task.partition.index]
+        past = self.past(task)
         past.attempts += 1
         past.is_alone |= task.trial is not None
         return past.attempts
 
-    def count(self, task: PartitionTask) -> int:
-        """Return the number of attempts at a partition."""
-        return self._past[task.partition.index].attempts
-
     def note_success(self, task: PartitionTask) -> None:
         """Record that a partition was completed."""
         self._past.pop(task.partition.index, None)
-
-    def is_alone(self, task: PartitionTask) -> bool:
-        """Whether the last attempt at a partition is alone on its worker."""
-        return self._past[task.partition.index].is_alone
 
     def are_left(self) -> bool:
         """Whether any partition is to be tried again."""
@@ -120,16 +105,15 @@ class Attempts:
         float or None
             Seconds to wait before. None: it has failed permanently.
         """
-        past = self._past[task.partition.index]
+        past = self.past(task)
         past.losses += event == "lost"
         retry = decide(
             event,
             self.retries,
+            past,
             tried=tried,
             usable=usable,
-            losses=past.losses,
             had_company=self.have_company,
-            was_alone=past.is_alone,
             on_good_devices=on_good_devices,
         )
         if retry is None:
@@ -141,10 +125,6 @@ class Attempts:
         else:
             self.again(following, retry.seconds)
         return retry.seconds
-
-    def losses(self, task: PartitionTask) -> int:
-        """Return how many times a partition was lost."""
-        return self._past[task.partition.index].losses
 
     def forget_losses(self) -> None:
         """Count no earlier loss, because the connection to the scheduler was the cause."""
@@ -183,7 +163,7 @@ class Attempts:
             index=task.partition.index,
             kind=kind,
             reason=reason,
-            attempts=self.count(task),
+            attempts=self.past(task).attempts,
             evidence=evidence,
             workers=tuple(dict.fromkeys(workers)),
             task=task,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dask_logits.errors import (
@@ -36,6 +37,17 @@ _COMPILERS = {"triton", "torch._inductor", "torch._dynamo", "subprocess"}
 # An I/O error, an unusable row, a device or worker that cannot score, a worker that died several times during the
 # partition, a worker or submission that disappeared, no sign of life.
 Event = Literal["transient", "data", "device", "worker-death", "lost", "hang"]
+
+
+@dataclass
+class Past:
+    """What has happened to a partition that is not committed."""
+
+    attempts: int = 0
+    # Number of times its workers disappeared, or the scheduler forgot the client.
+    losses: int = 0
+    # Whether its last attempt is, or will be, alone on its worker.
+    is_alone: bool = False
 
 
 class Retry(NamedTuple):
@@ -80,12 +92,11 @@ def rest_seconds(failures: int) -> float:
 def decide(
     event: Event,
     retries: int,
+    past: Past,
     *,
     tried: Collection[str] = (),
     usable: Collection[str] = (),
-    losses: int = 0,
     had_company: bool = False,
-    was_alone: bool = False,
     on_good_devices: int = 0,
 ) -> Retry | None:
     """Decide whether and when a partition is retried.
@@ -96,16 +107,14 @@ def decide(
         What happened to it.
     retries
         The setting ``distillation.job.retries``.
+    past
+        What has happened to it, this time included.
     tried
         Workers on which it raised an error, in order. The last one may be named several times.
     usable
         Workers that may get work.
-    losses
-        Number of times that it was lost.
     had_company
         Whether another partition may have run on its worker.
-    was_alone
-        Whether this was its attempt alone.
     on_good_devices
         Failures of a device that completed other partitions before and has not failed any other since.
 
@@ -116,15 +125,15 @@ def decide(
 
     Examples
     --------
-    >>> decide("data", 2, tried="a", usable="ab"), decide("data", 2, tried="ab", usable="abc")
+    >>> decide("data", 2, Past(), tried="a", usable="ab"), decide("data", 2, Past(), tried="ab", usable="abc")
     (Retry(seconds=0.0, is_alone=False), None)
     """
-    if event == "lost" and losses <= retries + 1:
+    if event == "lost" and past.losses <= retries + 1:
         return Retry()
     if event in ("lost", "worker-death"):
-        return Retry(is_alone=True) if had_company and not was_alone else None
+        return Retry(is_alone=True) if had_company and not past.is_alone else None
     if event == "hang":
-        return None if was_alone else Retry(is_alone=True)
+        return None if past.is_alone else Retry(is_alone=True)
     if event == "device":
         return None if on_good_devices >= _MOST_ON_GOOD_DEVICES else Retry()
     n_failures, n_workers = len(tried), len(set(tried))

@@ -148,7 +148,7 @@ class SerialExecutor:
                 f"distillation.cluster: expected a device that can score, got {said(error)} from {where}; see "
                 "that it works, then run the same command again"
             ) from error
-        tried = [_HERE] * attempts.count(task)
+        tried = [_HERE] * attempts.past(task).attempts
         seconds = attempts.retry(task, kind, said(error), where, tried=tried, usable=[_HERE])
         if seconds is None:
             return Failed(attempts.failed(task, error, error.__traceback__, kind, [where]))

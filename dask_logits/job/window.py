@@ -194,7 +194,9 @@ class Window:
         """Restart a worker whose partitions give no sign of life. They are retried alone."""
         hung = self.flight.hung(self.job.stall_seconds)
         were_alone = {
-            worker for worker, keys in hung.items() if any(map(self.attempts.is_alone, self.flight.tasks(keys)))
+            worker
+            for worker, keys in hung.items()
+            if any(self.attempts.past(task).is_alone for task in self.flight.tasks(keys))
         }
         self._hung_in_a_row += len(hung.keys() - were_alone)
         idle = time.monotonic() - self.last_progress
@@ -388,7 +390,9 @@ class Window:
         """Try a partition again after its worker or its submission disappeared, a limited number of times."""
         reason = "its worker died or its submission was cancelled"
         if self.attempts.retry(task, "lost", reason) is None:
-            self._give_up(self.attempts.ended(task, "worker-death", f"{reason} {self.attempts.losses(task)} times"))
+            self._give_up(
+                self.attempts.ended(task, "worker-death", f"{reason} {self.attempts.past(task).losses} times")
+            )
 
     def _died(self, task: PartitionTask, error: KilledWorker) -> None:
         name = self.roster.name(error.last_worker.address)

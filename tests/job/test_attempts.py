@@ -41,7 +41,7 @@ def test_an_error_is_retried_after_a_while_and_then_recorded_with_its_rows_and_w
     assert [(each.kind, each.reason, each.worker) for each in again.failed_attempts] == [
         ("transient", "disk gone", "a")
     ]
-    assert attempts.begin(again) == attempts.count(again) == 2
+    assert attempts.begin(again) == attempts.past(again).attempts == 2
     assert attempts.retry(again, "transient", "disk gone", "a", tried="aa", usable="a") is None
     assert not attempts.are_left()
     try:
@@ -65,9 +65,9 @@ def test_a_partition_is_lost_a_limited_number_of_times_and_then_tried_alone_if_i
     if have_company:
         assert attempts.retry(task(), "lost", "gone") == 0.0
         assert attempts.take_due(math.inf) is None
-        assert attempts.is_alone(attempts.take_suspect())
+        assert attempts.past(attempts.take_suspect()).is_alone
     assert attempts.retry(task(), "lost", "gone") is None
-    assert attempts.losses(task()) == (4 if have_company else 3)
+    assert attempts.past(task()).losses == (4 if have_company else 3)
     assert not attempts.are_left()
 
 
@@ -113,4 +113,4 @@ def test_what_is_known_of_a_partition_is_forgotten_when_it_is_completed() -> Non
     attempts.retry(task(), "hang", "silent", "a")
     attempts.note_success(task())
     assert attempts.begin(task()) == 1
-    assert not attempts.is_alone(task())
+    assert not attempts.past(task()).is_alone

@@ -10,7 +10,7 @@ import torch._dynamo.exc
 import triton.runtime.errors
 
 from dask_logits.errors import CacheError, CapacityError, ClusterError, DatasetError, TeacherError, is_poisoned
-from dask_logits.job.retry_policy import Retry, classify, decide
+from dask_logits.job.retry_policy import Past, Retry, classify, decide
 
 
 @pytest.mark.parametrize(
@@ -31,32 +31,32 @@ from dask_logits.job.retry_policy import Retry, classify, decide
     ],
 )
 def test_an_error_is_retried_until_it_is_the_partitions_own(event, tried, usable, expected) -> None:
-    retry = decide(event, 2, tried=tried, usable=usable)
+    retry = decide(event, 2, Past(), tried=tried, usable=usable)
     assert (retry and retry.seconds) == expected
 
 
 @pytest.mark.parametrize(
-    ("event", "facts", "expected"),
+    ("event", "past", "facts", "expected"),
     [
-        ("lost", {"losses": 1}, Retry()),
-        ("lost", {"losses": 3}, Retry()),
-        ("lost", {"losses": 4}, None),
+        ("lost", Past(losses=1), {}, Retry()),
+        ("lost", Past(losses=3), {}, Retry()),
+        ("lost", Past(losses=4), {}, None),
         # A companion may have ended the worker.
-        ("lost", {"losses": 4, "had_company": True}, Retry(is_alone=True)),
-        ("lost", {"losses": 5, "had_company": True, "was_alone": True}, None),
-        ("worker-death", {"had_company": True}, Retry(is_alone=True)),
-        ("worker-death", {"had_company": True, "was_alone": True}, None),
-        ("worker-death", {"had_company": False}, None),
+        ("lost", Past(losses=4), {"had_company": True}, Retry(is_alone=True)),
+        ("lost", Past(losses=5, is_alone=True), {"had_company": True}, None),
+        ("worker-death", Past(), {"had_company": True}, Retry(is_alone=True)),
+        ("worker-death", Past(is_alone=True), {"had_company": True}, None),
+        ("worker-death", Past(), {"had_company": False}, None),
         # A device's error is the partition's fault only if good devices fail it repeatedly.
-        ("device", {"tried": "abcdef"}, Retry()),
-        ("device", {"on_good_devices": 1}, Retry()),
-        ("device", {"on_good_devices": 2}, None),
-        ("hang", {}, Retry(is_alone=True)),
-        ("hang", {"was_alone": True}, None),
+        ("device", Past(), {"tried": "abcdef"}, Retry()),
+        ("device", Past(), {"on_good_devices": 1}, Retry()),
+        ("device", Past(), {"on_good_devices": 2}, None),
+        ("hang", Past(), {}, Retry(is_alone=True)),
+        ("hang", Past(is_alone=True), {}, None),
     ],
 )
-def test_a_lost_worker_is_retried_a_bounded_number_of_times(event, facts, expected) -> None:
-    assert decide(event, 2, **facts) == expected
+def test_a_lost_worker_is_retried_a_bounded_number_of_times(event, past, facts, expected) -> None:
+    assert decide(event, 2, past, **facts) == expected
 
 
 @pytest.mark.parametrize(
