@@ -46,6 +46,8 @@ class Past:
     attempts: int = 0
     # Number of times its workers disappeared, or the scheduler forgot the client.
     losses: int = 0
+    # Number of workers that left on purpose during it.
+    departures: int = 0
     # Whether its last attempt is, or will be, alone on its worker.
     is_alone: bool = False
 

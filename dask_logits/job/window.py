@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,9 +79,8 @@ class Window:
     _exhausted: bool = False
     _starved: bool = False
     _present: dict[str, Any] = field(default_factory=dict)
-    # Workers that left on purpose, and how many of them left during a partition.
+    # Workers that left on purpose.
     _departed: set[str] = field(default_factory=set)
-    _departures: Counter[int] = field(default_factory=Counter)
     # Workers that were restarted because of their device. They come back with another address.
     _restarted: set[str] = field(default_factory=set)
     # Workers restarted since the last progress.
@@ -156,8 +154,9 @@ class Window:
         tasks = self.flight.tasks(keys)
         if not tasks:
             return
-        self._departures.update(task.partition.index for task in tasks)
-        most = max(self._departures[task.partition.index] for task in tasks)
+        for task in tasks:
+            self.attempts.past(task).departures += 1
+        most = max(self.attempts.past(task).departures for task in tasks)
         name = self.roster.name(worker)
         if most < _MANY_DEPARTURES:
             logger.info("worker %s left on purpose; another one scores partition %s", name, names(tasks))
@@ -275,7 +274,6 @@ class Window:
     def _finished(self, task: PartitionTask, outcome: tuple[Receipt | None, str]) -> None:
         index = task.partition.index
         self._hung_in_a_row = 0
-        self._departures.pop(index, None)
         self.attempts.note_success(task)
         receipt, worker = outcome
         self.roster.note_success(worker, index, time.monotonic())
