@@ -86,7 +86,7 @@ class Executor(Protocol):
         ----------
         tasks
             Partitions to compute, drawn only when there is capacity. None means that no partition is ready yet. A trial
-            of some rows gives an event only if it fails.
+            of some rows ends without an event, unless it fails.
         run_id
             Id of the run.
         is_reading

@@ -1,4 +1,4 @@
-"""Workers that join during a job: each is asked once for its GPUs, without waiting for the answer.
+"""Ask workers what they are. Those that join during a job are asked once, without waiting for the answer.
 
 In a job on GPUs a newcomer rests until it has answered, at most 20 s, while others work.
 """
