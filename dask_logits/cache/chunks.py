@@ -11,7 +11,6 @@ Dimension letters: C chunks.
 from __future__ import annotations
 
 import os
-import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,7 +89,9 @@ class PlaneReader:
     Parameters
     ----------
     path
-        The file.
+        The file, for messages.
+    descriptor
+        The open file.
     indices
         Plane → locations of its chunks.
     chunk_shape
@@ -102,6 +103,7 @@ class PlaneReader:
     def __init__(
         self,
         path: Path,
+        descriptor: int,
         indices: Mapping[str, ChunkIndex],
         chunk_shape: tuple[int, int],
         unpack: Callable[[Mapping[str, Array]], dict[str, Array]],
@@ -110,12 +112,11 @@ class PlaneReader:
         self.indices = indices
         self.chunk_shape = chunk_shape
         self._unpack = unpack
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._file_bytes = os.fstat(self._descriptor).st_size
+        self._descriptor = descriptor
+        self._file_bytes = os.fstat(descriptor).st_size
         raw_bytes = chunk_shape[0] * chunk_shape[1]
         # ZSTD_compressBound, plus a margin for other encoders.
         self._most_bytes = raw_bytes + (raw_bytes >> 7) + 1024
-        weakref.finalize(self, os.close, self._descriptor)
 
     def frames(self, first: int, stop: int) -> dict[str, list[memoryview]]:
         """Return the verified zstd frames of chunks [first, stop) of every plane.

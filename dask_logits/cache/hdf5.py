@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def check_dataset(
             "docs/FORMAT.md shows",
         )
     if not chunked and dataset.nbytes:
-        end, file_bytes = dataset.nbytes + (dataset.id.get_offset() or 0), path.stat().st_size
+        end = dataset.nbytes + (dataset.id.get_offset() or 0)
+        file_bytes = os.fstat(dataset.file.id.get_vfd_handle()).st_size
         if dataset.id.get_offset() is None or end > file_bytes:
             raise damaged(path, f"{name} in {file_bytes} bytes", f"{dataset.nbytes} bytes, to {end}")
 

@@ -10,8 +10,8 @@ Dimension letters: N tokens, M positions with targets, D documents, B blocks, K 
 
 from __future__ import annotations
 
-import io
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,21 +87,14 @@ class CacheReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The file is opened by name several times, and a new cache may get its name in between. On some file systems no
-        # file keeps its identity.
-        for is_last in (False, False, True):
-            before = _identity(path)
-            try:
-                with open_file(path) as file, translated(path, "to open it"):
-                    self._read_header(file)
-            except CacheError:
-                if is_last or _identity(path) == before:
-                    raise
-            else:
-                if _identity(path) == before:
-                    break
+        with open_file(path) as file, translated(path, "to open it"):
+            self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
+        # The same file, whichever gets its name meanwhile.
+        opened = Path(f"/proc/self/fd/{file.id.get_vfd_handle()}")
+        self._descriptor = os.open(opened, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self.attributes = root_attributes(file)
         self.header = self._check_header()
         self.n_tokens = self.header.n_tokens
@@ -120,10 +113,8 @@ class CacheReader:
         self.crcs: dict[str, Array] = {
             name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
         }
-        # Identifies the mapped file. Another file may get its name later.
-        self._status = self.path.stat()
-        self._offsets: dict[str, int] = {}
-        self.arrays: dict[str, Array] = {name: self._mapped(name, datasets[name]) for name in self.names}
+        self._offsets = {name: datasets[name].id.get_offset() for name in self.names}
+        self.arrays: dict[str, Array] = {name: _mapped(opened, datasets[name]) for name in self.names}
         self._planes = self._opened_planes(datasets, chunked) if chunked else None
         self._block_start = self.arrays["block_start"].astype(np.int64) if self.is_packed else None
         if self.is_packed and self.n_items and not self.n_documents:
@@ -335,31 +326,13 @@ class CacheReader:
 
     def _pieces(self, name: str) -> Iterator[Array]:
         """Yield an array in pieces, read with ``pread``: an I/O error in a memory map would end the process."""
-        array = self.arrays[name]
-        try:
-            file = self._opened_again() if name in self._offsets else None
-            if file is not None:
-                with file:
-                    for at in range(0, array.nbytes, _READ_BYTES):
-                        count = min(_READ_BYTES, array.nbytes - at)
-                        yield np.frombuffer(os.pread(file.fileno(), count, self._offsets[name] + at), np.uint8)
-                return
-        except OSError as error:
-            raise CacheError.at(self.path, f"expected to read {name}, got {error}; check the disk") from error
-        rows = max(1, _READ_BYTES // max(1, array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))))
-        for first in range(0, len(array), rows):
-            yield self._read(name, first, first + rows)
-
-    def _opened_again(self) -> io.FileIO | None:
-        """Reopen the mapped file. None if its name is gone or refers to another file, such as a new cache."""
-        try:
-            file = io.FileIO(self.path)
-        except FileNotFoundError:
-            return None
-        if os.path.samestat(os.fstat(file.fileno()), self._status):
-            return file
-        file.close()
-        return None
+        n_bytes = self.arrays[name].nbytes
+        for at in range(0, n_bytes, _READ_BYTES):
+            try:
+                data = os.pread(self._descriptor, min(_READ_BYTES, n_bytes - at), self._offsets[name] + at)
+            except OSError as error:
+                raise CacheError.at(self.path, f"expected to read {name}, got {error}; check the disk") from error
+            yield np.frombuffer(data, np.uint8)
 
     def _check_places(self) -> None:
         """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
@@ -543,7 +516,8 @@ class CacheReader:
             indices[name] = ChunkIndex(*(np.asarray(self.arrays[f"chunks/{name}/{part}"]) for part in INDEX))
             if len(indices[name]):
                 self._check_index(datasets[name], name, indices[name])
-        return PlaneReader(self.path, indices, (self.profile.alignment, self.top_k), self.profile.unpack)
+        shape = (self.profile.alignment, self.top_k)
+        return PlaneReader(self.path, self._descriptor, indices, shape, self.profile.unpack)
 
     def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
         """Refuse an index whose first or last entry differs from HDF5's own chunk locations."""
@@ -558,19 +532,9 @@ class CacheReader:
                     "one with h5py as docs/FORMAT.md shows",
                 )
 
-    def _mapped(self, name: str, dataset: h5py.Dataset) -> Array:
-        if dataset.size == 0:
-            return np.empty(dataset.shape, dataset.dtype)
-        offset = self._offsets[name] = dataset.id.get_offset()
-        # An ndarray over the map, because np.memmap itself costs microseconds per slice.
-        return np.asarray(np.memmap(self.path, dataset.dtype, "r", offset, dataset.shape))
 
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from others of its name, or None if it is not there."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        # An index may name a path that no file can have.
-        return None
-    return status.st_dev, status.st_ino
+def _mapped(path: Path, dataset: h5py.Dataset) -> Array:
+    if dataset.size == 0:
+        return np.empty(dataset.shape, dataset.dtype)
+    # An ndarray over the map, because np.memmap itself costs microseconds per slice.
+    return np.asarray(np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
