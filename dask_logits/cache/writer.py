@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.chunks import LEVEL, compress, fletcher32
+from dask_logits.cache.chunks import LEVEL, compress, with_trailer
 from dask_logits.cache.layout import (
     ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
@@ -162,7 +162,7 @@ class CacheWriter:
             for name, frame in zip(frames, parts, strict=True):
                 data = bytes(frame)
                 first = self._filled[name]
-                datasets[name].write_direct_chunk((first, 0), data + fletcher32(data))
+                datasets[name].write_direct_chunk((first, 0), with_trailer(data))
                 self._filled[name] = first + self.profile.alignment
                 self._chunk_sizes[name].append(len(data))
                 self._chunk_crcs[name].append(zlib.crc32(data))
