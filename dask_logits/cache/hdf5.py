@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 from pydantic_core import from_json
 
+from dask_logits.cache.profile import Stored
 from dask_logits.errors import CacheError, damaged, first_line
 
 _MOST_TEXT_BYTES = 64 << 20
@@ -112,9 +113,7 @@ def find_dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset | None:
     return h5py.Dataset(at)
 
 
-def check_dataset(
-    dataset: h5py.Dataset, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, chunked: bool = False
-) -> None:
+def check_dataset(dataset: h5py.Dataset, path: Path, name: str, expected: Stored) -> None:
     """Compare a dataset's shape, dtype and storage with the format's.
 
     Parameters
@@ -123,10 +122,8 @@ def check_dataset(
         The dataset to check.
     path, name
         For error messages.
-    shape, dtype
-        The shape and dtype implied by the header.
-    chunked
-        Whether the format stores it in compressed chunks. All others are contiguous and unfiltered.
+    expected
+        The storage and the whole shape implied by the header.
 
     Raises
     ------
@@ -134,18 +131,18 @@ def check_dataset(
         If they differ, or the array does not lie inside the file.
     """
     found = (dataset.shape, dataset.dtype)
-    if found != (shape, dtype):
-        raise damaged(path, f"{name} with {shape} of {dtype}", str(found))
+    if found != (expected.shape, expected.dtype):
+        raise damaged(path, f"{name} with {expected.shape} of {expected.dtype}", str(found))
     properties = dataset.id.get_create_plist()
-    layout = h5py.h5d.CHUNKED if chunked else h5py.h5d.CONTIGUOUS
+    layout = h5py.h5d.CHUNKED if expected.chunked else h5py.h5d.CONTIGUOUS
     if properties.get_layout() != layout or properties.get_external_count():
         raise CacheError.at(
             path,
-            f"expected {name} {'in chunks' if chunked else 'contiguous'} in the file itself, got another "
+            f"expected {name} {'in chunks' if expected.chunked else 'contiguous'} in the file itself, got another "
             "layout: the file was repacked or damaged; restore the original, or read this one with h5py as "
             "docs/FORMAT.md shows",
         )
-    if not chunked and dataset.nbytes:
+    if not expected.chunked and dataset.nbytes:
         end = dataset.nbytes + (dataset.id.get_offset() or 0)
         file_bytes = os.fstat(dataset.file.id.get_vfd_handle()).st_size
         if dataset.id.get_offset() is None or end > file_bytes:

@@ -19,8 +19,8 @@ DOCUMENTS = (*DOCUMENT_ARRAYS, "document_start")
 BLOCKS = (*BLOCK_ARRAYS, "block_start")
 # HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
 ZSTD_FILTER = 32_015
-# For each chunk of a chunked array.
-INDEX = ("offset", "size", "crc32")
+# Of each chunk of a chunked array: name → dtype.
+INDEX = {"offset": np.dtype(np.uint64), "size": np.dtype(np.uint32), "crc32": np.dtype(np.uint32)}
 
 
 class Header(Record):

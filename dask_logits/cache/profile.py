@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from dask_logits.cache.layout import round_up
+from dask_logits.cache.layout import BLOCKS, DOCUMENTS, round_up
 from dask_logits.cache.packed import COUNTS, pack, unpack
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import create_bytes
@@ -373,6 +373,33 @@ def entries_of(profile: Profile, n_tokens: int, n_targets: int) -> tuple[int, in
         entries = round_up(n_tokens, profile.alignment)
         return entries, entries
     return n_tokens + (profile.alignment > 1), round_up(n_targets, profile.alignment)
+
+
+def file_arrays(
+    profile: Profile, entries: tuple[int, int], n_documents: int, n_blocks: int | None
+) -> dict[str, Stored]:
+    """Return name → storage and whole shape of the arrays of a cache, but for the index, in the order of the file.
+
+    Parameters
+    ----------
+    profile
+        Storage of token arrays.
+    entries
+        Lengths of the token axis and the target axis.
+    n_documents, n_blocks
+        Lengths of the others. None: documents were not packed.
+    """
+    kinds = schema(profile.top_k, profile.vocab_size)
+    starts = np.dtype(np.uint64)
+    columns = dict.fromkeys(DOCUMENTS, n_documents) | ({} if n_blocks is None else dict.fromkeys(BLOCKS, n_blocks))
+    return {
+        **{
+            name: replace(kind, shape=(entries[0 if name in EVERY_TOKEN else 1], *kind.shape))
+            for name, kind in profile.arrays.items()
+        },
+        **{name: Stored(kinds[name][0] if name in kinds else starts, (n,)) for name, n in columns.items()},
+        **{name: Stored(table.dtype, table.shape) for name, table in profile.tables.items()},
+    }
 
 
 def encode_all(tokens: Mapping[str, Array], profile: Profile) -> dict[str, Array]:

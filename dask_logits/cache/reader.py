@@ -38,7 +38,7 @@ from dask_logits.cache.layout import (
     CompactHeader,
     Header,
 )
-from dask_logits.cache.profile import Compact, Plain, Profile
+from dask_logits.cache.profile import Compact, Plain, Profile, Stored, file_arrays
 from dask_logits.errors import CacheError, damaged
 from dask_logits.fields import MOST_COUNT, MOST_DRAWS, MOST_TEMPERATURES
 from dask_logits.records import (
@@ -50,7 +50,6 @@ from dask_logits.records import (
     Extras,
     Records,
     is_rising,
-    schema,
 )
 
 # Tokens whose documents are hashed together.
@@ -468,38 +467,25 @@ class CacheReader:
         dataset = find_dataset(file, self.path, name)
         if dataset is None:
             raise damaged(self.path, name, "none")
-        check_dataset(dataset, self.path, name, (dataset.size if length is None else length,), dtype)
+        check_dataset(dataset, self.path, name, Stored(dtype, (dataset.size if length is None else length,)))
         return np.asarray(dataset[...])
 
     def _check_arrays(self, file: h5py.File) -> dict[str, h5py.Dataset]:
         """Check names, shapes and dtypes against the profile's. Return the datasets."""
-        entries = schema(self.top_k, self.vocab_size)
-        u64, u32 = np.dtype(np.uint64), np.dtype(np.uint32)
-        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        for name, stored in self.profile.arrays.items():
-            length = self.n_entries if name in EVERY_TOKEN else self.n_target_entries
-            expected[name] = ((length, *stored.shape), stored.dtype)
-            if stored.chunked:
-                n_chunks = self.n_target_entries // self.profile.alignment
-                for part in INDEX:
-                    expected[f"chunks/{name}/{part}"] = ((n_chunks,), u64 if part == "offset" else u32)
-        for name in DOCUMENTS:
-            expected[name] = ((self.n_documents,), entries[name][0] if name in entries else u64)
         root = h5py.h5g.open(file.id, b"/")
-        if any(root.links.exists(name.encode()) for name in BLOCKS):
-            n_blocks = (self.attributes.get("n_blocks", -1),)
-            expected |= {name: (n_blocks, u64 if name == "block_start" else u32) for name in BLOCKS}
-        for name, table in self.profile.tables.items():
-            expected[name] = (table.shape, table.dtype)
+        has_blocks = any(root.links.exists(name.encode()) for name in BLOCKS)
+        n_blocks = self._count("n_blocks", "block_length") if has_blocks else None
+        expected = file_arrays(self.profile, (self.n_entries, self.n_target_entries), self.n_documents, n_blocks)
+        n_chunks = self.n_target_entries // self.profile.alignment
+        for name in [name for name, stored in expected.items() if stored.chunked]:
+            expected |= {f"chunks/{name}/{part}": Stored(dtype, (n_chunks,)) for part, dtype in INDEX.items()}
         if root.links.exists(b"token_crcs"):
-            expected["token_crcs"] = ((self.attributes.get("tokenizer_ids", -1),), np.dtype(np.uint8))
+            expected["token_crcs"] = Stored(np.dtype(np.uint8), (self._count("tokenizer_ids", "token_crcs"),))
         found = {name: find_dataset(file, self.path, name) for name in expected}
         if lacking := [name for name, dataset in found.items() if dataset is None]:
             raise damaged(self.path, ", ".join(lacking), "none")
-        for name, (shape, dtype) in expected.items():
-            stored_as = self.profile.arrays.get(name)
-            chunked = stored_as is not None and stored_as.chunked
-            check_dataset(found[name], self.path, name, shape, dtype, chunked=chunked)
+        for name, stored in expected.items():
+            check_dataset(found[name], self.path, name, stored)
         known = {name.encode() for name in expected}
         for key in root:
             if key not in known and root.links.get_info(key).type == h5py.h5l.TYPE_HARD and is_critical(file[key]):

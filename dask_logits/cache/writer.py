@@ -20,18 +20,21 @@ from dask_logits.cache.chunks import LEVEL, compress, with_trailer
 from dask_logits.cache.layout import (
     ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
-    DOCUMENTS,
     FORMAT,
     FORMAT_VERSION,
     INDEX,
     ZSTD_FILTER,
     BlockCrc,
 )
-from dask_logits.cache.profile import Compact, Profile, entries_of
+from dask_logits.cache.profile import Compact, Profile, Stored, entries_of, file_arrays
 from dask_logits.cache.sink import Sink
 from dask_logits.errors import CacheError
 from dask_logits.files.atomic import sync
-from dask_logits.records import EVERY_TOKEN, OPTIONAL_TOKEN_ARRAYS, Array, schema
+from dask_logits.records import EVERY_TOKEN, OPTIONAL_TOKEN_ARRAYS, Array
+
+# A reader that does not know them would compute another content digest, ignore a mask, mix up positions, or take the
+# segments of a block for documents that were scored apart.
+_CRITICAL = (*OPTIONAL_TOKEN_ARRAYS, "block_length")
 
 
 class CacheWriter:
@@ -92,41 +95,32 @@ class CacheWriter:
         self._chunk_sizes: dict[str, list[int]] = {}
         self._chunk_crcs: dict[str, list[int]] = {}
         try:
-            self._create_all(n_entries, n_target_entries, n_documents, n_blocks)
+            self._create_all(file_arrays(profile, (n_entries, n_target_entries), n_documents, n_blocks))
         except BaseException as error:
             # HDF5 crashes at exit if it closes a file after its sink.
             self.__exit__(type(error), error, None)
             raise
 
-    def _create_all(self, n_entries: int, n_target_entries: int, n_documents: int, n_blocks: int | None) -> None:
+    def _create_all(self, arrays: Mapping[str, Stored]) -> None:
         """Create all arrays, and write the tables."""
-        profile = self.profile
-        for name, stored in profile.arrays.items():
-            length = n_entries if name in EVERY_TOKEN else n_target_entries
+        for name, stored in arrays.items():
             if stored.chunked:
-                self._create_chunked(name, (length, *stored.shape))
+                self._create_chunked(name, stored.shape)
             else:
-                self._create(name, (length, *stored.shape), stored.dtype)
-        kinds = schema(profile.top_k, profile.vocab_size)
-        for name in DOCUMENTS:
-            self._create(name, (n_documents,), kinds[name][0] if name in kinds else np.dtype(np.uint64))
-        for name in profile.extras.token_arrays:
-            if name in OPTIONAL_TOKEN_ARRAYS:
-                # Readers that do not know it would compute another content digest, ignore a mask, or mix up positions.
+                self._create(name, stored.shape, stored.dtype)
+            if name in _CRITICAL:
                 self._file[name].attrs["critical"] = True
-        if n_blocks is not None:
-            self._create("block_length", (n_blocks,), kinds["block_length"][0])
-            self._create("block_start", (n_blocks,), np.dtype(np.uint64))
-            # Readers without block support would treat block segments as separately scored documents.
-            self._file["block_length"].attrs["critical"] = True
-        for name, table in profile.tables.items():
-            self._create(name, table.shape, table.dtype)
+        for name, table in self.profile.tables.items():
             self.append(name, table)
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._datasets[name] = self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
         self._filled[name] = 0
         self._crcs[name] = BlockCrc()
+
+    def _create_filled(self, name: str, array: Array) -> None:
+        self._create(name, array.shape, array.dtype)
+        self.append(name, array)
 
     def _create_chunked(self, name: str, shape: tuple[int, ...]) -> None:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -208,18 +202,14 @@ class CacheWriter:
             if filled != len(self._datasets[name]):
                 raise CacheError.at(self.path, f"expected {len(self._datasets[name])} entries of {name}, got {filled}")
         if "token_crcs" in attributes:
-            crcs = attributes["token_crcs"]
-            self._create("token_crcs", crcs.shape, crcs.dtype)
-            self.append("token_crcs", crcs)
+            self._create_filled("token_crcs", attributes["token_crcs"])
         for name in self._chunk_sizes:
             places: list[Any] = []
             self._datasets[name].id.chunk_iter(places.append)
             offsets = [chunk.byte_offset for chunk in sorted(places, key=lambda chunk: chunk.chunk_offset)]
             columns = (offsets, self._chunk_sizes[name], self._chunk_crcs[name])
-            for part, column in zip(INDEX, columns, strict=True):
-                values = np.asarray(column, np.uint64 if part == "offset" else np.uint32)
-                self._create(f"chunks/{name}/{part}", values.shape, values.dtype)
-                self.append(f"chunks/{name}/{part}", values)
+            for (part, dtype), column in zip(INDEX.items(), columns, strict=True):
+                self._create_filled(f"chunks/{name}/{part}", np.asarray(column, dtype))
         for name, crc in self._crcs.items():
             self._file.create_dataset(f"crc32/{name}", data=np.array(crc.values(), np.uint32))
         header = {
