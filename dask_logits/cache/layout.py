@@ -20,7 +20,7 @@ BLOCKS = (*BLOCK_ARRAYS, "block_start")
 # HDF5's registered number of the zstd filter (https://github.com/HDFGroup/hdf5_plugins).
 ZSTD_FILTER = 32_015
 # Of each chunk of a chunked array: name → dtype.
-INDEX = {"offset": np.dtype(np.uint64), "size": np.dtype(np.uint32), "crc32": np.dtype(np.uint32)}
+INDEX = {"offset": "<u8", "size": "<u4", "crc32": "<u4"}
 
 
 class Header(Record):
@@ -55,7 +55,7 @@ class Header(Record):
 class CompactHeader(Header):
     """Attributes of a cache in the compact profile that a reader checks."""
 
-    precision: Count
+    precision: Literal[8, 10, 12]
     chunk_tokens: Count
 
 

@@ -54,8 +54,8 @@ from dask_logits.records import (
 
 # Tokens whose documents are hashed together.
 _DIGEST_TOKENS = 1 << 16
-# Bytes of an array checked together.
-_READ_BYTES = 8 << 20
+# Bytes of an array, and chunks of all planes, checked together.
+_READ_BYTES, _READ_CHUNKS = 8 << 20, 256
 
 
 class CacheReader:
@@ -115,7 +115,9 @@ class CacheReader:
         self._offsets = {name: datasets[name].id.get_offset() for name in self.names}
         self.arrays: dict[str, Array] = {name: _mapped(opened, datasets[name]) for name in self.names}
         self._planes = self._opened_planes(datasets, chunked) if chunked else None
-        self._block_start = self.arrays["block_start"].astype(np.int64) if self.is_packed else None
+        self.is_packed = "block_length" in self.names
+        unit = "block" if self.is_packed else "document"
+        self._starts, self._lengths = self.arrays[f"{unit}_start"], self.arrays[f"{unit}_length"]
         if self.is_packed and self.n_items and not self.n_documents:
             raise damaged(self.path, "segments of its blocks", "none")
 
@@ -127,23 +129,18 @@ class CacheReader:
 
     def said(self) -> dict[str, Any]:
         """Return the attributes for a writer: the file's, plus a byte of each id's token if it has them."""
-        crcs = {"token_crcs": np.asarray(self.arrays["token_crcs"])} if "token_crcs" in self.arrays else {}
+        crcs = {"token_crcs": self.arrays["token_crcs"]} if "token_crcs" in self.arrays else {}
         return {**self.attributes, **crcs}
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether documents were packed into blocks."""
-        return "block_length" in self.names
 
     @property
     def n_items(self) -> int:
         """Number of items: blocks of a packed cache, else documents (each window counts)."""
-        return len(self.arrays["block_length"]) if self.is_packed else self.n_documents
+        return len(self._lengths)
 
     @property
     def n_empty(self) -> int:
         """Number of documents without tokens, whose rows were null or empty."""
-        return self.n_documents - int(np.count_nonzero(np.asarray(self.arrays["document_length"])))
+        return self.n_documents - int(np.count_nonzero(self.arrays["document_length"]))
 
     def targets_of(self, start: int, stop: int) -> tuple[int, int]:
         """Return the range on the target axis of the entries [start, stop) of the token axis.
@@ -176,16 +173,13 @@ class CacheReader:
     def stored_at(self, tokens: tuple[int, int], targets: tuple[int, int], origin: int) -> dict[str, Array]:
         """Return the encoded arrays of a range of each axis, with ``target_pos`` counted from `origin`."""
         found = {
-            name: self._read(name, *(tokens if name in EVERY_TOKEN else targets))
+            name: self.arrays[name][slice(*(tokens if name in EVERY_TOKEN else targets))]
             for name in self.profile.arrays
             if name in self.arrays
         }
         if "target_pos" in found:
             found["target_pos"] = found["target_pos"] - np.uint64(origin)
         return found if self._planes is None else {**found, **self._planes.rows(*targets)}
-
-    def _read(self, name: str, start: int, stop: int) -> Array:
-        return np.asarray(self.arrays[name][start:stop])
 
     def tokens(self, start: int, stop: int) -> dict[str, Array]:
         """Return the logical token arrays of entries [start, stop)."""
@@ -205,22 +199,19 @@ class CacheReader:
         CacheError
             If it lies outside the file.
         """
-        if self._block_start is None:
-            start = int(self.arrays["document_start"][index])
-            stop = start + int(self.arrays["document_length"][index])
-            documents = slice(index, index + 1)
-        else:
-            start = int(self._block_start[index])
-            stop = start + int(self.arrays["block_length"][index])
+        start = int(self._starts[index])
+        stop = start + int(self._lengths[index])
+        if stop > self.n_entries:
+            raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
+        documents = slice(index, index + 1)
+        if self.is_packed:
             starts = self.arrays["document_start"]
             # Documents without tokens begin where the next one does: from the first token's document to the last's.
-            first = int(np.searchsorted(starts, np.uint64(max(0, start)), side="right")) - 1
-            last = int(np.searchsorted(starts, np.uint64(max(0, stop))))
+            first = int(np.searchsorted(starts, np.uint64(start), side="right")) - 1
+            last = int(np.searchsorted(starts, np.uint64(stop)))
             documents = slice(first, last)
             if not 0 <= first < last or int(starts[first]) != start:
                 raise damaged(self.path, f"segments of block {index}", "none")
-        if not 0 <= start <= stop <= self.n_entries:
-            raise damaged(self.path, f"item {index} in {self.n_entries} entries", f"{start} to {stop}")
         return start, stop, documents
 
     def item(self, index: int) -> dict[str, Array]:
@@ -247,36 +238,33 @@ class CacheReader:
 
     def item_lengths(self) -> Array:
         """Return the tokens of each item: [items] int64."""
-        name = "block_length" if self.is_packed else "document_length"
-        return np.asarray(self.arrays[name]).astype(np.int64)
+        return self._lengths.astype(np.int64)
 
     def item_starts(self) -> Array:
         """Return the first entry of each item: [items] int64."""
-        starts = self.arrays["document_start"] if self._block_start is None else self._block_start
-        return np.asarray(starts).astype(np.int64)
+        return self._starts.astype(np.int64)
 
     def item_places(self) -> tuple[Array, Array]:
         """Return the dataset row of each item's first token, and its position in the row: [items] int64 each."""
-        rows, offsets = (np.asarray(self.arrays[name]).astype(np.int64) for name in DOCUMENT_ARRAYS[:2])
-        if self._block_start is None:
+        rows, offsets = (self.arrays[name].astype(np.int64) for name in DOCUMENT_ARRAYS[:2])
+        if not self.is_packed:
             return rows, offsets
-        starts = np.asarray(self.arrays["document_start"])
-        first = np.searchsorted(starts, self._block_start.astype(starts.dtype), side="right") - 1
+        first = np.searchsorted(self.arrays["document_start"], self._starts, side="right") - 1
         return rows[first], offsets[first]
 
     def blocks_between(self, start: int, stop: int) -> tuple[int, int]:
         """Return the packed blocks [first, stop) that begin in a range of entries, (0, 0) without packing."""
-        if self._block_start is None:
+        if not self.is_packed:
             return 0, 0
-        first, last = np.searchsorted(self._block_start, [start, stop])
+        first, last = np.searchsorted(self._starts, np.array([start, stop], np.uint64))
         return int(first), int(last)
 
     def runs(self, documents: tuple[int, int], blocks: tuple[int, int]) -> Iterator[Records]:
         """Yield contiguous documents [first, stop) with their blocks, some at a time."""
-        columns = {name: np.asarray(self.arrays[name][slice(*documents)]) for name in DOCUMENTS}
+        columns = {name: self.arrays[name][slice(*documents)] for name in DOCUMENTS}
         starts = columns.pop("document_start").astype(np.int64)
         ends = starts + columns["document_length"]
-        lengths = np.asarray(self.arrays["block_length"][slice(*blocks)]) if self.is_packed else None
+        lengths = self._lengths[slice(*blocks)] if self.is_packed else None
         # Possible ends: after a document, or a block.
         stops = ends if lengths is None else starts[:1] + np.cumsum(lengths, dtype=np.int64)
         first = first_stop = 0
@@ -316,11 +304,10 @@ class CacheReader:
                 block = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
                 where = slice(block, block + 1)
                 raise damaged(self.path, f"CRC-32 {expected[where]} for {name}, block {block}", found[where])
-        step = 256 * self.profile.alignment
-        for first in range(0, self.n_target_entries, step):
-            stop = min(first + step, self.n_target_entries)
-            if self._planes is not None:
-                self._planes.check(*(at // self.profile.alignment for at in (first, stop)), trailers=trailers)
+        if self._planes is not None:
+            n_chunks = self.n_target_entries // self.profile.alignment
+            for first in range(0, n_chunks, _READ_CHUNKS):
+                self._planes.check(first, min(first + _READ_CHUNKS, n_chunks), trailers=trailers)
         self._check_places()
 
     def _pieces(self, name: str) -> Iterator[Array]:
@@ -335,9 +322,9 @@ class CacheReader:
 
     def _check_places(self) -> None:
         """Refuse documents and blocks that overlap, exceed the file, or have inconsistent totals."""
-        columns = [np.asarray(self.arrays[name]) for name in DOCUMENTS]
         row, offset, length, start = (
-            np.minimum(column.astype(np.uint64), np.uint64(MOST_COUNT)).astype(np.int64) for column in columns
+            np.minimum(self.arrays[name].astype(np.uint64), np.uint64(MOST_COUNT)).astype(np.int64)
+            for name in DOCUMENTS
         )
         end = start + length
         if (np.diff(row) < 0).any() or (row >= MOST_COUNT).any():
@@ -351,15 +338,15 @@ class CacheReader:
                 f"{length.sum()} tokens, which end at {end.max(initial=0)}, or overlap",
             )
         self._check_target_pos(start, end)
-        if self._block_start is None:
+        if not self.is_packed:
             return
-        lengths = self.item_lengths()
-        stops = self._block_start + lengths
-        firsts, lasts = (np.searchsorted(start, at) for at in (self._block_start, stops))
+        starts, lengths = self.item_starts(), self.item_lengths()
+        stops = starts + lengths
+        firsts, lasts = (np.searchsorted(start, at) for at in (starts, stops))
         before = np.concatenate([[0], np.cumsum(length)])
         held = before[lasts] - before[firsts]
         is_wrong = (held != lengths) | (lengths == 0)
-        if is_wrong.any() or (self._block_start[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
+        if is_wrong.any() or (starts[1:] < stops[:-1]).any() or lengths.sum() != self.n_tokens:
             raise damaged(self.path, f"blocks of the {self.n_tokens} tokens of their segments", "others")
 
     def _check_target_pos(self, start: Array, end: Array) -> None:
@@ -422,23 +409,20 @@ class CacheReader:
 
     def _profile(self, file: h5py.File) -> Profile:
         extras = self._extras(file)
-        if self.attributes["profile"] == "plain":
+        if not isinstance(self.header, CompactHeader):
             return Plain(top_k=self.top_k, vocab_size=self.vocab_size, extras=extras)
         try:
-            profile = Compact(
+            return Compact(
                 top_k=self.top_k,
                 vocab_size=self.vocab_size,
-                precision=self.attributes["precision"],
+                precision=self.header.precision,
                 id_table=self._table(file, "id_table", self.vocab_size, np.dtype(np.uint32)),
-                gap_table=self._table(
-                    file, "gap_table", 1 << min(16, self.attributes["precision"]), np.dtype(np.float32)
-                ),
-                chunk_tokens=self.attributes["chunk_tokens"],
+                gap_table=self._table(file, "gap_table", 1 << self.header.precision, np.dtype(np.float32)),
+                chunk_tokens=self.header.chunk_tokens,
                 extras=extras,
             )
         except ValueError as error:
             raise damaged(self.path, "the tables of a compact cache", str(error)) from error
-        return profile
 
     def _extras(self, file: h5py.File) -> Extras:
         values: dict[str, Any] = {
@@ -457,10 +441,10 @@ class CacheReader:
 
     def _temperatures(self, file: h5py.File) -> tuple[float, ...]:
         temperatures = self._table(file, "temperatures", None, np.dtype(np.float64))
-        is_valid = temperatures.ndim == 1 and (np.diff(temperatures, prepend=0.0) > 0).all() and 1.0 not in temperatures
+        is_valid = (np.diff(temperatures, prepend=0.0) > 0).all() and 1.0 not in temperatures
         if not is_valid or not 0 < len(temperatures) <= MOST_TEMPERATURES or not np.isfinite(temperatures).all():
             expected = f"1 to {MOST_TEMPERATURES} rising temperatures other than 1"
-            raise damaged(self.path, expected, str(temperatures.reshape(-1)[: MOST_TEMPERATURES + 1]))
+            raise damaged(self.path, expected, str(temperatures[: MOST_TEMPERATURES + 1]))
         return tuple(temperatures.tolist())
 
     def _table(self, file: h5py.File, name: str, length: int | None, dtype: np.dtype[Any]) -> Array:
@@ -478,7 +462,7 @@ class CacheReader:
         expected = file_arrays(self.profile, (self.n_entries, self.n_target_entries), self.n_documents, n_blocks)
         n_chunks = self.n_target_entries // self.profile.alignment
         for name in [name for name, stored in expected.items() if stored.chunked]:
-            expected |= {f"chunks/{name}/{part}": Stored(dtype, (n_chunks,)) for part, dtype in INDEX.items()}
+            expected |= {f"chunks/{name}/{part}": Stored(np.dtype(dtype), (n_chunks,)) for part, dtype in INDEX.items()}
         if root.links.exists(b"token_crcs"):
             expected["token_crcs"] = Stored(np.dtype(np.uint8), (self._count("tokenizer_ids", "token_crcs"),))
         found = {name: find_dataset(file, self.path, name) for name in expected}
@@ -499,7 +483,7 @@ class CacheReader:
     def _opened_planes(self, datasets: dict[str, h5py.Dataset], chunked: Sequence[str]) -> PlaneReader:
         indices = {}
         for name in chunked:
-            indices[name] = ChunkIndex(*(np.asarray(self.arrays[f"chunks/{name}/{part}"]) for part in INDEX))
+            indices[name] = ChunkIndex(*(self.arrays[f"chunks/{name}/{part}"] for part in INDEX))
             if len(indices[name]):
                 self._check_index(datasets[name], name, indices[name])
         shape = (self.profile.alignment, self.top_k)
