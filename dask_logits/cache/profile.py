@@ -281,12 +281,11 @@ class Compact:
             Planes of the ids and gaps, if a device has computed them (:mod:`dask_logits.worker.encoder`).
         """
         return {
-            "input_ids": tokens["input_ids"],
             **(self._encoded_entries(tokens) if planes is None else planes),
             **({COUNTS: tokens[COUNTS]} if self.extras.draws else {}),
             **({} if self.extras.draws else {"top1_logprob": _half(tokens["topk_logprobs"][:, 0])}),
             **{name: _half(tokens[name]) for name in self._names(_HALVED)},
-            **{name: tokens[name] for name in self._names(_UNCHANGED[1:])},
+            **{name: tokens[name] for name in self._names(_UNCHANGED)},
         }
 
     def _encoded_entries(self, tokens: Mapping[str, Array]) -> dict[str, Array]:
@@ -425,24 +424,9 @@ def _filled(
     return out
 
 
-def as_kept(records: Records, profile: Profile, stored: Mapping[str, Array] | None = None) -> Records:
-    """Return records with their values after storing and reading, including the loss of precision.
-
-    Parameters
-    ----------
-    records
-        The records.
-    profile
-        The profile.
-    stored
-        Their token arrays from :func:`encode_all`. None: they are encoded here.
-    """
-    if isinstance(profile, Plain):
-        return records
-    tokens = records.tokens()
-    stored = encode_all(tokens, profile) if stored is None else stored
-    out = {name: np.empty_like(array) for name, array in tokens.items()}
-    return replace(records, **_filled(out, stored, profile.decode))
+def as_kept(records: Records, profile: Profile) -> Records:
+    """Return records with their values after storing and reading, including the loss of precision."""
+    return encode_records(records, profile)[1]
 
 
 def encode_records(
@@ -460,11 +444,15 @@ def encode_records(
         Planes that a device has computed. It has also replaced the log-probs by those that are read.
     """
     tokens = records.tokens()
-    if isinstance(profile, Plain) or not planes:
+    if isinstance(profile, Plain):
+        return tokens, records
+    if planes:
+        stored = profile.encode(tokens, planes)
+        kept = {name: stored[name].astype(np.float32) for name in _HALVED if name in stored}
+    else:
         stored = encode_all(tokens, profile)
-        return stored, as_kept(records, profile, stored)
-    stored = profile.encode(tokens, planes)
-    return stored, replace(records, **{name: stored[name].astype(np.float32) for name in _HALVED if name in stored})
+        kept = _filled({name: np.empty_like(array) for name, array in tokens.items()}, stored, profile.decode)
+    return stored, replace(records, **kept)
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.chunks import LEVEL, compress, with_trailer
+from dask_logits.cache.chunks import LEVEL, TRAILER_BYTES, compress, with_trailer
 from dask_logits.cache.layout import (
     ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
@@ -92,7 +92,6 @@ class CacheWriter:
             "vocab_size": profile.vocab_size,
             **({} if n_blocks is None else {"n_blocks": n_blocks}),
         }
-        self._chunk_sizes: dict[str, list[int]] = {}
         self._chunk_crcs: dict[str, list[int]] = {}
         try:
             self._create_all(file_arrays(profile, (n_entries, n_target_entries), n_documents, n_blocks))
@@ -134,7 +133,6 @@ class CacheWriter:
         created = h5py.h5d.create(self._file.id, name.encode(), h5py.h5t.STD_U8LE, space, properties)
         self._datasets[name] = h5py.Dataset(created)
         self._filled[name] = 0
-        self._chunk_sizes[name] = []
         self._chunk_crcs[name] = []
 
     def append(self, name: str, block: Array) -> None:
@@ -158,7 +156,6 @@ class CacheWriter:
                 first = self._filled[name]
                 datasets[name].write_direct_chunk((first, 0), with_trailer(data))
                 self._filled[name] = first + self.profile.alignment
-                self._chunk_sizes[name].append(len(data))
                 self._chunk_crcs[name].append(zlib.crc32(data))
         self._sink.check()
 
@@ -203,11 +200,11 @@ class CacheWriter:
                 raise CacheError.at(self.path, f"expected {len(self._datasets[name])} entries of {name}, got {filled}")
         if "token_crcs" in attributes:
             self._create_filled("token_crcs", attributes["token_crcs"])
-        for name in self._chunk_sizes:
+        for name, crcs in self._chunk_crcs.items():
             places: list[Any] = []
             self._datasets[name].id.chunk_iter(places.append)
-            offsets = [chunk.byte_offset for chunk in sorted(places, key=lambda chunk: chunk.chunk_offset)]
-            columns = (offsets, self._chunk_sizes[name], self._chunk_crcs[name])
+            places.sort(key=lambda chunk: chunk.chunk_offset)
+            columns = ([chunk.byte_offset for chunk in places], [chunk.size - TRAILER_BYTES for chunk in places], crcs)
             for (part, dtype), column in zip(INDEX.items(), columns, strict=True):
                 self._create_filled(f"chunks/{name}/{part}", np.asarray(column, dtype))
         for name, crc in self._crcs.items():
