@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,18 @@ _GAP_BYTES = 1 << 16
 LEVEL = 1
 # Of the Fletcher-32 behind each chunk.
 TRAILER_BYTES = 4
+
+
+def whole_chunks(array: Array, rows: int) -> Iterator[Array]:
+    """Yield an array in chunks, the last one filled up with zeros.
+
+    >>> [chunk.tolist() for chunk in whole_chunks(np.array([1, 2, 3]), 2)]
+    [[1, 2], [3, 0]]
+    """
+    for first in range(0, len(array), rows):
+        chunk = array[first : first + rows]
+        short = np.zeros((rows - len(chunk), *array.shape[1:]), array.dtype)
+        yield np.concatenate([chunk, short]) if len(short) else chunk
 
 
 def compress(chunk: Array) -> bytes:

@@ -12,6 +12,7 @@ Dimension letters: N tokens, K kept entries.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from dask_logits.cache.chunks import LEVEL, compress, decompress
+from dask_logits.cache.chunks import LEVEL, compress, decompress, whole_chunks
 from dask_logits.cache.profile import Profile, Stored, encode_all
 from dask_logits.errors import CacheError
 from dask_logits.fields import MOST_COUNT
@@ -114,10 +115,7 @@ def _shard(array: Array, rows: int, compressed: bool) -> Iterator[bytes]:
 
     index = np.empty((-(-len(array) // rows), 2), "<u8")
     offset = 0
-    for place, first in enumerate(range(0, len(array), rows)):
-        chunk = array[first : first + rows].astype(array.dtype.newbyteorder("<"), copy=False)
-        if len(chunk) < rows:
-            chunk = np.concatenate([chunk, np.zeros((rows - len(chunk), *array.shape[1:]), chunk.dtype)])
+    for place, chunk in enumerate(whole_chunks(array.astype(array.dtype.newbyteorder("<"), copy=False), rows)):
         frame = compress(chunk) if compressed else chunk.tobytes()
         index[place] = offset, len(frame)
         offset += len(frame)
@@ -200,20 +198,18 @@ class PartitionReader:
         """
         for name, (size, crc) in files.items():
             file = self._inside(name)
+            found = None
             try:
-                try:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     status = file.stat()
-                except (FileNotFoundError, NotADirectoryError):
-                    status = None
-                found = [status.st_size, 0] if status and stat.S_ISREG(status.st_mode) else None
-                if found is not None and found[0] == size:
-                    found[1] = _crc32(file)
+                    if stat.S_ISREG(status.st_mode):
+                        found = status.st_size, _crc32(file) if status.st_size == size else 0
             except OSError as error:
                 raise CacheError(
                     f"{file}: expected to read it, got {error}; check the disk, then run the same command again",
                     str(self.path),
                 ) from error
-            if found != [size, crc]:
+            if found != (size, crc):
                 raise CacheError(
                     f"{file}: expected {size} bytes with CRC-32 {crc:08x}, got "
                     f"{'nothing' if found is None else f'{found[0]} with {found[1]:08x}'}: the data are damaged; "
@@ -320,12 +316,11 @@ class PartitionReader:
 
     def records(self) -> Records:
         """Read the whole partition."""
-        blocks = list(self.tokens()) or [self.profile.decode(self._no_tokens())]
+        blocks = [self.profile.decode(self._no_tokens()), *self.tokens()]
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
         for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
             if self._has(name):
-                parts = list(self.blocks(name))
-                columns[name] = np.concatenate(parts) if parts else np.empty(0, self._layout(name).dtype)
+                columns[name] = np.concatenate([np.empty(0, self._layout(name).dtype), *self.blocks(name)])
         try:
             return Records(**columns)
         except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dask_logits.cache.chunks import LEVEL, TRAILER_BYTES, compress, with_trailer
+from dask_logits.cache.chunks import LEVEL, TRAILER_BYTES, compress, whole_chunks, with_trailer
 from dask_logits.cache.layout import (
     ALIGNMENT_BYTES,
     CRC_BLOCK_BYTES,
@@ -161,16 +161,13 @@ class CacheWriter:
 
     def append_tokens(self, tokens: Mapping[str, Array]) -> None:
         """Encode and write the next tokens. All but the last targets of a piece fill whole chunks."""
-        step = self.profile.alignment
         stored = self.profile.pack(self.profile.encode(tokens))
         frames: dict[str, list[bytes]] = {}
         for name, kind in self.profile.arrays.items():
             if not kind.chunked:
                 self.append(name, stored[name])
                 continue
-            short = -len(stored[name]) % step
-            rows = np.concatenate([stored[name], np.zeros((short, *kind.shape), kind.dtype)]) if short else stored[name]
-            frames[name] = [compress(rows[first : first + step]) for first in range(0, len(rows), step)]
+            frames[name] = [compress(chunk) for chunk in whole_chunks(stored[name], self.profile.alignment)]
         self.append_chunks(frames)
 
     def align(self) -> None:
