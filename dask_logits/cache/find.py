@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,38 +164,26 @@ class CacheIndex(Record):
 
 def _indexed(path: Path) -> list[Path]:
     index = CacheIndex.read(path)
-    caches: dict[Path, None] = {}
-    for entry in index.caches:
-        cache = path.parent / entry.path
+    caches = [path.parent / entry.path for entry in index.caches]
+    times = Counter(caches)
+    for cache, entry in zip(caches, index.caches, strict=True):
         header = CacheReader(cache).header
-        if header.content_digest != entry.content_digest or cache in caches:
-            raise CacheError(
-                f"{path}: expected {cache} with content {entry.content_digest[:16]}…, once, got "
-                f"{header.content_digest[:16]}…; merge again",
-                str(cache),
-            )
-        for name, listed, held in (
+        for what, expected, found in (
+            ("as content digest", entry.content_digest, header.content_digest),
             ("documents", entry.documents, header.n_documents),
             ("tokens", entry.tokens, header.n_tokens),
+            ("rows of the whole job", index.n_rows, header.n_rows),
+            ("entry in the index", 1, times[cache]),
         ):
-            if listed not in (None, held):
-                raise CacheError(
-                    f"{path}: expected {cache} with {listed} {name}, got {held}; merge again",
-                    str(cache),
-                )
-        if index.n_rows not in (None, header.n_rows):
-            raise CacheError(
-                f"{path}: expected parts of a job of {index.n_rows} rows, got {cache} of one of {header.n_rows}; "
-                "merge again",
-                str(cache),
-            )
-        caches[cache] = None
+            if expected not in (None, found):
+                problem = f"expected {cache} with {expected} {what}, got {found}; merge again"
+                raise CacheError(f"{path}: {problem}", str(cache))
     whole = total_digest(entry.content_digest for entry in index.caches)
     if index.content_digest not in (None, whole):
         raise CacheError.at(
             path, f"expected caches with content {index.content_digest} in all, got {whole}; merge again"
         )
-    return list(caches)
+    return caches
 
 
 def check_one_job(readers: Sequence[CacheReader]) -> None:

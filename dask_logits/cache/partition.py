@@ -63,7 +63,6 @@ def write_partition(
 
     attributes = {"format": FORMAT, "version": VERSION, "profile": profile.name}
     zarr.create_group(str(path), zarr_format=3, attributes=attributes)
-    arrays = dict(records.arrays())
     if stored is None:
         stored = encode_all(records.tokens(), profile)
     for name, array in profile.pack(stored).items():
@@ -72,8 +71,8 @@ def write_partition(
         compressed = chunked or name != "topk_ids_b0"
         _write_array(path / name, array, profile.alignment if chunked else BLOCK_TOKENS, compressed)
     for name in (*DOCUMENT_ARRAYS, *BLOCK_ARRAYS):
-        if name in arrays:
-            _write_array(path / name, arrays[name], BLOCK_TOKENS, True)
+        if (array := getattr(records, name)) is not None:
+            _write_array(path / name, array, BLOCK_TOKENS, True)
     sync_tree(path)
     return {
         str(file.relative_to(path)): (file.stat().st_size, _crc32(file))

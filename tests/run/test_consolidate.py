@@ -323,7 +323,7 @@ def test_an_index_that_disagrees_with_its_files_is_refused(here) -> None:
     with pytest.raises(CacheError, match=r"expected dask_logits\.index version 1, got 'dask_logits\.index' version 2"):
         CachedLogitsDataset(index)
     index.write_text(json.dumps({**said, "n_rows": 41}))
-    with pytest.raises(CacheError, match=r"expected parts of a job of 41 rows, got .* of one of 40; merge again"):
+    with pytest.raises(CacheError, match=r"expected .* with 41 rows of the whole job, got 40; merge again"):
         CachedLogitsDataset(index)
     for name in ("documents", "tokens"):
         more = [{**said["caches"][0], name: 999}, *said["caches"][1:]]
