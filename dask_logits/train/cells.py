@@ -21,7 +21,6 @@ Dimension letters: R rows of a chunk, V vocabulary, K cells without the tail, C 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,30 +28,10 @@ from torch import Tensor
 from dask_logits.train.objective import Objective, TeacherCells
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Terms:
-    """Values of the rows of a chunk, in nats.
-
-    Parameters
-    ----------
-    divergence_R
-        On the cells, at the objective's temperature.
-    cross_entropy_R
-        With the next token, at temperature 1, 0 where there is none.
-    kept_mass_R, entropy_R
-        The student's mass on the kept entries and the entropy of its distribution, at temperature 1. Only on request.
-    """
-
-    divergence_R: Tensor
-    cross_entropy_R: Tensor
-    kept_mass_R: Tensor | None = None
-    entropy_R: Tensor | None = None
-
-
 def measure(
     logits_RV: Tensor, teacher: TeacherCells, objective: Objective, *, weights_R: Tensor | None, has_details: bool
-) -> tuple[Terms, Tensor | None]:
-    """Compute the terms of a chunk, and the gradient of their weighted sum.
+) -> tuple[list[Tensor], Tensor | None]:
+    """Compute the terms of the rows of a chunk, and the gradient of their weighted sum.
 
     Parameters
     ----------
@@ -63,11 +42,14 @@ def measure(
     weights_R
         Weight of each row's loss in the gradient. None: no gradient.
     has_details
-        Whether to compute ``kept_mass_R`` and ``entropy_R``.
+        Whether to compute the further terms.
 
     Returns
     -------
-    terms
+    terms_R
+        In nats: the divergence on the cells, at the objective's temperature, and the cross-entropy with the next token,
+        at temperature 1, 0 where there is none. On request also the student's mass on the kept entries and the entropy
+        of its distribution, at temperature 1.
     grad_RV
         Gradient to the logits, in the memory of `logits_RV` or as large.
     """
@@ -76,7 +58,6 @@ def measure(
     label_R1, has_label_R = teacher.labels_N.clamp(min=0)[:, None], teacher.labels_N >= 0
     own_RK = logits_RV.gather(1, ids_RK)
     label_logit_R = logits_RV.gather(1, label_R1)[:, 0]
-    entropy_R = None
     if has_details:
         q_RV = logits_RV.softmax(-1)
         entropy_R = torch.special.entr(q_RV, out=q_RV).sum(-1)
@@ -102,18 +83,12 @@ def measure(
     logq_RC = torch.cat([kept_RK, lse_rest_R[:, None]], 1) - total_R[:, None]
     logp_RC = torch.cat([teacher.logp_NK, teacher.logtail_N[:, None]], 1)
     divergence_R, u_RC = _divergence(logp_RC, logq_RC, objective)
-    kept_mass_R = None
+    terms_R = [divergence_R, torch.where(has_label_R, lse_R - label_logit_R, 0.0)]
     if has_details:
         entries_RK = (kept_RK * T)[:, : teacher.n_entries]
-        kept_mass_R = (entries_RK.logsumexp(-1) - lse_R).exp()
-    terms = Terms(
-        divergence_R=divergence_R,
-        cross_entropy_R=torch.where(has_label_R, lse_R - label_logit_R, 0.0),
-        kept_mass_R=kept_mass_R,
-        entropy_R=entropy_R,
-    )
+        terms_R += [(entries_RK.logsumexp(-1) - lse_R).exp(), entropy_R]
     if weights_R is None:
-        return terms, None
+        return terms_R, None
 
     q_RC = logq_RC.exp()
     # T² of the loss over T of the chain rule.
@@ -127,7 +102,7 @@ def measure(
         if T != 1:
             grad_RV += logits_RV.sub_(lse_R[:, None]).exp_().mul_(label_weight_R[:, None])
         grad_RV.scatter_add_(1, label_R1, -label_weight_R[:, None])
-    return terms, grad_RV
+    return terms_R, grad_RV
 
 
 def _divergence(logp_RC: Tensor, logq_RC: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

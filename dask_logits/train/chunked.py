@@ -8,7 +8,7 @@ Dimension letters: N positions, M scored positions, R rows of a chunk, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dask_logits.errors import ConfigError
-from dask_logits.train.cells import Terms, measure
+from dask_logits.train.cells import measure
 from dask_logits.train.heads import Head
 from dask_logits.train.objective import Objective, TeacherCells
 
@@ -167,32 +167,14 @@ class Chunked(torch.autograd.Function):
         """Return the loss, and values of each row: divergence, cross-entropy, and the details if wanted."""
         has_grads = plan.has_grad and not plan.recompute
         objective = plan.objective
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            source = plan.source(tensors, [has_grads and needed for needed in ctx.needs_input_grad[1:]])
-            parts: list[Terms] = []
-            for rows_R, teacher_R in zip(plan.rows_M, plan.teacher_M, strict=True):
-                terms, grad_RV = measure(
-                    source.logits(rows_R),
-                    teacher_R,
-                    objective,
-                    weights_R=torch.ones_like(teacher_R.logtail_N) if has_grads else None,
-                    has_details=plan.has_details,
-                )
-                parts.append(terms)
-                if grad_RV is not None:
-                    source.absorb(rows_R, grad_RV)
-        divergence_M = torch.cat([terms.divergence_R for terms in parts])
-        cross_entropy_M = torch.cat([terms.cross_entropy_R for terms in parts])
-        values = [divergence_M, cross_entropy_M]
-        if plan.has_details:
-            values += [torch.cat([terms.kept_mass_R for terms in parts if terms.kept_mass_R is not None])]
-            values += [torch.cat([terms.entropy_R for terms in parts if terms.entropy_R is not None])]
-        loss = (1 - objective.alpha) * cross_entropy_M + objective.alpha * objective.temperature**2 * divergence_M
-        ctx.plan, ctx.gradients = plan, None
-        if has_grads:
-            ctx.gradients = source.gradients()
-            ctx.dtypes = [tensor.dtype for tensor in tensors]
-        elif plan.has_grad:
+        needs = [has_grads and needed for needed in ctx.needs_input_grad[1:]]
+        weights_M = [torch.ones_like(teacher_R.logtail_N) if has_grads else None for teacher_R in plan.teacher_M]
+        source, terms_R = _passed(plan, tensors, needs, weights_M, plan.has_details)
+        values = [torch.cat(parts) for parts in zip(*terms_R, strict=True)]
+        loss = (1 - objective.alpha) * values[1] + objective.alpha * objective.temperature**2 * values[0]
+        ctx.plan, ctx.dtypes = plan, [tensor.dtype for tensor in tensors]
+        ctx.gradients = source.gradients() if has_grads else None
+        if plan.has_grad and plan.recompute:
             ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*values)
         return (loss if plan.recompute else loss.sum(dtype=torch.float64), *values)
@@ -202,27 +184,42 @@ class Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the forward pass, or compute them."""
         plan: Plan = ctx.plan
-        if not plan.recompute:
-            if ctx.gradients is None:
-                raise ConfigError(
-                    "backward: expected one call, because the gradients of the fused loss are used up by the first; "
-                    "pass recompute=True to fused_distillation_loss"
-                )
+        if plan.recompute:
+            weights_M = torch.split(grads[0], [len(rows_R) for rows_R in plan.rows_M])
+            gradients = _passed(plan, ctx.saved_tensors, ctx.needs_input_grad[1:], weights_M, False)[0].gradients()
+        elif ctx.gradients is None:
+            raise ConfigError(
+                "backward: expected one call, because the gradients of the fused loss are used up by the first; "
+                "pass recompute=True to fused_distillation_loss"
+            )
+        else:
             gradients, ctx.gradients = ctx.gradients, None
             for grad in gradients:
                 if grad is not None:
                     _scale(grad, grads[0])
-            return None, *_cast(gradients, ctx.dtypes)
-        with torch.autocast(grads[0].device.type, enabled=False):
-            source = plan.source(ctx.saved_tensors, ctx.needs_input_grad[1:])
-            weights_M = torch.split(grads[0], [len(rows_R) for rows_R in plan.rows_M])
-            for rows_R, teacher_R, weights_R in zip(plan.rows_M, plan.teacher_M, weights_M, strict=True):
-                _, grad_RV = measure(
-                    source.logits(rows_R), teacher_R, plan.objective, weights_R=weights_R, has_details=False
-                )
-                assert grad_RV is not None
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return None, *(None if grad is None else grad.to(dtype) for grad, dtype in pairs)
+
+
+def _passed(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    weights_M: Sequence[Tensor | None],
+    has_details: bool,
+) -> tuple[Source, list[list[Tensor]]]:
+    """Measure every chunk of rows. Return the source, which has taken the gradients, and the terms of each chunk."""
+    terms_R = []
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        source = plan.source(tensors, needs)
+        for rows_R, teacher_R, weights_R in zip(plan.rows_M, plan.teacher_M, weights_M, strict=True):
+            terms, grad_RV = measure(
+                source.logits(rows_R), teacher_R, plan.objective, weights_R=weights_R, has_details=has_details
+            )
+            terms_R.append(terms)
+            if grad_RV is not None:
                 source.absorb(rows_R, grad_RV)
-        return None, *_cast(source.gradients(), [tensor.dtype for tensor in ctx.saved_tensors])
+    return source, terms_R
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
@@ -232,7 +229,3 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
         return
     for part in torch.split(grad, _SCALED_ROWS):
         part.copy_(part.float() * factor)
-
-
-def _cast(grads: Iterable[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
-    return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
