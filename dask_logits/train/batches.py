@@ -102,36 +102,15 @@ def collate(items: Sequence[CachedItem], *, pad_id: int = 0) -> dict[str, Any]:
     [[6, -100]]
     """
     items = _alike(items)
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
-    input_ids_BT = _padded(items, "input_ids", pad_id, torch.int64)
-    learned_BT, labels_BT = mask_BT, torch.where(mask_BT, input_ids_BT, IGNORED_LABEL)
-    if "loss_mask" in items[0]:
-        # What a causal model learns from its labels does not depend on which positions have targets.
-        learned_BT = mask_BT & _padded(items, "loss_mask", False, torch.bool)
-        # A position's mask is about the next token, labels are about the token itself.
-        labels_BT[:, 1:].masked_fill_(~learned_BT[:, :-1], IGNORED_LABEL)
-        labels_BT[:, :1] = IGNORED_LABEL
-    for labels_T, item in zip(labels_BT, items, strict=True):
-        if "target_pos" not in item:
-            # The last token of a document does not predict the first one of the next.
-            ends_T = item["label_logprob"].isnan()
-            labels_T[1 : len(ends_T)].masked_fill_(ends_T[:-1], IGNORED_LABEL)
-    batch = {
-        "input_ids": input_ids_BT,
-        "attention_mask": mask_BT.long(),
-        "labels": labels_BT,
-        "targets": _targets(items, input_ids_BT, mask_BT, learned_BT & _has_targets(items, mask_BT)),
-        "row": torch.stack([item["row"] for item in items]),
-        "segments": _padded_segments([item["segments"] for item in items]),
-    }
-    return batch | _of_items(items)
-
-
-def _of_items(items: Sequence[CachedItem]) -> dict[str, Tensor]:
-    """Return the further numbers of each item, by name."""
-    names = [name for name in ("n_beyond", "source") if all(name in item for item in items)]
-    return {name: torch.stack([item[name] for item in items]) for name in names}
+    lengths_B1 = torch.tensor([[len(item["input_ids"])] for item in items])
+    position_T = torch.arange(int(lengths_B1.max()))
+    grid = _Grid(
+        items=items,
+        places=[(b, 0) for b in range(len(items))],
+        mask_BT=position_T < lengths_B1,
+        has_next_BT=position_T < lengths_B1 - 1,
+    )
+    return {**grid.batch(pad_id), "attention_mask": grid.mask_BT.long()}
 
 
 def _alike(items: Sequence[CachedItem]) -> list[CachedItem]:
@@ -150,23 +129,23 @@ def _alike(items: Sequence[CachedItem]) -> list[CachedItem]:
                     f"collate: expected items with the same {what}, got {ours or 'none'} and {theirs or 'none'} in one "
                     "batch; open the caches with the same options, or do not put them into one dataset"
                 )
-    more: list[dict[str, Tensor]] = [{} for _ in items]
-    if any("loss_mask" in item for item in items):
-        for own, item in zip(more, items, strict=True):
-            own["loss_mask"] = item.get("loss_mask", torch.ones(len(item["input_ids"]), dtype=torch.bool))
-    if any("topk_logprobs_T" in item for item in items):
-        for own, item in zip(more, items, strict=True):
+    has_mask, is_mixture = (any(name in item for item in items) for name in ("loss_mask", "topk_logprobs_T"))
+    width = max(item["topk_ids"].shape[1] for item in items) if items[0].draws else 0
+    alike = []
+    for item in items:
+        tensors = dict(item.tensors)
+        if has_mask and "loss_mask" not in item:
+            tensors["loss_mask"] = torch.ones(len(item["input_ids"]), dtype=torch.bool)
+        if is_mixture and "topk_logprobs_T" not in item:
             # One teacher's log-probs at temperature 1 determine those at the others, up to their sum.
             temperatures_J = torch.tensor(item.temperatures, dtype=torch.float32)
-            at_others_TKJ = item["topk_logprobs"].float()[..., None] / temperatures_J
-            own["topk_logprobs_T"] = item.get("topk_logprobs_T", at_others_TKJ)
-    if items[0].draws:
-        width = max(item["topk_ids"].shape[1] for item in items)
-        for own, item in zip(more, items, strict=True):
+            tensors["topk_logprobs_T"] = item["topk_logprobs"].float()[..., None] / temperatures_J
+        if item.draws:
             # The entries of the widest item. The new ones are absent.
             for name, fill in (("topk_ids", 0), ("topk_logprobs", -torch.inf)):
-                own[name] = pad(item[name], (0, width - item[name].shape[1]), value=fill)
-    return [replace(item, tensors={**item.tensors, **own}) for item, own in zip(items, more, strict=True)]
+                tensors[name] = pad(item[name], (0, width - item[name].shape[1]), value=fill)
+        alike.append(replace(item, tensors=tensors))
+    return alike
 
 
 def _kind(item: CachedItem) -> tuple[object, ...]:
@@ -176,61 +155,91 @@ def _kind(item: CachedItem) -> tuple[object, ...]:
     return item.draws, width, item.vocab_size, item.temperatures, item.tables_digest
 
 
-def _targets(
-    items: Sequence[CachedItem], input_ids_BT: Tensor, mask_BT: Tensor, learned_BT: Tensor
-) -> SparseTargets | CodedTargets:
-    label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
-    label_ids_BT[:, :-1] = torch.where(mask_BT[:, 1:], input_ids_BT[:, 1:], IGNORED_LABEL)
-    label_logprob_BT = _padded(items, "label_logprob", float("nan"), torch.float32)
-    # In a window over several documents, the first token of a document is not a label of the preceding token.
-    label_ids_BT.masked_fill_(label_logprob_BT.isnan(), IGNORED_LABEL)
-    is_coded = "topk_ids" not in items[0]
-    no_entries_BT0 = torch.zeros((*mask_BT.shape, 0))
-    targets = SparseTargets(
-        input_ids=input_ids_BT,
-        topk_ids=no_entries_BT0.long() if is_coded else _padded(items, "topk_ids", 0, torch.int64),
-        topk_logprobs=no_entries_BT0 if is_coded else _padded(items, "topk_logprobs", 0.0, torch.float32),
-        tail_logmass=_padded(items, "tail_logmass", 0.0, torch.float32),
-        logsumexp=_padded(items, "logsumexp", 0.0, torch.float32),
-        label_ids=label_ids_BT,
-        label_logprob=label_logprob_BT,
-        mask=learned_BT,
-        vocab_size=max(item.vocab_size for item in items),
-        temperatures=items[0].temperatures,
-        draws=items[0].draws,
-        tail_logmass_NJ=_padded(items, "tail_logmass_T", 0.0, torch.float32) if items[0].temperatures else None,
-        topk_logprobs_NKJ=_padded(items, "topk_logprobs_T", 0.0, torch.float32)
-        if "topk_logprobs_T" in items[0]
-        else None,
-    )
-    if not is_coded:
-        return targets
-    names = [name for name in items[0] if name.startswith(_CODES)]
-    return CodedTargets(
-        codes={name: _padded(items, name, 0, items[0][name].dtype) for name in names},
-        rest=targets,
-        tables_digest=items[0].tables_digest,
-    )
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Grid:
+    """Items in the rows of a batch: one in each, or all in one.
 
+    Parameters
+    ----------
+    items
+        From :func:`_alike`.
+    places
+        Row and column of the first token of each item.
+    mask_BT, has_next_BT
+        Whether there is a token, and whether it has a next one in its item.
+    """
 
-def _has_targets(items: Sequence[CachedItem], mask_BT: Tensor) -> Tensor:
-    """Return which positions have targets, those of padding included unless an item has ``target_pos``."""
-    has_targets_BT = torch.ones_like(mask_BT)
-    for b, item in enumerate(items):
-        if "target_pos" in item:
-            has_targets_BT[b] = False
-            has_targets_BT[b, item["target_pos"]] = True
-    return has_targets_BT
+    items: Sequence[CachedItem]
+    places: Sequence[tuple[int, int]]
+    mask_BT: Tensor
+    has_next_BT: Tensor
 
+    def batch(self, pad_id: int) -> dict[str, Any]:
+        """Return all but what padded and flat batches have on their own."""
+        items = self.items
+        input_ids_BT = self._placed("input_ids", pad_id, torch.int64)
+        learned_BT, labels_BT = self.mask_BT, torch.where(self.mask_BT, input_ids_BT, IGNORED_LABEL)
+        if "loss_mask" in items[0]:
+            # What a causal model learns from its labels does not depend on which positions have targets.
+            learned_BT = self.mask_BT & self._placed("loss_mask", False, torch.bool)
+            # A position's mask is about the next token, labels are about the token itself.
+            labels_BT[:, 1:].masked_fill_(~learned_BT[:, :-1], IGNORED_LABEL)
+            labels_BT[:, :1] = IGNORED_LABEL
+        has_targets_BT = torch.ones_like(self.mask_BT)
+        for item, (row, column) in zip(items, self.places, strict=True):
+            own_T = slice(column, column + len(item["input_ids"]))
+            if "target_pos" in item:
+                has_targets_BT[row, own_T] = False
+                has_targets_BT[row, column + item["target_pos"]] = True
+            else:
+                # The last token of a document does not predict the first one of the next.
+                ends_T = item["label_logprob"].isnan()
+                labels_BT[row, own_T][1:].masked_fill_(ends_T[:-1], IGNORED_LABEL)
+        names = ["row", *(name for name in ("n_beyond", "source") if all(name in item for item in items))]
+        return {
+            "input_ids": input_ids_BT,
+            "labels": labels_BT,
+            "targets": self._targets(input_ids_BT, learned_BT & has_targets_BT),
+            "segments": _padded_segments([item["segments"] for item in items]),
+            **{name: torch.stack([item[name] for item in items]) for name in names},
+        }
 
-def _padded(items: Sequence[CachedItem], name: str, fill: float, dtype: torch.dtype) -> Tensor:
-    """Pad an array of the items. Targets of chosen positions are put in their places."""
-    width = max(len(item["input_ids"]) for item in items)
-    out = torch.full((len(items), width, *items[0][name].shape[1:]), fill, dtype=dtype)
-    for b, item in enumerate(items):
-        is_chosen = "target_pos" in item and name not in EVERY_TOKEN
-        out[b, item["target_pos"] if is_chosen else slice(len(item[name]))] = item[name].to(dtype)
-    return out
+    def _targets(self, input_ids_BT: Tensor, mask_BT: Tensor) -> SparseTargets | CodedTargets:
+        first = self.items[0]
+        label_logprob_BT = self._placed("label_logprob", float("nan"), torch.float32)
+        label_ids_BT = torch.full_like(input_ids_BT, IGNORED_LABEL)
+        label_ids_BT[:, :-1] = torch.where(self.has_next_BT[:, :-1], input_ids_BT[:, 1:], IGNORED_LABEL)
+        # In a window over several documents, the first token of a document is not a label of the preceding token.
+        label_ids_BT.masked_fill_(label_logprob_BT.isnan(), IGNORED_LABEL)
+        codes = {name: self._placed(name, 0, first[name].dtype) for name in first if name.startswith(_CODES)}
+        no_entries_BT0 = torch.zeros((*mask_BT.shape, 0))
+        targets = SparseTargets(
+            input_ids=input_ids_BT,
+            topk_ids=no_entries_BT0.long() if codes else self._placed("topk_ids", 0, torch.int64),
+            topk_logprobs=no_entries_BT0 if codes else self._placed("topk_logprobs", 0.0, torch.float32),
+            tail_logmass=self._placed("tail_logmass", 0.0, torch.float32),
+            logsumexp=self._placed("logsumexp", 0.0, torch.float32),
+            label_ids=label_ids_BT,
+            label_logprob=label_logprob_BT,
+            mask=mask_BT,
+            vocab_size=first.vocab_size,
+            temperatures=first.temperatures,
+            draws=first.draws,
+            tail_logmass_NJ=self._placed("tail_logmass_T", 0.0, torch.float32) if first.temperatures else None,
+            topk_logprobs_NKJ=self._placed("topk_logprobs_T", 0.0, torch.float32)
+            if "topk_logprobs_T" in first
+            else None,
+        )
+        return CodedTargets(codes=codes, rest=targets, tables_digest=first.tables_digest) if codes else targets
+
+    def _placed(self, name: str, fill: float, dtype: torch.dtype) -> Tensor:
+        """Put an array of each item in its place. Targets of chosen positions go to their positions."""
+        out = torch.full((*self.mask_BT.shape, *self.items[0][name].shape[1:]), fill, dtype=dtype)
+        for item, (row, column) in zip(self.items, self.places, strict=True):
+            is_chosen = "target_pos" in item and name not in EVERY_TOKEN
+            at = column + item["target_pos"] if is_chosen else slice(column, column + len(item[name]))
+            out[row, at] = item[name].to(dtype)
+        return out
 
 
 def _padded_segments(segments: Sequence[Tensor]) -> Tensor:
@@ -277,23 +286,20 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     ([[0, 1, 2, 0, 1]], [0, 3, 5], [[-100, 6, 7, -100, 9]])
     """
     items = _alike(items)
-    rows = [collate([item]) for item in items]
-    targets = [row["targets"] for row in rows]
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     ends = lengths.cumsum(0)
-    starts_N = torch.repeat_interleave(ends - lengths, lengths)
-    labels_1N = torch.cat([row["labels"] for row in rows], 1)
-    labels_1N[0, (ends - lengths)[lengths > 0]] = IGNORED_LABEL
-    batch = {
-        "input_ids": torch.cat([row["input_ids"] for row in rows], 1),
-        "labels": labels_1N,
-        "targets": targets[0].joined(targets),
-        "position_ids": (torch.arange(len(starts_N)) - starts_N)[None],
-        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
-        "row": torch.stack([item["row"] for item in items]),
-        "segments": _padded_segments([item["segments"] for item in items]),
-    }
-    return batch | _of_items(items)
+    start_N, length_N = (torch.repeat_interleave(of_item, lengths) for of_item in (ends - lengths, lengths))
+    position_1N = (torch.arange(len(start_N)) - start_N)[None]
+    grid = _Grid(
+        items=items,
+        places=[(0, start) for start in (ends - lengths).tolist()],
+        mask_BT=torch.ones_like(position_1N, dtype=torch.bool),
+        has_next_BT=position_1N < length_N - 1,
+    )
+    batch = grid.batch(pad_id=0)
+    batch["labels"][position_1N == 0] = IGNORED_LABEL
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
+    return {**batch, "position_ids": position_1N, "cu_seqlens": cu_seqlens}
 
 
 def _collate_default(items: Sequence[CachedItem], *, collate_fn_map: object = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Dimension letters: N positions (any leading dimensions, [B, T] for a padded batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, Self
 
@@ -61,22 +61,6 @@ class _Tensors:
             elif isinstance(value, _Tensors):
                 changed[field.name] = value._changed(change)
         return replace(self, **changed)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Join targets of [1, T] positions each to one row."""
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            column = [getattr(part, field.name) for part in parts]
-            if isinstance(column[0], Tensor):
-                values[field.name] = torch.cat(column, 1)
-            elif isinstance(column[0], dict):
-                values[field.name] = {name: torch.cat([value[name] for value in column], 1) for name in column[0]}
-            elif isinstance(column[0], _Tensors):
-                values[field.name] = column[0].joined(column)
-            else:
-                values[field.name] = None if column[0] is None else max(column)
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
