@@ -241,9 +241,8 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             raise IndexError(f"item {index}: expected an index below {len(self)}")
         if self.window is not None:
             return self._tensors(self._window(index % len(self), self.window))
-        reader, start, stop, segments_S3 = self._span(index % len(self))
-        segments = {"segments": segments_S3, "row": segments_S3[0, 0]}
-        return self._tensors({**self._tokens(reader, start, stop), **segments})
+        reader, start, stop, segments_S3 = self._span(index % len(self), self.max_tokens)
+        return self._tensors({**self._tokens(reader, start, stop), "segments": segments_S3})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
@@ -253,21 +252,17 @@ class CachedLogitsDataset(Dataset[CachedItem]):
             self._readers = [CacheReader(file) for file in self.paths]
         return self._readers
 
-    def _place(self, index: int) -> tuple[CacheReader, int]:
-        """Return the file of an item, and its place in the file."""
+    def _span(self, index: int, most: int | None) -> tuple[CacheReader, int, int, npt.NDArray[np.int64]]:
+        """Return the file of an item, its first entries [start, stop) in the file, and their segments [S, 3]."""
         place = index + int(np.searchsorted(self._kept_before, index, side="right"))
         place = place if self._order is None else int(self._order[place])
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._opened()[part], place - int(self._starts[part])
-
-    def _span(self, index: int) -> tuple[CacheReader, int, int, npt.NDArray[np.int64]]:
-        """Return the file of an item, its entries [start, stop) in the file, and its segments [S, 3]."""
-        reader, place = self._place(index)
-        start, stop, documents = reader.place(place)
+        reader = self._opened()[part]
+        start, stop, documents = reader.place(place - int(self._starts[part]))
         segments_S3: npt.NDArray[np.int64] = reader.segments(documents)["segments"]
-        if self.max_tokens is not None and stop - start > self.max_tokens:
-            stop = start + self.max_tokens
-            segments_S3 = _cut_segments(segments_S3, 0, self.max_tokens)
+        if most is not None and stop - start > most:
+            stop = start + most
+            segments_S3 = _cut_segments(segments_S3, 0, most)
         return reader, start, stop, segments_S3
 
     def _tokens(self, reader: CacheReader, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
@@ -309,10 +304,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         """Refuse a cache whose first targets contradict its tokens. ``dask-logits verify`` checks all of it."""
         if not int(self._starts[-1]) - len(self._left_out):
             return
-        reader, start, stop, segments_S3 = self._span(0)
-        if stop - start > _CHECKED_TOKENS:
-            stop = start + _CHECKED_TOKENS
-            segments_S3 = _cut_segments(segments_S3, 0, _CHECKED_TOKENS)
+        reader, start, stop, segments_S3 = self._span(0, min(self.max_tokens or _CHECKED_TOKENS, _CHECKED_TOKENS))
         arrays = {**reader.profile.decode(reader.stored(start, stop)), "segments": segments_S3}
         item = {name: _tensor(name, array) for name, array in _with_shares(arrays).items()}
         first = CachedItem(
@@ -335,7 +327,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         item = int(np.searchsorted(self._ends, first, side="right"))
         at = first
         while at < stop:
-            reader, begin, end, segments_S3 = self._span(item)
+            reader, begin, end, segments_S3 = self._span(item, self.max_tokens)
             skip = at - (int(self._ends[item]) - (end - begin))
             take = min(end - begin - skip, stop - at)
             if ranges and ranges[-1][0] is reader and ranges[-1][2] == begin + skip:
@@ -357,13 +349,11 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         found = parts[0]
         if len(parts) > 1:
             found = {name: np.concatenate([part[name] for part in parts]) for name in found}
-        found["segments"] = np.concatenate(segments)
-        return {**found, "row": found["segments"][0, 0]}
+        return {**found, "segments": np.concatenate(segments)}
 
     def _tensors(self, found: dict[str, npt.NDArray[Any]]) -> CachedItem:
-        row = found.pop("row")
         item = {name: _tensor(name, array) for name, array in _with_shares(found).items()}
-        item["row"] = torch.tensor(int(row))
+        item["row"] = torch.tensor(int(found["segments"][0, 0]))
         if self.decode == "worker" and self.student_vocab_size is not None:
             item = self._within(item, self.student_vocab_size)
         if self.decode == "worker" and not self.draws and self.top_k < item["topk_ids"].shape[1]:
