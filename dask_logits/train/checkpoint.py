@@ -20,6 +20,7 @@ from dask_logits.files.atomic import read_json
 from dask_logits.train.dataset import CachedLogitsDataset
 from dask_logits.train.ensemble import EnsembleDataset
 from dask_logits.train.mixture import MixedDataset
+from dask_logits.train.sources import OPTIONS
 
 STATE_NAME = "distillation_state.json"
 _CURE = "resume from another checkpoint"
@@ -47,10 +48,7 @@ class TrainedOn(Record):
         return cls(
             content_digest=cache.content_digest,
             path=", ".join(str(source.paths[0]) for source in getattr(cache, "sources", {"": cache}).values()),
-            top_k=cache.top_k,
-            window=cache.window,
-            max_tokens=cache.max_tokens,
-            student_vocab_size=cache.student_vocab_size,
+            **{name: getattr(cache, name) for name in OPTIONS},
             subset=indices.hexdigest() if is_subset else None,
         )
 
@@ -109,7 +107,7 @@ class DistillationState(Record):
         problems = [
             f"train_dataset, {name}: expected {getattr(then, name)!r}, with which {folder} was trained, got "
             f"{getattr(now, name)!r}; open the cache with the same options"
-            for name in ("top_k", "window", "max_tokens", "student_vocab_size", "subset")
+            for name in (*OPTIONS, "subset")
             if getattr(now, name) != getattr(then, name)
         ]
         if problems:

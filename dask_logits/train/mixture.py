@@ -21,7 +21,7 @@ from dask_logits.train.batches import CachedItem
 from dask_logits.train.dataset import CachedLogitsDataset
 from dask_logits.train.ensemble import EnsembleDataset
 from dask_logits.train.order import is_integer
-from dask_logits.train.sources import check_sources, shares
+from dask_logits.train.sources import OPTIONS, check_sources, shares
 
 
 class MixedDataset(Dataset[CachedItem]):
@@ -119,9 +119,8 @@ class MixedDataset(Dataset[CachedItem]):
     @property
     def content_digest(self) -> str:
         """SHA-256 of the sources' content and of the order of the items."""
-        options = ("top_k", "window", "max_tokens", "student_vocab_size")
         parts = [
-            [name, source.content_digest, len(source), *(getattr(source, option) for option in options)]
+            [name, source.content_digest, len(source), *(getattr(source, option) for option in OPTIONS)]
             for name, source in self.sources.items()
         ]
         order = hashlib.sha256(self._source_I.astype("<i4").tobytes() + self._item_I.astype("<i8").tobytes())

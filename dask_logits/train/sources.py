@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from dask_logits.errors import ConfigError
 
-_OPTIONS = ("top_k", "decode", "student_vocab_size", "window", "max_tokens")
+# Those that change what the items are, in the order of digests.
+OPTIONS = ("top_k", "window", "max_tokens", "student_vocab_size")
 
 
 def check_sources(sources: Mapping[str, Any], kinds: tuple[type[Any], ...], *shared: str) -> None:
@@ -45,7 +46,7 @@ def check_sources(sources: Mapping[str, Any], kinds: tuple[type[Any], ...], *sha
         for what in shared:
             ours, theirs = getattr(first, what), getattr(source, what)
             if ours != theirs:
-                cure = f"open them with the same {what}" if what in _OPTIONS else "mix caches that agree"
+                cure = f"open them with the same {what}" if what in (*OPTIONS, "decode") else "mix caches that agree"
                 raise ConfigError(
                     f"sources: expected the same {what}, got {ours} in {first_name!r} and {theirs} in {name!r}; {cure}"
                 )

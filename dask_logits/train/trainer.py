@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -77,13 +77,7 @@ class DistillationConfig(TrainingArguments):  # type: ignore[misc]
         ConfigError
             As for :class:`dask_logits.Objective`.
         """
-        return Objective(
-            divergence=self.divergence,
-            tail=self.tail,
-            beta=self.beta,
-            temperature=self.temperature,
-            alpha=self.alpha,
-        )
+        return Objective(**{each.name: getattr(self, each.name) for each in fields(Objective)})
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -220,9 +214,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[list[Any], Tensor]:
         """Read the batches of a step, and count their scored positions on all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in batches:
-            count += batch["targets"].mask.sum().to(device)
+        counts = (batch["targets"].mask.sum().to(device) for batch in batches)
+        count = sum(counts, start=torch.zeros((), dtype=torch.int64, device=device))
         count = self.accelerator.reduce(count, "sum")
         self._trained.steps += 1
         self._trained.n_tokens = self._trained.n_tokens + count
