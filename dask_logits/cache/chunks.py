@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from dask_logits.cache.profile import Profile
 from dask_logits.errors import CacheError, damaged
 from dask_logits.records import Array
 
@@ -102,29 +103,19 @@ class PlaneReader:
         The file, for messages.
     descriptor
         The open file.
+    profile
+        Storage of the planes.
     indices
         Plane → locations of its chunks.
-    chunk_shape
-        (tokens, entries) of each chunk.
-    unpack
-        Converts the planes of whole chunks to their rows.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        descriptor: int,
-        indices: Mapping[str, ChunkIndex],
-        chunk_shape: tuple[int, int],
-        unpack: Callable[[Mapping[str, Array]], dict[str, Array]],
-    ) -> None:
+    def __init__(self, path: Path, descriptor: int, profile: Profile, indices: Mapping[str, ChunkIndex]) -> None:
         self.path = path
+        self.profile = profile
         self.indices = indices
-        self.chunk_shape = chunk_shape
-        self._unpack = unpack
         self._descriptor = descriptor
         self._file_bytes = os.fstat(descriptor).st_size
-        raw_bytes = chunk_shape[0] * chunk_shape[1]
+        raw_bytes = profile.alignment * profile.top_k
         # ZSTD_compressBound, plus a margin for other encoders.
         self._most_bytes = raw_bytes + (raw_bytes >> 7) + 1024
 
@@ -191,11 +182,11 @@ class PlaneReader:
 
     def rows(self, start: int, stop: int) -> dict[str, Array]:
         """Return rows [start, stop) of every plane, each [stop − start, entries] uint8."""
-        tokens, entries = self.chunk_shape
+        tokens = self.profile.alignment
         first, last = start // tokens, -(-stop // tokens)
         out = {}
         for name, frames in self.frames(first, last).items():
-            rows = np.empty((len(frames) * tokens, entries), np.uint8)
+            rows = np.empty((len(frames) * tokens, self.profile.top_k), np.uint8)
             for i, frame in enumerate(frames):
                 try:
                     decompress(frame, rows[i * tokens : (i + 1) * tokens])
@@ -204,7 +195,7 @@ class PlaneReader:
                     raise damaged(self.path, expected, error) from error
             out[name] = rows
         try:
-            unpacked = self._unpack(out)
+            unpacked = self.profile.unpack(out)
         except ValueError as error:
             raise damaged(self.path, f"the draws of positions {start} to {stop}", error) from error
         return {name: rows[start - first * tokens : stop - first * tokens] for name, rows in unpacked.items()}

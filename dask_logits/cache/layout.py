@@ -6,6 +6,7 @@ import zlib
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from dask_logits.fields import Count, Digest, Record
 from dask_logits.records import BLOCK_ARRAYS, DOCUMENT_ARRAYS, Array, Statistics
@@ -34,7 +35,7 @@ class Header(Record):
     top_k: Count
     draws: Count | None = None
     vocab_size: Count
-    crc32_block_bytes: Count = CRC_BLOCK_BYTES
+    crc32_block_bytes: Count = Field(default=CRC_BLOCK_BYTES, gt=0)
     content_digest: Digest
     n_blocks: Count | None = None
     n_rows: Count | None = None

@@ -394,8 +394,6 @@ class CacheReader:
         header = (CompactHeader if profile == "compact" else Header).parse(self.path, self.attributes)
         if self.attributes.get("partial") and header.n_rows is None:
             raise damaged(self.path, "n_rows of the whole job in a part of it", "none")
-        if not header.crc32_block_bytes:
-            raise damaged(self.path, "crc32_block_bytes above 0", "0")
         for name, expected in (("temperature", 1), ("target_shift", 1)):
             if self.attributes.get(name, expected) != expected:
                 raise CacheError.at(
@@ -486,8 +484,7 @@ class CacheReader:
             indices[name] = ChunkIndex(*(self.arrays[f"chunks/{name}/{part}"] for part in INDEX))
             if len(indices[name]):
                 self._check_index(datasets[name], name, indices[name])
-        shape = (self.profile.alignment, self.top_k)
-        return PlaneReader(self.path, self._descriptor, indices, shape, self.profile.unpack)
+        return PlaneReader(self.path, self._descriptor, self.profile, indices)
 
     def _check_index(self, dataset: h5py.Dataset, name: str, index: ChunkIndex) -> None:
         """Refuse an index whose first or last entry differs from HDF5's own chunk locations."""

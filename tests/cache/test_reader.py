@@ -174,7 +174,7 @@ def test_a_missing_file_is_refused(tmp_path) -> None:
         ("top_k", None, "expected top_k, got none; the file is damaged"),
         ("target_shift", 0, "expected target_shift 1, got 0: these are other targets; install a newer dask_logits"),
         ("temperature", 2.0, "expected temperature 1, got 2.0: these are other targets; install a newer dask_logits"),
-        ("crc32_block_bytes", 0, "expected crc32_block_bytes above 0, got 0"),
+        ("crc32_block_bytes", 0, "expected crc32_block_bytes to be greater than 0, got 0"),
     ],
 )
 def test_incomplete_foreign_and_newer_files_are_refused(path, name, value, message) -> None:
