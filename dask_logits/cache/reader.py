@@ -108,14 +108,12 @@ class CacheReader:
         self._check_entries()
         datasets = self._check_arrays(file)
         chunked = [name for name, stored in self.profile.arrays.items() if stored.chunked]
-        self.names = tuple(name for name in datasets if name not in chunked)
-        self.crcs: dict[str, Array] = {
-            name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in self.names
-        }
-        self._offsets = {name: datasets[name].id.get_offset() for name in self.names}
-        self.arrays: dict[str, Array] = {name: _mapped(opened, datasets[name]) for name in self.names}
+        mapped = {name: dataset for name, dataset in datasets.items() if name not in chunked}
+        self.crcs = {name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in mapped}
+        self._offsets = {name: dataset.id.get_offset() for name, dataset in mapped.items()}
+        self.arrays = {name: _mapped(opened, dataset) for name, dataset in mapped.items()}
         self._planes = self._opened_planes(datasets, chunked) if chunked else None
-        self.is_packed = "block_length" in self.names
+        self.is_packed = "block_length" in self.arrays
         unit = "block" if self.is_packed else "document"
         self._starts, self._lengths = self.arrays[f"{unit}_start"], self.arrays[f"{unit}_length"]
         if self.is_packed and self.n_items and not self.n_documents:
@@ -295,7 +293,7 @@ class CacheReader:
         CacheError
             Naming the first damaged array and the entries.
         """
-        for name in self.names:
+        for name in self.arrays:
             crc = BlockCrc(self.header.crc32_block_bytes)
             for piece in self._pieces(name):
                 crc.update(piece)

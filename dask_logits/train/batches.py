@@ -302,8 +302,4 @@ def collate_flat(items: Sequence[CachedItem]) -> dict[str, Any]:
     return {**batch, "position_ids": position_1N, "cu_seqlens": cu_seqlens}
 
 
-def _collate_default(items: Sequence[CachedItem], *, collate_fn_map: object = None) -> dict[str, Any]:
-    return collate(items)
-
-
-register_collate(CachedItem, _collate_default)
+register_collate(CachedItem, collate)

@@ -17,6 +17,6 @@ def register_collate(kind: type, collate: Callable[..., object]) -> None:
     kind
         The type.
     collate
-        Takes the items, and by name ``collate_fn_map``.
+        Takes the items.
     """
-    default_collate_fn_map[kind] = collate
+    default_collate_fn_map[kind] = lambda items, *, collate_fn_map: collate(items)

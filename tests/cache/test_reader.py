@@ -274,7 +274,7 @@ def test_every_flipped_bit_of_a_compact_cache_is_found(dense) -> None:
     profile = CacheReader(dense).profile
     chunks, spans = {}, {}
     with h5py.File(dense) as file:
-        for name in CacheReader(dense).names:
+        for name in CacheReader(dense).arrays:
             spans[name] = (file[name].id.get_offset(), file[name].nbytes)
         for name in (name for name, stored in profile.arrays.items() if stored.chunked):
             chunks[name] = [(int(info.byte_offset), int(info.size)) for info in chunk_places(file[name])]
@@ -406,7 +406,7 @@ def test_opening_does_not_read_the_arrays(tmp_path) -> None:
 
 def grow(path: Path, n_tokens: int, n_documents: int) -> None:
     """Make the arrays of a cache of one chunk longer, without writing what is new."""
-    names = [name for name in CacheReader(path).names if not name.endswith("_table")]
+    names = [name for name in CacheReader(path).arrays if not name.endswith("_table")]
     with h5py.File(path, "a", libver=("v110", "v110")) as file:
         n_chunks = n_tokens // file.attrs["chunk_tokens"]
         for name, old in [(name, file[name]) for name in names]:
