@@ -86,11 +86,8 @@ def _kind_of(path: Path, start: bytes) -> str:
     """Describe a file that lacks the HDF5 signature."""
     if not start:
         return "an empty file"
-    try:
-        start.decode("ascii")
-    except UnicodeDecodeError:
-        return f"a file of another kind ({path.suffix or 'without a suffix'})"
-    return f"a text file ({path.suffix or 'without a suffix'})"
+    kind = "a text file" if start.isascii() else "a file of another kind"
+    return f"{kind} ({path.suffix or 'without a suffix'})"
 
 
 def root_attributes(file: h5py.File) -> dict[str, Any]:

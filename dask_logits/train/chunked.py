@@ -148,7 +148,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> Non
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What the autograd function needs beside the student's tensors."""
+    """What the autograd function needs beside the student's tensors, to which it must hold no reference."""
 
     source: Callable[[Sequence[Tensor], Sequence[bool]], Source]
     rows_M: tuple[Tensor, ...]

@@ -290,12 +290,8 @@ def _loss(
     )
     loss, *values_M = Chunked.apply(plan, *problem.tensors)  # type: ignore[no-untyped-call]
     if per_token:
-
-        def at_positions(value_M: Tensor) -> Tensor:
-            value_N = value_M.new_zeros(targets.mask.numel())
-            return value_N.index_copy(0, rows_M, value_M).reshape(targets.shape)
-
-        values = [at_positions(value) for value in (loss, *values_M)]
+        n = targets.mask.numel()
+        values = [value.new_zeros(n).index_copy(0, rows_M, value).reshape(targets.shape) for value in (loss, *values_M)]
     else:
         count = max(1, n_tokens) if normaliser is None else normaliser
         values = [(value.sum(dtype=torch.float64) / count).to(problem.dtype) for value in (loss, *values_M)]

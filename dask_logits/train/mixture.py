@@ -97,8 +97,6 @@ class MixedDataset(Dataset[CachedItem]):
         return len(self._item_I)
 
     def __getitem__(self, index: int) -> CachedItem:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index}: expected an index below {len(self)}")
         place = int(self._source_I[index])
         item = list(self.sources.values())[place][int(self._item_I[index])]
         return replace(item, tensors={**item.tensors, "source": torch.tensor(place)})
