@@ -90,7 +90,7 @@ class CacheReader:
             self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
-        # The same file, whichever gets its name meanwhile.
+        # By its descriptor, because a new cache may get the name while this one is opened.
         opened = Path(f"/proc/self/fd/{file.id.get_vfd_handle()}")
         self._descriptor = os.open(opened, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
