@@ -229,7 +229,7 @@ class CachedLogitsDataset(Dataset[CachedItem]):
         profile = self._opened()[0].profile
         if not isinstance(profile, Compact):
             raise ConfigError("decode: expected a compact cache, got a plain one, which has nothing to decode")
-        return Decoder(profile, self.top_k, self.temperatures)
+        return Decoder(profile, self.top_k)
 
     def __len__(self) -> int:
         if self.window is not None:

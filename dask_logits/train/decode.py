@@ -28,17 +28,14 @@ class Decoder(nn.Module):
         Profile of the cache.
     top_k
         Entries to decode. The mass of the others is added to the tail.
-    temperatures
-        Further temperatures of the cache.
     """
 
     id_table: Tensor
     gap_table: Tensor
 
-    def __init__(self, profile: Compact, top_k: int, temperatures: tuple[float, ...] = ()) -> None:
+    def __init__(self, profile: Compact, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
-        self.temperatures = temperatures
         self.tables_digest = profile.tables_digest
         self.id_planes = [f"topk_ids_b{i}" for i in range(profile.n_id_planes)]
         self.gap_planes = [f"topk_gaps_b{i}" for i in range(profile.n_gap_planes)]
@@ -82,7 +79,8 @@ class Decoder(nn.Module):
         if self.top_k < logprobs_NK.shape[-1]:
             if tail_logmass_NJ is not None:
                 is_dropped_K = torch.arange(logprobs_NK.shape[-1], device=logprobs_NK.device) >= self.top_k
-                tail_logmass_NJ = tails_with_dropped(tail_logmass_NJ, self.temperatures, logprobs_NK, is_dropped_K)
+                temperatures = coded.rest.temperatures
+                tail_logmass_NJ = tails_with_dropped(tail_logmass_NJ, temperatures, logprobs_NK, is_dropped_K)
             tail_logmass_N = torch.logaddexp(tail_logmass_N, logprobs_NK[..., self.top_k :].float().logsumexp(-1))
         return replace(
             coded.rest,

@@ -146,9 +146,7 @@ def distillation_loss(
     >>> round(distillation_loss(teacher, targets).loss.item(), 6)
     0.0
     """
-    _check("logits", logits, targets, "V")
-    if input_ids is not None:
-        targets.check_alignment(input_ids)
+    _check("logits", logits, targets, "V", input_ids)
     problem = Problem(
         source=partial(GivenLogits, dtype=_compute_dtype(logits)),
         tensors=(logits.flatten(0, -2),),
@@ -226,15 +224,13 @@ def fused_distillation_loss(
             f"head: expected a Head, got {type(head).__name__}; use student_head(model), or describe a linear layer as "
             "Head(weight=linear.weight, bias=linear.bias)"
         )
-    _check("hidden", hidden, targets, "D")
+    _check("hidden", hidden, targets, "D", input_ids)
     width, depth = head.weight.shape
     if hidden.shape[-1] != depth:
         raise ConfigError(
             f"hidden: expected the width of the head's inputs, {depth}, got {hidden.shape[-1]}; pass the output of the "
             "model's last layer after its final norm"
         )
-    if input_ids is not None:
-        targets.check_alignment(input_ids)
     products = head.products(hidden)
     kind, dtype = hidden.device.type, _compute_dtype(head.weight)
     problem = Problem(
@@ -304,8 +300,8 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _check(name: str, tensor: Tensor, targets: SparseTargets, letter: str) -> None:
-    """Refuse logits or hidden states that cannot belong to the targets, and name the likely cause."""
+def _check(name: str, tensor: Tensor, targets: SparseTargets, letter: str, input_ids: Tensor | None) -> None:
+    """Refuse logits, hidden states or tokens that cannot belong to the targets, and name the likely cause."""
     if isinstance(targets, CodedTargets):
         raise ConfigError(
             "The targets are still encoded, because the cache was opened with decode='device'. Decode them first: "
@@ -336,6 +332,8 @@ def _check(name: str, tensor: Tensor, targets: SparseTargets, letter: str) -> No
             f"The {name} are on {tensor.device}, but the targets are on {targets.device}. Move the targets with the "
             f"batch: targets = batch['targets'].to('{tensor.device}')."
         )
+    if input_ids is not None:
+        targets.check_alignment(input_ids)
 
 
 def _shape_advice(name: str, shape: tuple[int, ...], positions: tuple[int, ...]) -> str:

@@ -173,9 +173,6 @@ class TeacherCells:
     labels_N: Tensor
     n_entries: int
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
     def split(self, rows: int) -> list[Self]:
         """Cut into chunks of at most this many rows."""
         names = [field.name for field in fields(self) if field.name != "n_entries"]

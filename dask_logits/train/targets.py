@@ -239,16 +239,13 @@ class SparseTargets(_Tensors):
 
     def _is_copy(self) -> Tensor:
         """Whether the sequence of a position is there before in the batch, with the same draws: [N]."""
-        copies_N = torch.zeros_like(self.mask)
         if self.mask.ndim < 2:
-            return copies_N
-        seen: set[bytes] = set()
+            return torch.zeros_like(self.mask)
         parts = (self.input_ids[..., None], self.topk_ids, self.topk_logprobs)
-        for b, sequence in enumerate(torch.cat([part.double() for part in parts], -1).cpu()):
-            key = sequence.numpy().tobytes()
-            copies_N[b] = key in seen
-            seen.add(key)
-        return copies_N
+        sequences = torch.cat([part.double() for part in parts], -1).flatten(1)
+        kind_B: Tensor = torch.unique(sequences, dim=0, return_inverse=True)[1]
+        is_copy_B = (kind_B[:, None] == kind_B).tril(-1).any(1)
+        return is_copy_B.view(-1, *[1] * (self.mask.ndim - 1)).expand_as(self.mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
