@@ -28,14 +28,25 @@ _LOCKED = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 _HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
 
 
-def open_file(path: Path) -> h5py.File:
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
     """Open a file for reading, without a lock.
 
     Raises
     ------
     CacheError
-        If the file is missing or not HDF5.
+        If the file is missing or not HDF5, and in place of exceptions of h5py in the context.
     """
+    with _open_file(path) as file:
+        try:
+            yield file
+        except CacheError:
+            raise
+        except _HDF5_ERRORS as error:
+            raise damaged(path, "to open it", first_line(error)) from error
+
+
+def _open_file(path: Path) -> h5py.File:
     _check_kind(path)
     try:
         try:
@@ -151,17 +162,6 @@ def is_critical(item: h5py.HLObject) -> bool:
     if "critical" not in item.attrs:
         return False
     return _scalar(item.attrs, "critical") not in (False, 0)
-
-
-@contextlib.contextmanager
-def translated(path: Path, what: str) -> Iterator[None]:
-    """Convert h5py exceptions raised in this context to CacheError."""
-    try:
-        yield
-    except CacheError:
-        raise
-    except _HDF5_ERRORS as error:
-        raise damaged(path, what, first_line(error)) from error
 
 
 def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:

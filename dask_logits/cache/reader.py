@@ -20,14 +20,7 @@ import h5py
 import numpy as np
 
 from dask_logits.cache.chunks import TRAILER_BYTES, ChunkIndex, PlaneReader
-from dask_logits.cache.hdf5 import (
-    check_dataset,
-    find_dataset,
-    is_critical,
-    open_file,
-    root_attributes,
-    translated,
-)
+from dask_logits.cache.hdf5 import check_dataset, find_dataset, is_critical, opened, root_attributes
 from dask_logits.cache.layout import (
     BLOCKS,
     DOCUMENTS,
@@ -86,13 +79,13 @@ class CacheReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_file(path) as file, translated(path, "to open it"):
+        with opened(path) as file:
             self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
         # By its descriptor, because a new cache may get the name while this one is opened.
-        opened = Path(f"/proc/self/fd/{file.id.get_vfd_handle()}")
-        self._descriptor = os.open(opened, os.O_RDONLY)
+        same_file = Path(f"/proc/self/fd/{file.id.get_vfd_handle()}")
+        self._descriptor = os.open(same_file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self.attributes = root_attributes(file)
         self.header = self._check_header()
@@ -111,7 +104,7 @@ class CacheReader:
         mapped = {name: dataset for name, dataset in datasets.items() if name not in chunked}
         self.crcs = {name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in mapped}
         self._offsets = {name: dataset.id.get_offset() for name, dataset in mapped.items()}
-        self.arrays = {name: _mapped(opened, dataset) for name, dataset in mapped.items()}
+        self.arrays = {name: _mapped(same_file, dataset) for name, dataset in mapped.items()}
         self._planes = self._opened_planes(datasets, chunked) if chunked else None
         self.is_packed = "block_length" in self.arrays
         unit = "block" if self.is_packed else "document"

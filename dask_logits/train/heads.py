@@ -66,6 +66,12 @@ class Head:
     softcap: float | None = None
     adapters: tuple[Adapter, ...] = ()
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the products with the weight, which autocast may lower."""
+        device = self.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
     def products(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the factors whose products make the logits: [..., D] and [V, D]."""
         # peft keeps adapters in float32 beside half-precision weights.

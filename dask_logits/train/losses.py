@@ -232,14 +232,9 @@ def fused_distillation_loss(
             "model's last layer after its final norm"
         )
     products = head.products(hidden)
-    kind, dtype = hidden.device.type, _compute_dtype(head.weight)
+    dtype = _compute_dtype(head.weight)
     problem = Problem(
-        source=partial(
-            HeadLogits,
-            dtype=dtype,
-            product_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype,
-            head=head,
-        ),
+        source=partial(HeadLogits, dtype=dtype, product_dtype=head.product_dtype, head=head),
         tensors=(
             *(x.flatten(0, -2) for x, _ in products),
             *(weight for _, weight in products),

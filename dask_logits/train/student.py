@@ -177,7 +177,7 @@ def _agreeing(model: Any, head: Head) -> Head:
     tokens_BT = torch.randint(V, _SHAPE, generator=torch.Generator().manual_seed(0)).to(head.weight.device)
     runs = [_run(model, tokens_BT, loudness) for loudness in _LOUDNESS]
     alone_BTD = _trunk(model)(input_ids=tokens_BT, use_cache=False, return_dict=True).last_hidden_state
-    dtype = _computed_dtype(head.weight)
+    dtype = head.product_dtype
     limit = torch.finfo(dtype).eps * (_EPSILONS if dtype.itemsize >= 4 else _EPSILONS_HALF)
     if not _difference(alone_BTD, runs[0][0]) <= limit:
         raise ValueError("the model's forward gives its trunk other inputs than the tokens")
@@ -192,12 +192,6 @@ def _agreeing(model: Any, head: Head) -> Head:
         f"expected a linear head with a factor and a soft cap to reproduce the model's logits within {limit:.1e}, got "
         f"relative differences of {least:.1e} and more"
     )
-
-
-def _computed_dtype(weight_VD: Tensor) -> torch.dtype:
-    """Return the dtype of the products with a weight, which autocast may lower."""
-    device = weight_VD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
 
 
 def _run(model: Any, tokens_BT: Tensor, loudness: float) -> tuple[Tensor, Tensor]:
