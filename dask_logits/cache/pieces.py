@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dask_logits.cache.partition import BLOCK_TOKENS, PartitionReader
-from dask_logits.cache.profile import Profile, as_kept, entries_of
+from dask_logits.cache.profile import Profile, as_kept, entries_of, file_arrays
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cache.writer import CacheWriter
 from dask_logits.errors import CacheError
@@ -36,8 +36,8 @@ from dask_logits.records import (
     total_digest,
 )
 
-# Bytes per document (row, offset, start, length), per block (start, length), and per chunk (our index and HDF5's own).
-_DOCUMENT_BYTES, _BLOCK_BYTES, _CHUNK_BYTES = 24, 12, 64
+# Bytes per chunk of our index and HDF5's own.
+_INDEX_BYTES = 64
 # Chunks of a cache copied at a time.
 _CHUNKS = 256
 
@@ -86,15 +86,13 @@ class PartitionPiece:
     def n_bytes(self) -> int:
         """Bytes in a cache: compressed chunks unchanged, all other arrays unpacked."""
         tokens, targets, documents, blocks = self.counts()
-        token_entries, target_entries = entries_of(self.profile, tokens, targets)
-        n_bytes = documents * _DOCUMENT_BYTES + blocks * _BLOCK_BYTES
-        for name, stored in self.profile.arrays.items():
-            entries = token_entries if name in EVERY_TOKEN else target_entries
+        entries, n_bytes = entries_of(self.profile, tokens, targets), 0
+        for name, stored in file_arrays(self.profile, entries, documents, blocks).items():
             if stored.chunked:
                 files = (size for file, (size, _) in self.receipt.files.items() if file.startswith(f"{name}/c/"))
-                n_bytes += sum(files) + entries // self.profile.alignment * _CHUNK_BYTES
+                n_bytes += sum(files) + stored.shape[0] // self.profile.alignment * _INDEX_BYTES
             else:
-                n_bytes += entries * stored.dtype.itemsize * math.prod(stored.shape)
+                n_bytes += stored.dtype.itemsize * math.prod(stored.shape)
         return n_bytes
 
     def counts(self) -> tuple[int, int, int, int]:

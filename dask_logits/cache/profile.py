@@ -366,7 +366,7 @@ def entries_of(profile: Profile, n_tokens: int, n_targets: int) -> tuple[int, in
 def file_arrays(
     profile: Profile, entries: tuple[int, int], n_documents: int, n_blocks: int | None
 ) -> dict[str, Stored]:
-    """Return name → storage and whole shape of the arrays of a cache, but for the index, in the order of the file.
+    """Return name → storage and whole shape of what a cache holds of its partitions, in the order of the file.
 
     Parameters
     ----------
@@ -386,7 +386,6 @@ def file_arrays(
             for name, kind in profile.arrays.items()
         },
         **{name: Stored(kinds[name][0] if name in kinds else starts, (n,)) for name, n in columns.items()},
-        **{name: Stored(table.dtype, table.shape) for name, table in profile.tables.items()},
     }
 
 

@@ -449,6 +449,7 @@ class CacheReader:
         has_blocks = any(root.links.exists(name.encode()) for name in BLOCKS)
         n_blocks = self._count("n_blocks", "block_length") if has_blocks else None
         expected = file_arrays(self.profile, (self.n_entries, self.n_target_entries), self.n_documents, n_blocks)
+        expected |= {name: Stored(table.dtype, table.shape) for name, table in self.profile.tables.items()}
         n_chunks = self.n_target_entries // self.profile.alignment
         for name in [name for name, stored in expected.items() if stored.chunked]:
             expected |= {f"chunks/{name}/{part}": Stored(np.dtype(dtype), (n_chunks,)) for part, dtype in INDEX.items()}

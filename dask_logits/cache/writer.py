@@ -110,7 +110,7 @@ class CacheWriter:
             if name in _CRITICAL:
                 self._file[name].attrs["critical"] = True
         for name, table in self.profile.tables.items():
-            self.append(name, table)
+            self._create_filled(name, table)
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._datasets[name] = self._file.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"))
