@@ -33,6 +33,14 @@ ctypes.CDLL = Library
 import pathlib
 exists = pathlib.Path.exists
 pathlib.Path.exists = lambda path, **named: not str(path).startswith(("/proc", "/sys")) and exists(path, **named)
+open_descriptor = os.open
+
+def opened(path, *arguments, **named):
+    if str(path).startswith(("/proc", "/sys")):
+        raise FileNotFoundError(path)
+    return open_descriptor(path, *arguments, **named)
+
+os.open = opened
 
 from dask_logits import CachedLogitsDataset
 from dask_logits.worker.task import process_partition, peak_rss_bytes

@@ -10,6 +10,7 @@ Dimension letters: N tokens, M positions with targets, D documents, B blocks, K 
 
 from __future__ import annotations
 
+import io
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -83,9 +84,8 @@ class CacheReader:
             self._read_header(file)
 
     def _read_header(self, file: h5py.File) -> None:
-        # By its descriptor, because a new cache may get the name while this one is opened.
-        same_file = Path(f"/proc/self/fd/{file.id.get_vfd_handle()}")
-        self._descriptor = os.open(same_file, os.O_RDONLY)
+        # The same open file, because a new cache may get the name while this one is opened.
+        self._descriptor = os.dup(file.id.get_vfd_handle())
         weakref.finalize(self, os.close, self._descriptor)
         self.attributes = root_attributes(file)
         self.header = self._check_header()
@@ -104,7 +104,7 @@ class CacheReader:
         mapped = {name: dataset for name, dataset in datasets.items() if name not in chunked}
         self.crcs = {name: self._table(file, f"crc32/{name}", None, np.dtype(np.uint32)) for name in mapped}
         self._offsets = {name: dataset.id.get_offset() for name, dataset in mapped.items()}
-        self.arrays = {name: _mapped(same_file, dataset) for name, dataset in mapped.items()}
+        self.arrays = {name: _mapped(self._descriptor, dataset) for name, dataset in mapped.items()}
         self._planes = self._opened_planes(datasets, chunked) if chunked else None
         self.is_packed = "block_length" in self.arrays
         unit = "block" if self.is_packed else "document"
@@ -492,8 +492,9 @@ class CacheReader:
                 )
 
 
-def _mapped(path: Path, dataset: h5py.Dataset) -> Array:
+def _mapped(descriptor: int, dataset: h5py.Dataset) -> Array:
     if dataset.size == 0:
         return np.empty(dataset.shape, dataset.dtype)
     # An ndarray over the map, because np.memmap itself costs microseconds per slice.
-    return np.asarray(np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
+    file: Any = io.FileIO(descriptor, closefd=False)
+    return np.asarray(np.memmap(file, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
