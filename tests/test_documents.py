@@ -400,42 +400,41 @@ def test_the_slurm_recipe_scores_on_cpus_of_a_node_whose_gpus_are_hidden(hidden,
     assert read_status(cache_dir(overrides)).state == "complete"
 
 
+NONE_WITH_TWO = "gpus_per_worker: expected workers with 2 GPUs each, got none:"
+
+
 @pytest.mark.parametrize(
-    ("size", "visible", "on_node", "groups", "message"),
+    ("size", "visible", "on_node", "groups", "real", "message"),
     [
-        (2, "3,1,0,2,7", "5", ["0,2", "3,1"], "expected 2 GPUs for each worker and no other, got none for a worker on"),
-        pytest.param(
-            1,
-            "GPU-e3,GPU-e0",
-            "2",
-            ["GPU-e0", "GPU-e3"],
-            "device: expected workers with a GPU, got none:",
-            marks=pytest.mark.slow,
+        (2, "3,1,0,2,7", "5", ["0,2", "3,1"], False, "cluster: expected a worker within 1 s, got none;"),
+        (2, "5", "1", [], False, "all workers have ended; see "),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (2, "3,1,0,2,7", "5", ["0,2", "3,1"], True, NONE_WITH_TWO),
+                (2, "", "4", ["0,1", "2,3"], True, NONE_WITH_TWO),
+                (1, "GPU-e3,GPU-e0", "2", ["GPU-e0", "GPU-e3"], True, "device: expected workers with a GPU, got none:"),
+            )
         ),
-        pytest.param(
-            2,
-            "",
-            "4",
-            ["0,1", "2,3"],
-            "expected 2 GPUs for each worker and no other, got none for a worker on",
-            marks=pytest.mark.slow,
-        ),
-        (2, "5", "1", [], "all workers have ended; see "),
     ],
 )
 def test_the_slurm_recipe_starts_a_worker_for_each_group_of_gpus(
-    size, visible, on_node, groups, message, overrides, tmp_path
+    size, visible, on_node, groups, real, message, overrides, tmp_path
 ) -> None:
     fakes = tmp_path / "fakes"
     fakes.mkdir()
+    # Workers that are not real only sleep.
+    work = "" if real else "exec sleep 600"
     note = (
-        'case "$*" in "-m dask worker"*) echo "$CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER $*" >>"$FAKES/workers" ;; esac'
+        'case "$*" in "-m dask worker"*)'
+        f' echo "$CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER $*" >>"$FAKES/workers"; {work};; esac'
     )
     for name, script in (("srun", SRUN), ("python", f'#!/bin/sh\n{note}\nexec "{sys.executable}" "$@"\n')):
         (fakes / name).write_text(script)
         (fakes / name).chmod(0o755)
     script = [str(ROOT / "scripts" / "slurm_teacher_logits.sh"), *overrides]
     script += [f"{GENERATION}.gpus_per_worker=2"] if size == 2 else [f"{GENERATION}.device=cuda"]
+    script += [] if real else ["distillation.cluster.wait_seconds=1"]
     slurm = slurm_job(
         tmp_path, SLURM_GPUS_ON_NODE=on_node, SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", SLURM_CPUS_PER_TASK="3"
     )

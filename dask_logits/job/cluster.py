@@ -254,7 +254,8 @@ def _joined(generation: GenerationConfig, config: ClusterConfig, job: JobConfig)
             )
         device = generation.device
         if device == "auto":
-            device = "cuda" if any(fact.gpus for fact in facts.values()) else "cpu"
+            has_gpus = any(fact.gpus for fact in facts.values())
+            device = "cuda" if has_gpus or generation.gpus_per_worker > 1 else "cpu"
         facts = _fit(facts, roster, device, generation)
         hosts = Counter(fact.host for fact in facts.values())
         cores_each = min(fact.cores // hosts[fact.host] for fact in facts.values())
@@ -402,6 +403,11 @@ def _fit(
     """
     roster.leave_out(unfit(facts, device, generation.gpus_per_worker))
     fit = {address: facts[address] for address in sorted(roster.usable(facts))}
+    if not fit and generation.gpus_per_worker > 1:
+        raise ClusterError(
+            f"distillation.teacher.generation.gpus_per_worker: expected workers with {generation.gpus_per_worker} GPUs "
+            f"each, got none:\n{roster.listed()}"
+        )
     if not fit:
         raise ClusterError(
             "distillation.teacher.generation.device: expected workers with a GPU, got none:\n"

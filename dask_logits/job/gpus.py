@@ -371,11 +371,11 @@ def unfit(workers: Mapping[str, WorkerFacts], device: str, gpus_per_worker: int)
     """
     if device != "cuda":
         return {}
+    blind = {address: NO_GPU for address, worker in workers.items() if device not in worker.environments}
     few = {
         address: f"it has {len(worker.gpus)} of the {gpus_per_worker} GPUs that a worker takes "
         f"(distillation.teacher.generation.gpus_per_worker); {_START_GROUPS}"
         for address, worker in workers.items()
-        if len(worker.gpus) < gpus_per_worker
+        if len(worker.gpus) < gpus_per_worker > 1
     }
-    blind = {address: NO_GPU for address, worker in workers.items() if device not in worker.environments}
-    return few | blind | misplaced(workers, gpus_per_worker)
+    return blind | few | misplaced(workers, gpus_per_worker)

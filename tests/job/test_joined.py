@@ -45,10 +45,12 @@ def workers(n_workers: int) -> Iterator[LocalCluster]:
 
 
 @contextlib.contextmanager
-def joined(cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = "auto") -> Iterator[DaskExecutor]:
+def joined(
+    cluster: LocalCluster, monkeypatch, *gpus: str | None, device: str = "auto", gpus_per_worker: int = 1
+) -> Iterator[DaskExecutor]:
     monkeypatch.setattr("dask_logits.job.newcomers.worker_facts", facts_of(*gpus))
     config = ClusterConfig(scheduler=cluster.scheduler_address, wait_seconds=30)
-    with open_cluster(GenerationConfig(device=device), config) as executor:
+    with open_cluster(GenerationConfig(device=device, gpus_per_worker=gpus_per_worker), config) as executor:
         yield executor
 
 
@@ -101,6 +103,19 @@ def test_a_gpu_that_no_worker_has_is_refused_and_each_worker_is_named(monkeypatc
         with joined(cluster, monkeypatch, "0>GPU-e0", "1>GPU-e0", device="cpu") as executor:
             assert (executor.device, executor.roster.left_out) == ("cpu", {})
             assert len(executor.environments) == 2
+
+
+@pytest.mark.parametrize("gpus", [(None, None), ("GPU-e0>GPU-e0", None)], ids=["without GPUs", "with one GPU"])
+def test_workers_with_fewer_gpus_than_a_teacher_needs_do_not_score_it(monkeypatch, gpus) -> None:
+    with (
+        workers(2) as cluster,
+        pytest.raises(ClusterError, match=r"gpus_per_worker: expected workers with 2 GPUs each, got none:") as caught,
+        joined(cluster, monkeypatch, *gpus, gpus_per_worker=2),
+    ):
+        pass
+    message = str(caught.value)
+    assert message.count("of the 2 GPUs that a worker takes") == 2
+    assert message.count("start each group's worker by itself") == 2
 
 
 def test_workers_that_join_later_are_compared_and_named(monkeypatch, caplog, tmp_path) -> None:

@@ -61,9 +61,9 @@ def test_a_run_is_followed_from_its_calibration_to_its_cache_without_reading_a_r
 
 def test_a_reading_opens_each_receipt_once_and_asks_for_no_folder_of_targets_alone(scored, monkeypatch) -> None:
     asked: list[str] = []
-    stat, read_text = Path.stat, Path.read_text
+    stat, read_bytes = Path.stat, Path.read_bytes
     monkeypatch.setattr(Path, "stat", lambda path, **named: asked.append(str(path)) or stat(path, **named))
-    monkeypatch.setattr(Path, "read_text", lambda path, **named: asked.append(str(path)) or read_text(path, **named))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: asked.append(str(path)) or read_bytes(path))
 
     def asked_by(read) -> list[str]:
         asked.clear()
