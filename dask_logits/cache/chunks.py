@@ -136,7 +136,7 @@ class PlaneReader:
         found: dict[str, list[memoryview]] = {name: [memoryview(b"")] * (stop - first) for name in self.indices}
         at = 0
         for offset, size, name, chunk in places:
-            if size > self._most_bytes or offset + size > self._file_bytes:
+            if not 0 < size <= self._most_bytes or offset + size > self._file_bytes:
                 expected = f"chunk {chunk} of {name} in a file of {self._file_bytes} bytes"
                 raise damaged(self.path, expected, f"{size} at {offset}")
         while at < len(places):

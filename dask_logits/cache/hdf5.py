@@ -15,10 +15,10 @@ from typing import Any
 
 import h5py
 import numpy as np
-from pydantic_core import from_json
 
 from dask_logits.cache.profile import Stored
 from dask_logits.errors import CacheError, damaged, first_line
+from dask_logits.files.atomic import parse_json
 
 _MOST_TEXT_BYTES = 64 << 20
 # The first bytes of an HDF5 file. The writer puts nothing before them.
@@ -177,5 +177,5 @@ def _scalar(attributes: h5py.AttributeManager, name: str) -> Any:
         value = value.decode(errors="replace")
     if isinstance(value, str) and value[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
-            return from_json(value)
+            return parse_json(value)
     return value.item() if isinstance(value, np.generic) else value

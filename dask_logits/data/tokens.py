@@ -279,7 +279,7 @@ def _tokenize(values: list[Any], spec: TokenizerSpec) -> int:
     if spec.chat_template is not None:
         for i in filled:
             found = encode_chat(tokenizer, values[i], marks=spec.is_masked, date=spec.template_date)
-            values[i] = found if isinstance(found, BadRow) else with_mask(*found)
+            values[i] = found if isinstance(found, BadRow) else with_mask(*found) if spec.is_masked else found[0]
         return 0
     encoded = encode(tokenizer, [values[i] for i in filled], spec.add_special_tokens, spec.max_length)
     for i, ids in zip(filled, encoded, strict=True):

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ Json = dict[str, Any]
 
 # Far larger than any JSON file written here.
 _MOST_JSON_BYTES = 256 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 # These errors affect every other file of the folder, too.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
@@ -43,8 +45,7 @@ def read_json(path: Path) -> Json | None:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_JSON_BYTES:
             raise ValueError(f"{status.st_size} bytes of no plain file, or too many")
-        # It refuses more than 200 levels.
-        value = from_json(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -54,6 +55,28 @@ def read_json(path: Path) -> Json | None:
     if not isinstance(value, dict):
         raise CacheError.at(path, f"expected a JSON object, got {type(value).__name__}; restore it")
     return value
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON of at most 200 levels. Texts may hold the lone surrogates of paths that are not UTF-8.
+
+    >>> parse_json('["\\\\udcff"]') == ["\\udcff"]
+    True
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or has more levels.
+    """
+    try:
+        return from_json(data)
+    except ValueError as error:
+        if "surrogate" not in str(error):
+            raise
+    text = data if isinstance(data, str) else data.decode()
+    # pydantic refuses the surrogates, and json the depth only where Python's stack ends.
+    from_json(_SURROGATE.sub("?", text))
+    return json.loads(text)
 
 
 def unreadable(error: CacheError) -> bool:

@@ -107,12 +107,14 @@ class Attempts:
         """
         past = self.past(task)
         past.losses += event == "lost"
+        # One attempt at some rows tells enough, and a second one if its worker was lost.
+        is_trial = task.trial is not None
         retry = decide(
             event,
-            self.retries,
+            0 if is_trial else self.retries,
             past,
             tried=tried,
-            usable=usable,
+            usable=() if is_trial and event == "data" else usable,
             had_company=self.have_company,
             on_good_devices=on_good_devices,
         )

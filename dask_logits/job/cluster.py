@@ -28,10 +28,10 @@ from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
 from dask_logits.errors import ClusterError, first_line
 from dask_logits.job.dask_executor import DaskExecutor
 from dask_logits.job.gpus import (
-    NO_GPU,
     WorkerFacts,
     gpu_groups,
     grouped_cluster,
+    misplaced,
     restore_environment,
     unfit,
 )
@@ -124,7 +124,7 @@ def _local(generation: GenerationConfig, config: ClusterConfig, job: JobConfig) 
                     facts, roster = _facts(client, config.wait_seconds)
                     fit = _fit(facts, roster, device, generation)
                     environments = {address: fact.environments[device] for address, fact in fit.items()}
-                    if set(roster.left_out.values()) - {NO_GPU}:
+                    if misplaced(facts, generation.gpus_per_worker):
                         raise ClusterError(
                             f"distillation.cluster: expected workers with a GPU each, got:\n{roster.listed()}"
                         )

@@ -119,7 +119,7 @@ def named_gpus(generation: GenerationConfig) -> list[str]:
 
 
 def _names(devices: str) -> list[str]:
-    return [name.strip() for name in devices.split(",")]
+    return [name.strip() for name in devices.split(",") if name.strip()]
 
 
 def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
@@ -376,6 +376,6 @@ def unfit(workers: Mapping[str, WorkerFacts], device: str, gpus_per_worker: int)
         address: f"it has {len(worker.gpus)} of the {gpus_per_worker} GPUs that a worker takes "
         f"(distillation.teacher.generation.gpus_per_worker); {_START_GROUPS}"
         for address, worker in workers.items()
-        if len(worker.gpus) < gpus_per_worker > 1
+        if len(worker.gpus) < gpus_per_worker
     }
-    return blind | few | misplaced(workers, gpus_per_worker)
+    return few | blind | misplaced(workers, gpus_per_worker)

@@ -6,6 +6,7 @@ is limited by ``distillation.job.retries``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import time
@@ -97,7 +98,9 @@ def run_one(
     finally:
         call.drop()
         if client.status == "running":
-            client.unsubscribe_topic(call.topic)
+            # It raises if no attempt was submitted, so that nobody subscribed.
+            with contextlib.suppress(ValueError):
+                client.unsubscribe_topic(call.topic)
 
 
 @dataclass

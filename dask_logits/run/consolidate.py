@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheFiles, CacheIndex, IndexEntry
+from dask_logits.cache.find import INDEX_FORMAT, INDEX_VERSION, CacheIndex, IndexEntry
 from dask_logits.cache.pieces import PartitionPiece, Piece, consolidate
 from dask_logits.cache.profile import Profile
 from dask_logits.cache.reader import CacheReader
 from dask_logits.errors import CacheError, PartitionsFailedError, RunConflictError
 from dask_logits.files.atomic import read_json, replace_json, unreadable
 from dask_logits.files.lock import lease
-from dask_logits.records import Statistics
+from dask_logits.records import Statistics, total_digest
 from dask_logits.run.failures import Failure, listed, note_failure
 from dask_logits.run.folder import CONSOLIDATION_LOCK, RunFolder, delete_partitions, drop_previous
 from dask_logits.run.parts import CachePart, Part, RunPart, check_cover
@@ -267,22 +267,25 @@ def write_index(index: Path, files: Iterable[Path], *, n_rows: int) -> None:
     n_rows
         Dataset rows of the whole job.
     """
-    cache = CacheFiles(path=index, readers=tuple(CacheReader(path) for path in files))
     folder = index.parent
+    entries = []
+    for path in files:
+        # One at a time, because each has some 20 file descriptors.
+        cache = CacheReader(path)
+        entries.append(
+            IndexEntry(
+                path=str(path.relative_to(folder) if path.is_relative_to(folder) else path),
+                documents=cache.n_documents,
+                tokens=cache.n_tokens,
+                content_digest=cache.header.content_digest,
+            )
+        )
     value = CacheIndex(
         format=INDEX_FORMAT,
         version=INDEX_VERSION,
         n_rows=n_rows,
-        content_digest=cache.content_digest,
-        caches=tuple(
-            IndexEntry(
-                path=str(each.path.relative_to(folder) if each.path.is_relative_to(folder) else each.path),
-                documents=each.n_documents,
-                tokens=each.n_tokens,
-                content_digest=each.header.content_digest,
-            )
-            for each in cache.readers
-        ),
+        content_digest=total_digest(entry.content_digest for entry in entries),
+        caches=tuple(entries),
     ).to_json()
     if not index.exists() or read_json(index) != value:
         replace_json(index, value, durable=True)

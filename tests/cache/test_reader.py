@@ -19,6 +19,7 @@ import warm
 from builders import compact, content, items, packed_records, plain, records, write_cache
 
 from dask_logits.cache import reader as module
+from dask_logits.cache.chunks import ChunkIndex
 from dask_logits.cache.pieces import cache_pieces
 from dask_logits.cache.profile import as_kept
 from dask_logits.cache.reader import CacheReader
@@ -307,6 +308,15 @@ def test_every_flipped_bit_of_a_compact_cache_is_found(dense) -> None:
                 CacheReader(dense).verify_checksums()
     dense.write_bytes(whole)
     CacheReader(dense).verify_checksums()
+
+
+def test_an_empty_chunk_is_refused(dense) -> None:
+    planes = CacheReader(dense)._planes
+    name, index = next(iter(planes.indices.items()))
+    empty = ChunkIndex(index.offset, np.zeros_like(index.size), np.zeros_like(index.crc32))
+    planes.indices = {**planes.indices, name: empty}
+    with pytest.raises(CacheError, match=f"expected chunk 0 of {name} in a file of"):
+        planes.check(0, 1, trailers=True)
 
 
 def chunk_places(dataset: h5py.Dataset) -> list:

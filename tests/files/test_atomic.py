@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dask_logits.errors import CacheError, CapacityError
-from dask_logits.files.atomic import create_json, is_there, names_in, read_json, room, unreadable
+from dask_logits.files.atomic import create_json, is_there, names_in, read_json, replace_json, room, unreadable
 
 
 def test_the_first_writer_wins(tmp_path) -> None:
@@ -17,6 +17,16 @@ def test_the_first_writer_wins(tmp_path) -> None:
     assert create_json(path, {"attempt": "a"})
     assert not create_json(path, {"attempt": "b"})
     assert read_json(path) == {"attempt": "a"}
+
+
+def test_json_may_name_a_path_that_is_not_utf_8_and_has_bounded_depth(tmp_path) -> None:
+    value = {"path": os.fsdecode(b"w\xff/teacher.h5"), "text": "\U0001f600"}
+    replace_json(tmp_path / "odd.json", value)
+    assert read_json(tmp_path / "odd.json") == value
+    for text in ('"w"', r'"\udcff"'):
+        (tmp_path / "deep.json").write_text('{"a": ' + "[" * 300 + text + "]" * 300 + "}")
+        with pytest.raises(CacheError, match=r"expected a JSON object, got .*recursion"):
+            read_json(tmp_path / "deep.json")
 
 
 def test_what_cannot_be_read_is_neither_gone_nor_damaged(tmp_path) -> None:

@@ -107,6 +107,14 @@ def test_a_trial_is_alone_from_the_start() -> None:
     assert attempts.retry(trial, "hang", "silent", "a") is None
 
 
+def test_a_trial_is_made_once_and_again_if_its_worker_was_lost() -> None:
+    attempts, trial = Attempts(retries=2, have_company=True), dataclasses.replace(task(), trial=(0, 2))
+    attempts.begin(trial)
+    assert attempts.retry(trial, "data", "a bad row", "a", tried=("a",), usable=("a", "b")) is None
+    assert attempts.retry(trial, "lost", "its worker died") == 0
+    assert attempts.retry(trial, "lost", "its worker died") is None
+
+
 def test_what_is_known_of_a_partition_is_forgotten_when_it_is_completed() -> None:
     attempts = Attempts(retries=2, have_company=True)
     attempts.begin(task())

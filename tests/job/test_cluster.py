@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -120,11 +121,20 @@ def test_a_real_local_cuda_cluster_with_pretended_devices(overrides, joined, mon
     assert cuda == digest(generate(load_config([*joined, elsewhere])))
 
 
-@pytest.mark.parametrize("dead", [("1",), ("0", "1")])
-def test_a_local_worker_whose_gpu_torch_cannot_use_gets_no_work(dead, overrides, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(
+    ("dead", "reason"),
+    [
+        (("1",), "it sees no GPU"),
+        (("1",), "it cannot tell its environment (RuntimeError('CUDA error: uncorrectable ECC"),
+        (("0", "1"), "it sees no GPU"),
+    ],
+)
+def test_a_local_worker_whose_gpu_torch_cannot_use_gets_no_work(dead, reason, overrides, monkeypatch, caplog) -> None:
     def facts() -> WorkerFacts:
         """What a worker reports whose driver is too old, or whose GPU has failed, and one that works."""
         gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        if gpu in dead and "RuntimeError" in reason:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         if gpu in dead:
             return WorkerFacts("a", 8, (), {"cpu": {}})
         return WorkerFacts("a", 8, (gpu,), {"cpu": {}, "cuda": {}}, (f"NVIDIA H200 GPU-e{gpu}",))
@@ -146,7 +156,7 @@ def test_a_local_worker_whose_gpu_torch_cannot_use_gets_no_work(dead, overrides,
         (other,) = cluster.roster.left_out
         assert set(cluster.client.ncores()) == {other, *cluster.environments}
         assert other not in cluster.environments
-        assert f"these workers get no work:\n  {other} on a: it sees no GPU" in caplog.text
+        assert re.search(rf"these workers get no work:\n  {re.escape(other)}.*: {re.escape(reason)}", caplog.text)
 
 
 def test_gpus_and_slices_named_by_uuid_start_where_they_are_near_no_cores(overrides, monkeypatch) -> None:

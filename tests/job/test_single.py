@@ -182,3 +182,12 @@ def test_workers_that_end_during_it_again_and_again_end_it(client, tmp_path) -> 
     ) as e:
         run_one(client, _deadly, tmp_path, JobConfig(retries=1), Roster())
     assert e.value.ran
+
+
+def test_an_interrupt_before_its_first_attempt_arrives_as_it_is(client, tmp_path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(client, _deadly, tmp_path, JobConfig(), Roster(), on_turn=interrupt)
+    assert not list(tmp_path.iterdir())

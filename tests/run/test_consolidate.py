@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from dask_logits.cache.partition import write_partition
 from dask_logits.cache.pieces import PartitionPiece, consolidate
 from dask_logits.cache.reader import CacheReader
 from dask_logits.cli import main
+from dask_logits.files.atomic import read_json
 from dask_logits.ops.show import card
 from dask_logits.records import Statistics, total_digest
 from dask_logits.run import consolidate as run_consolidate
@@ -262,6 +264,16 @@ def test_files_are_as_large_as_allowed(here) -> None:
     run(here, KEEP, f"distillation.cache.max_file_size={limit}")
     assert len(files(folder)) == 2
     assert all(path.stat().st_size <= limit for path in (folder / "teacher_logits").iterdir())
+
+
+def test_an_index_of_many_files_needs_few_descriptors(cache, tmp_path) -> None:
+    n_open, (soft, hard) = len(list(Path("/proc/self/fd").iterdir())), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 100, hard))
+    try:
+        run_consolidate.write_index(tmp_path / "all.index.json", [cache] * 40, n_rows=40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(read_json(tmp_path / "all.index.json")["caches"]) == 40
 
 
 def test_what_a_crash_left_is_taken_up_and_nothing_looks_complete_before_the_index(here, monkeypatch) -> None:
