@@ -365,6 +365,7 @@ def test_a_resumed_run_on_a_mixture_equals_an_undisturbed_one(folder, tmp_path) 
     assert_equal(weights(run(tmp_path / "two", mixture(folder), resume=True)), expected)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_was_found_is_resumed(dataset, tmp_path, monkeypatch) -> None:
     compute = DistillationTrainer.compute_loss
 
