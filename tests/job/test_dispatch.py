@@ -61,19 +61,26 @@ class Saboteur(WorkerPlugin):
 
 
 @contextlib.contextmanager
-def sabotaged(act: str) -> Iterator[str]:
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}):
-        cluster = LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address="127.0.0.1:0", host="127.0.0.1"
-        )
+def mortal(n_workers: int, n_threads: int) -> Iterator[LocalCluster]:
+    """Start a cluster whose workers may die."""
+    cluster = LocalCluster(
+        n_workers=n_workers, threads_per_worker=n_threads, memory_limit=None, dashboard_address="127.0.0.1:0",
+        host="127.0.0.1",
+    )  # fmt: skip
     try:
-        with Client(cluster) as client:
-            client.register_plugin(Saboteur(act))
-            yield cluster.scheduler_address
+        yield cluster
     finally:
         # distributed 2026.7.1 may hang in closing a cluster whose worker has died.
         with contextlib.suppress(TimeoutError):
             cluster.close(timeout=10)
+
+
+@contextlib.contextmanager
+def sabotaged(act: str) -> Iterator[str]:
+    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
+    with dask.config.set(settings), mortal(2, 1) as cluster, Client(cluster) as client:
+        client.register_plugin(Saboteur(act))
+        yield cluster.scheduler_address
 
 
 def test_what_kills_every_worker_stops_early(overrides) -> None:
@@ -246,7 +253,7 @@ class Deadly(WorkerPlugin):
 def test_rows_that_kill_workers_are_found(tmp_path) -> None:
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
-        LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
+        mortal(1, 2) as cluster,
         Client(cluster) as client,
     ):
         client.register_plugin(Deadly())
