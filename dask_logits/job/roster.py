@@ -101,12 +101,13 @@ class Roster:
     def choose(self, present: Iterable[str], index: int | None, now: float) -> set[str]:
         """Return the workers that may get a partition now.
 
-        Workers on which it failed and resting workers are skipped while others remain. A partition that failed before
-        is assigned to a worker without failures, if there is one.
+        Workers on which it failed, also before a restart, and resting workers are skipped while others remain. A
+        partition that failed before is assigned to a worker without failures, if there is one.
         """
         usable = self.usable(present)
         awake = {worker for worker in usable if self._rests_until.get(worker, 0.0) <= now}
-        failed_on = set(self.tried(index)) if index is not None else set()
+        tried = set(map(self._nanny, self.tried(index))) if index is not None else set()
+        failed_on = {worker for worker in usable if self._nanny(worker) in tried}
         clean = awake - self._charges.keys() if failed_on else set()
         choices = (clean - failed_on, awake - failed_on, usable - failed_on, awake)
         return next((some for some in choices if some), usable)

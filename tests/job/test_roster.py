@@ -107,3 +107,12 @@ def test_a_worker_has_one_partition_until_it_has_completed_one_and_after_a_failu
     # A failure that is not the device's.
     roster.note_failure("a2", 3, started=0.0, now=0.0)
     assert roster.most("a2", 3) == 3
+
+
+def test_a_restarted_worker_is_the_one_on_which_a_partition_failed() -> None:
+    roster = Roster(nannies={"tcp://a:1": "tcp://a:9", "tcp://a:2": "tcp://a:9", "tcp://b:1": "tcp://b:9"})
+    roster.note_success("tcp://a:1", 4, 0.0)
+    roster.note_device_failure("tcp://a:1", 5)
+    assert roster.choose(["tcp://a:2", "tcp://b:1"], 5, 0.0) == {"tcp://b:1"}
+    assert roster.choose(["tcp://a:2", "tcp://b:1"], 6, 0.0) == {"tcp://a:2", "tcp://b:1"}
+    assert roster.choose(["tcp://a:2"], 5, 0.0) == {"tcp://a:2"}
