@@ -7,6 +7,7 @@ written.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -81,8 +82,8 @@ class Window:
     _present: dict[str, Any] = field(default_factory=dict)
     # Workers that left on purpose.
     _departed: set[str] = field(default_factory=set)
-    # Workers that were restarted because of their device. They come back with another address.
-    _restarted: set[str] = field(default_factory=set)
+    # Workers that were restarted because of their device, with the time. Only one with a fixed port keeps its address.
+    _restarted: dict[str, float] = field(default_factory=dict)
     # Workers restarted since the last progress.
     _hung_in_a_row: int = 0
 
@@ -315,7 +316,7 @@ class Window:
     def _device_failed(self, ended: Submitted, worker: str, error: BaseException) -> None:
         """Restart or retire a worker whose device failed. Its partition is retried, without blame."""
         task, name = ended.task, self.roster.name(worker)
-        if worker in self._restarted or worker in self.roster.left_out:
+        if ended.started < self._restarted.get(worker, -math.inf) or worker in self.roster.left_out:
             # It failed together with another partition, for the same reason.
             self.attempts.again(task.after("device", said(error), name))
             return
@@ -336,7 +337,7 @@ class Window:
         for task in self.flight.take_back(key for key, each in assigned.items() if each == worker):
             self.attempts.again(task)
         restart_worker(self.client, worker)
-        self._restarted.add(worker)
+        self._restarted[worker] = time.monotonic()
 
     def _is_left_out(self, task: PartitionTask, worker: str, error: BaseException) -> bool:
         """Exclude a worker that cannot score for this run. Its partition is retried elsewhere."""

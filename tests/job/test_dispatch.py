@@ -182,10 +182,40 @@ def test_a_partition_is_retried_once_when_the_scheduler_is_lost_during_a_restart
     with pytest.raises(SchedulerLostError):
         window.wait(1)
     # The worker that was not restarted is restarted after its next failure.
-    assert window._restarted == set()
+    assert window._restarted == {}
     retried = iter(lambda: window.attempts.take_due(math.inf), None)
     tasks = [*retried, *window.flight.tasks()]
     assert sorted(task.partition.index for task in tasks) == [5, 6]
+
+
+def test_a_worker_that_keeps_its_address_is_restarted_for_each_failure_of_its_device(monkeypatch) -> None:
+    def fail() -> BaseException:
+        return RuntimeError("CUDA error: unspecified launch failure")
+
+    def fails(key: str, index: int) -> None:
+        future = SimpleNamespace(key=key, status="error", exception=fail, traceback=lambda seconds: None)
+        future.release = lambda: None
+        _in_flight(window, key, future, index)
+        window.flight._ended.put(future)
+
+    restarts = []
+    window = Window(SimpleNamespace(), iter(()), JobConfig())
+    window._present = {"one": {"nthreads": 2}}
+    monkeypatch.setattr(window_module, "erred_on", lambda client, future: "one")
+    monkeypatch.setattr(window_module, "restart_worker", lambda client, worker: restarts.append(worker))
+    monkeypatch.setattr(flight, "holders", lambda client: {})
+    fails("first", 0)
+    fails("together", 1)
+    assert window.wait(1)
+    assert window.wait(1)
+    # Both failed for the same reason.
+    assert len(restarts) == 1
+    fails("second", 2)
+    assert window.wait(1)
+    assert len(restarts) == 2
+    fails("third", 3)
+    with pytest.raises(ClusterError, match=r"expected a worker that can score, got none:\n.*failed 3 times in a row"):
+        window.wait(1)
 
 
 def _bisected(client: Client, folder: Path = Path(), **settings: object) -> Failure:
