@@ -34,8 +34,8 @@ def run_on_worker(task: PartitionTask) -> tuple[Receipt | None, str]:
 
 
 def load_on_worker(teacher: TeacherSpec, vocab_size: int) -> None:
-    """Load a teacher in a Dask worker, for its next partition."""
-    SCORER.submit(load_teacher, teacher, vocab_size).result()
+    """Load a teacher in a Dask worker, for its next partition, which may wait for it."""
+    SCORER.submit(load_teacher, teacher, vocab_size, STAGES.beat).result()
 
 
 def call_on_worker(function: Callable[[Any, Callable[[str], None]], Any], argument: Any, topic: str) -> Any:

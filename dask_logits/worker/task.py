@@ -65,10 +65,24 @@ class Stages:
     teacher: threading.Lock = field(default_factory=threading.Lock)
     scorer: Executor | None = None
     _ended: float = 0.0
+    # Sign of life of the partition at the scorer.
+    _on_life: Callable[[], None] | None = None
 
-    def run(self, function: Callable[[], _T]) -> _T:
-        """Call a function in the scorer's thread."""
-        return function() if self.scorer is None else self.scorer.submit(function).result()
+    def run(self, function: Callable[[], _T], on_life: Callable[[], None]) -> _T:
+        """Call a function in the scorer's thread. :meth:`beat` gives signs of life until it ends."""
+        if self.scorer is None:
+            return function()
+        self._on_life = on_life
+        try:
+            return self.scorer.submit(function).result()
+        finally:
+            self._on_life = None
+
+    def beat(self) -> None:
+        """Give a sign of life of the partition that is at the scorer, or waits there while a teacher is loaded."""
+        on_life = self._on_life
+        if on_life is not None:
+            on_life()
 
     def scoring_seconds(self, begun: float, ended: float) -> float:
         """Return the seconds of scoring of a partition that has just ended, in times of ``time.perf_counter``.
@@ -210,7 +224,7 @@ def process_partition(
 
     with stages.teacher:
         lap("wait")
-        finish = stages.run(start)
+        finish = stages.run(start, lambda: on_tokens(0))
     # The device may begin the next partition before the last results of this one arrive.
     begun = clock
     scored = finish()
@@ -310,7 +324,7 @@ def try_rows(task: PartitionTask, on_tokens: Callable[[int], None], stages: Stag
             score_items(teacher, items, task.scoring, packed=task.items.packing == "concat", on_tokens=on_tokens)
 
     with stages.teacher:
-        stages.run(score)
+        stages.run(score, lambda: on_tokens(0))
 
 
 def _said_of(kept: Records) -> tuple[Statistics, str]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from builders import cache_dir, dask_processes, digest, finish, sentences, start
 from dask_logits import ClusterError, generate, load_config, read_status
 from dask_logits.cache.reader import CacheReader
 from dask_logits.config.groups import ClusterConfig, GenerationConfig, JobConfig
+from dask_logits.job import remote
 from dask_logits.job.cluster import open_cluster
 from dask_logits.job.gpus import WorkerFacts, gpu_groups, unfit, visible_gpus
 from dask_logits.job.roster import Roster
@@ -68,6 +70,29 @@ def test_other_workers_load_the_teacher_while_one_calibrates(overrides, monkeypa
             while executor.client.run(_loaded) != dict.fromkeys(executor.environments, 1):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
+
+
+def test_a_partition_that_waits_for_its_workers_teacher_gives_signs_of_life(monkeypatch) -> None:
+    begun, alive = threading.Event(), threading.Event()
+
+    def load(spec, vocab_size, on_life) -> None:
+        begun.set()
+        deadline = time.monotonic() + 60
+        while not alive.is_set() and time.monotonic() < deadline:
+            on_life()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(remote, "load_teacher", load)
+    with ThreadPoolExecutor() as pool:
+        loaded = pool.submit(remote.load_on_worker, None, 104)
+        assert begun.wait(60)
+        remote.STAGES.run(lambda: None, alive.set)
+        assert alive.is_set()
+        loaded.result()
+    alive.clear()
+    # A partition that has left gives none.
+    remote.STAGES.beat()
+    assert not alive.is_set()
 
 
 def _loaded() -> int:
