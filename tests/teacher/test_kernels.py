@@ -33,6 +33,13 @@ jobs = [(f"statistics {dtype}", kernels._statistics_kernel(), {**statistics, "lo
         for dtype in ("*fp32", "*bf16", "*fp16")]
 jobs += [(f"largest {lanes}", kernels._largest_kernel(), largest, {"LANES": lanes}, 2, kernels.warps_for(lanes))
          for lanes in (64, 2048, kernels.MOST_VALUES)]
+# As in the first check of a device. Triton makes constants of sizes of 1.
+jobs += [
+    ("statistics once", kernels._statistics_kernel(), {**statistics, "logits": "*fp32", "blocks": "constexpr"},
+     {**wide, "blocks": 1}, 4, 4),
+    ("largest once", kernels._largest_kernel(), {**largest, "width": "constexpr", "count": "constexpr"},
+     {"LANES": 1, "width": 1, "count": 1}, 2, kernels.warps_for(1)),
+]
 for name, kernel, signature, constants, pointers, warps in jobs:
     aligned = {(index,): [["tt.divisibility", 16]] for index in range(pointers)}
     started = time.perf_counter()
@@ -54,7 +61,7 @@ def test_kernels_compile_without_spills(capability: int, tmp_path: Path) -> None
     done = warm.run([sys.executable, "-c", COMPILE, str(capability)], env=environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 6
+    assert len(found) == 8
     for kernel in found:
         ((registers, stack, spilled),) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", kernel["usage"])
         assert (int(spilled), int(stack) <= 64) == (0, True), kernel
