@@ -57,9 +57,9 @@ def visible_gpus(devices: Path = Path("/dev")) -> int:
         return _uncounted(devices, error)
     try:
         pynvml.nvmlInit()
+        count = int(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError as error:
         return _uncounted(devices, error)
-    count = int(pynvml.nvmlDeviceGetCount())
     # Named devices may be slices of a GPU, which NVML does not count.
     return count if named is None or count == 0 else len(named.split(","))
 

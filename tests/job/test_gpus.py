@@ -70,7 +70,11 @@ def _no_driver() -> None:
 
 @pytest.mark.parametrize(
     ("pynvml", "got"),
-    [(None, "import of pynvml"), (SimpleNamespace(nvmlInit=_no_driver, NVMLError=RuntimeError), "Driver Not Loaded")],
+    [
+        (None, "import of pynvml"),
+        (SimpleNamespace(nvmlInit=_no_driver, NVMLError=RuntimeError), "Driver Not Loaded"),
+        (SimpleNamespace(nvmlInit=bool, nvmlDeviceGetCount=_no_driver, NVMLError=RuntimeError), "Driver Not Loaded"),
+    ],
 )
 def test_gpus_that_cannot_be_counted_are_told_of(monkeypatch, tmp_path, pynvml, got) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
