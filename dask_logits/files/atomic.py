@@ -145,7 +145,9 @@ def create_json(path: Path, value: Mapping[str, Any]) -> bool:
     bool
         False if the file existed, because the first writer wins.
     """
-    return create_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    # In JSON, a backslash also escapes the lone surrogates of a path that is not UTF-8.
+    return create_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def create_bytes(path: Path, data: bytes) -> bool:

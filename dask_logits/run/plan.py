@@ -272,4 +272,6 @@ def fingerprint(what: Mapping[str, Any]) -> str:
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True
     """
-    return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(what, sort_keys=True, ensure_ascii=False)
+    # Lone surrogates are in paths that are not UTF-8.
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()

@@ -22,7 +22,8 @@ def test_the_first_writer_wins(tmp_path) -> None:
 def test_json_may_name_a_path_that_is_not_utf_8_and_has_bounded_depth(tmp_path) -> None:
     value = {"path": os.fsdecode(b"w\xff/teacher.h5"), "text": "\U0001f600"}
     replace_json(tmp_path / "odd.json", value)
-    assert read_json(tmp_path / "odd.json") == value
+    create_json(tmp_path / "new.json", value)
+    assert read_json(tmp_path / "odd.json") == read_json(tmp_path / "new.json") == value
     for text in ('"w"', r'"\udcff"'):
         (tmp_path / "deep.json").write_text('{"a": ' + "[" * 300 + text + "]" * 300 + "}")
         with pytest.raises(CacheError, match=r"expected a JSON object, got .*recursion"):
