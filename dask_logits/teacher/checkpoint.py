@@ -421,7 +421,7 @@ def _settle_dtype(model: Any, dtype: torch.dtype) -> None:
 def _device_map(spec: TeacherSpec, location: Location, architecture: Architecture) -> DeviceMap | None:
     """Return where transformers puts the weights, or None if they are loaded into main memory first.
 
-    An adapter is merged there, with the same bits for every device.
+    For one device, an adapter is merged there, with the same bits on every kind of device.
     """
     dtype = getattr(torch, spec.dtype)
     if spec.n_gpus > 1:
