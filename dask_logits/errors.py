@@ -27,6 +27,12 @@ _DEVICE_ERROR = re.compile(
     r"CUDA error|CUDA driver|CUDA unknown error|CUBLAS_STATUS|CUDNN_STATUS|cuDNN error|NVML|Triton Error|NCCL"
 )
 
+# A failed allocation. torch's allocator raises OutOfMemoryError. Pinned host memory, modules that CUDA loads lazily,
+# Triton, cuBLAS, cuDNN and torch's CPU allocator raise a RuntimeError (torch 2.13: c10/core/impl/alloc_cpu.cpp,
+# ATen/cuda/Exceptions.h). For its message, torch's allocator asks NVML, which may not answer in a container with a
+# slice of a GPU (PyTorch 112377, 197312).
+OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory|NVML_SUCCESS ==")
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message, or the error's type if it has none.
@@ -44,7 +50,7 @@ def is_poisoned(error: BaseException) -> bool:
     True
     """
     # Recognised without importing torch.
-    if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+    if OUT_OF_MEMORY.search(str(error)):
         return False
     is_torchs = any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__)
     return is_torchs or (isinstance(error, RuntimeError) and bool(_DEVICE_ERROR.search(str(error))))

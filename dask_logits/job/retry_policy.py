@@ -30,7 +30,8 @@ _MOST_MORE = 3
 _MOST_ON_GOOD_DEVICES = 2
 # A device without room, or for which nothing can be compiled. Whoever caught these errors has not made others of them.
 _UNUSABLE = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED|No CUDA GPUs|NVIDIA driver|C compiler|FlexAttention: "
+    r"CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED|NVML_SUCCESS ==|No CUDA GPUs|NVIDIA driver|C compiler|"
+    r"FlexAttention: "
 )
 _COMPILERS = {"triton", "torch._inductor", "torch._dynamo", "subprocess"}
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import torch
 
-from dask_logits.errors import CapacityError, first_line
-
-# torch's allocator raises OutOfMemoryError. Pinned host memory, modules that CUDA loads lazily, Triton, cuBLAS, cuDNN
-# and torch's CPU allocator raise a RuntimeError (torch 2.13: c10/core/impl/alloc_cpu.cpp, ATen/cuda/Exceptions.h).
-_SIGNS = re.compile(r"out of memory|ALLOC_FAILED|can't allocate memory")
+from dask_logits.errors import OUT_OF_MEMORY, CapacityError, first_line
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(_SIGNS.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 @contextlib.contextmanager

@@ -78,6 +78,10 @@ def test_a_lost_worker_is_retried_a_bounded_number_of_times(event, past, facts, 
         # A device without room or compiler (Triton 3.7, torch 2.13) cannot be used, and no row is the cause.
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "device"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "device"),
+        (
+            RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "c10/cuda/CUDACachingAllocator.cpp":1154'),
+            "device",
+        ),
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "device"),
         (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "device"),
         (RuntimeError("FlexAttention: No valid triton configs"), "device"),
@@ -99,6 +103,7 @@ def test_an_exception_has_a_kind(error, kind) -> None:
         (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("CUDA error: out of memory"), False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), False),
+        (RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "c10/cuda/CUDACachingAllocator.cpp":1154'), False),
         (TeacherError("no such file"), False),
         (ValueError("CUDA error"), False),
     ],
