@@ -39,6 +39,7 @@ class Task:
     """The part of a task that the driver looks at."""
 
     run_id = "r"
+    trial = None
 
     def __init__(self, index: int) -> None:
         self.partition = Partition(index=index, first_row=index, n_rows=1)
