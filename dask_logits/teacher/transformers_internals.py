@@ -6,9 +6,13 @@ transformers 5.23 has a public setter of the attention (``set_attn_implementatio
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Held while a thread enters or leaves `one_sequence_per_row`, and the function that it replaces, for each one inside.
+_ENTERING = threading.Lock()
+_examine: list[Callable[[Any], Any]] = []
 
 
 def attention_of(config: Any) -> str | None:
@@ -47,21 +51,17 @@ def one_sequence_per_row() -> Iterator[None]:
     transformers 5.23 examines the positions on the device before it makes a mask, once for each kind of layer. On CUDA
     the host then waits until the device has done all earlier work, and the device until the host has sent the next.
 
-    Every thread that leaves restores transformers' own function, so threads may enter and leave in any order.
+    The last thread to leave restores transformers' own function, so threads may enter and leave in any order.
     """
     from transformers import masking_utils
 
-    examine = _examine()
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    with _ENTERING:
+        _examine.append(_examine[0] if _examine else masking_utils.find_packed_sequence_indices)
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = examine
-
-
-@functools.cache
-def _examine() -> Callable[[Any], Any]:
-    from transformers import masking_utils
-
-    own: Callable[[Any], Any] = masking_utils.find_packed_sequence_indices
-    return own
+        with _ENTERING:
+            own = _examine.pop()
+            if not _examine:
+                masking_utils.find_packed_sequence_indices = own

@@ -187,6 +187,7 @@ def test_rows_of_one_sequence_are_not_examined() -> None:
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
+    assert mask(config) is None
     second.__exit__(None, None, None)
     assert mask(config) is not None
 
