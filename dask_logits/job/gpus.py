@@ -129,7 +129,7 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     ------
     ClusterError
         If there are fewer GPUs than one worker needs, or fewer groups than workers, or only some have a UUID as name,
-        or a UUID is not that of one GPU.
+        or this machine does not have one.
     """
     visible, size = named_gpus(generation), generation.gpus_per_worker
     setting = "distillation.teacher.generation.devices" if generation.devices else "CUDA_VISIBLE_DEVICES"
@@ -139,7 +139,7 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
             f"{setting}: expected GPUs that are all named by their index or all by their UUID, got "
             f"{','.join(visible)!r}; `nvidia-smi -L` lists both"
         )
-    visible = _unshortened(visible, setting)
+    visible = _in_full(visible, setting)
     groups = [visible[first : first + size] for first in range(0, len(visible) - size + 1, size)]
     if not groups:
         raise ClusterError(
@@ -166,11 +166,24 @@ def gpu_groups(generation: GenerationConfig) -> list[list[str]]:
     return [groups[(generation.worker_id * n_workers + place) % len(groups)] for place in range(n_workers)]
 
 
-def _unshortened(names: list[str], setting: str) -> list[str]:
-    """Return the names of GPUs with each UUID in full. CUDA allows shortened ones, dask-cuda 26.10.0 does not."""
-    gpus = _gpus() if any(name.startswith("GPU-") for name in names) else []
+def _in_full(names: list[str], setting: str) -> list[str]:
+    """Return the names of GPUs of this machine with each UUID in full.
+
+    CUDA allows shortened ones, dask-cuda 26.10.0 does not.
+
+    Raises
+    ------
+    ClusterError
+        If it does not have one, as far as NVML answers.
+    """
+    gpus = _gpus()
     full = []
     for name in names:
+        if gpus and name.isdigit() and int(name) >= len(gpus):
+            raise ClusterError(
+                f"{setting}: expected a GPU of this machine, from 0 to {len(gpus) - 1}, got {name}; `nvidia-smi -L` "
+                "lists them"
+            )
         uuids = [gpu.uuid for gpu in gpus if gpu.uuid.startswith(name)] if name.startswith("GPU-") and gpus else [name]
         if len(uuids) != 1:
             raise ClusterError(

@@ -344,7 +344,18 @@ def test_a_shortened_uuid_is_completed_or_refused(monkeypatch) -> None:
     with pytest.raises(ClusterError, match=r"CUDA_VISIBLE_DEVICES: expected .* got 'GPU-c', with which 2 begin"):
         home.gpu_groups(GenerationConfig())
     with pytest.raises(ClusterError, match=r"got 'GPU-d', with which 0 begin; `nvidia-smi -L` lists them"):
-        home._unshortened(["GPU-d"], "distillation.teacher.generation.devices")
+        home._in_full(["GPU-d"], "distillation.teacher.generation.devices")
+
+
+@pytest.mark.usefixtures("_gpus_e0_to_e3")
+@pytest.mark.parametrize(("devices", "visible"), [("3,4", None), (None, "4")])
+def test_an_index_beyond_the_last_gpu_is_refused(devices, visible, monkeypatch) -> None:
+    setting = "devices"
+    if visible is not None:
+        setting = "CUDA_VISIBLE_DEVICES"
+        monkeypatch.setenv(setting, visible)
+    with pytest.raises(ClusterError, match=f"{setting}: expected a GPU of this machine, from 0 to 3, got 4; `nvidia"):
+        home.gpu_groups(GenerationConfig(devices=devices))
 
 
 @pytest.mark.usefixtures("_gpus_e0_to_e3")
