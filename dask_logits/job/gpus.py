@@ -391,4 +391,6 @@ def unfit(workers: Mapping[str, WorkerFacts], device: str, gpus_per_worker: int)
         for address, worker in workers.items()
         if len(worker.gpus) < gpus_per_worker
     }
-    return few | blind | misplaced(workers, gpus_per_worker)
+    # They leave their GPUs to others.
+    out = few | blind
+    return out | misplaced({each: workers[each] for each in workers if each not in out}, gpus_per_worker)

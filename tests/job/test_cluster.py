@@ -276,6 +276,10 @@ def test_joined_workers_that_lack_gpus_get_no_work() -> None:
     assert reasons["tcp://b:1"].startswith("it sees no GPU")
     # Each Slurm task counts the GPUs of its control group from 0.
     assert unfit({f"tcp://a:{port}": WorkerFacts("a", 8, ("0", "1"), facts) for port in (1, 2)}, "cuda", 2) == {}
+    # A worker that is left out leaves its GPU to one that can use it.
+    used = ("GPU-e0", "GPU-e1")
+    mine = {f"tcp://a:{n}": WorkerFacts("a", 8, ("0", "1")[:n], facts, gpus_in_use=used[:n]) for n in (1, 2)}
+    assert list(unfit(mine, "cuda", 2)) == ["tcp://a:1"]
 
 
 def test_more_gpus_for_a_worker_than_there_are_names_the_cure(overrides) -> None:
