@@ -51,9 +51,9 @@ def main(count: int, devices: str | None, overrides: tuple[str, ...], no_merge: 
     \b
       dask-logits-parallel 4 0,1,2,3 distillation.dataset.name=Salesforce/wikitext …
 
-    Workers take the GPUs DEVICES in turn, or all visible ones, each as many as gpus_per_worker says. They
-    share the cores. After a failure, run the same command again: completed partitions are kept. The logs are in
-    CACHE_DIR/logs/worker-I.log.
+    Workers take the GPUs DEVICES in turn, or all visible ones, each as many as gpus_per_worker says for
+    each of its num_workers. They share the cores. After a failure, run the same command again: completed
+    partitions are kept. The logs are in CACHE_DIR/logs/worker-I.log.
 
     Exit status: 0 done, 1 a worker or the merge failed, 2 wrong usage, 130 stopped.
     """
@@ -74,13 +74,14 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     generation = config.teacher.generation
     is_on_gpus = local_device(generation, config.cluster) == "cuda"
     groups = [",".join(group) for group in gpu_groups(generation)] if is_on_gpus else []
+    n_dask_workers = generation.num_workers or 1
     folder = Path(config.teacher.cache_dir).expanduser()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dask_logits"]
     if generation.torch_threads == "auto":
         # Dask workers of a static worker share its cores. A run keeps its threads on a machine with other cores.
-        threads: object = max(1, cores() // (count * (generation.num_workers or 1)))
+        threads: object = max(1, cores() // (count * n_dask_workers))
         manifest = None if generation.force_regenerate else RunFolder(folder).manifest()
         if manifest is not None:
             threads = manifest.numerics.get("teacher.generation.torch_threads", threads)
@@ -88,7 +89,9 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
     workers: list[_Worker] = []
     try:
         for number in range(count):
-            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": groups[number % len(groups)]} if groups else {})
+            places = range(number * n_dask_workers, (number + 1) * n_dask_workers)
+            gpus = ",".join(groups[place % len(groups)] for place in places) if groups else ""
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
             log = logs / f"worker-{number}.log"
             share = [
                 f"{_GENERATION}.worker_id={number}",
@@ -104,8 +107,8 @@ def _launch(count: int, devices: str | None, overrides: list[str], *, merge: boo
                     stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, process_group=0,
                 )  # fmt: skip
             workers.append(_Worker(number=number, process=process, log=log))
-            gpu = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if groups else ""
-            _say(f"worker {number}: process {process.pid}{gpu}, log {log}")
+            where = f" on GPU {gpus}" if gpus else ""
+            _say(f"worker {number}: process {process.pid}{where}, log {log}")
         failed = _wait(workers)
     finally:
         for worker in workers:

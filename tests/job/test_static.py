@@ -193,6 +193,7 @@ def test_the_launcher_reports_a_worker_that_failed_and_does_the_rest_when_run_ag
         (None, [f"{GENERATION}.gpus_per_worker=2"], ["0,1", "0,1", "0,1"]),
         ("3,1,0,2,5", [f"{GENERATION}.gpus_per_worker=2"], ["3,1", "0,2", "3,1"]),
         (None, ["4,5,6,7", f"{GENERATION}.gpus_per_worker=2"], ["4,5", "6,7", "4,5"]),
+        (None, ["4,5,6,7", f"{GENERATION}.num_workers=2"], ["4,5", "6,7", "4,5"]),
         ("", [], None),
         ("-1", [], None),
         ("NoDevFiles", [], None),
